@@ -1,0 +1,10 @@
+"""Which pairs to label next: the criterion, the strategies and their answer."""
+
+from activedpo_fast.selection.greedy import Ranking, greedy_logdet
+from activedpo_fast.selection.information import InformationMatrix
+from activedpo_fast.selection.result import Pick, Selection, read_labels
+from activedpo_fast.selection.signals import Signals, TensorSignals
+from activedpo_fast.selection.strategies import STRATEGIES, Strategy, make_strategy
+
+__all__ = ["STRATEGIES", "InformationMatrix", "Pick", "Ranking", "Selection", "Signals", "Strategy",
+           "TensorSignals", "greedy_logdet", "make_strategy", "read_labels"]

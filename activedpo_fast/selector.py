@@ -1,0 +1,347 @@
+"""`ActiveDPOSelector`: from a model and a pool to the pairs to label next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from activedpo_fast.data import PoolItem, PreferencePool
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features.capture import undisturbed
+from activedpo_fast.features.extractor import DEFAULT_MAX_TOKENS, FeatureExtractor
+from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.presets import preset as find_preset
+from activedpo_fast.selection.result import Pick, Selection
+from activedpo_fast.selection.signals import History, Signals
+from activedpo_fast.selection.strategies import Strategy, make_strategy
+from activedpo_fast.tokenization import (
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_TRUNCATION_MODE,
+    TokenizedPool,
+    scored_tokens,
+    tokenize_pool,
+)
+
+Labelled = Selection | Sequence[Selection]
+
+
+class ActiveDPOSelector:
+    """Chooses the pairs of a pool whose labels tell most about the model that is being trained.
+
+        selector = ActiveDPOSelector(model, processing_class=tokenizer)
+        picked = selector.select(pool, 50)
+        dataset = picked.to_dataset(labels)        # ready for trl.DPOTrainer
+
+    Every call to `select` looks at the model's weights as they are then. The model is left as it
+    was found.
+
+    Args:
+        model: the policy π_θ, a causal LM with trainable linear layers (PEFT LoRA, usually).
+        processing_class: its tokenizer.
+        strategy: "activedpo" (default), "random", "apo", "aplp", or a `Strategy`.
+        preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
+        beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
+        sketch: "sjlt" (default), "rademacher", or "none" for the exact gradient rows.
+        proj_dim: k, the number of columns of a sketched row; default 8192.
+        seed: of the sketch and of the strategy "random".
+        normalize: "response" (default; each gradient to unit norm before the difference), "pair"
+            (the difference to unit norm) or "none" (also None).
+        lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
+        max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; give those that you
+            train with (`activedpo_fast.trl.selector_settings` reads them from a DPOConfig).
+        ref_model: π_ref where a strategy needs it (aplp). Default: the PEFT model's base model,
+            its adapters disabled.
+        strategy_options: further options of the strategy (see `make_strategy`).
+        max_tokens_per_batch: padded tokens in a forward and backward pass.
+        verify: check captured gradients against autograd on two responses first.
+
+    Raises:
+        ActiveDPOError: an option that is unknown or out of range.
+
+    Source: Lin et al., ActiveDPO, arXiv 2505.19241; see docs/method.md.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        strategy: str | Strategy | None = None,
+        preset: str | None = None,
+        beta: float = 0.1,
+        sketch: str = "sjlt",
+        proj_dim: int | None = None,
+        seed: int = 0,
+        normalize: str | None = "default",
+        lam: float = 1.0,
+        kappa: float = 1.0,
+        max_length: int | None = DEFAULT_MAX_LENGTH,
+        truncation_mode: str = DEFAULT_TRUNCATION_MODE,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        ref_model: PreTrainedModel | None = None,
+        strategy_options: dict[str, Any] | None = None,
+        max_tokens_per_batch: int = DEFAULT_MAX_TOKENS,
+        verify: bool = True,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "strategy": "activedpo", "proj_dim": 8192, "normalize": "response"
+        }
+        if preset is not None:
+            defaults.update(find_preset(preset).selection)
+        self.model = model
+        self.processing_class = processing_class
+        self.strategy = defaults["strategy"] if strategy is None else strategy
+        self.seed = seed
+        self.ref_model = ref_model
+        self._options: dict[str, dict[str, Any]] = {
+            "activedpo": {
+                "lam": lam,
+                "kappa": kappa,
+                "normalize": defaults["normalize"] if normalize == "default"
+                else None if normalize == "none" else normalize,
+            },
+            "aplp": {"beta": beta},
+        }
+        self._strategy_options = dict(strategy_options or {})
+        self._tokenization: dict[str, Any] = {
+            "max_length": max_length,
+            "truncation_mode": truncation_mode,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        dim = defaults["proj_dim"] if proj_dim is None else proj_dim
+        pad_token_id = processing_class.pad_token_id
+        self.extractor = FeatureExtractor(
+            model,
+            Sketch(sketch, None if sketch == "none" else dim, seed),
+            beta=beta,
+            pad_token_id=0 if pad_token_id is None else pad_token_id,
+            max_tokens_per_batch=max_tokens_per_batch,
+            verify=verify,
+        )
+        self.last_timings: dict[str, float] = {}
+        self._make_strategy("")  # an unknown name or option is better told now than after an hour
+
+    def select(
+        self,
+        pool: PreferencePool,
+        n: int,
+        *,
+        labelled: Labelled | None = None,
+        show_progress: bool | None = None,
+    ) -> Selection:
+        """Choose `n` pairs of `pool`, best first.
+
+        Args:
+            pool: prompts with two or more responses each.
+            n: how many pairs.
+            labelled: what has been labelled before, one earlier `Selection` or several. Their
+                features are taken anew at the model's current weights and enter V; a pair of
+                `pool` that is among them (same id, prompt and responses) is no candidate.
+            show_progress: True, False, or None for a bar on terminals only.
+
+        Returns:
+            The picks. `last_timings` then has the seconds spent in "features" and in "select".
+
+        Raises:
+            ActiveDPOError: fewer than n candidates; a pool or model that cannot be handled.
+        """
+        started = time.perf_counter()
+        history = [pick for selection in _as_list(labelled) for pick in selection]
+        signals = _ModelSignals(self, pool, history, show_progress)
+        strategy = self._make_strategy(pool.fingerprint())
+        ranking = strategy.select(signals, n)
+        total = time.perf_counter() - started
+        self.last_timings = {"features": signals.seconds, "select": total - signals.seconds}
+        return make_selection(pool, signals.pairs, ranking, strategy.name)
+
+    def tokenize(self, pool: PreferencePool, *, show_progress: bool | None = None) -> TokenizedPool:
+        """The tokens that features are taken of; the same as DPOTrainer trains on."""
+        return tokenize_pool(
+            pool, self.processing_class, show_progress=show_progress, **self._tokenization
+        )
+
+    def _make_strategy(self, pool_fingerprint: str) -> Strategy:
+        if isinstance(self.strategy, Strategy):
+            return self.strategy
+        options = dict(self._options.get(self.strategy, {}))
+        if self.strategy == "random":
+            # Another draw for another pool, the same for the same one.
+            text = f"{self.seed}/{pool_fingerprint}".encode()
+            options["seed"] = int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
+        return make_strategy(self.strategy, **{**options, **self._strategy_options})
+
+
+class _ModelSignals(Signals):
+    """Signals taken from the model when a strategy asks for them; keeps the seconds spent."""
+
+    def __init__(
+        self,
+        selector: ActiveDPOSelector,
+        pool: PreferencePool,
+        history: list[Pick],
+        show_progress: bool | None,
+    ) -> None:
+        self._selector = selector
+        self._show_progress = show_progress
+        self._cache: dict[str, Any] = {}
+        self.seconds = 0.0
+        self._tokenized: TokenizedPool = self._once(
+            "tokenized", lambda: selector.tokenize(pool, show_progress=show_progress))
+        counts = pool.response_offsets.diff()
+        self.item_of_row = torch.repeat_interleave(torch.arange(len(pool)), counts)
+        self._in_pool, self._elsewhere = split_history(pool, history)
+        self.pairs = candidate_pairs(pool, self._in_pool, self._tokenized.skipped)
+
+    def gradients(self) -> torch.Tensor:
+        def take(tokens: TokenizedPool) -> torch.Tensor:
+            rows = self._selector.extractor.gradients(tokens, show_progress=self._show_progress)
+            self._cache.setdefault("logps", rows.logps)  # the pool's own come first, and for free
+            return rows.gradients
+
+        return self._once("gradients", lambda: take(self._tokenized))
+
+    def history_gradients(self) -> History:
+        extractor = self._selector.extractor
+        return self._once("history_gradients", lambda: self._history(
+            self.gradients(),
+            lambda tokens: extractor.gradients(
+                tokens, show_progress=self._show_progress).gradients,
+        ))
+
+    def hidden(self) -> torch.Tensor:
+        extractor = self._selector.extractor
+        return self._once("hidden", lambda: extractor.hidden(
+            self._tokenized, show_progress=self._show_progress))
+
+    def history_hidden(self) -> History:
+        extractor = self._selector.extractor
+        return self._once("history_hidden", lambda: self._history(
+            self.hidden(),
+            lambda tokens: extractor.hidden(tokens, show_progress=self._show_progress),
+        ))
+
+    def logps(self) -> torch.Tensor:
+        extractor = self._selector.extractor
+        return self._once("logps", lambda: extractor.logps(
+            self._tokenized, show_progress=self._show_progress))
+
+    def ref_logps(self) -> torch.Tensor:
+        return self._once("ref_logps", self._reference_logps)
+
+    def lengths(self) -> torch.Tensor:
+        return torch.tensor([scored_tokens(s) for s in self._tokenized.sequences])
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self._cache:
+            before, started = self.seconds, time.perf_counter()
+            self._cache[name] = compute()
+            # Signals may be taken from within each other: no second is to count twice.
+            self.seconds = before + time.perf_counter() - started
+        return self._cache[name]
+
+    def _history(
+        self, rows: torch.Tensor, extract: Callable[[TokenizedPool], torch.Tensor]
+    ) -> History:
+        inside, pairs_inside = compact_rows(rows, self._in_pool)
+        if not self._elsewhere:
+            return inside, pairs_inside
+        others = Selection(tuple(self._elsewhere), strategy="history").as_pool()
+        outside = extract(self._selector.tokenize(others))
+        pairs_outside = torch.arange(2 * len(others)).view(-1, 2) + len(inside)
+        return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
+
+    def _reference_logps(self) -> torch.Tensor:
+        selector, extractor = self._selector, self._selector.extractor
+        if selector.ref_model is not None:
+            return extractor.logps(
+                self._tokenized, model=selector.ref_model, show_progress=self._show_progress)
+        if not hasattr(selector.model, "disable_adapter"):
+            raise ActiveDPOError(
+                "this strategy needs the reference model: pass ref_model=, or a PEFT model, whose "
+                "base model is then the reference"
+            )
+        with ExitStack() as stack:
+            # Re-enabling adapters sets requires_grad; `undisturbed` outside puts the flags back.
+            stack.enter_context(undisturbed(selector.model))
+            stack.enter_context(selector.model.disable_adapter())
+            return extractor.logps(self._tokenized, show_progress=self._show_progress)
+
+
+def candidate_pairs(
+    pool: PreferencePool, labelled: torch.Tensor, skipped: Sequence[int]
+) -> torch.Tensor:
+    """All pairs of `pool` but the labelled ones and those of skipped items; int64 [N, 2].
+
+    Args:
+        labelled: int64 [t, 2], pairs of row numbers in either order.
+        skipped: positions of items that DPOTrainer would drop.
+    """
+    pairs = pool.pairs()
+    keep = torch.ones(len(pairs), dtype=torch.bool)
+    if len(labelled):
+        code = pairs[:, 0] * pool.n_responses + pairs[:, 1]
+        low, high = labelled.min(dim=1).values, labelled.max(dim=1).values
+        keep &= ~torch.isin(code, low * pool.n_responses + high)
+    if len(skipped):
+        item = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
+        keep &= ~torch.isin(item, torch.tensor(list(skipped)))
+    return pairs[keep]
+
+
+def split_history(
+    pool: PreferencePool, history: Sequence[Pick]
+) -> tuple[torch.Tensor, list[Pick]]:
+    """Labelled picks that are pairs of `pool`, as int64 [t, 2] row numbers, and all the others."""
+    ids = set(pool.ids)
+    inside: list[list[int]] = []
+    elsewhere: list[Pick] = []
+    for pick in history:
+        rows = None
+        if pick.id in ids:
+            position = pool.position(pick.id)
+            rows = _rows_of(pool[position], pick, int(pool.response_offsets[position]))
+        if rows is None:
+            elsewhere.append(pick)
+        else:
+            inside.append(rows)
+    return torch.tensor(inside, dtype=torch.int64).view(-1, 2), elsewhere
+
+
+def compact_rows(rows: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Only the rows that `pairs` names, and the pairs renumbered to them."""
+    used, renumbered = torch.unique(pairs, return_inverse=True)
+    return rows[used], renumbered.view(-1, 2)
+
+
+def make_selection(
+    pool: PreferencePool, pairs: torch.Tensor, ranking: Any, strategy: str
+) -> Selection:
+    """The picks that a strategy's ranking of candidate `pairs` stands for."""
+    picks = []
+    for rank, (index, score) in enumerate(
+        zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)
+    ):
+        (position, first), (_, second) = (pool.locate(row) for row in pairs[index].tolist())
+        item = pool[position]
+        picks.append(Pick(item.id, (first, second), score, rank, item.prompt,
+                          (item.responses[first], item.responses[second])))
+    return Selection(tuple(picks), strategy)
+
+
+def _rows_of(item: PoolItem, pick: Pick, offset: int) -> list[int] | None:
+    if item.prompt != pick.prompt:
+        return None
+    rows = [offset + item.responses.index(r) for r in pick.responses if r in item.responses]
+    return rows if len(rows) == 2 else None
+
+
+def _as_list(labelled: Labelled | None) -> list[Selection]:
+    if labelled is None:
+        return []
+    return [labelled] if isinstance(labelled, Selection) else list(labelled)

@@ -1,0 +1,275 @@
+"""Captured per-sample gradients against a plain loop of backward passes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from activedpo_fast.data import PreferencePool
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
+from tests.gradients import loop_gradients, relative_error, trainable
+from tests.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
+
+EXACT = Sketch("none", None)
+
+ROWS = [
+    {"prompt": "What is a sketch? TL;DR:",
+     "responses": [" a short random projection", " a drawing", " no idea, sorry, none at all"]},
+    {"prompt": "Name the library that decides which pairs to label next. TL;DR:",
+     "responses": [" this one", " the quick brown fox jumps over the lazy dog 0123456789"]},
+    {"prompt": "x", "responses": [" y", " zzzz"]},
+]
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenizedPool:
+    pool = PreferencePool.from_rows(ROWS)
+    return tokenize_pool(pool, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
+
+
+def extract(model, tokens, **options) -> torch.Tensor:
+    options.setdefault("beta", 1.0)
+    options.setdefault("max_tokens_per_batch", 160)
+    return FeatureExtractor(model, EXACT, **options).gradients(tokens).gradients
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float64_equals_the_loop(arch: str, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch, torch.float64), arch)
+    expected, logps = loop_gradients(model, tokens.sequences, trainable(model))
+    # Gemma 2's attention takes its softmax in float32 whatever the model's dtype, so there padding
+    # alone moves the result by that much; batches of one have none.
+    max_tokens = 1 if arch == "gemma2" else 160
+    extractor = FeatureExtractor(model, EXACT, beta=0.3, max_tokens_per_batch=max_tokens)
+    found = extractor.gradients(tokens)
+    assert found.gradients.dtype == torch.float64
+    assert relative_error(found.gradients, 0.3 * expected) <= 1e-9
+    torch.testing.assert_close(found.logps, logps, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float32_equals_the_float64_loop(arch: str, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch), arch)
+    exact = copy.deepcopy(model).double()
+    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    found = extract(model, tokens)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
+def test_padding_side(arch: str, padding_side: str, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch, torch.float64), arch)
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    found = extract(model, tokens, padding_side=padding_side, max_tokens_per_batch=10_000)
+    assert relative_error(found, expected) <= 1e-9
+
+
+def test_rslora_bias_and_untrained_adapter(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama", use_rslora=True, lora_bias=True,
+                 randomise=False)
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    found = extract(model, tokens)
+    assert relative_error(found, expected) <= 1e-9
+    # At initialisation B = 0, and so are the gradients of A: exactly.
+    offset = 0
+    for name, parameter in trainable(model).items():
+        block = found[:, offset : offset + parameter.numel()]
+        assert bool((block == 0).all()) == ("lora_A" in name)
+        offset += parameter.numel()
+
+
+def test_only_the_active_adapter_counts(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.double()
+    # Even with a gradient flag left on: TRL's reference adapter looks like this.
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(True)
+    own = {n: p for n, p in trainable(model).items() if ".other." not in n}
+    expected, _ = loop_gradients(model, tokens.sequences, own)
+    assert relative_error(extract(model, tokens), expected) <= 1e-9
+    model.set_adapter("other")
+    found = extract(model, tokens)
+    assert found.shape[1] == sum(p.numel() for n, p in trainable(model).items() if ".other." in n)
+
+
+def test_trainable_base_linears_and_conv1d(tokens: TokenizedPool) -> None:
+    for arch, chosen in (("llama", "mlp.down_proj"), ("gpt2", "mlp.c_fc")):
+        model = tiny_causal_lm(arch, torch.float64)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(chosen in name)
+        expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+        assert relative_error(extract(model, tokens), expected) <= 1e-9
+
+
+def test_gradient_checkpointing_changes_nothing(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    expected = extract(model, tokens)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert relative_error(extract(model, tokens), expected) <= 1e-12
+    assert model.training
+
+
+def test_bfloat16_model(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    expected = extract(model, tokens)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    found = extract(half, tokens)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 0.1
+    cosine = torch.nn.functional.cosine_similarity(found, expected)
+    assert float(cosine.min()) > 0.995
+
+
+def test_rows_do_not_depend_on_batch_or_order(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    alone = extract(model, tokens, max_tokens_per_batch=1)
+    generator = torch.Generator().manual_seed(3)
+    for max_tokens in (100, 200, 10_000):
+        order = torch.randperm(len(tokens.sequences), generator=generator).tolist()
+        shuffled = TokenizedPool(sequences=[tokens.sequences[i] for i in order], skipped=[])
+        found = extract(model, shuffled, max_tokens_per_batch=max_tokens)
+        assert relative_error(found, alone[order]) <= 5e-6
+
+
+def test_tiny_gradients_keep_their_relative_accuracy(tokens: TokenizedPool) -> None:
+    """Entries of size 1e-8 and below: the adapter is scaled down, float64 tells what is right."""
+    model = lora(tiny_causal_lm("llama"), "llama", lora_alpha=1e-7)
+    exact = copy.deepcopy(model).double()
+    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    assert float(expected.abs().max()) < 1e-5
+    assert relative_error(extract(model, tokens), expected) <= 1e-5
+    sketched = FeatureExtractor(model, Sketch("sjlt", 64), beta=1.0).gradients(tokens).gradients
+    wanted = FeatureExtractor(exact, Sketch("sjlt", 64), beta=1.0).gradients(tokens).gradients
+    assert relative_error(sketched, wanted) <= 1e-5
+
+
+def snapshot(model: torch.nn.Module) -> dict:
+    return {
+        "modes": [m.training for m in model.modules()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+                  for m in model.modules()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+    }
+
+
+def assert_same_state(before: dict, after: dict) -> None:
+    for key in ("modes", "flags", "hooks"):
+        assert before[key] == after[key], key
+    for one, other in zip(before["grads"], after["grads"], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_model_is_left_as_it_was(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    model.train()
+    list(model.modules())[5].eval()
+    next(iter(trainable(model).values())).grad = torch.ones(4, 32)
+    before = snapshot(model)
+    with torch.no_grad():
+        rows = extract(model, tokens)
+    assert float(rows.abs().max()) > 0
+    assert_same_state(before, snapshot(model))
+
+
+def test_model_is_left_as_it_was_after_an_exception(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    model.train()
+    before = snapshot(model)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("in the middle")
+
+    handle = model.get_submodule("base_model.model.model.layers.1.mlp").register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        extract(model, tokens)
+    handle.remove()
+    assert_same_state(before, snapshot(model))
+
+
+def test_dropout_is_off(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama", lora_dropout=0.5)
+    model.train()
+    assert torch.equal(extract(model, tokens), extract(model, tokens))
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "named"),
+    [
+        ("llama", dict(use_dora=True), "lora_magnitude_vector"),
+        ("llama", dict(target_modules=["embed_tokens", "q_proj"]), "lora_embedding_A"),
+        ("llama", dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        ("llama", dict(trainable_token_indices=[5, 6]), "trainable_tokens"),
+        ("mixtral", dict(target_modules=["q_proj"],
+                         target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0),
+         "experts"),
+    ],
+)
+def test_unsupported_parameters_are_named(arch, config, named, tokens) -> None:
+    model = lora(tiny_causal_lm(arch), arch, **config)
+    with pytest.raises(UnsupportedParameterError, match=named):
+        extract(model, tokens)
+
+
+def test_other_unsupported_set_ups(tokens: TokenizedPool) -> None:
+    model = tiny_causal_lm("llama")
+    with pytest.raises(UnsupportedParameterError, match="embed_tokens.weight"):
+        extract(model, tokens)
+    model.requires_grad_(False)
+    with pytest.raises(ActiveDPOError, match="no trainable parameter"):
+        extract(model, tokens)
+    tied = tiny_causal_lm("llama", tie_word_embeddings=True)
+    tied.requires_grad_(False)
+    tied.lm_head.weight.requires_grad_(True)
+    with pytest.raises(UnsupportedParameterError, match="shared by"):
+        extract(tied, tokens)
+    adapted = lora(tiny_causal_lm("llama"), "llama")
+    adapted.merge_adapter()
+    with pytest.raises(ActiveDPOError, match="merged"):
+        extract(adapted, tokens)
+    adapted.unmerge_adapter()
+    with adapted.disable_adapter(), pytest.raises(ActiveDPOError, match="disabled"):
+        extract(adapted, tokens)
+
+
+def test_self_check_finds_a_layer_whose_weight_is_used_without_calling_it(tokens) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    inner = layer.lora_A["default"]
+
+    def around(x: torch.Tensor) -> torch.Tensor:
+        half = torch.nn.functional.linear(x, inner.weight)
+        return layer.base_layer(x) + layer.lora_B["default"](half) * layer.scaling["default"]
+
+    layer.forward = around
+    with pytest.raises(UnsupportedParameterError, match=r"layers\.0\.self_attn\.q_proj\.lora_A"):
+        extract(model, tokens)
+
+
+def test_self_check_finds_samples_that_influence_each_other(tokens) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    mlp.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0))
+    with pytest.raises(UnsupportedParameterError, match="self-check failed"):
+        extract(model, tokens)
+
+
+def test_a_layer_used_twice_counts_twice(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    layers = model.get_submodule("base_model.model.model.layers")
+    layers[1].mlp = layers[0].mlp
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    assert relative_error(extract(model, tokens), expected) <= 1e-9
