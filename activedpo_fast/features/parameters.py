@@ -57,7 +57,9 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
     """
     _check_adapters(model)
     inactive = _inactive_adapter_parameters(model)
+    # With several active adapters their names are what tells the parameters apart.
     adapters = _active_adapters(model)
+    adapter = next(iter(adapters)) if len(adapters) == 1 else None
     owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -71,7 +73,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
             continue
         module, attribute = _linear_owner(name, owners[id(parameter)])
         modules[id(module)] = module
-        found.setdefault(id(module), {})[attribute] = canonical_name(name, adapters)
+        found.setdefault(id(module), {})[attribute] = canonical_name(name, adapter)
     if not found:
         raise ActiveDPOError(
             "the model has no trainable parameter to take gradients of: load the adapter with "

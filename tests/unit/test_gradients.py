@@ -102,6 +102,25 @@ def test_only_the_active_adapter_counts(tokens: TokenizedPool) -> None:
     assert found.shape[1] == sum(p.numel() for n, p in trainable(model).items() if ".other." in n)
 
 
+def test_rows_do_not_depend_on_the_adapter_name(tokens: TokenizedPool) -> None:
+    rows = [
+        FeatureExtractor(
+            lora(tiny_causal_lm("llama"), "llama", adapter_name=name), Sketch("sjlt", 128)
+        ).gradients(tokens).gradients
+        for name in ("default", "policy")
+    ]
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_two_active_adapters(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.double()
+    model.base_model.set_adapter(["default", "other"])
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    assert relative_error(extract(model, tokens), expected) <= 1e-9
+
+
 def test_trainable_base_linears_and_conv1d(tokens: TokenizedPool) -> None:
     for arch, chosen in (("llama", "mlp.down_proj"), ("gpt2", "mlp.c_fc")):
         model = tiny_causal_lm(arch, torch.float64)

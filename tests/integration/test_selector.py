@@ -1,0 +1,189 @@
+"""From model and pool to picks: against the plain definition, written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool, Selection
+from activedpo_fast.tokenization import tokenize_pool
+from tests.gradients import loop_gradients, trainable
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+
+BETA, LAM = 0.3, 0.01
+
+
+def make_pool(count: int, n_responses: int = 3, start: int = 0) -> PreferencePool:
+    words = ["sketch", "label", "fox", "dog", "model", "prompt", "choose", "less", "quick"]
+    return PreferencePool.from_rows(
+        {
+            "id": f"item-{i}",
+            "prompt": f"Number {i * 37 % 101} about {words[i % 9]}. TL;DR:",
+            "responses": [f" {words[(i + 2 * j) % 9]} {words[(i * j + 5) % 9]} {i * j}"
+                          for j in range(n_responses)],
+        }
+        for i in range(start, start + count)
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lora(tiny_causal_lm("llama", torch.float64), "llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def unit_rows(model, tokenizer, pool: PreferencePool) -> torch.Tensor:
+    sequences = tokenize_pool(pool, tokenizer).sequences
+    rows = BETA * loop_gradients(model, sequences, trainable(model))[0]
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def brute_force(candidates: torch.Tensor, history: torch.Tensor, n: int):
+    """B times arg max φᵀV⁻¹φ with V inverted anew at each pick."""
+    dim = candidates.shape[1]
+    v = LAM * torch.eye(dim, dtype=torch.float64) + history.T @ history
+    picks, scores = [], []
+    for _ in range(n):
+        gains = (candidates * torch.linalg.solve(v, candidates.T).T).sum(dim=1)
+        gains[picks] = -1
+        best = int(gains.argmax())
+        picks.append(best)
+        scores.append(float(gains[best]))
+        v = v + torch.outer(candidates[best], candidates[best])
+    return picks, scores
+
+
+def selector(model, tokenizer, **options) -> ActiveDPOSelector:
+    return ActiveDPOSelector(model, processing_class=tokenizer, sketch="none", beta=BETA, lam=LAM,
+                             **options)
+
+
+def test_select_is_the_plain_greedy(model, tokenizer) -> None:
+    pool = make_pool(8)
+    rows = unit_rows(model, tokenizer, pool)
+    pairs = pool.pairs()
+    picks, scores = brute_force(rows[pairs[:, 0]] - rows[pairs[:, 1]], rows[:0], 6)
+    selection = selector(model, tokenizer).select(pool, 6)
+    assert isinstance(selection, Selection) and len(selection) == 6
+    for rank, (pick, index, score) in enumerate(zip(selection, picks, scores, strict=True)):
+        (item, first), (_, second) = (pool.locate(int(row)) for row in pairs[index])
+        assert (pick.id, pick.pair, pick.rank) == (pool[item].id, (first, second), rank)
+        assert pick.responses == (pool[item].responses[first], pool[item].responses[second])
+        assert pick.score == pytest.approx(score, rel=1e-7)
+
+
+def test_history_enters_v_and_is_no_candidate(model, tokenizer) -> None:
+    pool, earlier = make_pool(6), make_pool(5, n_responses=2, start=20)
+    chooser = selector(model, tokenizer)
+    labelled = [chooser.select(pool, 3), chooser.select(earlier, 4)]
+    second = chooser.select(pool, 5, labelled=labelled)
+
+    rows, old = unit_rows(model, tokenizer, pool), unit_rows(model, tokenizer, earlier)
+    pairs = pool.pairs()
+    phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
+    taken = [int(((pool.response_offsets[pool.position(p.id)] + torch.tensor(p.pair)) == pairs)
+                 .all(1).nonzero()) for p in labelled[0]]
+    phi_old = torch.stack([old[2 * earlier.position(p.id)] - old[2 * earlier.position(p.id) + 1]
+                           for p in labelled[1]])
+    left = [i for i in range(len(pairs)) if i not in taken]
+    picks, scores = brute_force(phi[left], torch.cat([phi[taken], phi_old]), 5)
+    assert [p.score for p in second] == pytest.approx(scores, rel=1e-7)
+    for pick, index in zip(second, picks, strict=True):
+        rows_of_pick = pool.response_offsets[pool.position(pick.id)] + torch.tensor(pick.pair)
+        assert rows_of_pick.tolist() == pairs[left[index]].tolist()
+
+
+def test_history_is_taken_at_the_current_weights(tokenizer) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    pool, earlier = make_pool(6), make_pool(4, n_responses=2, start=20)
+    chooser = selector(model, tokenizer)
+    labelled = chooser.select(earlier, 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-1.7)
+    again = selector(model, tokenizer).select(pool, 4, labelled=labelled)
+    assert chooser.select(pool, 4, labelled=labelled) == again
+
+
+def test_items_that_the_trainer_would_drop_are_no_candidates(model, tokenizer) -> None:
+    rows = [{"id": "long", "prompt": "far too long " * 20, "responses": [" a", " b"]},
+            {"id": "short", "prompt": "x:", "responses": [" a", " b"]}]
+    chooser = selector(model, tokenizer, max_length=20)
+    pool = PreferencePool.from_rows(rows)
+    assert [pick.id for pick in chooser.select(pool, 1)] == ["short"]
+    with pytest.raises(ActiveDPOError, match="2.*1"):
+        chooser.select(pool, 2)
+
+
+@pytest.mark.parametrize("strategy", ["activedpo", "random", "apo", "aplp"])
+def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    model.train()
+    flags = [p.requires_grad for p in model.parameters()]
+    pool = make_pool(10)
+    chooser = ActiveDPOSelector(model, processing_class=tokenizer, strategy=strategy, proj_dim=64,
+                                seed=3)
+    selection = chooser.select(pool, 4)
+    assert selection.strategy == strategy
+    assert len({(pick.id, pick.pair) for pick in selection}) == 4
+    assert selection == chooser.select(pool, 4)
+    assert model.training and flags == [p.requires_grad for p in model.parameters()]
+    assert set(chooser.last_timings) == {"features", "select"}
+    later = chooser.select(pool, 4, labelled=selection)
+    assert not {(p.id, p.pair) for p in later} & {(p.id, p.pair) for p in selection}
+
+
+def test_reference_model_is_the_base_model(tokenizer) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    base = tiny_causal_lm("llama")
+    pool = make_pool(6)
+    options = {"processing_class": tokenizer, "strategy": "aplp"}
+    assert (ActiveDPOSelector(model, **options).select(pool, 5)
+            == ActiveDPOSelector(model, ref_model=base, **options).select(pool, 5))
+    base.requires_grad_(False)
+    base.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    with pytest.raises(ActiveDPOError, match="ref_model"):
+        ActiveDPOSelector(base, **options).select(pool, 5)
+
+
+def test_options(model, tokenizer) -> None:
+    paper = ActiveDPOSelector(model, processing_class=tokenizer, preset="paper")
+    assert paper.extractor.sketch.dim == 8192 and paper.strategy == "activedpo"
+    own = ActiveDPOSelector(model, processing_class=tokenizer, preset="paper", proj_dim=512)
+    assert own.extractor.sketch.dim == 512
+    pool = make_pool(4)
+    rows = {name: selector(model, tokenizer, normalize=name).select(pool, 3)
+            for name in ("response", "pair", "none", None)}
+    assert rows["none"] == rows[None]
+    assert len({tuple(p.score for p in s) for s in rows.values()}) == 3
+    for wrong in ({"preset": "papers"}, {"strategy": "best"}, {"normalize": "l2"}, {"beta": 0.0},
+                  {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"colour": 1}}):
+        with pytest.raises(ActiveDPOError):
+            ActiveDPOSelector(model, processing_class=tokenizer, **wrong)
+
+
+def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) -> None:
+    """E⟨Sx,Sy⟩ = ⟨x,y⟩ and the variance of a dense Rademacher projection, for both sketches."""
+    pool = make_pool(2)
+    exact = selector(model, tokenizer).extractor
+    tokens = tokenize_pool(pool, tokenizer)
+    rows = exact.gradients(tokens).gradients
+    x, y = rows[0], rows[4]
+    k, seeds = 64, 150
+    variance = (x.dot(x) * y.dot(y) + x.dot(y) ** 2 - 2 * (x * x * y * y).sum()) / k
+    for method in ("sjlt", "rademacher"):
+        products = []
+        for seed in range(seeds):
+            chooser = ActiveDPOSelector(model, processing_class=tokenizer, sketch=method,
+                                        proj_dim=k, seed=seed, beta=BETA, verify=False)
+            sketched = chooser.extractor.gradients(tokens).gradients
+            products.append(sketched[0].dot(sketched[4]))
+        found = torch.stack(products)
+        assert abs(found.mean() - x.dot(y)) < 4 * (variance / seeds).sqrt()
+        # The sample variance of 150 draws is within a third of the law, but for a chance < 1e-3.
+        assert float(found.var() / variance) == pytest.approx(1.0, abs=0.4)
