@@ -1,0 +1,185 @@
+"""What a strategy may look at: one number or one row per response, computed only when asked for."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+
+History = tuple[Tensor, Tensor]
+"""Rows of the labelled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2]."""
+
+
+class Signals(ABC):
+    """The candidates of one selection, R responses and N pairs of them.
+
+    Attributes:
+        pairs: int64 [N, 2], the rows (a, b) of each candidate pair; ties are broken by this order.
+        item_of_row: int64 [R], the prompt (item position in the pool) each response belongs to.
+
+    Every method may be expensive (a model is run), so a strategy calls only those that it
+    `requires`. A method that a subclass does not provide raises `ActiveDPOError` naming the signal.
+    """
+
+    pairs: Tensor
+    item_of_row: Tensor
+
+    def gradients(self) -> Tensor:
+        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k]."""
+        self._missing("gradients")
+
+    def history_gradients(self) -> History:
+        """Gradient rows of the labelled responses at the current parameters; may be empty."""
+        self._missing("history_gradients")
+
+    def hidden(self) -> Tensor:
+        """Last layer's hidden state at the last token of each response; floating [R, h]."""
+        self._missing("hidden")
+
+    def history_hidden(self) -> History:
+        """Hidden states of the labelled responses at the current parameters; may be empty."""
+        self._missing("history_hidden")
+
+    def logps(self) -> Tensor:
+        """log pi(y|x) in nats, summed over the scored tokens; float64 [R]."""
+        self._missing("logps")
+
+    def ref_logps(self) -> Tensor:
+        """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]."""
+        self._missing("ref_logps")
+
+    def lengths(self) -> Tensor:
+        """Number of scored tokens of each response; int64 [R]."""
+        self._missing("lengths")
+
+    def _missing(self, signal: str) -> NoReturn:
+        raise ActiveDPOError(f"this selection needs the signal '{signal}', which is not available")
+
+
+class TensorSignals(Signals):
+    """Signals that are already there as tensors, for instance read from a feature store.
+
+    Args:
+        pairs: int64 [N, 2], candidate pairs of rows.
+        item_of_row: int64 [R].
+        gradients: floating [R, k]; hidden: floating [R, h].
+        logps, ref_logps: floating [R], nats; lengths: integer [R].
+        history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
+            If neither is given nothing has been labelled, and both histories are empty. If only one
+            is given, asking for the other is an error: a history must not be dropped silently.
+
+    Raises:
+        ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
+    """
+
+    def __init__(
+        self,
+        pairs: Tensor,
+        item_of_row: Tensor,
+        *,
+        gradients: Tensor | None = None,
+        hidden: Tensor | None = None,
+        logps: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        history_gradients: History | None = None,
+        history_hidden: History | None = None,
+    ) -> None:
+        if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
+            raise ActiveDPOError(
+                f"item_of_row must be int64 [R], not {item_of_row.dtype} {list(item_of_row.shape)}"
+            )
+        n_rows = len(item_of_row)
+        check_pairs(pairs, n_rows, "pairs")
+        for name, matrix in (("gradients", gradients), ("hidden", hidden)):
+            if matrix is not None:
+                _check_matrix(matrix, name)
+        for name, given in (("gradients", gradients), ("hidden", hidden), ("logps", logps),
+                            ("ref_logps", ref_logps), ("lengths", lengths)):
+            if given is not None and len(given) != n_rows:
+                raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
+        for name, vector in (("logps", logps), ("ref_logps", ref_logps), ("lengths", lengths)):
+            if vector is not None and vector.ndim != 1:
+                raise ActiveDPOError(f"{name} must have one dimension, not {list(vector.shape)}")
+        for name, history, current in (("history_gradients", history_gradients, gradients),
+                                       ("history_hidden", history_hidden, hidden)):
+            if history is not None:
+                rows, labelled = history
+                _check_matrix(rows, name)
+                check_pairs(labelled, len(rows), name)
+                if current is not None and rows.shape[1] != current.shape[1]:
+                    raise ActiveDPOError(f"{name} has {rows.shape[1]} columns, "
+                                         f"the candidates have {current.shape[1]}")
+        self.pairs = pairs
+        self.item_of_row = item_of_row
+        self._gradients = gradients
+        self._hidden = hidden
+        self._logps = logps
+        self._ref_logps = ref_logps
+        self._lengths = lengths
+        self._history_gradients = history_gradients
+        self._history_hidden = history_hidden
+
+    def gradients(self) -> Tensor:
+        return self._given(self._gradients, "gradients")
+
+    def hidden(self) -> Tensor:
+        return self._given(self._hidden, "hidden")
+
+    def logps(self) -> Tensor:
+        return self._given(self._logps, "logps").to(torch.float64)
+
+    def ref_logps(self) -> Tensor:
+        return self._given(self._ref_logps, "ref_logps").to(torch.float64)
+
+    def lengths(self) -> Tensor:
+        return self._given(self._lengths, "lengths").to(torch.int64)
+
+    def history_gradients(self) -> History:
+        if self._history_gradients is not None:
+            return self._history_gradients
+        if self._history_hidden is not None:
+            self._missing("history_gradients")
+        return empty_history(self.gradients())
+
+    def history_hidden(self) -> History:
+        if self._history_hidden is not None:
+            return self._history_hidden
+        if self._history_gradients is not None:
+            self._missing("history_hidden")
+        return empty_history(self.hidden())
+
+    def _given(self, tensor: Tensor | None, name: str) -> Tensor:
+        if tensor is None:
+            self._missing(name)
+        return tensor
+
+
+def empty_history(rows: Tensor) -> History:
+    """A history without labelled pairs, of the width, dtype and device of `rows` [R, k]."""
+    return rows[:0], torch.empty(0, 2, dtype=torch.int64, device=rows.device)
+
+
+def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
+    """Raise `ActiveDPOError` unless `pairs` is int64 [N, 2] with row numbers in 0..n_rows-1."""
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ActiveDPOError(
+            f"{name} must be int64 [N, 2], not {pairs.dtype} {list(pairs.shape)}"
+        )
+    outside = ((pairs < 0) | (pairs >= n_rows)).any(dim=1).nonzero()
+    if len(outside):
+        position = int(outside[0])
+        raise ActiveDPOError(
+            f"{name}[{position}] is {pairs[position].tolist()}, but there are {n_rows} rows"
+        )
+
+
+def _check_matrix(rows: Tensor, name: str) -> None:
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise ActiveDPOError(
+            f"{name} must be a floating-point matrix [R, k], not {rows.dtype} {list(rows.shape)}"
+        )

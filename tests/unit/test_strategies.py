@@ -1,0 +1,196 @@
+"""Strategies against their formulas written out by hand, and the signals they read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.greedy import greedy_logdet
+from activedpo_fast.selection.signals import Signals, TensorSignals
+from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
+
+P, M, K = 8, 3, 12
+
+
+@pytest.fixture
+def parts():
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    within = torch.combinations(torch.arange(M))
+    labelled = torch.arange(8).reshape(-1, 2)
+    return dict(
+        pairs=torch.cat([within + M * p for p in range(P)]),
+        item_of_row=torch.arange(P).repeat_interleave(M),
+        gradients=normal(P * M, K), hidden=normal(P * M, 5),
+        logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
+        lengths=torch.full((P * M,), 9),
+        history_gradients=(normal(8, K), labelled), history_hidden=(normal(8, 5), labelled),
+    )
+
+
+def test_activedpo_is_the_greedy_with_the_history(parts):
+    got = make_strategy("activedpo", lam=0.1, normalize="pair").select(TensorSignals(**parts), 6)
+    want = greedy_logdet(parts["gradients"], parts["pairs"], 6, lam=0.1, normalize="pair",
+                         history=parts["history_gradients"])
+    assert got.indices.tolist() == want.indices.tolist()
+    assert got.scores.tolist() == want.scores.tolist()
+    without = greedy_logdet(parts["gradients"], parts["pairs"], 6, lam=0.1, normalize="pair")
+    assert without.scores.tolist() != want.scores.tolist()
+
+
+def test_random_draws_each_pair_once_and_depends_on_the_seed_alone(parts):
+    signals = TensorSignals(parts["pairs"], parts["item_of_row"])
+    n_pairs = len(parts["pairs"])
+    drawn = make_strategy("random", seed=3).select(signals, n_pairs)
+    assert sorted(drawn.indices.tolist()) == list(range(n_pairs))
+    assert drawn.scores.tolist() == [0.0] * n_pairs
+    few = make_strategy("random", seed=3).select(signals, 5).indices
+    assert few.tolist() == drawn.indices[:5].tolist()
+    other = make_strategy("random", seed=4).select(signals, n_pairs).indices
+    assert other.tolist() != drawn.indices.tolist()
+    first = [int(make_strategy("random", seed=s).select(signals, 1).indices) for s in range(600)]
+    counts = torch.bincount(torch.tensor(first), minlength=n_pairs).double()
+    # Chi-square with 23 degrees of freedom: 49.7 is passed with probability 0.001.
+    assert float(((counts - 25) ** 2 / 25).sum()) < 49.7
+
+
+def test_apo_takes_the_largest_of_one_fixed_matrix(parts):
+    got = make_strategy("apo").select(TensorSignals(**parts), 7)
+    z = parts["hidden"][parts["pairs"][:, 0]] - parts["hidden"][parts["pairs"][:, 1]]
+    rows, labelled = parts["history_hidden"]
+    seen = rows[labelled[:, 0]] - rows[labelled[:, 1]]
+    v = 1e-5 * torch.eye(5, dtype=torch.float64) + seen.T @ seen
+    scores = (z * torch.linalg.solve(v, z.T).T).sum(dim=1)
+    order = scores.argsort(descending=True)[:7]
+    assert got.indices.tolist() == order.tolist()
+    assert got.scores.tolist() == pytest.approx(scores[order].tolist(), rel=1e-8)
+    ridge = make_strategy("apo", ridge=10.0).select(TensorSignals(**parts), 7)
+    assert float(ridge.scores[0]) < float(got.scores[0])
+
+
+def test_aplp_shortlists_by_entropy_and_ranks_by_certainty(parts):
+    got = make_strategy("aplp", beta=0.2, shortlist=1.5).select(TensorSignals(**parts), 3)
+    logps, ref = parts["logps"].tolist(), parts["ref_logps"].tolist()
+    entropy = [-sum(logps[M * p:M * p + M]) / M for p in range(P)]
+    prompts = sorted(range(P), key=lambda p: -entropy[p])[:math.ceil(1.5 * 3)]
+    certainty = {}
+    for index, (a, b) in enumerate(parts["pairs"].tolist()):
+        if a // M in prompts:
+            d = 0.2 * ((logps[a] - logps[b]) - (ref[a] - ref[b]))
+            certainty[index] = abs(1 / (1 + math.exp(-d)) - 0.5)
+    order = sorted(certainty, key=lambda index: -certainty[index])[:3]
+    assert got.indices.tolist() == order
+    assert got.scores.tolist() == pytest.approx([certainty[index] for index in order])
+
+
+def test_aplp_entropy_counts_responses_that_are_in_no_candidate_pair(parts):
+    # Prompt 0's third response is very unlikely, and its pairs are not candidates any more.
+    parts["logps"] = torch.full((P * M,), -20.0, dtype=torch.float64)
+    parts["logps"][2] = -500.0
+    parts["pairs"] = torch.tensor([[3, 4], [0, 1]])
+    got = make_strategy("aplp", shortlist=1).select(TensorSignals(**parts), 1)
+    assert got.indices.tolist() == [1]
+
+
+def test_aplp_order_does_not_saturate_and_ties_go_to_the_lowest_index(parts):
+    parts["logps"] = torch.zeros(P * M, dtype=torch.float64)
+    parts["ref_logps"] = torch.zeros(P * M, dtype=torch.float64)
+    parts["logps"][0], parts["logps"][3], parts["logps"][6] = 1000.0, 2000.0, 1000.0
+    got = make_strategy("aplp", beta=1.0, shortlist=100).select(TensorSignals(**parts), 7)
+    # Prompt 1 has the pairs 3, 4, 5; then those of prompts 0 and 2, tied; then the lowest zero.
+    assert got.indices.tolist() == [3, 4, 0, 1, 6, 7, 2]
+    assert got.scores.tolist() == [0.5] * 6 + [0.0]
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_duplicate_pairs_tie_and_every_strategy_checks_n(parts, name):
+    strategy = make_strategy(name)
+    n_pairs = len(parts["pairs"])
+    for n, message in ((n_pairs + 1, f"{n_pairs + 1} pairs .* only {n_pairs}"),
+                       (-1, "0 or more"), (2.0, "integer")):
+        with pytest.raises(ActiveDPOError, match=message):
+            strategy.select(TensorSignals(**parts), n)
+    none = strategy.select(TensorSignals(**parts), 0)
+    assert none.indices.shape == none.scores.shape == (0,)
+    if name != "random":
+        for key in ("gradients", "hidden", "logps", "ref_logps"):  # every prompt like the first
+            value = parts[key][:M]
+            parts[key] = value.repeat((P,) + (1,) * (value.ndim - 1))
+        everything = strategy.select(TensorSignals(**parts), n_pairs).indices.tolist()
+        for kind in range(M):
+            of_kind = [i for i in everything if i % M == kind]
+            assert of_kind == sorted(of_kind)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
+    strategy = make_strategy(name)
+    needed = set(strategy.requires)
+    needed |= {f"history_{signal}" for signal in needed if f"history_{signal}" in parts}
+    base = {key: parts[key] for key in ("pairs", "item_of_row")}
+    given = {key: parts[key] for key in needed}
+    assert len(strategy.select(TensorSignals(**base, **given), 4).indices) == 4
+    for missing in strategy.requires:
+        rest = {key: value for key, value in given.items() if missing not in key}
+        with pytest.raises(ActiveDPOError, match=missing):
+            strategy.select(TensorSignals(**base, **rest), 4)
+
+
+def test_options():
+    assert list(STRATEGIES) == ["activedpo", "random", "apo", "aplp"]
+    assert STRATEGIES["activedpo"].options() == ("lam", "kappa", "normalize")
+    with pytest.raises(ActiveDPOError, match="'best'; known: activedpo, random, apo, aplp"):
+        make_strategy("best")
+    with pytest.raises(ActiveDPOError, match="'apo' has no option 'lam'; known: ridge"):
+        make_strategy("apo", lam=1.0)
+    for name, options in (("activedpo", dict(lam=0)), ("activedpo", dict(normalize="row")),
+                          ("apo", dict(ridge=-1.0)), ("aplp", dict(beta="0.1")),
+                          ("aplp", dict(shortlist=0.5)), ("random", dict(seed=0.5)),
+                          ("activedpo", dict(kappa=True))):
+        with pytest.raises(ActiveDPOError, match=next(iter(options))):
+            make_strategy(name, **options)
+
+
+def test_not_a_number_is_named(parts):
+    parts["logps"][5] = float("nan")
+    with pytest.raises(ActiveDPOError, match="logps of response row 5"):
+        make_strategy("aplp").select(TensorSignals(**parts), 1)
+    parts["hidden"][4, 0] = float("inf")
+    with pytest.raises(ActiveDPOError, match="not finite: 4 of 24"):
+        make_strategy("apo").select(TensorSignals(**parts), 1)
+
+
+def test_no_history_is_empty_but_a_half_given_one_is_an_error(parts):
+    del parts["history_hidden"]
+    with pytest.raises(ActiveDPOError, match="history_hidden"):
+        TensorSignals(**parts).history_hidden()
+    del parts["history_gradients"]
+    rows, pairs = TensorSignals(**parts).history_gradients()
+    assert rows.shape == (0, K) and pairs.shape == (0, 2) and pairs.dtype == torch.int64
+
+
+def test_the_base_class_names_the_signal():
+    for name in ("gradients", "history_gradients", "hidden", "history_hidden", "logps",
+                 "ref_logps", "lengths"):
+        with pytest.raises(ActiveDPOError, match=f"'{name}'"):
+            getattr(Signals(), name)()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(gradients=torch.ones(3, 4)), "gradients has 3 rows for 24"),
+    (dict(hidden=torch.ones(24)), "hidden must be"),
+    (dict(pairs=torch.tensor([[0, 24]])), r"pairs\[0\] is \[0, 24\]"),
+    (dict(pairs=torch.ones(3, 2)), "int64"),
+    (dict(item_of_row=torch.zeros(24)), "item_of_row"),
+    (dict(logps=torch.ones(24, 1)), "one dimension"),
+    (dict(history_gradients=(torch.ones(2, 3), torch.tensor([[0, 1]]))), "3 columns"),
+])
+def test_tensors_that_do_not_fit(parts, change, message):
+    with pytest.raises(ActiveDPOError, match=message):
+        TensorSignals(**{**parts, **change})
