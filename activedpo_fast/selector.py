@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.data import PoolItem, PreferencePool
@@ -69,7 +70,7 @@ class ActiveDPOSelector:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         processing_class: PreTrainedTokenizerBase,
         *,
         strategy: str | Strategy | None = None,
@@ -261,7 +262,7 @@ class _ModelSignals(Signals):
         if selector.ref_model is not None:
             return extractor.logps(
                 self._tokenized, model=selector.ref_model, show_progress=self._show_progress)
-        if not hasattr(selector.model, "disable_adapter"):
+        if not isinstance(selector.model, PeftModel):
             raise ActiveDPOError(
                 "this strategy needs the reference model: pass ref_model=, or a PEFT model, whose "
                 "base model is then the reference"

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from activedpo_fast.features.batching import Batch
@@ -63,5 +64,5 @@ def _model_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def _accepts(model: nn.Module, argument: str) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return argument in inspect.signature(base.forward).parameters

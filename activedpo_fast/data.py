@@ -1,0 +1,425 @@
+"""The pool of prompts and responses that preference pairs are chosen from."""
+
+from __future__ import annotations
+
+import bisect
+import codecs
+import hashlib
+import json
+import math
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from activedpo_fast._files import write_atomic
+from activedpo_fast._texts import (
+    Message,
+    Text,
+    canonical_json,
+    check_string,
+    check_text,
+    check_texts,
+    content_id,
+    kind_of,
+    show,
+)
+from activedpo_fast.errors import ActiveDPOError
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["Message", "PoolItem", "PreferencePool", "Prompt", "Text", "check_prompts"]
+
+_PAIRS = (("chosen", "rejected"), ("response_a", "response_b"))
+_COLUMNS = frozenset({"id", "prompt", "responses", *_PAIRS[0], *_PAIRS[1]})
+
+
+@dataclass(frozen=True)
+class PoolItem:
+    """A prompt with its responses.
+
+    `prompt` and each of `responses` are plain strings, or all of them lists of chat messages
+    `{"role": ..., "content": ...}`. `extra` holds the other columns of the row, untouched; they
+    should be JSON values if the pool is to be written with `PreferencePool.to_jsonl`.
+    """
+
+    id: str
+    prompt: Text
+    responses: tuple[Text, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that has no responses yet: what `generate_responses` starts from."""
+
+    id: str
+    prompt: Text
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class PreferencePool(Sequence[PoolItem]):
+    """Prompts with two or more responses each, checked when made and never empty.
+
+    Rows have a `prompt` and either `responses` (a list of two or more), or `chosen` and `rejected`,
+    or `response_a` and `response_b`; their order makes no statement about preference. Texts are
+    strings, or lists of chat messages in TRL's conversational format, the same kind throughout the
+    pool. `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
+    responses, so the same row has the same id wherever it stands. A null cell counts as absent.
+
+    Raises:
+        ActiveDPOError: on anything else. The message names the row, counted from 1 (the line, in a
+            JSONL file). Either everything is read or nothing.
+    """
+
+    def __init__(self, items: Iterable[PoolItem]) -> None:
+        listed = list(items)
+        self._set_checked(listed, [f"item {n}" for n in range(1, len(listed) + 1)])
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> PreferencePool:
+        """Build from mappings with the columns described in the class."""
+        return cls._from_placed_rows((f"row {n}", row) for n, row in enumerate(rows, start=1))
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> PreferencePool:
+        """Read one JSON object a line, UTF-8; blank lines are skipped."""
+        return cls._from_placed_rows(_jsonl_rows(Path(path)), empty=f"{path}: no rows")
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike[str]) -> PreferencePool:
+        """Read one Parquet file."""
+        import pyarrow
+        import pyarrow.parquet
+
+        source = Path(path)
+        try:
+            with open(source, "rb") as file:
+                rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+        except OSError as error:
+            # Arrow's own read errors are OSErrors too, without an errno.
+            raise ActiveDPOError(f"{source}: {_reason(error)}") from error
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise ActiveDPOError(f"{source}: not a Parquet file: {_first_line(error)}") from error
+        placed = ((f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
+        return cls._from_placed_rows(placed, empty=f"{source}: no rows")
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset) -> PreferencePool:
+        """Read a `datasets.Dataset` (one split, not streamed)."""
+        import datasets
+
+        if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+            splits = ", ".join(map(repr, dataset))
+            raise ActiveDPOError(f"the data set has several splits ({splits}): pass one of them")
+        if isinstance(dataset, datasets.IterableDataset):
+            raise ActiveDPOError("a streamed (iterable) data set has no fixed rows to choose from: "
+                                 "load it without streaming=True")
+        if not isinstance(dataset, datasets.Dataset):
+            raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
+        placed = ((f"data set, row {n}", row)
+                  for n, row in enumerate(dataset.with_format(None), start=1))
+        return cls._from_placed_rows(placed, empty="the data set has no rows")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PreferencePool:
+        """Read a file by its suffix, `.jsonl` or `.parquet`."""
+        readers = {".jsonl": cls.from_jsonl, ".parquet": cls.from_parquet}
+        suffix = Path(path).suffix.lower()
+        if suffix not in readers:
+            raise ActiveDPOError(f"{path}: unsupported suffix {suffix!r}, expected "
+                                 + " or ".join(readers))
+        return readers[suffix](path)
+
+    @classmethod
+    def _from_placed_rows(cls, placed: Iterable[tuple[str, Any]],
+                          empty: str = "the pool has no rows") -> PreferencePool:
+        items, places = [], []
+        for place, row in placed:
+            items.append(_item_from_row(row, place))
+            places.append(place)
+        if not items:
+            raise ActiveDPOError(empty)
+        pool = cls.__new__(cls)
+        pool._set_checked(items, places)
+        return pool
+
+    def _set_checked(self, items: list[PoolItem], places: list[str]) -> None:
+        if not items:
+            raise ActiveDPOError("the pool has no items")
+        first_with: dict[str, int] = {}
+        for n, (item, place) in enumerate(zip(items, places, strict=True)):
+            _check_item(item, place)
+            _check_same_kind(item.prompt, place, items[0].prompt, places[0])
+            earlier = first_with.setdefault(item.id, n)
+            if earlier != n:
+                other = items[earlier]
+                repeated = item.id == content_id(item.prompt, item.responses) and (
+                    item.prompt, item.responses) == (other.prompt, other.responses)
+                raise ActiveDPOError(f"{place}: the same row as {places[earlier]}" if repeated else
+                                     f"{place}: id {item.id!r} is already that of "
+                                     f"{places[earlier]}")
+        self._set(items)
+
+    def _set(self, items: list[PoolItem]) -> None:
+        self._items = tuple(items)
+        self._position = {item.id: n for n, item in enumerate(self._items)}
+        self._offsets = [0]
+        for item in self._items:
+            self._offsets.append(self._offsets[-1] + len(item.responses))
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write one object a line (`id`, `prompt`, `responses`, then the extra columns).
+
+        `from_jsonl` reads back an equal pool. The file is written whole or not at all.
+        """
+        lines = []
+        for item in self._items:
+            row = {"id": item.id, "prompt": item.prompt, "responses": item.responses, **item.extra}
+            try:
+                lines.append(json.dumps(row, ensure_ascii=False).encode())
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ActiveDPOError(f"item {item.id!r}: an extra column is no JSON value: "
+                                     f"{_first_line(error)}") from error
+        write_atomic(path, b"\n".join(lines) + b"\n")
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over ids, prompts and responses in pool order, without extra columns."""
+        digest = hashlib.sha256()
+        for item in self._items:
+            digest.update(canonical_json([item.id, item.prompt, item.responses]) + b"\n")
+        return digest.hexdigest()
+
+    # -- items, rows and pairs -------------------------------------------------------------------
+
+    @overload
+    def __getitem__(self, index: int) -> PoolItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> PreferencePool: ...
+    def __getitem__(self, index: int | slice) -> PoolItem | PreferencePool:
+        if isinstance(index, slice):
+            return self.subset(range(*index.indices(len(self))))
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[PoolItem]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        return f"PreferencePool({len(self)} prompts, {self.n_responses} responses)"
+
+    @property
+    def ids(self) -> list[str]:
+        return [item.id for item in self._items]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the texts are chat messages (all of them are, or none)."""
+        return not isinstance(self._items[0].prompt, str)
+
+    @property
+    def n_responses(self) -> int:
+        """R, the number of responses of all items together."""
+        return self._offsets[-1]
+
+    @property
+    def response_offsets(self) -> torch.Tensor:
+        """int64 [P+1]: item p has the response rows `offsets[p]:offsets[p+1]`."""
+        return torch.tensor(self._offsets, dtype=torch.int64)
+
+    def pairs(self) -> torch.Tensor:
+        """All pairs of responses to the same prompt.
+
+        Returns:
+            int64 [N, 2] of response rows (a, b), a < b, ordered by item, then by a, then by b;
+            N = Σ M_p (M_p − 1) / 2.
+        """
+        offsets = self.response_offsets
+        counts = offsets.diff()
+        pair_counts = counts * (counts - 1) // 2
+        starts = pair_counts.cumsum(0) - pair_counts
+        pairs = torch.empty(int(pair_counts.sum()), 2, dtype=torch.int64)
+        for m in counts.unique().tolist():
+            within = torch.triu_indices(m, m, offset=1).T  # [m(m−1)/2, 2], row-major
+            items = (counts == m).nonzero().squeeze(1)
+            places = starts[items, None] + torch.arange(len(within))
+            pairs[places] = offsets[items, None, None] + within
+        return pairs
+
+    def position(self, id: str) -> int:
+        """The position of the item with this id."""
+        if id not in self._position:
+            raise ActiveDPOError(f"no item with id {id!r} in the pool")
+        return self._position[id]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(item position, response index within the item) of a response row."""
+        row = operator.index(row)
+        if not 0 <= row < self.n_responses:
+            raise ActiveDPOError(f"response row {row} is outside 0..{self.n_responses - 1}")
+        position = bisect.bisect_right(self._offsets, row) - 1
+        return position, row - self._offsets[position]
+
+    def subset(self, positions: Sequence[int]) -> PreferencePool:
+        """The items at these distinct positions, in the order given."""
+        chosen = [operator.index(position) for position in positions]
+        outside = [position for position in chosen if not 0 <= position < len(self)]
+        if outside:
+            raise ActiveDPOError(f"position {outside[0]} is outside 0..{len(self) - 1}")
+        if len(set(chosen)) != len(chosen):
+            raise ActiveDPOError("positions: one of them is given twice")
+        if not chosen:
+            raise ActiveDPOError("positions: a pool cannot be empty")
+        pool = type(self).__new__(type(self))
+        pool._set([self._items[position] for position in chosen])
+        return pool
+
+
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Raise ActiveDPOError unless they have distinct ids and well-formed prompts of one kind."""
+    if not prompts:
+        raise ActiveDPOError("there are no prompts")
+    places: dict[str, str] = {}
+    for n, prompt in enumerate(prompts, start=1):
+        place = f"prompt {n}"
+        _check_id(prompt.id, place)
+        check_text(prompt.prompt, "the prompt", place)
+        _check_same_kind(prompt.prompt, place, prompts[0].prompt, "prompt 1")
+        if prompt.id in places:
+            raise ActiveDPOError(f"{place}: id {prompt.id!r} is already that of "
+                                 f"{places[prompt.id]}")
+        places[prompt.id] = place
+
+
+# -- one row ---------------------------------------------------------------------------------------
+
+
+def _item_from_row(row: Any, place: str) -> PoolItem:
+    """Sort the columns of a row; their contents are checked by `_check_item`."""
+    if not isinstance(row, Mapping):
+        raise ActiveDPOError(f"{place}: expected an object with named columns, got {show(row)}")
+    given = {name: row[name] for name in _COLUMNS if name in row and not _absent(row[name])}
+    responses = _responses_of(given, place)
+    if "prompt" not in given:
+        if all(isinstance(response, list) for response in responses):
+            raise ActiveDPOError(f"{place}: no 'prompt': conversations that hold their prompt are "
+                                 "not split; extract it first (for instance with "
+                                 "trl.extract_prompt)")
+        raise ActiveDPOError(f"{place}: missing column 'prompt'")
+    prompt = _plain_text(given["prompt"])
+    texts = tuple(_plain_text(response) for response in responses)
+    if "id" not in given:
+        # Not yet checked, so not yet known to be something that can be hashed.
+        check_texts(prompt, texts, place)
+        given["id"] = content_id(prompt, texts)
+    id = given["id"]
+    if isinstance(id, Integral) and not isinstance(id, bool):
+        id = str(int(id))
+    extra = {str(name): value for name, value in row.items() if name not in _COLUMNS}
+    return PoolItem(id=id, prompt=prompt, responses=texts, extra=extra)
+
+
+def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
+    columns = [name for name in ("responses", *_PAIRS[0], *_PAIRS[1]) if name in given]
+    if columns == ["responses"]:
+        if not isinstance(given["responses"], (list, tuple)):
+            raise ActiveDPOError(f"{place}: 'responses' must be a list of two or more, got "
+                                 f"{show(given['responses'])}")
+        return given["responses"]
+    for pair in _PAIRS:
+        if columns == list(pair):
+            return [given[name] for name in pair]
+    if len(columns) == 1:
+        partner = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}[columns[0]]
+        raise ActiveDPOError(f"{place}: {columns[0]!r} without {partner!r}")
+    if not columns:
+        raise ActiveDPOError(f"{place}: no responses: expected the column 'responses', or 'chosen' "
+                             "and 'rejected', or 'response_a' and 'response_b'")
+    raise ActiveDPOError(f"{place}: the columns {', '.join(map(repr, columns))} together do not "
+                         "say which are the responses")
+
+
+def _plain_text(value: Any) -> Any:
+    """A copy of chat messages, without keys that a table filled up with null."""
+    if not isinstance(value, list):
+        return value
+    return [{key: entry for key, entry in message.items() if entry is not None}
+            if isinstance(message, Mapping) else message for message in value]
+
+
+def _check_item(item: PoolItem, place: str) -> None:
+    if not isinstance(item, PoolItem):
+        raise ActiveDPOError(f"{place}: expected a PoolItem, got {show(item)}")
+    _check_id(item.id, place)
+    if not isinstance(item.responses, tuple):
+        raise ActiveDPOError(f"{place}: the responses must be a tuple, got {show(item.responses)}")
+    check_texts(item.prompt, item.responses, place)
+    if not isinstance(item.extra, dict):
+        raise ActiveDPOError(f"{place}: the extra columns must be a dict, got {show(item.extra)}")
+    for name in item.extra:
+        if not isinstance(name, str) or name in _COLUMNS:
+            raise ActiveDPOError(f"{place}: {name!r} cannot be the name of an extra column")
+
+
+def _check_id(id: Any, place: str) -> None:
+    if not isinstance(id, str):
+        raise ActiveDPOError(f"{place}: 'id' must be a string or an integer, got {show(id)}")
+    check_string(id, "'id'", place)
+    if not id.strip():
+        raise ActiveDPOError(f"{place}: 'id' is empty")
+
+
+def _check_same_kind(prompt: Text, place: str, first: Text, first_place: str) -> None:
+    if isinstance(prompt, str) != isinstance(first, str):
+        raise ActiveDPOError(f"{place}: {kind_of(prompt)}, but {first_place} has "
+                             f"{kind_of(first)}; use one of them for all")
+
+
+# -- small helpers ---------------------------------------------------------------------------------
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {_reason(error)}") from error
+    # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a string.
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for n, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {n}"
+        try:
+            yield place, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
+        except json.JSONDecodeError as error:
+            raise ActiveDPOError(f"{place}: broken JSON: {error.msg} at column "
+                                 f"{error.colno}") from error
+        except (RecursionError, ValueError) as error:
+            raise ActiveDPOError(f"{place}: broken JSON: {_first_line(error)}") from error
+
+
+def _absent(value: Any) -> bool:
+    # pandas writes a missing string as NaN
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or _first_line(error)).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
