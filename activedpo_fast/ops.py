@@ -1,0 +1,158 @@
+"""One function per operation, and the only place that chooses a backend for it.
+
+Backends: `cpp` (csrc/, float32 and float64 tensors on the CPU) and `reference` (reference.py, any
+device). `auto` takes the first that can serve the tensors' device. The environment variable
+ACTIVEDPO_BACKEND (auto, cpp, reference) forces one; what it names is used or an error is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from activedpo_fast import reference
+from activedpo_fast.errors import ActiveDPOError
+
+_csrc: ModuleType | None
+try:
+    from activedpo_fast import _csrc  # type: ignore[attr-defined, no-redef]
+    _WHY_NO_CPP = ""
+except ImportError as error:
+    _csrc = None
+    _WHY_NO_CPP = (
+        f"the C++ extension is not built ({error}); with a C++17 compiler, run `pip install .` "
+        "again, or `python setup.py build_ext --inplace` in a checkout"
+    )
+
+log = logging.getLogger(__name__)
+
+OPERATIONS = ("sjlt", "rademacher")
+BACKENDS = ("cpp", "reference")  # in the order in which `auto` prefers them
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_warned = False
+
+
+def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
+    """out += S x in place, S the sparse sketch of `reference.sjlt`.
+
+    Args:
+        out: [n, k], 1 <= k < 2^31, float32 or float64.
+        x: [n, D], of out's dtype and device. n = 0 and D = 0 are fine.
+        key: 0 <= key < 2^64, from `Sketch.key`.
+
+    Sums are formed in float64 and rounded once. Raises ActiveDPOError on tensors that do not fit.
+    """
+    _add("sjlt", out, x, key)
+
+
+def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
+    """out += R x / sqrt(k) in place, R the signs of `reference.rademacher`; arguments as `sjlt_`.
+
+    float32 sums are formed in float32 over 32 numbers at a time and in float64 beyond.
+    """
+    _add("rademacher", out, x, key)
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """What serves each operation: {operation: {"cpu" | "cuda": {backend: status}}}.
+
+    A status is "active", or why the backend is not: it cannot serve the device, is not built, or
+    another one goes before it. Raises ActiveDPOError when ACTIVEDPO_BACKEND names no backend.
+    """
+    def statuses(device: str) -> dict[str, str]:
+        forced = _forced()
+        result: dict[str, str] = {}
+        for backend in BACKENDS:
+            why_not = _why_not(backend, device)
+            if not why_not and forced not in ("auto", backend):
+                why_not = f"ACTIVEDPO_BACKEND={forced}"
+            if not why_not and "active" in result.values():
+                why_not = "a faster backend is active"
+            result[backend] = why_not or "active"
+        return result
+
+    return {operation: {device: statuses(device) for device in ("cpu", "cuda")}
+            for operation in OPERATIONS}
+
+
+def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
+    _check(operation, out, x, key)
+    if x.numel() == 0:
+        return
+    backend = _choose(out.device.type)
+    if backend == "reference":
+        function = reference.sjlt if operation == "sjlt" else reference.rademacher
+        out += function(x, key, out.shape[1])
+        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    target = out if out.stride(1) == 1 else out.contiguous()
+    getattr(_csrc, f"{operation}_{_DTYPES[x.dtype]}")(
+        out=target.data_ptr(), out_stride=target.stride(0), x=x.data_ptr(), x_stride=x.stride(0),
+        n=x.shape[0], length=x.shape[1], k=out.shape[1], key=key,
+        num_threads=torch.get_num_threads())
+    if target is not out:
+        out.copy_(target)
+
+
+def _check(operation: str, out: Tensor, x: Tensor, key: int) -> None:
+    name = f"{operation}_"
+    for label, tensor in (("out", out), ("x", x)):
+        if not isinstance(tensor, Tensor):
+            raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dim() != 2:
+            raise ActiveDPOError(
+                f"{name}: {label} has shape {tuple(tensor.shape)}, expected two dimensions")
+        if tensor.dtype not in _DTYPES:
+            raise ActiveDPOError(
+                f"{name}: {label} is {tensor.dtype}, expected torch.float32 or torch.float64")
+        if tensor.layout != torch.strided:
+            raise ActiveDPOError(f"{name}: {label} is sparse, expected a dense tensor")
+        if tensor.requires_grad:
+            raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
+    if out.dtype != x.dtype:
+        raise ActiveDPOError(f"{name}: out is {out.dtype} and x is {x.dtype}")
+    if out.device != x.device:
+        raise ActiveDPOError(f"{name}: out is on {out.device} and x on {x.device}")
+    if out.shape[0] != x.shape[0]:
+        raise ActiveDPOError(f"{name}: out has {out.shape[0]} rows and x has {x.shape[0]}")
+    if not 1 <= out.shape[1] < 2 ** 31:
+        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2 ** 64:
+        raise ActiveDPOError(f"{name}: key is {key!r}, expected an integer from 0 to 2^64 - 1")
+
+
+def _forced() -> str:
+    name = os.environ.get("ACTIVEDPO_BACKEND") or "auto"
+    if name not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise ActiveDPOError(f"ACTIVEDPO_BACKEND is {name!r}; known: {known}")
+    return name
+
+
+def _why_not(backend: str, device: str) -> str:
+    """Why `backend` cannot serve tensors on `device`; empty where it can."""
+    if backend == "reference":
+        return ""
+    if device != "cpu":
+        return "serves CPU tensors only"
+    return _WHY_NO_CPP
+
+
+def _choose(device: str) -> str:
+    global _warned
+    forced = _forced()
+    if forced != "auto":
+        why_not = _why_not(forced, device)
+        if why_not:
+            raise ActiveDPOError(f"ACTIVEDPO_BACKEND={forced} on a {device} tensor: {why_not}")
+        return forced
+    if not _why_not("cpp", device):
+        return "cpp"
+    if device == "cpu" and not _warned:
+        _warned = True
+        log.warning("sketching with the slower PyTorch reference: %s", _WHY_NO_CPP)
+    return "reference"

@@ -1,0 +1,104 @@
+"""The definition of every operation, short and in PyTorch; each backend is tested against it.
+
+Random bits are those of Philox4x32-10 (J. K. Salmon et al., "Parallel Random Numbers: As Easy as
+1, 2, 3", SC 2011). The counter is (block, low word; block, high word; column block; stream), the
+key 64 bits long: every bit is a pure function of where it is used. Integers are int64 tensors that
+hold unsigned 32-bit values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SJLT_STREAM = 1
+RADEMACHER_STREAM = 2
+
+_MASK = 0xFFFFFFFF
+_TILE = 1 << 20  # numbers in a chunk's largest tensor; a bound on memory, of no effect on values
+
+
+def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
+               key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random words of counters (c0, c1, c2, c3): int64 tensors of one shape, values below 2^32."""
+    key_lo, key_hi = key & _MASK, key >> 32
+    for _ in range(10):
+        a_hi, a_lo = _multiply(c0, 0xD2511F53)
+        b_hi, b_lo = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = b_hi ^ c1 ^ key_lo, b_lo, a_hi ^ c3 ^ key_hi, a_lo
+        key_lo, key_hi = (key_lo + 0x9E3779B9) & _MASK, (key_hi + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def sjlt_hash(positions: Tensor, key: int, k: int) -> tuple[Tensor, Tensor]:
+    """Bucket (0..k-1) and sign (+1, -1) of each position, both int64.
+
+    Position p uses word p mod 4 of Philox block p // 4: bit 0 is the sign (set: -1), and the other
+    31 bits r give the bucket floor(r k / 2^31).
+    """
+    words = torch.stack(_words(positions >> 2, 0, SJLT_STREAM, key))
+    word = words.gather(0, (positions & 3).unsqueeze(0)).squeeze(0)
+    return ((word >> 1) * k) >> 31, 1 - 2 * (word & 1)
+
+
+def rademacher_signs(positions: Tensor, columns: Tensor, key: int) -> Tensor:
+    """Signs (+1, -1), int64 [positions, columns], of the matrix that `rademacher` projects with.
+
+    Entry (p, j) is bit j mod 32 (set: -1) of word (j // 32) mod 4 of Philox block p of column block
+    j // 128.
+    """
+    blocks, block_of_column = torch.unique(columns >> 7, return_inverse=True)
+    p, b = torch.broadcast_tensors(positions[:, None], blocks[None, :])
+    words = torch.stack(_words(p, b, RADEMACHER_STREAM, key), dim=-1)
+    word = words[:, block_of_column, (columns >> 5) & 3]
+    return 1 - 2 * ((word >> (columns & 31)) & 1)
+
+
+def sjlt(x: Tensor, key: int, k: int) -> Tensor:
+    """Sparse Johnson-Lindenstrauss sketch, one non-zero a column (CountSketch): [n, D] -> [n, k].
+
+    out[i, j] = sum of sign(p) x[i, p] over the positions p with bucket(p) = j, so that
+    E<Sx, Sy> = <x, y>. Summed in float64, returned in x's dtype. Source: Charikar, Chen,
+    Farach-Colton, "Finding frequent items in data streams" (ICALP 2002); Kane and Nelson,
+    "Sparser Johnson-Lindenstrauss transforms" (JACM 2014).
+    """
+    n, length = x.shape
+    out = torch.zeros(n, k, dtype=torch.float64, device=x.device)
+    step = max(1, _TILE // max(n, 4))
+    for begin in range(0, length, step):
+        positions = torch.arange(begin, min(begin + step, length), device=x.device)
+        bucket, sign = sjlt_hash(positions, key, k)
+        out.index_add_(1, bucket, x[:, begin:begin + step].double() * sign)
+    return out.to(x.dtype)
+
+
+def rademacher(x: Tensor, key: int, k: int) -> Tensor:
+    """Dense projection by random signs over sqrt(k): [n, D] -> [n, k].
+
+    Summed in float64, returned in x's dtype. Source: Achlioptas, "Database-friendly random
+    projections" (JCSS 2003).
+    """
+    n, length = x.shape
+    out = torch.zeros(n, k, dtype=torch.float64, device=x.device)
+    width = 4096
+    for first in range(0, k, width):
+        columns = torch.arange(first, min(first + width, k), device=x.device)
+        step = max(1, _TILE // len(columns))
+        for begin in range(0, length, step):
+            positions = torch.arange(begin, min(begin + step, length), device=x.device)
+            signs = rademacher_signs(positions, columns, key)
+            out[:, first:first + width] += x[:, begin:begin + step].double() @ signs.double()
+    return (out / k ** 0.5).to(x.dtype)
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product, by halves of b: int64 has 63 bits for it."""
+    low = a * (b & 0xFFFF)
+    middle = a * (b >> 16) + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _words(block: Tensor, column: Tensor | int, stream: int,
+           key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return philox4x32(block & _MASK, block >> 32, torch.zeros_like(block) + column,
+                      torch.full_like(block, stream), key)

@@ -1,0 +1,15 @@
+// The dense projection by a matrix of random signs.
+#pragma once
+
+#include <cstdint>
+
+namespace activedpo {
+
+// out[i, j] += sum_p sign(p, j) * x[i, p] / sqrt(k) for n rows of `length` numbers and j < k.
+// Rows are contiguous, `*_stride` numbers apart. sign depends on (key, p, j) alone, and the result
+// does not depend on num_threads.
+template <typename T>
+void rademacher(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stride, std::int64_t n,
+                std::int64_t length, std::int64_t k, std::uint64_t key, int num_threads);
+
+}  // namespace activedpo
