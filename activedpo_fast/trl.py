@@ -1,0 +1,272 @@
+"""One round of DPO by TRL's own `DPOTrainer`, after which the model is as before but trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+
+from activedpo_fast.errors import ActiveDPOError
+
+if TYPE_CHECKING:
+    import datasets
+    from trl import DPOConfig
+
+Reference = Literal["initial", "round"]
+
+_ADAPTER = "default"  # TRL 1.16 copies the adapter of this name ...
+_REFERENCE = "ref"  # ... to one of this name, which is π_ref
+
+
+def dpo_config(**overrides: Any) -> DPOConfig:
+    """A `trl.DPOConfig` for short rounds: nothing saved, reported or printed by the trainer.
+
+    TRL's defaults apply to all else, but for: no gradient checkpointing (rounds are on small LoRA
+    batches; switch it on for large models), and `use_cpu` with `bf16=False` where there is no
+    accelerator. Everything can be overridden by name.
+    """
+    _, config_class = _trl()
+    settings: dict[str, Any] = {
+        "output_dir": "trainer_output",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    if not torch.accelerator.is_available():
+        settings |= {"use_cpu": True, "bf16": False}
+    settings |= overrides
+    try:
+        return config_class(**settings)
+    except TypeError as error:
+        raise ActiveDPOError(f"DPOConfig: {error}") from error
+
+
+def selector_settings(args: DPOConfig) -> dict[str, Any]:
+    """Options for `ActiveDPOSelector`, so that it scores the tokens that the trainer trains on."""
+    return {
+        "beta": args.beta,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+    }
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the weights of the adapter "default", by PEFT's names without the adapter's."""
+    # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
+    state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def load_adapter_state(
+    model: PeftModel, state: Mapping[str, torch.Tensor], *, adapter_name: str = _ADAPTER
+) -> None:
+    """Copy weights of `adapter_state` into an adapter of the model.
+
+    Raises:
+        ActiveDPOError: other names or shapes than the adapter has.
+    """
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    differing = sorted(own.keys() ^ state.keys()) or [
+        name for name in sorted(own) if own[name].shape != state[name].shape
+    ]
+    if differing:
+        raise ActiveDPOError(f"the adapter weights do not fit the model: {differing[0]!r} differs")
+    set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
+
+
+def train_dpo(
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    args: DPOConfig,
+    *,
+    reference: Reference = "initial",
+    initial_adapter: Mapping[str, torch.Tensor] | None = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    show_progress: bool | None = None,
+) -> dict[str, float]:
+    """Train the adapter "default" of `model` in place by `trl.DPOTrainer`.
+
+    Afterwards, also after an exception, the model has what it had before (adapters, flags, modes,
+    hooks, dropout, configs, `forward`), `.grad` is None everywhere, and only the adapter's weights
+    differ. The model stays on the trainer's device. The trainer seeds the global random generators
+    with `args.seed`, and they are left so.
+
+    Args:
+        dataset: prompt, chosen, rejected, as `Selection.to_dataset` gives it.
+        reference: π_ref. "initial": the model with `initial_adapter`; "round": the model as it is
+            at the call.
+        initial_adapter: `adapter_state(model)` taken before the first round; for "initial".
+        callbacks: for the trainer.
+        show_progress: a bar over the optimizer's steps; None: on a terminal only.
+
+    Returns:
+        "loss" (mean over the training), "steps", "pairs" trained on (without those that the trainer
+        leaves out because their prompt fills max_length), "seconds".
+
+    Raises:
+        ActiveDPOError: TRL is missing; no PEFT model, another active adapter than "default", an
+            adapter called "ref"; no pair to train on; options that do not go together.
+    """
+    trainer_class, _ = _trl()
+    _check(model, dataset, args, reference, initial_adapter)
+    started = time.perf_counter()
+    with _restored(model, processing_class), _quiet_datasets():
+        trainer = trainer_class(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or ()), _Bar(show_progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        pairs = len(cast(Any, trainer.train_dataset))
+        if pairs == 0:
+            raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
+                                 f"{args.max_length}")
+        if reference == "initial":
+            assert initial_adapter is not None
+            load_adapter_state(model, initial_adapter, adapter_name=_REFERENCE)
+        output = trainer.train()
+    return {
+        "loss": float(output.training_loss),
+        "steps": output.global_step,
+        "pairs": pairs,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _trl() -> tuple[Any, Any]:
+    try:
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise ActiveDPOError(
+            f"training needs TRL: pip install activedpo-fast[trl] ({error})"
+        ) from error
+    return DPOTrainer, DPOConfig
+
+
+def _check(
+    model: Any,
+    dataset: datasets.Dataset,
+    args: DPOConfig,
+    reference: str,
+    initial_adapter: Mapping[str, torch.Tensor] | None,
+) -> None:
+    if not isinstance(model, PeftModel):
+        raise ActiveDPOError(f"model: expected a PEFT model, got {type(model).__name__}")
+    if model.active_adapters != [_ADAPTER]:
+        raise ActiveDPOError(f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
+                             f"TRL trains the one called {_ADAPTER!r}, alone")
+    if _REFERENCE in model.peft_config:
+        raise ActiveDPOError(f"the model has an adapter called {_REFERENCE!r}, the name that TRL "
+                             "gives to the reference; delete or rename it")
+    if reference not in ("initial", "round"):
+        raise ActiveDPOError(f"reference: {reference!r} is neither 'initial' nor 'round'")
+    if reference == "initial" and initial_adapter is None:
+        raise ActiveDPOError("reference='initial' needs initial_adapter=adapter_state(model), "
+                             "taken before the first round")
+    if reference == "initial" and args.precompute_ref_log_probs:
+        # TRL computes them while the trainer is made, from the policy as it then is.
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'")
+    if len(dataset) == 0:
+        raise ActiveDPOError("no labelled pair to train on")
+
+
+@contextmanager
+def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Undo what the trainer does to the model's modules, flags, adapters and configs."""
+    modules = [(module, _attributes(module)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    base = model.get_base_model()
+    configs = {id(c): (c, dict(vars(c))) for c in (
+        base.config, cast(Any, base.config).get_text_config(),
+        getattr(base, "generation_config", None)) if c is not None}
+    pad_token = tokenizer.pad_token
+    try:
+        yield
+    finally:
+        if _REFERENCE in model.peft_config:
+            model.delete_adapter(_REFERENCE)
+        for module, before in modules:
+            _set_attributes(module, before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for config, values in configs.values():
+            vars(config).clear()
+            vars(config).update(values)
+        if tokenizer.pad_token != pad_token:
+            tokenizer.pad_token = pad_token
+
+
+# Held by reference: their members are changed in place, and the adapter "ref" leaves them again.
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's own attributes; its hooks (dictionaries that are added to) are copied."""
+    return {
+        name: value.copy() if "_hooks" in name and isinstance(value, (dict, list)) else value
+        for name, value in vars(module).items()
+        if name not in _REGISTRIES
+    }
+
+
+def _set_attributes(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
+    own = vars(module)
+    for name in own.keys() - before.keys() - set(_REGISTRIES):
+        del own[name]
+    for name, value in before.items():
+        if "_hooks" in name and isinstance(value, dict):
+            # The same dictionary: handles of hooks refer to it.
+            own[name].clear()
+            own[name].update(value)
+        else:
+            own[name] = value
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+class _Bar(TrainerCallback):
+    """One bar over the steps, with the last loss that was logged."""
+
+    def __init__(self, show_progress: bool | None) -> None:
+        self._disable = None if show_progress is None else not show_progress
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, desc="train", unit="step",
+                             disable=self._disable)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()

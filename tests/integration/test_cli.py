@@ -1,0 +1,603 @@
+"""The command line on real files: tiny models saved to disk, read back by the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+from activedpo_fast import commands
+from activedpo_fast.cli import main
+from activedpo_fast.data import PreferencePool
+from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.tokenization import tokenize_pool
+from tests.gradients import loop_gradients, relative_error, trainable
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+
+_WORDS = "label prefer model align choose respond sketch brown fox lazy dog people".split()
+
+
+def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(least: int, most: int) -> str:
+        count = int(torch.randint(least, most + 1, (), generator=generator))
+        chosen = torch.randint(len(_WORDS), (count,), generator=generator)
+        return " ".join(_WORDS[i] for i in chosen)
+
+    return [
+        {"id": f"p{i}", "prompt": words(2, 6) + "?",
+         "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)]}
+        for i in range(n)
+    ]
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, adapter/ and pool.jsonl; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("project")
+    base = tiny_causal_lm("llama")
+    base.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    lora(base, "llama").save_pretrained(folder / "adapter")
+    _write_jsonl(folder / "pool.jsonl", _rows())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(project: Path) -> Path:
+    """A complete store of the project's pool; not to be changed by a test."""
+    assert main([*_features(project, project / "store"), "--proj-dim", "64"]) == 0
+    return project / "store"
+
+
+def _features(project: Path, output: Path, **replaced: Path) -> list[str]:
+    paths = {"pool": project / "pool.jsonl", "model": project / "model",
+             "adapter": project / "adapter", **replaced}
+    return ["features", str(paths["pool"]), "--model", str(paths["model"]), "--adapter",
+            str(paths["adapter"]), "--output", str(output), "--threads", "1"]
+
+
+def _policy(project: Path) -> tuple[PeftModel, Any]:
+    base = AutoModelForCausalLM.from_pretrained(project / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, project / "adapter", is_trainable=True)
+    return model.eval(), AutoTokenizer.from_pretrained(project / "model")
+
+
+def _refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str) -> None:
+    """Exit code 2 and one line on stderr that says all of `expected`."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("activedpo: error: "), captured.err
+    for part in expected:
+        assert part in lines[0]
+    assert captured.out == ""
+
+
+# -- features --------------------------------------------------------------------------------------
+
+
+def test_exported_exact_rows_are_those_of_a_float64_loop(project: Path, tmp_path: Path) -> None:
+    export = tmp_path / "features.safetensors"
+    argv = [*_features(project, tmp_path / "store"), "--sketch", "none", "--beta", "0.3",
+            "--export", str(export)]
+    assert main(argv) == 0
+
+    model, tokenizer = _policy(project)
+    model.double()
+    pool = PreferencePool.load(project / "pool.jsonl")
+    sequences = tokenize_pool(pool, tokenizer, show_progress=False).sequences
+    expected, _ = loop_gradients(model, sequences, trainable(model))
+    features = load_file(export)["features"]
+    assert features.dtype == torch.float32
+    assert features.shape == expected.shape
+    assert relative_error(features, 0.3 * expected) < 1e-5
+
+
+def test_interrupted_features_are_continued_to_the_same_rows(
+    project: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [*_features(project, tmp_path / "store"), "--proj-dim", "64",
+            "--max-tokens-per-batch", "40"]
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
+    assert main([*argv, "--output", str(tmp_path / "other"), "--export", str(whole)]) == 0
+
+    real, calls = FeatureExtractor._batch_gradients, []
+
+    def interrupted(self: FeatureExtractor, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractor, "_batch_gradients", interrupted)
+        capsys.readouterr()
+        assert main(argv) == 130
+    assert capsys.readouterr().err == "activedpo: interrupted\n"
+    assert len(list((tmp_path / "store").glob("rows-*.safetensors"))) == 1
+    _refused(capsys, ["select", str(tmp_path / "store"), "--output", str(tmp_path / "x.jsonl")],
+             "incomplete", "activedpo features")
+
+    assert main([*argv, "--export", str(resumed)]) == 0
+    assert "rows are there already" in capsys.readouterr().err
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_complete_store_is_left_alone_but_exported(
+    project: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
+    monkeypatch.setattr(commands, "load_policy", None)  # no model is needed
+    export = tmp_path / "features.safetensors"
+    argv = [*_features(project, store), "--proj-dim", "64", "--export", str(export)]
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert load_file(export)["features"].shape == (len(_all_responses()), 64)
+    assert {path.name: path.stat().st_mtime_ns for path in store.iterdir()} == before
+
+
+def _all_responses() -> list[str]:
+    return [response for row in _rows() for response in row["responses"]]
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    (["--beta", "0.2"], "beta"),
+    (["--proj-dim", "32"], "proj_dim"),
+    (["--sketch", "rademacher"], "sketch"),
+    (["--sketch", "none"], "proj_dim"),
+    (["--seed", "1"], "seed"),
+    (["--max-length", "0"], "max_length"),
+    (["--truncation-mode", "keep_end"], "truncation_mode"),
+    (["--dtype", "bfloat16"], "dtype"),
+])
+def test_other_settings_on_the_same_store_are_refused(
+    project: Path, store: Path, options: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*_features(project, store), "--proj-dim", "64", *options]
+    _refused(capsys, argv, "was made with", name, "choose another path")
+
+
+def test_another_adapter_model_or_pool_on_the_same_store_is_refused(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "project"
+    shutil.copytree(project, own, ignore=shutil.ignore_patterns("store"))
+    argv = _features(own, own / "rows")
+    assert main(argv) == 0
+
+    _write_jsonl(own / "pool.jsonl", _rows(seed=1))
+    _refused(capsys, argv, "another pool")
+    _write_jsonl(own / "pool.jsonl", _rows())
+
+    for weights, setting in ((own / "adapter" / "adapter_model.safetensors", "adapter_fingerprint"),
+                             (own / "model" / "model.safetensors", "model_fingerprint")):
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit of a weight
+        _refused(capsys, argv, setting)
+        weights.write_bytes(content)
+    assert main(argv) == 0
+
+
+def test_prompts_that_fill_max_length_are_no_candidates(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = _rows(3)
+    rows[1]["prompt"] = "a very long prompt " * 20
+    pool = _write_jsonl(tmp_path / "pool.jsonl", rows)
+    argv = [*_features(project, tmp_path / "store", pool=pool), "--max-length", "48"]
+    assert main(argv) == 0
+    assert "1 prompts too long" in capsys.readouterr().out
+    picked = tmp_path / "picked.jsonl"
+    candidates = 1 + 6  # of items 0 and 2, which have two and four responses
+    select = ["select", str(tmp_path / "store"), "--output", str(picked), "--batch-size"]
+    assert main([*select, str(candidates)]) == 0
+    assert {line["id"] for line in _read_jsonl(picked)} == {"p0", "p2"}
+    _refused(capsys, [*select, str(candidates + 1)], "--batch-size 8", "7 candidate pairs")
+
+
+def test_parquet_pool_gives_the_same_rows(project: Path, store: Path, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(_rows()).to_parquet(tmp_path / "pool.parquet")
+    argv = _features(project, tmp_path / "store", pool=tmp_path / "pool.parquet")
+    export = tmp_path / "features.safetensors"
+    assert main([*argv, "--proj-dim", "64", "--export", str(export)]) == 0
+    assert main([*_features(project, store), "--proj-dim", "64", "--export",
+                 str(tmp_path / "jsonl.safetensors")]) == 0
+    assert torch.equal(load_file(export)["features"],
+                       load_file(tmp_path / "jsonl.safetensors")["features"])
+
+
+# -- select ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"normalize": "response", "lam": 1.0, "kappa": 1.0},
+    {"normalize": "pair", "lam": 0.5, "kappa": 1.0},
+    {"normalize": "none", "lam": 1e-3, "kappa": 2.0},
+])
+def test_picks_are_those_of_the_selector(
+    project: Path, store: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model, tokenizer = _policy(project)
+    pool = PreferencePool.load(project / "pool.jsonl")
+    selector = ActiveDPOSelector(model, tokenizer, proj_dim=64, **options)
+    argv = ["select", str(store), "--batch-size", "6", "--normalize", options["normalize"],
+            "--lambda", str(options["lam"]), "--kappa", str(options["kappa"])]
+
+    first = selector.select(pool, 6, show_progress=False)
+    assert main([*argv, "--output", str(tmp_path / "1.jsonl")]) == 0
+    _assert_same_picks(_read_jsonl(tmp_path / "1.jsonl"), first)
+
+    second = selector.select(pool, 6, labelled=first, show_progress=False)
+    assert main([*argv, "--labelled", str(tmp_path / "1.jsonl"), "--output",
+                 str(tmp_path / "2.jsonl")]) == 0
+    _assert_same_picks(_read_jsonl(tmp_path / "2.jsonl"), second)
+
+
+def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None:
+    assert [line["rank"] for line in lines] == list(range(len(expected)))
+    for line, pick in zip(lines, expected, strict=True):
+        assert set(line) == {"id", "pair", "score", "rank", "prompt", "responses"}
+        assert (line["id"], tuple(line["pair"])) == (pick.id, pick.pair)
+        assert (line["prompt"], tuple(line["responses"])) == (pick.prompt, pick.responses)
+        assert line["score"] == pytest.approx(pick.score, rel=1e-4)
+    scores = [line["score"] for line in lines]
+    assert scores == sorted(scores, reverse=True)  # gains only shrink within a batch
+
+
+def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: Path) -> None:
+    everything = tmp_path / "all.jsonl"
+    select = ["select", str(store), "--batch-size"]
+    assert main([*select, "5", "--output", str(everything)]) == 0
+    before = [(line["id"], tuple(line["pair"])) for line in _read_jsonl(everything)]
+    scores = [line["score"] for line in _read_jsonl(everything)]
+
+    # Only id and pair are needed, in either order.
+    (first, pair), (second, other) = before[:2]
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [
+        {"id": first, "pair": list(pair), "label": 1}, {"id": second, "pair": list(other[::-1])},
+    ])
+    after = tmp_path / "after.jsonl"
+    assert main([*select, "5", "--labelled", str(labels), "--output", str(after)]) == 0
+    lines = _read_jsonl(after)
+    picked = [(line["id"], tuple(line["pair"])) for line in lines]
+    assert not set(before[:2]) & set(picked)
+    # Greedy: with the first two in V, the rest of the first answer comes next.
+    assert picked[:3] == before[2:]
+    assert [line["score"] for line in lines[:3]] == pytest.approx(scores[2:], rel=1e-6)
+
+
+def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
+    store: Path, tmp_path: Path
+) -> None:
+    select = ["select", str(store), "--batch-size"]
+    assert main([*select, "8", "--lambda", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
+    # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
+    (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
+    for label in (None, "skip"):
+        labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, "label": label}])
+        assert main([*select, "1", "--labelled", str(labels), "--output",
+                     str(tmp_path / "b.jsonl")]) == 0
+        assert main([*select, "1", "--output", str(tmp_path / "c.jsonl")]) == 0
+        (undecided,) = _read_jsonl(tmp_path / "b.jsonl")
+        (free,) = _read_jsonl(tmp_path / "c.jsonl")
+        assert (undecided["id"], undecided["pair"]) == (others[0]["id"], others[0]["pair"])
+        # λ = 1 and an empty V: the score is ‖φ‖², as that of the free choice, and 1000 times
+        # what it is with λ = 1000.
+        assert undecided["score"] == pytest.approx(1000 * others[0]["score"], rel=5e-3)
+        assert free["score"] == pytest.approx(1000 * first["score"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, null"),
+    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, null"),
+    ('{"id": "p0", "pair": [0, 1]', "broken JSON"),
+    ('["p0", [0, 1]]', "not a JSON object"),
+    ('{"pair": [0, 1]}', "no 'id'"),
+    ('{"id": "p0"}', "no 'pair'"),
+    ('{"id": "zz", "pair": [0, 1]}', "no item with id 'zz'"),
+    ('{"id": "p0", "pair": [0, 0]}', "two different"),
+    ('{"id": "p0", "pair": [0, true]}', "two different"),
+    ('{"id": "p0", "pair": [0, 2]}', "has 2 responses"),
+    ('{"id": "p0", "pair": [-1, 0]}', "has 2 responses"),
+    ('{"id": "p1", "pair": [1, 0]}', "the same pair as"),
+    ('{"id": "p0", "pair": [0, 1], "prompt": "another"}', "'prompt' is not that of item 'p0'"),
+    ('{"id": "p0", "pair": [0, 1], "responses": ["a", "b"]}', "'responses' is not that of"),
+])
+def test_bad_labels_are_refused_by_line(
+    store: Path, tmp_path: Path, line: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"id": "p1", "pair": [0, 1]}\n' + line + "\n")
+    output = tmp_path / "picked.jsonl"
+    _refused(capsys, ["select", str(store), "--labelled", str(labels), "--output", str(output)],
+             f"{labels}, line 2", expected)
+    assert not output.exists()
+
+
+def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
+    argv = ["select", str(store), "--batch-size", "6", "--strategy", "random", "--output"]
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main([*argv, str(tmp_path / name), "--seed", seed]) == 0
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c
+
+
+# -- run -------------------------------------------------------------------------------------------
+
+
+def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
+    prompts = [{"id": row["id"], "prompt": row["prompt"]} for row in _rows()]
+    _write_jsonl(folder / "prompts.jsonl", prompts)
+    config: dict[str, Any] = {
+        "model": str(project / "model"),
+        "adapter": str(project / "adapter"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "selection": {"proj_dim": 32},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
+        "generation": {"max_new_tokens": 4},
+        "dpo": {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 2},
+        "oracle": {"kind": "files"},
+        **changes,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder / "run.yaml"
+
+
+def test_run_waits_for_labels_and_goes_on_with_them(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["run", str(_run_config(project, tmp_path))]
+    filled: set[Path] = set()
+    for waiting in (1, 2):
+        for _ in range(2):  # asking again changes nothing
+            capsys.readouterr()
+            assert main(argv) == 3
+            captured = capsys.readouterr()
+            (to_label,) = set((tmp_path / "run" / "labelling").iterdir()) - filled
+            message = [line for line in captured.err.splitlines() if str(to_label) in line]
+            assert len(message) == 1 and "error" not in message[0] and captured.out == ""
+        lines = _read_jsonl(to_label)
+        assert len(lines) == 2
+        _write_jsonl(to_label, [{**line, "label": 0} for line in lines])
+        filled.add(to_label)
+        assert len(list((tmp_path / "run").glob("round-*/adapter"))) == waiting - 1
+    capsys.readouterr()
+    assert main(argv) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0][:2] == ["round", "labels"]
+    assert [line[:2] for line in table[1:]] == [["start", "0"], ["0", "2"], ["1", "4"]]
+    start, end = (load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
+                  for name in ("start", "round-001"))
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+
+    _run_config(project, tmp_path, selection={"proj_dim": 16})
+    _refused(capsys, argv, "other settings", "proj_dim")
+
+
+def test_run_with_a_reward_model_and_a_fresh_adapter(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    reward = LlamaForSequenceClassification(LlamaConfig(
+        num_labels=1, vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, pad_token_id=tiny_tokenizer().pad_token_id))
+    reward.save_pretrained(tmp_path / "reward")
+    tiny_tokenizer().save_pretrained(tmp_path / "reward")
+    changes = {"adapter": None, "lora": {"r": 2, "target_modules": ["q_proj"]},
+               "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"),
+                          "temperature": 0.5}}
+    argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert capsys.readouterr().out == ""
+    labels = _read_jsonl(tmp_path / "run" / "round-001" / "labels.jsonl")
+    assert {line["label"] for line in labels} <= {0, 1}
+    assert len(labels) == 2
+
+    # A causal language model has no reward head.
+    changes["oracle"] = {"kind": "reward_model", "model": str(project / "model")}
+    _run_config(project, tmp_path, **changes, output_dir=str(tmp_path / "other"))
+    _refused(capsys, argv, "not a complete sequence classification model")
+    assert not (tmp_path / "other").exists()
+
+
+# -- the manners of the command line ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    (["selct"], "'select'"),
+    (["select", "--output", "x"], "STORE"),
+    (["select", "{store}"], "--output"),
+    (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
+    (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
+    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
+    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
+    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
+    (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
+    (["select", "{store}", "--output", "{tmp}"], "is a folder"),
+    (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
+    (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),
+    (["select", "{store}", "--labelled", "{tmp}/no.jsonl", "--output", "{tmp}/x"], "no such file"),
+    (["features", "{tmp}/none.jsonl", "{m}", "{a}", "{o}"], "none.jsonl"),
+    (["features", "{pool}.txt", "{m}", "{a}", "{o}"], "suffix"),
+    (["features", "{pool}", "--model={tmp}/none", "{a}", "{o}"], "no such model folder"),
+    (["features", "{pool}", "--model={tmp}", "{a}", "{o}"], "not a model folder"),
+    (["features", "{pool}", "{m}", "{o}"], "pass --adapter DIR"),
+    (["features", "{pool}", "{m}", "--adapter={tmp}", "{o}"], "adapter_config.json"),
+    (["features", "{pool}", "{m}", "--adapter={m:raw}", "{o}"], "adapter_config.json"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "sketch dim"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--beta", "-1"], "beta"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "max_length"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--dtype", "int8"], "int8"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--device", "toaster"], "toaster"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"], "max_tokens"),
+    (["features", "{pool}", "{m}", "{a}", "{o}", "--export", "{tmp}"], "is a folder"),
+    (["run", "{tmp}/none.yaml"], "none.yaml"),
+    (["env", "--verbose"], "--verbose"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(
+    project: Path, store: Path, tmp_path: Path, argv: list[str], expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"{store}": str(store), "{tmp}": str(tmp_path), "{pool}": str(project / "pool.jsonl"),
+              "{m:raw}": str(project / "model"), "{m}": f"--model={project / 'model'}",
+              "{a}": f"--adapter={project / 'adapter'}", "{o}": f"--output={tmp_path / 'store'}"}
+    filled = []
+    for argument in argv:
+        for place, value in places.items():
+            argument = argument.replace(place, value)
+        filled.append(argument)
+    _refused(capsys, filled, expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_pool_line_is_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = _write_jsonl(tmp_path / "pool.jsonl", _rows(4))
+    pool.write_text(pool.read_text() + '{"id": "x", "prompt": \n')
+    _refused(capsys, _features(project, tmp_path / "store", pool=pool), "line 5", "broken JSON")
+    assert not (tmp_path / "store").exists()
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {
+        "dora": (lora(tiny_causal_lm("llama"), "llama", use_dora=True), "lora_magnitude_vector"),
+        "gpt2": (lora(tiny_causal_lm("gpt2"), "gpt2"), "does not fit"),
+        "deeper": (lora(tiny_causal_lm("llama", num_hidden_layers=3), "llama"), "does not fit"),
+        "shallower": (lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama"), "does not fit"),
+        "wider": (lora(tiny_causal_lm("llama", hidden_size=64), "llama"), "does not fit"),
+    }
+    for name, (model, expected) in wrong.items():
+        model.save_pretrained(tmp_path / name)
+        argv = _features(project, tmp_path / "store", adapter=tmp_path / name)
+        _refused(capsys, argv, expected)
+        assert not (tmp_path / "store").exists()
+
+
+def test_an_incomplete_model_is_refused(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(project / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    argv = _features(project, tmp_path / "store", model=tmp_path / "model")
+    _refused(capsys, argv, "not a complete", "model.layers.1.mlp.up_proj.weight")
+
+
+def test_half_precision_is_loaded_as_float32_on_the_cpu_and_said(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_causal_lm("llama", torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    argv = [*_features(project, tmp_path / "store", model=tmp_path / "model"), "--device", "cpu"]
+    assert main(argv) == 0
+    assert "loading it as float32" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    assert manifest["settings"]["dtype"] == "float32"
+
+
+def test_quiet_says_nothing(
+    project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert main([*_features(project, tmp_path / "store"), "--quiet"]) == 0
+    assert main(["select", str(tmp_path / "store"), "--batch-size", "2", "-q", "--output",
+                 str(tmp_path / "x.jsonl")]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_unexpected_keeps_its_traceback(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(commands, "make_selection", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["select", str(store), "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])
+
+
+def test_env_names_what_is_active(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference")
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["sjlt", "on", "cpu:", "reference", "active"] in lines
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "abacus")
+    _refused(capsys, ["env"], "ACTIVEDPO_BACKEND", "abacus")
+
+
+@pytest.mark.parametrize("command", ["env", "features", "select", "run", "demo"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"  activedpo {command}" in capsys.readouterr().out
+
+
+def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
+    def process(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *argv], capture_output=True, text=True,
+                              cwd=Path(__file__).parents[2])
+
+    light = process("-c", "import sys; from activedpo_fast.cli import main; main(['--help']); "
+                          "sys.exit('torch' in sys.modules)")
+    assert light.returncode == 0 and "features" in light.stdout
+
+    picked = tmp_path / "picked.jsonl"
+    argv = ["-m", "activedpo_fast", "select", str(store), "--output", str(picked), "--batch-size"]
+    done = process(*argv, "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(_read_jsonl(picked)) == 3
+    refused = process(*argv, "1000")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("activedpo: error: ")
+
+    # Warnings of other libraries would be lines of their own here.
+    config = _run_config(project, tmp_path, dpo={"max_steps": 1, "lr_scheduler_type": "zigzag"})
+    refused = process("-m", "activedpo_fast", "run", str(config))
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1 and "dpo: zigzag is not a valid" in refused.stderr

@@ -1,0 +1,160 @@
+"""The loop on a tiny model: what is on disk, and that an interruption changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from activedpo_fast.data import Prompt
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.loop import ActiveDPOLoop, draw_prompts, read_records
+from activedpo_fast.trl import adapter_state, dpo_config
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+
+WORDS = "library prompt model sketch label pair fox dog random choose".split()
+PROMPTS = [Prompt(f"p{n}", f"The {word}", {"n": n}) for n, word in enumerate(WORDS)]
+
+
+def _prefer(prompt: Any, a: Any, b: Any) -> int:
+    return int(a < b)
+
+
+def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: Any) -> ActiveDPOLoop:
+    settings: dict[str, Any] = dict(
+        output_dir=folder,
+        dpo_args=dpo_config(output_dir=str(folder / "trainer"), learning_rate=1e-2, max_steps=2,
+                            per_device_train_batch_size=3),
+        selector_options={"proj_dim": 64, "verify": False},
+        batch_size=3, rounds=2, prompts_per_round=4, n_responses=2,
+        generation={"max_new_tokens": 4}, show_progress=False)
+    model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)
+    return ActiveDPOLoop(model, tiny_tokenizer(), PROMPTS, oracle or CallableOracle(_prefer),
+                         **{**settings, **options})
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Everything on disk that does not tell the time."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+             if path.suffix in (".jsonl", ".safetensors")}
+    for record in read_records(folder):
+        found[f"record {record.round}"] = json.dumps(
+            [record.labels_total, record.metrics, sorted(record.seconds)]).encode()
+    return found
+
+
+def _metric(model: Any) -> dict[str, float]:
+    return {"norm": sum(float(t.norm()) for t in adapter_state(model).values())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    _loop(folder, evaluate=_metric).run()
+    return folder
+
+
+def test_rounds_are_recorded(whole: Path) -> None:
+    records = read_records(whole)
+    assert [record.round for record in records] == [-1, 0, 1]
+    assert [record.labels_total for record in records] == [0, 3, 6]
+    assert {r.strategy for r in records} == {"activedpo"}
+    assert set(records[1].seconds) == {"generate", "features", "select", "label", "train",
+                                       "evaluate"}
+    assert len({record.metrics["norm"] for record in records}) == 3  # the weights moved
+    for t in range(2):
+        lines = (whole / f"round-00{t}" / "labels.jsonl").read_text().splitlines()
+        for line in map(json.loads, lines):
+            assert line["label"] == _prefer(None, *line["responses"])
+    assert not list(whole.rglob(".adapter-*"))
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["generate", "select", "label", "train", "evaluate"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    whole: Path, tmp_path: Path, monkeypatch: Any, stage: str
+) -> None:
+    """The stage of the second round breaks off; a new process, with another adapter, goes on."""
+    import activedpo_fast.loop as module
+
+    loop = _loop(tmp_path, evaluate=_metric)
+    calls = {"n": 0}
+    fail_at = 3 if stage == "evaluate" else 2  # the start is evaluated too
+
+    def breaking(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls["n"] += 1
+            result = real(*args, **kwargs)
+            if calls["n"] == fail_at:
+                raise _Interrupted
+            return result
+        return call
+
+    with monkeypatch.context() as patch:
+        if stage == "generate":
+            patch.setattr(module, "generate_responses", breaking(module.generate_responses))
+        elif stage == "train":
+            patch.setattr(module, "train_dpo", breaking(module.train_dpo))
+        elif stage == "select":
+            patch.setattr(loop.selector, "select", breaking(loop.selector.select))
+        elif stage == "label":
+            patch.setattr(loop.oracle, "label", breaking(loop.oracle.label))
+        else:
+            patch.setattr(loop, "evaluate", breaking(loop.evaluate))
+        with pytest.raises(_Interrupted):
+            loop.run()
+    _loop(tmp_path, adapter_seed=7, evaluate=_metric).run()
+    assert _files(tmp_path) == _files(whole)
+
+
+def test_a_complete_run_is_only_read(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("nothing is left to do")
+
+    records = _loop(whole, CallableOracle(refuse), evaluate=refuse).run()
+    assert records == read_records(whole)
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_other_settings_are_refused_by_name(whole: Path) -> None:
+    with pytest.raises(ActiveDPOError, match=r"batch_size \(3, now 2\)"):
+        _loop(whole, batch_size=2).run()
+    with pytest.raises(ActiveDPOError, match="none of all, newest"):
+        _loop(whole, train_on="some")
+
+
+def test_people_label_between_runs(tmp_path: Path) -> None:
+    oracle = FileOracle(tmp_path / "people")
+    for done in range(3):
+        loop = _loop(tmp_path / "run", oracle, train_on="newest", start_from="current",
+                     reference="round", strategy="random")
+        if done == 2:
+            assert [record.labels_total for record in loop.run()] == [0, 2, 4]
+            break
+        with pytest.raises(LabelsPending):
+            loop.run()
+        for path in (tmp_path / "people").glob("*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for row in rows:
+                row["label"] = "skip" if row["rank"] == 0 else 1
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_prompts_are_not_offered_twice_until_they_run_out(caplog: Any) -> None:
+    first = draw_prompts(PROMPTS, 0, 4, set(), seed=1)
+    second = draw_prompts(PROMPTS, 1, 4, {p.id for p in first}, seed=1)
+    asked = {p.id for p in first + second}
+    assert len(asked) == 8 and not caplog.records
+    third = draw_prompts(PROMPTS, 2, 4, asked, seed=1)
+    assert len({p.id for p in third}) == 4 and not {p.id for p in third[:2]} & asked
+    assert "2 others are offered again" in caplog.text
+    assert len(draw_prompts(PROMPTS, 0, 99, set(), seed=1)) == 10
+    assert draw_prompts(PROMPTS, 0, 4, set(), seed=2) != first

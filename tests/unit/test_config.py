@@ -1,0 +1,97 @@
+"""The YAML file of `activedpo run`: what is refused, and what presets and defaults come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from activedpo_fast.config import load_config, make_config
+from activedpo_fast.errors import ActiveDPOError
+
+
+def _given(**changes: Any) -> dict[str, Any]:
+    given = {"model": "m", "prompts": "p.jsonl", "output_dir": "o", "oracle": {"kind": "files"},
+             "adapter": "a", **changes}
+    return {key: value for key, value in given.items() if value is not ...}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"modle": "m"}, "modle: unknown key; did you mean 'model'?"),
+    ({"loop": {"batch_sise": 5}}, "loop.batch_sise: unknown key; did you mean 'batch_size'?"),
+    ({"dpo": {"learning_rat": 1e-4}}, "dpo.learning_rat: unknown key; did you mean 'learning_rate"),
+    ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
+    ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
+    ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
+    ({"oracle": {"kind": "files", "temperature": 1.0}}, "oracle.temperature: unknown key"),
+    ({"loop": {"rounds": "five"}}, "loop.rounds: expected an integer, got 'five'"),
+    ({"loop": {"rounds": True}}, "loop.rounds: expected an integer, got True"),
+    ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
+    ({"loop": {"rounds": None}}, "loop.rounds: expected an integer, got None"),
+    ({"loop": {"train_on": "some"}}, "loop.train_on: expected 'all' or 'newest', got 'some'"),
+    ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
+    ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
+    ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+    ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
+    ({"model": ...}, "model: missing"),
+    ({"prompts": None}, "prompts: missing"),
+    ({"oracle": {"kind": "dice"}}, "oracle.kind: expected one of files, reward_model, got 'dice'"),
+    ({"oracle": {}}, "oracle.kind"),
+    ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
+    ({"preset": "papr"}, "unknown preset 'papr'"),
+    ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
+    ({"adapter": ...}, "adapter: missing"),
+])
+def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ActiveDPOError) as caught:
+        make_config(_given(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_preset_fills_what_is_not_given() -> None:
+    config = make_config(_given(preset="paper", adapter=..., lora={"r": 8},
+                                loop={"batch_size": 5, "rounds": 2}, dpo={"learning_rate": 1e-5}))
+    assert config.lora == {"r": 8, "lora_alpha": 512,
+                           "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    assert config.loop == {"batch_size": 5, "rounds": 2, "prompts_per_round": 1000,
+                           "n_responses": 3}
+    assert config.dpo == {"learning_rate": 1e-5, "num_train_epochs": 4}
+    assert config.strategy == "activedpo"
+    assert config.selection == {"proj_dim": 8192, "normalize": "response"}
+    assert make_config(_given(preset="paper", strategy="random")).strategy == "random"
+    assert make_config(_given(preset="paper")).lora is None  # the adapter is there already
+
+
+def test_without_a_preset_the_library_decides() -> None:
+    config = make_config(_given())
+    assert (config.selection, config.loop, config.generation, config.dpo) == ({}, {}, {}, {})
+    assert config.strategy is None
+
+
+def test_files(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    head = "model: m\nprompts: p.jsonl\noutput_dir: o\nadapter: a\noracle: {kind: files}\n"
+    # YAML 1.1 takes 1e-4 for text.
+    path.write_text(head + "dpo: {learning_rate: 1e-4}\n")
+    assert load_config(path).dpo == {"learning_rate": 1e-4}
+
+    for text, expected in ((head + "loop: {rounds: 2\n", "line"),
+                           (head + "loop: !!python/name:os.system x\n", "broken YAML"),
+                           ("- model\n", "expected a mapping"),
+                           ("", "expected a mapping"),
+                           (head + "loops: {}\n", "loops: unknown key; did you mean 'loop'?")):
+        path.write_text(text)
+        with pytest.raises(ActiveDPOError, match="run.yaml") as caught:
+            load_config(path)
+        assert expected in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ActiveDPOError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_commented_example_is_valid() -> None:
+    config = load_config(Path(__file__).parents[2] / "examples" / "run.yaml")
+    assert config.loop["batch_size"] == 50
+    assert config.dpo["learning_rate"] == 1e-4
