@@ -16,7 +16,7 @@ import torch
 from activedpo_fast import __version__
 from activedpo_fast._texts import check_text, content_id
 from activedpo_fast.config import RunConfig
-from activedpo_fast.data import PreferencePool, Prompt, _jsonl_rows, check_prompts
+from activedpo_fast.data import PreferencePool, Prompt, check_prompts, jsonl_rows
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.parameters import trainable_linears
@@ -38,7 +38,7 @@ from activedpo_fast.models import (
 )
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
-from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection
+from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection, random_seed
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
 from activedpo_fast.trl import dpo_config
 
@@ -157,14 +157,14 @@ def select_pairs(
     """
     started = time.perf_counter()
     _check_target(output)
+    store = FeatureStore.open(store_path)
+    pool = store.pool()
     options: dict[str, dict[str, Any]] = {
         "activedpo": {"lam": lam, "kappa": kappa,
                       "normalize": None if normalize == "none" else normalize},
-        "random": {"seed": seed},
+        "random": {"seed": random_seed(seed, pool.fingerprint())},
     }
     chosen = make_strategy(strategy, **options.get(strategy, {}))
-    store = FeatureStore.open(store_path)
-    pool = store.pool()
     known = undecided = torch.empty(0, 2, dtype=torch.int64)
     if labelled is not None:
         known, undecided = read_labelled_pairs(labelled, pool)
@@ -241,7 +241,7 @@ def read_prompts(path: FilePath) -> list[Prompt]:
             raise ActiveDPOError(f"{source}: {' '.join(str(error).split())}") from error
         placed = [(f"{source}, row {n}", row) for n, row in enumerate(rows, start=1)]
     elif source.suffix == ".jsonl":
-        placed = list(_jsonl_rows(source))
+        placed = list(jsonl_rows(source))
     else:
         raise ActiveDPOError(f"{source}: unsupported suffix {source.suffix!r}, expected .jsonl or "
                              ".parquet")
@@ -292,7 +292,7 @@ def read_labelled_pairs(
     decided: list[list[int]] = []
     undecided: list[list[int]] = []
     seen: dict[frozenset[int], str] = {}
-    for place, record in _jsonl_rows(Path(path)):
+    for place, record in jsonl_rows(Path(path)):
         pair = _pair_of(record, place, pool)
         earlier = seen.setdefault(frozenset(pair), place)
         if earlier is not place:

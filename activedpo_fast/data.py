@@ -92,7 +92,7 @@ class PreferencePool(Sequence[PoolItem]):
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> PreferencePool:
         """Read one JSON object a line, UTF-8; blank lines are skipped."""
-        return cls._from_placed_rows(_jsonl_rows(Path(path)), empty=f"{path}: no rows")
+        return cls._from_placed_rows(jsonl_rows(Path(path)), empty=f"{path}: no rows")
 
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str]) -> PreferencePool:
@@ -390,7 +390,7 @@ def _check_same_kind(prompt: Text, place: str, first: Text, first_place: str) ->
 # -- small helpers ---------------------------------------------------------------------------------
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -172,9 +172,7 @@ class ActiveDPOSelector:
             return self.strategy
         options = dict(self._options.get(self.strategy, {}))
         if self.strategy == "random":
-            # Another draw for another pool, the same for the same one.
-            text = f"{self.seed}/{pool_fingerprint}".encode()
-            options["seed"] = int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
+            options["seed"] = random_seed(self.seed, pool_fingerprint)
         return make_strategy(self.strategy, **{**options, **self._strategy_options})
 
 
@@ -272,6 +270,12 @@ class _ModelSignals(Signals):
             stack.enter_context(undisturbed(selector.model))
             stack.enter_context(selector.model.disable_adapter())
             return extractor.logps(self._tokenized, show_progress=self._show_progress)
+
+
+def random_seed(seed: int, pool_fingerprint: str) -> int:
+    """The seed of the strategy "random" on a pool: another draw for another pool."""
+    text = f"{seed}/{pool_fingerprint}".encode()
+    return int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
 
 
 def candidate_pairs(

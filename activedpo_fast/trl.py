@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -43,7 +44,10 @@ def dpo_config(**overrides: Any) -> DPOConfig:
         settings |= {"use_cpu": True, "bf16": False}
     settings |= overrides
     try:
-        return config_class(**settings)
+        with warnings.catch_warnings():
+            # Said of TRL's own default, too: transformers has renamed the option.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            return config_class(**settings)
     except TypeError as error:
         raise ActiveDPOError(f"DPOConfig: {error}") from error
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from peft import LoraConfig, get_peft_model
 
-from activedpo_fast.demo import demo_prompts, load_demo_model, synopsis_labels
 from activedpo_fast import ActiveDPOSelector, Selection, generate_responses
+from activedpo_fast.demo import demo_prompts, load_demo_model, synopsis_labels
 
 BETA = 0.1
 torch.manual_seed(0)

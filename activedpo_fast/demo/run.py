@@ -64,14 +64,16 @@ def run_demo(
     heldout = read_prompts("heldout", model)[: settings.heldout]
     runs: dict[str, list[RoundRecord]] = {}
     for strategy in STRATEGIES:
-        print(f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels", flush=True)
+        print(f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels",
+              flush=True)
         runs[strategy] = _run_strategy(
             strategy, model, settings, pool, heldout, similarity, folder, seed, show_progress
         )
 
     text = table(runs)
     write_atomic(folder / "table.md", text + "\n")
-    draw(runs, folder / "curves.png", f"{model} model, seed {seed}, {settings.heldout} held-out prompts")
+    title = f"{model} model, seed {seed}, {settings.heldout} held-out prompts"
+    draw(runs, folder / "curves.png", title)
     print(f"\n{text}\n\ntable: {folder / 'table.md'}   picture: {folder / 'curves.png'}   "
           f"{time.perf_counter() - started:.0f} s in all")
     return runs
@@ -89,13 +91,14 @@ def _run_strategy(
     show_progress: bool | None,
 ) -> list[RoundRecord]:
     base, tokenizer = load_base(model_name)
+    run_folder = folder / strategy
     loop = ActiveDPOLoop(
         with_fresh_lora(base, settings, seed),
         tokenizer,
         prompts,
         RewardOracle(similarity, temperature=settings.temperature, seed=seed),
-        output_dir=folder / strategy,
-        dpo_args=dpo_config(output_dir=str(folder / strategy / "trainer"), seed=seed, **settings.dpo),
+        output_dir=run_folder,
+        dpo_args=dpo_config(output_dir=str(run_folder / "trainer"), seed=seed, **settings.dpo),
         strategy=strategy,
         selector_options={**settings.selection, "seed": seed},
         batch_size=settings.batch_size,

@@ -11,7 +11,7 @@ from typing import Any
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import Pick, Selection, _read_picks
+from activedpo_fast.selection.result import Pick, Selection, read_picks
 
 SKIP = "skip"
 
@@ -81,7 +81,7 @@ def _read(path: Path, selection: Selection) -> list[Any]:
     """One value a pick: 0, 1, "skip", or None where it is not labelled yet."""
     position = {(pick.id, pick.pair): n for n, pick in enumerate(selection)}
     values: dict[int, Any] = {}
-    for place, pick, record in _read_picks(path):
+    for place, pick, record in read_picks(path):
         n = position.get((pick.id, pick.pair))
         if n is None:
             raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is not one of "

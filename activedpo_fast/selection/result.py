@@ -92,7 +92,7 @@ class Selection(Sequence[Pick]):
             ActiveDPOError: naming the first line at fault (not JSON, a field missing or of the
                 wrong type, the same pair twice).
         """
-        return cls(tuple(pick for _, pick, _ in _read_picks(path)), strategy)
+        return cls(tuple(pick for _, pick, _ in read_picks(path)), strategy)
 
     def to_dataset(self, labels: Sequence[int | None]) -> datasets.Dataset:
         """The labelled pairs as `trl.DPOTrainer` reads them: id, prompt, chosen, rejected.
@@ -154,7 +154,7 @@ def read_labels(
     """
     picks: list[Pick] = []
     labels: list[int | None] = []
-    for place, pick, record in _read_picks(path):
+    for place, pick, record in read_picks(path):
         if "label" not in record:
             raise ActiveDPOError(f"{place}: no 'label' (0, 1, or null for no preference)")
         labels.append(_check_label(record["label"], f"{place}: 'label'"))
@@ -162,7 +162,7 @@ def read_labels(
     return Selection(tuple(picks), strategy), labels
 
 
-def _read_picks(path: str | os.PathLike[str]) -> list[tuple[str, Pick, dict[str, Any]]]:
+def read_picks(path: str | os.PathLike[str]) -> list[tuple[str, Pick, dict[str, Any]]]:
     """(place in the file, pick, whole record) of every line, in the file's order."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors add a byte order mark
