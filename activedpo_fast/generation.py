@@ -1,4 +1,4 @@
-"""Responses sampled from the model that is being trained, and its greedy ones for evaluation."""
+"""Responses sampled from the model that is being trained, and single ones for evaluation."""
 
 from __future__ import annotations
 
@@ -101,18 +101,26 @@ def generate_responses(model: PreTrainedModel | PeftModel,
     return PreferencePool(items)
 
 
-def greedy_responses(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
-                     prompts: Sequence[PromptLike], *, max_new_tokens: int = 64,
-                     batch_size: int = 16, chat_template_kwargs: dict[str, Any] | None = None,
-                     show_progress: bool | None = None) -> list[str]:
-    """The most likely token at each step: one text a prompt, in order, possibly empty.
+def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
+            prompts: Sequence[PromptLike], *, max_new_tokens: int = 64, temperature: float = 0.0,
+            seed: int = 0, batch_size: int = 16,
+            chat_template_kwargs: dict[str, Any] | None = None,
+            show_progress: bool | None = None) -> list[str]:
+    """One text a prompt, in order, possibly empty: to evaluate a model.
 
-    Texts, errors and what is restored are as in `generate_responses`; chat responses are the
-    message's content alone.
+    The most likely token at each step at `temperature` 0, a sample from the model's distribution
+    above it. Texts, errors and what is restored are as in `generate_responses`; chat responses are
+    the message's content alone.
     """
+    if not temperature >= 0:
+        raise ActiveDPOError(f"temperature: {temperature} is below 0")
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
-    return generator.run(range(len(prompts)), "generate", show_progress, do_sample=False)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    with _forked_rng(generator.device, seed):
+        return generator.run(range(len(prompts)), "respond", show_progress, **sampling)
 
 
 class _Generator:

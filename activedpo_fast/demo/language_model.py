@@ -43,12 +43,18 @@ def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) ->
     return model.eval()
 
 
-def read_prompts(split: str, name: str = "small") -> list[Prompt]:
-    """A split's descriptions as prompts for the model `name`, the true synopsis in `extra`."""
+def read_prompts(
+    split: str, name: str = "small", *, max_words: int | None = None
+) -> list[Prompt]:
+    """A split's descriptions as prompts for the model `name`, the true synopsis in `extra`.
+
+    Descriptions of more than `max_words` words are left out.
+    """
     rows = pq.read_table(_ASSETS / "data" / f"{split}.parquet").to_pylist()
     return [
         Prompt(row["id"], _prompt(name, row["description"]), {"synopsis": row["synopsis"]})
         for row in rows
+        if max_words is None or len(row["description"].split()) <= max_words
     ]
 
 

@@ -19,7 +19,7 @@ from activedpo_fast.demo.report import draw, table
 from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.generation import greedy_responses
+from activedpo_fast.generation import respond
 from activedpo_fast.labeling import RewardOracle
 from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
 from activedpo_fast.trl import dpo_config
@@ -60,8 +60,8 @@ def run_demo(
 
     started = time.perf_counter()
     similarity = SynopsisSimilarity()
-    pool = read_prompts("pool", model)
-    heldout = read_prompts("heldout", model)[: settings.heldout]
+    pool = read_prompts("pool", model, max_words=settings.max_words)
+    heldout = read_prompts("heldout", model, max_words=settings.max_words)[: settings.heldout]
     runs: dict[str, list[RoundRecord]] = {}
     for strategy in STRATEGIES:
         print(f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels",
@@ -121,7 +121,7 @@ def _evaluation(
     show_progress: bool | None,
 ) -> Callable[[PeftModel], dict[str, float]]:
     def evaluate(model: PeftModel) -> dict[str, float]:
-        responses = greedy_responses(
+        responses = respond(
             model,
             tokenizer,
             heldout,

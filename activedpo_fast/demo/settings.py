@@ -8,8 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of one demo. Rewards are cosines, so `temperature` is in units of cosine."""
+    """Sizes of one demo.
 
+    `max_words` leaves out longer descriptions, `heldout` is the number of prompts of the metric,
+    `temperature` that of the Bradley–Terry labels, in units of the reward (a cosine).
+    """
+
+    max_words: int
     rounds: int
     batch_size: int
     prompts_per_round: int
@@ -26,23 +31,25 @@ _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 SETTINGS: dict[str, DemoSettings] = {
     "small": DemoSettings(
-        rounds=5,
-        batch_size=30,
+        max_words=45,
+        rounds=4,
+        batch_size=32,
         prompts_per_round=100,
         n_responses=3,
-        heldout=200,
+        heldout=300,
         lora={"r": 8, "lora_alpha": 16, "target_modules": _LINEARS},
         dpo={
             "beta": 0.1,
-            "learning_rate": 5e-4,
-            "num_train_epochs": 3,
-            "per_device_train_batch_size": 16,
-            "max_length": 320,
+            "learning_rate": 2e-4,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 8,
+            "max_length": 256,
         },
-        generation={"max_new_tokens": 24, "temperature": 0.8, "batch_size": 50},
-        selection={"proj_dim": 4096},
+        generation={"max_new_tokens": 24, "temperature": 0.8, "batch_size": 60},
+        selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
     ),
     "smollm2": DemoSettings(
+        max_words=30,
         rounds=2,
         batch_size=8,
         prompts_per_round=12,

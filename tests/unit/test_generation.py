@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from activedpo_fast.data import PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.generation import generate_responses, greedy_responses
+from activedpo_fast.generation import generate_responses, respond
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{n}", text, {"reference": n}) for n, text in enumerate(
@@ -73,8 +73,8 @@ def test_greedy_does_not_depend_on_batches_or_padding_side() -> None:
     """Each prompt alone, all in one batch, and a step-by-step argmax agree."""
     model = _model()
     tokenizer = tiny_tokenizer(padding_side="right")
-    together = greedy_responses(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=5)
-    alone = [greedy_responses(model, tokenizer, [prompt], max_new_tokens=7)[0]
+    together = respond(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=5)
+    alone = [respond(model, tokenizer, [prompt], max_new_tokens=7)[0]
              for prompt in PROMPTS]
     assert together == alone
     for prompt, text in zip(PROMPTS, together, strict=True):
@@ -103,7 +103,7 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
             raise RuntimeError("stop here")
         handle = model.base_model.model.lm_head.register_forward_hook(stop)
         try:
-            greedy_responses(model, tokenizer, PROMPTS, max_new_tokens=4)
+            respond(model, tokenizer, PROMPTS, max_new_tokens=4)
         finally:
             handle.remove()
     assert [module.training for module in model.modules()] == modes
@@ -199,7 +199,7 @@ def test_the_space_before_a_continuation_is_kept() -> None:
         return torch.zeros_like(logits).index_fill(-1, torch.tensor([dog]), 50.0)
 
     model.get_output_embeddings().register_forward_hook(always_dog)
-    texts = greedy_responses(model, tokenizer, [Prompt("a", "the dog")], max_new_tokens=2)
+    texts = respond(model, tokenizer, [Prompt("a", "the dog")], max_new_tokens=2)
     assert texts == [" dog dog"]
 
 
