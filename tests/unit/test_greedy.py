@@ -133,7 +133,9 @@ def test_every_pick_is_the_best_in_exact_arithmetic(case, how, lam, log_norm, sp
         root = float(scores[index]) ** 0.5
         best = max(left, key=lambda i: scores[i])
         assert root >= float(scores[best]) ** 0.5 - 2 * float(resolution.max())
-        assert abs(float(got.scores[step]) ** 0.5 - root) <= float(resolution[index])
+        # Relative to the root as well: where the norms of features are decades apart, the rounding
+        # of a large one that was picked reaches the scores of the small ones.
+        assert abs(float(got.scores[step]) ** 0.5 - root) <= float(resolution[index]) + 1e-9 * root
         assert not any(scores[i] >= scores[index] for i in left if i < index)
         left.remove(index)
 
