@@ -132,9 +132,10 @@ def _evaluation(
         rewards = np.array(
             similarity([p.prompt for p in heldout], responses, [p.extra for p in heldout])
         )
-        return {
-            "reward": float(rewards.mean()),
-            "reward_se": float(rewards.std(ddof=1) / np.sqrt(len(rewards))),
-        }
+        reward = float(rewards.mean())
+        error = float(rewards.std(ddof=1) / np.sqrt(len(rewards)))
+        if show_progress is not False:
+            print(f"   held-out reward {reward:.4f} ± {error:.4f}", flush=True)
+        return {"reward": reward, "reward_se": error}
 
     return evaluate
