@@ -17,20 +17,18 @@ class Preset:
         lora: arguments of `peft.LoraConfig`.
         dpo: arguments of `trl.DPOConfig`.
         loop: arguments of `ActiveDPOLoop`.
-        not_stated: what the source does not say, so that our own defaults apply.
     """
 
-    source: str
     selection: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
-    not_stated: tuple[str, ...] = ()
 
 
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
-        source="Lin et al., ActiveDPO, arXiv 2505.19241",
+        # Lin et al., ActiveDPO, arXiv 2505.19241. Not stated in what we could read: beta, lam, the
+        # kind of sketch, rounds, train_on, reference, start_from; our own defaults apply to them.
         # "response" is the most plausible reading of the text, not a quotation from it.
         selection={"strategy": "activedpo", "proj_dim": 8192, "normalize": "response"},
         # Target modules: inferred from LESS (arXiv 2402.04333), whose set-up the paper follows.
@@ -41,7 +39,6 @@ PRESETS: dict[str, Preset] = {
         },
         dpo={"num_train_epochs": 4, "learning_rate": 1e-4},
         loop={"batch_size": 50, "prompts_per_round": 1000, "n_responses": 3},
-        not_stated=("beta", "lam", "sketch", "rounds", "train_on", "reference", "start_from"),
     ),
 }
 

@@ -25,7 +25,6 @@ from activedpo_fast.tokenization import (
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION_MODE,
     TokenizedPool,
-    scored_tokens,
     tokenize_pool,
 )
 
@@ -232,9 +231,6 @@ class _ModelSignals(Signals):
 
     def ref_logps(self) -> torch.Tensor:
         return self._once("ref_logps", self._reference_logps)
-
-    def lengths(self) -> torch.Tensor:
-        return torch.tensor([scored_tokens(s) for s in self._tokenized.sequences])
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._cache:

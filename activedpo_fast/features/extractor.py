@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,6 @@ from activedpo_fast.features.parameters import TrainableLinear, trainable_linear
 from activedpo_fast.features.sketch import Sketch, SketchPlan
 from activedpo_fast.features.verify import verify_capture
 from activedpo_fast.tokenization import TokenizedPool
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_TOKENS = 4096
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any, Protocol
+from typing import Protocol
 
 from activedpo_fast.data import PreferencePool, Text
-from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.result import Selection, check_label
 
 
 class Oracle(Protocol):
@@ -38,12 +36,3 @@ class CallableOracle:
             check_label(self._fn(pick.prompt, *pick.responses), f"label of id {pick.id!r}")
             for pick in selection
         ]
-
-
-def check_label(label: Any, what: str) -> int | None:
-    """`label` as 0, 1 or None; otherwise an ActiveDPOError. Booleans are no labels."""
-    if label is None:
-        return None
-    if isinstance(label, Integral) and not isinstance(label, bool) and label in (0, 1):
-        return int(label)
-    raise ActiveDPOError(f"{what} must be 0, 1 or None, not {label!r}")

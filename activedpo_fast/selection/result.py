@@ -111,7 +111,7 @@ class Selection(Sequence[Pick]):
             raise ActiveDPOError(f"{len(labels)} labels for {len(self.picks)} picks")
         columns: dict[str, list[Any]] = {"id": [], "prompt": [], "chosen": [], "rejected": []}
         for position, (pick, label) in enumerate(zip(self.picks, labels, strict=True)):
-            preferred = _check_label(label, f"label {position} (id {pick.id!r})")
+            preferred = check_label(label, f"label {position} (id {pick.id!r})")
             if isinstance(pick.prompt, str) != isinstance(self.picks[0].prompt, str):
                 raise ActiveDPOError(
                     f"pick {position} (id {pick.id!r}): plain strings and chat messages are mixed"
@@ -157,7 +157,7 @@ def read_labels(
     for place, pick, record in read_picks(path):
         if "label" not in record:
             raise ActiveDPOError(f"{place}: no 'label' (0, 1, or null for no preference)")
-        labels.append(_check_label(record["label"], f"{place}: 'label'"))
+        labels.append(check_label(record["label"], f"{place}: 'label'"))
         picks.append(pick)
     return Selection(tuple(picks), strategy), labels
 
@@ -238,7 +238,7 @@ def _is_text(value: Any) -> bool:
     )
 
 
-def _check_label(label: Any, place: str) -> int | None:
+def check_label(label: Any, place: str) -> int | None:
     if label is None:
         return None
     # `True == 1`: a column of booleans must not pass for preferences. Integral lets numpy's in.

@@ -52,10 +52,6 @@ class Signals(ABC):
         """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]."""
         self._missing("ref_logps")
 
-    def lengths(self) -> Tensor:
-        """Number of scored tokens of each response; int64 [R]."""
-        self._missing("lengths")
-
     def _missing(self, signal: str) -> NoReturn:
         raise ActiveDPOError(f"this selection needs the signal '{signal}', which is not available")
 
@@ -67,7 +63,7 @@ class TensorSignals(Signals):
         pairs: int64 [N, 2], candidate pairs of rows.
         item_of_row: int64 [R].
         gradients: floating [R, k]; hidden: floating [R, h].
-        logps, ref_logps: floating [R], nats; lengths: integer [R].
+        logps, ref_logps: floating [R], nats.
         history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
             If neither is given nothing has been labelled, and both histories are empty. If only one
             is given, asking for the other is an error: a history must not be dropped silently.
@@ -85,7 +81,6 @@ class TensorSignals(Signals):
         hidden: Tensor | None = None,
         logps: Tensor | None = None,
         ref_logps: Tensor | None = None,
-        lengths: Tensor | None = None,
         history_gradients: History | None = None,
         history_hidden: History | None = None,
     ) -> None:
@@ -99,10 +94,10 @@ class TensorSignals(Signals):
             if matrix is not None:
                 _check_matrix(matrix, name)
         for name, given in (("gradients", gradients), ("hidden", hidden), ("logps", logps),
-                            ("ref_logps", ref_logps), ("lengths", lengths)):
+                            ("ref_logps", ref_logps)):
             if given is not None and len(given) != n_rows:
                 raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
-        for name, vector in (("logps", logps), ("ref_logps", ref_logps), ("lengths", lengths)):
+        for name, vector in (("logps", logps), ("ref_logps", ref_logps)):
             if vector is not None and vector.ndim != 1:
                 raise ActiveDPOError(f"{name} must have one dimension, not {list(vector.shape)}")
         for name, history, current in (("history_gradients", history_gradients, gradients),
@@ -120,7 +115,6 @@ class TensorSignals(Signals):
         self._hidden = hidden
         self._logps = logps
         self._ref_logps = ref_logps
-        self._lengths = lengths
         self._history_gradients = history_gradients
         self._history_hidden = history_hidden
 
@@ -135,9 +129,6 @@ class TensorSignals(Signals):
 
     def ref_logps(self) -> Tensor:
         return self._given(self._ref_logps, "ref_logps").to(torch.float64)
-
-    def lengths(self) -> Tensor:
-        return self._given(self._lengths, "lengths").to(torch.int64)
 
     def history_gradients(self) -> History:
         if self._history_gradients is not None:

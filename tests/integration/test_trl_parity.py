@@ -40,14 +40,6 @@ _THINKING = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _chat_rows() -> list[tuple[Any, list[Any]]]:
     rows: list[tuple[Any, list[Any]]] = []
     for n, (prompt, responses) in enumerate(_PLAIN):

@@ -19,14 +19,6 @@ PROMPTS = [Prompt(f"p{n}", text, {"reference": n}) for n, text in enumerate(
 CHATS = [Prompt(prompt.id, [{"role": "user", "content": str(prompt.prompt)}]) for prompt in PROMPTS]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _model(arch: str = "llama") -> Any:
     return lora(tiny_causal_lm(arch), arch)
 
