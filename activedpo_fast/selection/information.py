@@ -39,9 +39,9 @@ class InformationMatrix:
 
     Accuracy: the absolute error of sqrt(score) is a small multiple (`error_scale`) of
     2.2e-16 * sqrt(kappa/lam) * |phi|. For unit-norm features and lam/kappa from 1e-6 to 1e3 scores
-    are within 1e-11 (relative) of exact arithmetic, exact duplicates included. Where the norms of
-    features are many decades apart, the rounding of a large one reaches the scores of small ones,
-    and the bound holds for them only to about 1e-9 relative.
+    are within 1e-11 (relative) of exact arithmetic, exact duplicates included. On top of that,
+    a point that was all but known already (sqrt(score) far below sqrt(kappa/lam) |phi|) is absorbed
+    in a direction that is off by the angle error / sqrt(score), which turns what is left of others.
 
     Args:
         dim: k, the length of a feature.

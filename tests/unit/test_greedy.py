@@ -127,15 +127,21 @@ def test_every_pick_is_the_best_in_exact_arithmetic(case, how, lam, log_norm, sp
     resolution = InformationMatrix(rows.shape[1], lam=lam).error_scale() * features.size
     got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how)
     left = list(range(len(pairs)))
+    inherited = [0.0] * len(pairs)
     for step, index in enumerate(got.indices.tolist()):
         chosen = phi[got.indices[:step]]
         scores = dict(enumerate(exact_scores(chosen, phi, Fraction(lam))))
         root = float(scores[index]) ** 0.5
         best = max(left, key=lambda i: scores[i])
         assert root >= float(scores[best]) ** 0.5 - 2 * float(resolution.max())
-        # Relative to the root as well: where the norms of features are decades apart, the rounding
-        # of a large one that was picked reaches the scores of the small ones.
-        assert abs(float(got.scores[step]) ** 0.5 - root) <= float(resolution[index]) + 1e-9 * root
+        # What InformationMatrix promises for a feature formed without error, and for each earlier
+        # pick the angle by which its rounding turns the rest.
+        allowed = float(resolution[index]) + inherited[index]
+        assert abs(float(got.scores[step]) ** 0.5 - root) <= allowed
+        if root > 0:
+            angle = float(resolution[index]) / root
+            inherited = [was + 2 * angle * float(scores[i]) ** 0.5
+                         for i, was in enumerate(inherited)]
         assert not any(scores[i] >= scores[index] for i in left if i < index)
         left.remove(index)
 

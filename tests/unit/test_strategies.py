@@ -29,7 +29,6 @@ def parts():
         item_of_row=torch.arange(P).repeat_interleave(M),
         gradients=normal(P * M, K), hidden=normal(P * M, 5),
         logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
-        lengths=torch.full((P * M,), 9),
         history_gradients=(normal(8, K), labelled), history_hidden=(normal(8, 5), labelled),
     )
 
@@ -177,7 +176,7 @@ def test_no_history_is_empty_but_a_half_given_one_is_an_error(parts):
 
 def test_the_base_class_names_the_signal():
     for name in ("gradients", "history_gradients", "hidden", "history_hidden", "logps",
-                 "ref_logps", "lengths"):
+                 "ref_logps"):
         with pytest.raises(ActiveDPOError, match=f"'{name}'"):
             getattr(Signals(), name)()
 
