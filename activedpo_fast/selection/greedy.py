@@ -116,10 +116,10 @@ class _Scores:
     """phi^T V^-1 phi of every candidate while V grows.
 
     Each pick lowers the scores by (phi . w)^2: cheap, but the rounding adds up, and it may exceed
-    the gap between two candidates. So every score carries an estimate of its error, `_doubt`. A pick
-    computes the scores of all candidates that could be the largest within their bounds afresh from
-    V, and takes the lowest index of those that the fresh scores leave tied. In practice that is one
-    or two candidates a pick.
+    the gap between two candidates. So every score carries an estimate of its error, `_doubt`. A
+    pick computes the scores of all candidates that could be the largest within these errors afresh
+    from V, and takes the lowest index of those that the fresh scores leave tied. In practice that
+    is one or two candidates a pick.
     """
 
     def __init__(self, features: PairFeatures, information: InformationMatrix) -> None:
