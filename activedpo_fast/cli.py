@@ -93,7 +93,7 @@ def features(
         help="Folder of the LoRA adapter that is being trained.")] = None,
     gguf_file: Annotated[str | None, typer.Option(
         help="A GGUF file in the model's folder.")] = None,
-    sketch: Annotated[Literal["sjlt", "rademacher", "none"], typer.Option(
+    sketch: Annotated[Literal["sjlt", "rademacher", "kronecker", "none"], typer.Option(
         help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
     proj_dim: Annotated[int, typer.Option(help="k, the numbers in a projected row.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
@@ -104,8 +104,11 @@ def features(
         help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
     truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
         help="What stays of longer ones, as in DPOConfig.")] = "keep_start",
-    max_tokens_per_batch: Annotated[int, typer.Option(
-        help="Padded tokens in a forward and backward pass.")] = 4096,
+    max_tokens_per_batch: Annotated[int | None, typer.Option(
+        help="Padded tokens in a forward and backward pass; as many as suit the device if not "
+        "given.")] = None,
+    bf16: Annotated[bool, typer.Option(
+        "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it.")] = False,
     dtype: Annotated[str, typer.Option(
         help="float32, float64, bfloat16, float16, or auto: the checkpoint's, but float32 for "
         "half precision on the CPU.")] = "auto",
@@ -139,6 +142,7 @@ def features(
             truncation_mode=truncation_mode,
             dtype=dtype,
             device=device,
+            precision="bf16" if bf16 else None,
         )
         _say(quiet, take_features(
             pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,

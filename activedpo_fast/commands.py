@@ -19,10 +19,8 @@ from activedpo_fast.config import RunConfig
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts, jsonl_rows
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.parameters import trainable_linears
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.features.verify import verify_capture
 from activedpo_fast.labeling import FileOracle, Oracle, RewardModelOracle
 from activedpo_fast.labeling.files import SKIP
 from activedpo_fast.loop import START, ActiveDPOLoop, RoundRecord
@@ -60,6 +58,7 @@ class FeatureOptions:
     truncation_mode: TruncationMode = "keep_start"
     dtype: str = "auto"
     device: str = "auto"
+    precision: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """JSON values that tell whether rows in a store are the rows that are asked for.
@@ -77,6 +76,7 @@ class FeatureOptions:
             "adapter": str(Path(self.adapter).resolve()),
             "adapter_fingerprint": fingerprint_adapter(self.adapter),
             "dtype": str(dtype).removeprefix("torch."),
+            "precision": self.precision,
             "sketch": self.sketch.method,
             "proj_dim": self.sketch.dim,
             "seed": self.sketch.seed,
@@ -93,7 +93,7 @@ def take_features(
     options: FeatureOptions,
     *,
     export: FilePath | None = None,
-    max_tokens_per_batch: int = 4096,
+    max_tokens_per_batch: int | None = None,
     verify: bool = True,
     show_progress: bool | None = None,
 ) -> str:
@@ -123,12 +123,9 @@ def take_features(
     )
     extractor = FeatureExtractor(
         model, options.sketch, beta=options.beta, pad_token_id=tokenizer.pad_token_id or 0,
-        max_tokens_per_batch=max_tokens_per_batch,
-        verify=False,  # done here, before anything is written
+        max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
     )
-    linears = trainable_linears(model)
-    if verify:
-        verify_capture(model, linears, tokenized.sequences, extractor.pad_token_id)
+    extractor.check(tokenized)  # before anything is written
     store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped)
     store.fill(extractor, tokenized, show_progress=show_progress)
     exported = _export(store, export)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
-from activedpo_fast.features.extractor import DEFAULT_MAX_TOKENS, FeatureExtractor
+from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.result import Pick, Selection
@@ -47,7 +47,7 @@ class ActiveDPOSelector:
         strategy: "activedpo" (default), "random", "apo", "aplp", or a `Strategy`.
         preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
-        sketch: "sjlt" (default), "rademacher", or "none" for the exact gradient rows.
+        sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
         proj_dim: k, the number of columns of a sketched row; default 8192.
         seed: of the sketch and of the strategy "random".
         normalize: "response" (default; each gradient to unit norm before the difference), "pair"
@@ -58,8 +58,7 @@ class ActiveDPOSelector:
         ref_model: π_ref where a strategy needs it (aplp). Default: the PEFT model's base model,
             its adapters disabled.
         strategy_options: further options of the strategy (see `make_strategy`).
-        max_tokens_per_batch: padded tokens in a forward and backward pass.
-        verify: check captured gradients against autograd on two responses first.
+        max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
 
     Raises:
         ActiveDPOError: an option that is unknown or out of range.
@@ -86,7 +85,8 @@ class ActiveDPOSelector:
         chat_template_kwargs: dict[str, Any] | None = None,
         ref_model: PreTrainedModel | None = None,
         strategy_options: dict[str, Any] | None = None,
-        max_tokens_per_batch: int = DEFAULT_MAX_TOKENS,
+        max_tokens_per_batch: int | None = None,
+        precision: str | None = None,
         verify: bool = True,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -122,6 +122,7 @@ class ActiveDPOSelector:
             beta=beta,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
             max_tokens_per_batch=max_tokens_per_batch,
+            precision=precision,
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
@@ -196,20 +197,21 @@ class _ModelSignals(Signals):
         self._in_pool, self._elsewhere = split_history(pool, history)
         self.pairs = candidate_pairs(pool, self._in_pool, self._tokenized.skipped)
 
-    def gradients(self) -> torch.Tensor:
-        def take(tokens: TokenizedPool) -> torch.Tensor:
-            rows = self._selector.extractor.gradients(tokens, show_progress=self._show_progress)
-            self._cache.setdefault("logps", rows.logps)  # the pool's own come first, and for free
+    def gradients(self, *, relative: bool = False) -> torch.Tensor:
+        def take() -> torch.Tensor:
+            rows = self._selector.extractor.gradients(
+                self._tokenized, relative=relative, show_progress=self._show_progress)
+            self._cache.setdefault("logps", rows.logps)  # they come for free
             return rows.gradients
 
-        return self._once("gradients", lambda: take(self._tokenized))
+        return self._once(f"gradients {relative=}", take)
 
-    def history_gradients(self) -> History:
+    def history_gradients(self, *, relative: bool = False) -> History:
         extractor = self._selector.extractor
-        return self._once("history_gradients", lambda: self._history(
-            self.gradients(),
+        return self._once(f"history_gradients {relative=}", lambda: self._history(
+            self.gradients(relative=relative),
             lambda tokens: extractor.gradients(
-                tokens, show_progress=self._show_progress).gradients,
+                tokens, relative=relative, show_progress=self._show_progress).gradients,
         ))
 
     def hidden(self) -> torch.Tensor:

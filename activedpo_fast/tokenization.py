@@ -56,10 +56,17 @@ class TokenizedPool:
     `skipped`: positions of the items that DPOTrainer leaves out because their prompt fills
     `max_length`. Their sequences stay in the list, with no scored token, to keep the order. Every
     response of every other item has at least one scored token.
+
+    `items`: the item of each sequence. None: every sequence is an item of its own.
     """
 
     sequences: list[TokenizedResponse]
     skipped: list[int]
+    items: list[int] | None = None
+
+    def item_of(self, row: int) -> int:
+        """The item that response `row` belongs to."""
+        return row if self.items is None else self.items[row]
 
 
 def scored_tokens(response: TokenizedResponse) -> int:
@@ -102,6 +109,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
         encoded = _encode_plain(pool, processing_class)
 
     sequences: list[TokenizedResponse] = []
+    items: list[int] = []
     skipped: list[int] = []
     merged = unequal = 0
     disable = None if show_progress is None else not show_progress
@@ -118,6 +126,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
                 raise ActiveDPOError(f"item {item.id!r}: response {n} adds no token to the prompt "
                                      "that could be scored")
             sequences.append(_truncate(ids, start, max_length, truncation_mode))
+            items.append(position)
         if max_length is not None and truncation_mode == "keep_start" and start >= max_length:
             skipped.append(position)
 
@@ -133,7 +142,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     if skipped:
         logger.warning("%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
                        len(skipped), len(pool), max_length)
-    return TokenizedPool(sequences, skipped)
+    return TokenizedPool(sequences, skipped, items)
 
 
 def check_tokenizer(processing_class: Any, *, chat: bool) -> None:

@@ -1,84 +1,164 @@
-"""Padded batches of tokenized responses under a token budget."""
+"""Batches of tokenized responses under a token budget; a prompt's tokens are held once.
+
+A batch has two parts. `prompt_ids` are what the responses of an item have in common, padded on
+the left; `input_ids` are what each response adds, padded on the right. Continued one from the
+other, the tokens of every response are contiguous, so that position ids, sliding windows and ALiBi
+slopes are those of the response alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 
-from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.tokenization import TokenizedResponse
+from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse
+
+
+@dataclass(frozen=True)
+class Group:
+    """Responses of one item, and how many tokens they share at their beginning.
+
+    Attributes:
+        rows: which responses of the tokenized pool.
+        shared: tokens that are run once for all of them; at least one token of each response, the
+            one before its first scored token, is not among them.
+        own: the most tokens that one of them has beyond these.
+    """
+
+    rows: tuple[int, ...]
+    shared: int
+    own: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some responses, padded to one length T.
+    """Some groups of responses, padded: P prompts of at most L tokens, B responses of T more.
 
     Attributes:
-        rows: int64 [B], which responses of the tokenized pool these are.
-        input_ids, attention_mask: int64 [B, T].
+        rows: int64 [B], which responses of the tokenized pool these are; groups stay together.
+        group_of: int64 [B], the group (0 .. P-1) of each response, ascending.
+        prompt_ids, prompt_mask: int64 [P, L], padded on the left; L = 0 when nothing is shared.
+        input_ids, attention_mask: int64 [B, T], padded on the right.
+        position_ids: int64 [B, T], counted from the beginning of the prompt.
         scored: bool [B, T], True where the token's log-prob counts (response tokens; never the
-            first token of a sequence, which nothing predicts).
-        position_ids: int64 [B, T] for left padding, None for right padding, where the model's
-            own default is the same.
+            first token of a sequence, which nothing predicts, nor the first of `input_ids`).
     """
 
     rows: torch.Tensor
+    group_of: torch.Tensor
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    position_ids: torch.Tensor
     scored: torch.Tensor
-    position_ids: torch.Tensor | None
 
     def to(self, device: torch.device) -> Batch:
-        move = {
-            name: value.to(device)
-            for name in ("input_ids", "attention_mask", "scored", "position_ids")
-            if (value := getattr(self, name)) is not None
-        }
-        return Batch(**{"rows": self.rows, "position_ids": None, **move})
+        """Model inputs on `device`; `rows` and `group_of` stay on the CPU."""
+        inputs = ("prompt_ids", "prompt_mask", "input_ids", "attention_mask", "position_ids",
+                  "scored")
+        return Batch(self.rows, self.group_of,
+                     **{name: getattr(self, name).to(device) for name in inputs})
+
+
+def group_rows(tokenized: TokenizedPool, rows: Sequence[int], *, share: bool) -> list[Group]:
+    """The responses `rows` by item, in the order in which the items first appear.
+
+    With `share`, responses of one item share their common beginning, up to the last token before
+    the first scored one of any of them; a response that is alone shares nothing.
+    """
+    by_item: dict[int, list[int]] = {}
+    for row in rows:
+        by_item.setdefault(tokenized.item_of(row), []).append(row)
+    return [_group(tokenized.sequences, members, share) for members in by_item.values()]
+
+
+def plan_batches(
+    groups: Sequence[Group], max_tokens: int, *, split: bool
+) -> Iterator[list[Group]]:
+    """Batches of groups in which the padded tokens, P·L + B·T, do not exceed `max_tokens`.
+
+    Groups of like length go together, longest first. A group that exceeds the budget alone is
+    `split` into parts that repeat the prompt, or gets a batch of its own. The plan is a function of
+    the lengths alone.
+    """
+    if split:
+        groups = [part for group in groups for part in _split(group, max_tokens)]
+    # What is shared and what is not needs a prompt pass or none, so the two are kept apart.
+    for part in ([g for g in groups if g.shared], [g for g in groups if not g.shared]):
+        # Two orders, as either part of the sequences may be the longer one; the better is kept.
+        plans = [
+            list(_fill(sorted(part, key=key), max_tokens))
+            for key in (lambda g: (-g.shared, -g.own), lambda g: (-g.own, -g.shared))
+        ]
+        yield from min(plans, key=lambda plan: sum(padded_tokens(batch) for batch in plan))
+
+
+def padded_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of the batch that `groups` make, padding included: P·L + B·T."""
+    responses = sum(len(group.rows) for group in groups)
+    return (len(groups) * max(group.shared for group in groups)
+            + responses * max(group.own for group in groups))
 
 
 def collate(
-    sequences: Sequence[TokenizedResponse],
-    rows: Sequence[int],
-    *,
-    pad_token_id: int,
-    padding_side: str = "right",
+    sequences: Sequence[TokenizedResponse], groups: Sequence[Group], *, pad_token_id: int
 ) -> Batch:
-    """Pad the named `rows` of `sequences` on `padding_side` ("right" as DPOTrainer does)."""
-    if padding_side not in ("left", "right"):
-        raise ActiveDPOError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
-    length = max(len(sequences[row].input_ids) for row in rows)
-    input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.int64)
+    """Pad the responses of `groups`; `pad_token_id` never influences a result."""
+    rows = [row for group in groups for row in group.rows]
+    shared_of = [group.shared for group in groups for _ in group.rows]
+    length, longest = max(g.shared for g in groups), max(g.own for g in groups)
+    prompt_ids = torch.full((len(groups), length), pad_token_id, dtype=torch.int64)
+    prompt_mask = torch.zeros_like(prompt_ids)
+    for index, group in enumerate(groups):
+        if group.shared:
+            ids = sequences[group.rows[0]].input_ids[: group.shared]
+            prompt_ids[index, length - group.shared :] = torch.tensor(ids)
+            prompt_mask[index, length - group.shared :] = 1
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     scored = torch.zeros_like(input_ids, dtype=torch.bool)
-    for index, row in enumerate(rows):
+    for index, (row, shared) in enumerate(zip(rows, shared_of, strict=True)):
         sequence = sequences[row]
-        count = len(sequence.input_ids)
-        start = length - count if padding_side == "left" else 0
-        input_ids[index, start : start + count] = torch.tensor(sequence.input_ids)
-        attention_mask[index, start : start + count] = 1
-        scored[index, start + max(sequence.completion_start, 1) : start + count] = True
-    position_ids = None
-    if padding_side == "left":
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(torch.tensor(rows, dtype=torch.int64), input_ids, attention_mask, scored,
-                 position_ids)
+        count = len(sequence.input_ids) - shared
+        input_ids[index, :count] = torch.tensor(sequence.input_ids[shared:])
+        attention_mask[index, :count] = 1
+        scored[index, max(sequence.completion_start, 1) - shared : count] = True
+    group_of = torch.repeat_interleave(
+        torch.arange(len(groups)), torch.tensor([len(group.rows) for group in groups]))
+    position_ids = torch.tensor(shared_of).unsqueeze(1) + torch.arange(longest)
+    # Padding could lie beyond the last position that a model has an embedding for.
+    position_ids = torch.where(attention_mask.bool(), position_ids, 0)
+    return Batch(torch.tensor(rows), group_of, prompt_ids, prompt_mask, input_ids, attention_mask,
+                 position_ids, scored)
 
 
-def plan_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group row numbers, longest first, so that no padded batch exceeds `max_tokens` tokens.
+def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool) -> Group:
+    members = [sequences[row] for row in rows]
+    shared = 0
+    if share and len(members) > 1:
+        shared = min(min(max(m.completion_start, 1), len(m.input_ids)) - 1 for m in members)
+        # Made for paths, but it compares any sequences.
+        shared = len(commonprefix([member.input_ids[:shared] for member in members]))
+    own = max(len(member.input_ids) for member in members) - shared
+    return Group(tuple(rows), shared, own)
 
-    A single sequence longer than the budget gets a batch of its own. Equal lengths keep pool
-    order, so the plan is a function of the lengths alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+
+def _split(group: Group, max_tokens: int) -> Iterator[Group]:
+    fitting = max(1, (max_tokens - group.shared) // group.own)
+    for start in range(0, len(group.rows), fitting):
+        yield Group(group.rows[start : start + fitting], group.shared, group.own)
+
+
+def _fill(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
+    batch: list[Group] = []
+    for group in groups:
+        if batch and padded_tokens([*batch, group]) > max_tokens:
             yield batch
             batch = []
-        batch.append(row)
+        batch.append(group)
     if batch:
         yield batch

@@ -1,39 +1,44 @@
-"""Per-sample gradients of linear layers from one batched backward pass.
+"""What a backward pass tells about every trainable linear layer, token by token.
 
-For y = W h the gradient of a sample's objective is Σ_t g_t h_tᵀ over its tokens, g_t being the
-gradient at the layer's output. Hooks take h on the way forward and g on the way back; no weight
-gradient is ever computed by autograd, and nothing below the lowest trainable layer is
-differentiated.
+For y = W h the gradient of an objective is Σ_t g_t h_tᵀ, g_t being its gradient at the layer's
+output for token t; a response's own part is the sum over the tokens that only it has. Hooks take h
+on the way forward and g on the way back; autograd computes no weight gradient, and differentiates
+nothing below the lowest trainable layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from activedpo_fast.errors import UnsupportedParameterError
-from activedpo_fast.features.parameters import TrainableLinear
+from activedpo_fast.features.parameters import TrainableLinear, silent_modules
+from activedpo_fast.features.sketch import SketchPlan
 
-Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor], None]
+# (layer, h [N, in], g [N, out], segments int64 [S, 3] of (first token, token after the last, row))
+Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
     """Eval mode and frozen parameters inside; every flag as it was afterwards.
 
     `.grad` is never touched, as no parameter requires one. Grad mode is switched on, whatever the
-    caller has set.
+    caller has set. With precision "bf16", matrix products are computed in bfloat16 (autocast).
     """
+    device = next(model.parameters()).device.type
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), autocast:
             yield
     finally:
         for module, mode in modes:
@@ -42,84 +47,124 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def capture(
-    linears: Sequence[TrainableLinear], batch_shape: tuple[int, int], consume: Consumer
-) -> Iterator[None]:
-    """Call `consume(linear, h, g)` for each use of each layer during the backward pass inside.
-
-    h is [B, T, in] and g is [B, T, out], in the dtypes that the model computes with; `batch_shape`
-    is (B, T). A layer that is used several times in one forward pass is consumed several times,
-    its gradient being the sum. Must be entered inside `undisturbed`.
-
-    Raises:
-        UnsupportedParameterError: a layer's input does not have one row for each token of the
-            batch (routed experts, for instance), so that its gradient cannot be told by sample.
-    """
-    handles = [
-        linear.module.register_forward_hook(_forward_hook(linear, batch_shape, consume))
-        for linear in linears
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
     """float64 where all trainable weights are, else float32."""
     dtypes = {parameter.dtype for linear in linears for parameter in linear.module.parameters()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
-def sample_gradients(
-    linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Σ_t g_t h_tᵀ (and Σ_t g_t for a bias) of each sample, shaped as the parameter is stored.
+def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
+    """A consumer that adds the gradients of each layer's parameters to the rows `out`."""
+
+    def consume(
+        linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
+    ) -> None:
+        if linear.weight is not None:
+            left, right = (h, g) if linear.transposed else (g, h)
+            plan.add(out, linear.weight, left, right, segments)
+        if linear.bias is not None:
+            plan.add(out, linear.bias, g, g.new_ones(len(g), 1), segments)
+
+    return consume
+
+
+@dataclass
+class Tokens:
+    """The tokens of one forward pass.
+
+    shape: (B, T) of the model's input. segments: which of the B·T tokens, counted row-major, add to
+    which row; may be set anew before every backward pass through the same forward pass.
+    """
+
+    shape: tuple[int, int]
+    segments: torch.Tensor
+
+
+class Capture:
+    """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
 
     Args:
-        h: [B, T, in], the layer's input. g: [B, T, out], the gradient at its output.
+        linears: the layers. An A matrix whose B is zero everywhere has a gradient of exact zeros
+            (dL/dA h = Bᵀ g): nothing is differentiated through it, and it is never consumed.
+        consume: called once for each use of a layer in each backward pass; a layer's gradient is
+            the sum over the calls. h and g have the dtypes that the model computes with.
+
+    Used as a context manager inside `undisturbed`; forward passes run inside `tokens(...)`.
     """
-    if linear.weight is not None:
-        left, right = (h, g) if linear.transposed else (g, h)
-        yield linear.weight, left.transpose(1, 2) @ right
-    if linear.bias is not None:
-        yield linear.bias, g.sum(dim=1)
+
+    def __init__(self, linears: Sequence[TrainableLinear], consume: Consumer) -> None:
+        self._silent = silent_modules(linears)
+        self._linears = linears
+        self._consume = consume
+        self._tokens: Tokens | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.first_label = linears[0].label
+        self.used = False  # whether any of the layers took part in a forward pass
+
+    def __enter__(self) -> Capture:
+        for linear in self._linears:
+            hook = _cut if id(linear.module) in self._silent else self._forward_hook(linear)
+            self._handles.append(linear.module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def tokens(self, tokens: Tokens) -> Iterator[None]:
+        """Forward passes inside run these tokens."""
+        before, self._tokens = self._tokens, tokens
+        try:
+            yield
+        finally:
+            self._tokens = before
+
+    def _forward_hook(
+        self, linear: TrainableLinear
+    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def take_input(
+            module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> None:
+            tokens = self._tokens
+            if tokens is None or not torch.is_grad_enabled():
+                return
+            self.used = True
+            h = _by_token(linear, inputs[0].detach(), tokens.shape)
+
+            def take(g: torch.Tensor) -> None:
+                self._consume(
+                    linear, h, _by_token(linear, g.detach(), tokens.shape), tokens.segments)
+
+            if output.requires_grad:
+                output.register_hook(take)
+                return
+
+            def take_from_leaf(leaf: torch.Tensor) -> None:
+                assert leaf.grad is not None
+                g, leaf.grad = leaf.grad, None
+                take(g)
+
+            # All parameters are frozen: here is where the graph begins.
+            output.requires_grad_().register_post_accumulate_grad_hook(take_from_leaf)
+
+        return take_input
 
 
-def _forward_hook(
-    linear: TrainableLinear, batch_shape: tuple[int, int], consume: Consumer
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-    def take_input(
-        module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> None:
-        if not torch.is_grad_enabled():
-            return
-        h = _by_sample(linear, inputs[0].detach(), batch_shape)
-        if not output.requires_grad:
-            # All parameters are frozen: the lowest trainable layer is where the graph begins.
-            output.requires_grad_()
-
-        def take_output_gradient(g: torch.Tensor) -> None:
-            consume(linear, h, _by_sample(linear, g.detach(), batch_shape))
-
-        output.register_hook(take_output_gradient)
-
-    return take_input
+def _cut(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return output.detach()
 
 
-def _by_sample(
-    linear: TrainableLinear, tensor: torch.Tensor, batch_shape: tuple[int, int]
+def _by_token(
+    linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    if tuple(tensor.shape[:-1]) == batch_shape:
-        return tensor
-    tokens = batch_shape[0] * batch_shape[1]
-    if tensor.dim() == 2 and tensor.shape[0] == tokens:
-        # Some MLPs flatten batch and time; the self-check of the extractor proves the order.
-        return tensor.reshape(*batch_shape, tensor.shape[-1])
+    count = shape[0] * shape[1]
+    # Some MLPs flatten batch and time; the self-check proves the order.
+    if tuple(tensor.shape[:-1]) in (shape, (count,)):
+        return tensor.reshape(count, tensor.shape[-1])
     raise UnsupportedParameterError(
         f"cannot take per-sample gradients of {linear.label!r}: its input has shape "
-        f"{list(tensor.shape)}, not one row for each of {batch_shape[0]} × {batch_shape[1]} tokens "
+        f"{list(tensor.shape)}, not one row for each of {shape[0]} × {shape[1]} tokens "
         "(a routed expert?); leave it out of the adapter"
     )

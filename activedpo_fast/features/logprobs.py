@@ -1,68 +1,93 @@
-"""log π(y|x) of padded batches, as DPOTrainer sums it."""
+"""log π of scored tokens from hidden states, a chunk of tokens at a time."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from activedpo_fast.features.batching import Batch
+# Logits held at a time, in numbers: 16 MiB in float32 on the CPU, and elsewhere enough that a chunk
+# keeps the device busy.
+_CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
+
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
-def response_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Σ_t log π(y_t | x, y_<t) over the scored tokens.
+def causal_lm(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a PEFT model; its LoRA layers are its own modules."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    Args:
-        model: a causal LM; its logits are used as they are (soft-capping and scaling included).
-        batch: on the model's device.
 
-    Returns:
-        [B], float32, or float64 where the logits are; part of the autograd graph.
-    """
-    # The head is needed from the token before the first scored one; what comes earlier in every
-    # sequence of the batch is left out where the model can.
-    any_scored = batch.scored.any(dim=0).nonzero()
-    length = batch.input_ids.shape[1]
-    first = int(any_scored[0]) if len(any_scored) else length - 1
-    first = max(first, 1)
-    kept = length - first + 1
-    inputs = _model_inputs(batch)
-    if length > 1 and _accepts(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = kept
-    logits = model(**inputs).logits[:, -kept:-1]
+def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[target], [..., V] and [...] -> [...], float32 (float64 for float64)."""
     if logits.dtype != torch.float64:
         logits = logits.float()
-    targets = batch.input_ids[:, first:]
-    token_logps = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-    return (token_logps * batch.scored[:, first:]).sum(dim=1)
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def last_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The last layer's hidden state at each sequence's last token, [B, hidden].
+@contextmanager
+def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> Iterator[Head]:
+    """The part of `model` after its `decoder`, as a function of hidden states.
 
-    "Last layer" is what the LM head reads, after the final norm (`hidden_states[-1]` of
-    transformers).
+    Gives head(hidden [1, N, h]) -> logits [1, N, V]. It is the model's own forward pass, the
+    decoder's part replaced by an output of `output`'s kind that holds `hidden`: scaling,
+    soft-capping, biases and adapters of the head are all in it.
     """
-    states = model(**_model_inputs(batch), output_hidden_states=True).hidden_states[-1]
-    positions = torch.arange(batch.input_ids.shape[1], device=states.device)
-    last = (batch.attention_mask * positions).argmax(dim=1)
-    return states[torch.arange(len(last), device=states.device), last]
+    states: list[torch.Tensor] = []
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        return type(output)(last_hidden_state=states[0])
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        states[:] = [hidden]
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits
+
+    decoder.forward = give_back  # type: ignore[method-assign]
+    try:
+        yield head
+    finally:
+        del decoder.forward
 
 
-def _model_inputs(batch: Batch) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": False,
-    }
-    if batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
-    return inputs
+def chunked_logps(
+    head: Head,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocabulary: int,
+    weights: torch.Tensor | None,
+    around: Callable[[int, int], AbstractContextManager[Any]],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log π of N tokens and the gradient of their weighted sum, with few logits held at a time.
 
+    Args:
+        head: hidden states [1, n, h] -> logits [1, n, V].
+        hidden: [N, h], detached. targets: int64 [N]. vocabulary: V, or about that.
+        weights: [N], or None for no gradient.
+        around: a context manager for tokens i..j, entered around their part of the head.
 
-def _accepts(model: nn.Module, argument: str) -> bool:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return argument in inspect.signature(base.forward).parameters
+    Returns:
+        The log-probs [N], and ∂ Σ weight · log π / ∂ hidden [N, h] (None without weights).
+    """
+    logps: list[torch.Tensor] = []
+    gradient = None if weights is None else torch.zeros_like(hidden)
+    numbers = _CHUNK_CPU if hidden.device.type == "cpu" else _CHUNK
+    step = max(1, numbers // vocabulary)
+    for start in range(0, len(hidden), step):
+        end = min(start + step, len(hidden))
+        with around(start, end), torch.set_grad_enabled(weights is not None):
+            leaf = hidden[start:end].detach().requires_grad_(weights is not None)
+            logits = head(leaf.unsqueeze(0))[0]
+            part = token_logps(logits, targets[start:end])
+            del logits
+            logps.append(part.detach())
+            if weights is not None and gradient is not None:
+                (part * weights[start:end]).sum().backward()
+                if leaf.grad is not None:
+                    gradient[start:end] = leaf.grad
+    return torch.cat(logps), gradient

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,11 +24,13 @@ class TrainableLinear:
         module: the `nn.Linear`, or transformers' `Conv1D`, whose weight is stored transposed.
         weight: canonical name of its weight if that is trainable, else None.
         bias: canonical name of its bias if that is trainable, else None.
+        reader: for a LoRA A matrix, the B matrix that alone reads its output; else None.
     """
 
     module: nn.Module
     weight: str | None
     bias: str | None
+    reader: nn.Module | None = None
 
     @property
     def label(self) -> str:
@@ -79,10 +82,21 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
             "the model has no trainable parameter to take gradients of: load the adapter with "
             "is_trainable=True, or wrap the model with peft.get_peft_model"
         )
+    readers = _readers(model)
     return [
-        TrainableLinear(modules[key], names.get("weight"), names.get("bias"))
+        TrainableLinear(modules[key], names.get("weight"), names.get("bias"), readers.get(key))
         for key, names in found.items()
     ]
+
+
+def silent_modules(linears: Sequence[TrainableLinear]) -> frozenset[int]:
+    """Ids of the A matrices whose B is zero everywhere now, as at LoRA's initialisation."""
+    return frozenset(
+        id(linear.module)
+        for linear in linears
+        if linear.reader is not None
+        and not torch.count_nonzero(linear.reader.weight)  # type: ignore[arg-type]
+    )
 
 
 def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[nn.Module, str]:
@@ -108,6 +122,17 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield path, module
+
+
+def _readers(model: nn.Module) -> dict[int, nn.Module]:
+    """B by the id of A, for every LoRA layer of every adapter."""
+    return {
+        id(a): layer.lora_B[adapter]
+        for _, layer in _tuner_layers(model)
+        if isinstance(layer, LoraLayer)
+        for adapter, a in layer.lora_A.items()
+        if adapter in layer.lora_B
+    }
 
 
 def _check_adapters(model: nn.Module) -> None:

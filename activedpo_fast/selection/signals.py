@@ -28,11 +28,15 @@ class Signals(ABC):
     pairs: Tensor
     item_of_row: Tensor
 
-    def gradients(self) -> Tensor:
-        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k]."""
+    def gradients(self, *, relative: bool = False) -> Tensor:
+        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k].
+
+        With `relative` they may all be less some row of the same prompt's: what uses only
+        differences of a prompt's rows asks for that, as it can be cheaper.
+        """
         self._missing("gradients")
 
-    def history_gradients(self) -> History:
+    def history_gradients(self, *, relative: bool = False) -> History:
         """Gradient rows of the labelled responses at the current parameters; may be empty."""
         self._missing("history_gradients")
 
@@ -118,7 +122,7 @@ class TensorSignals(Signals):
         self._history_gradients = history_gradients
         self._history_hidden = history_hidden
 
-    def gradients(self) -> Tensor:
+    def gradients(self, *, relative: bool = False) -> Tensor:
         return self._given(self._gradients, "gradients")
 
     def hidden(self) -> Tensor:
@@ -130,7 +134,7 @@ class TensorSignals(Signals):
     def ref_logps(self) -> Tensor:
         return self._given(self._ref_logps, "ref_logps").to(torch.float64)
 
-    def history_gradients(self) -> History:
+    def history_gradients(self, *, relative: bool = False) -> History:
         if self._history_gradients is not None:
             return self._history_gradients
         if self._history_hidden is not None:

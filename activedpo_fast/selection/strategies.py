@@ -72,9 +72,11 @@ class ActiveDPO(Strategy):
         self, signals: Signals, n: int, *, show_progress: bool | None = None
     ) -> Ranking:
         check_n(n, len(signals.pairs))
+        # Only the normalisation by response looks at rows by themselves.
+        relative = self.normalize != "response"
         return greedy_logdet(
-            signals.gradients(), signals.pairs, n, lam=self.lam, kappa=self.kappa,
-            normalize=self.normalize, history=signals.history_gradients(),
+            signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,
+            normalize=self.normalize, history=signals.history_gradients(relative=relative),
             show_progress=show_progress,
         )
 

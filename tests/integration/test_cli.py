@@ -24,7 +24,7 @@ from transformers import (
 from activedpo_fast import commands
 from activedpo_fast.cli import main
 from activedpo_fast.data import PreferencePool
-from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.features import extractor
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.tokenization import tokenize_pool
@@ -131,16 +131,16 @@ def test_interrupted_features_are_continued_to_the_same_rows(
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     assert main([*argv, "--output", str(tmp_path / "other"), "--export", str(whole)]) == 0
 
-    real, calls = FeatureExtractor._batch_gradients, []
+    real, calls = extractor.gradient_pass, []
 
-    def interrupted(self: FeatureExtractor, *args: Any) -> Any:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *args)
+        return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureExtractor, "_batch_gradients", interrupted)
+        patch.setattr(extractor, "gradient_pass", interrupted)
         capsys.readouterr()
         assert main(argv) == 130
     assert capsys.readouterr().err == "activedpo: interrupted\n"
@@ -150,7 +150,11 @@ def test_interrupted_features_are_continued_to_the_same_rows(
 
     assert main([*argv, "--export", str(resumed)]) == 0
     assert "rows are there already" in capsys.readouterr().err
-    assert resumed.read_bytes() == whole.read_bytes()
+    # The batches of what was left are not those of the whole, which is a matter of rounding.
+    rows, expected = load_file(resumed), load_file(whole)
+    assert rows.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (rows[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
 
 
 def test_a_complete_store_is_left_alone_but_exported(

@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.features import logprobs
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
+from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse, tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
 
@@ -33,43 +35,221 @@ def tokens() -> TokenizedPool:
     return tokenize_pool(pool, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
 
 
+def subset(tokens: TokenizedPool, rows: list[int]) -> TokenizedPool:
+    return TokenizedPool(
+        [tokens.sequences[r] for r in rows], [], [tokens.items[r] for r in rows])
+
+
 def extract(model, tokens, **options) -> torch.Tensor:
     options.setdefault("beta", 1.0)
     options.setdefault("max_tokens_per_batch", 160)
     return FeatureExtractor(model, EXACT, **options).gradients(tokens).gradients
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_float64_equals_the_loop(arch: str, tokens: TokenizedPool) -> None:
-    model = lora(tiny_causal_lm(arch, torch.float64), arch)
-    expected, logps = loop_gradients(model, tokens.sequences, trainable(model))
-    # Gemma 2's attention takes its softmax in float32 whatever the model's dtype, so there padding
-    # alone moves the result by that much; batches of one have none.
-    max_tokens = 1 if arch == "gemma2" else 160
-    extractor = FeatureExtractor(model, EXACT, beta=0.3, max_tokens_per_batch=max_tokens)
-    found = extractor.gradients(tokens)
-    assert found.gradients.dtype == torch.float64
-    assert relative_error(found.gradients, 0.3 * expected) <= 1e-9
-    torch.testing.assert_close(found.logps, logps, rtol=1e-10, atol=0)
+# Gemma 2 has no other.
+IMPLEMENTATIONS = [(arch, implementation) for arch in ARCHS for implementation in ("sdpa", "eager")
+                   if (arch, implementation) != ("gemma2", "sdpa")]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_float32_equals_the_float64_loop(arch: str, tokens: TokenizedPool) -> None:
-    model = lora(tiny_causal_lm(arch), arch)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("arch", "implementation"), IMPLEMENTATIONS)
+def test_float64_equals_the_loop(
+    arch: str, implementation: str, shared: bool, tokens: TokenizedPool
+) -> None:
+    # Eager attention takes its softmax in float32 whatever the model's dtype, so there the order of
+    # additions alone moves the result by that much, and where padding sees nothing else (a padded
+    # prompt, or more padding than a sliding window) the mask of a float64 model overflows to NaN.
+    window = {"sliding_window": 256} if arch == "gemma2" else {}
+    model = tiny_causal_lm(arch, torch.float64, attn_implementation=implementation, **window)
+    model = lora(model, arch)
+    eager = implementation == "eager"
+    for item in sorted(set(tokens.items)) if eager else [None]:
+        rows = [r for r, owner in enumerate(tokens.items) if item in (owner, None)]
+        part = subset(tokens, rows)
+        expected, logps = loop_gradients(model, part.sequences, trainable(model))
+        extractor = FeatureExtractor(
+            model, EXACT, beta=0.3, max_tokens_per_batch=160, verify=shared)
+        found = extractor.gradients(part)
+        assert extractor.check(part) == shared
+        assert found.gradients.dtype == torch.float64
+        assert relative_error(found.gradients, 0.3 * expected) <= (1e-6 if eager else 1e-9)
+        torch.testing.assert_close(found.logps, logps, rtol=1e-7 if eager else 1e-10, atol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("arch", "implementation"), IMPLEMENTATIONS)
+def test_float32_equals_the_float64_loop(
+    arch: str, implementation: str, shared: bool, tokens: TokenizedPool
+) -> None:
+    model = lora(tiny_causal_lm(arch, attn_implementation=implementation), arch)
     exact = copy.deepcopy(model).double()
     expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
-    found = extract(model, tokens)
+    extractor = FeatureExtractor(model, EXACT, beta=1.0, max_tokens_per_batch=160, verify=shared)
+    found = extractor.gradients(tokens).gradients
+    assert extractor.check(tokens) == shared
     assert found.dtype == torch.float32
     assert relative_error(found, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox"])
-def test_padding_side(arch: str, padding_side: str, tokens: TokenizedPool) -> None:
-    model = lora(tiny_causal_lm(arch, torch.float64), arch)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_relative_rows_have_the_same_differences(arch: str, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch), arch)
+    exact = copy.deepcopy(model).double()
+    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    first = torch.tensor([tokens.items.index(item) for item in tokens.items])
+    others = torch.arange(len(first)) != first
+    for shared in (True, False):
+        extractor = FeatureExtractor(
+            model, EXACT, beta=1.0, max_tokens_per_batch=160, verify=shared)
+        found = extractor.gradients(tokens, relative=True)
+        assert extractor.check(tokens) == shared
+        assert not found.gradients[~others].any()
+        assert relative_error(found.gradients[others], (expected - expected[first])[others]) <= 1e-5
+        torch.testing.assert_close(found.logps, extractor.logps(tokens))
+
+
+def test_relative_rows_need_whole_items(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    extractor = FeatureExtractor(model, EXACT)
+    with pytest.raises(ActiveDPOError, match="two or more responses"):
+        next(extractor.iter_gradients(tokens, [0, 1, 3], relative=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_log_probs_and_hidden_states(arch: str, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch), arch)
+    extractor = FeatureExtractor(model, EXACT, max_tokens_per_batch=160)
+    logps, hidden = extractor.logps(tokens), extractor.hidden(tokens)
+    assert list(extractor._forward_layout.values()) == [True]
+    for row, sequence in enumerate(tokens.sequences):
+        ids = torch.tensor([sequence.input_ids])
+        with torch.no_grad():
+            output = model(input_ids=ids, output_hidden_states=True)
+        scores = output.logits[0, :-1].log_softmax(-1)
+        expected = scores.gather(1, ids[0, 1:, None])[max(sequence.completion_start, 1) - 1:].sum()
+        assert float(logps[row]) == pytest.approx(float(expected), rel=1e-5)
+        torch.testing.assert_close(hidden[row], output.hidden_states[-1][0, -1], rtol=1e-4,
+                                   atol=1e-5)
+
+
+def test_a_head_with_an_adapter_is_captured_chunk_by_chunk(
+    tokens: TokenizedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "_CHUNK_CPU", 5 * 384)  # five tokens at a time
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama",
+                 target_modules=["v_proj", "lm_head"])
     expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
-    found = extract(model, tokens, padding_side=padding_side, max_tokens_per_batch=10_000)
-    assert relative_error(found, expected) <= 1e-9
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    assert relative_error(extractor.gradients(tokens).gradients, expected) <= 1e-9
+    assert extractor.check(tokens)
+    first = torch.tensor([tokens.items.index(item) for item in tokens.items])
+    found = extractor.gradients(tokens, relative=True).gradients
+    difference = expected - expected[first]
+    assert float((found - difference).norm() / difference.norm()) <= 1e-6
+
+
+def test_responses_that_leave_the_prompt_early_or_have_none(tokens: TokenizedPool) -> None:
+    """Shared beginnings of every length: none, one token, and less than the prompt."""
+    prompt = tokens.sequences[0].input_ids[:6]
+    sequences = [
+        TokenizedResponse([*prompt, 40, 41], 6),
+        TokenizedResponse([*prompt[:3], 50, 51, 52, 53], 6),
+        TokenizedResponse([60, 61, 62], 0), TokenizedResponse([70, 71], 0),
+        TokenizedResponse([80, 81, 82], 1), TokenizedResponse([80, 83], 1),
+        TokenizedResponse([90, 91, 92], 2), TokenizedResponse([90, 91, 93, 94], 2),
+        TokenizedResponse([*prompt], 6), TokenizedResponse([*prompt], 6),  # nothing is scored
+    ]
+    odd = TokenizedPool(sequences, [4], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    expected, logps = loop_gradients(model, sequences[:8], trainable(model))
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    found = extractor.gradients(odd)
+    assert extractor.check(odd)
+    assert relative_error(found.gradients[:8], expected) <= 1e-9
+    torch.testing.assert_close(found.logps[:8], logps, rtol=1e-10, atol=0)
+    assert not found.gradients[8:].any()
+    assert not found.logps[8:].any()
+
+
+def test_long_prompts_leave_the_sliding_window(tokens: TokenizedPool) -> None:
+    """Gemma 2 with a window of 16 tokens, far shorter than the sequences."""
+    model = lora(tiny_causal_lm("gemma2"), "gemma2")
+    assert model.config.sliding_window == 16
+    sequences = [TokenizedResponse([*range(20, 70 + n), 5, 6 + m], 50 + n)
+                 for n in (0, 9) for m in (0, 1)]
+    pool = TokenizedPool(sequences, [], [0, 0, 1, 1])
+    exact = copy.deepcopy(model).double()
+    expected, _ = loop_gradients(exact, sequences, trainable(exact))
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    assert extractor.check(pool)
+    assert relative_error(extractor.gradients(pool).gradients, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("config_class", ["BloomConfig", "MambaConfig", "FalconConfig"])
+def test_other_architectures_share_or_are_run_plainly(
+    config_class: str, tokens: TokenizedPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ALiBi, recurrent states: whether prompts can be shared is found out, the rows are right."""
+    config = getattr(transformers, config_class)(
+        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, n_head=4,
+        n_layer=2, state_size=4, alibi=True, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    targets = {"MambaConfig": ["in_proj", "x_proj"]}.get(config_class, ["query_key_value"])
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.eval()
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    extractor = FeatureExtractor(model, EXACT, beta=1.0, max_tokens_per_batch=160)
+    found = extractor.gradients(tokens).gradients
+    assert relative_error(found, expected) <= 1e-4
+    warned = [r for r in caplog.records if "cannot continue a prompt" in r.message]
+    assert len(warned) == (0 if extractor.check(tokens) else 1)
+    if config_class == "MambaConfig":
+        assert warned
+
+
+def test_out_of_memory_halves_the_batches(
+    tokens: TokenizedPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The allocator's own error, raised where a real one would be: inside a layer."""
+    model = lora(tiny_causal_lm("llama"), "llama")
+    expected = extract(model, tokens)
+    limit = 60
+
+    def allocate(module, inputs) -> None:
+        if inputs[0].shape[0] * inputs[0].shape[1] > limit:
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    mlp = model.get_submodule("base_model.model.model.layers.1.mlp")
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    extractor.check(tokens)
+    handle = mlp.register_forward_pre_hook(allocate)
+    found = extractor.gradients(tokens).gradients
+    assert relative_error(found, expected) <= 5e-6
+    assert "out of memory: going on with batches of" in caplog.text
+    limit = 3
+    with pytest.raises(ActiveDPOError, match="out of memory for 1 responses of one prompt"):
+        extractor.gradients(tokens)
+    handle.remove()
+
+
+def test_bf16_autocast(tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm("llama"), "llama")
+    expected = extract(model, tokens)
+    with pytest.raises(ActiveDPOError, match="precision is 'fp8'"):
+        extract(model, tokens, precision="fp8")
+    if not any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")):
+        with pytest.raises(ActiveDPOError, match="no bfloat16"):
+            extract(model, tokens, precision="bf16")
+        return
+    found = extract(model, tokens, precision="bf16")
+    assert found.dtype == torch.float32
+    assert 1e-5 < relative_error(found, expected) < 0.1
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_rslora_bias_and_untrained_adapter(tokens: TokenizedPool) -> None:
@@ -157,7 +337,7 @@ def test_rows_do_not_depend_on_batch_or_order(tokens: TokenizedPool) -> None:
     generator = torch.Generator().manual_seed(3)
     for max_tokens in (100, 200, 10_000):
         order = torch.randperm(len(tokens.sequences), generator=generator).tolist()
-        shuffled = TokenizedPool(sequences=[tokens.sequences[i] for i in order], skipped=[])
+        shuffled = subset(tokens, order)
         found = extract(model, shuffled, max_tokens_per_batch=max_tokens)
         assert relative_error(found, alone[order]) <= 5e-6
 
