@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
@@ -13,8 +14,8 @@ OPTIMISE = ["/O2"] if sys.platform == "win32" else ["-O3"]
 
 extension = Pybind11Extension(
     "activedpo_fast._csrc",
-    sources=["csrc/bindings.cpp", "csrc/rademacher.cpp", "csrc/sjlt.cpp"],
-    depends=["csrc/philox.h", "csrc/rademacher.h", "csrc/sjlt.h"],
+    sources=sorted(glob("csrc/*.cpp")),
+    depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
     extra_compile_args=[*OPTIMISE, *OPENMP],
     extra_link_args=[] if sys.platform == "win32" else OPENMP,

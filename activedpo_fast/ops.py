@@ -30,9 +30,11 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-OPERATIONS = ("sjlt", "rademacher")
+OPERATIONS = ("sjlt", "rademacher", "outer_sketch")
+METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
 BACKENDS = ("cpp", "reference")  # in the order in which `auto` prefers them
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16"}
 _warned = False
 
 
@@ -55,6 +57,46 @@ def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
     float32 sums are formed in float32 over 32 numbers at a time and in float64 beyond.
     """
     _add("rademacher", out, x, key)
+
+
+def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                  method: str) -> None:
+    """out[row] += S vec(sum of left_t right_tᵀ over a run of tokens), for every run, in place.
+
+    It is the sketch of each run's gradient, `reference.outer_sketch`, without forming the gradient:
+    on the CPU no more than a tile of it exists at a time.
+
+    Args:
+        out: float64 [n, k], 1 <= k < 2^31.
+        left: [N, rows], right: [N, columns], float32, float64 or bfloat16, of one dtype and on
+            out's device. bfloat16 is multiplied in float32.
+        segments: int64 [S, 3] on the CPU, of (start, end, row), 0 <= start <= end <= N,
+            0 <= row < n. They may overlap, and may share rows.
+        key: 0 <= key < 2^64, from `Sketch.key`. method: one of METHODS.
+
+    Products are summed over tokens in float32 (float64 for float64) and over segments and calls in
+    float64. The number of threads changes nothing. Raises ActiveDPOError on tensors that do not
+    fit.
+    """
+    _check_outer(out, left, right, segments, key, method)
+    if left.shape[0] == 0 or len(segments) == 0:
+        return
+    if _choose(out.device.type) == "reference":
+        out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
+        return
+    left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
+    target = out if out.stride(1) == 1 else out.contiguous()
+    # Runs of one row together, so that one thread adds them up, in the order they came in.
+    ordered = segments[segments[:, 2].sort(stable=True).indices].contiguous()
+    sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
+    getattr(_csrc, f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
+        out=target.data_ptr(), out_stride=target.stride(0), left=left.data_ptr(),
+        left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
+        segments=ordered.data_ptr(), n_segments=len(ordered), rows=left.shape[1],
+        columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
+        num_threads=torch.get_num_threads())
+    if target is not out:
+        out.copy_(target)
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
@@ -121,6 +163,48 @@ def _check(operation: str, out: Tensor, x: Tensor, key: int) -> None:
         raise ActiveDPOError(f"{name}: out has {out.shape[0]} rows and x has {x.shape[0]}")
     if not 1 <= out.shape[1] < 2 ** 31:
         raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    _check_key(name, key)
+
+
+def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                 method: str) -> None:
+    name = "outer_sketch_"
+    if method not in METHODS:
+        raise ActiveDPOError(f"{name}: method is {method!r}; known: {', '.join(METHODS)}")
+    for label, tensor in (("out", out), ("left", left), ("right", right), ("segments", segments)):
+        if not isinstance(tensor, Tensor):
+            raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dim() != 2 or tensor.layout != torch.strided:
+            raise ActiveDPOError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected a "
+                                 "dense matrix")
+        if tensor.requires_grad:
+            raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
+    if out.dtype != torch.float64:
+        raise ActiveDPOError(f"{name}: out is {out.dtype}, expected torch.float64")
+    if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
+        raise ActiveDPOError(f"{name}: left is {left.dtype} and right {right.dtype}, expected "
+                             "both torch.float32, torch.float64 or torch.bfloat16")
+    if not out.device == left.device == right.device:
+        raise ActiveDPOError(f"{name}: out is on {out.device}, left on {left.device} and right on "
+                             f"{right.device}")
+    if left.shape[0] != right.shape[0]:
+        raise ActiveDPOError(f"{name}: left has {left.shape[0]} tokens and right {right.shape[0]}")
+    if left.shape[1] == 0 or right.shape[1] == 0:
+        raise ActiveDPOError(f"{name}: left is {left.shape[1]} wide and right {right.shape[1]}")
+    if not 1 <= out.shape[1] < 2 ** 31:
+        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
+        raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
+                             f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
+    start, end, row = segments.unbind(1)
+    if not bool(((start >= 0) & (start <= end) & (end <= len(left)) & (row >= 0)
+                 & (row < len(out))).all()):
+        raise ActiveDPOError(f"{name}: a segment lies outside {len(left)} tokens and {len(out)} "
+                             "rows")
+    _check_key(name, key)
+
+
+def _check_key(name: str, key: int) -> None:
     if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2 ** 64:
         raise ActiveDPOError(f"{name}: key is {key!r}, expected an integer from 0 to 2^64 - 1")
 

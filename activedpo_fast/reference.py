@@ -8,14 +8,20 @@ hold unsigned 32-bit values.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 SJLT_STREAM = 1
 RADEMACHER_STREAM = 2
+KRONECKER_STREAMS = (3, 4, 5)  # left side, right side, offset
 
 _MASK = 0xFFFFFFFF
-_TILE = 1 << 20  # numbers in a chunk's largest tensor; a bound on memory, of no effect on values
+# Bounds on memory, of no effect on values: numbers in a chunk's largest tensor, and in the
+# gradients that are formed at a time.
+_TILE = 1 << 20
+_GRADIENTS = 1 << 26
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
@@ -30,13 +36,15 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
     return c0, c1, c2, c3
 
 
-def sjlt_hash(positions: Tensor, key: int, k: int) -> tuple[Tensor, Tensor]:
+def sjlt_hash(
+    positions: Tensor, key: int, k: int, stream: int = SJLT_STREAM
+) -> tuple[Tensor, Tensor]:
     """Bucket (0..k-1) and sign (+1, -1) of each position, both int64.
 
     Position p uses word p mod 4 of Philox block p // 4: bit 0 is the sign (set: -1), and the other
     31 bits r give the bucket floor(r k / 2^31).
     """
-    words = torch.stack(_words(positions >> 2, 0, SJLT_STREAM, key))
+    words = torch.stack(_words(positions >> 2, 0, stream, key))
     word = words.gather(0, (positions & 3).unsqueeze(0)).squeeze(0)
     return ((word >> 1) * k) >> 31, 1 - 2 * (word & 1)
 
@@ -89,6 +97,76 @@ def rademacher(x: Tensor, key: int, k: int) -> Tensor:
             signs = rademacher_signs(positions, columns, key)
             out[:, first:first + width] += x[:, begin:begin + step].double() @ signs.double()
     return (out / k ** 0.5).to(x.dtype)
+
+
+def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
+    """Numbers a and b, a b <= k, that the sides of a [rows, columns] gradient are projected to.
+
+    A side that is not longer than sqrt(k) keeps its length, as both do where k has room.
+    """
+    if rows * columns <= k:
+        return rows, columns
+    side = math.isqrt(k)
+    if rows <= side:
+        return rows, k // rows
+    if columns <= side:
+        return k // columns, columns
+    return side, side
+
+
+def kronecker(x: Tensor, key: int, k: int) -> Tensor:
+    """Both sides of a gradient sketched by themselves: [n, rows, columns] -> [n, k].
+
+    With (a, b) = kronecker_sides(rows, columns, k), entry (p, q) is added, with the product of two
+    signs, to the bucket (offset + left(p) b + right(q)) mod k. left and right are the hashes of
+    `sjlt_hash` into a and b buckets, or the position itself on a side that keeps its length. As a
+    gradient is a sum of outer products g hᵀ, g and h can be projected before they are multiplied.
+    Summed in float64, returned in x's dtype. Source of the idea: LoGra, Choe et al.,
+    arXiv 2405.13954; here with sparse projections.
+    """
+    n, rows, columns = x.shape
+    a, b = kronecker_sides(rows, columns, k)
+    left, right, last = KRONECKER_STREAMS
+    device = x.device
+    row_bucket, row_sign = _side_hash(rows, a, key, left, device)
+    column_bucket, column_sign = _side_hash(columns, b, key, right, device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    offset, _ = sjlt_hash(zero, key, k, last)
+    bucket = (offset + row_bucket[:, None] * b + column_bucket) % k
+    signed = x.double() * (row_sign[:, None] * column_sign)
+    out = torch.zeros(n, k, dtype=torch.float64, device=device)
+    return out.index_add_(1, bucket.flatten(), signed.flatten(1)).to(x.dtype)
+
+
+def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int, n: int,
+                 method: str) -> Tensor:
+    """Sketches of the gradients sum_t left_t right_tᵀ of runs of tokens: float64 [n, k].
+
+    Args:
+        left: [N, rows], right: [N, columns]. segments: int64 [S, 3] of (start, end, row): the
+            tokens start..end-1 add their gradient, flattened row-major, to that row of the result.
+        method: "sjlt", "rademacher" or "kronecker".
+
+    Products are formed in float32 (float64 for float64 tensors).
+    """
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    out = torch.zeros(n, k, dtype=torch.float64, device=left.device)
+    for part in segments.split(max(1, _GRADIENTS // (left.shape[1] * right.shape[1]))):
+        gradients = torch.stack([left[start:end].to(dtype).T @ right[start:end].to(dtype)
+                                 for start, end, _ in part.tolist()]).double()
+        if method == "kronecker":
+            sketched = kronecker(gradients, key, k)
+        else:
+            sketched = (sjlt if method == "sjlt" else rademacher)(gradients.flatten(1), key, k)
+        out.index_add_(0, part[:, 2].to(out.device), sketched)
+    return out
+
+
+def _side_hash(length: int, buckets: int, key: int, stream: int,
+               device: torch.device) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(length, device=device)
+    bucket, sign = sjlt_hash(positions, key, buckets, stream)
+    return (positions if buckets == length else bucket), sign
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

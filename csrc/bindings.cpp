@@ -1,10 +1,13 @@
 // Python bindings over raw addresses: no libtorch, so one build serves every torch. The caller
 // (activedpo_fast/ops.py) has checked shapes, dtypes and strides, and keeps the tensors alive.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <string>
 
+#include "outer.h"
 #include "philox.h"
 #include "rademacher.h"
 #include "sjlt.h"
@@ -32,6 +35,39 @@ void bind(py::module_& module, const char* name, Sketch<T> sketch) {
       py::arg("k"), py::arg("key"), py::arg("num_threads"));
 }
 
+template <typename T>
+void bind_outer(py::module_& module, const char* method, const char* dtype,
+                void (activedpo::OuterSketch<T>::*sketch)() const) {
+  const std::string name = std::string("outer_") + method + "_" + dtype;
+  module.def(
+      name.c_str(),
+      [sketch](std::uintptr_t out, std::int64_t out_stride, std::uintptr_t left,
+               std::int64_t left_stride, std::uintptr_t right, std::int64_t right_stride,
+               std::uintptr_t segments, std::int64_t n_segments, std::int64_t rows,
+               std::int64_t columns, std::int64_t k, std::uint64_t key,
+               std::array<std::int64_t, 2> sides, int num_threads) {
+        const activedpo::OuterSketch<T> outer{
+            reinterpret_cast<double*>(out), out_stride,
+            reinterpret_cast<const T*>(left), left_stride,
+            reinterpret_cast<const T*>(right), right_stride,
+            reinterpret_cast<const activedpo::Segment*>(segments), n_segments,
+            rows, columns, k, key, {sides[0], sides[1]}, num_threads};
+        const py::gil_scoped_release released;
+        (outer.*sketch)();
+      },
+      py::kw_only(), py::arg("out"), py::arg("out_stride"), py::arg("left"),
+      py::arg("left_stride"), py::arg("right"), py::arg("right_stride"), py::arg("segments"),
+      py::arg("n_segments"), py::arg("rows"), py::arg("columns"), py::arg("k"), py::arg("key"),
+      py::arg("sides"), py::arg("num_threads"));
+}
+
+template <typename T>
+void bind_outer_sketches(py::module_& module, const char* dtype) {
+  bind_outer<T>(module, "sjlt", dtype, &activedpo::OuterSketch<T>::sjlt);
+  bind_outer<T>(module, "rademacher", dtype, &activedpo::OuterSketch<T>::rademacher);
+  bind_outer<T>(module, "kronecker", dtype, &activedpo::OuterSketch<T>::kronecker);
+}
+
 std::array<std::uint32_t, 4> philox_block(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
   std::uint32_t words[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
   activedpo::philox4x32<1>(words, key);
@@ -46,6 +82,9 @@ PYBIND11_MODULE(_csrc, module) {
   bind<double>(module, "sjlt_float64", activedpo::sjlt<double>);
   bind<float>(module, "rademacher_float32", activedpo::rademacher<float>);
   bind<double>(module, "rademacher_float64", activedpo::rademacher<double>);
+  bind_outer_sketches<float>(module, "float32");
+  bind_outer_sketches<double>(module, "float64");
+  bind_outer_sketches<activedpo::BFloat16>(module, "bfloat16");
   module.def(
       "philox4x32",
       [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,

@@ -6,7 +6,8 @@
 #include <cstdint>
 
 // One wheel for every x86-64: the marked functions are compiled for several instruction sets, and
-// the loader picks one. Their results are the same on each of them (see rademacher.cpp).
+// the loader picks one. Random bits and sketches of a gradient are the same on each of them (see
+// rademacher.cpp); products, where multiply-adds are fused on some, agree to rounding.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define ACTIVEDPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -16,9 +17,12 @@
 
 namespace activedpo {
 
-// The last counter word tells the two sketches apart, so that they never share bits.
+// The last counter word tells the uses apart, so that they never share bits.
 constexpr std::uint32_t kSjltStream = 1;
 constexpr std::uint32_t kRademacherStream = 2;
+constexpr std::uint32_t kKroneckerLeftStream = 3;
+constexpr std::uint32_t kKroneckerRightStream = 4;
+constexpr std::uint32_t kKroneckerOffsetStream = 5;
 
 // counter[w][lane] is word w of a lane's counter, and afterwards word w of its random block.
 template <int Lanes>

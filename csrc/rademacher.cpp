@@ -15,7 +15,7 @@
 namespace activedpo {
 
 constexpr int kLanes = 16;
-constexpr int kColumns = 128;   // the columns of one Philox block
+constexpr int kColumns = kRademacherColumns;
 constexpr int kPositions = 32;  // a tile of signs (16 KiB in float32) stays in the L1 cache
 
 template <typename T>
@@ -89,12 +89,19 @@ ACTIVEDPO_INLINE void add_tile(double* sums, const Tile<T>& tile, const T* x, st
 #define ACTIVEDPO_PROJECT_COLUMNS(T)                                                              \
   ACTIVEDPO_CLONES                                                                                \
   void project_columns(double* sums, const T* x, std::int64_t x_stride, std::int64_t n,           \
-                       std::int64_t length, std::uint32_t column_block, std::uint64_t key) {      \
+                       std::int64_t length, std::uint64_t first, std::uint32_t column_block,      \
+                       std::uint64_t key) {                                                       \
     Tile<T> tile;                                                                                 \
     for (std::int64_t p = 0; p < length; p += kPositions) {                                       \
-      fill_signs(tile, static_cast<std::uint64_t>(p), column_block, key);                         \
+      fill_signs(tile, first + static_cast<std::uint64_t>(p), column_block, key);                 \
       add_tile(sums, tile, x + p, x_stride, n, std::min<std::int64_t>(kPositions, length - p));   \
     }                                                                                             \
+  }                                                                                               \
+  template <>                                                                                     \
+  void rademacher_columns<T>(double* sums, const T* x, std::int64_t x_stride, std::int64_t n,     \
+                             std::int64_t length, std::uint64_t first,                            \
+                             std::uint32_t column_block, std::uint64_t key) {                     \
+    project_columns(sums, x, x_stride, n, length, first, column_block, key);                      \
   }
 ACTIVEDPO_PROJECT_COLUMNS(float)
 ACTIVEDPO_PROJECT_COLUMNS(double)
@@ -122,7 +129,7 @@ void rademacher(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stri
     double* sums = scratch.data();
 #endif
     std::fill(sums, sums + size, 0.0);
-    project_columns(sums, x, x_stride, n, length, static_cast<std::uint32_t>(block), key);
+    project_columns(sums, x, x_stride, n, length, 0, static_cast<std::uint32_t>(block), key);
     const std::int64_t first = block * kColumns;
     const std::int64_t columns = std::min<std::int64_t>(kColumns, k - first);
     for (std::int64_t i = 0; i < n; ++i) {

@@ -1,7 +1,6 @@
 #include "sjlt.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #ifdef _OPENMP
@@ -12,17 +11,15 @@
 
 namespace activedpo {
 
-// 16 Philox blocks at a time; each serves four positions.
-constexpr int kLanes = 16;
-constexpr std::int64_t kGroup = 4 * kLanes;
-constexpr std::int64_t kChunk = 64 * kGroup;  // positions whose codes are kept at a time (16 KiB)
+constexpr int kLanes = kSjltGroup / 4;  // Philox blocks at a time; each serves four positions
+constexpr std::int64_t kChunk = 64 * kSjltGroup;  // positions whose codes are kept (16 KiB)
 
-// codes[p - first] = 2 * bucket(p) + (sign(p) < 0), for one chunk of positions from `first`.
 ACTIVEDPO_CLONES
-void sjlt_codes(std::uint32_t* codes, std::uint64_t first, std::uint32_t k, std::uint64_t key) {
-  for (std::int64_t p = 0; p < kChunk; p += kGroup) {
+void sjlt_codes(std::uint32_t* codes, std::uint64_t first, std::int64_t count, std::uint32_t k,
+                std::uint32_t stream, std::uint64_t key) {
+  for (std::int64_t p = 0; p < count; p += kSjltGroup) {
     std::uint32_t words[4][kLanes];
-    philox_blocks<kLanes>(words, (first + static_cast<std::uint64_t>(p)) / 4, 0, kSjltStream, key);
+    philox_blocks<kLanes>(words, (first + static_cast<std::uint64_t>(p)) / 4, 0, stream, key);
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int w = 0; w < 4; ++w) {
         const std::uint32_t word = words[w][lane];
@@ -30,20 +27,6 @@ void sjlt_codes(std::uint32_t* codes, std::uint64_t first, std::uint32_t k, std:
         codes[p + 4 * lane + w] = static_cast<std::uint32_t>(bucket << 1) | (word & 1u);
       }
     }
-  }
-}
-
-template <typename T>
-static void scatter(double* sums, const T* x, const std::uint32_t* codes, std::int64_t count) {
-  for (std::int64_t p = 0; p < count; ++p) {
-    const std::uint32_t code = codes[p];
-    const double value = static_cast<double>(x[p]);
-    std::uint64_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits ^= static_cast<std::uint64_t>(code) << 63;
-    double signed_value;
-    std::memcpy(&signed_value, &bits, sizeof bits);
-    sums[code >> 1] += signed_value;
   }
 }
 
@@ -74,9 +57,10 @@ void sjlt(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stride, st
     alignas(64) std::uint32_t codes[kChunk];
     const std::int64_t end = std::min(length, (s + 1) * segment);
     for (std::int64_t p = s * segment; p < end; p += kChunk) {
-      sjlt_codes(codes, static_cast<std::uint64_t>(p), static_cast<std::uint32_t>(k), key);
+      sjlt_codes(codes, static_cast<std::uint64_t>(p), kChunk, static_cast<std::uint32_t>(k),
+                 kSjltStream, key);
       for (std::int64_t i = 0; i < n; ++i) {
-        scatter(sums + i * k, x + i * x_stride + p, codes, std::min(kChunk, end - p));
+        sjlt_scatter(sums + i * k, x + i * x_stride + p, codes, std::min(kChunk, end - p));
       }
     }
 #pragma omp ordered

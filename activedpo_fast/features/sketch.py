@@ -17,7 +17,7 @@ from torch import Tensor
 from activedpo_fast import ops
 from activedpo_fast.errors import ActiveDPOError
 
-METHODS = ("sjlt", "rademacher", "none")
+METHODS = (*ops.METHODS, "none")
 
 # Components that wrappers put into parameter names: DDP, torch.compile, FSDP, checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -28,9 +28,12 @@ class Sketch:
     """A projection of the gradient of all trainable parameters to `dim` numbers.
 
     method: "sjlt" (one non-zero a column: as many operations as the gradient has numbers),
-        "rademacher" (dense signs over sqrt(dim): dim times as many) or "none" (the gradient
-        itself). E<Sx, Sy> = <x, y> and
-        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim for both projections.
+        "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (the sides of each
+        gradient by themselves, `reference.kronecker`: what large weights cost least with) or "none"
+        (the gradient itself). E<Sx, Sy> = <x, y> for the three projections. For the first two,
+        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim. For "kronecker" it is not
+        spread evenly: two entries of a gradient that share a row or column meet in a bucket about
+        1 / sqrt(dim) of the time, so that sides longer than they are projected to weigh more.
     dim: 1 to 2^31 - 1; always None for "none".
     seed: 0 to 2^63 - 1.
 
@@ -90,38 +93,41 @@ class SketchPlan:
         """Numbers in a row: the sketch's dim, or the whole gradient's for "none"."""
         return self.total if self.sketch.dim is None else self.sketch.dim
 
-    def add(self, out: Tensor, name: str, grad: Tensor) -> None:
-        """Add one parameter's part to the rows, in place.
+    def add(self, out: Tensor, name: str, left: Tensor, right: Tensor, segments: Tensor) -> None:
+        """Add one parameter's gradients, sums of left_t right_tᵀ over runs of tokens, to rows.
 
         Args:
-            out: [n, dim], float32 or float64.
+            out: [n, dim], float64; any floating dtype with method "none".
             name: a canonical name that the plan was made with.
-            grad: [n, *shape], the n samples' gradients, of out's dtype and device.
+            left: [N, rows], right: [N, columns] of a [rows, columns] weight; right is [N, 1] for a
+                bias. float32, float64 or bfloat16, on out's device.
+            segments: int64 [S, 3] on the CPU, of (start, end, row): the tokens start..end-1 add to
+                that row of `out`.
 
         Raises ActiveDPOError, naming the parameter, on anything that does not fit.
         """
         shape = self._shapes.get(name)
         if shape is None:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
-        n = out.shape[0]
         if out.dim() != 2 or out.shape[1] != self.dim:
             raise ActiveDPOError(
                 f"{name}: out has shape {tuple(out.shape)}, expected [n, {self.dim}]")
-        if grad.shape != (n, *shape):
-            raise ActiveDPOError(
-                f"{name}: gradients have shape {tuple(grad.shape)}, expected {(n, *shape)}")
-        if (grad.dtype, grad.device) != (out.dtype, out.device):
-            raise ActiveDPOError(f"{name}: gradients are {grad.dtype} on {grad.device}, "
-                                 f"the rows {out.dtype} on {out.device}")
-        numbers = math.prod(shape)
-        flat = grad.detach().reshape(n, numbers)
-        if self.sketch.method == "none":
-            offset = self._offsets[name]
-            out[:, offset:offset + numbers] += flat
-        elif self.sketch.method == "sjlt":
-            ops.sjlt_(out, flat, self.sketch.key(name))
-        else:
-            ops.rademacher_(out, flat, self.sketch.key(name))
+        expected = (*shape, 1)[:2]
+        if (left.shape[1], right.shape[1]) != expected:
+            raise ActiveDPOError(f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, "
+                                 f"expected {list(expected)}")
+        if self.sketch.method != "none":
+            try:
+                ops.outer_sketch_(
+                    out, left, right, segments, self.sketch.key(name), self.sketch.method)
+            except ActiveDPOError as error:
+                raise ActiveDPOError(f"{name}: {error}") from None
+            return
+        block = slice(self._offsets[name], self._offsets[name] + math.prod(shape))
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        for start, end, row in segments.tolist():
+            gradient = left[start:end].to(dtype).T @ right[start:end].to(dtype)
+            out[row, block] += gradient.flatten()
 
 
 def canonical_name(name: str, adapter: str | None) -> str:

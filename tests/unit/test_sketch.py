@@ -10,7 +10,8 @@ from activedpo_fast.features.sketch import Sketch, SketchPlan, canonical_name
 
 SHAPES = [("q.lora_A.weight", torch.Size([4, 30])), ("q.lora_B.weight", torch.Size([25, 4])),
           ("bias", torch.Size([7]))]
-METHODS = ["sjlt", "rademacher", "none"]
+METHODS = ["sjlt", "rademacher", "kronecker", "none"]
+PROJECTIONS = METHODS[:3]
 
 
 def gradients(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
@@ -20,10 +21,18 @@ def gradients(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict
 
 
 def rows(plan: SketchPlan, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-    some = next(iter(grads.values()))
-    out = torch.zeros(len(some), plan.dim, dtype=some.dtype)
+    """The gradients [n, ...] as sums of outer products: of unit vectors and their own rows."""
+    n = len(next(iter(grads.values())))
+    out = torch.zeros(n, plan.dim, dtype=torch.float64)
     for name, grad in grads.items():
-        plan.add(out, name, grad)
+        if grad.dim() == 2:  # a bias: one token a sample
+            left, right = grad, grad.new_ones(n, 1)
+        else:
+            left = torch.eye(grad.shape[1], dtype=grad.dtype).repeat(n, 1)
+            right = grad.flatten(0, 1)
+        ends = torch.arange(1, n + 1) * (len(left) // max(n, 1))
+        segments = torch.stack([ends - len(left) // max(n, 1), ends, torch.arange(n)], dim=1)
+        plan.add(out, name, left, right, segments)
     return out
 
 
@@ -63,7 +72,7 @@ def test_rows_do_not_depend_on_batch_order_or_layout(method):
     assert torch.equal(rows(plan, strided), whole)
 
 
-@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("method", PROJECTIONS)
 def test_is_linear_and_mixes_names_and_seeds(method):
     grads = gradients(2)
     plan = SketchPlan(Sketch(method, 64), SHAPES)
@@ -119,7 +128,25 @@ def test_inner_products_are_unbiased_and_follow_the_variance_law(method, kind):
     assert error < 0.15  # the bound above can fail: it is not wider than this
 
 
-@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+def test_kronecker_is_unbiased_and_spreads_unevenly():
+    """Random entries: about the variance of the others. Sides that are longer than they are
+    projected to, and gradients of rank one: more, and that is measured here."""
+    generator = torch.Generator().manual_seed(5)
+    flat = torch.randn(60, 40, generator=generator, dtype=torch.float64)
+    u, v = (torch.randn(n, 1, generator=generator, dtype=torch.float64) for n in (60, 40))
+    k, seeds = 64, 500
+    ratio = {}
+    for kind, x in (("random", flat), ("rank one", u @ v.T)):
+        values = products("kronecker", x, x, k, seeds)
+        square = float((x * x).sum())
+        law = (2 * square ** 2 - 2 * float((x ** 4).sum())) / k
+        ratio[kind] = float(values.var()) / law
+        assert abs(float(values.mean()) - square) < 4.5 * float(values.std()) / seeds ** 0.5
+    assert 0.5 < ratio["random"] < 2
+    assert ratio["rank one"] > 3
+
+
+@pytest.mark.parametrize("method", PROJECTIONS)
 def test_names_get_independent_sketches(method):
     """The same vector under two names: products around zero, of variance |x|^2 |y|^2 / k."""
     x, _ = vectors("related")
@@ -145,7 +172,8 @@ def test_canonical_names(name, adapter, expected):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(method="gauss"), "unknown sketch method 'gauss'; known: sjlt, rademacher, none"),
+    (dict(method="gauss"),
+     "unknown sketch method 'gauss'; known: sjlt, rademacher, kronecker, none"),
     (dict(dim=0), "sketch dim is 0"), (dict(dim=2 ** 31), "sketch dim is 2147483648"),
     (dict(dim=None), "sketch dim is None"), (dict(dim=True), "sketch dim is True"),
     (dict(dim=64.0), "sketch dim is 64.0"), (dict(seed=-1), "sketch seed is -1"),
@@ -163,15 +191,17 @@ def test_plan_needs_parameters_with_names_of_their_own():
         SketchPlan(Sketch(), [("w", torch.Size([1])), ("w", torch.Size([2]))])
 
 
-@pytest.mark.parametrize("name, grad, out, message", [
-    ("nobody", torch.zeros(2, 7), torch.zeros(2, 8), "parameter 'nobody' is not in the sketch's"),
-    ("bias", torch.zeros(2, 6), torch.zeros(2, 8), r"bias: gradients have shape \(2, 6\), expec"),
-    ("bias", torch.zeros(3, 7), torch.zeros(2, 8), r"bias: gradients have shape \(3, 7\), expec"),
-    ("bias", torch.zeros(2, 7), torch.zeros(2, 9), r"bias: out has shape \(2, 9\), expected \[n"),
-    ("bias", torch.zeros(2, 7).bfloat16(), torch.zeros(2, 8), "bias: gradients are torch.bf")])
-def test_plan_names_the_parameter_at_fault(name, grad, out, message):
+@pytest.mark.parametrize("name, left, out, message", [
+    ("nobody", torch.zeros(2, 7), (2, 8), "parameter 'nobody' is not in the sketch's"),
+    ("bias", torch.zeros(2, 6), (2, 8), r"bias: gradients have shape \[6, 1\], expected \[7, 1"),
+    ("bias", torch.zeros(2, 7), (2, 9), r"bias: out has shape \(2, 9\), expected \[n"),
+    ("bias", torch.zeros(2, 7).half(), (2, 8), "bias: outer_sketch_: left is torch.float16"),
+    ("bias", torch.zeros(2, 7), (1, 8), "bias: outer_sketch_: a segment lies outside 2 tok")])
+def test_plan_names_the_parameter_at_fault(name, left, out, message):
+    segments = torch.tensor([[0, 1, 0], [1, 2, 1]])
     with pytest.raises(ActiveDPOError, match=message):
-        SketchPlan(Sketch("sjlt", 8), SHAPES).add(out, name, grad)
+        SketchPlan(Sketch("sjlt", 8), SHAPES).add(
+            torch.zeros(*out, dtype=torch.float64), name, left, left.new_ones(2, 1), segments)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,352 @@
+#include "outer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "philox.h"
+#include "rademacher.h"
+#include "sjlt.h"
+
+namespace activedpo {
+
+namespace {
+
+// Positions whose SJLT codes are there at a time (4 MiB), and numbers of a gradient that go through
+// the dense projection at a time.
+constexpr std::int64_t kCodes = 1 << 20;
+constexpr std::int64_t kSlab = 4096;
+// With fewer rows than this, a gradient is also cut into parts, so that threads have enough to do.
+constexpr std::int64_t kFewRows = 8;
+
+int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// 64-byte aligned room for every thread, taken before threads start: an exception must not leave a
+// parallel region.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int threads, std::int64_t size)
+      : size_((size + 15) / 16 * 16), data_(static_cast<std::size_t>(threads * size_) + 16) {
+    const auto address = reinterpret_cast<std::uintptr_t>(data_.data());
+    first_ = data_.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  T* of(int thread) { return first_ + thread * size_; }
+
+ private:
+  std::int64_t size_;
+  std::vector<T> data_;
+  T* first_;
+};
+
+// Segments [first, last) have one row.
+struct Row {
+  const Segment* first;
+  const Segment* last;
+  std::int64_t number() const { return first->row; }
+};
+
+std::vector<Row> rows_of(const Segment* segments, std::int64_t count) {
+  std::vector<Row> rows;
+  for (std::int64_t s = 0; s < count; ++s) {
+    if (rows.empty() || rows.back().number() != segments[s].row) {
+      rows.push_back({segments + s, segments + s});
+    }
+    rows.back().last = segments + s + 1;
+  }
+  return rows;
+}
+
+// A rectangle of the gradient.
+struct Part {
+  std::int64_t top, bottom, begin, end;
+  std::int64_t height() const { return bottom - top; }
+  std::int64_t width() const { return end - begin; }
+};
+
+// The tiles of a part, each small enough for add_product, row-major.
+template <typename Visit>
+void for_each_tile(const Part& part, Visit visit) {
+  const bool wide = part.width() >= part.height();
+  const std::int64_t height = wide ? kProductNarrow : kProductWide;
+  const std::int64_t width = wide ? kProductWide : kProductNarrow;
+  for (std::int64_t a = part.top; a < part.bottom; a += height) {
+    for (std::int64_t b = part.begin; b < part.end; b += width) {
+      visit(Part{a, std::min(a + height, part.bottom), b, std::min(b + width, part.end)});
+    }
+  }
+}
+
+// tile = the row's gradient there, row-major.
+template <typename T, typename S>
+void form_tile(S* tile, const OuterSketch<T>& o, const Row& row, const Part& part, S* scratch) {
+  std::fill(tile, tile + part.height() * part.width(), S(0));
+  for (const Segment* s = row.first; s != row.last; ++s) {
+    add_product(tile, o.left + s->begin * o.left_stride + part.top, o.left_stride, part.height(),
+                o.right + s->begin * o.right_stride + part.begin, o.right_stride, part.width(),
+                s->end - s->begin, scratch);
+  }
+}
+
+// The n-th of `parts` parts, cut across the longer side at multiples of 32.
+Part nth_part(const Part& whole, std::int64_t n, std::int64_t parts) {
+  const bool wide = whole.width() >= whole.height();
+  const std::int64_t length = wide ? whole.width() : whole.height();
+  const std::int64_t step = (length + 32 * parts - 1) / (32 * parts) * 32;
+  const std::int64_t from = std::min(n * step, length), to = std::min(from + step, length);
+  return wide ? Part{whole.top, whole.bottom, whole.begin + from, whole.begin + to}
+              : Part{whole.top + from, whole.top + to, whole.begin, whole.end};
+}
+
+constexpr std::int64_t kTile = kProductNarrow * kProductWide;
+
+}  // namespace
+
+template <typename T>
+void OuterSketch<T>::sjlt() const {
+  using S = typename Sum<T>::Type;
+  const std::vector<Row> rows = rows_of(segments, n_segments);
+  const auto count = static_cast<std::int64_t>(rows.size());
+  const std::int64_t slab = std::max<std::int64_t>(1, kCodes / width);  // in rows of the gradient
+  const std::int64_t largest = std::min(slab, height) * width;
+  // Sums of a part of their own cost k additions, so that parts are to be larger than that.
+  const std::int64_t parts =
+      count >= kFewRows ? 1 : std::clamp<std::int64_t>(largest / (4 * k), 1, 8);
+  const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count * parts));
+  std::vector<std::uint32_t> codes(static_cast<std::size_t>(largest + 2 * kSjltGroup));
+  std::vector<double> sums(static_cast<std::size_t>(parts > 1 ? count * parts * k : 0));
+  Scratch<S> scratch(threads, kTile + kProductScratch);
+
+  for (std::int64_t top = 0; top < height; top += slab) {
+    const Part whole{top, std::min(top + slab, height), 0, width};
+    const std::int64_t first = top * width / 4 * 4;
+    const std::int64_t groups = (whole.bottom * width - first + kSjltGroup - 1) / kSjltGroup;
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups > 64)
+    for (std::int64_t g = 0; g < groups; ++g) {
+      sjlt_codes(codes.data() + g * kSjltGroup, static_cast<std::uint64_t>(first + g * kSjltGroup),
+                 kSjltGroup, static_cast<std::uint32_t>(k), kSjltStream, key);
+    }
+    std::fill(sums.begin(), sums.end(), 0.0);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (std::int64_t item = 0; item < count * parts; ++item) {
+      const Row& row = rows[static_cast<std::size_t>(item / parts)];
+      double* target = parts > 1 ? sums.data() + item * k : out + row.number() * out_stride;
+      S* tile = scratch.of(thread_number());
+      for_each_tile(nth_part(whole, item % parts, parts), [&](const Part& part) {
+        form_tile(tile, *this, row, part, tile + kTile);
+        const bool contiguous = part.width() == width;
+        const std::int64_t lines = contiguous ? 1 : part.height();
+        const std::int64_t length = contiguous ? part.height() * width : part.width();
+        for (std::int64_t line = 0; line < lines; ++line) {
+          const std::int64_t position = (part.top + line) * width + part.begin;
+          sjlt_scatter(target, tile + line * length, codes.data() + position - first, length);
+        }
+      });
+    }
+    if (parts == 1) continue;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (std::int64_t r = 0; r < count; ++r) {
+      double* target = out + rows[static_cast<std::size_t>(r)].number() * out_stride;
+      for (std::int64_t p = 0; p < parts; ++p) {
+        const double* part = sums.data() + (r * parts + p) * k;
+        for (std::int64_t j = 0; j < k; ++j) target[j] += part[j];
+      }
+    }
+  }
+}
+
+// A slab of every row's gradient is formed, and projected for all rows at once: the signs are drawn
+// once for the whole batch.
+template <typename T>
+void OuterSketch<T>::rademacher() const {
+  using S = typename Sum<T>::Type;
+  const std::vector<Row> rows = rows_of(segments, n_segments);
+  const auto count = static_cast<std::int64_t>(rows.size());
+  const std::int64_t slab_height = std::max<std::int64_t>(1, std::min(height, kSlab / width));
+  const std::int64_t slab_width = std::min(width, kSlab);
+  const std::int64_t stride = slab_height * slab_width;
+  const std::int64_t column_blocks = (k + kRademacherColumns - 1) / kRademacherColumns;
+  const double scale = 1.0 / std::sqrt(static_cast<double>(k));
+  const int threads = num_threads;
+  Scratch<S> gradients(1, count * stride);
+  Scratch<S> scratch(threads, kTile + kProductScratch);
+  Scratch<double> sums(threads, count * kRademacherColumns);
+
+  for (std::int64_t top = 0; top < height; top += slab_height) {
+    for (std::int64_t begin = 0; begin < width; begin += slab_width) {
+      const Part slab{top, std::min(top + slab_height, height), begin,
+                      std::min(begin + slab_width, width)};
+#pragma omp parallel num_threads(threads)
+      {
+        S* tile = scratch.of(thread_number());
+#pragma omp for schedule(dynamic)
+        for (std::int64_t r = 0; r < count; ++r) {
+          for_each_tile(slab, [&](const Part& part) {
+            form_tile(tile, *this, rows[static_cast<std::size_t>(r)], part, tile + kTile);
+            for (std::int64_t a = 0; a < part.height(); ++a) {
+              S* target = gradients.of(0) + r * stride + (part.top + a - slab.top) * slab.width() +
+                          (part.begin - slab.begin);
+              std::copy(tile + a * part.width(), tile + (a + 1) * part.width(), target);
+            }
+          });
+        }
+        double* block_sums = sums.of(thread_number());
+#pragma omp for schedule(dynamic)
+        for (std::int64_t block = 0; block < column_blocks; ++block) {
+          std::fill(block_sums, block_sums + count * kRademacherColumns, 0.0);
+          rademacher_columns(block_sums, gradients.of(0), stride, count,
+                             slab.height() * slab.width(),
+                             static_cast<std::uint64_t>(slab.top * width + slab.begin),
+                             static_cast<std::uint32_t>(block), key);
+          const std::int64_t first = block * kRademacherColumns;
+          const std::int64_t columns = std::min<std::int64_t>(kRademacherColumns, k - first);
+          for (std::int64_t r = 0; r < count; ++r) {
+            double* target = out + rows[static_cast<std::size_t>(r)].number() * out_stride + first;
+            const double* source = block_sums + r * kRademacherColumns;
+            for (std::int64_t j = 0; j < columns; ++j) target[j] += source[j] * scale;
+          }
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+// Where the positions of one side go, and with which sign.
+template <typename S>
+struct Side {
+  std::vector<std::int32_t> bucket;
+  std::vector<S> sign;
+  std::int64_t buckets;
+  bool identity;  // it keeps its length, and positions are their own buckets
+
+  Side(std::int64_t length, std::int64_t buckets, std::uint32_t stream, std::uint64_t key)
+      : buckets(buckets), identity(buckets == length) {
+    const std::int64_t padded = (length + kSjltGroup - 1) / kSjltGroup * kSjltGroup;
+    std::vector<std::uint32_t> codes(static_cast<std::size_t>(padded));
+    sjlt_codes(codes.data(), 0, padded, static_cast<std::uint32_t>(buckets), stream, key);
+    for (std::int64_t p = 0; p < length; ++p) {
+      const std::uint32_t code = codes[static_cast<std::size_t>(p)];
+      bucket.push_back(static_cast<std::int32_t>(identity ? p : code >> 1));
+      sign.push_back((code & 1u) != 0 ? S(-1) : S(1));
+    }
+  }
+};
+
+float widened(BFloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename T>
+T widened(T x) {
+  return x;
+}
+
+// target[bucket(p)] += sign(p) * factor * x[p].
+template <typename S, typename T>
+ACTIVEDPO_INLINE void add_side(S* target, const Side<S>& side, const T* x, std::int64_t first,
+                               std::int64_t count, S factor) {
+  const S* sign = side.sign.data() + first;
+  if (side.identity) {
+    for (std::int64_t p = 0; p < count; ++p) target[first + p] += sign[p] * factor * widened(x[p]);
+    return;
+  }
+  const std::int32_t* bucket = side.bucket.data() + first;
+  for (std::int64_t p = 0; p < count; ++p) target[bucket[p]] += sign[p] * factor * widened(x[p]);
+}
+
+// projected[t] = one side of each of some tokens in its buckets.
+template <typename T, typename S>
+void project_tokens(S* projected, const Side<S>& side, const T* x, std::int64_t stride,
+                    std::int64_t length, std::int64_t tokens) {
+  std::fill(projected, projected + tokens * side.buckets, S(0));
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    add_side(projected + t * side.buckets, side, x + t * stride, 0, length, S(1));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void OuterSketch<T>::kronecker() const {
+  using S = typename Sum<T>::Type;
+  const std::vector<Row> rows = rows_of(segments, n_segments);
+  const auto count = static_cast<std::int64_t>(rows.size());
+  const std::int64_t a = sides[0], b = sides[1];
+  const Side<S> left_side(height, a, kKroneckerLeftStream, key);
+  const Side<S> right_side(width, b, kKroneckerRightStream, key);
+  std::uint32_t codes[kSjltGroup];
+  sjlt_codes(codes, 0, kSjltGroup, static_cast<std::uint32_t>(k), kKroneckerOffsetStream, key);
+  const std::int64_t offset = codes[0] >> 1;
+  // Tokens whose sides are projected at a time: 128 KiB of them, in float32.
+  const std::int64_t step = std::clamp<std::int64_t>(32768 / (a + b), 8, kProductTokens);
+  const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count));
+  Scratch<S> scratch(threads, kTile + kProductScratch + a * b + step * (a + b));
+
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (std::int64_t r = 0; r < count; ++r) {
+    const Row& row = rows[static_cast<std::size_t>(r)];
+    S* tile = scratch.of(thread_number());
+    S* sketch = tile + kTile + kProductScratch;
+    S* projected_left = sketch + a * b;
+    S* projected_right = projected_left + step * a;
+    std::fill(sketch, sketch + a * b, S(0));
+    for (const Segment* s = row.first; s != row.last; ++s) {
+      if ((s->end - s->begin) * (height + width) >= height * width) {
+        // A gradient with fewer numbers than its tokens: formed first, and projected once.
+        for_each_tile(Part{0, height, 0, width}, [&](const Part& part) {
+          form_tile(tile, *this, Row{s, s + 1}, part, tile + kTile);
+          for (std::int64_t i = 0; i < part.height(); ++i) {
+            const auto p = static_cast<std::size_t>(part.top + i);
+            add_side(sketch + left_side.bucket[p] * b, right_side, tile + i * part.width(),
+                     part.begin, part.width(), left_side.sign[p]);
+          }
+        });
+        continue;
+      }
+      for (std::int64_t t = s->begin; t < s->end; t += step) {
+        const std::int64_t tokens = std::min(step, s->end - t);
+        project_tokens(projected_left, left_side, left + t * left_stride, left_stride, height,
+                       tokens);
+        project_tokens(projected_right, right_side, right + t * right_stride, right_stride, width,
+                       tokens);
+        for_each_tile(Part{0, a, 0, b}, [&](const Part& part) {
+          std::fill(tile, tile + part.height() * part.width(), S(0));
+          add_product(tile, projected_left + part.top, a, part.height(),
+                      projected_right + part.begin, b, part.width(), tokens, tile + kTile);
+          for (std::int64_t i = 0; i < part.height(); ++i) {
+            S* target = sketch + (part.top + i) * b + part.begin;
+            for (std::int64_t j = 0; j < part.width(); ++j) {
+              target[j] += tile[i * part.width() + j];
+            }
+          }
+        });
+      }
+    }
+    double* target = out + row.number() * out_stride;
+    const std::int64_t until_end = std::min(a * b, k - offset);
+    for (std::int64_t j = 0; j < until_end; ++j) target[offset + j] += sketch[j];
+    for (std::int64_t j = until_end; j < a * b; ++j) target[offset + j - k] += sketch[j];
+  }
+}
+
+template struct OuterSketch<float>;
+template struct OuterSketch<double>;
+template struct OuterSketch<BFloat16>;
+
+}  // namespace activedpo

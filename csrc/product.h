@@ -1,0 +1,37 @@
+// Sums of outer products over tokens, a block at a time: what a gradient is made of.
+#pragma once
+
+#include <cstdint>
+
+namespace activedpo {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// What products of T are summed in.
+template <typename T>
+struct Sum {
+  using Type = T;
+};
+template <>
+struct Sum<BFloat16> {
+  using Type = float;
+};
+
+constexpr int kProductTokens = 128;   // tokens that are packed at a time
+constexpr int kProductNarrow = 64;    // the largest block, in the shorter direction
+constexpr int kProductWide = 256;     // and in the longer one
+
+// Room for the packed tokens of one block, in numbers; 64-byte aligned.
+constexpr std::int64_t kProductScratch = kProductTokens * (kProductNarrow + kProductWide);
+
+// block[a * width + b] += sum over t < tokens of left[t * left_stride + a] right[t * right_stride + b]
+// for a < height and b < width. The shorter of the two is at most kProductNarrow and the longer at
+// most kProductWide. The order of additions depends on these sizes alone.
+template <typename T>
+void add_product(typename Sum<T>::Type* block, const T* left, std::int64_t left_stride,
+                 std::int64_t height, const T* right, std::int64_t right_stride,
+                 std::int64_t width, std::int64_t tokens, typename Sum<T>::Type* scratch);
+
+}  // namespace activedpo
