@@ -86,13 +86,12 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
         return
     left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
     target = out if out.stride(1) == 1 else out.contiguous()
-    # Runs of one row together, so that one thread adds them up, in the order they came in.
-    ordered = segments[segments[:, 2].sort(stable=True).indices].contiguous()
+    segments = segments.contiguous()
     sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
     getattr(_csrc, f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
         out=target.data_ptr(), out_stride=target.stride(0), left=left.data_ptr(),
         left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
-        segments=ordered.data_ptr(), n_segments=len(ordered), rows=left.shape[1],
+        segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
         columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
         num_threads=torch.get_num_threads())
     if target is not out:
@@ -196,9 +195,8 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
     if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
         raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
                              f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
-    start, end, row = segments.unbind(1)
-    if not bool(((start >= 0) & (start <= end) & (end <= len(left)) & (row >= 0)
-                 & (row < len(out))).all()):
+    if any(not 0 <= start <= end <= len(left) or not 0 <= row < len(out)
+           for start, end, row in segments.tolist()):
         raise ActiveDPOError(f"{name}: a segment lies outside {len(left)} tokens and {len(out)} "
                              "rows")
     _check_key(name, key)

@@ -51,23 +51,32 @@ class Scratch {
   T* first_;
 };
 
-// Segments [first, last) have one row.
+// The segments of one row, in the order in which they came.
 struct Row {
   const Segment* first;
   const Segment* last;
   std::int64_t number() const { return first->row; }
 };
 
-std::vector<Row> rows_of(const Segment* segments, std::int64_t count) {
-  std::vector<Row> rows;
-  for (std::int64_t s = 0; s < count; ++s) {
-    if (rows.empty() || rows.back().number() != segments[s].row) {
-      rows.push_back({segments + s, segments + s});
+class Rows {
+ public:
+  Rows(const Segment* segments, std::int64_t count) : segments_(segments, segments + count) {
+    std::stable_sort(segments_.begin(), segments_.end(),
+                     [](const Segment& a, const Segment& b) { return a.row < b.row; });
+    for (const Segment& segment : segments_) {
+      if (rows_.empty() || rows_.back().number() != segment.row) {
+        rows_.push_back({&segment, &segment});
+      }
+      rows_.back().last = &segment + 1;
     }
-    rows.back().last = segments + s + 1;
   }
-  return rows;
-}
+  std::int64_t count() const { return static_cast<std::int64_t>(rows_.size()); }
+  const Row& operator[](std::int64_t r) const { return rows_[static_cast<std::size_t>(r)]; }
+
+ private:
+  std::vector<Segment> segments_;
+  std::vector<Row> rows_;
+};
 
 // A rectangle of the gradient.
 struct Part {
@@ -117,8 +126,8 @@ constexpr std::int64_t kTile = kProductNarrow * kProductWide;
 template <typename T>
 void OuterSketch<T>::sjlt() const {
   using S = typename Sum<T>::Type;
-  const std::vector<Row> rows = rows_of(segments, n_segments);
-  const auto count = static_cast<std::int64_t>(rows.size());
+  const Rows rows(segments, n_segments);
+  const std::int64_t count = rows.count();
   const std::int64_t slab = std::max<std::int64_t>(1, kCodes / width);  // in rows of the gradient
   const std::int64_t largest = std::min(slab, height) * width;
   // Sums of a part of their own cost k additions, so that parts are to be larger than that.
@@ -141,7 +150,7 @@ void OuterSketch<T>::sjlt() const {
     std::fill(sums.begin(), sums.end(), 0.0);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (std::int64_t item = 0; item < count * parts; ++item) {
-      const Row& row = rows[static_cast<std::size_t>(item / parts)];
+      const Row& row = rows[item / parts];
       double* target = parts > 1 ? sums.data() + item * k : out + row.number() * out_stride;
       S* tile = scratch.of(thread_number());
       for_each_tile(nth_part(whole, item % parts, parts), [&](const Part& part) {
@@ -158,7 +167,7 @@ void OuterSketch<T>::sjlt() const {
     if (parts == 1) continue;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (std::int64_t r = 0; r < count; ++r) {
-      double* target = out + rows[static_cast<std::size_t>(r)].number() * out_stride;
+      double* target = out + rows[r].number() * out_stride;
       for (std::int64_t p = 0; p < parts; ++p) {
         const double* part = sums.data() + (r * parts + p) * k;
         for (std::int64_t j = 0; j < k; ++j) target[j] += part[j];
@@ -172,8 +181,8 @@ void OuterSketch<T>::sjlt() const {
 template <typename T>
 void OuterSketch<T>::rademacher() const {
   using S = typename Sum<T>::Type;
-  const std::vector<Row> rows = rows_of(segments, n_segments);
-  const auto count = static_cast<std::int64_t>(rows.size());
+  const Rows rows(segments, n_segments);
+  const std::int64_t count = rows.count();
   const std::int64_t slab_height = std::max<std::int64_t>(1, std::min(height, kSlab / width));
   const std::int64_t slab_width = std::min(width, kSlab);
   const std::int64_t stride = slab_height * slab_width;
@@ -194,7 +203,7 @@ void OuterSketch<T>::rademacher() const {
 #pragma omp for schedule(dynamic)
         for (std::int64_t r = 0; r < count; ++r) {
           for_each_tile(slab, [&](const Part& part) {
-            form_tile(tile, *this, rows[static_cast<std::size_t>(r)], part, tile + kTile);
+            form_tile(tile, *this, rows[r], part, tile + kTile);
             for (std::int64_t a = 0; a < part.height(); ++a) {
               S* target = gradients.of(0) + r * stride + (part.top + a - slab.top) * slab.width() +
                           (part.begin - slab.begin);
@@ -213,7 +222,7 @@ void OuterSketch<T>::rademacher() const {
           const std::int64_t first = block * kRademacherColumns;
           const std::int64_t columns = std::min<std::int64_t>(kRademacherColumns, k - first);
           for (std::int64_t r = 0; r < count; ++r) {
-            double* target = out + rows[static_cast<std::size_t>(r)].number() * out_stride + first;
+            double* target = out + rows[r].number() * out_stride + first;
             const double* source = block_sums + r * kRademacherColumns;
             for (std::int64_t j = 0; j < columns; ++j) target[j] += source[j] * scale;
           }
@@ -285,8 +294,8 @@ void project_tokens(S* projected, const Side<S>& side, const T* x, std::int64_t 
 template <typename T>
 void OuterSketch<T>::kronecker() const {
   using S = typename Sum<T>::Type;
-  const std::vector<Row> rows = rows_of(segments, n_segments);
-  const auto count = static_cast<std::int64_t>(rows.size());
+  const Rows rows(segments, n_segments);
+  const std::int64_t count = rows.count();
   const std::int64_t a = sides[0], b = sides[1];
   const Side<S> left_side(height, a, kKroneckerLeftStream, key);
   const Side<S> right_side(width, b, kKroneckerRightStream, key);
@@ -300,7 +309,7 @@ void OuterSketch<T>::kronecker() const {
 
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (std::int64_t r = 0; r < count; ++r) {
-    const Row& row = rows[static_cast<std::size_t>(r)];
+    const Row& row = rows[r];
     S* tile = scratch.of(thread_number());
     S* sketch = tile + kTile + kProductScratch;
     S* projected_left = sketch + a * b;

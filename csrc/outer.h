@@ -8,7 +8,7 @@
 
 namespace activedpo {
 
-// The tokens begin .. end-1 add to a row. As ops.py lays them out: int64 [S, 3], ordered by row.
+// The tokens begin .. end-1 add to a row. As ops.py lays them out: int64 [S, 3].
 struct Segment {
   std::int64_t begin, end, row;
 };

@@ -10,6 +10,7 @@ namespace activedpo {
 namespace {
 
 constexpr int kRows = 8;  // of the register block; its columns are two vectors of 64 bytes
+constexpr std::int64_t kFewTokens = 16;
 
 ACTIVEDPO_INLINE float widen(BFloat16 x) {
   const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
@@ -24,25 +25,30 @@ ACTIVEDPO_INLINE double widen(double x) { return x; }
 template <typename T, typename S>
 ACTIVEDPO_INLINE void pack(S* packed, const T* x, std::int64_t stride, std::int64_t columns,
                            std::int64_t tokens, std::int64_t panel) {
-  for (std::int64_t first = 0; first < columns; first += panel) {
-    const std::int64_t count = std::min(panel, columns - first);
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const T* source = x + t * stride + first;
-      for (std::int64_t j = 0; j < count; ++j) packed[j] = widen(source[j]);
-      for (std::int64_t j = count; j < panel; ++j) packed[j] = S(0);
-      packed += panel;
+  // Token by token, as they lie in memory.
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const T* source = x + t * stride;
+    for (std::int64_t first = 0; first < columns; first += panel) {
+      S* target = packed + first * tokens + t * panel;
+      const std::int64_t count = std::min(panel, columns - first);
+      for (std::int64_t j = 0; j < count; ++j) target[j] = widen(source[first + j]);
+      for (std::int64_t j = count; j < panel; ++j) target[j] = S(0);
     }
   }
 }
 
-// sums[r][c] = sum over t of narrow[t][r] wide[t * stride + c] for one register block.
+// sums[r * sums_stride + c] += sum over t of narrow[t][r] wide[t * stride + c], a register block.
 template <typename S>
-ACTIVEDPO_INLINE void multiply(S* sums, const S* narrow, const S* wide, std::int64_t stride,
-                               std::int64_t tokens) {
+ACTIVEDPO_INLINE void multiply(S* sums, std::int64_t sums_stride, const S* narrow, const S* wide,
+                               std::int64_t stride, std::int64_t tokens) {
   // Only as aligned as a number: `wide` may be a row of the caller's.
   typedef S Vector __attribute__((vector_size(64), may_alias, aligned(sizeof(S))));
   constexpr int width = 64 / sizeof(S);
-  Vector a[kRows][2] = {};
+  Vector a[kRows][2];
+  for (int r = 0; r < kRows; ++r) {
+    a[r][0] = *reinterpret_cast<const Vector*>(sums + r * sums_stride);
+    a[r][1] = *reinterpret_cast<const Vector*>(sums + r * sums_stride + width);
+  }
   for (std::int64_t t = 0; t < tokens; ++t) {
     const Vector w0 = *reinterpret_cast<const Vector*>(wide + t * stride);
     const Vector w1 = *reinterpret_cast<const Vector*>(wide + t * stride + width);
@@ -54,8 +60,8 @@ ACTIVEDPO_INLINE void multiply(S* sums, const S* narrow, const S* wide, std::int
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    *reinterpret_cast<Vector*>(sums + r * 2 * width) = a[r][0];
-    *reinterpret_cast<Vector*>(sums + r * 2 * width + width) = a[r][1];
+    *reinterpret_cast<Vector*>(sums + r * sums_stride) = a[r][0];
+    *reinterpret_cast<Vector*>(sums + r * sums_stride + width) = a[r][1];
   }
 }
 
@@ -66,21 +72,12 @@ struct Panels {
   std::int64_t panel_step, token_step;
 };
 
-// Numbers that are used for one register block only are read where they are, but for a last panel
-// that is not full; others are packed.
 template <typename S>
-ACTIVEDPO_INLINE Panels<S> panels_of(S* packed, const S* wide, std::int64_t stride,
-                                     std::int64_t columns, std::int64_t tokens,
-                                     std::int64_t panel, bool once) {
-  if (once && columns % panel == 0) return {wide, panel, stride};
-  pack(packed, wide, stride, columns, tokens, panel);
-  return {packed, panel * tokens, panel};
+ACTIVEDPO_INLINE Panels<S> in_place(const S* wide, std::int64_t stride, std::int64_t panel) {
+  return {wide, panel, stride};
 }
-ACTIVEDPO_INLINE Panels<float> panels_of(float* packed, const BFloat16* wide, std::int64_t stride,
-                                         std::int64_t columns, std::int64_t tokens,
-                                         std::int64_t panel, bool) {
-  pack(packed, wide, stride, columns, tokens, panel);
-  return {packed, panel * tokens, panel};
+ACTIVEDPO_INLINE Panels<float> in_place(const BFloat16*, std::int64_t, std::int64_t) {
+  return {nullptr, 0, 0};  // never asked for: bfloat16 is widened as it is packed
 }
 
 // block[r * row_step + c * column_step] += sum over t of narrow[t, r] wide[t, c].
@@ -90,26 +87,35 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
                                  const T* wide, std::int64_t wide_stride, std::int64_t columns,
                                  std::int64_t tokens, S* scratch) {
   constexpr std::int64_t kColumns = 2 * 64 / sizeof(S);
-  alignas(64) S sums[kRows * kColumns];
-  S* packed_narrow = scratch + kProductTokens * kProductWide;
-  for (std::int64_t t = 0; t < tokens; t += kProductTokens) {
-    const std::int64_t count = std::min<std::int64_t>(kProductTokens, tokens - t);
+  S* packed_wide = scratch;
+  S* packed_narrow = packed_wide + kProductTokens * kProductWide;
+  S* sums = packed_narrow + kProductTokens * kProductNarrow;
+  const std::int64_t padded_rows = (rows + kRows - 1) / kRows * kRows;
+  const std::int64_t padded_columns = (columns + kColumns - 1) / kColumns * kColumns;
+  std::fill(sums, sums + padded_rows * padded_columns, S(0));
+  // Numbers that serve one register block only are read where they are, a few tokens at a time, so
+  // that memory is read in its order.
+  const bool direct = sizeof(T) == sizeof(S) && rows <= kRows && columns == padded_columns;
+  const std::int64_t step = direct ? kFewTokens : kProductTokens;
+  for (std::int64_t t = 0; t < tokens; t += step) {
+    const std::int64_t count = std::min(step, tokens - t);
     pack(packed_narrow, narrow + t * narrow_stride, narrow_stride, rows, count, kRows);
-    const Panels<S> panels = panels_of(scratch, wide + t * wide_stride, wide_stride, columns,
-                                       count, kColumns, rows <= kRows);
+    Panels<S> panels{packed_wide, kColumns * count, kColumns};
+    if (direct) {
+      panels = in_place(wide + t * wide_stride, wide_stride, kColumns);
+    } else {
+      pack(packed_wide, wide + t * wide_stride, wide_stride, columns, count, kColumns);
+    }
     for (std::int64_t c = 0; c < columns; c += kColumns) {
-      const S* panel = panels.first + c / kColumns * panels.panel_step;
       for (std::int64_t r = 0; r < rows; r += kRows) {
-        multiply(sums, packed_narrow + r * count, panel, panels.token_step, count);
-        const std::int64_t row_end = std::min<std::int64_t>(kRows, rows - r);
-        const std::int64_t column_end = std::min(kColumns, columns - c);
-        S* corner = block + r * row_step + c * column_step;
-        for (std::int64_t i = 0; i < row_end; ++i) {
-          for (std::int64_t j = 0; j < column_end; ++j) {
-            corner[i * row_step + j * column_step] += sums[i * kColumns + j];
-          }
-        }
+        multiply(sums + r * padded_columns + c, padded_columns, packed_narrow + r * count,
+                 panels.first + c / kColumns * panels.panel_step, panels.token_step, count);
       }
+    }
+  }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      block[r * row_step + c * column_step] += sums[r * padded_columns + c];
     }
   }
 }

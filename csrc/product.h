@@ -23,8 +23,9 @@ constexpr int kProductTokens = 128;   // tokens that are packed at a time
 constexpr int kProductNarrow = 64;    // the largest block, in the shorter direction
 constexpr int kProductWide = 256;     // and in the longer one
 
-// Room for the packed tokens of one block, in numbers; 64-byte aligned.
-constexpr std::int64_t kProductScratch = kProductTokens * (kProductNarrow + kProductWide);
+// Room for the packed tokens of one block and its sums, in numbers; 64-byte aligned.
+constexpr std::int64_t kProductScratch =
+    kProductTokens * (kProductNarrow + kProductWide) + kProductNarrow * kProductWide;
 
 // block[a * width + b] += sum over t < tokens of left[t * left_stride + a] right[t * right_stride + b]
 // for a < height and b < width. The shorter of the two is at most kProductNarrow and the longer at
