@@ -109,9 +109,11 @@ void form_tile(S* tile, const OuterSketch<T>& o, const Row& row, const Part& par
   }
 }
 
-// The n-th of `parts` parts, cut across the longer side at multiples of 32.
+// The n-th of `parts` parts, cut at multiples of 32: between rows where there are many, which leaves
+// parts that are read along memory, else across the longer side.
 Part nth_part(const Part& whole, std::int64_t n, std::int64_t parts) {
-  const bool wide = whole.width() >= whole.height();
+  const bool wide =
+      whole.height() < parts * kProductNarrow && whole.width() >= whole.height();
   const std::int64_t length = wide ? whole.width() : whole.height();
   const std::int64_t step = (length + 32 * parts - 1) / (32 * parts) * 32;
   const std::int64_t from = std::min(n * step, length), to = std::min(from + step, length);

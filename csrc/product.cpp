@@ -89,10 +89,13 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
   constexpr std::int64_t kColumns = 2 * 64 / sizeof(S);
   S* packed_wide = scratch;
   S* packed_narrow = packed_wide + kProductTokens * kProductWide;
-  S* sums = packed_narrow + kProductTokens * kProductNarrow;
   const std::int64_t padded_rows = (rows + kRows - 1) / kRows * kRows;
   const std::int64_t padded_columns = (columns + kColumns - 1) / kColumns * kColumns;
-  std::fill(sums, sums + padded_rows * padded_columns, S(0));
+  // Register blocks go straight to the block where they fit.
+  const bool fits = column_step == 1 && row_step == columns && rows == padded_rows &&
+                    columns == padded_columns;
+  S* sums = fits ? block : packed_narrow + kProductTokens * kProductNarrow;
+  if (!fits) std::fill(sums, sums + padded_rows * padded_columns, S(0));
   // Numbers that serve one register block only are read where they are, a few tokens at a time, so
   // that memory is read in its order.
   const bool direct = sizeof(T) == sizeof(S) && rows <= kRows && columns == padded_columns;
@@ -113,7 +116,7 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
       }
     }
   }
-  for (std::int64_t r = 0; r < rows; ++r) {
+  for (std::int64_t r = 0; r < rows && !fits; ++r) {
     for (std::int64_t c = 0; c < columns; ++c) {
       block[r * row_step + c * column_step] += sums[r * padded_columns + c];
     }
