@@ -16,6 +16,8 @@ from torch import Tensor
 SJLT_STREAM = 1
 RADEMACHER_STREAM = 2
 KRONECKER_STREAMS = (3, 4, 5)  # left side, right side, offset
+SIGNS = 16  # added to the stream of a hash's buckets: the stream of its signs
+RUN = 16  # positions in a row that share a draw of the bucket, where the buckets allow it
 
 _MASK = 0xFFFFFFFF
 # Bounds on memory, of no effect on values: numbers in a chunk's largest tensor, and in the
@@ -41,12 +43,17 @@ def sjlt_hash(
 ) -> tuple[Tensor, Tensor]:
     """Bucket (0..k-1) and sign (+1, -1) of each position, both int64.
 
-    Position p uses word p mod 4 of Philox block p // 4: bit 0 is the sign (set: -1), and the other
-    31 bits r give the bucket floor(r k / 2^31).
+    Positions come in runs of W = gcd(k, 16). Position p = W r + l has the bucket u xor l, where
+    u = floor(word k / 2^32) with word r mod 4 of Philox block r // 4; its sign is bit p mod 32
+    (set: -1) of word (p // 32) mod 4 of block p // 128 of the stream of signs. So a run lands on W
+    buckets side by side, each position on one of its own, and two positions of different runs
+    meet with probability 1/k.
     """
-    words = torch.stack(_words(positions >> 2, 0, stream, key))
-    word = words.gather(0, (positions & 3).unsqueeze(0)).squeeze(0)
-    return ((word >> 1) * k) >> 31, 1 - 2 * (word & 1)
+    width = math.gcd(k, RUN)
+    run = positions // width
+    word = _word(run >> 2, run & 3, stream, key)
+    sign_word = _word(positions >> 7, (positions >> 5) & 3, stream + SIGNS, key)
+    return ((word * k) >> 32) ^ (positions % width), 1 - 2 * ((sign_word >> (positions & 31)) & 1)
 
 
 def rademacher_signs(positions: Tensor, columns: Tensor, key: int) -> Tensor:
@@ -66,9 +73,12 @@ def sjlt(x: Tensor, key: int, k: int) -> Tensor:
     """Sparse Johnson-Lindenstrauss sketch, one non-zero a column (CountSketch): [n, D] -> [n, k].
 
     out[i, j] = sum of sign(p) x[i, p] over the positions p with bucket(p) = j, so that
-    E<Sx, Sy> = <x, y>. Summed in float64, returned in x's dtype. Source: Charikar, Chen,
-    Farach-Colton, "Finding frequent items in data streams" (ICALP 2002); Kane and Nelson,
-    "Sparser Johnson-Lindenstrauss transforms" (JACM 2014).
+    E<Sx, Sy> = <x, y>. With independent signs the variance depends on nothing but how often two
+    positions meet: 1/k, or never within a run, so that it is the CountSketch's or a little less.
+    Summed in float64, returned in x's dtype. Source: Charikar, Chen, Farach-Colton, "Finding
+    frequent items in data streams" (ICALP 2002); Kane and Nelson, "Sparser Johnson-Lindenstrauss
+    transforms" (JACM 2014). Runs that keep together, for the sake of the memory system, are in the
+    spirit of FlashSketch's block permutations (arXiv 2602.06071).
     """
     n, length = x.shape
     out = torch.zeros(n, k, dtype=torch.float64, device=x.device)
@@ -174,6 +184,12 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     low = a * (b & 0xFFFF)
     middle = a * (b >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _word(block: Tensor, index: Tensor, stream: int, key: int) -> Tensor:
+    """Word `index` (0..3) of each block of a stream."""
+    words = torch.stack(_words(block, 0, stream, key))
+    return words.gather(0, index.unsqueeze(0)).squeeze(0)
 
 
 def _words(block: Tensor, column: Tensor | int, stream: int,

@@ -6,50 +6,16 @@
 #include <new>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "philox.h"
 #include "rademacher.h"
+#include "scratch.h"
 #include "sjlt.h"
 
 namespace activedpo {
 
 namespace {
 
-// Positions whose SJLT codes are there at a time (4 MiB), and numbers of a gradient that go through
-// the dense projection at a time.
-constexpr std::int64_t kCodes = 1 << 20;
-constexpr std::int64_t kSlab = 4096;
-// With fewer rows than this, a gradient is also cut into parts, so that threads have enough to do.
-constexpr std::int64_t kFewRows = 8;
-
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// 64-byte aligned room for every thread, taken before threads start: an exception must not leave a
-// parallel region.
-template <typename T>
-class Scratch {
- public:
-  Scratch(int threads, std::int64_t size)
-      : size_((size + 15) / 16 * 16), data_(static_cast<std::size_t>(threads * size_) + 16) {
-    const auto address = reinterpret_cast<std::uintptr_t>(data_.data());
-    first_ = data_.data() + (64 - address % 64) % 64 / sizeof(T);
-  }
-  T* of(int thread) { return first_ + thread * size_; }
-
- private:
-  std::int64_t size_;
-  std::vector<T> data_;
-  T* first_;
-};
+constexpr std::int64_t kSlab = 4096;  // numbers of a gradient that are projected densely at a time
 
 // The segments of one row, in the order in which they came.
 struct Row {
@@ -130,51 +96,32 @@ void OuterSketch<T>::sjlt() const {
   using S = typename Sum<T>::Type;
   const Rows rows(segments, n_segments);
   const std::int64_t count = rows.count();
-  const std::int64_t slab = std::max<std::int64_t>(1, kCodes / width);  // in rows of the gradient
-  const std::int64_t largest = std::min(slab, height) * width;
-  // Sums of a part of their own cost k additions, so that parts are to be larger than that.
-  const std::int64_t parts =
-      count >= kFewRows ? 1 : std::clamp<std::int64_t>(largest / (4 * k), 1, 8);
+  // In rows of the gradient.
+  const std::int64_t slab = std::min(height, std::max<std::int64_t>(1, kSjltPositions / width));
+  const std::int64_t parts = sjlt_parts(count, slab * width, k);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count * parts));
-  std::vector<std::uint32_t> codes(static_cast<std::size_t>(largest + 2 * kSjltGroup));
-  std::vector<double> sums(static_cast<std::size_t>(parts > 1 ? count * parts * k : 0));
+  Scratch<double> sums(parts > 1 ? count * parts : 0, k);
   Scratch<S> scratch(threads, kTile + kProductScratch);
+  SjltHash hash(k, kSjltStream, key);
 
   for (std::int64_t top = 0; top < height; top += slab) {
     const Part whole{top, std::min(top + slab, height), 0, width};
-    const std::int64_t first = top * width / 4 * 4;
-    const std::int64_t groups = (whole.bottom * width - first + kSjltGroup - 1) / kSjltGroup;
-#pragma omp parallel for schedule(static) num_threads(threads) if (groups > 64)
-    for (std::int64_t g = 0; g < groups; ++g) {
-      sjlt_codes(codes.data() + g * kSjltGroup, static_cast<std::uint64_t>(first + g * kSjltGroup),
-                 kSjltGroup, static_cast<std::uint32_t>(k), kSjltStream, key);
-    }
-    std::fill(sums.begin(), sums.end(), 0.0);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (std::int64_t item = 0; item < count * parts; ++item) {
-      const Row& row = rows[item / parts];
-      double* target = parts > 1 ? sums.data() + item * k : out + row.number() * out_stride;
-      S* tile = scratch.of(thread_number());
-      for_each_tile(nth_part(whole, item % parts, parts), [&](const Part& part) {
-        form_tile(tile, *this, row, part, tile + kTile);
-        const bool contiguous = part.width() == width;
-        const std::int64_t lines = contiguous ? 1 : part.height();
-        const std::int64_t length = contiguous ? part.height() * width : part.width();
-        for (std::int64_t line = 0; line < lines; ++line) {
-          const std::int64_t position = (part.top + line) * width + part.begin;
-          sjlt_scatter(target, tile + line * length, codes.data() + position - first, length);
-        }
-      });
-    }
-    if (parts == 1) continue;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (std::int64_t r = 0; r < count; ++r) {
-      double* target = out + rows[r].number() * out_stride;
-      for (std::int64_t p = 0; p < parts; ++p) {
-        const double* part = sums.data() + (r * parts + p) * k;
-        for (std::int64_t j = 0; j < k; ++j) target[j] += part[j];
-      }
-    }
+    hash.draw(top * width, whole.bottom * width, num_threads);
+    sjlt_sum_parts(
+        count, parts, k, sums, threads,
+        [&](std::int64_t r) { return out + rows[r].number() * out_stride; },
+        [&](std::int64_t r, std::int64_t n, double* target) {
+          S* tile = scratch.of(thread_number());
+          for_each_tile(nth_part(whole, n, parts), [&](const Part& part) {
+            form_tile(tile, *this, rows[r], part, tile + kTile);
+            const bool contiguous = part.width() == width;
+            const std::int64_t lines = contiguous ? 1 : part.height();
+            const std::int64_t length = part.height() * part.width() / lines;
+            for (std::int64_t line = 0; line < lines; ++line) {
+              hash.add(target, tile + line * length, (part.top + line) * width + part.begin, length);
+            }
+          });
+        });
   }
 }
 
@@ -246,13 +193,11 @@ struct Side {
 
   Side(std::int64_t length, std::int64_t buckets, std::uint32_t stream, std::uint64_t key)
       : buckets(buckets), identity(buckets == length) {
-    const std::int64_t padded = (length + kSjltGroup - 1) / kSjltGroup * kSjltGroup;
-    std::vector<std::uint32_t> codes(static_cast<std::size_t>(padded));
-    sjlt_codes(codes.data(), 0, padded, static_cast<std::uint32_t>(buckets), stream, key);
+    SjltHash hash(buckets, stream, key);
+    hash.draw(0, length, 1);
     for (std::int64_t p = 0; p < length; ++p) {
-      const std::uint32_t code = codes[static_cast<std::size_t>(p)];
-      bucket.push_back(static_cast<std::int32_t>(identity ? p : code >> 1));
-      sign.push_back((code & 1u) != 0 ? S(-1) : S(1));
+      bucket.push_back(static_cast<std::int32_t>(identity ? p : hash.bucket(p)));
+      sign.push_back(hash.negative(p) != 0 ? S(-1) : S(1));
     }
   }
 };
@@ -301,9 +246,9 @@ void OuterSketch<T>::kronecker() const {
   const std::int64_t a = sides[0], b = sides[1];
   const Side<S> left_side(height, a, kKroneckerLeftStream, key);
   const Side<S> right_side(width, b, kKroneckerRightStream, key);
-  std::uint32_t codes[kSjltGroup];
-  sjlt_codes(codes, 0, kSjltGroup, static_cast<std::uint32_t>(k), kKroneckerOffsetStream, key);
-  const std::int64_t offset = codes[0] >> 1;
+  SjltHash first_bucket(k, kKroneckerOffsetStream, key);
+  first_bucket.draw(0, 1, 1);
+  const std::int64_t offset = first_bucket.bucket(0);
   // Tokens whose sides are projected at a time: 128 KiB of them, in float32.
   const std::int64_t step = std::clamp<std::int64_t>(32768 / (a + b), 8, kProductTokens);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count));

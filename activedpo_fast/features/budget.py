@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 # Padded tokens of the first batch, which shows what a token costs; fewer are not worth while.
 _FIRST = 512
 # A CPU gains nothing by more, neither in tokens nor in memory; a GPU is to be kept busy.
-_MOST_ON_CPU, _MOST = 4096, 1 << 17
+_MOST_ON_CPU, _MOST = 2048, 1 << 17
 _CPU_BYTES = 1 << 30
 _SHARE_OF_FREE = 0.5
 # What a pass takes beyond the tensors that autograd keeps: inputs of layers and gradients.
@@ -26,7 +26,7 @@ class TokenBudget:
 
     Args:
         tokens: the limit, or None to find one: what the first batch makes autograd keep is
-            counted, and the budget set so that a batch takes 1 GiB at most on a CPU (512 to 4096
+            counted, and the budget set so that a batch takes 1 GiB at most on a CPU (512 to 2048
             tokens), and half of the free memory at most anywhere.
         device: where the batches run.
     """

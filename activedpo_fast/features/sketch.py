@@ -31,7 +31,8 @@ class Sketch:
         "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (the sides of each
         gradient by themselves, `reference.kronecker`: what large weights cost least with) or "none"
         (the gradient itself). E<Sx, Sy> = <x, y> for the three projections. For the first two,
-        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim. For "kronecker" it is not
+        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim, for "sjlt" or a little
+        less: entries side by side never meet. For "kronecker" it is not
         spread evenly: two entries of a gradient that share a row or column meet in a bucket about
         1 / sqrt(dim) of the time, so that sides longer than they are projected to weigh more.
     dim: 1 to 2^31 - 1; always None for "none".

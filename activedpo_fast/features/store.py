@@ -21,7 +21,7 @@ from activedpo_fast.tokenization import TokenizedPool
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had another sjlt
 _MANIFEST = "manifest.json"
 _POOL = "pool.jsonl"
 _SHARD = "rows-{:05d}.safetensors"

@@ -9,11 +9,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from activedpo_fast import reference
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.features import logprobs
 from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.sketch import Sketch, canonical_name
 from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse, tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
@@ -106,6 +107,32 @@ def test_relative_rows_have_the_same_differences(arch: str, tokens: TokenizedPoo
         assert not found.gradients[~others].any()
         assert relative_error(found.gradients[others], (expected - expected[first])[others]) <= 1e-5
         torch.testing.assert_close(found.logps, extractor.logps(tokens))
+
+
+@pytest.mark.parametrize("method", ["sjlt", "rademacher", "kronecker"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_sketched_rows_are_the_sketch_of_autograds(
+    arch: str, method: str, tokens: TokenizedPool
+) -> None:
+    """Prompts run once, gradients sketched as they are formed, A and B: against plain autograd and
+    the definition of the sketch, applied to whole gradients."""
+    k = 96
+    model = lora(tiny_causal_lm(arch), arch)
+    exact = copy.deepcopy(model).double()
+    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    sketch = Sketch(method, k, seed=5)
+    defined = torch.zeros(len(expected), k, dtype=torch.float64)
+    offset = 0
+    for name, parameter in trainable(exact).items():
+        part = expected[:, offset : offset + parameter.numel()]
+        offset += parameter.numel()
+        key = sketch.key(canonical_name(name, "default"))
+        if method == "kronecker":
+            part = part.view(-1, *parameter.shape)
+        defined += getattr(reference, method)(part, key, k)
+    extractor = FeatureExtractor(model, sketch, beta=1.0, max_tokens_per_batch=160)
+    assert extractor.check(tokens)  # prompts are shared
+    assert relative_error(extractor.gradients(tokens).gradients, defined) <= 1e-5
 
 
 def test_relative_rows_need_whole_items(tokens: TokenizedPool) -> None:

@@ -63,16 +63,35 @@ def test_philox_cpp_gives_the_known_answers(counter, key, expected):
     assert ops._csrc.philox4x32(*counter, key) == expected
 
 
-def test_sjlt_definition_by_hand():
-    """Position 6: word 2 of block 1; bit 0 the sign, the other 31 bits the bucket."""
+@pytest.mark.parametrize(("k", "width"), [(1000, 8), (4096, 16), (999, 1)])
+def test_sjlt_definition_by_hand(k, width):
+    """Position 166, in runs of gcd(k, 16): its run's word the bucket, bit 6 of a word the sign."""
+    position, run, lane = 166, 166 // width, 166 % width
     one = torch.tensor([1])
-    words = reference.philox4x32(one, one * 0, one * 0, one * reference.SJLT_STREAM, KEY)
-    word, k = int(words[2]), 1000
-    x = torch.zeros(1, 9, dtype=torch.float64)
-    x[0, 6] = 2.5
+    words = reference.philox4x32(run // 4 * one, one * 0, one * 0, one * reference.SJLT_STREAM, KEY)
+    bucket = (int(words[run % 4]) * k >> 32) ^ lane
+    signs = reference.philox4x32(one, one * 0, one * 0, one * (reference.SJLT_STREAM + 16), KEY)
+    x = torch.zeros(1, 169, dtype=torch.float64)
+    x[0, position] = 2.5
     expected = torch.zeros(1, k, dtype=torch.float64)
-    expected[0, (word >> 1) * k // 2 ** 31] = -2.5 if word & 1 else 2.5
+    expected[0, bucket] = -2.5 if int(signs[1]) >> 6 & 1 else 2.5
     assert torch.equal(sketch("sjlt", x, KEY, k), expected)
+
+
+def test_sjlt_runs_land_side_by_side_and_meet_others_evenly():
+    """Within a run no two positions meet; of different runs, 1/k of the pairs do."""
+    k, length = 64, 4096
+    meetings = 0
+    for key in range(20):
+        bucket, _ = reference.sjlt_hash(torch.arange(length), key, k)
+        runs = bucket.view(-1, 16)
+        assert torch.equal(runs.sort(dim=1).values, (runs[:, :1] // 16 * 16) + torch.arange(16))
+        counts = torch.bincount(bucket, minlength=k).double()
+        meetings += float((counts * (counts - 1)).sum())
+    expected = 20 * length * (length - 16) / k
+    # Runs land on 4 groups of 16 buckets: 256 runs, of which each pair meets or not.
+    standard_error = 16 * (20 * 256 * 255 * 2 * (1 / 4) * (3 / 4)) ** 0.5
+    assert abs(meetings - expected) < 4.5 * standard_error
 
 
 def test_rademacher_definition_by_hand():
@@ -87,7 +106,7 @@ def test_rademacher_definition_by_hand():
 
 
 @needs_cpp
-@pytest.mark.parametrize("k", [1, 5, 131, 8192])
+@pytest.mark.parametrize("k", [1, 5, 131, 1000, 8192])
 def test_bits_are_those_of_the_reference(k, monkeypatch):
     """Unit vectors show every position's bucket and sign (or row of signs)."""
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
@@ -111,7 +130,8 @@ def test_bits_agree_far_into_a_parameter(key, monkeypatch):
     x = torch.zeros(1, length, dtype=torch.float64)
     x[0, at] = 2.0 ** torch.arange(len(at), dtype=torch.float64)
     for operation in OPERATIONS:
-        assert torch.equal(sketch(operation, x, key, 16) * 4, define(operation, x, key, 16) * 4)
+        for k in (4, 16):
+            assert torch.equal(sketch(operation, x, key, k) * 4, define(operation, x, key, k) * 4)
 
 
 @needs_cpp

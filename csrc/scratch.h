@@ -1,0 +1,41 @@
+// Room for threads to work in.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace activedpo {
+
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// 64-byte aligned room for every thread, taken before threads start: an exception must not leave a
+// parallel region.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(std::int64_t threads, std::int64_t size)
+      : size_((size + 15) / 16 * 16), data_(static_cast<std::size_t>(threads * size_) + 16) {
+    const auto address = reinterpret_cast<std::uintptr_t>(data_.data());
+    first_ = data_.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* of(std::int64_t thread) { return first_ + thread * size_; }
+
+ private:
+  std::int64_t size_;
+  std::vector<T> data_;
+  T* first_;
+};
+
+}  // namespace activedpo
