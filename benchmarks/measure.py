@@ -1,0 +1,96 @@
+"""Time, memory and error of one contender, so that they can stand in one row of a table."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def side_by_side(
+    benchmark: Any,
+    function: Callable[[], Any],
+    yardstick: Callable[[], Any],
+    *,
+    rounds: int,
+    name: str = "ratio",
+) -> Any:
+    """Time `function` with pytest-benchmark, each round right after one of `yardstick`.
+
+    Machines drift; a ratio of neighbours does not. The median of the rounds' ratios goes into the
+    benchmark's extra info as `name`, beside the two medians in seconds.
+
+    Returns:
+        What `function` returned last.
+    """
+    ours: list[float] = []
+    theirs: list[float] = []
+    result: list[Any] = [None]
+
+    def timed() -> None:
+        ours.append(seconds(lambda: result.__setitem__(0, function())))
+
+    def before() -> None:
+        theirs.append(seconds(yardstick))
+
+    warmup = 1 if rounds > 1 else 0
+    benchmark.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=warmup)
+    ratios = [a / b for a, b in zip(ours[warmup:], theirs[warmup:], strict=True)]
+    benchmark.extra_info[name] = statistics.median(ratios)
+    benchmark.extra_info["seconds"] = statistics.median(ours[warmup:])
+    benchmark.extra_info["yardstick_seconds"] = statistics.median(theirs[warmup:])
+    return result[0]
+
+
+def peak_memory(function: Callable[[], Any]) -> float | None:
+    """MiB that the resident memory of the process rose by at most while `function` ran.
+
+    None where the system does not tell (it is Linux's /proc that does).
+    """
+    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is taken anew
+        refs.write_text("5")  # the high-water mark starts anew
+    except (OSError, AttributeError):
+        return None
+
+    def read(field: str) -> float:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(field + ":"))
+        return int(line.split()[1]) / 1024
+
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Inner products of all rows, float64 [R, R]."""
+    rows = rows.double()
+    return rows @ rows.T
+
+
+def errors(rows: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """How far sketched rows [R, k] are from exact ones [R, D].
+
+    "product error": ‖SSᵀ − GGᵀ‖ / ‖GGᵀ‖ off the diagonal, of rows divided by the exact norms;
+    "norm distortion": the root mean square of ‖Sx‖ / ‖x‖ − 1.
+    """
+    norms = exact.double().norm(dim=1, keepdim=True)
+    found, expected = gram(rows.double() / norms), gram(exact.double() / norms)
+    off = ~torch.eye(len(rows), dtype=torch.bool)
+    distortion = (rows.double().norm(dim=1) / norms.squeeze(1) - 1).square().mean().sqrt()
+    return {"product error": float((found - expected)[off].norm() / expected[off].norm()),
+            "norm distortion": float(distortion)}

@@ -1,0 +1,127 @@
+"""Gradient rows of a pool: ours, what people would otherwise use, and the floor beneath both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from activedpo_fast import FeatureExtractor, Sketch
+from activedpo_fast.features import extractor as extractor_module
+from activedpo_fast.features.capture import Capture
+from activedpo_fast.features.parameters import TrainableLinear
+from benchmarks.measure import errors, peak_memory, seconds, side_by_side
+from benchmarks.peers import ROWS_PEERS, RowsPeer, installed_version
+from benchmarks.workloads import Workload
+
+# A contender that takes longer than this many times the forward pass runs once.
+SLOW = 8.0
+
+OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kronecker", "response"),
+        ("rademacher", "pair"), ("rademacher", "response")]
+
+
+@pytest.mark.parametrize(("method", "normalize"), OURS)
+def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> None:
+    extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
+    rows = _measure(benchmark, workload, f"**ours**, {method}, {normalize!r}",
+                    _gradients(extractor, workload, normalize))
+    exact = workload.exact
+    if normalize == "pair":
+        first = _first_rows(workload)
+        kept = torch.arange(len(first)) != first  # an item's first row is zero
+        rows, exact = rows[kept], (exact - exact[first])[kept]
+    benchmark.extra_info.update(errors(rows, exact))
+
+
+@pytest.mark.parametrize("normalize", ["pair", "response"])
+def test_floor(benchmark, workload: Workload, normalize: str) -> None:
+    """The same passes over the same batches without capture and sketch."""
+    extractor = FeatureExtractor(workload.model, Sketch("sjlt", workload.k), beta=1.0)
+    extractor.check(workload.tokenized)
+    with patch.object(extractor_module, "Capture", OnlyActivations):
+        _measure(benchmark, workload, f"floor: same passes, no capture, {normalize!r}",
+                 _gradients(extractor, workload, normalize))
+
+
+@pytest.mark.parametrize(("method", "normalize"), OURS)
+def test_overhead(benchmark, workload: Workload, method: str, normalize: str) -> None:
+    """Capture and sketch, as a ratio to the floor in the same rounds."""
+    extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
+    gradients = _gradients(extractor, workload, normalize)
+    gradients()  # the self-check
+
+    def floor() -> None:
+        with patch.object(extractor_module, "Capture", OnlyActivations):
+            gradients()
+
+    benchmark.group = "overhead"
+    benchmark.extra_info.update(workload=workload.name, contender=f"{method}, {normalize!r}")
+    side_by_side(benchmark, gradients, floor, rounds=workload.rounds + 2)
+
+
+def test_loop(benchmark, workload: Workload) -> None:
+    """One backward pass a response, whole gradients and no sketch; also what exact rows are."""
+    compute = ROWS_PEERS[0].make(workload.model, workload.tokenized, None)
+    rows = _measure(benchmark, workload, "loop of backward passes, no sketch", compute)
+    found = errors(rows, workload.exact)
+    # The rows that all errors here are relative to are autograd's.
+    assert found["product error"] < 1e-4 and found["norm distortion"] < 1e-4
+
+
+@pytest.mark.parametrize("peer", ROWS_PEERS, ids=lambda peer: peer.name)
+def test_peer(benchmark, workload: Workload, peer: RowsPeer) -> None:
+    name = peer.name
+    if peer.package is not None:
+        version = installed_version(peer.package)
+        if version is None:
+            pytest.skip(f"{peer.package} is not installed (make bench installs it)")
+        name = f"{name} ({peer.package} {version})"
+    compute = peer.make(workload.model, workload.tokenized, workload.k)
+    rows = _measure(benchmark, workload, name, compute)
+    benchmark.extra_info.update(errors(rows, workload.exact), k=rows.shape[1])
+
+
+class OnlyActivations(Capture):
+    """Lets autograd differentiate the same activations, and takes nothing."""
+
+    def _forward_hook(
+        self, linear: TrainableLinear
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def begin_the_graph(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.used = True
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_()
+
+        return begin_the_graph
+
+
+def _measure(benchmark, workload: Workload, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Time and memory of `compute`, beside a plain forward pass; gives the rows."""
+    benchmark.group = "rows"
+    benchmark.extra_info.update(workload=workload.name, pool=workload.describe(), contender=name,
+                                k=workload.k)
+    once = seconds(compute)  # set-up that is done once, such as our self-check, is in here
+    slow = once > SLOW * seconds(workload.forward)
+    rows = side_by_side(benchmark, compute, workload.forward,
+                        rounds=1 if slow else workload.rounds)
+    memory = peak_memory(compute) if not slow else None
+    if memory is not None:
+        benchmark.extra_info["peak MiB"] = memory
+    return rows
+
+
+def _gradients(
+    extractor: FeatureExtractor, workload: Workload, normalize: str
+) -> Callable[[], Tensor]:
+    return lambda: extractor.gradients(
+        workload.tokenized, relative=normalize == "pair", show_progress=False).gradients
+
+
+def _first_rows(workload: Workload) -> Tensor:
+    """int64 [R]: the first row of each row's item."""
+    items = [workload.tokenized.item_of(r) for r in range(len(workload.tokenized.sequences))]
+    return torch.tensor([items.index(item) for item in items])
