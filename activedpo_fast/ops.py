@@ -195,10 +195,10 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
     if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
         raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
                              f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
-    if any(not 0 <= start <= end <= len(left) or not 0 <= row < len(out)
-           for start, end, row in segments.tolist()):
-        raise ActiveDPOError(f"{name}: a segment lies outside {len(left)} tokens and {len(out)} "
-                             "rows")
+    tokens, rows = left.shape[0], out.shape[0]
+    for start, end, row in segments.tolist():
+        if not (0 <= start <= end <= tokens and 0 <= row < rows):
+            raise ActiveDPOError(f"{name}: a segment lies outside {tokens} tokens and {rows} rows")
     _check_key(name, key)
 
 

@@ -56,11 +56,13 @@ class RowsPeer:
     make(model, tokenized, k): sets it up and gives a call that computes all rows, float32 [R, k'].
         k' is k, but for hooks that project each module to p x p numbers: there it is the nearest
         that p allows. With k = None a row is the whole gradient, which any peer can give.
+    quick: whether it can be repeated within seconds; drawing D x k numbers cannot.
     """
 
     name: str
     package: str | None
     make: Callable[[nn.Module, TokenizedPool, int | None], Compute]
+    quick: bool = True
 
 
 @dataclass(frozen=True)
@@ -405,7 +407,8 @@ def _sketched(
 
 def _whole(name: str, package: str | None, source: Callable[[nn.Module, TokenizedPool], Gradients],
            projection: Callable[[int, int], Project]) -> RowsPeer:
-    return RowsPeer(name, package, partial(_sketched, source=source, projection=projection))
+    return RowsPeer(name, package, partial(_sketched, source=source, projection=projection),
+                    quick=projection is _torch_count_sketch)
 
 
 ROWS_PEERS = [
@@ -417,7 +420,8 @@ ROWS_PEERS = [
     _whole("torch.func vmap + torch CountSketch", None, _vmap_gradients, _torch_count_sketch),
     _whole("Opacus + torch CountSketch", "opacus", _opacus_gradients, _torch_count_sketch),
     RowsPeer("bergson hooks, per module", "bergson", partial(_bergson_hooks, target="per_module")),
-    RowsPeer("bergson hooks, global", "bergson", partial(_bergson_hooks, target="global")),
+    RowsPeer("bergson hooks, global", "bergson", partial(_bergson_hooks, target="global"),
+             quick=False),
     RowsPeer("dattri LoGra hooks", "dattri", _dattri_logra),
 ]
 

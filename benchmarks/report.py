@@ -123,7 +123,7 @@ def _table(rows: list[Row], columns: dict[str, Any]) -> str:
 
 
 def _optional(row: Row, name: str, form: str) -> str:
-    return form.format(row[name]) if name in row else "–"
+    return "–" if row.get(name) is None else form.format(row[name])
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,12 +14,9 @@ from activedpo_fast import FeatureExtractor, Sketch
 from activedpo_fast.features import extractor as extractor_module
 from activedpo_fast.features.capture import Capture
 from activedpo_fast.features.parameters import TrainableLinear
-from benchmarks.measure import errors, peak_memory, seconds, side_by_side
+from benchmarks.measure import errors, peak_memory, side_by_side
 from benchmarks.peers import ROWS_PEERS, RowsPeer, installed_version
-from benchmarks.workloads import Workload
-
-# A contender that takes longer than this many times the forward pass runs once.
-SLOW = 8.0
+from benchmarks.workloads import PlainForward, Workload
 
 OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kronecker", "response"),
         ("rademacher", "pair"), ("rademacher", "response")]
@@ -27,8 +25,9 @@ OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kroneck
 @pytest.mark.parametrize(("method", "normalize"), OURS)
 def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> None:
     extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
+    extractor.check(workload.tokenized)  # once for a model, so not among the rounds
     rows = _measure(benchmark, workload, f"**ours**, {method}, {normalize!r}",
-                    _gradients(extractor, workload, normalize))
+                    _gradients(extractor, workload, normalize), workload.rounds)
     exact = workload.exact
     if normalize == "pair":
         first = _first_rows(workload)
@@ -44,15 +43,16 @@ def test_floor(benchmark, workload: Workload, normalize: str) -> None:
     extractor.check(workload.tokenized)
     with patch.object(extractor_module, "Capture", OnlyActivations):
         _measure(benchmark, workload, f"floor: same passes, no capture, {normalize!r}",
-                 _gradients(extractor, workload, normalize))
+                 _gradients(extractor, workload, normalize), workload.rounds)
 
 
-@pytest.mark.parametrize(("method", "normalize"), OURS)
+@pytest.mark.parametrize(("method", "normalize"), [
+    ("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "response"), ("rademacher", "response")])
 def test_overhead(benchmark, workload: Workload, method: str, normalize: str) -> None:
     """Capture and sketch, as a ratio to the floor in the same rounds."""
     extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
+    extractor.check(workload.tokenized)
     gradients = _gradients(extractor, workload, normalize)
-    gradients()  # the self-check
 
     def floor() -> None:
         with patch.object(extractor_module, "Capture", OnlyActivations):
@@ -60,13 +60,29 @@ def test_overhead(benchmark, workload: Workload, method: str, normalize: str) ->
 
     benchmark.group = "overhead"
     benchmark.extra_info.update(workload=workload.name, contender=f"{method}, {normalize!r}")
-    side_by_side(benchmark, gradients, floor, rounds=workload.rounds + 2)
+    side_by_side(benchmark, gradients, floor, rounds=workload.rounds)
+
+
+def test_training_pass(benchmark, workload: Workload) -> None:
+    """Forward and backward as in training: one gradient for all responses, no rows of their own."""
+    batches = PlainForward(workload.model, workload.tokenized, 2048).batches
+    parameters = [p for p in workload.model.parameters() if p.requires_grad]
+
+    def compute() -> None:
+        for ids, mask in batches:
+            logits = workload.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            torch.autograd.grad((logps * mask[:, 1:]).sum(), parameters)
+
+    _measure(benchmark, workload, "forward and backward as in training, no rows", compute,
+             workload.rounds)
 
 
 def test_loop(benchmark, workload: Workload) -> None:
     """One backward pass a response, whole gradients and no sketch; also what exact rows are."""
     compute = ROWS_PEERS[0].make(workload.model, workload.tokenized, None)
-    rows = _measure(benchmark, workload, "loop of backward passes, no sketch", compute)
+    rows = _measure(
+        benchmark, workload, "loop of backward passes, no sketch", compute, workload.rounds)
     found = errors(rows, workload.exact)
     # The rows that all errors here are relative to are autograd's.
     assert found["product error"] < 1e-4 and found["norm distortion"] < 1e-4
@@ -81,7 +97,7 @@ def test_peer(benchmark, workload: Workload, peer: RowsPeer) -> None:
             pytest.skip(f"{peer.package} is not installed (make bench installs it)")
         name = f"{name} ({peer.package} {version})"
     compute = peer.make(workload.model, workload.tokenized, workload.k)
-    rows = _measure(benchmark, workload, name, compute)
+    rows = _measure(benchmark, workload, name, compute, workload.rounds if peer.quick else 1)
     benchmark.extra_info.update(errors(rows, workload.exact), k=rows.shape[1])
 
 
@@ -99,18 +115,16 @@ class OnlyActivations(Capture):
         return begin_the_graph
 
 
-def _measure(benchmark, workload: Workload, name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Time and memory of `compute`, beside a plain forward pass; gives the rows."""
+def _measure(
+    benchmark, workload: Workload, name: str, compute: Callable[[], Any], rounds: int
+) -> Any:
+    """Time and memory of `compute`, beside a plain forward pass; gives what it returned."""
     benchmark.group = "rows"
     benchmark.extra_info.update(workload=workload.name, pool=workload.describe(), contender=name,
                                 k=workload.k)
-    once = seconds(compute)  # set-up that is done once, such as our self-check, is in here
-    slow = once > SLOW * seconds(workload.forward)
-    rows = side_by_side(benchmark, compute, workload.forward,
-                        rounds=1 if slow else workload.rounds)
-    memory = peak_memory(compute) if not slow else None
-    if memory is not None:
-        benchmark.extra_info["peak MiB"] = memory
+    rows = side_by_side(benchmark, compute, workload.forward, rounds=rounds)
+    if rounds > 1:
+        benchmark.extra_info["peak MiB"] = peak_memory(compute)
     return rows
 
 

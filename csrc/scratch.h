@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -19,22 +19,22 @@ inline int thread_number() {
 }
 
 // 64-byte aligned room for every thread, taken before threads start: an exception must not leave a
-// parallel region.
+// parallel region. What is in it at first is not defined: clearing it would cost more than many a
+// call.
 template <typename T>
 class Scratch {
  public:
   Scratch(std::int64_t threads, std::int64_t size)
-      : size_((size + 15) / 16 * 16), data_(static_cast<std::size_t>(threads * size_) + 16) {
-    const auto address = reinterpret_cast<std::uintptr_t>(data_.data());
-    first_ = data_.data() + (64 - address % 64) % 64 / sizeof(T);
+      : size_((size + 15) / 16 * 16),
+        data_(new T[static_cast<std::size_t>(threads * size_) + 16]) {
+    const auto address = reinterpret_cast<std::uintptr_t>(data_.get());
+    first_ = data_.get() + (64 - address % 64) % 64 / sizeof(T);
   }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
   T* of(std::int64_t thread) { return first_ + thread * size_; }
 
  private:
   std::int64_t size_;
-  std::vector<T> data_;
+  std::unique_ptr<T[]> data_;
   T* first_;
 };
 

@@ -151,6 +151,7 @@ void sjlt(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stride, st
   const std::int64_t slab = std::min(length, kSjltPositions);
   const std::int64_t parts = sjlt_parts(n, slab, k);
   Scratch<double> total(n, k);
+  for (std::int64_t row = 0; row < n; ++row) std::fill(total.of(row), total.of(row) + k, 0.0);
   Scratch<double> scratch(parts > 1 ? n * parts : 0, k);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, n * parts));
   Scratch<T> sums_of(threads, k);

@@ -81,12 +81,14 @@ class SketchPlan:
         self.sketch = sketch
         self._shapes: dict[str, torch.Size] = {}
         self._offsets: dict[str, int] = {}
+        self._keys: dict[str, int] = {}
         self.total = 0  # numbers in one gradient
         for name, shape in parameters:
             if name in self._shapes:
                 raise ActiveDPOError(f"two parameters have the canonical name {name!r}")
             self._shapes[name] = torch.Size(shape)
             self._offsets[name] = self.total
+            self._keys[name] = sketch.key(name)
             self.total += math.prod(shape)
 
     @property
@@ -120,7 +122,7 @@ class SketchPlan:
         if self.sketch.method != "none":
             try:
                 ops.outer_sketch_(
-                    out, left, right, segments, self.sketch.key(name), self.sketch.method)
+                    out, left, right, segments, self._keys[name], self.sketch.method)
             except ActiveDPOError as error:
                 raise ActiveDPOError(f"{name}: {error}") from None
             return
