@@ -1,7 +1,7 @@
 """Tables from the JSON of a benchmark run: for the end of the run, and for the documentation.
 
-    python -m benchmarks.report benchmarks/results/cpu.json             print them
-    python -m benchmarks.report benchmarks/results/cpu.json --write     put them into the documents
+    python -m benchmarks.report             print the tables of the runs in benchmarks/results
+    python -m benchmarks.report --write     put them into the documents
 
 Documents mark the place of a table by a line <!-- benchmark: NAME --> and the end of it by
 <!-- end -->; what stands between is replaced, so that no figure is typed by hand.
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import statistics
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+RESULTS = Path("benchmarks/results")
 DOCUMENTS = ("docs/benchmarks.md", "README.md")
 PACKAGES = ("torch", "transformers", "peft", "activedpo-fast")
 
@@ -39,9 +41,12 @@ def describe_run() -> dict[str, Any]:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """Markdown by table name: "rows: <workload>", "overhead", "projection"."""
+    """Markdown by table name: "summary", "rows: <workload>", "overhead", "projection"."""
     found: dict[str, str] = {}
-    for workload in dict.fromkeys(r["workload"] for r in rows if r["group"] == "rows"):
+    workloads = list(dict.fromkeys(r["workload"] for r in rows if r["group"] == "rows"))
+    if workloads:
+        found["summary"] = _summary([r for r in rows if r["group"] == "rows"], workloads)
+    for workload in workloads:
         part = [r for r in rows if r["group"] == "rows" and r["workload"] == workload]
         found[f"rows: {workload}"] = (
             f"{workload}: {part[0]['pool']}; k = {part[0]['k']}. One plain forward pass: "
@@ -74,6 +79,16 @@ def tables(rows: list[Row]) -> dict[str, str]:
     return found
 
 
+def _summary(rows: list[Row], workloads: list[str]) -> str:
+    """Times over a plain forward pass, with one sketch of ours and everything that is not ours."""
+    ratio = {(r["contender"], r["workload"]): f"{r['ratio']:.2f}" for r in rows}
+    shown = [c for c in dict.fromkeys(r["contender"] for r in rows)
+             if "sjlt" in c or not c.startswith(("**ours**", "floor"))]
+    return _table([{"contender": c} for c in shown], {
+        "gradient rows, × one plain forward pass": lambda r: r["contender"],
+        **{w: lambda r, w=w: ratio.get((r["contender"], w), "–") for w in workloads}})
+
+
 def write_into(document: str, found: dict[str, str]) -> str:
     """`document` with the tables that it has a place for; a place without a table stays."""
     def replace(match: re.Match[str]) -> str:
@@ -84,15 +99,55 @@ def write_into(document: str, found: dict[str, str]) -> str:
     return re.sub(pattern, replace, document, flags=re.DOTALL)
 
 
+def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown by table name, of the figures of `fidelity.py`: its machine, and a table a case."""
+    where = result["environment"]
+    found = {"fidelity machine": _where_and_when(where, where["date"], where["commit"])}
+    times = {(t["sketch"], t["k"]): t["ratio"] for t in result["time"]}
+    for case in dict.fromkeys(r["case"] for r in result["geometry"]):
+        lines = []
+        for sketch, k in dict.fromkeys((r["sketch"], r["k"]) for r in result["geometry"]):
+            of = {"case": case, "sketch": sketch, "k": k}
+            lines.append({
+                **of, "time": times[sketch, k], **_means(result["geometry"], **of),
+                **_means(result["selection"], **of, normalize="response", lam=1.0),
+                "pair": _means(result["selection"], **of, normalize="pair", lam=1.0)["ratio"],
+                "none": _means(result["selection"], **of, normalize=None, lam=1.0)["ratio"],
+            })
+        columns = {
+            "sketch": lambda r: r["sketch"],
+            "k": lambda r: str(r["k"]),
+            "seeds": lambda r: str(r["seeds"]),
+            "product error": lambda r: f"{r['inner_product_error']:.3f}",
+            "norm distortion": lambda r: f"{r['norm_error']:.3f}",
+            "of 50 picks": lambda r: f"{r['overlap']:.1f}",
+            "log det": lambda r: f"{r['ratio']:.4f}",
+            "from random = 0": lambda r: f"{r['fraction']:.3f}",
+            'log det, "pair"': lambda r: f"{r['pair']:.4f}",
+            "log det, none": lambda r: f"{r['none']:.4f}",
+            "× forward": lambda r: f"{r['time']:.2f}",
+        }
+        if case != "trained":  # times were taken of that one
+            columns.pop("× forward")
+        found[f"fidelity: {case}"] = _table(lines, columns)
+    return found
+
+
 def main(
-    run: Annotated[Path, typer.Argument(help="what --benchmark-json wrote")],
+    results: Annotated[Path, typer.Option(help="the folder of cpu.json and fidelity.json")]
+    = RESULTS,
     write: Annotated[bool, typer.Option(help=f"put the tables into {', '.join(DOCUMENTS)}")]
     = False,
 ) -> None:
-    """Print the tables of a benchmark run, or write them into the documentation."""
-    content = json.loads(run.read_text())
-    found = {"machine": _machine(content), **tables(
-        [{**b["extra_info"], "group": b["group"]} for b in content["benchmarks"]])}
+    """Print the tables of benchmark runs, or write them into the documentation."""
+    found: dict[str, str] = {}
+    if (path := results / "cpu.json").exists():
+        run = json.loads(path.read_text())
+        found["machine"] = _where_and_when(
+            run["machine_info"], run["datetime"][:10], run["commit_info"]["id"])
+        found |= tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
+    if (path := results / "fidelity.json").exists():
+        found |= fidelity_tables(json.loads(path.read_text()))
     if not write:
         print("\n\n".join(found.values()))
         return
@@ -101,11 +156,19 @@ def main(
         print(f"written: {document}")
 
 
-def _machine(run: dict[str, Any]) -> str:
-    machine = run["machine_info"]
+def _means(records: list[Row], **wanted: Any) -> Row:
+    """The means over seeds of the records that agree with `wanted`, and how many there are."""
+    found = [r for r in records if all(r[name] == value for name, value in wanted.items())]
+    numbers = [name for name, value in found[0].items()
+               if isinstance(value, (int, float)) and name not in wanted]
+    return {**{name: statistics.mean(r[name] for r in found) for name in numbers},
+            "seeds": len(found)}
+
+
+def _where_and_when(machine: dict[str, Any], day: str, commit: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (f"{machine['processor']}, {machine['threads']} threads, {run['datetime'][:10]}, commit "
-            f"{run['commit_info']['id'][:10]}; {versions}.")
+    return (f"{machine['processor']}, {machine['threads']} threads, {day}, commit {commit[:10]}; "
+            f"{versions}.")
 
 
 def _table(rows: list[Row], columns: dict[str, Any]) -> str:

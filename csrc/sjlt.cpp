@@ -69,8 +69,13 @@ ACTIVEDPO_INLINE void add_run(A* target, const float* x, std::uint32_t bucket, s
   const Bits from = lanes ^ (bucket & 7u);
   for (std::uint32_t half = 0; half < 2; ++half) {
     const Bits flips = ((signs + Bits{}) << (31 - first - 8 * half - lanes)) & 0x80000000u;
-    const Bits moved =
-        __builtin_shuffle(*reinterpret_cast<const Input*>(x + 8 * half) ^ flips, from);
+    const Bits flipped = *reinterpret_cast<const Input*>(x + 8 * half) ^ flips;
+#if defined(__clang__)  // it has no shuffle by a variable
+    Bits moved;
+    for (int l = 0; l < 8; ++l) moved[l] = flipped[from[l]];
+#else
+    const Bits moved = __builtin_shuffle(flipped, from);
+#endif
     *reinterpret_cast<Sums*>(target + ((8 * half) ^ (bucket & 8u))) +=
         __builtin_convertvector(reinterpret_cast<Floats>(moved), Sums);
   }
