@@ -83,14 +83,14 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
 
 
 def errors(rows: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """How far sketched rows [R, k] are from exact ones [R, D].
+    """How far sketched rows [R, k] are from exact ones [R, D], both divided by the exact norms.
 
-    "product error": ‖SSᵀ − GGᵀ‖ / ‖GGᵀ‖ off the diagonal, of rows divided by the exact norms;
-    "norm distortion": the root mean square of ‖Sx‖ / ‖x‖ − 1.
+    "cosine error": the root mean square of <Sx, Sy> - <x, y> over x ≠ y, about 1/√k for an ideal
+    projection of rows that are all but orthogonal; "norm distortion": that of ‖Sx‖ − 1.
     """
     norms = exact.double().norm(dim=1, keepdim=True)
-    found, expected = gram(rows.double() / norms), gram(exact.double() / norms)
+    difference = gram(rows.double() / norms) - gram(exact.double() / norms)
     off = ~torch.eye(len(rows), dtype=torch.bool)
-    distortion = (rows.double().norm(dim=1) / norms.squeeze(1) - 1).square().mean().sqrt()
-    return {"product error": float((found - expected)[off].norm() / expected[off].norm()),
-            "norm distortion": float(distortion)}
+    distortion = (rows.double() / norms).norm(dim=1) - 1
+    return {"cosine error": float(difference[off].square().mean().sqrt()),
+            "norm distortion": float(distortion.square().mean().sqrt())}

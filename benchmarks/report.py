@@ -55,7 +55,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
                 "× forward": lambda r: f"{r['ratio']:.2f}",
                 "seconds": lambda r: f"{r['seconds']:.2f}",
                 "peak MiB": lambda r: _optional(r, "peak MiB", "{:.0f}"),
-                "product error": lambda r: _optional(r, "product error", "{:.3f}"),
+                "cosine error": lambda r: _optional(r, "cosine error", "{:.4f}"),
                 "norm distortion": lambda r: _optional(r, "norm distortion", "{:.3f}"),
             }))
     overhead = [r for r in rows if r["group"] == "overhead"]
@@ -73,7 +73,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
             else f"{r['seconds']:.1f}",
             "× floor": lambda r: f"{r['ratio']:.2f}",
             "floor": lambda r: r["floor"],
-            "product error": lambda r: f"{r['product error']:.3f}",
+            "cosine error": lambda r: f"{r['cosine error']:.4f}",
             "norm distortion": lambda r: f"{r['norm distortion']:.3f}",
         })
     return found
