@@ -46,8 +46,8 @@ def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
         x: [n, D], of out's dtype and device. n = 0 and D = 0 are fine.
         key: 0 <= key < 2^64, from `Sketch.key`.
 
-    float32 numbers are summed in float32 over 32 k positions at a time (32 a bucket, on average) and
-    in float64 beyond. Raises ActiveDPOError on tensors that do not fit.
+    float32 numbers are summed in float32 over 32 k positions at a time (32 a bucket, on average)
+    and in float64 beyond. Raises ActiveDPOError on tensors that do not fit.
     """
     _add("sjlt", out, x, key)
 

@@ -79,10 +79,12 @@ class ProjectionPeer:
     make: Callable[[int, int], Project]
 
 
-def installed_version(package: str) -> str | None:
-    """The version of a distribution that is installed; None where it is missing."""
+def title(peer: RowsPeer | ProjectionPeer) -> str | None:
+    """The name with the package's version; None where the package is not installed."""
+    if peer.package is None:
+        return peer.name
     try:
-        return metadata.version(package)
+        return f"{peer.name} ({peer.package} {metadata.version(peer.package)})"
     except metadata.PackageNotFoundError:
         return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from activedpo_fast import ops
 from benchmarks.measure import errors, side_by_side
-from benchmarks.peers import PROJECTION_PEERS, ProjectionPeer, installed_version
+from benchmarks.peers import PROJECTION_PEERS, ProjectionPeer, title
 
 N, D, K, KEY = 8, 1_000_000, 4096, 12345
 
@@ -57,12 +57,9 @@ def test_ours(benchmark, gradients: list[Tensor], function, floor, what: str) ->
 
 @pytest.mark.parametrize("peer", PROJECTION_PEERS, ids=lambda peer: peer.name)
 def test_peer(benchmark, gradients: list[Tensor], peer: ProjectionPeer) -> None:
-    name = peer.name
-    if peer.package is not None:
-        version = installed_version(peer.package)
-        if version is None:
-            pytest.skip(f"{peer.package} is not installed (make bench installs it)")
-        name = f"{name} ({peer.package} {version})"
+    name = title(peer)
+    if name is None:
+        pytest.skip(f"{peer.package} is not installed (make bench installs it)")
     dense = peer.name.endswith(("rademacher", "BasicProjector"))
     _measure(benchmark, gradients, name, peer.make(D, K), product if dense else read)
 

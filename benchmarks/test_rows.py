@@ -15,7 +15,7 @@ from activedpo_fast.features import extractor as extractor_module
 from activedpo_fast.features.capture import Capture
 from activedpo_fast.features.parameters import TrainableLinear
 from benchmarks.measure import errors, peak_memory, side_by_side
-from benchmarks.peers import ROWS_PEERS, RowsPeer, installed_version
+from benchmarks.peers import ROWS_PEERS, RowsPeer, title
 from benchmarks.workloads import PlainForward, Workload
 
 OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kronecker", "response"),
@@ -90,12 +90,9 @@ def test_loop(benchmark, workload: Workload) -> None:
 
 @pytest.mark.parametrize("peer", ROWS_PEERS, ids=lambda peer: peer.name)
 def test_peer(benchmark, workload: Workload, peer: RowsPeer) -> None:
-    name = peer.name
-    if peer.package is not None:
-        version = installed_version(peer.package)
-        if version is None:
-            pytest.skip(f"{peer.package} is not installed (make bench installs it)")
-        name = f"{name} ({peer.package} {version})"
+    name = title(peer)
+    if name is None:
+        pytest.skip(f"{peer.package} is not installed (make bench installs it)")
     compute = peer.make(workload.model, workload.tokenized, workload.k)
     rows = _measure(benchmark, workload, name, compute, workload.rounds if peer.quick else 1)
     benchmark.extra_info.update(errors(rows, workload.exact), k=rows.shape[1])
