@@ -60,6 +60,9 @@ def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
         linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
     ) -> None:
         if linear.weight is not None:
+            # Under autocast h comes as the layer got it, before the cast that g has behind it.
+            dtype = torch.promote_types(h.dtype, g.dtype)
+            h, g = h.to(dtype), g.to(dtype)
             left, right = (h, g) if linear.transposed else (g, h)
             plan.add(out, linear.weight, left, right, segments)
         if linear.bias is not None:

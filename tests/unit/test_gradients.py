@@ -276,6 +276,11 @@ def test_bf16_autocast(tokens: TokenizedPool) -> None:
     found = extract(model, tokens, precision="bf16")
     assert found.dtype == torch.float32
     assert 1e-5 < relative_error(found, expected) < 0.1
+    for method in ("sjlt", "rademacher", "kronecker"):
+        full, half = (
+            FeatureExtractor(model, Sketch(method, 256), precision=precision).gradients(tokens)
+            for precision in (None, "bf16"))
+        assert 1e-5 < relative_error(half.gradients, full.gradients) < 0.2
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
