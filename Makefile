@@ -48,9 +48,8 @@ lint: env  ## ruff, and mypy on the package
 	$(BIN)/mypy
 
 bench: $(PEERS) $(SMOLLM2)  ## the benchmarks, with their peers; BENCH="--workload llama" for a part
-	@mkdir -p $(dir $(RESULTS))
-	$(BIN)/python -m pytest benchmarks -q --benchmark-json=$(RESULTS) --benchmark-columns=median \
-	  --benchmark-group-by=group $(BENCH)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median --benchmark-group-by=group \
+	  $(or $(BENCH),--benchmark-json=$(RESULTS))
 
 fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.png
 	$(BIN)/python -m benchmarks.fidelity

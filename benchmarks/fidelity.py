@@ -36,7 +36,7 @@ from activedpo_fast.labeling import RewardOracle
 from activedpo_fast.loop import ActiveDPOLoop, draw_prompts
 from activedpo_fast.tokenization import tokenize_pool
 from activedpo_fast.trl import dpo_config
-from benchmarks.fidelity_figures import draw, summary
+from benchmarks.fidelity_figures import draw
 from benchmarks.fidelity_measures import (
     CASES,
     CRITERIA,
@@ -65,7 +65,7 @@ from benchmarks.fidelity_measures import (
     sketches_of,
 )
 from benchmarks.measure import seconds
-from benchmarks.report import describe_run
+from benchmarks.report import describe_run, fidelity_tables
 from benchmarks.workloads import PlainForward
 
 
@@ -238,7 +238,8 @@ def main(
             result["time"] = time_sketches(case)
     _write_json(out, result)
     draw(result, figure)
-    print(f"{summary(result)}\n\nfigures: {out}   picture: {figure}")
+    tables = "\n\n".join(fidelity_tables(result).values())
+    print(f"{tables}\n\nfigures: {out}   picture: {figure}")
 
 
 if __name__ == "__main__":

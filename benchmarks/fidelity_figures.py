@@ -1,4 +1,4 @@
-"""The table and the picture of `fidelity.py`."""
+"""The picture of `fidelity.py`."""
 
 from __future__ import annotations
 
@@ -9,31 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from activedpo_fast._files import atomic_path
-from activedpo_fast.selection.normalize import Normalize
-from benchmarks.fidelity_measures import CASES, CRITERIA, DIMS, METHODS, Record
-
-
-def summary(result: Record) -> str:
-    """A table of the means over seeds, one line a case, sketch and k."""
-    lines = ["case     sketch         k  seeds  product err  norm err |"
-             + "".join(f"{_criterion(n, lam):>22}" for n, lam in CRITERIA) + " |  time"]
-    times = {(t["sketch"], t["k"]): t["ratio"] for t in result["time"]}
-    for case in CASES:
-        for method in METHODS:
-            for k in DIMS:
-                key = {"case": case, "sketch": method, "k": k}
-                shape = _where(result["geometry"], **key)
-                cells = []
-                for normalize, lam in CRITERIA:
-                    found = _where(result["selection"], **key, normalize=normalize, lam=lam)
-                    cells.append(f"{_mean(found, 'overlap'):8.1f} {_mean(found, 'ratio'):6.4f} "
-                                 f"{_mean(found, 'fraction'):6.3f}")
-                lines.append(
-                    f"{case:<8} {method:<10} {k:5d}  {len(shape):5d}  "
-                    f"{_mean(shape, 'inner_product_error'):11.4f}  "
-                    f"{_mean(shape, 'norm_error'):8.4f} |" + "".join(cells)
-                    + f" | {times[method, k]:5.2f}")
-    return "\n".join([*lines, "cells: overlap, log det / exact, the same from random = 0"])
+from benchmarks.fidelity_measures import CASES, DIMS, METHODS, Record
 
 
 def draw(result: Record, path: Path) -> None:
@@ -92,10 +68,6 @@ def _ticks(axis: Any, values: Sequence[float]) -> None:
     """Plain numbers on a logarithmic axis."""
     axis.set_ticks(values, [f"{value:g}" for value in values])
     axis.set_ticks([], minor=True)
-
-
-def _criterion(normalize: Normalize, lam: float) -> str:
-    return f"{normalize}, λ={lam:g}"
 
 
 def _where(records: list[Record], **wanted: Any) -> list[Record]:

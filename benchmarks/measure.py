@@ -25,12 +25,11 @@ def side_by_side(
     yardstick: Callable[[], Any],
     *,
     rounds: int,
-    name: str = "ratio",
 ) -> Any:
     """Time `function` with pytest-benchmark, each round right after one of `yardstick`.
 
     Machines drift; a ratio of neighbours does not. The median of the rounds' ratios goes into the
-    benchmark's extra info as `name`, beside the two medians in seconds.
+    benchmark's extra info as "ratio", beside the two medians in seconds.
 
     Returns:
         What `function` returned last.
@@ -48,7 +47,7 @@ def side_by_side(
     warmup = 1 if rounds > 1 else 0
     benchmark.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=warmup)
     ratios = [a / b for a, b in zip(ours[warmup:], theirs[warmup:], strict=True)]
-    benchmark.extra_info[name] = statistics.median(ratios)
+    benchmark.extra_info["ratio"] = statistics.median(ratios)
     benchmark.extra_info["seconds"] = statistics.median(ours[warmup:])
     benchmark.extra_info["yardstick_seconds"] = statistics.median(theirs[warmup:])
     return result[0]

@@ -19,6 +19,7 @@ from activedpo_fast.demo.language_model import load_base, read_prompts
 from activedpo_fast.demo.settings import SETTINGS
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse, tokenize_pool
+from benchmarks.measure import seconds
 
 
 @dataclass
@@ -90,8 +91,6 @@ class PlainForward:
                 self.model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def seconds(self, rounds: int) -> float:
-        from benchmarks.measure import seconds
-
         self()
         return min(seconds(self) for _ in range(rounds))
 
@@ -123,8 +122,7 @@ def smollm2() -> Workload:
     """SmolLM2-135M-Instruct on a small sample, with the demo's adapter."""
     model, tokenizer = load_base("smollm2")
     model = with_trained_lora(model, SETTINGS["smollm2"].lora["target_modules"])
-    return Workload("SmolLM2-135M", model, summaries(tokenizer, "smollm2", 2),
-                    rounds=3)
+    return Workload("SmolLM2-135M", model, summaries(tokenizer, "smollm2", 2), rounds=3)
 
 
 def with_trained_lora(model: nn.Module, targets: str | list[str]) -> PeftModel:

@@ -10,7 +10,7 @@
 
 namespace activedpo {
 
-constexpr std::int64_t kSjltRun = 16;         // the longest run
+constexpr std::int64_t kSjltRun = 16;             // the longest run
 constexpr std::int64_t kSjltPositions = 1 << 20;  // whose bits are worth keeping at a time
 
 // Buckets and signs of a range of positions, drawn once for all rows.
@@ -18,7 +18,7 @@ class SjltHash {
  public:
   SjltHash(std::int64_t k, std::uint32_t stream, std::uint64_t key);
 
-  // Makes ready what `add`, `bucket` and `sign` need for positions begin .. end-1.
+  // Makes ready what `add`, `bucket` and `negative` need for positions begin .. end-1.
   void draw(std::int64_t begin, std::int64_t end, int num_threads);
 
   // sums[bucket(p)] += sign(p) * x[p - position] for `count` positions from `position`.
