@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import safe_open, save_file
 
 from activedpo_fast._files import atomic_path, write_atomic
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.tokenization import TokenizedPool
 
 logger = logging.getLogger(__name__)
@@ -25,14 +27,20 @@ _FORMAT = 2  # 1 had another sjlt
 _MANIFEST = "manifest.json"
 _POOL = "pool.jsonl"
 _SHARD = "rows-{:05d}.safetensors"
+_SHARD_ROWS = 512  # of a small pool
+_SHARDS = 128  # of a large pool; all of them are open while rows are read from disk
+_CHUNK_BYTES = 2**26  # of rows that are exported at once
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class FeatureStore:
     """A folder with the gradient rows of one pool, one model and one sketch.
 
     `manifest.json` holds the settings and is what makes a folder a store; `pool.jsonl` is the pool;
-    `rows-*.safetensors` are shards with `rows` (int64), `gradients` and `logps`. Every file is
-    renamed into place when whole, so a killed run leaves a store that can be continued.
+    `rows-*.safetensors` are shards with `rows` (int64), `gradients` (in the store's dtype) and
+    `logps`. Every file is renamed into place when whole, so a killed run leaves a store that can be
+    continued.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -47,23 +55,29 @@ class FeatureStore:
         settings: Mapping[str, Any],
         *,
         skipped: list[int],
+        dtype: str = "float32",
     ) -> FeatureStore:
         """Start a store at `path`, or reopen the one that is there to continue it.
 
         Args:
             settings: JSON values that the rows depend on (model, sketch, beta, tokenization).
             skipped: positions of items that DPOTrainer would drop; never candidates.
+            dtype: that rows are stored in, rounded to nearest: "float32", "bfloat16" or "float64".
+                It counts as a setting, `store_dtype`.
 
         Raises:
-            ActiveDPOError: the folder holds something else, or a store made with other settings.
+            ActiveDPOError: the folder holds something else, or a store made with other settings; an
+                unknown dtype.
         """
+        if dtype not in _DTYPES:
+            raise ActiveDPOError(f"rows are stored as {' or '.join(_DTYPES)}, not {dtype!r}")
         folder = Path(path)
         manifest = {
             "format": _FORMAT,
             "pool": pool.fingerprint(),
             "responses": pool.n_responses,
             "skipped": skipped,
-            "settings": dict(settings),
+            "settings": {**settings, "store_dtype": dtype},
         }
         if (folder / _MANIFEST).exists():
             store = cls.open(folder, complete=False)
@@ -105,58 +119,100 @@ class FeatureStore:
 
     def missing_rows(self) -> list[int]:
         """The responses, as row numbers in pool order, that have no gradient row yet."""
-        there: set[int] = set()
+        there = torch.zeros(self.manifest["responses"], dtype=torch.bool)
         for shard in self._shards():
-            with _opened(shard) as tensors:
-                there.update(tensors.get_tensor("rows").tolist())
-        return [row for row in range(self.manifest["responses"]) if row not in there]
+            there[self._tensor(shard, "rows")] = True
+        return (~there).nonzero().flatten().tolist()
 
     def fill(
         self,
         extractor: FeatureExtractor,
         tokenized: TokenizedPool,
         *,
-        rows_per_shard: int = 512,
+        rows_per_shard: int | None = None,
         show_progress: bool | None = None,
     ) -> None:
-        """Compute and write the missing rows; what is written stays if this is interrupted."""
+        """Compute and write the missing rows; what is written stays if this is interrupted.
+
+        A process that is killed loses less than a shard: `rows_per_shard` rows, by default 512 or
+        1/128 of a large pool.
+        """
         missing = self.missing_rows()
         if not missing:
             return
         if len(missing) < self.manifest["responses"]:
             done = self.manifest["responses"] - len(missing)
             logger.warning("continuing %s: %d rows are there already", self.path, done)
+        if rows_per_shard is None:
+            rows_per_shard = max(_SHARD_ROWS, self.manifest["responses"] // _SHARDS)
+        dtype = _DTYPES[self.manifest["settings"]["store_dtype"]]
         waiting: list[GradientRows] = []
+        count = 0
         try:
             for part in extractor.iter_gradients(tokenized, missing, show_progress=show_progress):
-                waiting.append(part)
-                if sum(len(w.rows) for w in waiting) >= rows_per_shard:
+                waiting.append(GradientRows(part.rows, part.gradients.to(dtype), part.logps))
+                count += len(part.rows)
+                if count >= rows_per_shard:
                     self._write(waiting)
-                    waiting = []
+                    waiting, count = [], 0
         finally:
             if waiting:
                 self._write(waiting)
 
     def load(self) -> GradientRows:
-        """All rows in pool order."""
-        shards = [_read(shard) for shard in self._shards()]
-        order = torch.cat([shard["rows"] for shard in shards]).argsort()
-        return GradientRows(
-            torch.arange(len(order)),
-            torch.cat([shard["gradients"] for shard in shards])[order],
-            torch.cat([shard["logps"] for shard in shards])[order],
-        )
+        """All rows in pool order, in memory."""
+        with self.rows_on_disk() as rows:
+            everything = torch.arange(len(rows))
+            logps = torch.cat([self._tensor(shard, "logps") for shard in self._shards()])
+            return GradientRows(everything, rows.take(everything), logps[self._order()])
+
+    def rows_on_disk(self) -> StoredRows:
+        """The gradient rows in pool order, [R, k], read only when they are asked for."""
+        return StoredRows.open(self._shards(), order=self._order())
 
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write the rows as one float32 matrix `features` [R, k], in pool order, unnormalised."""
-        gradients = self.load().gradients.float().contiguous()
         # safetensors metadata is text only
         metadata = {"settings": json.dumps(self.manifest["settings"], sort_keys=True)}
-        with atomic_path(path) as temporary:
-            save_file({"features": gradients}, temporary, metadata=metadata)
+        with self.rows_on_disk() as rows, atomic_path(path) as temporary:
+            header = {
+                "__metadata__": metadata,
+                "features": {"dtype": "F32", "shape": list(rows.shape),
+                             "data_offsets": [0, 4 * rows.shape[0] * rows.shape[1]]},
+            }
+            with open(temporary, "wb") as file:
+                text = json.dumps(header).encode()
+                text += b" " * (-len(text) % 8)  # numbers begin at a multiple of their size
+                file.write(struct.pack("<Q", len(text)) + text)
+                for _, part in rows.chunks(max(1, _CHUNK_BYTES // rows.row_bytes)):
+                    file.write(part.float().numpy())  # type: ignore[arg-type]
+
+    def _order(self) -> torch.Tensor:
+        """Where in the shards, one after the other, each row of the pool is."""
+        numbers = torch.cat([torch.empty(0, dtype=torch.int64),
+                             *(self._tensor(shard, "rows") for shard in self._shards())])
+        found, order = numbers.sort()
+        if not torch.equal(found, torch.arange(self.manifest["responses"])):
+            raise ActiveDPOError(f"{self.path} does not have every row of its pool just once: "
+                                 "make it anew")
+        return order
 
     def _shards(self) -> list[Path]:
         return sorted(self.path.glob(_SHARD.format(0).replace("00000", "*")))
+
+    def _tensor(self, shard: Path, name: str) -> torch.Tensor:
+        """`rows` or `logps` of a shard."""
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                rows, wanted = tensors.get_tensor("rows"), tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ActiveDPOError(
+                f"{shard} cannot be read ({error}): delete it and run again") from None
+        responses = self.manifest["responses"]
+        if rows.dtype != torch.int64 or bool(((rows < 0) | (rows >= responses)).any()):
+            raise ActiveDPOError(f"{shard} has rows that are not in the pool: delete it and run "
+                                 "again")
+        return wanted
 
     def _write(self, parts: list[GradientRows]) -> None:
         taken = [int(shard.stem.rpartition("-")[2]) for shard in self._shards()]
@@ -170,20 +226,6 @@ class FeatureStore:
                 },
                 temporary,
             )
-
-
-def _read(shard: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(shard)
-    except (OSError, SafetensorError) as error:
-        raise ActiveDPOError(f"{shard} cannot be read ({error}): delete it and run again") from None
-
-
-def _opened(shard: Path) -> Any:
-    try:
-        return safe_open(shard, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ActiveDPOError(f"{shard} cannot be read ({error}): delete it and run again") from None
 
 
 def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from activedpo_fast import commands
+from activedpo_fast.cli import main
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features import store as store_module
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.store import FeatureStore
@@ -56,7 +60,97 @@ def test_fill_load_export(tmp_path: Path, pool, tokens, extractor) -> None:
     assert list(exported) == ["features"] and exported["features"].dtype == torch.float32
     assert torch.equal(exported["features"], wanted.gradients)
     with safe_open(tmp_path / "rows.safetensors", "pt") as tensors:
-        assert json.loads(tensors.metadata()["settings"]) == SETTINGS
+        settings = json.loads(tensors.metadata()["settings"])
+    assert settings == {**SETTINGS, "store_dtype": "float32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_rows_on_disk_and_their_dtype(
+    tmp_path: Path, pool, tokens, extractor, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 1000)  # the export goes in several parts
+    store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[], dtype=dtype)
+    store.fill(extractor, tokens, rows_per_shard=4)
+    shards = [load_file(path) for path in sorted((tmp_path / "s").glob("rows-*"))]
+    numbers = torch.cat([shard["rows"] for shard in shards])
+    assert len(shards) > 2 and not torch.equal(numbers, torch.arange(15))
+
+    wanted = extractor.gradients(tokens).gradients.to(getattr(torch, dtype))
+    rows = FeatureStore.open(tmp_path / "s").rows_on_disk()
+    assert rows.shape == wanted.shape and rows.dtype == wanted.dtype
+    assert torch.equal(rows.take(torch.arange(15)), wanted)
+    assert torch.equal(store.load().gradients, wanted)
+    store.export(tmp_path / "rows.safetensors")
+    assert torch.equal(load_file(tmp_path / "rows.safetensors")["features"], wanted.float())
+
+    again = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[], dtype=dtype)
+    assert again.missing_rows() == []
+    other = "bfloat16" if dtype == "float32" else "float32"
+    with pytest.raises(ActiveDPOError, match=f"made with store_dtype = '{dtype}', not '{other}'"):
+        FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[], dtype=other)
+
+
+def test_an_export_is_laid_out_as_safetensors_lays_it_out(
+    tmp_path: Path, pool, tokens, extractor
+) -> None:
+    store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
+    store.fill(extractor, tokens)
+    store.export(tmp_path / "ours")
+    with safe_open(tmp_path / "ours", "pt") as tensors:
+        save_file(load_file(tmp_path / "ours"), tmp_path / "theirs", metadata=tensors.metadata())
+
+    def header(name: str) -> tuple[int, dict[str, object]]:
+        content = (tmp_path / name).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        return length % 8, json.loads(content[8 : 8 + length])
+
+    assert header("ours") == header("theirs")
+
+
+def test_the_command_line_sets_the_dtype(
+    tmp_path: Path, pool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_causal_lm("llama")
+    base.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    lora(base, "llama").save_pretrained(tmp_path / "adapter")
+    pool.to_jsonl(tmp_path / "pool.jsonl")
+    argv = ["features", str(tmp_path / "pool.jsonl"), f"--model={tmp_path / 'model'}",
+            f"--adapter={tmp_path / 'adapter'}", f"--output={tmp_path / 's'}", "--proj-dim=32",
+            "--device=cpu", "--store-dtype"]
+    assert main([*argv, "bfloat16"]) == 0
+    store = FeatureStore.open(tmp_path / "s")
+    assert store.rows_on_disk().dtype == torch.bfloat16
+    assert store.manifest["settings"]["store_dtype"] == "bfloat16"
+    assert main([*argv, "bfloat16"]) == 0  # nothing to do
+    capsys.readouterr()
+    assert main([*argv, "float32"]) == 2
+    assert "was made with store_dtype = 'bfloat16', not 'float32'" in capsys.readouterr().err
+
+
+def test_shards_grow_with_the_pool(tmp_path: Path, pool, tokens, extractor, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "_SHARDS", 3)
+    monkeypatch.setattr(store_module, "_SHARD_ROWS", 1)
+    store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
+    store.fill(FeatureExtractor(extractor.model, extractor.sketch, max_tokens_per_batch=1), tokens)
+    assert [len(load_file(path)["rows"]) for path in (tmp_path / "s").glob("rows-*")] == [5, 5, 5]
+
+
+def test_picks_from_disk_are_those_from_memory(
+    tmp_path: Path, pool, tokens, extractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[1])
+    store.fill(extractor, tokens, rows_per_shard=4)
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text('{"id": "0", "pair": [0, 2], "label": 1}\n'
+                      '{"id": "3", "pair": [1, 2], "label": 0}\n')
+    picks = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr(commands, "_IN_MEMORY_BYTES", limit)
+        commands.select_pairs(tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5,
+                              labelled=labels)
+        picks.append((tmp_path / "picked.jsonl").read_text())
+    assert picks[0] == picks[1]
 
 
 def test_an_interrupted_store_is_continued(tmp_path: Path, pool, tokens, extractor) -> None:
@@ -89,6 +183,8 @@ def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
     store.fill(extractor, tokens)
     with pytest.raises(ActiveDPOError, match="made with dim = 32, not 64"):
         FeatureStore.create(path, pool, {**SETTINGS, "dim": 64}, skipped=[])
+    with pytest.raises(ActiveDPOError, match="stored as float32 or bfloat16 or float64, not 'x'"):
+        FeatureStore.create(path, pool, SETTINGS, skipped=[], dtype="x")
     with pytest.raises(ActiveDPOError, match="another pool"):
         FeatureStore.create(path, pool.subset([0, 1]), SETTINGS, skipped=[])
     with pytest.raises(ActiveDPOError, match="not a feature store"):
@@ -100,6 +196,14 @@ def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
     assert (tmp_path / "other" / "file").read_text() == "mine"
 
     shard = next(path.glob("rows-*.safetensors"))
+    shutil.copy(shard, path / "rows-00001.safetensors")
+    with pytest.raises(ActiveDPOError, match="every row of its pool just once"):
+        store.rows_on_disk()
+    save_file({**load_file(shard), "rows": torch.arange(1, 16)}, path / "rows-00001.safetensors")
+    with pytest.raises(ActiveDPOError, match=r"rows-00001\.safetensors has rows that are not in"):
+        FeatureStore.open(path)
+    (path / "rows-00001.safetensors").unlink()
+
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ActiveDPOError, match=r"rows-00000\.safetensors cannot be read"):
         FeatureStore.open(path)
