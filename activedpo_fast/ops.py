@@ -1,6 +1,8 @@
 """One function per operation, and the only place that chooses a backend for it.
 
-Backends: `cpp` (csrc/, float32 and float64 tensors on the CPU) and `reference` (reference.py, any
+The sketches are here, the selection's operations in score_ops.py.
+
+Backends: `cpp` (csrc/, tensors on the CPU) and `reference` (reference.py, any
 device). `auto` takes the first that can serve the tensors' device. The environment variable
 ACTIVEDPO_BACKEND (auto, cpp, reference) forces one; what it names is used or an error is raised.
 """
@@ -30,7 +32,7 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-OPERATIONS = ("sjlt", "rademacher", "outer_sketch")
+OPERATIONS = ("sjlt", "rademacher", "outer_sketch", "pair_lengths", "advance")
 METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
 BACKENDS = ("cpp", "reference")  # in the order in which `auto` prefers them
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
@@ -82,7 +84,7 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
     _check_outer(out, left, right, segments, key, method)
     if left.shape[0] == 0 or len(segments) == 0:
         return
-    if _choose(out.device.type) == "reference":
+    if choose(out.device.type) == "reference":
         out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
         return
     left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
@@ -121,11 +123,17 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
             for operation in OPERATIONS}
 
 
+def csrc() -> ModuleType:
+    """The C++ extension; to be called only where `choose` says "cpp"."""
+    assert _csrc is not None
+    return _csrc
+
+
 def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
     _check(operation, out, x, key)
     if x.numel() == 0:
         return
-    backend = _choose(out.device.type)
+    backend = choose(out.device.type)
     if backend == "reference":
         function = reference.sjlt if operation == "sjlt" else reference.rademacher
         out += function(x, key, out.shape[1])
@@ -225,7 +233,11 @@ def _why_not(backend: str, device: str) -> str:
     return _WHY_NO_CPP
 
 
-def _choose(device: str) -> str:
+def choose(device: str) -> str:
+    """The backend that serves tensors on a device ("cpu", "cuda").
+
+    Raises ActiveDPOError when ACTIVEDPO_BACKEND names one that cannot.
+    """
     global _warned
     forced = _forced()
     if forced != "auto":
@@ -237,5 +249,5 @@ def _choose(device: str) -> str:
         return "cpp"
     if device == "cpu" and not _warned:
         _warned = True
-        log.warning("sketching with the slower PyTorch reference: %s", _WHY_NO_CPP)
+        log.warning("using the slower PyTorch reference: %s", _WHY_NO_CPP)
     return "reference"

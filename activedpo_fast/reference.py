@@ -9,6 +9,7 @@ hold unsigned 32-bit values.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,3 +197,60 @@ def _words(block: Tensor, column: Tensor | int, stream: int,
            key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return philox4x32(block & _MASK, block >> 32, torch.zeros_like(block) + column,
                       torch.full_like(block, stream), key)
+
+
+def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    """See `score_ops.pair_lengths`."""
+    norms = torch.zeros(len(rows), dtype=torch.float64)
+    used = pairs.unique()
+    for part in used.split(_rows_at_a_time(rows)):
+        norms[part] = torch.linalg.vector_norm(_taken(rows, part), dim=1).cpu()
+    divisor = torch.where(norms > 0, norms, 1.0) if by_row else torch.ones_like(norms)
+    lengths = norms.new_empty(len(pairs))
+    for part in torch.arange(len(pairs)).split(_rows_at_a_time(rows)):
+        a, b = ((_taken(rows, side) / divisor[side, None].to(rows.device))
+                for side in pairs[part].unbind(1))
+        lengths[part] = torch.linalg.vector_norm(a - b, dim=1).cpu()
+    return norms, lengths
+
+
+def advance(state: Any) -> Tensor:
+    """See `score_ops.advance`: every candidate left sees every direction."""
+    stale = (state.left & (state.version < state.count)).nonzero().flatten()
+    used = state.pairs[stale].unique()
+    start = int(state.version[stale].min()) if len(stale) else state.count
+    new = state.unit[start:state.count, :state.rows.shape[1]].to(state.rows.device, torch.float64)
+    dots = torch.zeros(len(state.rows), state.count - start, dtype=torch.float64)
+    for part in used.split(_rows_at_a_time(state.rows)):
+        dots[part] = (_taken(state.rows, part) @ new.T).cpu() / state.row_divisor[part, None]
+    state.touched += len(used)
+
+    first, second = state.pairs[stale].unbind(1)
+    score, doubt, inherited = (x[stale] for x in (state.score, state.doubt, state.inherited))
+    for s in range(start, state.count):
+        unseen = (state.version[stale] <= s).double()
+        f = (dots[first, s - start] - dots[second, s - start]) / state.pair_divisor[stale]
+        f = f.abs() * state.norm[s] * unseen
+        error = state.error[s] * state.reach[stale] * unseen
+        score = (score - f.square()).clamp(min=0)
+        doubt = doubt + 2 * f * error + error.square()
+        turned = state.turn[s] * (score + doubt).sqrt() * unseen
+        added = 2 * f * turned + turned.square()
+        doubt, inherited = doubt + added, inherited + added
+    state.score[stale], state.doubt[stale], state.inherited[stale] = score, doubt, inherited
+    state.version[stale] = state.count
+
+    left = state.left.nonzero().flatten()
+    scale = 1.0 if state.inverse_cost is None else state.inverse_cost[left]
+    lower = (state.score[left] - state.doubt[left]) * scale
+    upper = (state.score[left] + state.doubt[left]) * scale
+    return left[upper >= lower.max()] if len(left) else left
+
+
+def _taken(rows: Any, numbers: Tensor) -> Tensor:
+    taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
+    return taken.to(torch.float64)
+
+
+def _rows_at_a_time(rows: Any) -> int:
+    return max(1, (1 << 23) // max(1, rows.shape[1]))  # 64 MiB of float64

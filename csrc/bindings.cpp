@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "bindings.h"
 #include "outer.h"
 #include "philox.h"
 #include "rademacher.h"
@@ -77,7 +78,7 @@ std::array<std::uint32_t, 4> philox_block(std::array<std::uint32_t, 4> counter, 
 }  // namespace
 
 PYBIND11_MODULE(_csrc, module) {
-  module.doc() = "Sketches of per-sample gradients on the CPU; called through activedpo_fast.ops.";
+  module.doc() = "Sketches and selection on the CPU; called through activedpo_fast.ops.";
   bind<float>(module, "sjlt_float32", activedpo::sjlt<float>);
   bind<double>(module, "sjlt_float64", activedpo::sjlt<double>);
   bind<float>(module, "rademacher_float32", activedpo::rademacher<float>);
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_csrc, module) {
         return py::make_tuple(words[0], words[1], words[2], words[3]);
       },
       "The four words of one Philox4x32-10 block.");
+  activedpo::bind_selection(module);
 #ifdef _OPENMP
   module.attr("openmp") = true;
 #else

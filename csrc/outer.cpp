@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <new>
 #include <vector>
 
@@ -201,17 +200,6 @@ struct Side {
     }
   }
 };
-
-float widened(BFloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <typename T>
-T widened(T x) {
-  return x;
-}
 
 // target[bucket(p)] += sign(p) * factor * x[p].
 template <typename S, typename T>

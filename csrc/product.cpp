@@ -1,7 +1,6 @@
 #include "product.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "philox.h"
 
@@ -11,15 +10,6 @@ namespace {
 
 constexpr int kRows = 8;  // of the register block; its columns are two vectors of 64 bytes
 constexpr std::int64_t kFewTokens = 16;
-
-ACTIVEDPO_INLINE float widen(BFloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-ACTIVEDPO_INLINE float widen(float x) { return x; }
-ACTIVEDPO_INLINE double widen(double x) { return x; }
 
 // Panels of `panel` columns, each with its tokens one after the other; zeros fill the last one.
 template <typename T, typename S>
@@ -31,7 +21,7 @@ ACTIVEDPO_INLINE void pack(S* packed, const T* x, std::int64_t stride, std::int6
     for (std::int64_t first = 0; first < columns; first += panel) {
       S* target = packed + first * tokens + t * panel;
       const std::int64_t count = std::min(panel, columns - first);
-      for (std::int64_t j = 0; j < count; ++j) target[j] = widen(source[first + j]);
+      for (std::int64_t j = 0; j < count; ++j) target[j] = widened(source[first + j]);
       for (std::int64_t j = count; j < panel; ++j) target[j] = S(0);
     }
   }

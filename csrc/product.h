@@ -3,21 +3,9 @@
 
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace activedpo {
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-// What products of T are summed in.
-template <typename T>
-struct Sum {
-  using Type = T;
-};
-template <>
-struct Sum<BFloat16> {
-  using Type = float;
-};
 
 constexpr int kProductTokens = 128;   // tokens that are packed at a time
 constexpr int kProductNarrow = 64;    // the largest block, in the shorter direction

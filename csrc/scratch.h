@@ -25,14 +25,15 @@ template <typename T>
 class Scratch {
  public:
   Scratch(std::int64_t threads, std::int64_t size)
-      : size_((size + 15) / 16 * 16),
-        data_(new T[static_cast<std::size_t>(threads * size_) + 16]) {
+      : size_((size + kLine - 1) / kLine * kLine),
+        data_(new T[static_cast<std::size_t>(threads * size_ + kLine)]) {
     const auto address = reinterpret_cast<std::uintptr_t>(data_.get());
     first_ = data_.get() + (64 - address % 64) % 64 / sizeof(T);
   }
   T* of(std::int64_t thread) { return first_ + thread * size_; }
 
  private:
+  static constexpr std::int64_t kLine = 64 / sizeof(T);
   std::int64_t size_;
   std::unique_ptr<T[]> data_;
   T* first_;

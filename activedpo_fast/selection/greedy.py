@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import Normalize, PairFeatures
+from activedpo_fast.selection.ranks import Choice, Offer, Ranks
+from activedpo_fast.selection.rules import Eligible
+from activedpo_fast.selection.scores import Contenders, RunningScores
 from activedpo_fast.selection.signals import History
+
+if TYPE_CHECKING:
+    from activedpo_fast.features.stored_rows import StoredRows
 
 
 class Ranking(NamedTuple):
-    """Chosen candidate pairs, best first: indices int64 [n] into the pairs, scores float64 [n]."""
+    """Chosen candidate pairs, best first.
+
+    indices: int64 [n] into the pairs. scores: float64 [n], as they were at the pick.
+    touched: int64 [n], rows that were looked at for each pick (repeatedly or not), after the first
+        scores, which take every row once; None where a strategy does not keep scores.
+    """
 
     indices: Tensor
     scores: Tensor
+    touched: Tensor | None = None
 
 
 def greedy_logdet(
-    rows: Tensor,
+    rows: Tensor | StoredRows,
     pairs: Tensor,
     n: int,
     *,
     lam: float = 1.0,
     kappa: float = 1.0,
     normalize: Normalize = "response",
+    weights: Tensor | None = None,
     history: History | None = None,
+    history_weights: Tensor | None = None,
     information: InformationMatrix | None = None,
+    eligible: Eligible | None = None,
+    group: dist.ProcessGroup | None = None,
     show_progress: bool | None = None,
 ) -> Ranking:
     """n times: take the pair with the largest phi^T V^-1 phi, then V <- V + phi phi^T.
@@ -39,63 +57,114 @@ def greedy_logdet(
     The criterion and batch rule of ActiveDPO (arXiv 2505.19241): V begins as (lam/kappa) I plus
     phi phi^T of the labelled pairs. Each gain log(1 + score) is the growth of log det V.
 
+    The picks are those of the plain algorithm, which computes every score for every pick, but most
+    rows are looked at a few times only: see `RunningScores`.
+
     Args:
-        rows: [R, k] gradient rows of the responses, any floating dtype.
+        rows: [R, k] gradient rows of the responses, any floating dtype; in memory, or `StoredRows`
+            that stay on disk.
         pairs: int64 [N, 2], candidate pairs of rows.
         n: how many, 0 to N.
         lam, kappa: positive.
-        normalize: how a feature is made of two rows, see `PairFeatures`.
-        history: (rows [H, k], pairs int64 [t, 2]) that are labelled already, normalised alike.
+        normalize, weights: how a feature is made of two rows, see `PairFeatures`.
+        history: (rows [H, k], pairs int64 [t, 2]) that are labelled already, normalised alike, with
+            `history_weights` float64 [t].
         information: V to start from (before `history`) in place of (lam/kappa) I; its own lam and
             kappa must be those given. It is updated in place.
+        eligible: what may be picked and how scores are compared; see `PickRules.bind`. Fewer than n
+            pairs come back if it leaves no more.
+        group: processes that make one selection together, each with its share of the rows and
+            pairs (and of `eligible`), and with the same of everything else. Candidates are numbered
+            through, rank after rank, and all get the picks that one process with all the
+            candidates would make.
         show_progress: a bar over the picks; None shows it on a terminal only.
 
     Returns:
-        Ranking with the scores at the time of each pick (never increasing, but for rounding).
-        Pairs whose scores are equal as far as float64 can tell (duplicates among them) are taken
-        in the order of their index; pairs with a zero feature come last.
+        Ranking with the scores at the time of each pick (never increasing, but for rounding and
+        rules). Pairs whose values are equal as far as float64 can tell (duplicates among them) are
+        taken in the order of their index; pairs with a zero feature come last.
 
     Raises:
-        ActiveDPOError: n outside 0..N, rows that are not finite, shapes that do not fit.
+        ActiveDPOError: n outside 0..N, rows that are not finite, shapes that do not fit; another
+            process of the group failed, was lost or has other settings. Nothing is selected then.
     """
-    n = check_n(n, len(pairs))
-    features = PairFeatures(rows, pairs, normalize)
-    if information is None:
-        information = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=rows.device)
-    elif (information.lam, information.kappa) != (lam, kappa):
-        raise ActiveDPOError(f"information has lam={information.lam}, kappa={information.kappa}, "
-                             f"but lam={lam}, kappa={kappa} are asked for")
-    if history is not None:
-        labelled = PairFeatures(*history, normalize)
-        for phi in labelled.chunks(torch.arange(len(labelled), device=labelled.device)):
-            information.add_many(phi)
+    ranks = None if group is None else Ranks(group, len(pairs))
+    n = check_n(n, len(pairs) if ranks is None else ranks.total)
+    allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
 
-    scores = _Scores(features, information)
+    def prepare() -> tuple[RunningScores, InformationMatrix]:
+        features = PairFeatures(rows, pairs, normalize, weights)
+        v = information
+        if v is None:
+            v = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=rows.device)
+        elif (v.lam, v.kappa) != (lam, kappa):
+            raise ActiveDPOError(f"information has lam={v.lam}, kappa={v.kappa}, but lam={lam}, "
+                                 f"kappa={kappa} are asked for")
+        if history is not None:
+            add_all(v, PairFeatures(*history, normalize, history_weights))
+        return RunningScores(features, v, allowed, n), v
+
+    scores, v = prepare() if ranks is None else ranks.check(prepare)
+    if ranks is not None:
+        ranks.require_same({"n": n, "k": v.dim, "lam": lam, "kappa": kappa, "log det V": v.logdet(),
+                            "random picks": allowed.n_random, "min_score": allowed.min_score})
+
+    kept: list[Tensor] = []
+
+    def take(choice: Choice) -> float:
+        if ranks is None and information is None:
+            return scores.take(choice.index)
+        offset, rank = (0, 0) if ranks is None else (ranks.offset, ranks.rank)
+        feature = scores.feature(choice.index - offset) if choice.owner == rank else None
+        if ranks is not None:
+            feature = ranks.share(feature, v.dim + 1, choice.owner)
+        assert feature is not None
+        kept.append(feature[:-1])
+        return scores.learn(feature)
+
+    touched = [0]
+    quiet = ranks is not None and ranks.rank > 0
+    disable = True if quiet else None if show_progress is None else not show_progress
     indices, gains = [], []
-    disable = None if show_progress is None else not show_progress
-    for _ in tqdm(range(n), desc="selecting", unit="pair", disable=disable):
-        index, score = scores.best()
-        scores.take(index)
-        indices.append(index)
-        gains.append(score)
+    with tqdm(total=n, desc="selecting", unit="pair", disable=disable) as bar:
+        for choice in _choices(scores, n, allowed, ranks):
+            gains.append(take(choice))
+            indices.append(choice.index)
+            touched.append(scores.touched)
+            bar.update()
+    if information is not None and kept:
+        information.add_many(torch.stack(kept))
+    looked = torch.tensor(touched).diff()
     return Ranking(torch.tensor(indices, dtype=torch.int64),
-                   torch.tensor(gains, dtype=torch.float64))
+                   torch.tensor(gains, dtype=torch.float64),
+                   looked if ranks is None else ranks.sum(looked))
 
 
-def rank_top(scores: Tensor, doubt: Tensor, n: int) -> Ranking:
+def rank_top(
+    scores: Tensor,
+    doubt: Tensor,
+    n: int,
+    eligible: Eligible | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Ranking:
     """The n largest of scores [N], which are known to within `doubt` [N]; ties to the lowest index.
 
-    A tie is what `doubt` cannot tell from the largest score that is left.
+    A tie is what `doubt` cannot tell from the largest that is left. With `eligible` what is
+    compared is score * inverse_cost, and its rules hold; fewer than n may come back then. `group`
+    as for `greedy_logdet`.
     """
-    n = check_n(n, len(scores))
-    left = torch.ones_like(scores, dtype=torch.bool)
-    indices = []
-    for _ in range(n):
-        index = int(_contenders(scores, doubt, left)[0])
-        left[index] = False
-        indices.append(index)
-    chosen = torch.tensor(indices, dtype=torch.int64)
-    return Ranking(chosen, scores.cpu()[chosen])
+    ranks = None if group is None else Ranks(group, len(scores))
+    n = check_n(n, len(scores) if ranks is None else ranks.total)
+    eligible = Eligible.everything(len(scores)) if eligible is None else eligible
+    choices = list(_choices(_FixedScores(scores, doubt, eligible), n, eligible, ranks))
+    return Ranking(torch.tensor([choice.index for choice in choices], dtype=torch.int64),
+                   torch.tensor([choice.score for choice in choices], dtype=torch.float64))
+
+
+def add_all(information: InformationMatrix, features: PairFeatures) -> None:
+    """V <- V + phi phi^T over all of `features`."""
+    for phi in features.chunks(torch.arange(len(features))):
+        information.add_many(phi)
 
 
 def check_n(n: int, available: int) -> int:
@@ -112,64 +181,107 @@ def check_n(n: int, available: int) -> int:
     return count
 
 
-class _Scores:
-    """phi^T V^-1 phi of every candidate while V grows.
-
-    Each pick lowers the scores by (phi . w)^2: cheap, but the rounding adds up, and it may exceed
-    the gap between two candidates. So every score carries an estimate of its error, `_doubt`. A
-    pick computes the scores of all candidates that could be the largest within these errors afresh
-    from V, and takes the lowest index of those that the fresh scores leave tied. In practice that
-    is one or two candidates a pick.
-    """
-
-    def __init__(self, features: PairFeatures, information: InformationMatrix) -> None:
-        self._features = features
-        self._information = information
-        n = len(features)
-        zeros = torch.zeros(n, dtype=torch.float64, device=features.device)
-        self._left = torch.ones_like(zeros, dtype=torch.bool)
-        self._fresh = torch.zeros_like(self._left)
-        self._score = zeros
-        self._doubt = zeros.clone()
-        self._refresh(torch.arange(n, device=features.device))
-
-    def best(self) -> tuple[int, float]:
-        """Index and score of the best candidate left."""
-        contenders = _contenders(self._score, self._doubt, self._left)
-        stale = contenders[~self._fresh[contenders]]
-        if len(stale):
-            self._refresh(stale)
-            # Among the same candidates: the true best was one of them.
-            fresh = _contenders(self._score[contenders], self._doubt[contenders],
-                                torch.ones_like(contenders, dtype=torch.bool))
-            contenders = contenders[fresh]
-        index = int(contenders[0])
-        return index, float(self._score[index])
-
-    def take(self, index: int) -> None:
-        """Add the candidate to V and lower the others' scores."""
-        features, information = self._features, self._information
-        self._left[index] = False
-        phi = features.at(torch.tensor([index], device=features.device))[0]
-        gain = float(self._score[index])
-        fall = features.dot(information.add(phi).to(features.device))
-        # |w| <= (kappa/lam) |phi| / sqrt(1 + gain), and w's own rounding is relative to that bound.
-        scale = information.error_scale() * (information.kappa / information.lam) ** 0.5
-        error = scale * float(features.size[index]) / (1 + gain) ** 0.5 * features.reach
-        self._doubt += 2 * fall.abs() * error + error.square()
-        self._score = (self._score - fall.square()).clamp_(min=0)
-        self._fresh[:] = False
-
-    def _refresh(self, indices: Tensor) -> None:
-        """Compute the scores of `indices` from V itself."""
-        parts = [self._information.score(phi) for phi in self._features.chunks(indices)]
-        self._score[indices] = torch.cat(parts).to(self._score.device)
-        error = self._information.error_scale() * self._features.size[indices]
-        self._doubt[indices] = 2 * self._score[indices].sqrt() * error + error.square()
-        self._fresh[indices] = True
+def _choices(
+    scores: RunningScores | _FixedScores, n: int, eligible: Eligible, ranks: Ranks | None
+) -> Iterator[Choice]:
+    """What to pick, one after another, as the rules allow; the caller takes it into the scores."""
+    taken = 0
+    while taken < n:
+        drawn = taken < eligible.n_random
+        search = _Draw(scores, eligible) if drawn else _Best(scores, eligible)
+        if ranks is not None:
+            choice = ranks.agree(search.offer, search.lowest_from)
+        else:
+            offer = search.offer()
+            choice = None if offer is None else Choice(offer.index, offer.score, offer.group, 0)
+        if choice is None:
+            return
+        mine = ranks is None or choice.owner == ranks.rank
+        index = choice.index - (0 if ranks is None else ranks.offset)
+        if not drawn and choice.score < eligible.min_score:
+            if eligible.inverse_cost is None:
+                return
+            # One that costs more may score more. This one will not: scores only fall.
+            if mine:
+                eligible.left[index] = False
+            continue
+        yield choice
+        taken += 1
+        if mine:
+            eligible.take(index)
+        else:
+            eligible.taken_elsewhere(choice.group)
 
 
-def _contenders(scores: Tensor, doubt: Tensor, left: Tensor) -> Tensor:
-    """Indices, ascending, of those left that may be the largest given scores +- doubt."""
-    threshold = (scores - doubt)[left].max()
-    return ((scores + doubt >= threshold) & left).nonzero().flatten()
+class _Draw:
+    """The candidate that comes first in the random order."""
+
+    def __init__(self, scores: RunningScores | _FixedScores, eligible: Eligible) -> None:
+        self._scores, self._eligible = scores, eligible
+
+    def offer(self) -> Offer | None:
+        left = self._eligible.left.nonzero().flatten()
+        if not len(left):
+            return None
+        assert self._eligible.random_order is not None
+        order, place = self._eligible.random_order[left].min(dim=0)
+        index = int(left[place])
+        value = -float(order)
+        return Offer(index, self._scores.score(index), self._eligible.group_of(index), value, value,
+                     value)
+
+    def lowest_from(self, value: float) -> Offer | None:
+        offer = self.offer()
+        return offer if offer is not None and offer.upper >= value else None
+
+
+class _Best:
+    """The candidate with the largest value, ties to the lowest index."""
+
+    def __init__(self, scores: RunningScores | _FixedScores, eligible: Eligible) -> None:
+        self._scores, self._eligible = scores, eligible
+        self._best: Contenders | None = None
+
+    def offer(self) -> Offer | None:
+        if not bool(self._eligible.left.any()):
+            return None
+        self._best = self._scores.best()
+        return self._first_of(self._best)
+
+    def lowest_from(self, value: float) -> Offer | None:
+        if self._best is None:
+            return None
+        reaching = self._values(self._best, 1) >= value
+        return self._first_of(Contenders(*(x[reaching] for x in self._best)))
+
+    def _first_of(self, best: Contenders) -> Offer | None:
+        if not len(best.indices):
+            return None
+        index, upper = int(best.indices[0]), self._values(best, 1)
+        return Offer(index, float(best.score[0]), self._eligible.group_of(index),
+                     float(self._values(best, -1).max()), float(upper[0]), float(upper.max()))
+
+    def _values(self, best: Contenders, sign: int) -> Tensor:
+        bound = best.score + sign * best.doubt
+        factor = self._eligible.inverse_cost
+        return bound if factor is None else bound * factor[best.indices]
+
+
+class _FixedScores:
+    """Scores that no pick changes."""
+
+    def __init__(self, scores: Tensor, doubt: Tensor, eligible: Eligible) -> None:
+        self._score, self._doubt = scores.cpu(), doubt.cpu()
+        self._eligible = eligible
+
+    def best(self) -> Contenders:
+        left = self._eligible.left.nonzero().flatten()
+        scale = self._eligible.inverse_cost
+        score, doubt = self._score[left], self._doubt[left]
+        factor = torch.ones_like(score) if scale is None else scale[left]
+        threshold = ((score - doubt) * factor).max()
+        among = (score + doubt) * factor >= threshold
+        return Contenders(left[among], score[among], doubt[among])
+
+    def score(self, index: int) -> float:
+        return float(self._score[index])

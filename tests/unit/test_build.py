@@ -87,7 +87,7 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     ), cwd=tree, PYTHONPATH=str(tree), ACTIVEDPO_BACKEND="auto")
     assert used.returncode == 0, used.stdout
     assert "sum of squares True" in used.stdout
-    assert used.stdout.count("sketching with the slower PyTorch reference") == 1
+    assert used.stdout.count("using the slower PyTorch reference") == 1
     assert "run `pip install .` again" in used.stdout
 
 

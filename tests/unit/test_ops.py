@@ -268,7 +268,7 @@ def test_reference_stands_in_with_one_warning(monkeypatch, caplog):
         for operation in OPERATIONS:
             torch.testing.assert_close(sketch(operation, x, KEY, 5), define(operation, x, KEY, 5))
     assert [record.getMessage() for record in caplog.records] == [
-        "sketching with the slower PyTorch reference: it was left out; run this"]
+        "using the slower PyTorch reference: it was left out; run this"]
 
 
 @needs_cpp

@@ -1,0 +1,336 @@
+"""What may be picked: limits per prompt and group, excluded prompts, costs, random picks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.data import PoolItem, PreferencePool, Prompt
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.signals import check_pairs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PickRules:
+    """What a selection has to observe, whatever the strategy.
+
+    Args:
+        max_per_prompt: at most so many pairs of one prompt in this selection.
+        exclude: ids of prompts of which nothing is picked.
+        group_by: the field of an item's `extra` that names its group: text, an integer or a
+            boolean (these two as JSON writes them). An item without it is in no group.
+        quotas: the most pairs to take of each group named, 0 or more. Others are not limited.
+        min_score: no pair that scores less is picked by the criterion; fewer pairs than were asked
+            for come back then, and the log says so.
+        random_fraction: of n picks, round(random_fraction * n) are drawn at random, uniformly from
+            what the rules admit. They are drawn first, so that the criterion knows of them, and
+            `min_score` and `cost` do not apply to them.
+        cost: the field of an item's `extra` with the cost of a label, a positive number. The
+            criterion then picks the largest score / cost. Scores are given, and compared with
+            `min_score`, as they are without costs.
+        seed: of the random picks. Another pool has other draws.
+
+    Raises:
+        ActiveDPOError: a value of another kind or out of range, naming the rule.
+    """
+
+    max_per_prompt: int | None = None
+    exclude: Collection[str] = ()
+    group_by: str | None = None
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    min_score: float | None = None
+    random_fraction: float = 0.0
+    cost: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_per_prompt is not None and not _is_count(self.max_per_prompt, least=1):
+            raise ActiveDPOError("max_per_prompt must be an integer from 1, not "
+                                 f"{self.max_per_prompt!r}")
+        object.__setattr__(self, "exclude", _ids(self.exclude))
+        for name, value in (("group_by", self.group_by), ("cost", self.cost)):
+            if value is not None and not (isinstance(value, str) and value):
+                raise ActiveDPOError(f"{name} must be the name of a field, not {value!r}")
+        object.__setattr__(self, "quotas", _quotas(self.quotas))
+        if (self.group_by is None) != (not self.quotas):
+            missing = "group_by" if self.quotas else "quotas"
+            raise ActiveDPOError(f"{missing} missing: group_by and quotas go together")
+        if self.min_score is not None and not _is_number(self.min_score):
+            raise ActiveDPOError(f"min_score must be a finite number, not {self.min_score!r}")
+        if not (_is_number(self.random_fraction) and 0 <= self.random_fraction <= 1):
+            raise ActiveDPOError("random_fraction must be a number from 0 to 1, not "
+                                 f"{self.random_fraction!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ActiveDPOError(f"seed must be an integer, not {self.seed!r}")
+
+    def check(self, items: Collection[PoolItem | Prompt]) -> None:
+        """Raise `ActiveDPOError` unless the rules fit these items.
+
+        That is: every id to exclude is one of theirs, every quota is of a group that one of them
+        is in, and each of them that is not excluded has a cost, where costs matter.
+        """
+        ids = {item.id for item in items}
+        unknown = [id for id in self.exclude if id not in ids]
+        if unknown:
+            more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+            raise ActiveDPOError(f"exclude: no item has the id {unknown[0]!r}{more}")
+        if self.group_by is not None:
+            groups = {_group(item, self.group_by) for item in items}
+            for group in self.quotas:
+                if group not in groups:
+                    raise ActiveDPOError(f"quotas: no item's {self.group_by!r} is {group!r}")
+        if self.cost is not None:
+            excluded = set(self.exclude)
+            for item in items:
+                if item.id not in excluded:
+                    _cost(item, self.cost)
+
+    def within(self, items: Iterable[PoolItem | Prompt]) -> PickRules:
+        """The same rules for only some of the items: without the ids and groups of the others."""
+        listed = list(items)
+        ids = {item.id for item in listed}
+        quotas: Mapping[str, int] = {}
+        if self.group_by is not None:
+            groups = {_group(item, self.group_by) for item in listed}
+            quotas = {group: most for group, most in self.quotas.items() if group in groups}
+        return dataclasses.replace(
+            self, exclude=[id for id in self.exclude if id in ids], quotas=quotas,
+            group_by=self.group_by if quotas else None)
+
+    def bind(self, pool: PreferencePool, pairs: Tensor, n: int) -> Eligible:
+        """What the rules come to for the candidates of one selection.
+
+        Args:
+            pool: of whose items the pairs are.
+            pairs: int64 [N, 2] of row numbers.
+            n: how many are to be picked.
+
+        Raises:
+            ActiveDPOError: rules that do not fit the pool (see `check`), or that leave none of the
+                candidates, though some are asked for.
+        """
+        check_pairs(pairs, pool.n_responses, "pairs")
+        self.check(pool)
+        prompt = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
+        ids = set(self.exclude)
+        excluded = torch.tensor([item.id in ids for item in pool])
+        group: Tensor | None = None
+        room: list[int] = []
+        if self.group_by is not None:
+            number: dict[str | None, int] = {name: i for i, name in enumerate(self.quotas)}
+            of_item = [number.get(_group(item, self.group_by), -1) for item in pool]
+            group = torch.tensor(of_item)[prompt]
+            room = list(self.quotas.values())
+        inverse_cost = None
+        if self.cost is not None:
+            costs = [1.0 if out else _cost(item, self.cost)
+                     for item, out in zip(pool, excluded.tolist(), strict=True)]
+            inverse_cost = torch.tensor(costs, dtype=torch.float64).reciprocal()[prompt]
+        n_random = round(self.random_fraction * n)
+        order = None
+        if n_random:
+            order = random_order(len(pairs), random_seed(self.seed, pool.fingerprint()))
+        eligible = Eligible(
+            ~excluded[prompt], inverse_cost=inverse_cost, n_random=n_random, random_order=order,
+            min_score=-math.inf if self.min_score is None else float(self.min_score),
+            prompt=None if self.max_per_prompt is None else prompt,
+            max_per_prompt=self.max_per_prompt or 0, group=group, room=room)
+        if n > 0 and len(pairs) and not eligible.left.any():
+            raise ActiveDPOError(f"the rules leave none of {len(pairs)} candidate pairs")
+        return eligible
+
+
+class Eligible:
+    """Which of N candidates may still be picked, and by what order.
+
+    Attributes:
+        left: bool [N] on the CPU; candidates that may still be picked. Updated in place.
+        inverse_cost: float64 [N], what scores are multiplied with before they are compared with
+            each other; None where costs do not matter.
+        min_score: no pick may score less, whatever it costs; -inf where there is no limit.
+        n_random: how many picks, the first ones, are random: those left of the lowest
+            `random_order`.
+        random_order: int64 [N], each candidate's rank in a permutation; None if n_random is 0.
+
+    `PickRules.bind` makes it. It is used up by one selection.
+    """
+
+    def __init__(
+        self,
+        left: Tensor,
+        *,
+        inverse_cost: Tensor | None = None,
+        min_score: float = -math.inf,
+        n_random: int = 0,
+        random_order: Tensor | None = None,
+        prompt: Tensor | None = None,
+        max_per_prompt: int = 0,
+        group: Tensor | None = None,
+        room: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            prompt: int64 [N], the prompt of each candidate; None where there is no limit.
+            max_per_prompt: how many may be taken of each.
+            group: int64 [N], the group of each candidate or -1; None where there is no limit.
+            room: how many may be taken of each group.
+        """
+        self.left = left.contiguous()
+        self.inverse_cost = inverse_cost
+        self.min_score = min_score
+        self.n_random = n_random
+        self.random_order = random_order
+        self._prompt = prompt
+        self._max_per_prompt = max_per_prompt
+        self._taken: dict[int, int] = {}  # of each prompt
+        if prompt is not None:
+            # The candidates by prompt: closing one must not look at all the others.
+            self._by_prompt = prompt.argsort(stable=True)
+            self._end = prompt.bincount().cumsum(0)
+        self._group = group
+        self._room = list(room)
+        for number, most in enumerate(self._room):
+            if most <= 0:
+                self._close_group(number)
+
+    @classmethod
+    def everything(cls, n_candidates: int) -> Eligible:
+        """No rules: every candidate may be picked."""
+        return cls(torch.ones(n_candidates, dtype=torch.bool))
+
+    def take(self, index: int) -> int:
+        """Candidate `index` is picked: it, and what it makes full, may not be picked any more.
+
+        Returns:
+            The number of its group, -1 if it is in none that has a quota.
+        """
+        self.left[index] = False
+        if self._prompt is not None:
+            prompt = int(self._prompt[index])
+            self._taken[prompt] = self._taken.get(prompt, 0) + 1
+            if self._taken[prompt] >= self._max_per_prompt:
+                start = int(self._end[prompt - 1]) if prompt else 0
+                self.left[self._by_prompt[start:int(self._end[prompt])]] = False
+        if self._group is None:
+            return -1
+        group = int(self._group[index])
+        self.taken_elsewhere(group)
+        return group
+
+    def group_of(self, index: int) -> int:
+        """The number of a candidate's group, -1 if it is in none that has a quota."""
+        return -1 if self._group is None else int(self._group[index])
+
+    def taken_elsewhere(self, group: int) -> None:
+        """One of group number `group` (-1: of none) was picked, by another process for instance."""
+        if group < 0:
+            return
+        self._room[group] -= 1
+        if self._room[group] <= 0:
+            self._close_group(group)
+
+    def _close_group(self, group: int) -> None:
+        assert self._group is not None
+        self.left &= self._group != group
+
+
+def random_order(n_candidates: int, seed: int) -> Tensor:
+    """Each candidate's rank in the permutation that `seed` stands for; int64 [N]."""
+    drawn = torch.randperm(n_candidates, generator=torch.Generator().manual_seed(seed))
+    return drawn.argsort()
+
+
+def random_seed(seed: int, pool_fingerprint: str) -> int:
+    """The seed of random picks from a pool: another draw for another pool."""
+    text = f"{seed}/{pool_fingerprint}".encode()
+    return int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
+
+
+def warn_if_fewer(picked: int, n: int, eligible: Eligible) -> None:
+    """One line in the log where `picked`, the number of picks, is less than n."""
+    if picked < n:
+        least = eligible.min_score
+        which = "" if least == -math.inf else f" that scores {least} or more"
+        logger.warning("%d of %d pairs picked: the rules leave no other candidate%s", picked, n,
+                       which)
+
+
+# -- what the rules' values may be -----------------------------------------------------------------
+
+
+def _ids(given: Any) -> tuple[str, ...]:
+    """Distinct ids in a fixed order; integers as a pool has them, as text."""
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Collection):
+        raise ActiveDPOError(f"exclude must be a list of ids, not {given!r}")
+    for id in given:
+        if isinstance(id, bool) or not isinstance(id, (str, int)):
+            raise ActiveDPOError(f"exclude must be a list of ids, and {id!r} is none")
+    return tuple(sorted({str(id) for id in given}))
+
+
+def _quotas(given: Any) -> dict[str, int]:
+    if not isinstance(given, Mapping):
+        raise ActiveDPOError(f"quotas must map groups to numbers of pairs, not be {given!r}")
+    quotas = {}
+    for key, most in given.items():
+        name = _group_name(key)
+        if name is None:
+            raise ActiveDPOError(f"quotas: {key!r} is no group: a text, an integer or a boolean")
+        if not _is_count(most, least=0):
+            raise ActiveDPOError(f"quotas: {name!r} must have an integer from 0, not {most!r}")
+        quotas[name] = most
+    return quotas
+
+
+def _group(item: PoolItem | Prompt, name: str) -> str | None:
+    """The item's group, or None for an item without."""
+    value = item.extra.get(name)
+    if value is None or value != value:  # tables mark what is missing by NaN
+        return None
+    group = _group_name(value)
+    if group is None:
+        raise ActiveDPOError(f"group_by: {name!r} of item {item.id!r} must be text, an integer or "
+                             f"a boolean, not {value!r}")
+    return group
+
+
+def _group_name(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (str, int)) else None
+
+
+def _cost(item: PoolItem | Prompt, name: str) -> float:
+    if item.extra.get(name) is None:
+        raise ActiveDPOError(f"cost: item {item.id!r} has no {name!r}")
+    value = item.extra[name]
+    # 1 / cost has to be a number too, which it is not for the very smallest.
+    if not (_is_number(value) and float(value) > 0 and _is_number(1 / float(value))):
+        raise ActiveDPOError(f"cost: {name!r} of item {item.id!r} must be a positive number, not "
+                             f"{value!r}")
+    return float(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number that a float can hold."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False

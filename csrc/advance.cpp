@@ -1,0 +1,285 @@
+#include "advance.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "dots.h"
+#include "scratch.h"
+
+namespace activedpo {
+
+namespace {
+
+constexpr std::int64_t kFirstBlock = 32;
+constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
+
+struct Bound {
+  double upper;
+  std::int64_t candidate;
+  bool operator<(const Bound& other) const { return upper < other.upper; }
+};
+
+template <typename T>
+class Advance {
+ public:
+  using S = typename Sum<T>::Type;
+
+  Advance(const RowSource& rows, std::int64_t k, const Candidates& candidates,
+          const Directions& directions, const Memory& memory, int num_threads)
+      : rows_(rows), k_(k), c_(candidates), d_(directions), m_(memory), threads_(num_threads),
+        dots_room_(num_threads, kDotScratch),
+        row_room_(num_threads, rows.in_memory() ? 0 : kDotRows * rows.row_bytes) {}
+
+  // See advance(); the row that could not be read is in `unread`.
+  std::int64_t run(std::int64_t* contenders, Memory* memory) {
+    double best = -std::numeric_limits<double>::infinity(), top = 0;
+    std::vector<std::int64_t> up_to_date;
+    for (std::int64_t i = 0; i < c_.n; ++i) {
+      if (!c_.left[i]) continue;
+      if (c_.version[i] < d_.count) {
+        top = std::max(top, upper(i));
+      } else {
+        best = std::max(best, lower(i));
+        up_to_date.push_back(i);
+      }
+    }
+    double cut = std::max(best, top * (1 - memory->margin));
+    std::vector<Bound> heap = stale_above(cut);
+    std::int64_t block = std::max(memory->block, kFirstBlock), moved = 0;
+    while (unread < 0) {
+      if (heap.empty() || heap.front().upper < best) {
+        if (cut <= best || cut <= 0) break;
+        // Nothing above the cut is left to look at: go down.
+        memory->margin = std::min(1.0, 2 * memory->margin);
+        cut = std::max(best, cut * (1 - memory->margin));
+        heap = stale_above(cut);
+        continue;
+      }
+      std::vector<std::int64_t> batch;
+      while (!heap.empty() && heap.front().upper >= best &&
+             static_cast<std::int64_t>(batch.size()) < block) {
+        batch.push_back(heap.front().candidate);
+        std::pop_heap(heap.begin(), heap.end());
+        heap.pop_back();
+      }
+      bring_up_to_date(batch);
+      for (const std::int64_t i : batch) best = std::max(best, lower(i));
+      up_to_date.insert(up_to_date.end(), batch.begin(), batch.end());
+      moved += static_cast<std::int64_t>(batch.size());
+      block *= 2;
+    }
+    memory->block = std::max(kFirstBlock, moved / 4);
+    if (static_cast<std::int64_t>(heap.size()) > 4 * moved + kFirstBlock) memory->margin /= 2;
+
+    std::int64_t found = 0;
+    for (const std::int64_t i : up_to_date) {
+      if (upper(i) >= best) contenders[found++] = i;
+    }
+    std::sort(contenders, contenders + found);
+    return found;
+  }
+
+  std::int64_t touched = 0;
+  std::atomic<std::int64_t> unread{-1};
+
+ private:
+  double value(std::int64_t i, double score) const {
+    return c_.inverse_cost == nullptr ? score : score * c_.inverse_cost[i];
+  }
+  double upper(std::int64_t i) const { return value(i, c_.score[i] + c_.doubt[i]); }
+  double lower(std::int64_t i) const { return value(i, c_.score[i] - c_.doubt[i]); }
+
+  std::vector<Bound> stale_above(double cut) {
+    std::vector<Bound> heap;
+    for (std::int64_t i = 0; i < c_.n; ++i) {
+      if (!c_.left[i] || c_.version[i] == d_.count) continue;
+      const double bound = upper(i);
+      if (bound >= cut) heap.push_back({bound, i});
+    }
+    std::make_heap(heap.begin(), heap.end());
+    return heap;
+  }
+
+  void bring_up_to_date(const std::vector<std::int64_t>& batch) {
+    // The more directions a pair waits for, the fewer pairs are worked on at a time.
+    std::size_t begin = 0;
+    while (begin < batch.size() && unread < 0) {
+      std::int32_t oldest = static_cast<std::int32_t>(d_.count);
+      std::size_t end = begin;
+      while (end < batch.size()) {
+        oldest = std::min(oldest, c_.version[batch[end]]);
+        const auto products = static_cast<std::int64_t>(2 * (end - begin + 1)) *
+                              (d_.count - oldest);
+        if (end > begin && products > kProducts) break;
+        ++end;
+      }
+      apply(batch.data() + begin, static_cast<std::int64_t>(end - begin));
+      begin = end;
+    }
+  }
+
+  // A row whose products with directions from `from` on are needed.
+  struct Task {
+    std::int64_t row;
+    std::int64_t from;
+    std::int64_t start;  // the first direction that it is multiplied with: `from` or before
+    std::int64_t first;  // where that product is in products_
+  };
+
+  void apply(const std::int64_t* batch, std::int64_t count) {
+    std::vector<Task> tasks = rows_of(batch, count);
+    // Rows that wait for about as many directions are multiplied together.
+    std::sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
+      return a.from != b.from ? a.from < b.from : a.row < b.row;
+    });
+    const auto n_tasks = static_cast<std::int64_t>(tasks.size());
+    std::int64_t room = 0;
+    for (std::int64_t t = 0; t < n_tasks; ++t) {
+      Task& task = tasks[static_cast<std::size_t>(t)];
+      task.start = tasks[static_cast<std::size_t>(t / kDotRows * kDotRows)].from;
+      task.first = room;
+      room += d_.count - task.start;
+      m_.place[task.row] = static_cast<std::int32_t>(t);
+    }
+    if (static_cast<std::int64_t>(products_.size()) < room) {
+      products_.resize(static_cast<std::size_t>(room));
+    }
+    touched += n_tasks;
+    multiply(tasks);
+
+#pragma omp parallel for schedule(static) num_threads(threads_) if (count > 64)
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (unread < 0) lower_score(batch[j], tasks);
+    }
+    for (const Task& task : tasks) m_.place[task.row] = -1;
+  }
+
+  std::vector<Task> rows_of(const std::int64_t* batch, std::int64_t count) {
+    std::vector<Task> tasks;
+    for (std::int64_t j = 0; j < count; ++j) {
+      const std::int64_t i = batch[j];
+      if (c_.score[i] + c_.doubt[i] == 0) continue;  // a zero feature stays one
+      for (int side = 0; side < 2; ++side) {
+        const std::int64_t row = c_.pairs[2 * i + side];
+        const std::int64_t from = kept() ? m_.row_version[row] : c_.version[i];
+        if (from == d_.count) continue;  // known from another pair
+        std::int32_t& place = m_.place[row];
+        if (place < 0) {
+          place = static_cast<std::int32_t>(tasks.size());
+          tasks.push_back({row, from, 0, 0});
+        }
+        Task& task = tasks[static_cast<std::size_t>(place)];
+        task.from = std::min(task.from, from);
+      }
+    }
+    return tasks;
+  }
+
+  void multiply(const std::vector<Task>& tasks) {
+    const auto n_tasks = static_cast<std::int64_t>(tasks.size());
+    const std::int64_t panels = (n_tasks + kDotRows - 1) / kDotRows;
+#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (panels > 1)
+    for (std::int64_t p = 0; p < panels; ++p) {
+      const std::int64_t begin = p * kDotRows;
+      const std::int64_t here = std::min<std::int64_t>(kDotRows, n_tasks - begin);
+      const Task* task = tasks.data() + begin;
+      const T* numbers[kDotRows];
+      char* room = row_room_.of(thread_number());
+      for (std::int64_t r = 0; r < here; ++r) {
+        numbers[r] = reinterpret_cast<const T*>(
+            rows_.get(task[r].row, room + r * rows_.row_bytes));
+        if (numbers[r] == nullptr) unread = task[r].row;
+      }
+      if (unread >= 0) continue;
+      dots<T>(products_.data() + task->first, numbers, here, k_,
+              static_cast<const S*>(d_.unit) + task->start * d_.stride, d_.stride,
+              d_.count - task->start, dots_room_.of(thread_number()));
+      for (std::int64_t r = 0; kept() && r < here; ++r) {
+        const double* product = products_.data() + task[r].first - task[r].start;
+        S* target = kept_products(task[r].row);
+        for (std::int64_t s = task[r].from; s < d_.count; ++s) {
+          target[s] = static_cast<S>(product[s]);
+        }
+        m_.row_version[task[r].row] = static_cast<std::int32_t>(d_.count);
+      }
+    }
+  }
+
+  bool kept() const { return m_.products != nullptr; }
+  S* kept_products(std::int64_t row) const {
+    return static_cast<S*>(m_.products) + row * m_.capacity;
+  }
+
+  void lower_score(std::int64_t i, const std::vector<Task>& tasks) {
+    if (c_.score[i] + c_.doubt[i] > 0) {
+      const std::int64_t a = c_.pairs[2 * i], b = c_.pairs[2 * i + 1];
+      if (kept()) {
+        lower_score(i, kept_products(a), kept_products(b));
+      } else {
+        const Task& first = tasks[static_cast<std::size_t>(m_.place[a])];
+        const Task& second = tasks[static_cast<std::size_t>(m_.place[b])];
+        lower_score(i, products_.data() + first.first - first.start,
+                    products_.data() + second.first - second.start);
+      }
+    }
+    c_.version[i] = static_cast<std::int32_t>(d_.count);
+  }
+
+  template <typename P>
+  void lower_score(std::int64_t i, const P* at_first, const P* at_second) {
+    double score = c_.score[i], doubt = c_.doubt[i], inherited = c_.inherited[i];
+    const double first_divisor = c_.row_divisor[c_.pairs[2 * i]];
+    const double second_divisor = c_.row_divisor[c_.pairs[2 * i + 1]];
+    for (std::int64_t s = c_.version[i]; s < d_.count; ++s) {
+      const double f = (static_cast<double>(at_first[s]) / first_divisor -
+                        static_cast<double>(at_second[s]) / second_divisor) /
+                       c_.pair_divisor[i] * d_.norm[s];
+      const double error = d_.error[s] * c_.reach[i];
+      score = std::max(0.0, score - f * f);
+      doubt += 2 * std::abs(f) * error + error * error;
+      const double turned = d_.turn[s] * std::sqrt(score + doubt);
+      const double added = 2 * std::abs(f) * turned + turned * turned;
+      doubt += added;
+      inherited += added;
+    }
+    c_.score[i] = score;
+    c_.doubt[i] = doubt;
+    c_.inherited[i] = inherited;
+  }
+
+  const RowSource& rows_;
+  const std::int64_t k_;
+  const Candidates& c_;
+  const Directions& d_;
+  const Memory& m_;
+  const int threads_;
+  std::vector<double> products_;
+  Scratch<S> dots_room_;
+  Scratch<char> row_room_;
+};
+
+}  // namespace
+
+template <typename T>
+std::int64_t advance(std::int64_t* contenders, std::int64_t* touched, const RowSource& rows,
+                     std::int64_t k, const Candidates& candidates, const Directions& directions,
+                     Memory* memory, int num_threads) {
+  Advance<T> work(rows, k, candidates, directions, *memory, num_threads);
+  const std::int64_t found = work.run(contenders, memory);
+  *touched += work.touched;
+  return work.unread >= 0 ? -1 - work.unread : found;
+}
+
+#define ACTIVEDPO_ADVANCE(T)                                                                      \
+  template std::int64_t advance<T>(std::int64_t*, std::int64_t*, const RowSource&, std::int64_t,  \
+                                   const Candidates&, const Directions&, Memory*, int);
+ACTIVEDPO_ADVANCE(float)
+ACTIVEDPO_ADVANCE(double)
+ACTIVEDPO_ADVANCE(BFloat16)
+ACTIVEDPO_ADVANCE(Half)
+#undef ACTIVEDPO_ADVANCE
+
+}  // namespace activedpo

@@ -1,0 +1,25 @@
+// Inner products of a few rows with many directions: the bulk of a selection's arithmetic.
+#pragma once
+
+#include <cstdint>
+
+#include "rows.h"
+
+namespace activedpo {
+
+constexpr int kDotRows = 16;     // rows that are multiplied at a time
+constexpr int kDotBlock = 512;   // numbers that are summed in the storage's precision
+constexpr int kDotAlign = 16;    // directions are padded with zeros to a multiple of it
+
+constexpr std::int64_t kDotScratch = std::int64_t{kDotRows} * kDotBlock;
+
+// out[r * n_w + s] = rows[r] . w[s] for r < n_rows <= kDotRows and s < n_w, sums of kDotBlock
+// products in Sum<T> and then in float64. The error of a product is at most
+// (kDotBlock / 16 + 6) u |row| |w_s| with u = 2^-24 (2^-53 for double), the rounding of products
+// and of w to Sum<T> included. It does not depend on the other rows and directions.
+template <typename T>
+void dots(double* out, const T* const* rows, std::int64_t n_rows, std::int64_t k,
+          const typename Sum<T>::Type* w, std::int64_t w_stride, std::int64_t n_w,
+          typename Sum<T>::Type* scratch);
+
+}  // namespace activedpo
