@@ -71,19 +71,26 @@ from benchmarks.workloads import PlainForward
 
 def prepare(name: str, n_prompts: int, folder: Path) -> Case:
     """The policy `name` of CASES with a pool of its own responses, from disk where they are."""
-    base, tokenizer = load_base("small")
-    model = with_fresh_lora(base, DEMO, SEED)
-    prompts = read_prompts("pool", max_words=DEMO.max_words)
-    if name == "trained":
-        _one_round(model, tokenizer, prompts, folder / "dpo")
+    model, tokenizer = policy(name, folder)
     path = folder / f"prompts-{n_prompts}" / f"pool-{name}.jsonl"
     if not path.exists():
+        prompts = read_prompts("pool", max_words=DEMO.max_words)
         drawn = draw_prompts(prompts, 0, n_prompts, set(), SEED)
         generate_responses(model, tokenizer, drawn, n_responses=DEMO.n_responses, seed=SEED,
                            **DEMO.generation).to_jsonl(path)
     pool = PreferencePool.from_jsonl(path)
     tokens = tokenize_pool(pool, tokenizer, max_length=DEMO.dpo["max_length"])
     return Case(name, model, pool, tokens)
+
+
+def policy(name: str, folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The policy `name` of CASES; its round of DPO is in `folder`, or is run there."""
+    base, tokenizer = load_base("small")
+    model = with_fresh_lora(base, DEMO, SEED)
+    if name == "trained":
+        prompts = read_prompts("pool", max_words=DEMO.max_words)
+        _one_round(model, tokenizer, prompts, folder / "dpo")
+    return model, tokenizer
 
 
 def _one_round(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any],

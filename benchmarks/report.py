@@ -133,8 +133,128 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def selection_tables(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown by table name, of the figures of `selection.py`."""
+    where = result["environment"]
+    found = {"selection machine": _where_and_when(where, where["date"], where["commit"])}
+    loops = {(r["normalize"], r["lam"]): r for r in result["contenders"] + result["lam"]
+             if "loop" in r["contender"]}
+    ours = [r for r in result["contenders"] + result["lam"] if "ours" in r["contender"]]
+    base = ours[0]
+    found["selection"] = _at(base) + ".\n\n" + _table(ours, {
+        "normalised": _normalized,
+        "λ": lambda r: f"{r['lam']:g}",
+        "loop, s": lambda r: _seconds(loops[r["normalize"], r["lam"]]["seconds"]),
+        "ours, s": lambda r: _seconds(r["seconds"]),
+        "times as fast": lambda r: f"{r['speedup']:.1f}",
+        "rows touched a pick": _touched,
+        "readings of all rows": lambda r: f"{r['readings']:.0f}",
+        "loop's first picks as ours":
+            lambda r: f"{loops[r['normalize'], r['lam']]['leading']} of {r['picks']}",
+        "its log det / ours": lambda r: f"{loops[r['normalize'], r['lam']]['logdet_ratio']:.6f}",
+    })
+    for normalize in dict.fromkeys(r["normalize"] for r in result["contenders"]):
+        own = [r for r in result["contenders"] if r["normalize"] == normalize]
+        columns = {
+            f"{_at(base)}, {_normalized(own[0])}": lambda r: r["contender"],
+            "seconds": _total,
+            "to the first pick": lambda r: _seconds(r["first_pick_seconds"]),
+            "loop / it": lambda r: _ratio(r["speedup"]),
+            "readings": lambda r: f"{r['readings']:.0f}",
+            "peak MiB": lambda r: _optional(r, "peak_mib", "{:.0f}"),
+            "first picks as ours": lambda r: f"{r['leading']} of {r['measured_picks']}",
+            "in common": lambda r: f"{r['common']} of {r['measured_picks']}",
+            "log det / ours": lambda r: _optional(r, "logdet_ratio", "{:.6f}"),
+            "rounds": lambda r: str(r["rounds"]),
+        }
+        if all(r["peak_mib"] is None for r in own):
+            columns.pop("peak MiB")
+        found[f"selection: {normalize or 'none'}"] = _table(own, columns)
+    found["selection: growth"] = _selection_points(
+        result["growth"] + [{"axis": "–", **r} for r in result["others"]])
+    exponents = {(e["contender"], e["normalize"], e["axis"]): e["exponent"]
+                 for e in result["exponents"]}
+    found["selection: exponents"] = _table(
+        [{"contender": c, "normalize": n} for c, n in
+         dict.fromkeys((e["contender"], e["normalize"]) for e in result["exponents"])],
+        {"seconds grow as": lambda r: f"{r['contender']}, {_normalized(r)}",
+         **{axis: lambda r, axis=axis:
+            f"{axis}^{exponents[r['contender'], r['normalize'], axis]:.2f}" for axis in "NkB"}})
+    found["selection: paper"] = _paper_table(result)
+    return found
+
+
+def _selection_points(records: list[Row]) -> str:
+    """A line a point and normalisation: the loop and ours."""
+    key = ("axis", "pairs", "k", "picks", "responses", "normalize", "lam")
+    lines = []
+    for values in dict.fromkeys(tuple(r[name] for name in key) for r in records):
+        own, loop = (next(r for r in records if tuple(r[name] for name in key) == values
+                          and who in r["contender"]) for who in ("ours", "loop"))
+        lines.append({**own, "loop": loop})
+    return _table(lines, {
+        "along": lambda r: r["axis"],
+        "N": lambda r: f"{r['pairs']:,}",
+        "k": lambda r: str(r["k"]),
+        "B": lambda r: str(r["picks"]),
+        "responses": lambda r: str(r["responses"]),
+        "normalised": _normalized,
+        "loop, s": lambda r: _total(r["loop"]),
+        "ours, s": lambda r: _seconds(r["seconds"]),
+        "times as fast": lambda r: f"{r['speedup']:.1f}",
+        "rows touched a pick": _touched,
+        "readings": lambda r: f"{r['readings']:.0f}",
+        "loop's first picks as ours":
+            lambda r: f"{r['loop']['leading']} of {r['loop']['measured_picks']}",
+        "rounds": lambda r: str(r["rounds"]),
+    })
+
+
+def _paper_table(result: dict[str, Any]) -> str:
+    """The measured selections of the paper's round, each as a share of a whole round on paper."""
+    stages = result["paper_round"]["seconds"]
+    rest = sum(stages.values())
+    point = result["paper"][0]
+    about = (f"{_at(point)}, {point['history']:,} labelled pairs as history. On paper the rest of "
+             f"the round takes {rest:,.0f} s: "
+             + ", ".join(f"{name} {value:,.0f}" for name, value in stages.items()) + ".")
+    return about + "\n\n" + _table(result["paper"], {
+        "selection, measured here": lambda r: r["contender"],
+        "seconds": _total,
+        "to the first pick": lambda r: _seconds(r["first_pick_seconds"]),
+        "loop / it": lambda r: _ratio(r["speedup"]),
+        "share of the round": lambda r: f"{r['seconds'] / (r['seconds'] + rest):.2%}",
+        "first picks as ours": lambda r: f"{r['leading']} of {r['measured_picks']}",
+    })
+
+
+def _at(r: Row) -> str:
+    return f"N = {r['pairs']:,}, k = {r['k']}, B = {r['picks']}"
+
+
+def _normalized(r: Row) -> str:
+    return f'"{r["normalize"]}"' if r["normalize"] else "none"
+
+
+def _touched(r: Row) -> str:
+    return _optional(r, "touched", "{:.1%}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _total(r: Row) -> str:
+    """Seconds; those extrapolated from a few picks with a sign."""
+    return ("≈ " if r["measured_picks"] < r["picks"] else "") + _seconds(r["seconds"])
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def main(
-    results: Annotated[Path, typer.Option(help="the folder of cpu.json and fidelity.json")]
+    results: Annotated[Path, typer.Option(help="the folder of runs' JSON")]
     = RESULTS,
     write: Annotated[bool, typer.Option(help=f"put the tables into {', '.join(DOCUMENTS)}")]
     = False,
@@ -148,6 +268,8 @@ def main(
         found |= tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
     if (path := results / "fidelity.json").exists():
         found |= fidelity_tables(json.loads(path.read_text()))
+    if (path := results / "selection.json").exists():
+        found |= selection_tables(json.loads(path.read_text()))
     if not write:
         print("\n\n".join(found.values()))
         return
