@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
     from activedpo_fast.selection.information import InformationMatrix
     from activedpo_fast.selection.result import Pick, Selection
+    from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selection.strategies import Strategy, make_strategy
     from activedpo_fast.selector import ActiveDPOSelector
 
@@ -40,6 +41,7 @@ _HOME = {
     "FeatureStore": "features.store",
     "InformationMatrix": "selection.information",
     "Pick": "selection.result",
+    "PickRules": "selection.rules",
     "PoolItem": "data",
     "PreferencePool": "data",
     "Prompt": "data",
@@ -60,6 +62,7 @@ __all__ = [
     "FeatureStore",
     "InformationMatrix",
     "Pick",
+    "PickRules",
     "PoolItem",
     "PreferencePool",
     "Prompt",

@@ -113,6 +113,8 @@ def features(
         help="float32, float64, bfloat16, float16, or auto: the checkpoint's, but float32 for "
         "half precision on the CPU.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto.")] = "auto",
+    store_dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(
+        help="Of the stored rows; bfloat16 takes half the room.")] = "float32",
     no_verify: Annotated[bool, typer.Option(
         "--no-verify", help="Skip the self-check against autograd.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -143,6 +145,7 @@ def features(
             dtype=dtype,
             device=device,
             precision="bf16" if bf16 else None,
+            store_dtype=store_dtype,
         )
         _say(quiet, take_features(
             pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,
@@ -154,6 +157,9 @@ def features(
 Examples:
   activedpo select store --batch-size 50 --output picked.jsonl
   activedpo select store --batch-size 50 --labelled labels.jsonl --output next.jsonl
+  activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
+  activedpo select store --group-by topic --quota maths=20 --quota law=10 --output picked.jsonl
+  activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
 """)
 def select(
     store: Annotated[Path, typer.Argument(
@@ -171,16 +177,36 @@ def select(
     labelled: Annotated[Path | None, typer.Option(
         help="JSONL file of pairs labelled before: they enter V and are not picked again.",
     )] = None,
-    seed: Annotated[int, typer.Option(help="Of the strategy random.")] = 0,
+    max_per_prompt: Annotated[int | None, typer.Option(
+        min=1, help="Most pairs of one prompt.")] = None,
+    exclude: Annotated[Path | None, typer.Option(
+        help="File of prompt ids, one a line, of which nothing is picked.")] = None,
+    group_by: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool that names a prompt's group.")] = None,
+    quota: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=N", help="Most pairs of that group; once for each group to limit.")] = None,
+    min_score: Annotated[float | None, typer.Option(
+        help="Pick no pair that scores less, but fewer pairs.")] = None,
+    random_fraction: Annotated[float, typer.Option(
+        min=0, max=1, help="How much of the batch is drawn at random, before the rest.")] = 0.0,
+    cost: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool with the cost of a prompt's label; pairs are "
+        "picked by score / cost.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random picks.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Pick the pairs of a store to label next."""
     with _session(quiet):
-        from activedpo_fast.commands import select_pairs
+        from activedpo_fast.commands import read_rules, select_pairs
 
+        rules = read_rules(
+            max_per_prompt=max_per_prompt, exclude=exclude, group_by=group_by, quotas=quota or [],
+            min_score=min_score, random_fraction=random_fraction, cost=cost, seed=seed,
+        )
         _say(quiet, select_pairs(
             store, output, batch_size=batch_size, strategy=strategy, normalize=normalize, lam=lam,
-            kappa=kappa, seed=seed, labelled=labelled, show_progress=_progress(quiet),
+            kappa=kappa, seed=seed, labelled=labelled, rules=rules,
+            show_progress=_progress(quiet),
         ))
 
 

@@ -21,6 +21,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.labeling import FileOracle, Oracle, RewardModelOracle
 from activedpo_fast.labeling.files import SKIP
 from activedpo_fast.loop import START, ActiveDPOLoop, RoundRecord
@@ -34,13 +35,16 @@ from activedpo_fast.models import (
     resolve_dtype,
     resolve_source,
 )
+from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
-from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection, random_seed
+from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
 from activedpo_fast.trl import dpo_config
 
 logger = logging.getLogger(__name__)
+
+_IN_MEMORY_BYTES = 2**30  # gradient rows up to here are loaded, larger ones are read as needed
 
 FilePath = str | os.PathLike[str]
 
@@ -59,10 +63,12 @@ class FeatureOptions:
     dtype: str = "auto"
     device: str = "auto"
     precision: str | None = None
+    store_dtype: str = "float32"
 
     def settings(self) -> dict[str, Any]:
         """JSON values that tell whether rows in a store are the rows that are asked for.
 
+        `store_dtype` is for `FeatureStore.create`, which puts it among them.
         The device is not among them: rows differ by rounding between devices, as they do between
         batch sizes. What "auto" stands for on this one is.
         """
@@ -109,7 +115,7 @@ def take_features(
     folder = Path(output)
     if (folder / "manifest.json").exists():
         # Opening it compares the settings, before a model is loaded for nothing.
-        store = FeatureStore.create(folder, pool, settings, skipped=[])
+        store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
         if not store.missing_rows():
             return f"{folder} is complete already: nothing to do{_export(store, export)}"
 
@@ -126,7 +132,8 @@ def take_features(
         max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
     )
     extractor.check(tokenized)  # before anything is written
-    store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped)
+    store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped,
+                                dtype=options.store_dtype)
     store.fill(extractor, tokenized, show_progress=show_progress)
     exported = _export(store, export)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
@@ -145,9 +152,12 @@ def select_pairs(
     kappa: float = 1.0,
     seed: int = 0,
     labelled: FilePath | None = None,
+    rules: PickRules | None = None,
     show_progress: bool | None = None,
 ) -> str:
     """Write the pairs of a feature store to label next to `output`; one line for a person.
+
+    `rules` may make them fewer than `batch_size`.
 
     Raises:
         ActiveDPOError: bad input; nothing is written then.
@@ -168,19 +178,66 @@ def select_pairs(
     pairs = candidate_pairs(pool, torch.cat([known, undecided]), store.manifest["skipped"])
     if batch_size > len(pairs):
         raise ActiveDPOError(f"--batch-size {batch_size}: there are {len(pairs)} candidate pairs")
-    gradients = store.load().gradients
+    eligible = None if rules is None else rules.bind(pool, pairs, batch_size)
+    rows = store.rows_on_disk()
+    used, labelled_pairs = compact_rows(torch.arange(len(rows)), known)
     item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
-    signals = TensorSignals(pairs, item_of_row, gradients=gradients,
-                            history_gradients=compact_rows(gradients, known))
-    ranking = chosen.select(signals, batch_size, show_progress=show_progress)
+    signals = TensorSignals(pairs, item_of_row,
+                            gradients=_at_hand(rows),  # type: ignore[arg-type]
+                            history_gradients=(rows.take(used), labelled_pairs))
+    ranking = chosen.select(signals, batch_size, eligible=eligible, show_progress=show_progress)
+    if eligible is not None:
+        warn_if_fewer(len(ranking.indices), batch_size, eligible)
     make_selection(pool, pairs, ranking, strategy).to_jsonl(output)
     gain = ""
     if strategy == "activedpo":
         # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
         gain = f", log det V + {sum(math.log1p(s) for s in ranking.scores.tolist()):.4g}"
     history = f" and {len(known)} labelled" if len(known) else ""
-    return (f"{batch_size} of {len(pairs)} candidate pairs{history} picked by {strategy}{gain}: "
+    picked = len(ranking.indices)
+    return (f"{picked} of {len(pairs)} candidate pairs{history} picked by {strategy}{gain}: "
             f"{output} ({time.perf_counter() - started:.1f} s)")
+
+
+def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:
+    """The rows themselves where memory is not a question."""
+    return rows.take(torch.arange(len(rows))) if rows.nbytes <= _IN_MEMORY_BYTES else rows
+
+
+def read_rules(
+    *, exclude: FilePath | None = None, quotas: Sequence[str] = (), **others: Any
+) -> PickRules | None:
+    """`PickRules` from what the command line has; None where it has no rule.
+
+    Args:
+        exclude: file with one id a line.
+        quotas: "NAME=N" each.
+        others: the other fields of `PickRules`.
+
+    Raises:
+        ActiveDPOError: naming the option, or the file, at fault.
+    """
+    most: dict[str, int] = {}
+    for text in quotas:
+        name, equals, number = text.rpartition("=")
+        if not (equals and name and number.isascii() and number.isdigit()):
+            raise ActiveDPOError(f"--quota {text}: expected NAME=N, N an integer from 0")
+        if name in most:
+            raise ActiveDPOError(f"--quota {text}: {name!r} has a quota already")
+        most[name] = int(number)
+    rules = PickRules(exclude=[] if exclude is None else _read_ids(exclude), quotas=most, **others)
+    return None if rules == PickRules(seed=rules.seed) else rules
+
+
+def _read_ids(path: FilePath) -> list[str]:
+    """The ids of a file with one a line; blank lines are skipped."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
@@ -215,6 +272,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         strategy=config.strategy or "activedpo",
         selector_options={"seed": config.seed, **config.selection},
         generation=config.generation,
+        rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
         show_progress=show_progress,
         **config.loop,

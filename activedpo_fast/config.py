@@ -32,6 +32,7 @@ class RunConfig:
         selection: options of `ActiveDPOSelector`.
         loop: options of `ActiveDPOLoop`.
         generation: options of `generate_responses`.
+        rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
         oracle: `kind` ("files" or "reward_model") and its options.
     """
@@ -51,6 +52,7 @@ class RunConfig:
     selection: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +93,7 @@ def make_config(given: Any) -> RunConfig:
     for section, known in _sections().items():
         check_keys(values.get(section, {}), known, section)
     _check_oracle(values["oracle"])
+    _check_rules(values.get("rules", {}))
     return RunConfig(**_with_preset(values))
 
 
@@ -115,6 +118,7 @@ def _sections() -> dict[str, dict[str, Any]]:
 
     from activedpo_fast.generation import generate_responses
     from activedpo_fast.loop import ActiveDPOLoop
+    from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selector import ActiveDPOSelector
     from activedpo_fast.trl import dpo_config
 
@@ -125,10 +129,11 @@ def _sections() -> dict[str, dict[str, Any]]:
         "selection": _options(ActiveDPOSelector.__init__, without={
             "strategy", "preset", "seed", "ref_model", "beta", "max_length", "truncation_mode"}),
         "loop": _options(ActiveDPOLoop.__init__, without={
-            "output_dir", "dpo_args", "strategy", "selector_options", "generation", "evaluate",
-            "seed", "show_progress"}),
+            "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
+            "evaluate", "seed", "show_progress"}),
         "generation": _options(generate_responses, without={
             "n_responses", "seed", "show_progress"}),
+        "rules": _dataclass_fields(PickRules, without={"seed"}),
     }
 
 
@@ -161,6 +166,15 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     check_keys(oracle, known[kind], "oracle")
     if kind == "reward_model" and "model" not in oracle:
         raise ActiveDPOError("oracle.model: missing, the folder of the reward model")
+
+
+def _check_rules(rules: Mapping[str, Any]) -> None:
+    from activedpo_fast.selection.rules import PickRules
+
+    try:
+        PickRules(**rules)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"rules: {error}") from None
 
 
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
 from activedpo_fast.selection.result import Selection, read_labels
+from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.trl import load_adapter_state, selector_settings, train_dpo
 
@@ -75,6 +76,9 @@ class ActiveDPOLoop:
             are those of `dpo_args` unless given.
         batch_size: pairs labelled a round (B).
         n_responses, generation: for `generate_responses`.
+        rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are
+            those of `prompts`. Prompts to exclude get no responses. A round that the rules leave no
+            pair, or none that reaches `min_score`, ends the run with an error.
         train_on: "all" labels so far or the "newest" round's. *The paper does not state it.*
         start_from: each round trains from the "initial" adapter or from the "current" one. *The
             paper does not state it.*
@@ -104,6 +108,7 @@ class ActiveDPOLoop:
         prompts_per_round: int = 1000,
         n_responses: int = 3,
         generation: dict[str, Any] | None = None,
+        rules: PickRules | None = None,
         train_on: Literal["all", "newest"] = "all",
         start_from: Literal["initial", "current"] = "initial",
         reference: Literal["initial", "round"] = "initial",
@@ -121,9 +126,16 @@ class ActiveDPOLoop:
             if choice not in known:
                 raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
         check_prompts(prompts)
+        excluded: set[str] = set()
+        if rules is not None:
+            rules.check(prompts)
+            excluded.update(rules.exclude)
         self.model = model
         self.processing_class = processing_class
         self.prompts = list(prompts)
+        self._offered = [prompt for prompt in prompts if prompt.id not in excluded]
+        if not self._offered:
+            raise ActiveDPOError("exclude: no prompt is left")
         self.oracle = oracle
         self.output_dir = Path(output_dir)
         self.dpo_args = dpo_args
@@ -131,6 +143,7 @@ class ActiveDPOLoop:
         self.rounds = rounds
         self.prompts_per_round = prompts_per_round
         self.generation = {"n_responses": n_responses, **(generation or {})}
+        self.rules = rules
         self.train_on = train_on
         self.start_from = start_from
         self.reference = reference
@@ -149,6 +162,7 @@ class ActiveDPOLoop:
             "prompts_per_round": prompts_per_round,
             "prompts": _digest([[p.id, p.prompt] for p in self.prompts]),
             "generation": self.generation,
+            "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
             "train_on": train_on,
             "start_from": start_from,
             "reference": reference,
@@ -197,7 +211,7 @@ class ActiveDPOLoop:
         path = folder / "pool.jsonl"
         if not path.exists():
             asked = {pick.id for selection, _ in history for pick in selection}
-            prompts = draw_prompts(self.prompts, t, self.prompts_per_round, asked, self.seed)
+            prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
             seed = int(_digest([self.seed, t])[:12], 16)
             with _timed(folder, "generate"):
                 pool = generate_responses(self.model, self.processing_class, prompts, seed=seed,
@@ -213,8 +227,11 @@ class ActiveDPOLoop:
         path = folder / "picked.jsonl"
         if not path.exists():
             labelled = [_preferences(selection, labels)[0] for selection, labels in history]
-            picked = self.selector.select(pool, self.batch_size, labelled=labelled,
+            rules = self.rules and self.rules.within(pool)
+            picked = self.selector.select(pool, self.batch_size, labelled=labelled, rules=rules,
                                           show_progress=self.show_progress)
+            if not picked:
+                raise ActiveDPOError(f"{folder.name}: no pair reaches min_score: nothing to label")
             _add_seconds(folder, self.selector.last_timings)
             picked.to_jsonl(path)
         return Selection.from_jsonl(path, strategy=self.strategy)

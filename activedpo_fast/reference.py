@@ -232,11 +232,12 @@ def advance(state: Any) -> Tensor:
         f = (dots[first, s - start] - dots[second, s - start]) / state.pair_divisor[stale]
         f = f.abs() * state.norm[s] * unseen
         error = state.error[s] * state.reach[stale] * unseen
+        most = torch.minimum(f + error, (score + doubt).sqrt())
         score = (score - f.square()).clamp(min=0)
         doubt = doubt + 2 * f * error + error.square()
         turned = state.turn[s] * (score + doubt).sqrt() * unseen
-        added = 2 * f * turned + turned.square()
-        doubt, inherited = doubt + added, inherited + added
+        doubt = doubt + 2 * f * turned + turned.square()
+        inherited = inherited + state.turn[s] * most * unseen
     state.score[stale], state.doubt[stale], state.inherited[stale] = score, doubt, inherited
     state.version[stale] = state.count
 

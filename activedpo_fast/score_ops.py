@@ -41,7 +41,8 @@ class ScoreState:
             rows and float32 for others, as are the products with rows.
         norm, error, turn: float64 [capacity]. With e = error * reach a direction adds
             2 |f| e + e^2 to a doubt; then, with t = turn * sqrt(score + doubt) as they are now, it
-            adds 2 |f| t + t^2 to the doubt and to `inherited`.
+            adds 2 |f| t + t^2 to the doubt. To `inherited` it adds turn times what |f| is at most:
+            |f| + e, or sqrt(score + doubt) as they were.
         count: directions so far.
         touched: rows that `advance` has looked at, repeatedly or not.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from activedpo_fast.features.capture import undisturbed
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.presets import preset as find_preset
+from activedpo_fast.selection.greedy import check_n
 from activedpo_fast.selection.result import Pick, Selection
+from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.signals import History, Signals
 from activedpo_fast.selection.strategies import Strategy, make_strategy
 from activedpo_fast.tokenization import (
@@ -44,19 +45,20 @@ class ActiveDPOSelector:
     Args:
         model: the policy π_θ, a causal LM with trainable linear layers (PEFT LoRA, usually).
         processing_class: its tokenizer.
-        strategy: "activedpo" (default), "random", "apo", "aplp", or a `Strategy`.
+        strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
+            "adpo_plus", or a `Strategy`.
         preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
         sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
         proj_dim: k, the number of columns of a sketched row; default 8192.
         seed: of the sketch and of the strategy "random".
         normalize: "response" (default; each gradient to unit norm before the difference), "pair"
-            (the difference to unit norm) or "none" (also None).
+            (the difference to unit norm) or "none" (also None; the default of "adpo_plus").
         lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
         max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; give those that you
             train with (`activedpo_fast.trl.selector_settings` reads them from a DPOConfig).
-        ref_model: π_ref where a strategy needs it (aplp). Default: the PEFT model's base model,
-            its adapters disabled.
+        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus).
+            Default: the PEFT model's base model, its adapters disabled.
         strategy_options: further options of the strategy (see `make_strategy`).
         max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
 
@@ -99,14 +101,15 @@ class ActiveDPOSelector:
         self.strategy = defaults["strategy"] if strategy is None else strategy
         self.seed = seed
         self.ref_model = ref_model
+        given = {} if normalize == "default" else {
+            "normalize": None if normalize == "none" else normalize}
+        ridge = {"lam": lam, "kappa": kappa}
         self._options: dict[str, dict[str, Any]] = {
-            "activedpo": {
-                "lam": lam,
-                "kappa": kappa,
-                "normalize": defaults["normalize"] if normalize == "default"
-                else None if normalize == "none" else normalize,
-            },
+            "activedpo": {"normalize": defaults["normalize"], **ridge, **given},
+            "adpo_plus": {"beta": beta, **ridge, **given},
             "aplp": {"beta": beta},
+            "margin_small": {"beta": beta},
+            "margin_large": {"beta": beta},
         }
         self._strategy_options = dict(strategy_options or {})
         self._tokenization: dict[str, Any] = {
@@ -134,6 +137,7 @@ class ActiveDPOSelector:
         n: int,
         *,
         labelled: Labelled | None = None,
+        rules: PickRules | None = None,
         show_progress: bool | None = None,
     ) -> Selection:
         """Choose `n` pairs of `pool`, best first.
@@ -144,19 +148,26 @@ class ActiveDPOSelector:
             labelled: what has been labelled before, one earlier `Selection` or several. Their
                 features are taken anew at the model's current weights and enter V; a pair of
                 `pool` that is among them (same id, prompt and responses) is no candidate.
+            rules: what the picks have to observe besides. There may then be fewer than n, which
+                the log says.
             show_progress: True, False, or None for a bar on terminals only.
 
         Returns:
             The picks. `last_timings` then has the seconds spent in "features" and in "select".
 
         Raises:
-            ActiveDPOError: fewer than n candidates; a pool or model that cannot be handled.
+            ActiveDPOError: fewer than n candidates (before any rule); rules that do not fit the
+                pool or leave no candidate; a pool or model that cannot be handled.
         """
         started = time.perf_counter()
         history = [pick for selection in _as_list(labelled) for pick in selection]
         signals = _ModelSignals(self, pool, history, show_progress)
         strategy = self._make_strategy(pool.fingerprint())
-        ranking = strategy.select(signals, n)
+        n = check_n(n, len(signals.pairs))
+        eligible = None if rules is None else rules.bind(pool, signals.pairs, n)
+        ranking = strategy.select(signals, n, eligible=eligible)
+        if eligible is not None:
+            warn_if_fewer(len(ranking.indices), n, eligible)
         total = time.perf_counter() - started
         self.last_timings = {"features": signals.seconds, "select": total - signals.seconds}
         return make_selection(pool, signals.pairs, ranking, strategy.name)
@@ -207,12 +218,14 @@ class _ModelSignals(Signals):
         return self._once(f"gradients {relative=}", take)
 
     def history_gradients(self, *, relative: bool = False) -> History:
-        extractor = self._selector.extractor
+        def take(tokens: TokenizedPool) -> torch.Tensor:
+            rows = self._selector.extractor.gradients(
+                tokens, relative=relative, show_progress=self._show_progress)
+            self._cache.setdefault("outside logps", rows.logps)
+            return rows.gradients
+
         return self._once(f"history_gradients {relative=}", lambda: self._history(
-            self.gradients(relative=relative),
-            lambda tokens: extractor.gradients(
-                tokens, relative=relative, show_progress=self._show_progress).gradients,
-        ))
+            self.gradients(relative=relative), take))
 
     def hidden(self) -> torch.Tensor:
         extractor = self._selector.extractor
@@ -231,8 +244,20 @@ class _ModelSignals(Signals):
         return self._once("logps", lambda: extractor.logps(
             self._tokenized, show_progress=self._show_progress))
 
+    def history_logps(self) -> History:
+        extractor = self._selector.extractor
+        return self._once("history_logps", lambda: self._history(
+            self.logps(),
+            lambda tokens: self._once("outside logps", lambda: extractor.logps(
+                tokens, show_progress=self._show_progress)),
+        ))
+
     def ref_logps(self) -> torch.Tensor:
-        return self._once("ref_logps", self._reference_logps)
+        return self._once("ref_logps", lambda: self._reference_logps(self._tokenized))
+
+    def history_ref_logps(self) -> History:
+        return self._once("history_ref_logps", lambda: self._history(
+            self.ref_logps(), self._reference_logps))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._cache:
@@ -249,15 +274,15 @@ class _ModelSignals(Signals):
         if not self._elsewhere:
             return inside, pairs_inside
         others = Selection(tuple(self._elsewhere), strategy="history").as_pool()
-        outside = extract(self._selector.tokenize(others))
+        outside = extract(self._once("outside tokens", lambda: self._selector.tokenize(others)))
         pairs_outside = torch.arange(2 * len(others)).view(-1, 2) + len(inside)
         return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
 
-    def _reference_logps(self) -> torch.Tensor:
+    def _reference_logps(self, tokens: TokenizedPool) -> torch.Tensor:
         selector, extractor = self._selector, self._selector.extractor
         if selector.ref_model is not None:
             return extractor.logps(
-                self._tokenized, model=selector.ref_model, show_progress=self._show_progress)
+                tokens, model=selector.ref_model, show_progress=self._show_progress)
         if not isinstance(selector.model, PeftModel):
             raise ActiveDPOError(
                 "this strategy needs the reference model: pass ref_model=, or a PEFT model, whose "
@@ -267,13 +292,7 @@ class _ModelSignals(Signals):
             # Re-enabling adapters sets requires_grad; `undisturbed` outside puts the flags back.
             stack.enter_context(undisturbed(selector.model))
             stack.enter_context(selector.model.disable_adapter())
-            return extractor.logps(self._tokenized, show_progress=self._show_progress)
-
-
-def random_seed(seed: int, pool_fingerprint: str) -> int:
-    """The seed of the strategy "random" on a pool: another draw for another pool."""
-    text = f"{seed}/{pool_fingerprint}".encode()
-    return int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
+            return extractor.logps(tokens, show_progress=self._show_progress)
 
 
 def candidate_pairs(

@@ -3,8 +3,10 @@
 from activedpo_fast.selection.greedy import Ranking, greedy_logdet
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.result import Pick, Selection, read_labels
+from activedpo_fast.selection.rules import Eligible, PickRules
 from activedpo_fast.selection.signals import Signals, TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy, make_strategy
 
-__all__ = ["STRATEGIES", "InformationMatrix", "Pick", "Ranking", "Selection", "Signals", "Strategy",
-           "TensorSignals", "greedy_logdet", "make_strategy", "read_labels"]
+__all__ = ["STRATEGIES", "Eligible", "InformationMatrix", "Pick", "PickRules", "Ranking",
+           "Selection", "Signals", "Strategy", "TensorSignals", "greedy_logdet", "make_strategy",
+           "read_labels"]

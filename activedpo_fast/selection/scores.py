@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from activedpo_fast import score_ops
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
 from activedpo_fast.selection.rules import Eligible
@@ -40,17 +41,20 @@ class RunningScores:
     picks makes another information matrix, of the u's: V = X_0^-1 (I + sum of u u^T) X_0^-T. A pick
     lowers every score by (phi . w)^2 with one w, so old scores are upper bounds, and most of them
     never have to be looked at again (Minoux, "Accelerated greedy algorithms", 1978):
-    `score_ops.advance` brings only those up to date that may be the largest, many directions w at once.
+    `score_ops.advance` brings only those up to date that may be the largest, for many directions w
+    at once.
 
     These running scores are sums of rounded products (in float32 for rows of up to 32 bits), so
     each carries a bound of its error, and the few that the bounds leave in the race are computed
     afresh in float64 from V's root.
 
     A fresh score has errors too: those of its own rounding, and one that it inherits. Rounding
-    turns the direction d that a pick p is absorbed in by an angle of at most e |phi_p| / sqrt(gain),
+    turns the direction that a pick p is absorbed in by an angle of at most e |phi_p| / sqrt(gain),
     where e bounds the root's rounding. A score s that falls by f^2 to s' is thereby off by at most
-    2 |f| t + t^2 with t = e |phi_p| sqrt(s') / sqrt(1 + gain). So near-ties are only called ties
-    where float64 cannot tell.
+    2 |f| t + t^2 with t = e |phi_p| sqrt(s') / sqrt(1 + gain). Up to a rotation that all candidates
+    share, what is left of u is off by a vector no longer than e |phi_p| |f| / sqrt(1 + gain), and
+    later picks only shorten that: the sum of these lengths is what a fresh root of a score
+    inherits. So near-ties are only called ties where float64 cannot tell.
 
     Args:
         features: the candidates. information: V_0; it is not changed.
@@ -74,7 +78,6 @@ class RunningScores:
         self.state = score_ops.ScoreState.start(
             features.rows, features.pairs, features.row_divisor, features.pair_divisor,
             features.reach, eligible.left, eligible.inverse_cost, *self._first_scores(), n)
-        self._inherited = torch.zeros_like(self.state.score)  # as of the last fresh score
         self._rounds = information.count > 0  # whether running scores round more than fresh ones
         nothing = torch.empty(0, features.dim, dtype=torch.float64, device=features.device)
         self._last = _Whitened(torch.empty(0, dtype=torch.int64), nothing, nothing)
@@ -107,16 +110,9 @@ class RunningScores:
         for part in indices.split(self._features.chunk):
             self._last = _Whitened(part, *self._whiten(self._features.at(part)))
             score = self._last.residual.square().sum(dim=1).cpu()
-            error = self._error * self._features.size[part]
-            doubt = 2 * score.sqrt() * error + error.square()
-            # What has been inherited since the last fresh score was reckoned with the running one,
-            # which may be mostly doubt.
-            running = state.score[part] + state.doubt[part]
-            share = ((score + doubt) / running.clamp(min=1e-300)).clamp(max=1).sqrt()
-            known = self._inherited[part]
-            known = known + share * (state.inherited[part] - known)
-            self._inherited[part] = state.inherited[part] = known
-            state.score[part], state.doubt[part] = score, doubt + known
+            error = self._error * self._features.size[part] + state.inherited[part]
+            state.score[part] = score
+            state.doubt[part] = 2 * score.sqrt() * error + error.square()
             state.version[part] = state.count
 
     def take(self, index: int) -> float:
@@ -168,6 +164,8 @@ class RunningScores:
             parts = [self._first_part(part) for part in everything.split(features.chunk)]
             score = torch.cat([features.length[:0], *parts])
             error = self._error * features.reach
+        if not bool(score.isfinite().all()):
+            raise ActiveDPOError("a feature is too large for its score")
         return score, 2 * score.sqrt() * error + error.square()
 
     def _first_part(self, part: Tensor) -> Tensor:

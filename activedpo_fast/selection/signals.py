@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 
 History = tuple[Tensor, Tensor]
-"""Rows of the labelled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2]."""
+"""Rows of the labelled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2].
+
+Of numbers of a response, such as its log-probability, the rows are float64 [H]. The labelled pairs
+come in the same order in every history, but their row numbers need not be the same."""
 
 
 class Signals(ABC):
@@ -56,6 +60,14 @@ class Signals(ABC):
         """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]."""
         self._missing("ref_logps")
 
+    def history_logps(self) -> History:
+        """log pi of the labelled responses at the current parameters; float64 [H], may be empty."""
+        self._missing("history_logps")
+
+    def history_ref_logps(self) -> History:
+        """log pi_ref of the labelled responses; float64 [H], may be empty."""
+        self._missing("history_ref_logps")
+
     def _missing(self, signal: str) -> NoReturn:
         raise ActiveDPOError(f"this selection needs the signal '{signal}', which is not available")
 
@@ -69,8 +81,9 @@ class TensorSignals(Signals):
         gradients: floating [R, k]; hidden: floating [R, h].
         logps, ref_logps: floating [R], nats.
         history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
-            If neither is given nothing has been labelled, and both histories are empty. If only one
-            is given, asking for the other is an error: a history must not be dropped silently.
+        history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same.
+            If no history is given nothing has been labelled, and all are empty. If one is given,
+            asking for another is an error: a history must not be dropped silently.
 
     Raises:
         ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
@@ -87,6 +100,8 @@ class TensorSignals(Signals):
         ref_logps: Tensor | None = None,
         history_gradients: History | None = None,
         history_hidden: History | None = None,
+        history_logps: History | None = None,
+        history_ref_logps: History | None = None,
     ) -> None:
         if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
             raise ActiveDPOError(
@@ -102,8 +117,8 @@ class TensorSignals(Signals):
             if given is not None and len(given) != n_rows:
                 raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
         for name, vector in (("logps", logps), ("ref_logps", ref_logps)):
-            if vector is not None and vector.ndim != 1:
-                raise ActiveDPOError(f"{name} must have one dimension, not {list(vector.shape)}")
+            if vector is not None:
+                _check_vector(vector, name)
         for name, history, current in (("history_gradients", history_gradients, gradients),
                                        ("history_hidden", history_hidden, hidden)):
             if history is not None:
@@ -113,14 +128,21 @@ class TensorSignals(Signals):
                 if current is not None and rows.shape[1] != current.shape[1]:
                     raise ActiveDPOError(f"{name} has {rows.shape[1]} columns, "
                                          f"the candidates have {current.shape[1]}")
+        for name, history in (("history_logps", history_logps),
+                              ("history_ref_logps", history_ref_logps)):
+            if history is not None:
+                _check_vector(history[0], name)
+                check_pairs(history[1], len(history[0]), name)
         self.pairs = pairs
         self.item_of_row = item_of_row
         self._gradients = gradients
         self._hidden = hidden
         self._logps = logps
         self._ref_logps = ref_logps
-        self._history_gradients = history_gradients
-        self._history_hidden = history_hidden
+        self._histories = {
+            "history_gradients": history_gradients, "history_hidden": history_hidden,
+            "history_logps": history_logps, "history_ref_logps": history_ref_logps,
+        }
 
     def gradients(self, *, relative: bool = False) -> Tensor:
         return self._given(self._gradients, "gradients")
@@ -135,18 +157,26 @@ class TensorSignals(Signals):
         return self._given(self._ref_logps, "ref_logps").to(torch.float64)
 
     def history_gradients(self, *, relative: bool = False) -> History:
-        if self._history_gradients is not None:
-            return self._history_gradients
-        if self._history_hidden is not None:
-            self._missing("history_gradients")
-        return empty_history(self.gradients())
+        return self._history("history_gradients", self.gradients)
 
     def history_hidden(self) -> History:
-        if self._history_hidden is not None:
-            return self._history_hidden
-        if self._history_gradients is not None:
-            self._missing("history_hidden")
-        return empty_history(self.hidden())
+        return self._history("history_hidden", self.hidden)
+
+    def history_logps(self) -> History:
+        numbers, pairs = self._history("history_logps", self.logps)
+        return numbers.to(torch.float64), pairs
+
+    def history_ref_logps(self) -> History:
+        numbers, pairs = self._history("history_ref_logps", self.ref_logps)
+        return numbers.to(torch.float64), pairs
+
+    def _history(self, name: str, current: Callable[[], Tensor]) -> History:
+        given = self._histories[name]
+        if given is not None:
+            return given
+        if any(history is not None for history in self._histories.values()):
+            self._missing(name)
+        return empty_history(current())
 
     def _given(self, tensor: Tensor | None, name: str) -> Tensor:
         if tensor is None:
@@ -155,7 +185,7 @@ class TensorSignals(Signals):
 
 
 def empty_history(rows: Tensor) -> History:
-    """A history without labelled pairs, of the width, dtype and device of `rows` [R, k]."""
+    """A history without labelled pairs, of the width, dtype and device of `rows` [R, ...]."""
     return rows[:0], torch.empty(0, 2, dtype=torch.int64, device=rows.device)
 
 
@@ -171,6 +201,12 @@ def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
         raise ActiveDPOError(
             f"{name}[{position}] is {pairs[position].tolist()}, but there are {n_rows} rows"
         )
+
+
+def _check_vector(values: Tensor, name: str) -> None:
+    if values.ndim != 1 or not values.is_floating_point():
+        raise ActiveDPOError(f"{name} must be floating-point numbers of one dimension, not "
+                             f"{values.dtype} {list(values.shape)}")
 
 
 def _check_matrix(rows: Tensor, name: str) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import Ranking, check_n, greedy_logdet, rank_top
+from activedpo_fast.selection.greedy import Ranking, add_all, check_n, greedy_logdet, rank_top
 from activedpo_fast.selection.information import InformationMatrix, check_positive
 from activedpo_fast.selection.normalize import Normalize, PairFeatures, check_normalize
+from activedpo_fast.selection.rules import Eligible, random_order
 from activedpo_fast.selection.signals import Signals
 
-__all__ = ["STRATEGIES", "ActiveDPO", "Apo", "Aplp", "Random", "Ranking", "Strategy",
-           "make_strategy"]
+__all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
+           "Random", "Ranking", "Strategy", "make_strategy"]
 
 
 class Strategy(ABC):
@@ -25,8 +26,8 @@ class Strategy(ABC):
 
     Attributes:
         name: what `make_strategy` knows it by.
-        requires: the signals it asks for, of "gradients", "hidden", "logps", "ref_logps".
-            "gradients" and "hidden" include their history.
+        requires: the signals it asks for, of "gradients", "hidden", "logps", "ref_logps", some of
+            them with their history.
     """
 
     name: ClassVar[str]
@@ -34,9 +35,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def select(
-        self, signals: Signals, n: int, *, show_progress: bool | None = None
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         """The n candidate pairs to label, best first; ties to the lowest index.
+
+        Args:
+            eligible: which candidates may be picked (see `PickRules.bind`); all, by default. It is
+                used up. There may be fewer picks than n then. Random ones come first.
 
         Raises:
             ActiveDPOError: n is not an integer from 0 to the number of candidate pairs, or a signal
@@ -69,7 +75,8 @@ class ActiveDPO(Strategy):
         check_normalize(self.normalize)
 
     def select(
-        self, signals: Signals, n: int, *, show_progress: bool | None = None
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         check_n(n, len(signals.pairs))
         # Only the normalisation by response looks at rows by themselves.
@@ -77,7 +84,63 @@ class ActiveDPO(Strategy):
         return greedy_logdet(
             signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,
             normalize=self.normalize, history=signals.history_gradients(relative=relative),
-            show_progress=show_progress,
+            eligible=eligible, show_progress=show_progress,
+        )
+
+
+@dataclass(frozen=True)
+class AdpoPlus(Strategy):
+    """Greedy log-det of the DPO loss's Hessian (Kveton et al., arXiv 2503.01076).
+
+    From the paper: the Hessian of the DPO loss of a log-linear policy is the sum over the pairs of
+    v v^T with v = sqrt(mu (1 - mu)) beta phi (Lemma 1), mu = sigmoid(d) the probability that the
+    first response is preferred and d as in `MarginSmall`. With V = gamma I + sum of v v^T, the pair
+    with the largest v^T V^-1 v is taken, n times over (Algorithms 1 and 2). mu comes from a
+    plug-in estimate of the policy: in ADPO from the labels so far, in ADPO+ once and for all from
+    labels that all candidates already have. phi is a difference of embeddings, the last layer's.
+
+    Here mu is the current model's and does not change within a batch. So this is ADPO+ where the
+    model was trained on labels of all candidates, and ADPO in batches of n where it was trained on
+    those so far. Choices of this library: phi is the gradient of the implicit reward, as in
+    `ActiveDPO`, which for a log-linear policy is the paper's beta phi; the labelled pairs, too, are
+    weighted by the current model's mu; gamma is `lam / kappa`. The paper's experiments put an upper
+    confidence bound in the place of mu (1 - mu) (its eq. 13), which is left out here.
+
+    Options: `lam`, `kappa`, `normalize` ("response", "pair" or None) as in `ActiveDPO`, and `beta`,
+    the temperature of DPO. The score is v^T V^-1 v at the pick.
+    """
+
+    name: ClassVar[str] = "adpo_plus"
+    requires: ClassVar[frozenset[str]] = frozenset({"gradients", "logps", "ref_logps"})
+    lam: float = 1.0
+    kappa: float = 1.0
+    normalize: Normalize = None
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("lam", self.lam)
+        check_positive("kappa", self.kappa)
+        check_normalize(self.normalize)
+        check_positive("beta", self.beta)
+
+    def select(
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
+    ) -> Ranking:
+        check_n(n, len(signals.pairs))
+        relative = self.normalize != "response"
+        # The gradients first: log-probabilities may come with them for free.
+        rows = signals.gradients(relative=relative)
+        history = signals.history_gradients(relative=relative)
+        margin, _ = _margins(signals, self.beta)
+        labelled = _history_margins(signals, self.beta)
+        if len(labelled) != len(history[1]):
+            raise ActiveDPOError(f"{len(history[1])} labelled pairs have gradients, but "
+                                 f"{len(labelled)} have log-probabilities")
+        return greedy_logdet(
+            rows, signals.pairs, n, lam=self.lam, kappa=self.kappa, normalize=self.normalize,
+            history=history, weights=_uncertainty(margin), history_weights=_uncertainty(labelled),
+            eligible=eligible, show_progress=show_progress,
         )
 
 
@@ -86,7 +149,8 @@ class Random(Strategy):
     """Pairs drawn uniformly without replacement. Every score is 0.0: there is no criterion.
 
     Option: `seed`. The same seed and number of candidates give the same pairs, so a loop takes
-    another seed each round. A smaller n gives the first of the same draws.
+    another seed each round. A smaller n gives the first of the same draws. Under rules, the pairs
+    that they forbid are passed over; costs have no influence, and a `min_score` above 0 is refused.
     """
 
     name: ClassVar[str] = "random"
@@ -98,12 +162,18 @@ class Random(Strategy):
             raise ActiveDPOError(f"seed must be an integer, not {self.seed!r}")
 
     def select(
-        self, signals: Signals, n: int, *, show_progress: bool | None = None
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         n = check_n(n, len(signals.pairs))
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(len(signals.pairs), generator=generator)[:n]
-        return Ranking(drawn, torch.zeros(n, dtype=torch.float64))
+        eligible = eligible or Eligible.everything(len(signals.pairs))
+        if eligible.min_score > 0:
+            raise ActiveDPOError("min_score: the strategy 'random' has no scores to compare with "
+                                 f"{eligible.min_score}")
+        eligible.n_random = n
+        eligible.random_order = random_order(len(signals.pairs), self.seed)
+        zeros = torch.zeros(len(signals.pairs), dtype=torch.float64)
+        return rank_top(zeros, zeros, n, eligible)
 
 
 @dataclass(frozen=True)
@@ -123,19 +193,18 @@ class Apo(Strategy):
         check_positive("ridge", self.ridge)
 
     def select(
-        self, signals: Signals, n: int, *, show_progress: bool | None = None
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         check_n(n, len(signals.pairs))
         candidates = PairFeatures(signals.hidden(), signals.pairs, None)
-        labelled = PairFeatures(*signals.history_hidden(), None)
         information = InformationMatrix(candidates.dim, lam=self.ridge, device=candidates.device)
-        for z in labelled.chunks(torch.arange(len(labelled), device=labelled.device)):
-            information.add_many(z)
-        everything = torch.arange(len(candidates), device=candidates.device)
-        parts = [information.score(z) for z in candidates.chunks(everything)]
+        add_all(information, PairFeatures(*signals.history_hidden(), None))
+        everything = torch.arange(len(candidates))
+        parts = [information.score(z).cpu() for z in candidates.chunks(everything)]
         scores = torch.cat([candidates.size[:0], *parts])
         error = information.error_scale() * candidates.size
-        return rank_top(scores, 2 * scores.sqrt() * error + error.square(), n)
+        return rank_top(scores, 2 * scores.sqrt() * error + error.square(), n, eligible)
 
 
 @dataclass(frozen=True)
@@ -145,13 +214,15 @@ class Aplp(Strategy):
     1. The predictive entropy of a prompt is estimated from its M responses,
        H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n) prompts with the
        largest stay (of those with a candidate pair; all, if there are fewer).
-    2. Of all their pairs, the n with the largest |sigmoid(d) - 1/2| are taken, where
+    2. Of all their pairs, the n with the largest |d| are taken, where
        d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)).
 
     The source has two responses, so one pair, a prompt. With more, several pairs of one prompt may
     be taken. Options: `beta`, the temperature of DPO, and `shortlist`, at least 1, prompts kept for
-    each pair asked for. The default of `shortlist` is a choice of this library. The score is
-    |sigmoid(d) - 1/2|; the order is that of |d|, which does not saturate.
+    each pair asked for. The default of `shortlist` is a choice of this library. The score is |d|.
+
+    Under rules, the shortlist is of prompts with a pair that may be picked, and the rules hold
+    within it: where they use it up, fewer pairs come back. Random picks are from all prompts.
     """
 
     name: ClassVar[str] = "aplp"
@@ -166,31 +237,84 @@ class Aplp(Strategy):
             raise ActiveDPOError(f"shortlist must be 1 or more, not {self.shortlist}")
 
     def select(
-        self, signals: Signals, n: int, *, show_progress: bool | None = None
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         n = check_n(n, len(signals.pairs))
-        logps = _finite(signals.logps(), "logps")
-        ref_logps = _finite(signals.ref_logps(), "ref_logps")
-        first, second = signals.pairs.unbind(1)
+        eligible = eligible or Eligible.everything(len(signals.pairs))
+        margin, doubt = _margins(signals, self.beta)
+        scores = margin.abs()
+        drawn = rank_top(scores, doubt, eligible.n_random, eligible)
+        eligible.n_random = 0
+        self._close_all_but_the_shortlist(signals, n - len(drawn.indices), eligible)
+        chosen = rank_top(scores, doubt, n - len(drawn.indices), eligible)
+        return Ranking(torch.cat([drawn.indices, chosen.indices]),
+                       torch.cat([drawn.scores, chosen.scores]))
 
-        prompt_of_pair = signals.item_of_row[first]
-        prompts = prompt_of_pair.unique()  # ascending, so that ties keep the pool's order
-        entropy = _entropy(logps, signals.item_of_row)[prompts]
+    def _close_all_but_the_shortlist(self, signals: Signals, n: int, eligible: Eligible) -> None:
+        prompt_of_pair = signals.item_of_row[signals.pairs[:, 0]]
+        prompts = prompt_of_pair[eligible.left].unique()  # ascending: ties keep the pool's order
+        entropy = _entropy(_finite(signals.logps(), "logps"), signals.item_of_row)[prompts]
         keep = min(len(prompts), math.ceil(self.shortlist * n))
         kept = prompts[rank_top(entropy, _few_ulps(entropy), keep).indices]
-        shortlisted = torch.isin(prompt_of_pair, kept).nonzero().flatten()
+        eligible.left &= torch.isin(prompt_of_pair, kept)
 
-        margin = logps - ref_logps
-        d = self.beta * (margin[first] - margin[second])[shortlisted].abs()
-        size = (logps.abs() + ref_logps.abs())
-        doubt = self.beta * _few_ulps(size[first] + size[second])[shortlisted]
-        chosen = rank_top(d, doubt, n).indices
-        # |sigmoid(d) - 1/2| = tanh(d/2)/2
-        return Ranking(shortlisted[chosen], torch.tanh(d[chosen] / 2) / 2)
+
+@dataclass(frozen=True)
+class MarginLarge(Strategy):
+    """The n pairs with the largest |d|, of whose preference the implicit reward is surest.
+
+    d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)): the second step of `Aplp`
+    alone. Option: `beta`, the temperature of DPO. The score is |d|.
+    """
+
+    name: ClassVar[str] = "margin_large"
+    requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+    def select(
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
+    ) -> Ranking:
+        check_n(n, len(signals.pairs))
+        margin, doubt = _margins(signals, self.beta)
+        return rank_top(margin.abs(), doubt, n, eligible)
+
+
+@dataclass(frozen=True)
+class MarginSmall(Strategy):
+    """The n pairs with the smallest |d|, of whose preference the implicit reward is least sure.
+
+    d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)), so that sigmoid(d) is the
+    model's probability that y_a is preferred. Option: `beta`, the temperature of DPO. The score is
+    sigmoid(-|d|), the probability of the less likely preference, at most 1/2; of pairs with |d|
+    above 700, for which that is 0 in float64, the lowest index comes first.
+    """
+
+    name: ClassVar[str] = "margin_small"
+    requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+    def select(
+        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
+        show_progress: bool | None = None,
+    ) -> Ranking:
+        check_n(n, len(signals.pairs))
+        margin, doubt = _margins(signals, self.beta)
+        # A positive score, and not -|d|, so that dividing it by a cost lowers it.
+        scores = torch.sigmoid(-margin.abs())
+        return rank_top(scores, scores * (1 - scores) * doubt + _few_ulps(scores), n, eligible)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (ActiveDPO, Random, Apo, Aplp)
+    strategy.name: strategy for strategy in (
+        ActiveDPO, Random, Apo, Aplp, MarginSmall, MarginLarge, AdpoPlus)
 }
 
 
@@ -208,6 +332,37 @@ def make_strategy(name: str, **options: Any) -> Strategy:
             raise ActiveDPOError(f"strategy {name!r} has no option {option!r}; "
                                  f"known: {', '.join(known)}")
     return STRATEGIES[name](**options)
+
+
+def _margins(signals: Signals, beta: float) -> tuple[Tensor, Tensor]:
+    """d of every candidate pair and a bound on its rounding error, both float64 [N]."""
+    logps = _finite(signals.logps(), "logps")
+    ref_logps = _finite(signals.ref_logps(), "ref_logps")
+    first, second = signals.pairs.unbind(1)
+    reward = beta * (logps - ref_logps)
+    size = beta * (logps.abs() + ref_logps.abs())
+    return reward[first] - reward[second], _few_ulps(size[first] + size[second])
+
+
+def _history_margins(signals: Signals, beta: float) -> Tensor:
+    """d of every labelled pair, float64 [t]."""
+    parts = []
+    for name, history in (("history_logps", signals.history_logps()),
+                          ("history_ref_logps", signals.history_ref_logps())):
+        numbers, pairs = history
+        first, second = pairs.unbind(1)
+        parts.append(_finite(numbers, name)[first] - numbers[second])
+    logps, ref_logps = parts
+    if len(logps) != len(ref_logps):
+        raise ActiveDPOError(f"history_logps has {len(logps)} labelled pairs, history_ref_logps "
+                             f"has {len(ref_logps)}")
+    return beta * (logps - ref_logps)
+
+
+def _uncertainty(d: Tensor) -> Tensor:
+    """sqrt(mu (1 - mu)) for mu = sigmoid(d): positive, and accurate however large |d| is."""
+    half = torch.exp(-d.abs() / 2)  # mu (1 - mu) = e^-|d| / (1 + e^-|d|)^2
+    return (half / (1 + half.square())).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _entropy(logps: Tensor, item_of_row: Tensor) -> Tensor:

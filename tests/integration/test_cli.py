@@ -26,6 +26,7 @@ from activedpo_fast.cli import main
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.features import extractor
 from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.tokenization import tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
@@ -44,7 +45,8 @@ def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
 
     return [
         {"id": f"p{i}", "prompt": words(2, 6) + "?",
-         "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)]}
+         "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
+         "topic": ("law", "maths")[i % 2], "price": 1 + i % 3}
         for i in range(n)
     ]
 
@@ -360,11 +362,79 @@ def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.parametrize(("options", "rules"), [
+    (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
+    (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
+    (["--group-by", "topic", "--quota", "law=1", "--quota", "maths=3"],
+     {"group_by": "topic", "quotas": {"law": 1, "maths": 3}}),
+    (["--min-score", "1.6"], {"min_score": 1.6}),
+    (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
+    (["--cost", "price"], {"cost": "price"}),
+    (["--max-per-prompt", "2", "--exclude", "{exclude}", "--group-by", "topic", "--quota", "law=3",
+      "--min-score", "0.1", "--random-fraction", "0.3", "--cost", "price"],
+     {"max_per_prompt": 2, "exclude": ["p1", "p5"], "group_by": "topic", "quotas": {"law": 3},
+      "min_score": 0.1, "random_fraction": 0.3, "cost": "price"}),
+])
+def test_rules_are_those_of_the_selector(
+    project: Path, store: Path, tmp_path: Path, options: list[str], rules: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "done.txt").write_text("p5\n\n p1 \n")
+    options = [option.replace("{exclude}", str(tmp_path / "done.txt")) for option in options]
+    model, tokenizer = _policy(project)
+    pool = PreferencePool.load(project / "pool.jsonl")
+    expected = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(
+        pool, 8, rules=PickRules(**rules), show_progress=False)
+    free = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 8, show_progress=False)
+    assert expected != free and len(expected) > 2  # the rules make a difference
+    capsys.readouterr()
+    argv = ["select", str(store), "--batch-size", "8", "--output", str(tmp_path / "x.jsonl")]
+    assert main([*argv, *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{len(expected)} of 24 candidate pairs picked by activedpo")
+    fewer = [line for line in captured.err.splitlines() if "pairs picked" in line]
+    if len(expected) < 8:
+        assert len(fewer) == 1 and fewer[0].startswith(f"activedpo: {len(expected)} of 8 pairs")
+    else:
+        assert not fewer
+    lines = _read_jsonl(tmp_path / "x.jsonl")
+    assert [(line["id"], tuple(line["pair"])) for line in lines] == [
+        (pick.id, pick.pair) for pick in expected]
+    assert [line["score"] for line in lines] == pytest.approx(
+        [pick.score for pick in expected], rel=1e-4)
+
+
+def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:
+    argv = ["select", str(store), "--batch-size", "8", "--strategy", "random", "--output",
+            str(tmp_path / "x.jsonl")]
+    free = []
+    for options in ([], ["--max-per-prompt", "1"]):
+        assert main([*argv, *options, "--seed", "1"]) == 0
+        free.append([line["id"] for line in _read_jsonl(tmp_path / "x.jsonl")])
+    prompts = list(dict.fromkeys(free[0]))  # the same draws, passing over some
+    assert free[1][:len(prompts)] == prompts
+    assert sorted(free[1]) == [f"p{i}" for i in range(8)]
+
+
+def test_ids_to_exclude_must_be_of_the_pool(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--batch-size", "2",
+            "--exclude", str(tmp_path / "done.txt")]
+    (tmp_path / "done.txt").write_text("p1\np99\n")
+    _refused(capsys, argv, "exclude: no item has the id 'p99'")
+    (tmp_path / "done.txt").write_bytes(b"p1\n\xff\n")
+    _refused(capsys, argv, "done.txt: not UTF-8")
+    (tmp_path / "done.txt").write_text("".join(f"p{i}\n" for i in range(8)))
+    _refused(capsys, argv, "the rules leave none of 24 candidate pairs")
+    assert not (tmp_path / "x.jsonl").exists()
+
+
 # -- run -------------------------------------------------------------------------------------------
 
 
 def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
-    prompts = [{"id": row["id"], "prompt": row["prompt"]} for row in _rows()]
+    prompts = [{name: row[name] for name in ("id", "prompt", "topic")} for row in _rows()]
     _write_jsonl(folder / "prompts.jsonl", prompts)
     config: dict[str, Any] = {
         "model": str(project / "model"),
@@ -412,6 +482,8 @@ def test_run_waits_for_labels_and_goes_on_with_them(
 
     _run_config(project, tmp_path, selection={"proj_dim": 16})
     _refused(capsys, argv, "other settings", "proj_dim")
+    _run_config(project, tmp_path, rules={"max_per_prompt": 1})
+    _refused(capsys, argv, "other settings", "rules")
 
 
 def test_run_with_a_reward_model_and_a_fresh_adapter(
@@ -425,14 +497,21 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     tiny_tokenizer().save_pretrained(tmp_path / "reward")
     changes = {"adapter": None, "lora": {"r": 2, "target_modules": ["q_proj"]},
                "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"),
-                          "temperature": 0.5}}
+                          "temperature": 0.5},
+               "strategy": "margin_large",
+               "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "n_responses": 2},
+               "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}}}
     argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]
     capsys.readouterr()
     assert main(argv) == 0
     assert capsys.readouterr().out == ""
     labels = _read_jsonl(tmp_path / "run" / "round-001" / "labels.jsonl")
     assert {line["label"] for line in labels} <= {0, 1}
-    assert len(labels) == 2
+    for path in (tmp_path / "run").glob("round-*/*.jsonl"):
+        assert "p1" not in [line["id"] for line in _read_jsonl(path)]
+    picked = [line["id"] for path in (tmp_path / "run").glob("round-*/picked.jsonl")
+              for line in _read_jsonl(path)]
+    assert picked and set(picked) <= {"p3", "p5", "p7"}
 
     # A causal language model has no reward head.
     changes["oracle"] = {"kind": "reward_model", "model": str(project / "model")}
@@ -454,6 +533,23 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
     (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
+    (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
+    (["select", "{store}", "--output", "{tmp}/x", "--random-fraction", "2"], "--random-fraction"),
+    (["select", "{store}", "--output", "{tmp}/x", "--min-score", "nan"], "min_score must be a fi"),
+    (["select", "{store}", "--output", "{tmp}/x", "--min-score", "1", "--strategy", "random",
+      "--batch-size", "2"], "min_score: the strategy 'random' has no scores"),
+    (["select", "{store}", "--output", "{tmp}/x", "--exclude", "{tmp}/no.txt"], "no such file"),
+    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law"], "--quota law: expected NAME="),
+    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=-1"], "expected NAME=N"),
+    (["select", "{store}", "--output", "{tmp}/x", "--quota", "=1"], "expected NAME=N"),
+    (["select", "{store}", "--output", "{tmp}/x", "--quota", "a=1", "--quota", "a=2"],
+     "--quota a=2: 'a' has a quota already"),
+    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=1"], "group_by missing"),
+    (["select", "{store}", "--output", "{tmp}/x", "--group-by", "topic"], "quotas missing"),
+    (["select", "{store}", "--output", "{tmp}/x", "--group-by", "topic", "--quota", "art=1",
+      "--batch-size", "2"], "quotas: no item's 'topic' is 'art'"),
+    (["select", "{store}", "--output", "{tmp}/x", "--cost", "topic", "--batch-size", "2"],
+     "cost: 'topic' of item 'p0' must be a positive number, not 'law'"),
     (["select", "{store}", "--output", "{tmp}"], "is a folder"),
     (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
     (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from activedpo_fast.data import Prompt
+from activedpo_fast.data import PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
 from activedpo_fast.loop import ActiveDPOLoop, draw_prompts, read_records
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.trl import adapter_state, dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -129,6 +132,47 @@ def test_other_settings_are_refused_by_name(whole: Path) -> None:
         _loop(whole, batch_size=2).run()
     with pytest.raises(ActiveDPOError, match="none of all, newest"):
         _loop(whole, train_on="some")
+
+
+def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any) -> None:
+    # Each round has four of the five prompts that are not excluded, and not all groups.
+    rules = PickRules(exclude=[f"p{n}" for n in range(5)], group_by="n",
+                      quotas={"5": 0, "6": 1, "7": 1}, max_per_prompt=1)
+    caplog.set_level("WARNING", logger="activedpo_fast")
+    loop = _loop(tmp_path, rules=rules, n_responses=3, batch_size=4)
+    records = loop.run()
+    offered, picked = [], []
+    for t in range(2):
+        offered.append({item.id for item in PreferencePool.load(
+            tmp_path / f"round-00{t}" / "pool.jsonl")})
+        picked.append([pick.id for pick in Selection.from_jsonl(
+            tmp_path / f"round-00{t}" / "picked.jsonl")])
+    assert all(len(ids) == 4 and min(ids) >= "p5" for ids in offered)
+    assert [set(ids) for ids in picked] == [ids - {"p5"} for ids in offered]
+    assert records[-1].labels_total == sum(map(len, picked)) < 8
+    assert f"{len(picked[0])} of 4 pairs picked" in caplog.text
+
+    _loop(tmp_path, rules=rules, n_responses=3, batch_size=4).run()
+    for other, name in ((None, "rules"), (replace(rules, max_per_prompt=2), "rules.max_per_prompt"),
+                        (replace(rules, exclude=["p1"]), "rules.exclude"),
+                        (replace(rules, quotas={"6": 1}), "rules.quotas")):
+        with pytest.raises(ActiveDPOError, match=f"other settings: {name}"):
+            _loop(tmp_path, rules=other, n_responses=3, batch_size=4).run()
+
+
+def test_rules_are_checked_against_all_prompts(tmp_path: Path) -> None:
+    for rules, message in ((PickRules(exclude=[p.id for p in PROMPTS]), "no prompt is left"),
+                           (PickRules(exclude=["p77"]), "no item has the id 'p77'"),
+                           (PickRules(group_by="n", quotas={"77": 1}), "no item's 'n' is '77'"),
+                           (PickRules(cost="n"), "'n' of item 'p0' must be a positive number")):
+        with pytest.raises(ActiveDPOError, match=message):
+            _loop(tmp_path, rules=rules)
+
+
+def test_a_round_with_nothing_to_label_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ActiveDPOError, match="round-000: no pair reaches min_score"):
+        _loop(tmp_path, rules=PickRules(min_score=1e6)).run()
+    assert not (tmp_path / "round-000" / "picked.jsonl").exists()
 
 
 def test_people_label_between_runs(tmp_path: Path) -> None:

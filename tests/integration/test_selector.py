@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool, Selection
+from activedpo_fast import (
+    ActiveDPOError,
+    ActiveDPOSelector,
+    PickRules,
+    PreferencePool,
+    Selection,
+)
+from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.tokenization import tokenize_pool
 from tests.gradients import loop_gradients, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
@@ -120,7 +127,7 @@ def test_items_that_the_trainer_would_drop_are_no_candidates(model, tokenizer) -
         chooser.select(pool, 2)
 
 
-@pytest.mark.parametrize("strategy", ["activedpo", "random", "apo", "aplp"])
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     model.train()
@@ -136,6 +143,81 @@ def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) 
     assert set(chooser.last_timings) == {"features", "select"}
     later = chooser.select(pool, 4, labelled=selection)
     assert not {(p.id, p.pair) for p in later} & {(p.id, p.pair) for p in selection}
+
+
+def rows_and_logps(model, tokenizer, pool: PreferencePool) -> tuple[torch.Tensor, torch.Tensor]:
+    sequences = tokenize_pool(pool, tokenizer).sequences
+    return loop_gradients(model, sequences, trainable(model))
+
+
+def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
+    """Labelled pairs in the pool and elsewhere, all of them with the current model's weights."""
+    pool, earlier = make_pool(6), make_pool(4, n_responses=2, start=20)
+    chooser = selector(model, tokenizer, strategy="adpo_plus")
+    labelled = [chooser.select(pool, 2), chooser.select(earlier, 3)]
+    beta = 20.0  # so that the weights differ
+    chooser = ActiveDPOSelector(model, processing_class=tokenizer, strategy="adpo_plus", beta=beta,
+                                sketch="none", lam=LAM)
+    got = chooser.select(pool, 5, labelled=labelled)
+
+    weighted = {}
+    for key, whole in (("pool", pool), ("earlier", earlier)):
+        rows, logps = rows_and_logps(model, tokenizer, whole)
+        with torch.no_grad(), model.disable_adapter():
+            ref_logps = chooser.extractor.logps(tokenize_pool(whole, tokenizer))
+        pairs = whole.pairs()
+        d = beta * (logps - ref_logps)
+        mu = (d[pairs[:, 0]] - d[pairs[:, 1]]).sigmoid()
+        assert float(mu.std()) > 0.01
+        weighted[key] = (mu * (1 - mu)).sqrt()[:, None] * beta * (
+            rows[pairs[:, 0]] - rows[pairs[:, 1]])
+
+    def numbers(whole: PreferencePool, picks: Selection) -> list[int]:
+        places = [whole.response_offsets[whole.position(p.id)] + torch.tensor(p.pair)
+                  for p in picks]
+        return [int((whole.pairs() == place).all(dim=1).nonzero()) for place in places]
+
+    taken = numbers(pool, labelled[0])
+    left = [i for i in range(len(pool.pairs())) if i not in taken]
+    history = torch.cat([weighted["pool"][taken],
+                         weighted["earlier"][numbers(earlier, labelled[1])]])
+    picks, scores = brute_force(weighted["pool"][left], history, 5)
+    assert numbers(pool, got) == [left[i] for i in picks]
+    assert [p.score for p in got] == pytest.approx(scores, rel=1e-7)
+
+
+def test_rules(model, tokenizer, caplog) -> None:
+    plain = make_pool(6)
+    pool = PreferencePool.from_rows(
+        {"id": item.id, "prompt": item.prompt, "responses": item.responses,
+         "topic": "law" if i % 2 else "art"} for i, item in enumerate(plain))
+    rows = unit_rows(model, tokenizer, pool)
+    pairs = pool.pairs()
+    phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
+    chooser = selector(model, tokenizer)
+    rules = PickRules(max_per_prompt=1, exclude=["item-0"], group_by="topic", quotas={"law": 2})
+    picked = chooser.select(pool, 6, rules=rules)
+    # One pair of each of two prompts of law, and of the two that are left of art.
+    assert sorted(p.id for p in picked if p.id in ("item-2", "item-4")) == ["item-2", "item-4"]
+    assert len({p.id for p in picked}) == len(picked) == 4
+    assert "4 of 6 pairs picked: the rules leave no other candidate" in caplog.text
+
+    candidates = phi.clone()
+    candidates[:3] = 0  # of item-0
+    first, scores = brute_force(candidates, phi[:0], 1)
+    assert picked[0].score == pytest.approx(scores[0], rel=1e-7)
+    assert picked[0].id == pool[pool.locate(int(pairs[first[0], 0]))[0]].id
+
+    free = chooser.select(pool, 6)
+    least = (free[3].score + free[4].score) / 2
+    assert chooser.select(pool, 6, rules=PickRules(min_score=least)).picks == free.picks[:4]
+    drawn = [chooser.select(pool, 6, rules=PickRules(random_fraction=1.0, seed=seed))
+             for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ActiveDPOError, match="19 pairs are asked for, but there are only 18"):
+        chooser.select(pool, 19, rules=rules)
+    with pytest.raises(ActiveDPOError, match="exclude: no item has the id 'x'"):
+        chooser.select(pool, 1, rules=PickRules(exclude=["x"]))
 
 
 def test_reference_model_is_the_base_model(tokenizer) -> None:
@@ -160,6 +242,9 @@ def test_options(model, tokenizer) -> None:
     rows = {name: selector(model, tokenizer, normalize=name).select(pool, 3)
             for name in ("response", "pair", "none", None)}
     assert rows["none"] == rows[None]
+    plus = {name: selector(model, tokenizer, strategy="adpo_plus", normalize=name).select(pool, 3)
+            for name in ("default", "none", "response")}
+    assert plus["default"] == plus["none"] != plus["response"]
     assert len({tuple(p.score for p in s) for s in rows.values()}) == 3
     for wrong in ({"preset": "papers"}, {"strategy": "best"}, {"normalize": "l2"}, {"beta": 0.0},
                   {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"colour": 1}}):

@@ -34,6 +34,16 @@ def _given(**changes: Any) -> dict[str, Any]:
     ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
     ({"seed": "x"}, "seed: expected an integer, got 'x'"),
     ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
+    ({"rules": {"max_per_promt": 1}}, "rules.max_per_promt: unknown key; did you mean 'max_per_p"),
+    ({"rules": {"seed": 1}}, "rules.seed: unknown key"),
+    ({"rules": {"max_per_prompt": "two"}}, "rules.max_per_prompt: expected an integer or null"),
+    ({"rules": {"max_per_prompt": 0}}, "rules: max_per_prompt must be an integer from 1, not 0"),
+    ({"rules": {"exclude": "p1"}}, "rules: exclude must be a list of ids, not 'p1'"),
+    ({"rules": {"quotas": {"law": 1}}}, "rules: group_by missing"),
+    ({"rules": {"group_by": "topic", "quotas": ["law"]}}, "rules: quotas must map groups"),
+    ({"rules": {"random_fraction": 1.5}}, "rules: random_fraction must be a number from 0 to 1"),
+    ({"rules": [1]}, "rules: expected a section of keys, got [1]"),
+    ({"loop": {"rules": {}}}, "loop.rules: unknown key"),
     ({"model": ...}, "model: missing"),
     ({"prompts": None}, "prompts: missing"),
     ({"oracle": {"kind": "dice"}}, "oracle.kind: expected one of files, reward_model, got 'dice'"),
@@ -67,6 +77,7 @@ def test_preset_fills_what_is_not_given() -> None:
 def test_without_a_preset_the_library_decides() -> None:
     config = make_config(_given())
     assert (config.selection, config.loop, config.generation, config.dpo) == ({}, {}, {}, {})
+    assert config.rules == {}
     assert config.strategy is None
 
 
@@ -76,6 +87,10 @@ def test_files(tmp_path: Path) -> None:
     # YAML 1.1 takes 1e-4 for text.
     path.write_text(head + "dpo: {learning_rate: 1e-4}\n")
     assert load_config(path).dpo == {"learning_rate": 1e-4}
+
+    path.write_text(head + "rules: {exclude: [1, p2], group_by: topic, quotas: {law: 2, 3: 0}}\n")
+    assert load_config(path).rules == {
+        "exclude": [1, "p2"], "group_by": "topic", "quotas": {"law": 2, 3: 0}}
 
     for text, expected in ((head + "loop: {rounds: 2\n", "line"),
                            (head + "loop: !!python/name:os.system x\n", "broken YAML"),

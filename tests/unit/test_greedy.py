@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import os
 from fractions import Fraction
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection import greedy, normalize
+from activedpo_fast.selection import normalize
 from activedpo_fast.selection.greedy import greedy_logdet, rank_top
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
+from activedpo_fast.selection.rules import Eligible
+from activedpo_fast.selection.scores import RunningScores
 from tests.unit.test_information import exact_scores
 
 NORMALIZE = ("response", "pair", None)
+
+
+def examples(quick):
+    """How many: the fuzz profile looks at more."""
+    return quick * (10 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 1)
 
 
 def unit_or_zero(rows):
@@ -24,30 +35,63 @@ def unit_or_zero(rows):
     return rows / torch.where(norms == 0, 1.0, norms)
 
 
-def plain_features(rows, pairs, how):
+def plain_features(rows, pairs, how, weights=None):
     rows = rows.double()
     if how == "response":
         rows = unit_or_zero(rows)
     phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
-    return unit_or_zero(phi) if how == "pair" else phi
+    phi = unit_or_zero(phi) if how == "pair" else phi
+    return phi if weights is None else phi * weights[:, None]
 
 
-def brute_force(rows, pairs, n, lam, kappa, how, history=None, tie=1e-11):
-    phi = plain_features(rows, pairs, how)
-    v = lam / kappa * torch.eye(rows.shape[1], dtype=torch.float64)
-    if history is not None:
-        labelled = plain_features(*history, how)
-        v += labelled.T @ labelled
-    left, indices, scores = list(range(len(pairs))), [], []
-    for _ in range(n):
-        score = ((phi @ torch.linalg.inv(v)) * phi).sum(dim=1)
-        best = max(float(score[i]) for i in left)
-        index = next(i for i in left if float(score[i]) >= best * (1 - tie))
+class Rules(NamedTuple):
+    """What Eligible is made of, for the plain definition and the real one."""
+
+    inverse_cost: torch.Tensor | None = None
+    min_score: float = -math.inf
+    n_random: int = 0
+    random_order: torch.Tensor | None = None
+    prompt: torch.Tensor | None = None
+    max_per_prompt: int = 0
+
+    def eligible(self, n_pairs):
+        return Eligible(torch.ones(n_pairs, dtype=torch.bool), **self._asdict())
+
+
+def brute_force(phi, labelled, n, ridge, rules=None, tie=1e-11):
+    """Picks, scores and log det V of V = ridge I + labelled + picks, inverted afresh at each."""
+    rules = rules or Rules()
+    v = ridge * torch.eye(phi.shape[1], dtype=torch.float64) + labelled.T @ labelled
+    cost = [1.0] * len(phi) if rules.inverse_cost is None else rules.inverse_cost.tolist()
+    left, indices, scores = list(range(len(phi))), [], []
+    while left and len(indices) < n:
+        score = ((phi @ torch.linalg.inv(v)) * phi).sum(dim=1).tolist()
+        if len(indices) < rules.n_random:
+            index = min(left, key=lambda i: rules.random_order[i])
+        else:
+            left = [i for i in left if score[i] >= rules.min_score]
+            best = max((score[i] * cost[i] for i in left), default=0.0)
+            index = next((i for i in left if score[i] * cost[i] >= best * (1 - tie)), None)
+            if index is None:
+                break
         left.remove(index)
         indices.append(index)
-        scores.append(float(score[index]))
+        scores.append(score[index])
         v += torch.outer(phi[index], phi[index])
-    return indices, scores
+        if rules.prompt is not None:
+            prompt = rules.prompt[index]
+            if sum(int(rules.prompt[i] == prompt) for i in indices) >= rules.max_per_prompt:
+                left = [i for i in left if rules.prompt[i] != prompt]
+    return indices, scores, float(torch.linalg.slogdet(v)[1])
+
+
+def assert_same(got, information, expected, rel=1e-8):
+    indices, scores, logdet = expected
+    assert got.indices.tolist() == indices
+    assert got.scores.tolist() == pytest.approx(scores, rel=rel, abs=1e-30)
+    assert got.indices.dtype == torch.int64 and got.scores.dtype == torch.float64
+    assert information.logdet() == pytest.approx(logdet, rel=1e-9, abs=1e-9)
+    assert got.touched.shape == (len(indices),) and (got.touched >= 0).all()
 
 
 def random_case(seed, n_items, responses, k, *, duplicates, zeros, log_norms=(0.0, 0.0)):
@@ -72,30 +116,81 @@ cases = st.fixed_dictionaries(dict(
     seed=st.integers(0, 2**20), n_items=st.integers(1, 10), responses=st.integers(2, 4),
     k=st.integers(1, 24), duplicates=st.integers(0, 8), zeros=st.integers(0, 3),
 ))
+storages = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(case=cases, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
+def random_pairs(n_rows, n, seed):
+    """Pairs of any rows, of different prompts too, and some of them twice."""
+    return torch.randint(n_rows, (n, 2), generator=torch.Generator().manual_seed(seed))
+
+
+def random_weights(n, seed):
+    """With a zero here and there."""
+    drawn = 3 * torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.where(drawn < 0.2, 0.0, drawn)
+
+
+@st.composite
+def rules(draw, n_pairs, first, n, typical):
+    """`first`: the first row of each pair; `typical`: the size of a score."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    given = {}
+    if draw(st.booleans()):
+        costs = torch.tensor([0.25, 1.0, 1.0, 7.0], dtype=torch.float64)
+        given["inverse_cost"] = costs[torch.randint(4, (n_pairs,), generator=generator)]
+    if draw(st.booleans()):
+        given["min_score"] = typical * draw(st.sampled_from([-1.0, 1e-3, 0.1, 0.9]))
+    if draw(st.booleans()):
+        given["n_random"] = round(draw(st.floats(0, 1)) * n)
+        given["random_order"] = torch.randperm(n_pairs, generator=generator)
+    if draw(st.booleans()):
+        given["prompt"] = first // 3
+        given["max_per_prompt"] = draw(st.integers(1, 3))
+    return Rules(**given)
+
+
+@given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
        kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labelled=st.integers(0, 5),
-       data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_same_picks_and_scores_as_brute_force(case, how, log_lam, kappa, log_norm, labelled, data):
+       weighted=st.booleans(), any_pairs=st.booleans(), ruled=st.booleans(), data=st.data())
+@settings(max_examples=examples(200), deadline=None)
+def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, log_norm, labelled,
+                                              weighted, any_pairs, ruled, data):
     # Norms of one case span two decades, and without normalisation stay where the brute force can
     # tell candidates apart; the exact test below has the rest.
     log_norm = min(log_norm, 1.0) if how is None else log_norm
+    if dtype == torch.float16:
+        log_norm = max(-1.0, min(log_norm, 3.0))
     rows, pairs = random_case(**case, log_norms=(log_norm - 2, log_norm))
-    history = None
-    if labelled:
-        generator = torch.Generator().manual_seed(case["seed"] + 1)
-        # Labelled rows repeat candidates: they are the same pool, a round later.
-        some = torch.randint(len(rows), (2 * labelled,), generator=generator)
-        history = (rows[some], torch.arange(2 * labelled).reshape(-1, 2))
+    rows = rows.to(dtype)
+    if any_pairs:
+        pairs = random_pairs(len(rows), len(pairs), case["seed"])
+    weights = random_weights(len(pairs), case["seed"]) if weighted else None
+    # Labelled rows repeat candidates: they are the same pool, a round later.
+    some = random_pairs(len(rows), labelled, case["seed"] + 1)
+    history = (rows[some.flatten()], torch.arange(2 * labelled).reshape(-1, 2))
+    history_weights = random_weights(labelled, case["seed"] + 1) if weighted else None
     n = data.draw(st.integers(0, len(pairs)))
-    got = greedy_logdet(rows, pairs, n, lam=10**log_lam, kappa=kappa, normalize=how,
-                        history=history)
-    indices, scores = brute_force(rows, pairs, n, 10**log_lam, kappa, how, history)
-    assert got.indices.tolist() == indices
-    assert got.scores.tolist() == pytest.approx(scores, rel=1e-8, abs=1e-30)
-    assert got.indices.dtype == torch.int64 and got.scores.dtype == torch.float64
+
+    phi = plain_features(rows, pairs, how, weights)
+    ridge = 10**log_lam / kappa
+    limits = Rules()
+    if ruled and len(pairs):
+        typical = float(phi.square().sum(dim=1).median()) / ridge
+        limits = data.draw(rules(len(pairs), pairs[:, 0], n, typical))
+    expected = brute_force(phi, plain_features(*history, how, history_weights), n, ridge, limits)
+    touched = []
+    for backend in ("cpp", "reference"):
+        information = InformationMatrix(rows.shape[1], lam=10**log_lam, kappa=kappa)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACTIVEDPO_BACKEND", backend)
+            got = greedy_logdet(
+                rows, pairs, n, lam=10**log_lam, kappa=kappa, normalize=how, weights=weights,
+                history=history if labelled else None, information=information,
+                history_weights=history_weights if labelled else None,
+                eligible=limits.eligible(len(pairs)) if ruled else None)
+        assert_same(got, information, expected)
+        touched.append(int(got.touched.sum()))
+    assert touched[0] <= touched[1]
 
 
 @pytest.mark.parametrize("how", NORMALIZE)
@@ -103,45 +198,102 @@ def test_same_picks_and_scores_as_brute_force(case, how, log_lam, kappa, log_nor
 def test_same_picks_as_brute_force_at_tiny_lambda(how, lam):
     rows, pairs = random_case(5, 20, 3, 12, duplicates=0, zeros=0)
     rows = unit_or_zero(rows)
-    got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how)
+    phi = plain_features(rows, pairs, how)
+    information = InformationMatrix(12, lam=lam)
+    got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how, information=information)
     # torch.linalg.inv itself is good to about 1e-9 here.
-    indices, scores = brute_force(rows, pairs, len(pairs), lam, 1.0, how, tie=1e-9)
-    assert got.indices.tolist() == indices
-    assert got.scores.tolist() == pytest.approx(scores, rel=1e-8)
+    assert_same(got, information, brute_force(phi, phi[:0], len(pairs), lam, tie=1e-9))
+
+
+def falling_scores(phi, n, ridge, inverse_cost=None, tie=1e-11):
+    """As `brute_force`, for more candidates: V^-1 and all scores change by Sherman-Morrison."""
+    inverse = torch.eye(phi.shape[1], dtype=torch.float64) / ridge
+    score = phi.square().sum(dim=1) / ridge
+    left, indices, scores = torch.ones(len(phi), dtype=torch.bool), [], []
+    logdet = phi.shape[1] * math.log(ridge)
+    for _ in range(n):
+        value = score if inverse_cost is None else score * inverse_cost
+        value = torch.where(left, value, -1.0)
+        index = int((value >= value.max() * (1 - tie)).nonzero()[0])
+        indices.append(index)
+        left[index] = False
+        w = inverse @ phi[index]
+        gain = float(phi[index] @ w)
+        scores.append(gain)
+        logdet += math.log1p(gain)
+        inverse -= torch.outer(w, w) / (1 + gain)
+        score = score - (phi @ w).square() / (1 + gain)
+    return indices, scores, logdet
+
+
+@given(seed=st.integers(0, 2**20), n_items=st.integers(60, 500), responses=st.integers(2, 4),
+       k=st.one_of(st.integers(64, 512), st.sampled_from([64, 128, 511, 512])),
+       n=st.integers(1, 120), dtype=storages, how=st.sampled_from(NORMALIZE),
+       lam=st.sampled_from([0.03, 1.0, 100.0]), spread=st.sampled_from([0.0, 0.5, 2.0]),
+       rank=st.sampled_from([8, 64, None]), costs=st.booleans(), kept=st.booleans())
+@settings(max_examples=examples(30), deadline=None)
+def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, rank, costs, kept):
+    """Many blocks of candidates, margins that grow and shrink, panels with rows to spare."""
+    rows, pairs = random_case(seed, n_items, responses, k, duplicates=20, zeros=5,
+                              log_norms=(-spread, 0.0))
+    generator = torch.Generator().manual_seed(seed)
+    if rank is not None:  # most of the rows lie in few directions, as gradients do
+        mix = torch.randn(rank, k, generator=generator, dtype=torch.float64)
+        rows = rows[:, :rank] @ mix / rank ** 0.5 + 0.05 * rows
+    rows = rows.to(dtype)
+    inverse_cost = None
+    if costs:
+        inverse_cost = 0.1 + torch.rand(len(pairs), generator=generator, dtype=torch.float64)
+    n = min(n, len(pairs))
+    expected = falling_scores(plain_features(rows, pairs, how), n, lam, inverse_cost)
+    information = InformationMatrix(k, lam=lam)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kept:
+            patch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
+        got = greedy_logdet(rows, pairs, n, lam=lam, normalize=how, information=information,
+                            eligible=Rules(inverse_cost).eligible(len(pairs)))
+    assert_same(got, information, expected)
 
 
 @given(
     case=st.fixed_dictionaries(dict(
         seed=st.integers(0, 2**20), n_items=st.integers(1, 4), responses=st.integers(2, 3),
         k=st.integers(1, 5), duplicates=st.integers(0, 5), zeros=st.integers(0, 2))),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     how=st.sampled_from(NORMALIZE), lam=st.sampled_from([1e-6, 1.0, 1e3]),
-    log_norm=st.sampled_from([-6.0, 0.0, 6.0]), spread=st.sampled_from([0.0, 3.0, 12.0]),
+    log_norm=st.sampled_from([-6.0, 0.0, 6.0, 30.0]),
+    spread=st.sampled_from([0.0, 3.0, 12.0, 60.0]), any_pairs=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_every_pick_is_the_best_in_exact_arithmetic(case, how, lam, log_norm, spread):
+@settings(max_examples=examples(60), deadline=None)
+def test_every_pick_is_the_best_in_exact_arithmetic(case, dtype, how, lam, log_norm, spread,
+                                                    any_pairs):
     """Any norms and any lambda: also where no float64 inverse of V has a correct digit."""
+    # Unless it is of 60 decades, the spread stays within what each dtype can hold.
+    log_norm = 30.0 if spread == 60.0 else log_norm
     rows, pairs = random_case(**case, log_norms=(log_norm - spread, log_norm))
+    rows = rows.to(dtype)
+    if any_pairs:
+        pairs = random_pairs(len(rows), len(pairs), case["seed"])
     features = PairFeatures(rows, pairs, how)
     phi = features.at(torch.arange(len(pairs)))
     # The resolution that InformationMatrix promises for the root of a score.
     resolution = InformationMatrix(rows.shape[1], lam=lam).error_scale() * features.size
     got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how)
+    assert sorted(got.indices.tolist()) == list(range(len(pairs)))
     left = list(range(len(pairs)))
-    inherited = [0.0] * len(pairs)
+    allowed = resolution.tolist()
     for step, index in enumerate(got.indices.tolist()):
         chosen = phi[got.indices[:step]]
         scores = dict(enumerate(exact_scores(chosen, phi, Fraction(lam))))
         root = float(scores[index]) ** 0.5
-        best = max(left, key=lambda i: scores[i])
-        assert root >= float(scores[best]) ** 0.5 - 2 * float(resolution.max())
-        # What InformationMatrix promises for a feature formed without error, and for each earlier
-        # pick the angle by which its rounding turns the rest.
-        allowed = float(resolution[index]) + inherited[index]
-        assert abs(float(got.scores[step]) ** 0.5 - root) <= allowed
+        # No other is better by more than both roots may be off, and the score is right.
+        for i in left:
+            assert float(scores[i]) ** 0.5 - root <= 2 * (allowed[i] + allowed[index])
+        assert abs(float(got.scores[step]) ** 0.5 - root) <= allowed[index]
         if root > 0:
+            # For each earlier pick the angle by which its rounding turns the rest.
             angle = float(resolution[index]) / root
-            inherited = [was + 2 * angle * float(scores[i]) ** 0.5
-                         for i, was in enumerate(inherited)]
+            allowed = [was + 2 * angle * float(scores[i]) ** 0.5 for i, was in enumerate(allowed)]
         assert not any(scores[i] >= scores[index] for i in left if i < index)
         left.remove(index)
 
@@ -207,29 +359,53 @@ def test_gains_add_up_to_the_log_determinant_and_information_is_updated():
 def test_stored_dtypes_are_widened_a_chunk_at_a_time(dtype, how, monkeypatch):
     rows, pairs = random_case(4, 9, 3, 16, duplicates=3, zeros=1)
     rows = rows.to(dtype)
-    want = greedy_logdet(rows.double(), pairs, 15, normalize=how)
-    monkeypatch.setattr(normalize, "_COPY_BYTES", 0)
+    history = (rows[:8], torch.arange(8).reshape(-1, 2))
+    want = greedy_logdet(rows.double(), pairs, 15, normalize=how, history=history)
     monkeypatch.setattr(normalize, "_CHUNK_BYTES", 5 * 8 * 16)
-    assert PairFeatures(rows, pairs, how)._rows.dtype == dtype
-    got = greedy_logdet(rows, pairs, 15, normalize=how, history=(rows[:0], pairs[:0]))
+    features = PairFeatures(rows, pairs, how)
+    assert features.rows is rows
+    assert {len(part) for part in features.chunks(torch.arange(len(pairs)))} == {5, 2}
+    got = greedy_logdet(rows, pairs, 15, normalize=how, history=history)
     assert got.indices.tolist() == want.indices.tolist()
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-12, atol=0)
 
 
-def test_few_candidates_are_scored_afresh(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_few_candidates_are_scored_afresh(dtype, monkeypatch):
     """The bound of the error is tight enough to be of use: one candidate or two a pick."""
     counts = []
-    original = greedy._Scores._refresh
+    original = RunningScores.refresh
 
     def counting(self, indices):
         counts.append(len(indices))
         original(self, indices)
 
-    monkeypatch.setattr(greedy._Scores, "_refresh", counting)
+    monkeypatch.setattr(RunningScores, "refresh", counting)
     rows, pairs = random_case(6, 60, 3, 64, duplicates=0, zeros=0)
-    greedy_logdet(rows, pairs, 40)
-    assert counts[0] == len(pairs)
-    assert sum(counts[1:]) <= 42
+    greedy_logdet(rows.to(dtype), pairs, 40)
+    assert len(counts) == 40 and sum(counts) <= 42
+
+
+def test_touched_counts_rows(monkeypatch):
+    """Pairs at right angles, each alone within its margin: the next pick's two rows are enough."""
+    norms = 0.9 ** torch.arange(30)
+    rows = torch.stack([torch.diag(norms), torch.zeros(30, 30)], dim=1).reshape(60, 30)
+    pairs = torch.arange(60).reshape(30, 2)
+    got = greedy_logdet(rows, pairs, 30, normalize=None)
+    assert got.indices.tolist() == list(range(30))
+    assert got.touched.tolist() == [0] + [2] * 29
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference")
+    got = greedy_logdet(rows, pairs, 30, normalize=None)
+    assert got.touched.tolist() == [0] + [2 * (30 - i) for i in range(1, 30)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_most_rows_are_looked_at_a_few_times_only(dtype):
+    rows, pairs = random_case(1, 700, 3, 64, duplicates=0, zeros=0, log_norms=(-1.5, 0.0))
+    got = greedy_logdet(rows.to(dtype), pairs, 100, normalize=None)
+    assert got.touched.shape == (100,)
+    assert 0 < int(got.touched.sum()) < 0.1 * len(rows) * 100
+    assert int(got.touched.max()) <= len(rows)
 
 
 @pytest.mark.parametrize("n, message", [

@@ -10,7 +10,7 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.greedy import greedy_logdet
 from activedpo_fast.selection.signals import Signals, TensorSignals
-from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
+from activedpo_fast.selection.strategies import STRATEGIES, _uncertainty, make_strategy
 
 P, M, K = 8, 3, 12
 
@@ -30,7 +30,23 @@ def parts():
         gradients=normal(P * M, K), hidden=normal(P * M, 5),
         logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
         history_gradients=(normal(8, K), labelled), history_hidden=(normal(8, 5), labelled),
+        # The same labelled pairs, of rows in another order.
+        history_logps=(-20 + 3 * normal(8), labelled.flip(0)),
+        history_ref_logps=(-20 + 3 * normal(8), labelled),
     )
+
+
+def _margins(parts, beta):
+    """d of the candidates and of the labelled pairs, written out."""
+    answers = []
+    for (logps, pairs), (ref, ref_pairs) in (
+        ((parts["logps"], parts["pairs"]), (parts["ref_logps"], parts["pairs"])),
+        (parts["history_logps"], parts["history_ref_logps"]),
+    ):
+        answers.append([beta * (float(logps[a] - logps[b]) - float(ref[c] - ref[d]))
+                        for (a, b), (c, d) in zip(pairs.tolist(), ref_pairs.tolist(),
+                                                  strict=True)])
+    return answers
 
 
 def test_activedpo_is_the_greedy_with_the_history(parts):
@@ -49,6 +65,8 @@ def test_random_draws_each_pair_once_and_depends_on_the_seed_alone(parts):
     drawn = make_strategy("random", seed=3).select(signals, n_pairs)
     assert sorted(drawn.indices.tolist()) == list(range(n_pairs))
     assert drawn.scores.tolist() == [0.0] * n_pairs
+    generator = torch.Generator().manual_seed(3)
+    assert drawn.indices.tolist() == torch.randperm(n_pairs, generator=generator).tolist()
     few = make_strategy("random", seed=3).select(signals, 5).indices
     assert few.tolist() == drawn.indices[:5].tolist()
     other = make_strategy("random", seed=4).select(signals, n_pairs).indices
@@ -81,8 +99,7 @@ def test_aplp_shortlists_by_entropy_and_ranks_by_certainty(parts):
     certainty = {}
     for index, (a, b) in enumerate(parts["pairs"].tolist()):
         if a // M in prompts:
-            d = 0.2 * ((logps[a] - logps[b]) - (ref[a] - ref[b]))
-            certainty[index] = abs(1 / (1 + math.exp(-d)) - 0.5)
+            certainty[index] = abs(0.2 * ((logps[a] - logps[b]) - (ref[a] - ref[b])))
     order = sorted(certainty, key=lambda index: -certainty[index])[:3]
     assert got.indices.tolist() == order
     assert got.scores.tolist() == pytest.approx([certainty[index] for index in order])
@@ -104,7 +121,77 @@ def test_aplp_order_does_not_saturate_and_ties_go_to_the_lowest_index(parts):
     got = make_strategy("aplp", beta=1.0, shortlist=100).select(TensorSignals(**parts), 7)
     # Prompt 1 has the pairs 3, 4, 5; then those of prompts 0 and 2, tied; then the lowest zero.
     assert got.indices.tolist() == [3, 4, 0, 1, 6, 7, 2]
-    assert got.scores.tolist() == [0.5] * 6 + [0.0]
+    assert got.scores.tolist() == [2000.0] * 2 + [1000.0] * 4 + [0.0]
+
+
+@pytest.mark.parametrize("name, sign", [("margin_small", 1), ("margin_large", -1)])
+def test_margins(parts, name, sign):
+    got = make_strategy(name, beta=0.3).select(TensorSignals(**parts), 9)
+    d = [abs(value) for value in _margins(parts, 0.3)[0]]
+    order = sorted(range(len(d)), key=lambda index: sign * d[index])[:9]
+    assert got.indices.tolist() == order
+    want = [1 / (1 + math.exp(d[index])) if sign == 1 else d[index] for index in order]
+    assert got.scores.tolist() == pytest.approx(want, rel=1e-12)
+
+
+def test_margins_apart_by_rounding_are_ties_and_large_ones_are_not(parts):
+    parts["ref_logps"] = torch.zeros(P * M, dtype=torch.float64)
+    parts["logps"] = torch.zeros(P * M, dtype=torch.float64)
+    first = [-30.3, -30.1, -30.2, -0.3, -0.1, -0.2, 0.0, -500.0, -700.0]
+    parts["logps"][:9] = torch.tensor(first, dtype=torch.float64)
+    parts["pairs"] = parts["pairs"][:9]
+    # The pairs (0, 1), (0, 2), (1, 2), (3, 4), ..., (7, 8); d of 0 and 3 is 0.2 but for rounding.
+    small = make_strategy("margin_small", beta=1.0).select(TensorSignals(**parts), 9).indices
+    assert small.tolist() == [1, 2, 4, 5, 0, 3, 8, 6, 7]
+    large = make_strategy("margin_large", beta=1.0).select(TensorSignals(**parts), 9).indices
+    assert large.tolist() == [7, 6, 8, 0, 3, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("normalize", [None, "response", "pair"])
+def test_adpo_plus_is_the_greedy_on_weighted_features(parts, normalize):
+    strategy = make_strategy("adpo_plus", lam=0.2, kappa=3.0, beta=0.3, normalize=normalize)
+    got = strategy.select(TensorSignals(**parts), 6)
+
+    def weighted(rows, pairs, margins):
+        if normalize == "response":
+            rows = rows / rows.norm(dim=1, keepdim=True)
+        phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
+        if normalize == "pair":
+            phi = phi / phi.norm(dim=1, keepdim=True)
+        mu = torch.tensor([1 / (1 + math.exp(-d)) for d in margins], dtype=torch.float64)
+        return (mu * (1 - mu)).sqrt()[:, None] * phi
+
+    d, labelled_d = _margins(parts, 0.3)
+    phi = weighted(parts["gradients"], parts["pairs"], d)
+    labelled = weighted(*parts["history_gradients"], labelled_d)
+    v = 0.2 / 3.0 * torch.eye(K, dtype=torch.float64) + labelled.T @ labelled
+    for index, score in zip(got.indices.tolist(), got.scores.tolist(), strict=True):
+        scores = (phi * torch.linalg.solve(v, phi.T).T).sum(dim=1)
+        assert index == int(scores.argmax())
+        assert score == pytest.approx(float(scores[index]), rel=1e-9)
+        v = v + torch.outer(phi[index], phi[index])
+        phi[index] = 0
+
+
+def test_adpo_plus_weights_of_sure_pairs_are_tiny_but_right():
+    d = torch.tensor([0.0, 1.0, -1.0, 50.0, -700.0, 1400.0, 1e6, -1e308], dtype=torch.float64)
+    weights = _uncertainty(d).tolist()
+    assert weights[0] == 0.5
+    assert weights[1] == weights[2] == pytest.approx(math.sqrt(0.19661193324148185), rel=1e-15)
+    for value, exponent in zip(weights[3:6], (-25.0, -350.0, -700.0), strict=True):
+        assert value == pytest.approx(math.exp(exponent), rel=1e-12)
+    assert 0 < weights[6] == weights[7] < 1e-300
+
+
+def test_adpo_plus_wants_one_history_of_all_signals(parts):
+    numbers, pairs = parts["history_logps"]
+    parts["history_logps"] = numbers, pairs[:2]
+    with pytest.raises(ActiveDPOError, match="history_logps has 2 labelled pairs, history_ref"):
+        make_strategy("adpo_plus").select(TensorSignals(**parts), 1)
+    numbers, pairs = parts["history_ref_logps"]
+    parts["history_ref_logps"] = numbers, pairs[:2]
+    with pytest.raises(ActiveDPOError, match="4 labelled pairs have gradients, but 2"):
+        make_strategy("adpo_plus").select(TensorSignals(**parts), 1)
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))
@@ -142,16 +229,20 @@ def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
 
 
 def test_options():
-    assert list(STRATEGIES) == ["activedpo", "random", "apo", "aplp"]
+    names = ["activedpo", "random", "apo", "aplp", "margin_small", "margin_large", "adpo_plus"]
+    assert list(STRATEGIES) == names
+    assert STRATEGIES["adpo_plus"]().normalize is None
     assert STRATEGIES["activedpo"].options() == ("lam", "kappa", "normalize")
-    with pytest.raises(ActiveDPOError, match="'best'; known: activedpo, random, apo, aplp"):
+    with pytest.raises(ActiveDPOError, match=f"'best'; known: {', '.join(names)}"):
         make_strategy("best")
     with pytest.raises(ActiveDPOError, match="'apo' has no option 'lam'; known: ridge"):
         make_strategy("apo", lam=1.0)
     for name, options in (("activedpo", dict(lam=0)), ("activedpo", dict(normalize="row")),
                           ("apo", dict(ridge=-1.0)), ("aplp", dict(beta="0.1")),
                           ("aplp", dict(shortlist=0.5)), ("random", dict(seed=0.5)),
-                          ("activedpo", dict(kappa=True))):
+                          ("activedpo", dict(kappa=True)), ("margin_small", dict(beta=0.0)),
+                          ("margin_large", dict(beta=-1)), ("adpo_plus", dict(beta=0)),
+                          ("adpo_plus", dict(normalize="l2")), ("adpo_plus", dict(lam=0))):
         with pytest.raises(ActiveDPOError, match=next(iter(options))):
             make_strategy(name, **options)
 
@@ -166,17 +257,21 @@ def test_not_a_number_is_named(parts):
 
 
 def test_no_history_is_empty_but_a_half_given_one_is_an_error(parts):
-    del parts["history_hidden"]
-    with pytest.raises(ActiveDPOError, match="history_hidden"):
-        TensorSignals(**parts).history_hidden()
+    del parts["history_hidden"], parts["history_logps"], parts["history_ref_logps"]
+    for name in ("history_hidden", "history_logps", "history_ref_logps"):
+        with pytest.raises(ActiveDPOError, match=f"'{name}'"):
+            getattr(TensorSignals(**parts), name)()
     del parts["history_gradients"]
-    rows, pairs = TensorSignals(**parts).history_gradients()
-    assert rows.shape == (0, K) and pairs.shape == (0, 2) and pairs.dtype == torch.int64
+    signals = TensorSignals(**parts)
+    for name, shape in (("gradients", (0, K)), ("hidden", (0, 5)), ("logps", (0,)),
+                        ("ref_logps", (0,))):
+        rows, pairs = getattr(signals, f"history_{name}")()
+        assert rows.shape == shape and pairs.shape == (0, 2) and pairs.dtype == torch.int64
 
 
 def test_the_base_class_names_the_signal():
     for name in ("gradients", "history_gradients", "hidden", "history_hidden", "logps",
-                 "ref_logps"):
+                 "history_logps", "ref_logps", "history_ref_logps"):
         with pytest.raises(ActiveDPOError, match=f"'{name}'"):
             getattr(Signals(), name)()
 
@@ -188,6 +283,8 @@ def test_the_base_class_names_the_signal():
     (dict(pairs=torch.ones(3, 2)), "int64"),
     (dict(item_of_row=torch.zeros(24)), "item_of_row"),
     (dict(logps=torch.ones(24, 1)), "one dimension"),
+    (dict(history_logps=(torch.ones(2, 1), torch.tensor([[0, 1]]))), "history_logps .* one dim"),
+    (dict(history_ref_logps=(torch.ones(2), torch.tensor([[0, 2]]))), "history_ref_logps.0. is"),
     (dict(history_gradients=(torch.ones(2, 3), torch.tensor([[0, 1]]))), "3 columns"),
 ])
 def test_tensors_that_do_not_fit(parts, change, message):
