@@ -13,7 +13,7 @@ namespace activedpo {
 
 namespace {
 
-constexpr std::int64_t kFirstBlock = 32;
+constexpr std::int64_t kSmallestBlock = 4;
 constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
 
 struct Bound {
@@ -48,7 +48,8 @@ class Advance {
     }
     double cut = std::max(best, top * (1 - memory->margin));
     std::vector<Bound> heap = stale_above(cut);
-    std::int64_t block = std::max(memory->block, kFirstBlock), moved = 0;
+    std::int64_t block = std::max(memory->block, kSmallestBlock);
+    std::vector<double> bounds;  // of the candidates that were moved, before they were
     while (unread < 0) {
       if (heap.empty() || heap.front().upper < best) {
         if (cut <= best || cut <= 0) break;
@@ -62,17 +63,20 @@ class Advance {
       while (!heap.empty() && heap.front().upper >= best &&
              static_cast<std::int64_t>(batch.size()) < block) {
         batch.push_back(heap.front().candidate);
+        bounds.push_back(heap.front().upper);
         std::pop_heap(heap.begin(), heap.end());
         heap.pop_back();
       }
       bring_up_to_date(batch);
       for (const std::int64_t i : batch) best = std::max(best, lower(i));
       up_to_date.insert(up_to_date.end(), batch.begin(), batch.end());
-      moved += static_cast<std::int64_t>(batch.size());
-      block *= 2;
+      block = std::max(block, static_cast<std::int64_t>(up_to_date.size()));
     }
-    memory->block = std::max(kFirstBlock, moved / 4);
-    if (static_cast<std::int64_t>(heap.size()) > 4 * moved + kFirstBlock) memory->margin /= 2;
+    // Those that had to be moved, whatever the order: the next pick will be much alike.
+    const auto needed = std::count_if(bounds.begin(), bounds.end(),
+                                      [best](double bound) { return bound >= best; });
+    memory->block = (memory->block + needed) / 2;
+    if (heap.size() > 4 * bounds.size() + 64) memory->margin /= 2;
 
     std::int64_t found = 0;
     for (const std::int64_t i : up_to_date) {
@@ -136,10 +140,12 @@ class Advance {
       return a.from != b.from ? a.from < b.from : a.row < b.row;
     });
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
+    // Every thread gets some of a few rows.
+    panel_ = std::clamp<std::int64_t>((n_tasks + threads_ - 1) / threads_, 4, kDotRows);
     std::int64_t room = 0;
     for (std::int64_t t = 0; t < n_tasks; ++t) {
       Task& task = tasks[static_cast<std::size_t>(t)];
-      task.start = tasks[static_cast<std::size_t>(t / kDotRows * kDotRows)].from;
+      task.start = tasks[static_cast<std::size_t>(t / panel_ * panel_)].from;
       task.first = room;
       room += d_.count - task.start;
       m_.place[task.row] = static_cast<std::int32_t>(t);
@@ -180,11 +186,11 @@ class Advance {
 
   void multiply(const std::vector<Task>& tasks) {
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
-    const std::int64_t panels = (n_tasks + kDotRows - 1) / kDotRows;
+    const std::int64_t panels = (n_tasks + panel_ - 1) / panel_;
 #pragma omp parallel for schedule(dynamic) num_threads(threads_) if (panels > 1)
     for (std::int64_t p = 0; p < panels; ++p) {
-      const std::int64_t begin = p * kDotRows;
-      const std::int64_t here = std::min<std::int64_t>(kDotRows, n_tasks - begin);
+      const std::int64_t begin = p * panel_;
+      const std::int64_t here = std::min(panel_, n_tasks - begin);
       const Task* task = tasks.data() + begin;
       const T* numbers[kDotRows];
       char* room = row_room_.of(thread_number());
@@ -238,12 +244,12 @@ class Advance {
                         static_cast<double>(at_second[s]) / second_divisor) /
                        c_.pair_divisor[i] * d_.norm[s];
       const double error = d_.error[s] * c_.reach[i];
+      const double most = std::min(std::abs(f) + error, std::sqrt(score + doubt));
       score = std::max(0.0, score - f * f);
       doubt += 2 * std::abs(f) * error + error * error;
       const double turned = d_.turn[s] * std::sqrt(score + doubt);
-      const double added = 2 * std::abs(f) * turned + turned * turned;
-      doubt += added;
-      inherited += added;
+      doubt += 2 * std::abs(f) * turned + turned * turned;
+      inherited += d_.turn[s] * most;
     }
     c_.score[i] = score;
     c_.doubt[i] = doubt;
@@ -257,6 +263,7 @@ class Advance {
   const Memory& m_;
   const int threads_;
   std::vector<double> products_;
+  std::int64_t panel_ = kDotRows;  // rows that a thread multiplies at a time
   Scratch<S> dots_room_;
   Scratch<char> row_room_;
 };

@@ -19,7 +19,7 @@ struct Candidates {
   const double* inverse_cost;     // [n], or null: values are score * inverse_cost
   double* score;                  // [n]
   double* doubt;                  // [n], bound of the score's error
-  double* inherited;              // [n], the part of it that a fresh score would have as well
+  double* inherited;              // [n], what earlier picks may turn the root of a fresh score by
   std::int32_t* version;          // [n]
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -249,22 +250,23 @@ class _Best:
         return self._first_of(self._best)
 
     def lowest_from(self, value: float) -> Offer | None:
-        if self._best is None:
-            return None
-        reaching = self._values(self._best, 1) >= value
-        return self._first_of(Contenders(*(x[reaching] for x in self._best)))
+        return None if self._best is None else self._first_of(self._best, value)
 
-    def _first_of(self, best: Contenders) -> Offer | None:
-        if not len(best.indices):
+    def _first_of(self, best: Contenders, least: float = -math.inf) -> Offer | None:
+        """An offer of those whose upper bound is at least `least`."""
+        indices = best.indices.tolist()
+        scale = self._eligible.inverse_cost
+        factor = [1.0] * len(indices) if scale is None else scale[best.indices].tolist()
+        scores, doubts = best.score.tolist(), best.doubt.tolist()
+        upper = [(s + d) * f for s, d, f in zip(scores, doubts, factor, strict=True)]
+        lower = [(s - d) * f for s, d, f in zip(scores, doubts, factor, strict=True)]
+        reaching = [at for at, bound in enumerate(upper) if bound >= least]
+        if not reaching:
             return None
-        index, upper = int(best.indices[0]), self._values(best, 1)
-        return Offer(index, float(best.score[0]), self._eligible.group_of(index),
-                     float(self._values(best, -1).max()), float(upper[0]), float(upper.max()))
-
-    def _values(self, best: Contenders, sign: int) -> Tensor:
-        bound = best.score + sign * best.doubt
-        factor = self._eligible.inverse_cost
-        return bound if factor is None else bound * factor[best.indices]
+        first = reaching[0]
+        return Offer(indices[first], scores[first], self._eligible.group_of(indices[first]),
+                     max(lower[at] for at in reaching), upper[first],
+                     max(upper[at] for at in reaching))
 
 
 class _FixedScores:

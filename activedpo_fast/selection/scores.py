@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.batch_root import BatchRoot, Look
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
 from activedpo_fast.selection.rules import Eligible
+
+_BATCH = 2048  # picks that are kept beside the information matrix
+_STAGES = 2  # u = X_0 phi rounds, and then F u
 
 
 class Contenders(NamedTuple):
@@ -24,14 +29,6 @@ class Contenders(NamedTuple):
     indices: Tensor
     score: Tensor
     doubt: Tensor
-
-
-class _Whitened(NamedTuple):
-    """Candidates that were scored last: u = X_0 phi and X phi of each, with V as it is."""
-
-    indices: Tensor
-    u: Tensor
-    residual: Tensor
 
 
 class RunningScores:
@@ -68,19 +65,19 @@ class RunningScores:
         self._features = features
         self._information = information
         self._eligible = eligible
-        # u = X_0 phi is as wide as phi; its own prior is the identity.
-        self._batch = InformationMatrix(features.dim, device=features.device)
+        self._n = n
+        self._batch = BatchRoot(min(n, _BATCH), features.dim, features.device)
+        self._picks: list[Tensor] = []  # features that are in the batch, if it may become full
         scale = math.sqrt(information.kappa / information.lam)
         # The root's rounding, over |phi|. A multiple of the identity adds nothing to the batch's.
-        stages = 2 if information.count else 1
+        stages = _STAGES if information.count else 1
         self._error = stages * information.error_scale()
         self._w_error = self._error * scale
         self.state = score_ops.ScoreState.start(
             features.rows, features.pairs, features.row_divisor, features.pair_divisor,
             features.reach, eligible.left, eligible.inverse_cost, *self._first_scores(), n)
         self._rounds = information.count > 0  # whether running scores round more than fresh ones
-        nothing = torch.empty(0, features.dim, dtype=torch.float64, device=features.device)
-        self._last = _Whitened(torch.empty(0, dtype=torch.int64), nothing, nothing)
+        self._last: tuple[Tensor, Tensor, Look] | None = None  # indices, features, and their look
 
     @property
     def touched(self) -> int:
@@ -101,29 +98,35 @@ class RunningScores:
 
     def score(self, index: int) -> float:
         """One candidate's score, afresh."""
-        self.refresh(torch.tensor([index]))
-        return float(self.state.score[index])
+        # Not by `refresh`: the candidate may be stale, and stay one.
+        residual = self._whiten(self._features.at(torch.tensor([index])))[1]
+        return float(residual.square().sum())
 
     def refresh(self, indices: Tensor) -> None:
-        """Compute the scores of `indices` anew, from the root of V."""
+        """Compute the scores of `indices` anew, from the root of V.
+
+        They are candidates that `advance` has brought up to date, or that are taken next: what the
+        others inherit is not known yet.
+        """
         state = self.state
         for part in indices.split(self._features.chunk):
-            self._last = _Whitened(part, *self._whiten(self._features.at(part)))
-            score = self._last.residual.square().sum(dim=1).cpu()
+            phi = self._features.at(part)
+            look = self._batch.look(self._information.whiten(phi))
+            score = look.residual.square().sum(dim=1).cpu()
             error = self._error * self._features.size[part] + state.inherited[part]
             state.score[part] = score
             state.doubt[part] = 2 * score.sqrt() * error + error.square()
             state.version[part] = state.count
+            self._last = part, phi, look
 
     def take(self, index: int) -> float:
         """V <- V + phi phi^T for a candidate; returns phi^T V^-1 phi with V as it was."""
-        place = (self._last.indices == index).nonzero().flatten()
-        if not len(place):
+        if self._last is None or not bool((self._last[0] == index).any()):
             self.refresh(torch.tensor([index]))
-            place = torch.zeros(1, dtype=torch.int64)
-        at = int(place[0])
-        return self._learn(self._last.u[at], self._last.residual[at],
-                           float(self._features.size[index]))
+        assert self._last is not None
+        indices, phi, look = self._last
+        at = int((indices == index).nonzero()[0])
+        return self._learn(phi[at], look.row(at), float(self._features.size[index]))
 
     def feature(self, index: int) -> Tensor:
         """phi of one candidate and what its rounding is relative to, float64 [k + 1]."""
@@ -133,22 +136,30 @@ class RunningScores:
     def learn(self, feature: Tensor) -> float:
         """As `take`, for a candidate that another process may have: its `feature`."""
         phi = feature[:-1].to(self._features.device)
-        u, residual = self._whiten(phi[None])
-        return self._learn(u[0], residual[0], float(feature[-1]))
+        look = self._batch.look(self._information.whiten(phi[None]))
+        return self._learn(phi, look.row(0), float(feature[-1]))
 
-    def _learn(self, u: Tensor, residual: Tensor, size: float) -> float:
-        gain = float(residual @ residual)
-        w = self._information.pull_back(self._batch.absorb(residual, u)[None])[0]
+    def _learn(self, phi: Tensor, look: Look, size: float) -> float:
+        gain = self._batch.take(look)
+        w = self._information.pull_back(look.pulled[None])[0] / math.sqrt(1 + gain)
         share = size / math.sqrt(1 + gain)
         self.state.append(w, error=self._w_error * share, turn=self._error * share)
         self._rounds = True
-        self._last = self._last._replace(indices=self._last.indices[:0])
+        self._last = None
+        if self._n > _BATCH:
+            self._picks.append(phi)
+            if self._batch.full:
+                self._fold()
         return gain
 
-    def _whiten(self, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """u = X_0 phi, and X phi with the batch's picks taken in: [m, k] each."""
-        u = self._information.whiten(phi)
-        return u, self._batch.whiten(u)
+    def _fold(self) -> None:
+        """Begin a new batch on an information matrix that has the picks of this one."""
+        self._information = copy.deepcopy(self._information)
+        self._information.add_many(torch.stack(self._picks))
+        self._error = _STAGES * self._information.error_scale()
+        self._w_error = self._error * math.sqrt(self._information.kappa / self._information.lam)
+        self._batch = BatchRoot(_BATCH, self._features.dim, self._features.device)
+        self._picks = []
 
     def _value(self, indices: Tensor, scores: Tensor) -> Tensor:
         inverse_cost = self._eligible.inverse_cost

@@ -1,0 +1,100 @@
+"""What the picks of a batch have made of V's root, kept so that a pick reads it twice."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MUCH = 0.1  # of |u|^2, from where on F u has all but a digit of u's
+
+
+class Look(NamedTuple):
+    """m vectors u seen through the root F, where V = X_0^-1 (F^T F)^-1 X_0^-T and u = X_0 phi.
+
+    residual: F u, [m, k], whose squared length is the score. pulled: F^T F u, [m, k].
+    onto: D F u, and mixed: T^T D F u, [m, t]; see `BatchRoot`.
+    """
+
+    residual: Tensor
+    pulled: Tensor
+    onto: Tensor
+    mixed: Tensor
+
+    def row(self, at: int) -> Look:
+        """One of the m, without its dimension."""
+        return Look(*(x[at] for x in self))
+
+
+class BatchRoot:
+    """F = (I - e_t r_t r_t^T) ... (I - e_1 r_1 r_1^T), one factor a pick, as F = I - D^T T D.
+
+    D [t, k] has the residuals r of the picks and T [t, t] is lower triangular (the compact WY form
+    of products of reflections). D D^T is kept as well: with it F u and F^T F u come of two
+    readings of D instead of four, which is most of what a pick costs besides looking at candidates.
+
+    Args:
+        capacity: how many picks there is room for. dim: k. Memory: capacity (k + 2 capacity)
+        float64 numbers.
+    """
+
+    def __init__(self, capacity: int, dim: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self._directions = zeros(capacity, dim)
+        self._triangle = zeros(capacity, capacity)
+        self._gram = zeros(capacity, capacity)
+        self._t = 0
+
+    def __len__(self) -> int:
+        return self._t
+
+    @property
+    def full(self) -> bool:
+        return self._t == len(self._directions)
+
+    def look(self, u: Tensor) -> Look:
+        """F u and what a pick of it needs, for every row u: [m, k]."""
+        t, m = self._t, len(u)
+        if t == 0:
+            nothing = u.new_empty(m, 0)
+            return Look(u, u, nothing, nothing)
+        directions, triangle = self._directions[:t], self._triangle[:t, :t]
+        gram = self._gram[:t, :t]
+        along = u @ directions.T
+        change = along @ triangle.T
+        onto = along - change @ gram
+        left = u.square().sum(dim=1) - (change * (along + onto)).sum(dim=1)  # |F u|^2
+        if bool((left >= _MUCH * u.square().sum(dim=1)).all()):
+            mixed = onto @ triangle
+            changes = torch.cat([change, mixed]) @ directions
+            residual = u - changes[:m]
+            return Look(residual, residual - changes[m:], onto, mixed)
+        # Where little is left of u, D F u is to be that of F u as it was rounded.
+        residual = u - change @ directions
+        onto = residual @ directions.T
+        mixed = onto @ triangle
+        return Look(residual, residual - mixed @ directions, onto, mixed)
+
+    def take(self, look: Look) -> float:
+        """F <- (I - e r r^T) F for r = F u of one vector, so that V grows by phi phi^T.
+
+        Returns:
+            The score |r|^2, before.
+        """
+        t = self._t
+        score = float(look.residual @ look.residual)
+        root = math.sqrt(1 + score)
+        weight = 1 / (root * (1 + root))  # (1 - 1/root) / score
+        self._directions[t] = look.residual
+        self._triangle[t, :t] = look.mixed
+        self._triangle[t, :t] *= -weight
+        self._triangle[t, t] = weight
+        self._gram[t, :t] = look.onto
+        self._gram[:t, t] = look.onto
+        self._gram[t, t] = score
+        self._t += 1
+        return score
