@@ -14,6 +14,10 @@ namespace activedpo {
 namespace {
 
 constexpr std::int64_t kSmallestBlock = 4;
+// Of the directions that a candidate waits for it sees at least so many, or a part of them, before
+// its bound is looked at again: often it need not see the others.
+constexpr std::int64_t kSmallestStep = 32;
+constexpr std::int64_t kStepPart = 4;
 constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
 
 struct Bound {
@@ -67,10 +71,17 @@ class Advance {
         std::pop_heap(heap.begin(), heap.end());
         heap.pop_back();
       }
-      bring_up_to_date(batch);
-      for (const std::int64_t i : batch) best = std::max(best, lower(i));
-      up_to_date.insert(up_to_date.end(), batch.begin(), batch.end());
-      block = std::max(block, static_cast<std::int64_t>(up_to_date.size()));
+      move_on(batch);
+      for (const std::int64_t i : batch) {
+        if (c_.version[i] == d_.count) {
+          best = std::max(best, lower(i));
+          up_to_date.push_back(i);
+        } else {
+          heap.push_back({upper(i), i});
+          std::push_heap(heap.begin(), heap.end());
+        }
+      }
+      block = std::max(block, static_cast<std::int64_t>(bounds.size()));
     }
     // Those that had to be moved, whatever the order: the next pick will be much alike.
     const auto needed = std::count_if(bounds.begin(), bounds.end(),
@@ -107,7 +118,13 @@ class Advance {
     return heap;
   }
 
-  void bring_up_to_date(const std::vector<std::int64_t>& batch) {
+  // Up to which direction a candidate goes next.
+  std::int64_t next_stop(std::int64_t i) const {
+    const std::int64_t waiting = d_.count - c_.version[i];
+    return c_.version[i] + std::min(waiting, std::max(kSmallestStep, waiting / kStepPart));
+  }
+
+  void move_on(const std::vector<std::int64_t>& batch) {
     // The more directions a pair waits for, the fewer pairs are worked on at a time.
     std::size_t begin = 0;
     while (begin < batch.size() && unread < 0) {
@@ -125,12 +142,12 @@ class Advance {
     }
   }
 
-  // A row whose products with directions from `from` on are needed.
+  // A row whose products with directions [from, to) are needed.
   struct Task {
     std::int64_t row;
-    std::int64_t from;
-    std::int64_t start;  // the first direction that it is multiplied with: `from` or before
-    std::int64_t first;  // where that product is in products_
+    std::int64_t from, to;
+    std::int64_t start, end;  // the directions that its panel is multiplied with
+    std::int64_t first;       // where the product with `start` is in products_
   };
 
   void apply(const std::int64_t* batch, std::int64_t count) {
@@ -143,12 +160,18 @@ class Advance {
     // Every thread gets some of a few rows.
     panel_ = std::clamp<std::int64_t>((n_tasks + threads_ - 1) / threads_, 4, kDotRows);
     std::int64_t room = 0;
-    for (std::int64_t t = 0; t < n_tasks; ++t) {
-      Task& task = tasks[static_cast<std::size_t>(t)];
-      task.start = tasks[static_cast<std::size_t>(t / panel_ * panel_)].from;
-      task.first = room;
-      room += d_.count - task.start;
-      m_.place[task.row] = static_cast<std::int32_t>(t);
+    for (std::int64_t begin = 0; begin < n_tasks; begin += panel_) {
+      Task* const first = tasks.data() + begin;
+      Task* const last = tasks.data() + std::min(n_tasks, begin + panel_);
+      std::int64_t end = 0;
+      for (const Task* task = first; task != last; ++task) end = std::max(end, task->to);
+      for (Task* task = first; task != last; ++task) {
+        task->start = first->from;
+        task->end = end;
+        task->first = room;
+        room += end - first->from;
+        m_.place[task->row] = static_cast<std::int32_t>(task - tasks.data());
+      }
     }
     if (static_cast<std::int64_t>(products_.size()) < room) {
       products_.resize(static_cast<std::size_t>(room));
@@ -168,17 +191,19 @@ class Advance {
     for (std::int64_t j = 0; j < count; ++j) {
       const std::int64_t i = batch[j];
       if (c_.score[i] + c_.doubt[i] == 0) continue;  // a zero feature stays one
+      const std::int64_t to = next_stop(i);
       for (int side = 0; side < 2; ++side) {
         const std::int64_t row = c_.pairs[2 * i + side];
         const std::int64_t from = kept() ? m_.row_version[row] : c_.version[i];
-        if (from == d_.count) continue;  // known from another pair
+        if (from >= to) continue;  // known from another pair
         std::int32_t& place = m_.place[row];
         if (place < 0) {
           place = static_cast<std::int32_t>(tasks.size());
-          tasks.push_back({row, from, 0, 0});
+          tasks.push_back({row, from, to, 0, 0, 0});
         }
         Task& task = tasks[static_cast<std::size_t>(place)];
         task.from = std::min(task.from, from);
+        task.to = std::max(task.to, to);
       }
     }
     return tasks;
@@ -202,14 +227,14 @@ class Advance {
       if (unread >= 0) continue;
       dots<T>(products_.data() + task->first, numbers, here, k_,
               static_cast<const S*>(d_.unit) + task->start * d_.stride, d_.stride,
-              d_.count - task->start, dots_room_.of(thread_number()));
+              task->end - task->start, dots_room_.of(thread_number()));
       for (std::int64_t r = 0; kept() && r < here; ++r) {
         const double* product = products_.data() + task[r].first - task[r].start;
         S* target = kept_products(task[r].row);
-        for (std::int64_t s = task[r].from; s < d_.count; ++s) {
+        for (std::int64_t s = task[r].from; s < task->end; ++s) {
           target[s] = static_cast<S>(product[s]);
         }
-        m_.row_version[task[r].row] = static_cast<std::int32_t>(d_.count);
+        m_.row_version[task[r].row] = static_cast<std::int32_t>(task->end);
       }
     }
   }
@@ -220,26 +245,28 @@ class Advance {
   }
 
   void lower_score(std::int64_t i, const std::vector<Task>& tasks) {
-    if (c_.score[i] + c_.doubt[i] > 0) {
-      const std::int64_t a = c_.pairs[2 * i], b = c_.pairs[2 * i + 1];
-      if (kept()) {
-        lower_score(i, kept_products(a), kept_products(b));
-      } else {
-        const Task& first = tasks[static_cast<std::size_t>(m_.place[a])];
-        const Task& second = tasks[static_cast<std::size_t>(m_.place[b])];
-        lower_score(i, products_.data() + first.first - first.start,
-                    products_.data() + second.first - second.start);
-      }
+    const std::int64_t a = c_.pairs[2 * i], b = c_.pairs[2 * i + 1];
+    if (c_.score[i] + c_.doubt[i] == 0) {
+      c_.version[i] = static_cast<std::int32_t>(d_.count);
+    } else if (kept()) {
+      lower_score(i, kept_products(a), kept_products(b),
+                  std::min(m_.row_version[a], m_.row_version[b]));
+    } else {
+      const Task& first = tasks[static_cast<std::size_t>(m_.place[a])];
+      const Task& second = tasks[static_cast<std::size_t>(m_.place[b])];
+      lower_score(i, products_.data() + first.first - first.start,
+                  products_.data() + second.first - second.start,
+                  std::min(first.end, second.end));
     }
-    c_.version[i] = static_cast<std::int32_t>(d_.count);
   }
 
+  // The score after the directions before `to`.
   template <typename P>
-  void lower_score(std::int64_t i, const P* at_first, const P* at_second) {
+  void lower_score(std::int64_t i, const P* at_first, const P* at_second, std::int64_t to) {
     double score = c_.score[i], doubt = c_.doubt[i], inherited = c_.inherited[i];
     const double first_divisor = c_.row_divisor[c_.pairs[2 * i]];
     const double second_divisor = c_.row_divisor[c_.pairs[2 * i + 1]];
-    for (std::int64_t s = c_.version[i]; s < d_.count; ++s) {
+    for (std::int64_t s = c_.version[i]; s < to; ++s) {
       const double f = (static_cast<double>(at_first[s]) / first_divisor -
                         static_cast<double>(at_second[s]) / second_divisor) /
                        c_.pair_divisor[i] * d_.norm[s];
@@ -254,6 +281,7 @@ class Advance {
     c_.score[i] = score;
     c_.doubt[i] = doubt;
     c_.inherited[i] = inherited;
+    c_.version[i] = static_cast<std::int32_t>(to);
   }
 
   const RowSource& rows_;

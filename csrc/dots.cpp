@@ -14,13 +14,19 @@ constexpr std::int64_t kFew = 8;  // directions up to which rows are read one af
 // The sum of a vector's numbers, halves first.
 template <typename S, typename Vector>
 ACTIVEDPO_INLINE double lane_sum(const Vector& vector) {
-  constexpr int width = 64 / sizeof(S);
-  S lane[width];
-  std::memcpy(lane, &vector, sizeof lane);
-  for (int half = width / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  typedef S Low __attribute__((vector_size(32)));
+  typedef S Quarter __attribute__((vector_size(16)));
+  Low h[2];
+  std::memcpy(h, &vector, sizeof h);
+  const Low half = h[0] + h[1];
+  Quarter q[2];
+  std::memcpy(q, &half, sizeof q);
+  const Quarter quarter = q[0] + q[1];
+  if constexpr (sizeof(S) == 4) {
+    return static_cast<double>((quarter[0] + quarter[2]) + (quarter[1] + quarter[3]));
+  } else {
+    return quarter[0] + quarter[1];
   }
-  return static_cast<double>(lane[0]);
 }
 
 // sums[r * n_w + s] += row[r] . w[s] over `count` numbers, a multiple of kDotAlign.

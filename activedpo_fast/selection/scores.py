@@ -99,8 +99,8 @@ class RunningScores:
     def score(self, index: int) -> float:
         """One candidate's score, afresh."""
         # Not by `refresh`: the candidate may be stale, and stay one.
-        residual = self._whiten(self._features.at(torch.tensor([index])))[1]
-        return float(residual.square().sum())
+        phi = self._features.at(torch.tensor([index]))
+        return float(self._batch.look(self._information.whiten(phi)).residual.square().sum())
 
     def refresh(self, indices: Tensor) -> None:
         """Compute the scores of `indices` anew, from the root of V.

@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection import normalize
+from activedpo_fast.features.stored_rows import StoredRows
+from activedpo_fast.selection import normalize, scores
 from activedpo_fast.selection.greedy import greedy_logdet, rank_top
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
@@ -27,7 +29,7 @@ NORMALIZE = ("response", "pair", None)
 
 def examples(quick):
     """How many: the fuzz profile looks at more."""
-    return quick * (10 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 1)
+    return quick * (20 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 1)
 
 
 def unit_or_zero(rows):
@@ -151,10 +153,11 @@ def rules(draw, n_pairs, first, n, typical):
 
 @given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
        kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labelled=st.integers(0, 5),
-       weighted=st.booleans(), any_pairs=st.booleans(), ruled=st.booleans(), data=st.data())
+       weighted=st.booleans(), any_pairs=st.booleans(), ruled=st.booleans(),
+       batch=st.sampled_from([3, 2048]), data=st.data())
 @settings(max_examples=examples(200), deadline=None)
 def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, log_norm, labelled,
-                                              weighted, any_pairs, ruled, data):
+                                              weighted, any_pairs, ruled, batch, data):
     # Norms of one case span two decades, and without normalisation stay where the brute force can
     # tell candidates apart; the exact test below has the rest.
     log_norm = min(log_norm, 1.0) if how is None else log_norm
@@ -183,6 +186,7 @@ def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, 
         information = InformationMatrix(rows.shape[1], lam=10**log_lam, kappa=kappa)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ACTIVEDPO_BACKEND", backend)
+            patch.setattr(scores, "_BATCH", batch)
             got = greedy_logdet(
                 rows, pairs, n, lam=10**log_lam, kappa=kappa, normalize=how, weights=weights,
                 history=history if labelled else None, information=information,
@@ -205,34 +209,38 @@ def test_same_picks_as_brute_force_at_tiny_lambda(how, lam):
     assert_same(got, information, brute_force(phi, phi[:0], len(pairs), lam, tie=1e-9))
 
 
-def falling_scores(phi, n, ridge, inverse_cost=None, tie=1e-11):
-    """As `brute_force`, for more candidates: V^-1 and all scores change by Sherman-Morrison."""
+def replay(phi, picks, ridge, inverse_cost):
+    """Scores and log det of given picks, all by Sherman-Morrison; each must be the best, and the
+    first of its copies."""
     inverse = torch.eye(phi.shape[1], dtype=torch.float64) / ridge
     score = phi.square().sum(dim=1) / ridge
-    left, indices, scores = torch.ones(len(phi), dtype=torch.bool), [], []
+    rounding = 1e-12 * score * inverse_cost
+    kind = phi.unique(dim=0, return_inverse=True)[1]
+    left, scores = torch.ones(len(phi), dtype=torch.bool), []
     logdet = phi.shape[1] * math.log(ridge)
-    for _ in range(n):
-        value = score if inverse_cost is None else score * inverse_cost
-        value = torch.where(left, value, -1.0)
-        index = int((value >= value.max() * (1 - tie)).nonzero()[0])
-        indices.append(index)
+    for index in picks:
+        value = torch.where(left, score * inverse_cost, -1.0)
+        assert left[index] and (value <= value[index] + rounding + rounding[index]).all()
+        copies = left[:index] & (kind[:index] == kind[index])
+        assert not (copies & (inverse_cost[:index] >= inverse_cost[index])).any()
         left[index] = False
         w = inverse @ phi[index]
-        gain = float(phi[index] @ w)
-        scores.append(gain)
-        logdet += math.log1p(gain)
-        inverse -= torch.outer(w, w) / (1 + gain)
-        score = score - (phi @ w).square() / (1 + gain)
-    return indices, scores, logdet
+        scores.append(float(phi[index] @ w))
+        logdet += math.log1p(scores[-1])
+        inverse -= torch.outer(w, w) / (1 + scores[-1])
+        score = score - (phi @ w).square() / (1 + scores[-1])
+    return scores, logdet
 
 
 @given(seed=st.integers(0, 2**20), n_items=st.integers(60, 500), responses=st.integers(2, 4),
        k=st.one_of(st.integers(64, 512), st.sampled_from([64, 128, 511, 512])),
        n=st.integers(1, 120), dtype=storages, how=st.sampled_from(NORMALIZE),
        lam=st.sampled_from([0.03, 1.0, 100.0]), spread=st.sampled_from([0.0, 0.5, 2.0]),
-       rank=st.sampled_from([8, 64, None]), costs=st.booleans(), kept=st.booleans())
+       rank=st.sampled_from([8, 64, None]), costs=st.booleans(), kept=st.booleans(),
+       batch=st.sampled_from([16, 2048]))
 @settings(max_examples=examples(30), deadline=None)
-def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, rank, costs, kept):
+def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, rank, costs, kept,
+                      batch):
     """Many blocks of candidates, margins that grow and shrink, panels with rows to spare."""
     rows, pairs = random_case(seed, n_items, responses, k, duplicates=20, zeros=5,
                               log_norms=(-spread, 0.0))
@@ -241,18 +249,21 @@ def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, r
         mix = torch.randn(rank, k, generator=generator, dtype=torch.float64)
         rows = rows[:, :rank] @ mix / rank ** 0.5 + 0.05 * rows
     rows = rows.to(dtype)
-    inverse_cost = None
+    inverse_cost = torch.ones(len(pairs), dtype=torch.float64)
     if costs:
         inverse_cost = 0.1 + torch.rand(len(pairs), generator=generator, dtype=torch.float64)
     n = min(n, len(pairs))
-    expected = falling_scores(plain_features(rows, pairs, how), n, lam, inverse_cost)
     information = InformationMatrix(k, lam=lam)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "_BATCH", batch)
         if not kept:
             patch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
         got = greedy_logdet(rows, pairs, n, lam=lam, normalize=how, information=information,
-                            eligible=Rules(inverse_cost).eligible(len(pairs)))
-    assert_same(got, information, expected)
+                            eligible=Rules(inverse_cost if costs else None).eligible(len(pairs)))
+    assert len(got.indices) == n
+    picks = got.indices.tolist()
+    expected = replay(plain_features(rows, pairs, how), picks, lam, inverse_cost)
+    assert_same(got, information, (picks, *expected))
 
 
 @given(
@@ -263,10 +274,11 @@ def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, r
     how=st.sampled_from(NORMALIZE), lam=st.sampled_from([1e-6, 1.0, 1e3]),
     log_norm=st.sampled_from([-6.0, 0.0, 6.0, 30.0]),
     spread=st.sampled_from([0.0, 3.0, 12.0, 60.0]), any_pairs=st.booleans(),
+    batch=st.sampled_from([2, 2048]),
 )
 @settings(max_examples=examples(60), deadline=None)
 def test_every_pick_is_the_best_in_exact_arithmetic(case, dtype, how, lam, log_norm, spread,
-                                                    any_pairs):
+                                                    any_pairs, batch):
     """Any norms and any lambda: also where no float64 inverse of V has a correct digit."""
     # Unless it is of 60 decades, the spread stays within what each dtype can hold.
     log_norm = 30.0 if spread == 60.0 else log_norm
@@ -278,23 +290,26 @@ def test_every_pick_is_the_best_in_exact_arithmetic(case, dtype, how, lam, log_n
     phi = features.at(torch.arange(len(pairs)))
     # The resolution that InformationMatrix promises for the root of a score.
     resolution = InformationMatrix(rows.shape[1], lam=lam).error_scale() * features.size
-    got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "_BATCH", batch)
+        got = greedy_logdet(rows, pairs, len(pairs), lam=lam, normalize=how)
     assert sorted(got.indices.tolist()) == list(range(len(pairs)))
     left = list(range(len(pairs)))
     allowed = resolution.tolist()
     for step, index in enumerate(got.indices.tolist()):
         chosen = phi[got.indices[:step]]
-        scores = dict(enumerate(exact_scores(chosen, phi, Fraction(lam))))
-        root = float(scores[index]) ** 0.5
+        exact = dict(enumerate(exact_scores(chosen, phi, Fraction(lam))))
+        root = float(exact[index]) ** 0.5
         # No other is better by more than both roots may be off, and the score is right.
         for i in left:
-            assert float(scores[i]) ** 0.5 - root <= 2 * (allowed[i] + allowed[index])
+            assert float(exact[i]) ** 0.5 - root <= 2 * (allowed[i] + allowed[index])
         assert abs(float(got.scores[step]) ** 0.5 - root) <= allowed[index]
         if root > 0:
             # For each earlier pick the angle by which its rounding turns the rest.
             angle = float(resolution[index]) / root
-            allowed = [was + 2 * angle * float(scores[i]) ** 0.5 for i, was in enumerate(allowed)]
-        assert not any(scores[i] >= scores[index] for i in left if i < index)
+            allowed = [was + 2 * angle * float(exact[i]) ** 0.5 for i, was in enumerate(allowed)]
+        # A later one may be picked for a tie, but no later one than the best.
+        assert index <= min(left, key=lambda i: (-exact[i], i))
         left.remove(index)
 
 
@@ -311,6 +326,20 @@ def test_pairs_that_differ_by_less_than_rounding_accumulates_are_told_apart():
     assert order[-2:] == [0, 1]
     order = greedy_logdet(rows, pairs.flip(0), 32, normalize=None).indices.tolist()
     assert order[-2:] == [31, 30]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_what_is_left_of_features_that_are_all_but_known_is_told_apart(backend, monkeypatch):
+    """Scores fall from 1e19 to 0.1, and what earlier picks are off by is a small part of that."""
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", backend)
+    rows, pairs = random_case(0, 2, 3, 2, duplicates=0, zeros=1, log_norms=(6.0, 6.0))
+    got = greedy_logdet(rows, pairs, 6, normalize=None, lam=1e-6)
+    phi = plain_features(rows, pairs, None)
+    for step, index in enumerate(got.indices.tolist()):
+        exact = exact_scores(phi[got.indices[:step]], phi, Fraction(1e-6))
+        left = set(range(6)) - set(got.indices[:step].tolist())
+        assert float(exact[index]) >= max(float(exact[i]) for i in left) * (1 - 1e-12)
+        assert float(got.scores[step]) == pytest.approx(float(exact[index]), rel=1e-5)
 
 
 @pytest.mark.parametrize("how", NORMALIZE)
@@ -408,6 +437,17 @@ def test_most_rows_are_looked_at_a_few_times_only(dtype):
     assert int(got.touched.max()) <= len(rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_on_disk_are_as_good_as_in_memory(dtype, tmp_path):
+    rows, pairs = random_case(8, 60, 3, 40, duplicates=5, zeros=2)
+    rows = rows.to(dtype)
+    save_file({"gradients": rows}, tmp_path / "rows.safetensors")
+    stored = StoredRows.open([tmp_path / "rows.safetensors"])
+    want = greedy_logdet(rows, pairs, 50, history=(rows[:9], pairs[:3]))
+    got = greedy_logdet(stored, pairs, 50, history=(stored.select(torch.arange(9)), pairs[:3]))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("n, message", [
     (4, "4 pairs are asked for, but there are only 3"), (-1, "0 or more"), (1.5, "integer"),
 ])
@@ -432,6 +472,8 @@ def test_bad_rows():
         greedy_logdet(torch.ones(5, 2), pairs, 1)
     with pytest.raises(ActiveDPOError, match="floating"):
         greedy_logdet(torch.ones(6, 2, dtype=torch.int64), pairs, 1)
+    with pytest.raises(ActiveDPOError, match="too large"):
+        greedy_logdet(torch.eye(6, 2).double() * 1e150, pairs, 1, normalize=None, lam=1e-10)
     with pytest.raises(ActiveDPOError, match="normalize"):
         greedy_logdet(torch.ones(6, 2), pairs, 1, normalize="rows")
     with pytest.raises(ActiveDPOError, match="lam"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.score_ops import ScoreState, advance, pair_lengths
+from activedpo_fast.selection import scores as scores_module
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.scores import RunningScores
+from tests.unit.test_information import exact_scores
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BACKENDS = ["cpp", "reference"]
@@ -227,14 +230,18 @@ class Scene:
         assert int(now.argmax()) in found.tolist()
 
 
-@pytest.fixture(params=[True, False], ids=["kept", "not kept"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.param:
+@pytest.fixture(params=["kept", "not kept", "reference"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """C++ with and without products that are kept for other pairs, and the reference."""
+    monkeypatch.setenv("ACTIVEDPO_BACKEND",
+                       "reference" if request.param == "reference" else "cpp")
+    if request.param == "not kept":
         monkeypatch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_step_of_every_width(backend: str, products: None, dtype: torch.dtype) -> None:
+def test_one_step_of_every_width(way: str, dtype: torch.dtype) -> None:
     for k in [*range(1, 41), 511, 512, 513, 1000]:
         rows = make_rows(19, k, dtype, seed=k)
         rows[4] = 0
@@ -247,7 +254,7 @@ def test_one_step_of_every_width(backend: str, products: None, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("costs", [False, True])
 def test_doubt_bounds_the_error_over_many_steps(
-    backend: str, products: None, dtype: torch.dtype, costs: bool
+    way: str, dtype: torch.dtype, costs: bool
 ) -> None:
     """Candidates leave and come back, some are scored afresh, and several directions come at once:
     scores of many versions."""
@@ -272,7 +279,7 @@ def test_doubt_bounds_the_error_over_many_steps(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_long_wait_for_many_candidates(products: None, dtype: torch.dtype) -> None:
+def test_a_long_wait_for_many_candidates(way: str, dtype: torch.dtype) -> None:
     """More products than are kept at a time, for rows that wait for unlike numbers of them."""
     rows = make_rows(6000, 8, dtype)
     scene = Scene(rows, make_pairs(6000, 5000), steps=700)
@@ -330,11 +337,14 @@ def test_scores_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kept", [True, False])
 def test_scores_from_disk_and_with_threads_are_the_same_bits(
-    products: None, dtype: torch.dtype, tmp_path: Path, threads: None,
+    kept: bool, dtype: torch.dtype, tmp_path: Path, threads: None,
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
+    if not kept:
+        monkeypatch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
     rows = make_rows(333, 45, dtype)
     pairs = make_pairs(333, 700)
     results = []
@@ -354,7 +364,7 @@ def test_scores_from_disk_and_with_threads_are_the_same_bits(
 
 
 def test_a_file_that_was_cut_short(
-    backend: str, products: None, tmp_path: Path, threads: None
+    way: str, tmp_path: Path, threads: None
 ) -> None:
     torch.set_num_threads(2)
     rows = make_rows(300, 45, torch.bfloat16)
@@ -382,11 +392,13 @@ def test_a_file_that_was_cut_short(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [0, 20])
-@pytest.mark.parametrize("lam", [1e-4, 1.0])
+@pytest.mark.parametrize("lam, batch", [(1e-4, 2048), (1.0, 2048), (1e-4, 7)])
 def test_doubt_bounds_the_error_of_a_selection(
-    backend: str, products: None, dtype: torch.dtype, history: int, lam: float
+    way: str, dtype: torch.dtype, history: int, lam: float, batch: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against longer floating-point numbers: the root's rounding, and directions that it turned."""
+    monkeypatch.setattr(scores_module, "_BATCH", batch)
     pairs = make_pairs(120, 200)
     features = PairFeatures(make_rows(120, 40, dtype), pairs, "response")
     phi = features.at(torch.arange(len(pairs)))
@@ -419,3 +431,29 @@ def test_doubt_bounds_the_error_of_a_selection(
         scores.take(int(best.indices[0]))
         eligible.take(int(best.indices[0]))
         root = add(exact[best.indices[0]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_doubt_covers_directions_that_a_dependent_pick_turned(backend: str, seed: int) -> None:
+    """The second pick is all but known: rounding turns what is left of it, and so the others."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.tensor([[1, 0, 0, 0], [1, 1e-4, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1]])
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
+    rows = torch.stack([phi.double() @ turned, torch.zeros(5, 4, dtype=torch.float64)], dim=1)
+    features = PairFeatures(rows.flatten(0, 1), torch.arange(10).reshape(5, 2), None)
+    phi = features.at(torch.arange(5))
+    scores = RunningScores(features, InformationMatrix(4, lam=1e-12), Eligible.everything(5), 2)
+    scores.take(0)
+    scores.take(1)
+    exact = torch.tensor([float(s) for s in exact_scores(phi[:2], phi, Fraction(1e-12))],
+                         dtype=torch.float64)
+    for index in range(2, 5):
+        scores.state.left[:] = torch.arange(5) == index
+        for fresh in (False, True):
+            if fresh:
+                scores.refresh(torch.tensor([index]))
+            else:
+                advance(scores.state)
+            doubt = scores.state.doubt[index]
+            assert (scores.state.score - exact)[index].abs() <= doubt + 16 * EPS * exact[index]
+            assert doubt <= 1e-9 * exact[index]
