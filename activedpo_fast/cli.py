@@ -160,6 +160,7 @@ Examples:
   activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
   activedpo select store --group-by topic --quota maths=20 --quota law=10 --output picked.jsonl
   activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
+  torchrun --nproc-per-node 4 -m activedpo_fast select store --output picked.jsonl
 """)
 def select(
     store: Annotated[Path, typer.Argument(
@@ -195,7 +196,10 @@ def select(
     seed: Annotated[int, typer.Option(help="Of the random picks.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Pick the pairs of a store to label next."""
+    """Pick the pairs of a store to label next.
+
+    Started by torchrun, the processes share the store's rows and make one selection together.
+    """
     with _session(quiet):
         from activedpo_fast.commands import read_rules, select_pairs
 
@@ -272,8 +276,8 @@ def _progress(quiet: bool) -> bool | None:
     return False if quiet else None
 
 
-def _say(quiet: bool, line: str) -> None:
-    if not quiet:
+def _say(quiet: bool, line: str | None) -> None:
+    if not (quiet or line is None):
         typer.echo(line)
 
 

@@ -6,12 +6,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from activedpo_fast import __version__
 from activedpo_fast._texts import check_text, content_id
@@ -36,9 +38,10 @@ from activedpo_fast.models import (
     resolve_source,
 )
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
-from activedpo_fast.selection.signals import TensorSignals
+from activedpo_fast.selection.shares import Shares, pool_text
+from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
-from activedpo_fast.selector import candidate_pairs, compact_rows, make_selection
+from activedpo_fast.selector import candidate_pairs, make_selection
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
 from activedpo_fast.trl import dpo_config
 
@@ -154,49 +157,117 @@ def select_pairs(
     labelled: FilePath | None = None,
     rules: PickRules | None = None,
     show_progress: bool | None = None,
-) -> str:
+) -> str | None:
     """Write the pairs of a feature store to label next to `output`; one line for a person.
 
-    `rules` may make them fewer than `batch_size`.
+    `rules` may make them fewer than `batch_size`. Processes that a launcher such as torchrun has
+    started (WORLD_SIZE in the environment) make one selection together, each with its part of the
+    rows; the first of them writes it, and the others return None.
 
     Raises:
-        ActiveDPOError: bad input; nothing is written then.
+        ActiveDPOError: bad input, or another process failed; nothing is written then.
     """
     started = time.perf_counter()
-    _check_target(output)
-    store = FeatureStore.open(store_path)
-    pool = store.pool()
-    options: dict[str, dict[str, Any]] = {
-        "activedpo": {"lam": lam, "kappa": kappa,
-                      "normalize": None if normalize == "none" else normalize},
-        "random": {"seed": random_seed(seed, pool.fingerprint())},
-    }
-    chosen = make_strategy(strategy, **options.get(strategy, {}))
-    known = undecided = torch.empty(0, 2, dtype=torch.int64)
-    if labelled is not None:
-        known, undecided = read_labelled_pairs(labelled, pool)
-    pairs = candidate_pairs(pool, torch.cat([known, undecided]), store.manifest["skipped"])
-    if batch_size > len(pairs):
-        raise ActiveDPOError(f"--batch-size {batch_size}: there are {len(pairs)} candidate pairs")
-    eligible = None if rules is None else rules.bind(pool, pairs, batch_size)
-    rows = store.rows_on_disk()
-    used, labelled_pairs = compact_rows(torch.arange(len(rows)), known)
-    item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
-    signals = TensorSignals(pairs, item_of_row,
-                            gradients=_at_hand(rows),  # type: ignore[arg-type]
-                            history_gradients=(rows.take(used), labelled_pairs))
-    ranking = chosen.select(signals, batch_size, eligible=eligible, show_progress=show_progress)
-    if eligible is not None:
-        warn_if_fewer(len(ranking.indices), batch_size, eligible)
-    make_selection(pool, pairs, ranking, strategy).to_jsonl(output)
+    with _processes() as group:
+        shares = Shares(group)
+
+        def prepare() -> _Task:
+            if shares.rank == 0:
+                _check_target(output)
+            return _Task.read(store_path, labelled)
+
+        task = shares.check(prepare)
+        pool, pairs, known = task.pool, task.pairs, task.known
+        if group is not None:
+            settings = (batch_size, strategy, normalize, lam, kappa, seed)
+            shares.require_same({
+                "store": pool_text(pool, rules) + repr(task.store.manifest),
+                "--labelled": repr((known.tolist(), task.undecided.tolist())),
+                "rules": repr(rules),
+                "settings": repr(settings),
+            })
+        options: dict[str, dict[str, Any]] = {
+            "activedpo": {"lam": lam, "kappa": kappa,
+                          "normalize": None if normalize == "none" else normalize},
+            "random": {"seed": random_seed(seed, pool.fingerprint())},
+        }
+        chosen = make_strategy(strategy, **options.get(strategy, {}))
+        if batch_size > len(pairs):
+            raise ActiveDPOError(f"--batch-size {batch_size}: there are {len(pairs)} candidate "
+                                 "pairs")
+        part = shares.part(pool)
+        mine = part.pairs(pairs)
+        eligible = None
+        if rules is not None:
+            eligible = rules.bind(pool, pairs, batch_size).part(mine.start, mine.stop)
+        rows, history = shares.check(lambda: _read_rows(task.store, part.rows, known))
+        signals = TensorSignals(pairs[mine.start:mine.stop] - part.rows.start,
+                                part.item_of_row(pool), gradients=rows, history_gradients=history)
+        ranking = chosen.select(signals, batch_size, eligible=eligible, group=group,
+                                show_progress=show_progress)
+        if shares.rank > 0:
+            return None
+        picked = len(ranking.indices)
+        if eligible is not None:
+            warn_if_fewer(picked, batch_size, eligible)
+        make_selection(pool, pairs, ranking, strategy).to_jsonl(output)
     gain = ""
     if strategy == "activedpo":
         # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
         gain = f", log det V + {sum(math.log1p(s) for s in ranking.scores.tolist()):.4g}"
-    history = f" and {len(known)} labelled" if len(known) else ""
-    picked = len(ranking.indices)
-    return (f"{picked} of {len(pairs)} candidate pairs{history} picked by {strategy}{gain}: "
+    labels = f" and {len(known)} labelled" if len(known) else ""
+    return (f"{picked} of {len(pairs)} candidate pairs{labels} picked by {strategy}{gain}: "
             f"{output} ({time.perf_counter() - started:.1f} s)")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A store, its pool, and pairs of rows, int64 [., 2]: candidates, labelled, undecided."""
+
+    store: FeatureStore
+    pool: PreferencePool
+    pairs: torch.Tensor
+    known: torch.Tensor
+    undecided: torch.Tensor
+
+    @classmethod
+    def read(cls, store_path: FilePath, labelled: FilePath | None) -> _Task:
+        store = FeatureStore.open(store_path)
+        pool = store.pool()
+        known = undecided = torch.empty(0, 2, dtype=torch.int64)
+        if labelled is not None:
+            known, undecided = read_labelled_pairs(labelled, pool)
+        pairs = candidate_pairs(pool, torch.cat([known, undecided]), store.manifest["skipped"])
+        return cls(store, pool, pairs, known, undecided)
+
+
+@contextmanager
+def _processes() -> Iterator[dist.ProcessGroup | None]:
+    """The processes that a launcher has started together; None for one that is alone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        yield None
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ActiveDPOError(f"WORLD_SIZE is {size}, but the processes cannot be connected (use "
+                             f"torchrun, or unset it): {reason}") from None
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _read_rows(
+    store: FeatureStore, own: range, known: torch.Tensor
+) -> tuple[torch.Tensor | StoredRows, History]:
+    """The gradient rows numbered `own`, and those of the labelled pairs `known`."""
+    rows = store.rows_on_disk()
+    used, pairs = torch.unique(known, return_inverse=True)
+    mine = rows.select(torch.arange(own.start, own.stop))
+    return _at_hand(mine), (rows.take(used), pairs.view(-1, 2))
 
 
 def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.greedy import check_n
 from activedpo_fast.selection.result import Pick, Selection
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
+from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, Signals
 from activedpo_fast.selection.strategies import Strategy, make_strategy
 from activedpo_fast.tokenization import (
@@ -138,6 +140,7 @@ class ActiveDPOSelector:
         *,
         labelled: Labelled | None = None,
         rules: PickRules | None = None,
+        group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
     ) -> Selection:
         """Choose `n` pairs of `pool`, best first.
@@ -150,27 +153,44 @@ class ActiveDPOSelector:
                 `pool` that is among them (same id, prompt and responses) is no candidate.
             rules: what the picks have to observe besides. There may then be fewer than n, which
                 the log says.
-            show_progress: True, False, or None for a bar on terminals only.
+            group: the processes that select together: pass `torch.distributed.group.WORLD` under
+                torchrun or `accelerate launch`. Each has the same model (not wrapped in DDP, whose
+                `.module` it is) and calls `select` with the same arguments; each takes the
+                features of its own stretch of the pool and of the labelled pairs, and all return
+                the selection that one process would. They wait for the slowest, so the group's
+                timeout has to be longer than features of one part may take. Default: this process
+                is alone.
+            show_progress: True, False, or None for a bar on terminals only; the first process of a
+                group alone shows it.
 
         Returns:
             The picks. `last_timings` then has the seconds spent in "features" and in "select".
 
         Raises:
             ActiveDPOError: fewer than n candidates (before any rule); rules that do not fit the
-                pool or leave no candidate; a pool or model that cannot be handled.
+                pool or leave no candidate; a pool or model that cannot be handled; another process
+                of the group failed, was lost, or has other arguments, settings or weights. All
+                processes raise then.
         """
         started = time.perf_counter()
         history = [pick for selection in _as_list(labelled) for pick in selection]
-        signals = _ModelSignals(self, pool, history, show_progress)
+        shares = Shares(group)
         strategy = self._make_strategy(pool.fingerprint())
-        n = check_n(n, len(signals.pairs))
-        eligible = None if rules is None else rules.bind(pool, signals.pairs, n)
-        ranking = strategy.select(signals, n, eligible=eligible)
-        if eligible is not None:
+        if group is not None:
+            self._require_same(shares, pool, n, history, rules, strategy)
+        signals = _ModelSignals(self, pool, history, shares, show_progress)
+        n = check_n(n, len(signals.candidates))
+        eligible = None
+        if rules is not None:
+            eligible = rules.bind(pool, signals.candidates, n)
+            if group is not None:
+                eligible = eligible.part(signals.mine.start, signals.mine.stop)
+        ranking = strategy.select(signals, n, eligible=eligible, group=group)
+        if eligible is not None and shares.rank == 0:
             warn_if_fewer(len(ranking.indices), n, eligible)
         total = time.perf_counter() - started
         self.last_timings = {"features": signals.seconds, "select": total - signals.seconds}
-        return make_selection(pool, signals.pairs, ranking, strategy.name)
+        return make_selection(pool, signals.candidates, ranking, strategy.name)
 
     def tokenize(self, pool: PreferencePool, *, show_progress: bool | None = None) -> TokenizedPool:
         """The tokens that features are taken of; the same as DPOTrainer trains on."""
@@ -186,27 +206,63 @@ class ActiveDPOSelector:
             options["seed"] = random_seed(self.seed, pool_fingerprint)
         return make_strategy(self.strategy, **{**options, **self._strategy_options})
 
+    def _require_same(
+        self, shares: Shares, pool: PreferencePool, n: int, history: list[Pick],
+        rules: PickRules | None, strategy: Strategy,
+    ) -> None:
+        """Raise `ActiveDPOError` unless all processes were given the same."""
+        options = {name: value for name, value in vars(strategy).items()
+                   if isinstance(value, (str, int, float, type(None)))}
+        extractor = self.extractor
+        shares.require_same(
+            {
+                "pool": pool_text(pool, rules),
+                "n": repr(n),
+                "labelled": repr([(pick.id, pick.prompt, pick.responses) for pick in history]),
+                "rules": repr(rules),
+                "strategy": repr((strategy.name, sorted(options.items()))),
+                "sketch": repr(extractor.sketch),
+                "beta or precision": repr((extractor.beta, extractor.precision)),
+                "tokenization": repr(sorted(self._tokenization.items())),
+            },
+            {"norm of the trainable weights": _norm(self.model)},
+        )
+
 
 class _ModelSignals(Signals):
-    """Signals taken from the model when a strategy asks for them; keeps the seconds spent."""
+    """Signals taken from the model when a strategy asks for them; keeps the seconds spent.
+
+    They are those of this process's part of the pool. The features of labelled pairs are taken by
+    all processes together.
+
+    Attributes:
+        candidates: int64 [N, 2], the candidate pairs of the whole pool.
+        mine: which of them are of this process's part: `pairs`, there numbered from its first row.
+    """
 
     def __init__(
         self,
         selector: ActiveDPOSelector,
         pool: PreferencePool,
         history: list[Pick],
+        shares: Shares,
         show_progress: bool | None,
     ) -> None:
         self._selector = selector
-        self._show_progress = show_progress
+        self._shares = shares
+        self._show_progress = show_progress if shares.rank == 0 else False
         self._cache: dict[str, Any] = {}
         self.seconds = 0.0
-        self._tokenized: TokenizedPool = self._once(
-            "tokenized", lambda: selector.tokenize(pool, show_progress=show_progress))
-        counts = pool.response_offsets.diff()
-        self.item_of_row = torch.repeat_interleave(torch.arange(len(pool)), counts)
+        part = shares.part(pool)
+        self._rows = part.rows
+        self._tokenized: TokenizedPool = self._taken("tokenized", lambda: selector.tokenize(
+            pool[part.items.start:part.items.stop], show_progress=self._show_progress))
+        skipped = torch.tensor(self._tokenized.skipped, dtype=torch.int64) + part.items.start
         self._in_pool, self._elsewhere = split_history(pool, history)
-        self.pairs = candidate_pairs(pool, self._in_pool, self._tokenized.skipped)
+        self.candidates = candidate_pairs(pool, self._in_pool, shares.gather(skipped).tolist())
+        self.mine = part.pairs(self.candidates)
+        self.pairs = self.candidates[self.mine.start:self.mine.stop] - part.rows.start
+        self.item_of_row = part.item_of_row(pool)
 
     def gradients(self, *, relative: bool = False) -> torch.Tensor:
         def take() -> torch.Tensor:
@@ -215,7 +271,7 @@ class _ModelSignals(Signals):
             self._cache.setdefault("logps", rows.logps)  # they come for free
             return rows.gradients
 
-        return self._once(f"gradients {relative=}", take)
+        return self._taken(f"gradients {relative=}", take)
 
     def history_gradients(self, *, relative: bool = False) -> History:
         def take(tokens: TokenizedPool) -> torch.Tensor:
@@ -229,7 +285,7 @@ class _ModelSignals(Signals):
 
     def hidden(self) -> torch.Tensor:
         extractor = self._selector.extractor
-        return self._once("hidden", lambda: extractor.hidden(
+        return self._taken("hidden", lambda: extractor.hidden(
             self._tokenized, show_progress=self._show_progress))
 
     def history_hidden(self) -> History:
@@ -241,7 +297,7 @@ class _ModelSignals(Signals):
 
     def logps(self) -> torch.Tensor:
         extractor = self._selector.extractor
-        return self._once("logps", lambda: extractor.logps(
+        return self._taken("logps", lambda: extractor.logps(
             self._tokenized, show_progress=self._show_progress))
 
     def history_logps(self) -> History:
@@ -253,7 +309,7 @@ class _ModelSignals(Signals):
         ))
 
     def ref_logps(self) -> torch.Tensor:
-        return self._once("ref_logps", lambda: self._reference_logps(self._tokenized))
+        return self._taken("ref_logps", lambda: self._reference_logps(self._tokenized))
 
     def history_ref_logps(self) -> History:
         return self._once("history_ref_logps", lambda: self._history(
@@ -267,16 +323,32 @@ class _ModelSignals(Signals):
             self.seconds = before + time.perf_counter() - started
         return self._cache[name]
 
+    def _taken(self, name: str, compute: Callable[[], Any]) -> Any:
+        """As `_once`, of what each process takes of its own part."""
+        return self._once(name, lambda: self._shares.check(compute))
+
     def _history(
         self, rows: torch.Tensor, extract: Callable[[TokenizedPool], torch.Tensor]
     ) -> History:
-        inside, pairs_inside = compact_rows(rows, self._in_pool)
+        """Rows and pairs of all that is labelled, the same in all processes."""
+        used, pairs_inside = torch.unique(self._in_pool, return_inverse=True)
+        pairs_inside = pairs_inside.view(-1, 2)
+        mine = used[(used >= self._rows.start) & (used < self._rows.stop)] - self._rows.start
+        inside = self._shares.gather(rows[mine])
         if not self._elsewhere:
             return inside, pairs_inside
-        others = Selection(tuple(self._elsewhere), strategy="history").as_pool()
-        outside = extract(self._once("outside tokens", lambda: self._selector.tokenize(others)))
-        pairs_outside = torch.arange(2 * len(others)).view(-1, 2) + len(inside)
+        tokens = self._taken("outside tokens", self._outside_tokens)
+        outside = self._shares.gather(self._shares.check(
+            lambda: rows[:0] if tokens is None else extract(tokens)))
+        pairs_outside = torch.arange(2 * len(self._elsewhere)).view(-1, 2) + len(inside)
         return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
+
+    def _outside_tokens(self) -> TokenizedPool | None:
+        """Of this process's stretch of the labelled pairs that are not in the pool, if any."""
+        mine = self._elsewhere[self._shares.stretch(len(self._elsewhere))]
+        if not mine:
+            return None
+        return self._selector.tokenize(Selection(tuple(mine), strategy="history").as_pool())
 
     def _reference_logps(self, tokens: TokenizedPool) -> torch.Tensor:
         selector, extractor = self._selector, self._selector.extractor
@@ -335,12 +407,6 @@ def split_history(
     return torch.tensor(inside, dtype=torch.int64).view(-1, 2), elsewhere
 
 
-def compact_rows(rows: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Only the rows that `pairs` names, and the pairs renumbered to them."""
-    used, renumbered = torch.unique(pairs, return_inverse=True)
-    return rows[used], renumbered.view(-1, 2)
-
-
 def make_selection(
     pool: PreferencePool, pairs: torch.Tensor, ranking: Any, strategy: str
 ) -> Selection:
@@ -361,6 +427,13 @@ def _rows_of(item: PoolItem, pick: Pick, offset: int) -> list[int] | None:
         return None
     rows = [offset + item.responses.index(r) for r in pick.responses if r in item.responses]
     return rows if len(rows) == 2 else None
+
+
+def _norm(model: PreTrainedModel | PeftModel) -> float:
+    """Of all trainable weights together."""
+    norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).cpu()
+             for p in model.parameters() if p.requires_grad]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _as_list(labelled: Labelled | None) -> list[Selection]:

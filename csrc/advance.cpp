@@ -16,8 +16,8 @@ namespace {
 constexpr std::int64_t kSmallestBlock = 4;
 // Of the directions that a candidate waits for it sees at least so many, or a part of them, before
 // its bound is looked at again: often it need not see the others.
-constexpr std::int64_t kSmallestStep = 32;
-constexpr std::int64_t kStepPart = 4;
+constexpr std::int64_t kSmallestStep = 64;
+constexpr std::int64_t kStepPart = 2;
 constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
 
 struct Bound {

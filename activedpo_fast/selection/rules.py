@@ -209,6 +209,22 @@ class Eligible:
         """No rules: every candidate may be picked."""
         return cls(torch.ones(n_candidates, dtype=torch.bool))
 
+    def part(self, start: int, end: int) -> Eligible:
+        """The same rules for the candidates from `start` to before `end`, before any pick.
+
+        They must have all candidates of their prompts. How much room a group has left is counted
+        by every part: tell it of picks that another one makes (`taken_elsewhere`).
+        """
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[start:end]
+
+        return Eligible(
+            self.left[start:end].clone(), inverse_cost=cut(self.inverse_cost),
+            min_score=self.min_score, n_random=self.n_random, random_order=cut(self.random_order),
+            prompt=cut(self._prompt), max_per_prompt=self._max_per_prompt, group=cut(self._group),
+            room=self._room)
+
     def take(self, index: int) -> int:
         """Candidate `index` is picked: it, and what it makes full, may not be picked any more.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
+
+if TYPE_CHECKING:
+    from activedpo_fast.features.stored_rows import StoredRows
 
 History = tuple[Tensor, Tensor]
 """Rows of the labelled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2].
@@ -27,12 +30,16 @@ class Signals(ABC):
 
     Every method may be expensive (a model is run), so a strategy calls only those that it
     `requires`. A method that a subclass does not provide raises `ActiveDPOError` naming the signal.
+
+    Where several processes select together, each has the signals of its own part of the candidates,
+    numbered from 0, and all have the same histories, of everything that is labelled. A signal then
+    comes to all of them or raises in all.
     """
 
     pairs: Tensor
     item_of_row: Tensor
 
-    def gradients(self, *, relative: bool = False) -> Tensor:
+    def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
         """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k].
 
         With `relative` they may all be less some row of the same prompt's: what uses only
@@ -78,7 +85,7 @@ class TensorSignals(Signals):
     Args:
         pairs: int64 [N, 2], candidate pairs of rows.
         item_of_row: int64 [R].
-        gradients: floating [R, k]; hidden: floating [R, h].
+        gradients: floating [R, k], in memory or `StoredRows`; hidden: floating [R, h].
         logps, ref_logps: floating [R], nats.
         history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
         history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same.
@@ -94,7 +101,7 @@ class TensorSignals(Signals):
         pairs: Tensor,
         item_of_row: Tensor,
         *,
-        gradients: Tensor | None = None,
+        gradients: Tensor | StoredRows | None = None,
         hidden: Tensor | None = None,
         logps: Tensor | None = None,
         ref_logps: Tensor | None = None,
@@ -144,8 +151,10 @@ class TensorSignals(Signals):
             "history_logps": history_logps, "history_ref_logps": history_ref_logps,
         }
 
-    def gradients(self, *, relative: bool = False) -> Tensor:
-        return self._given(self._gradients, "gradients")
+    def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
+        if self._gradients is None:
+            self._missing("gradients")
+        return self._gradients
 
     def hidden(self) -> Tensor:
         return self._given(self._hidden, "hidden")
@@ -170,7 +179,7 @@ class TensorSignals(Signals):
         numbers, pairs = self._history("history_ref_logps", self.ref_logps)
         return numbers.to(torch.float64), pairs
 
-    def _history(self, name: str, current: Callable[[], Tensor]) -> History:
+    def _history(self, name: str, current: Callable[[], Tensor | StoredRows]) -> History:
         given = self._histories[name]
         if given is not None:
             return given
@@ -184,9 +193,10 @@ class TensorSignals(Signals):
         return tensor
 
 
-def empty_history(rows: Tensor) -> History:
+def empty_history(rows: Tensor | StoredRows) -> History:
     """A history without labelled pairs, of the width, dtype and device of `rows` [R, ...]."""
-    return rows[:0], torch.empty(0, 2, dtype=torch.int64, device=rows.device)
+    pairs = torch.empty(0, 2, dtype=torch.int64, device=rows.device)
+    return (rows[:0] if isinstance(rows, Tensor) else rows.take(pairs[:, 0])), pairs
 
 
 def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
@@ -209,7 +219,7 @@ def _check_vector(values: Tensor, name: str) -> None:
                              f"{values.dtype} {list(values.shape)}")
 
 
-def _check_matrix(rows: Tensor, name: str) -> None:
+def _check_matrix(rows: Tensor | StoredRows, name: str) -> None:
     if rows.ndim != 2 or not rows.is_floating_point():
         raise ActiveDPOError(
             f"{name} must be a floating-point matrix [R, k], not {rows.dtype} {list(rows.shape)}"

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.greedy import Ranking, add_all, check_n, greedy_logdet, rank_top
 from activedpo_fast.selection.information import InformationMatrix, check_positive
 from activedpo_fast.selection.normalize import Normalize, PairFeatures, check_normalize
+from activedpo_fast.selection.ranks import Ranks
 from activedpo_fast.selection.rules import Eligible, random_order
 from activedpo_fast.selection.signals import Signals
 
 __all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
            "Random", "Ranking", "Strategy", "make_strategy"]
+
+Result = TypeVar("Result")
 
 
 class Strategy(ABC):
@@ -36,17 +41,20 @@ class Strategy(ABC):
     @abstractmethod
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         """The n candidate pairs to label, best first; ties to the lowest index.
 
         Args:
             eligible: which candidates may be picked (see `PickRules.bind`); all, by default. It is
                 used up. There may be fewer picks than n then. Random ones come first.
+            group: processes that select together, each with the signals (and `eligible`) of its
+                part of the candidates: whole prompts, numbered through rank after rank. All get
+                the ranking that one process with all of them would.
 
         Raises:
             ActiveDPOError: n is not an integer from 0 to the number of candidate pairs, or a signal
-                is missing or not finite.
+                is missing or not finite; another process of the group failed or was lost.
         """
 
     @classmethod
@@ -76,15 +84,15 @@ class ActiveDPO(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        check_n(n, len(signals.pairs))
+        _Part.of(signals, n, group)
         # Only the normalisation by response looks at rows by themselves.
         relative = self.normalize != "response"
         return greedy_logdet(
             signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,
             normalize=self.normalize, history=signals.history_gradients(relative=relative),
-            eligible=eligible, show_progress=show_progress,
+            eligible=eligible, group=group, show_progress=show_progress,
         )
 
 
@@ -125,14 +133,14 @@ class AdpoPlus(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        check_n(n, len(signals.pairs))
+        part = _Part.of(signals, n, group)
         relative = self.normalize != "response"
         # The gradients first: log-probabilities may come with them for free.
         rows = signals.gradients(relative=relative)
         history = signals.history_gradients(relative=relative)
-        margin, _ = _margins(signals, self.beta)
+        margin, _ = _margins(signals, self.beta, part)
         labelled = _history_margins(signals, self.beta)
         if len(labelled) != len(history[1]):
             raise ActiveDPOError(f"{len(history[1])} labelled pairs have gradients, but "
@@ -140,7 +148,7 @@ class AdpoPlus(Strategy):
         return greedy_logdet(
             rows, signals.pairs, n, lam=self.lam, kappa=self.kappa, normalize=self.normalize,
             history=history, weights=_uncertainty(margin), history_weights=_uncertainty(labelled),
-            eligible=eligible, show_progress=show_progress,
+            eligible=eligible, group=group, show_progress=show_progress,
         )
 
 
@@ -163,17 +171,18 @@ class Random(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        n = check_n(n, len(signals.pairs))
+        part = _Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
         if eligible.min_score > 0:
             raise ActiveDPOError("min_score: the strategy 'random' has no scores to compare with "
                                  f"{eligible.min_score}")
-        eligible.n_random = n
-        eligible.random_order = random_order(len(signals.pairs), self.seed)
+        eligible.n_random = part.n
+        order = random_order(part.total, self.seed)
+        eligible.random_order = order[part.offset:part.offset + len(signals.pairs)]
         zeros = torch.zeros(len(signals.pairs), dtype=torch.float64)
-        return rank_top(zeros, zeros, n, eligible)
+        return rank_top(zeros, zeros, part.n, eligible, group)
 
 
 @dataclass(frozen=True)
@@ -194,17 +203,23 @@ class Apo(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        check_n(n, len(signals.pairs))
-        candidates = PairFeatures(signals.hidden(), signals.pairs, None)
-        information = InformationMatrix(candidates.dim, lam=self.ridge, device=candidates.device)
-        add_all(information, PairFeatures(*signals.history_hidden(), None))
-        everything = torch.arange(len(candidates))
-        parts = [information.score(z).cpu() for z in candidates.chunks(everything)]
-        scores = torch.cat([candidates.size[:0], *parts])
-        error = information.error_scale() * candidates.size
-        return rank_top(scores, 2 * scores.sqrt() * error + error.square(), n, eligible)
+        part = _Part.of(signals, n, group)
+        hidden, history = signals.hidden(), signals.history_hidden()
+
+        def score() -> tuple[Tensor, Tensor]:
+            candidates = PairFeatures(hidden, signals.pairs, None)
+            information = InformationMatrix(candidates.dim, lam=self.ridge,
+                                            device=candidates.device)
+            add_all(information, PairFeatures(*history, None))
+            everything = torch.arange(len(candidates))
+            parts = [information.score(z).cpu() for z in candidates.chunks(everything)]
+            scores = torch.cat([candidates.size[:0], *parts])
+            error = information.error_scale() * candidates.size
+            return scores, 2 * scores.sqrt() * error + error.square()
+
+        return rank_top(*part.check(score), n, eligible, group)
 
 
 @dataclass(frozen=True)
@@ -238,26 +253,34 @@ class Aplp(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        n = check_n(n, len(signals.pairs))
+        part = _Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
-        margin, doubt = _margins(signals, self.beta)
+        margin, doubt = _margins(signals, self.beta, part)
         scores = margin.abs()
-        drawn = rank_top(scores, doubt, eligible.n_random, eligible)
+        drawn = rank_top(scores, doubt, eligible.n_random, eligible, group)
         eligible.n_random = 0
-        self._close_all_but_the_shortlist(signals, n - len(drawn.indices), eligible)
-        chosen = rank_top(scores, doubt, n - len(drawn.indices), eligible)
+        left = part.n - len(drawn.indices)
+        self._close_all_but_the_shortlist(signals, left, eligible, group)
+        chosen = rank_top(scores, doubt, left, eligible, group)
         return Ranking(torch.cat([drawn.indices, chosen.indices]),
                        torch.cat([drawn.scores, chosen.scores]))
 
-    def _close_all_but_the_shortlist(self, signals: Signals, n: int, eligible: Eligible) -> None:
+    def _close_all_but_the_shortlist(
+        self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
+    ) -> None:
         prompt_of_pair = signals.item_of_row[signals.pairs[:, 0]]
         prompts = prompt_of_pair[eligible.left].unique()  # ascending: ties keep the pool's order
-        entropy = _entropy(_finite(signals.logps(), "logps"), signals.item_of_row)[prompts]
-        keep = min(len(prompts), math.ceil(self.shortlist * n))
-        kept = prompts[rank_top(entropy, _few_ulps(entropy), keep).indices]
-        eligible.left &= torch.isin(prompt_of_pair, kept)
+        entropy = _entropy(signals.logps(), signals.item_of_row)[prompts]
+        offset, total = 0, len(prompts)
+        if group is not None:
+            ranks = Ranks(group, len(prompts))
+            offset, total = ranks.offset, ranks.total
+        keep = min(total, math.ceil(self.shortlist * n))
+        kept = rank_top(entropy, _few_ulps(entropy), keep, group=group).indices - offset
+        mine = kept[(kept >= 0) & (kept < len(prompts))]
+        eligible.left &= torch.isin(prompt_of_pair, prompts[mine])
 
 
 @dataclass(frozen=True)
@@ -277,11 +300,10 @@ class MarginLarge(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        check_n(n, len(signals.pairs))
-        margin, doubt = _margins(signals, self.beta)
-        return rank_top(margin.abs(), doubt, n, eligible)
+        margin, doubt = _margins(signals, self.beta, _Part.of(signals, n, group))
+        return rank_top(margin.abs(), doubt, n, eligible, group)
 
 
 @dataclass(frozen=True)
@@ -303,13 +325,13 @@ class MarginSmall(Strategy):
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        check_n(n, len(signals.pairs))
-        margin, doubt = _margins(signals, self.beta)
+        margin, doubt = _margins(signals, self.beta, _Part.of(signals, n, group))
         # A positive score, and not -|d|, so that dividing it by a cost lowers it.
         scores = torch.sigmoid(-margin.abs())
-        return rank_top(scores, scores * (1 - scores) * doubt + _few_ulps(scores), n, eligible)
+        doubt = scores * (1 - scores) * doubt + _few_ulps(scores)
+        return rank_top(scores, doubt, n, eligible, group)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -334,14 +356,45 @@ def make_strategy(name: str, **options: Any) -> Strategy:
     return STRATEGIES[name](**options)
 
 
-def _margins(signals: Signals, beta: float) -> tuple[Tensor, Tensor]:
+class _Part(NamedTuple):
+    """This process's part of the candidates: all of them, where it is alone.
+
+    n: how many are to be picked of all. offset: the number of its first candidate. total: how many
+    all have.
+    """
+
+    n: int
+    offset: int
+    total: int
+    ranks: Ranks | None
+
+    @classmethod
+    def of(cls, signals: Signals, n: int, group: dist.ProcessGroup | None) -> _Part:
+        """Counts the candidates, and refuses a bad n before signals are taken at great expense."""
+        count = len(signals.pairs)
+        if group is None:
+            return cls(check_n(n, count), 0, count, None)
+        ranks = Ranks(group, count)
+        return cls(check_n(n, ranks.total), ranks.offset, ranks.total, ranks)
+
+    def check(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns; where it raises in one process, all of them raise."""
+        return compute() if self.ranks is None else self.ranks.check(compute)
+
+
+def _margins(signals: Signals, beta: float, part: _Part) -> tuple[Tensor, Tensor]:
     """d of every candidate pair and a bound on its rounding error, both float64 [N]."""
-    logps = _finite(signals.logps(), "logps")
-    ref_logps = _finite(signals.ref_logps(), "ref_logps")
-    first, second = signals.pairs.unbind(1)
-    reward = beta * (logps - ref_logps)
-    size = beta * (logps.abs() + ref_logps.abs())
-    return reward[first] - reward[second], _few_ulps(size[first] + size[second])
+    logps, ref_logps = signals.logps(), signals.ref_logps()
+
+    def compute() -> tuple[Tensor, Tensor]:
+        _finite(logps, "logps")
+        _finite(ref_logps, "ref_logps")
+        first, second = signals.pairs.unbind(1)
+        reward = beta * (logps - ref_logps)
+        size = beta * (logps.abs() + ref_logps.abs())
+        return reward[first] - reward[second], _few_ulps(size[first] + size[second])
+
+    return part.check(compute)
 
 
 def _history_margins(signals: Signals, beta: float) -> Tensor:

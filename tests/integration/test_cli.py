@@ -25,8 +25,11 @@ from activedpo_fast import commands
 from activedpo_fast.cli import main
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.features import extractor
+from activedpo_fast.features.store import FeatureStore
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.signals import TensorSignals
+from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.tokenization import tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
@@ -282,6 +285,34 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
         assert line["score"] == pytest.approx(pick.score, rel=1e-4)
     scores = [line["score"] for line in lines]
     assert scores == sorted(scores, reverse=True)  # gains only shrink within a batch
+
+
+def test_rows_that_stay_on_disk_give_the_same_file(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3]}])
+    for strategy in ("activedpo", "random"):
+        argv = ["select", str(store), "--batch-size", "9", "--labelled", str(labels), "--strategy",
+                strategy, "--output"]
+        assert main([*argv, str(tmp_path / "memory.jsonl")]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(commands, "_IN_MEMORY_BYTES", 0)
+            assert main([*argv, str(tmp_path / "disk.jsonl")]) == 0
+        memory, disk = (_read_jsonl(tmp_path / f"{name}.jsonl") for name in ("memory", "disk"))
+        assert [line.pop("score") for line in disk] == pytest.approx(
+            [line.pop("score") for line in memory], rel=1e-10)
+        assert disk == memory
+
+    # The same without a command; nothing is labelled, so the history is made of no row.
+    rows = FeatureStore.open(store)
+    pool = rows.pool()
+    item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
+    rankings = [
+        make_strategy("activedpo").select(
+            TensorSignals(pool.pairs(), item_of_row, gradients=gradients), 9)
+        for gradients in (rows.load().gradients, rows.rows_on_disk())
+    ]
+    assert rankings[0].indices.tolist() == rankings[1].indices.tolist()
 
 
 def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: Path) -> None:

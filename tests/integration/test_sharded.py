@@ -1,0 +1,278 @@
+"""Whole selections by 2 processes, from a model and from a store: those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from activedpo_fast.cli import main
+from activedpo_fast.data import PreferencePool
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.shares import Shares
+from activedpo_fast.selection.strategies import STRATEGIES
+from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.tokenization import tokenize_pool
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+
+WORLD = 2
+WORDS = ["sketch", "label", "fox", "dog", "model", "prompt", "choose", "less", "quick"]
+RULES = PickRules(max_per_prompt=1, exclude=["item-1", "item-9"], group_by="topic",
+                  quotas={"law": 2, "art": 3}, random_fraction=0.3)
+COSTS = PickRules(cost="price", min_score=0.2, max_per_prompt=2)
+
+
+def make_pool(count: int = 12, start: int = 0) -> PreferencePool:
+    """Items of two to four responses; the third does not fit a max_length of 60."""
+    return PreferencePool.from_rows(
+        {
+            "id": f"item-{i}",
+            "prompt": f"Number {i * 37 % 101} about {WORDS[i % 9]}."
+                      + " far too long" * 9 * (i == 2),
+            "responses": [f" {WORDS[(i + 2 * j) % 9]} {WORDS[(i * j + 5) % 9]} {i * j}"
+                          for j in range(2 + i % 3)],
+            "topic": ("law", "art", "maths")[i % 3], "price": 1.0 + i % 4,
+        }
+        for i in range(start, start + count)
+    )
+
+
+def make_model():
+    return lora(tiny_causal_lm("llama", torch.float64), "llama")
+
+
+def chooser(model, strategy: str = "activedpo", **options) -> ActiveDPOSelector:
+    return ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, sketch="none", beta=0.3,
+                             max_length=60, seed=4, max_tokens_per_batch=4000, **options)
+
+
+def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
+    """Every selection, as one line a pick."""
+    model, pool = make_model(), make_pool()
+    earlier = chooser(model).select(make_pool(5, start=20), 3)
+    history = [chooser(model).select(pool, 4), earlier]
+    one = Selection(earlier.picks[:1], "activedpo")  # less than one for each process
+    few = {"n": 8, "group": group}
+    found = {}
+    for strategy in STRATEGIES:
+        options = {"normalize": "pair"} if strategy == "adpo_plus" else {}
+        own = chooser(model, strategy, **options)
+        found[strategy] = own.select(pool, **few)
+        found[f"{strategy}, history"] = own.select(pool, labelled=history, **few)
+        found[f"{strategy}, rules"] = own.select(pool, labelled=one, rules=RULES, **few)
+    found["all"] = chooser(model).select(pool, 34, group=group)
+    found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labelled=history, **few)
+    found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
+        pool, 3, group=group)
+    return {name: [[p.id, *p.pair, p.rank, p.score] for p in picks]
+            for name, picks in found.items()}
+
+
+def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
+    """What each process is told when the second is in the wrong: {name: message}."""
+    model, pool = make_model(), make_pool()
+    told = {}
+
+    def attempt(name, pool=pool, n=3, strategy="activedpo", options=None, **given):
+        try:
+            chooser(model, strategy, **(options or {})).select(pool, n, group=group, **given)
+        except ActiveDPOError as error:
+            told[name] = str(error)
+
+    attempt("too many", n=35)
+    attempt("too small", pool=pool[:1])
+    attempt("pool", pool=pool[rank:])
+    attempt("n", n=3 + rank)
+    attempt("strategy", strategy=("apo", "random")[rank])
+    attempt("lam", options={"lam": 1.0 + rank})
+    attempt("length", options={"truncation_mode": ("keep_start", "keep_end")[rank]})
+    attempt("rules", rules=PickRules(max_per_prompt=1 + rank))
+    rows = [{"id": item.id, "prompt": item.prompt, "responses": item.responses,
+             "price": 1.0 + rank} for item in pool]
+    attempt("price", pool=PreferencePool.from_rows(rows), rules=PickRules(cost="price"))
+    attempt("labelled", labelled=None if rank else chooser(model).select(pool, 1))
+    head = model.get_output_embeddings().weight
+    if rank == 1:
+        with torch.no_grad():
+            head[:] = float("nan")  # a weight that is not trained
+    attempt("scores", strategy="margin_large")
+    attempt("rows")
+    if rank == 1:
+        next(p for p in model.parameters() if p.requires_grad).data += 1
+    attempt("weights")
+    return told
+
+
+def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str, list]:
+    """Exit code and stderr of `activedpo select`, as a launcher starts it, of bad input."""
+    (folder / "labels-0.jsonl").write_text('{"id": "item-0", "pair": [0, 1]}\n')
+    (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
+    said = {}
+    for name, port, options in (("too many", ports[0], ["--batch-size", "999"]),
+                                ("labels", ports[1],
+                                 ["--labelled", str(folder / f"labels-{rank}.jsonl"),
+                                  "--batch-size", "3"])):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        with redirect_stderr(StringIO()) as stderr:
+            code = main(["select", store, *options, "--output", str(folder / "picked.jsonl")])
+        said[name] = [code, stderr.getvalue(), (folder / "picked.jsonl").exists()]
+    return said
+
+
+def work(rank: int, store: str, ports: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                            world_size=WORLD, timeout=timedelta(seconds=30))
+    result = {"cases": cases(dist.group.WORLD), "failures": failures(rank, dist.group.WORLD)}
+    dist.destroy_process_group()
+    result["commands"] = commands(rank, store, ports, folder)
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "store"
+    pool, model, tokenizer = make_pool(), make_model(), tiny_tokenizer()
+    tokens = tokenize_pool(pool, tokenizer, max_length=60)
+    store = FeatureStore.create(path, pool, {"model": "tiny"}, skipped=tokens.skipped,
+                                dtype="float64")
+    store.fill(FeatureExtractor(model, Sketch("sjlt", 64), max_tokens_per_batch=4000), tokens,
+               rows_per_shard=8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, store: Path) -> list[dict]:
+    """What each process has to say."""
+    folder = tmp_path_factory.mktemp("sharded")
+    mp.spawn(work, args=(str(store), free_ports(2), folder), nprocs=WORLD)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+def test_all_return_the_selection_of_one_process(results) -> None:
+    alone = cases(None)
+    assert len({len(picks) for picks in alone.values()}) > 2  # some rules leave fewer
+    assert alone["activedpo"] != alone["activedpo, history"] != alone["activedpo, rules"]
+    for result in results:
+        assert result["cases"].keys() == alone.keys()
+        for name, expected in alone.items():
+            got = result["cases"][name]
+            assert [pick[:-1] for pick in got] == [pick[:-1] for pick in expected], name
+            # Hidden states are kept in float32.
+            rel = 1e-4 if name.startswith("apo") else 1e-8
+            assert [pick[-1] for pick in got] == pytest.approx(
+                [pick[-1] for pick in expected], rel=rel), name
+    assert results[0]["cases"] == results[1]["cases"]
+
+
+def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
+    for rank, result in enumerate(results):
+        told = result["failures"]
+        assert "35 pairs are asked for, but there are only 34" in told["too many"]
+        assert told["too small"] == ("2 processes cannot share a pool of 1 prompts: each needs one "
+                                     "or more")
+        for name, given in (("pool", "pool"), ("n", "n"), ("strategy", "strategy"),
+                            ("lam", "strategy"), ("length", "tokenization"), ("rules", "rules"),
+                            ("price", "pool"), ("labelled", "labelled")):
+            assert told[name] == (f"process 1 has another {given} than process 0: all must be "
+                                  "given the same"), name
+        assert "norm of the trainable weights" in told["weights"]
+        # Only the process whose numbers are bad can name them.
+        for name, own in (("scores", "is not finite"), ("rows", "self-check failed")):
+            assert (own if rank else "process 1 of 2 failed, see its own error") in told[name]
+
+
+def test_parts_are_whole_items_of_about_as_many_responses() -> None:
+    pool = make_pool(40)
+    for size in (1, 2, 3, 7, 40):
+        parts = []
+        for rank in range(size):
+            shares = Shares(None)
+            shares.rank, shares.size = rank, size
+            parts.append(shares.part(pool))
+        offsets = pool.response_offsets.tolist()
+        assert [p for part in parts for p in part.items] == list(range(40))
+        for part in parts:
+            assert len(part.items) > 0
+            assert (part.rows.start, part.rows.stop) == (offsets[part.items.start],
+                                                         offsets[part.items.stop])
+            if size < 40:
+                assert abs(len(part.rows) - offsets[-1] / size) <= 4
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def test_select_under_torchrun_writes_the_file_of_one_process(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1]}\n'
+                                           '{"id": "item-11", "pair": [0, 3]}\n')
+    argv = ["select", str(store), "--labelled", str(tmp_path / "labels.jsonl"), "--batch-size",
+            "10", "--max-per-prompt", "1", "--group-by", "topic", "--quota", "law=2",
+            "--random-fraction", "0.2", "--output"]
+    capsys.readouterr()
+    assert main([*argv, str(tmp_path / "one.jsonl")]) == 0
+    said = capsys.readouterr()
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(WORLD), "-m", "activedpo_fast", *argv, str(tmp_path / "two.jsonl")],
+        capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(" picked by ")[0] == said.out.split(" picked by ")[0]
+    assert done.stdout.count("\n") == 1
+    one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                for name in ("one.jsonl", "two.jsonl"))
+    assert len(one) == 9  # the rules leave no more
+    assert [line.pop("score") for line in two] == pytest.approx(
+        [line.pop("score") for line in one], rel=1e-10)
+    assert one == two
+
+
+def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> None:
+    for rank, result in enumerate(results):
+        said = result["commands"]
+        assert said["too many"] == [2, "activedpo: error: --batch-size 999: there are 34 candidate "
+                                       "pairs\n", False]
+        code, error, there = said["labels"]
+        assert (code, there, error.count("\n")) == (2, False, 1)
+        assert ("two different" if rank else "process 1 of 2 failed, see its own") in error
+
+
+def test_a_launcher_that_says_too_little_is_an_error(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    assert main(["select", str(store), "--output", str(tmp_path / "x.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("activedpo: error: WORLD_SIZE is 2, but") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
