@@ -72,8 +72,8 @@ def main(
         assert ranking.touched is not None
         found.append({"normalize": normalize or "none", "seconds": seconds,
                       "touched": int(ranking.touched.sum()), "peak_gib": resident("VmHWM")})
-        print(f"normalize {normalize}: {seconds:.1f} s, {found[-1]['touched']} rows looked at after "
-              f"the first scores, peak {found[-1]['peak_gib']:.2f} GiB resident")
+        print(f"normalize {normalize}: {seconds:.1f} s, {found[-1]['touched']} rows looked at "
+              f"after the first scores, peak {found[-1]['peak_gib']:.2f} GiB resident")
     # Cold or warm: as fast as the disk, or the page cache, gives the rows.
     started = time.perf_counter()
     for _ in stored.chunks(4096):

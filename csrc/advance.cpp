@@ -18,6 +18,7 @@ constexpr std::int64_t kSmallestBlock = 4;
 // its bound is looked at again: often it need not see the others.
 constexpr std::int64_t kSmallestStep = 64;
 constexpr std::int64_t kStepPart = 2;
+constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;  // multiplications of one thread
 constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
 
 struct Bound {
@@ -157,8 +158,10 @@ class Advance {
       return a.from != b.from ? a.from < b.from : a.row < b.row;
     });
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
-    // Every thread gets some of a few rows.
-    panel_ = std::clamp<std::int64_t>((n_tasks + threads_ - 1) / threads_, 4, kDotRows);
+    // Panels of one size, as many for each thread.
+    const std::int64_t rounds = (n_tasks + kDotRows * threads_ - 1) / (kDotRows * threads_);
+    const std::int64_t shares = std::max<std::int64_t>(1, rounds * threads_);
+    panel_ = std::clamp<std::int64_t>((n_tasks + shares - 1) / shares, 4, kDotRows);
     std::int64_t room = 0;
     for (std::int64_t begin = 0; begin < n_tasks; begin += panel_) {
       Task* const first = tasks.data() + begin;
@@ -177,7 +180,7 @@ class Advance {
       products_.resize(static_cast<std::size_t>(room));
     }
     touched += n_tasks;
-    multiply(tasks);
+    multiply(tasks, room);
 
 #pragma omp parallel for schedule(static) num_threads(threads_) if (count > 64)
     for (std::int64_t j = 0; j < count; ++j) {
@@ -209,19 +212,22 @@ class Advance {
     return tasks;
   }
 
-  void multiply(const std::vector<Task>& tasks) {
+  // `room`: how many inner products that is.
+  void multiply(const std::vector<Task>& tasks, std::int64_t room) {
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
     const std::int64_t panels = (n_tasks + panel_ - 1) / panel_;
-#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (panels > 1)
+    // A few products are made sooner than a second thread comes.
+    const bool worth_it = panels > 1 && room * k_ > kSerialProducts;
+#pragma omp parallel for schedule(dynamic) num_threads(threads_) if (worth_it)
     for (std::int64_t p = 0; p < panels; ++p) {
       const std::int64_t begin = p * panel_;
       const std::int64_t here = std::min(panel_, n_tasks - begin);
       const Task* task = tasks.data() + begin;
       const T* numbers[kDotRows];
-      char* room = row_room_.of(thread_number());
+      char* at = row_room_.of(thread_number());
       for (std::int64_t r = 0; r < here; ++r) {
         numbers[r] = reinterpret_cast<const T*>(
-            rows_.get(task[r].row, room + r * rows_.row_bytes));
+            rows_.get(task[r].row, at + r * rows_.row_bytes));
         if (numbers[r] == nullptr) unread = task[r].row;
       }
       if (unread >= 0) continue;
@@ -264,19 +270,24 @@ class Advance {
   template <typename P>
   void lower_score(std::int64_t i, const P* at_first, const P* at_second, std::int64_t to) {
     double score = c_.score[i], doubt = c_.doubt[i], inherited = c_.inherited[i];
-    const double first_divisor = c_.row_divisor[c_.pairs[2 * i]];
-    const double second_divisor = c_.row_divisor[c_.pairs[2 * i + 1]];
+    const double reach = c_.reach[i];
+    const double first = 1 / (c_.row_divisor[c_.pairs[2 * i]] * c_.pair_divisor[i]);
+    const double second = 1 / (c_.row_divisor[c_.pairs[2 * i + 1]] * c_.pair_divisor[i]);
+    // A bound of the score's root that is good enough: taken anew where it is off by much.
+    double bound = score + doubt, root = std::sqrt(bound);
     for (std::int64_t s = c_.version[i]; s < to; ++s) {
-      const double f = (static_cast<double>(at_first[s]) / first_divisor -
-                        static_cast<double>(at_second[s]) / second_divisor) /
-                       c_.pair_divisor[i] * d_.norm[s];
-      const double error = d_.error[s] * c_.reach[i];
-      const double most = std::min(std::abs(f) + error, std::sqrt(score + doubt));
+      const double f = std::abs(static_cast<double>(at_first[s]) * first -
+                                static_cast<double>(at_second[s]) * second) * d_.norm[s];
+      const double error = d_.error[s] * reach;
+      inherited += d_.turn[s] * std::min(f + error, root);
       score = std::max(0.0, score - f * f);
-      doubt += 2 * std::abs(f) * error + error * error;
-      const double turned = d_.turn[s] * std::sqrt(score + doubt);
-      doubt += 2 * std::abs(f) * turned + turned * turned;
-      inherited += d_.turn[s] * most;
+      doubt += (2 * f + error) * error;
+      if (score + doubt > bound || score + doubt < 0.5 * bound) {
+        bound = score + doubt;
+        root = std::sqrt(bound);
+      }
+      const double turned = d_.turn[s] * root;
+      doubt += (2 * f + turned) * turned;
     }
     c_.score[i] = score;
     c_.doubt[i] = doubt;

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = 4;
-constexpr std::int64_t kFew = 8;  // directions up to which rows are read one after the other
+constexpr std::int64_t kFew = 32;  // directions up to which rows are read one after the other
 
 // The sum of a vector's numbers, halves first.
 template <typename S, typename Vector>

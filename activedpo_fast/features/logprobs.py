@@ -74,7 +74,9 @@ def chunked_logps(
     Returns:
         The log-probs [N], and ∂ Σ weight · log π / ∂ hidden [N, h] (None without weights).
     """
-    logps: list[torch.Tensor] = []
+    # A batch may have nothing to score: prompts that fill the whole length.
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logps: list[torch.Tensor] = [hidden.new_empty(0, dtype=exact)]
     gradient = None if weights is None else torch.zeros_like(hidden)
     numbers = _CHUNK_CPU if hidden.device.type == "cpu" else _CHUNK
     step = max(1, numbers // vocabulary)

@@ -244,8 +244,6 @@ class _Best:
         self._best: Contenders | None = None
 
     def offer(self) -> Offer | None:
-        if not bool(self._eligible.left.any()):
-            return None
         self._best = self._scores.best()
         return self._first_of(self._best)
 
@@ -277,12 +275,13 @@ class _FixedScores:
         self._eligible = eligible
 
     def best(self) -> Contenders:
+        """Those left that may have the largest value."""
         left = self._eligible.left.nonzero().flatten()
         scale = self._eligible.inverse_cost
         score, doubt = self._score[left], self._doubt[left]
         factor = torch.ones_like(score) if scale is None else scale[left]
-        threshold = ((score - doubt) * factor).max()
-        among = (score + doubt) * factor >= threshold
+        lower = (score - doubt) * factor
+        among = (score + doubt) * factor >= (lower.max() if len(left) else 0.0)
         return Contenders(left[among], score[among], doubt[among])
 
     def score(self, index: int) -> float:

@@ -102,15 +102,17 @@ class PairFeatures:
 
     def at(self, indices: Tensor) -> Tensor:
         """The features of the pairs numbered `indices`, int64 [m]: float64 [m, k], on `device`."""
-        first, second = self.pairs[indices].unbind(1)
-        difference = self.parts(first) - self.parts(second)
-        return difference / self.pair_divisor[indices, None].to(self.device)
+        # Both parts at once: mostly one pair is asked for, and then calls cost more than work.
+        parts = self.parts(self.pairs[indices].flatten()).view(len(indices), 2, self.dim)
+        difference = parts[:, 0] - parts[:, 1]
+        return difference.div_(self.pair_divisor[indices, None].to(self.device))
 
     def parts(self, numbers: Tensor) -> Tensor:
         """Rows over their divisors: float64 [m, k], on `device`."""
         rows = self.rows
         taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
-        return taken.to(torch.float64) / self.row_divisor[numbers, None].to(self.device)
+        divisor = self.row_divisor[numbers, None].to(self.device)
+        return taken.to(torch.float64, copy=True).div_(divisor)
 
     def chunks(self, indices: Tensor) -> Iterator[Tensor]:
         """The features of `indices` in order, a bounded number at a time: float64 [m, k] each."""

@@ -1,4 +1,4 @@
-"""One selection by several processes: each has a share of the candidates, all take the same picks."""
+"""One selection by several processes: each has a share of the candidates, all get the picks."""
 
 from __future__ import annotations
 

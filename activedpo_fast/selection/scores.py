@@ -85,9 +85,13 @@ class RunningScores:
         return self.state.touched
 
     def best(self) -> Contenders:
-        """The candidates left that may have the largest value, scored afresh; there must be one."""
+        """The candidates left that may have the largest value, scored afresh."""
         found = score_ops.advance(self.state)
         state = self.state
+        if len(found) <= 1:  # as nearly always
+            if self._rounds and len(found) and float(state.score[found] + state.doubt[found]) > 0:
+                self.refresh(found)
+            return Contenders(found, state.score[found], state.doubt[found])
         # Scores by the identity alone are fresh, and those of zero features always are.
         if self._rounds and bool((state.score[found] + state.doubt[found] > 0).any()):
             self.refresh(found)
@@ -121,11 +125,12 @@ class RunningScores:
 
     def take(self, index: int) -> float:
         """V <- V + phi phi^T for a candidate; returns phi^T V^-1 phi with V as it was."""
-        if self._last is None or not bool((self._last[0] == index).any()):
-            self.refresh(torch.tensor([index]))
+        if self._last is None or index not in (known := self._last[0].tolist()):
+            known = [index]
+            self.refresh(torch.tensor(known))
         assert self._last is not None
-        indices, phi, look = self._last
-        at = int((indices == index).nonzero()[0])
+        _, phi, look = self._last
+        at = known.index(index)
         return self._learn(phi[at], look.row(at), float(self._features.size[index]))
 
     def feature(self, index: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -196,6 +197,15 @@ def test_responses_that_leave_the_prompt_early_or_have_none(tokens: TokenizedPoo
     torch.testing.assert_close(found.logps[:8], logps, rtol=1e-10, atol=0)
     assert not found.gradients[8:].any()
     assert not found.logps[8:].any()
+
+
+def test_a_batch_with_nothing_to_score() -> None:
+    for dtype, exact in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        logps, gradient = logprobs.chunked_logps(
+            lambda hidden: hidden, torch.empty(0, 8, dtype=dtype), torch.empty(0).long(),
+            vocabulary=8, weights=torch.empty(0, dtype=exact), around=lambda i, j: nullcontext())
+        assert logps.shape == (0,) and logps.dtype == exact
+        assert gradient is not None and gradient.shape == (0, 8)
 
 
 def test_long_prompts_leave_the_sliding_window(tokens: TokenizedPool) -> None:
