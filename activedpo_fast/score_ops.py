@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from activedpo_fast import ops, reference
 from activedpo_fast.errors import ActiveDPOError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _PAD = 16  # directions are padded with zeros to a multiple of it: csrc/dots.h, kDotAlign
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
            torch.float16: "float16"}
+_PAIRS_AT_A_TIME = 2**16  # between two looks at the progress bar
 _PRODUCTS_BYTES = 2**30  # up to here products of rows and directions are kept for other pairs
 
 # Error of the product of a row with a direction, over their norms. csrc/dots.h sums 512 products
@@ -117,13 +119,15 @@ def advance(state: ScoreState) -> Tensor:
 
 
 def pair_lengths(
-    rows: Tensor | StoredRows, pairs: Tensor, *, by_row: bool
+    rows: Tensor | StoredRows, pairs: Tensor, *, by_row: bool, show_progress: bool | None = False
 ) -> tuple[Tensor, Tensor]:
     """Norms of rows, and lengths of the differences of pairs of them.
 
     Args:
         rows: [R, k], floating, in memory or on disk. pairs: int64 [N, 2] on the CPU.
         by_row: each row is divided by its norm (if that is not zero) before the difference.
+        show_progress: a bar over the pairs of rows on disk, which are read for the first time here;
+            None shows it on a terminal only.
 
     Returns:
         (float64 [R], zero for rows in no pair; float64 [N]), on the CPU. Sums are float64.
@@ -136,13 +140,20 @@ def pair_lengths(
     rows = _readable(rows)
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
-    pairs = pairs.contiguous()
-    unread = getattr(ops.csrc(), f"lengths_{_DTYPES[rows.dtype]}")(
-        row_norm=norms.data_ptr(), pair_length=lengths.data_ptr(), rows=_row_source(rows),
-        k=rows.shape[1], pairs=pairs.data_ptr(), n_pairs=len(pairs), by_row=by_row,
-        num_threads=torch.get_num_threads())
-    if unread >= 0:
-        raise _unreadable(unread)
+    function = getattr(ops.csrc(), f"lengths_{_DTYPES[rows.dtype]}")
+    source = _row_source(rows)
+    disable = isinstance(rows, Tensor) or (None if show_progress is None else not show_progress)
+    with tqdm(total=len(pairs), desc="reading rows", unit="pair", disable=disable) as bar:
+        done = 0
+        for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
+            unread = function(
+                row_norm=norms.data_ptr(), pair_length=lengths[done:].data_ptr(), rows=source,
+                k=rows.shape[1], pairs=part.data_ptr(), n_pairs=len(part), by_row=by_row,
+                num_threads=torch.get_num_threads())
+            if unread >= 0:
+                raise _unreadable(unread)
+            done += len(part)
+            bar.update(len(part))
     return norms, lengths
 
 

@@ -184,6 +184,21 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def on_disk_table(result: dict[str, Any]) -> str:
+    """Markdown of the figures of `selection_on_disk.py`."""
+    about = (f"{result['rows']:,} rows × {result['k']:,} numbers in {result['dtype']}, "
+             f"{result['gib']:.1f} GiB on disk; {result['pairs']:,} pairs, {result['picks']} "
+             "picks. Reading them all once in PyTorch, right after: "
+             f"{result['read_once_seconds']:.1f} s. ")
+    where = result["environment"]
+    return (about + _where_and_when(where, where["date"], where["commit"]) + "\n\n"
+            + _table(result["runs"], {
+                "normalised": lambda r: r["normalize"],
+                "seconds": lambda r: f"{r['seconds']:.1f}",
+                "rows looked at after the first scores": lambda r: f"{r['touched']:,}",
+                "peak resident GiB": lambda r: f"{r['peak_gib']:.2f}"}))
+
+
 def _selection_points(records: list[Row]) -> str:
     """A line a point and normalisation: the loop and ours."""
     key = ("axis", "pairs", "k", "picks", "responses", "normalize", "lam")
@@ -270,6 +285,8 @@ def main(
         found |= fidelity_tables(json.loads(path.read_text()))
     if (path := results / "selection.json").exists():
         found |= selection_tables(json.loads(path.read_text()))
+    if (path := results / "selection_on_disk.json").exists():
+        found["selection: on disk"] = on_disk_table(json.loads(path.read_text()))
     if not write:
         print("\n\n".join(found.values()))
         return

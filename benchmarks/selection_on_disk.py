@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from activedpo_fast._files import atomic_path, write_atomic
 from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.selection.greedy import greedy_logdet
-from benchmarks.report import describe_run
+from benchmarks.fidelity import environment
 
 SHARD = 8192
 
@@ -78,7 +78,7 @@ def main(
     started = time.perf_counter()
     for _ in stored.chunks(4096):
         pass
-    result = {"environment": describe_run(), "rows": rows, "pairs": len(pairs), "k": dim,
+    result = {"environment": environment(), "rows": rows, "pairs": len(pairs), "k": dim,
               "picks": picks, "dtype": "bfloat16", "gib": stored.nbytes / 2**30,
               "read_once_seconds": time.perf_counter() - started, "runs": found}
     write_atomic(out, json.dumps(result, indent=1) + "\n")

@@ -78,7 +78,7 @@ def greedy_logdet(
             pairs (and of `eligible`), and with the same of everything else. Candidates are numbered
             through, rank after rank, and all get the picks that one process with all the
             candidates would make.
-        show_progress: a bar over the picks; None shows it on a terminal only.
+        show_progress: bars over first scores and picks; None shows them on terminals only.
 
     Returns:
         Ranking with the scores at the time of each pick (never increasing, but for rounding and
@@ -92,9 +92,10 @@ def greedy_logdet(
     ranks = None if group is None else Ranks(group, len(pairs))
     n = check_n(n, len(pairs) if ranks is None else ranks.total)
     allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
+    show = False if ranks is not None and ranks.rank > 0 else show_progress
 
     def prepare() -> tuple[RunningScores, InformationMatrix]:
-        features = PairFeatures(rows, pairs, normalize, weights)
+        features = PairFeatures(rows, pairs, normalize, weights, show)
         v = information
         if v is None:
             v = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=rows.device)
@@ -103,7 +104,7 @@ def greedy_logdet(
                                  f"kappa={kappa} are asked for")
         if history is not None:
             add_all(v, PairFeatures(*history, normalize, history_weights))
-        return RunningScores(features, v, allowed, n), v
+        return RunningScores(features, v, allowed, n, show), v
 
     scores, v = prepare() if ranks is None else ranks.check(prepare)
     if ranks is not None:
@@ -124,8 +125,7 @@ def greedy_logdet(
         return scores.learn(feature)
 
     touched = [0]
-    quiet = ranks is not None and ranks.rank > 0
-    disable = True if quiet else None if show_progress is None else not show_progress
+    disable = None if show is None else not show
     indices, gains = [], []
     with tqdm(total=n, desc="selecting", unit="pair", disable=disable) as bar:
         for choice in _choices(scores, n, allowed, ranks):

@@ -37,6 +37,7 @@ class PairFeatures:
             or above 1e30), which are widened to float64.
         pairs: int64 [N, 2] of row numbers.
         weights: float64 [N], not negative and finite; None for 1.
+        show_progress: see `score_ops.pair_lengths`.
 
     Attributes:
         rows, pairs: as given (the pairs on the CPU).
@@ -59,6 +60,7 @@ class PairFeatures:
         pairs: Tensor,
         normalize: Normalize,
         weights: Tensor | None = None,
+        show_progress: bool | None = False,
     ) -> None:
         check_normalize(normalize)
         if rows.ndim != 2 or not rows.is_floating_point():
@@ -69,7 +71,8 @@ class PairFeatures:
         self.device = rows.device
         self.pairs = pairs.cpu().contiguous()
         by_response = normalize == "response"
-        norms, lengths = score_ops.pair_lengths(rows, self.pairs, by_row=by_response)
+        norms, lengths = score_ops.pair_lengths(
+            rows, self.pairs, by_row=by_response, show_progress=show_progress)
         _check_finite(norms)
         if rows.dtype != torch.float64 and not _in_range(norms):
             if not isinstance(rows, Tensor):

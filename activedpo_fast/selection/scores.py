@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
@@ -57,10 +58,16 @@ class RunningScores:
         features: the candidates. information: V_0; it is not changed.
         eligible: which candidates are left, and what scores are multiplied with to be compared.
         n: the most picks there will be.
+        show_progress: a bar over the first scores, where V_0 has points.
     """
 
     def __init__(
-        self, features: PairFeatures, information: InformationMatrix, eligible: Eligible, n: int
+        self,
+        features: PairFeatures,
+        information: InformationMatrix,
+        eligible: Eligible,
+        n: int,
+        show_progress: bool | None = False,
     ) -> None:
         self._features = features
         self._information = information
@@ -75,7 +82,8 @@ class RunningScores:
         self._w_error = self._error * scale
         self.state = score_ops.ScoreState.start(
             features.rows, features.pairs, features.row_divisor, features.pair_divisor,
-            features.reach, eligible.left, eligible.inverse_cost, *self._first_scores(), n)
+            features.reach, eligible.left, eligible.inverse_cost,
+            *self._first_scores(show_progress), n)
         self._rounds = information.count > 0  # whether running scores round more than fresh ones
         self._last: tuple[Tensor, Tensor, Look] | None = None  # indices, features, and their look
 
@@ -170,14 +178,16 @@ class RunningScores:
         inverse_cost = self._eligible.inverse_cost
         return scores if inverse_cost is None else scores * inverse_cost[indices]
 
-    def _first_scores(self) -> tuple[Tensor, Tensor]:
+    def _first_scores(self, show_progress: bool | None) -> tuple[Tensor, Tensor]:
         features, information = self._features, self._information
         if information.count == 0:
             score = information.kappa / information.lam * features.length.square()
             error = self._error * features.size
         else:
             everything = torch.arange(len(features))
-            parts = [self._first_part(part) for part in everything.split(features.chunk)]
+            disable = None if show_progress is None else not show_progress
+            parts = [self._first_part(part) for part in tqdm(
+                everything.split(features.chunk), desc="first scores", disable=disable)]
             score = torch.cat([features.length[:0], *parts])
             error = self._error * features.reach
         if not bool(score.isfinite().all()):
