@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -75,7 +76,7 @@ class Ranks:
         table = self._gather(list(map(float, settings.values())))
         for name, column in zip(settings, table.T.tolist(), strict=True):
             for rank, value in enumerate(column):
-                if abs(value - column[0]) > 1e-9 * abs(column[0]):
+                if not math.isclose(value, column[0], rel_tol=1e-9, abs_tol=1e-9):
                     raise ActiveDPOError(f"processes 0 and {rank} have {name} = {column[0]:g} and "
                                          f"{value:g}: they must agree")
 

@@ -98,6 +98,8 @@ def failures(rank, world, group):
     attempt("too many", n=1000)
     attempt("settings", lam=1.0 if rank else 2.0)
     attempt("history", history=(rows[:4] + rank, torch.arange(4).view(2, 2)))
+    everything = torch.ones(len(my_pairs), dtype=torch.bool)
+    attempt("rules", eligible=Eligible(everything, min_score=0.5 if rank else -float("inf")))
     if rank == world - 1:
         mine[0, 0] = float("nan")
     attempt("rows")
@@ -164,6 +166,7 @@ def test_an_error_of_one_is_an_error_of_all(results):
         assert "1000 pairs are asked for, but there are only 180" in told["too many"]
         assert "processes 0 and 1 have lam = 2 and 1: they must agree" in told["settings"]
         assert "log det V" in told["history"]
+        assert "processes 0 and 1 have min_score = -inf and 0.5" in told["rules"]
         assert told["rows"] == (f"process {last} of {last + 1} failed, see its own error; nothing "
                                 "was selected")
 
