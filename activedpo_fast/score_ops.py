@@ -114,8 +114,7 @@ def advance(state: ScoreState) -> Tensor:
         return reference.advance(state)
     if state.cpp is None:
         state.cpp = _CppAdvance(state)
-    found = state.cpp(state)
-    return found
+    return state.cpp(state)
 
 
 def pair_lengths(
