@@ -15,8 +15,8 @@ constexpr std::int64_t kDotScratch = std::int64_t{kDotRows} * kDotBlock;
 
 // out[r * n_w + s] = rows[r] . w[s] for r < n_rows <= kDotRows and s < n_w, sums of kDotBlock
 // products in Sum<T> and then in float64. The error of a product is at most
-// (kDotBlock / 16 + 6) u |row| |w_s| with u = 2^-24 (2^-53 for double), the rounding of products
-// and of w to Sum<T> included. It does not depend on the other rows and directions.
+// (kDotBlock / lanes + 6) u |row| |w_s| with u = 2^-24 and 16 lanes (2^-53 and 8 for double), the
+// rounding of products and of w to Sum<T> included. It does not depend on the other rows and directions.
 template <typename T>
 void dots(double* out, const T* const* rows, std::int64_t n_rows, std::int64_t k,
           const typename Sum<T>::Type* w, std::int64_t w_stride, std::int64_t n_w,

@@ -251,13 +251,14 @@ class _Best:
         return None if self._best is None else self._first_of(self._best, value)
 
     def _first_of(self, best: Contenders, least: float = -math.inf) -> Offer | None:
-        """An offer of those whose upper bound is at least `least`."""
+        """An offer of those that may be the best and whose upper bound is at least `least`."""
         indices = best.indices.tolist()
         scale = self._eligible.inverse_cost
         factor = [1.0] * len(indices) if scale is None else scale[best.indices].tolist()
         scores, doubts = best.score.tolist(), best.doubt.tolist()
         upper = [(s + d) * f for s, d, f in zip(scores, doubts, factor, strict=True)]
         lower = [(s - d) * f for s, d, f in zip(scores, doubts, factor, strict=True)]
+        least = max(least, max(lower, default=least))
         reaching = [at for at, bound in enumerate(upper) if bound >= least]
         if not reaching:
             return None

@@ -164,27 +164,11 @@ class InformationMatrix:
             falls by (x . w)^2.
         """
         phi = self._checked(phi, 1)
-        return self.absorb(self.whiten(phi[None])[0], phi)
-
-    def absorb(self, u: Tensor, phi: Tensor | None = None) -> Tensor:
-        """V <- V + phi phi^T for u = whiten(phi), reusing u.
-
-        Args:
-            u: [k], whitened after the last change of the matrix.
-            phi: [k], the point. Where it is not at hand it is formed as V X^T u, which costs as
-                much again and rounds: pass it when it may be removed one day.
-
-        Returns:
-            w as of `add`.
-        """
-        u = self._checked(u, 1)
+        u = self.whiten(phi[None])[0]
         score = float(u @ u)
         if not math.isfinite(score):
             raise ActiveDPOError("a feature is not finite, or too large for its score")
         root = math.sqrt(1 + score)
-        if phi is None:
-            phi = self._times_v(self.pull_back(u[None]))[0]
-        phi = self._checked(phi, 1)
         pulled = self._latest.push(u, 1 / (root * (1 + root)))  # (1 - 1/root) / score
         solved = self._scale * pulled if self._base is None else pulled @ self._base.root
         self._added(phi[None], math.log1p(score))
@@ -326,12 +310,6 @@ class InformationMatrix:
             rebuilt = base.rebuilt()
             if rebuilt is not None and (better := rebuilt.drift()) < self._drift:
                 self._base, self._drift, self._log_gain = rebuilt, better, rebuilt.log_gain()
-
-    def _times_v(self, rows: Tensor) -> Tensor:
-        """V x for every row x: [m, k] -> [m, k]."""
-        points = self._points.values
-        base = self._ridge * rows if self._base is None else rows @ self._base.v
-        return base + (rows @ points.T) @ points
 
     def _remove_known(self, phi: Tensor) -> None:
         """`remove` in the low-rank form, which keeps the points."""

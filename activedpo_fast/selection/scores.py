@@ -22,7 +22,7 @@ _STAGES = 2  # u = X_0 phi rounds, and then F u
 
 
 class Contenders(NamedTuple):
-    """Candidates that may be the best, with fresh scores.
+    """Candidates among which the best is, with fresh scores.
 
     indices: int64 [m], ascending. score, doubt: float64 [m]; the score is right to within doubt.
     """
@@ -71,7 +71,6 @@ class RunningScores:
     ) -> None:
         self._features = features
         self._information = information
-        self._eligible = eligible
         self._n = n
         self._batch = BatchRoot(min(n, _BATCH), features.dim, features.device)
         self._picks: list[Tensor] = []  # features that are in the batch, if it may become full
@@ -96,16 +95,9 @@ class RunningScores:
         """The candidates left that may have the largest value, scored afresh."""
         found = score_ops.advance(self.state)
         state = self.state
-        if len(found) <= 1:  # as nearly always
-            if self._rounds and len(found) and float(state.score[found] + state.doubt[found]) > 0:
-                self.refresh(found)
-            return Contenders(found, state.score[found], state.doubt[found])
         # Scores by the identity alone are fresh, and those of zero features always are.
         if self._rounds and bool((state.score[found] + state.doubt[found] > 0).any()):
             self.refresh(found)
-        value = self._value(found, state.score[found] - state.doubt[found])
-        within = self._value(found, state.score[found] + state.doubt[found]) >= value.max()
-        found = found[within]
         return Contenders(found, state.score[found], state.doubt[found])
 
     def score(self, index: int) -> float:
@@ -173,10 +165,6 @@ class RunningScores:
         self._w_error = self._error * math.sqrt(self._information.kappa / self._information.lam)
         self._batch = BatchRoot(_BATCH, self._features.dim, self._features.device)
         self._picks = []
-
-    def _value(self, indices: Tensor, scores: Tensor) -> Tensor:
-        inverse_cost = self._eligible.inverse_cost
-        return scores if inverse_cost is None else scores * inverse_cost[indices]
 
     def _first_scores(self, show_progress: bool | None) -> tuple[Tensor, Tensor]:
         features, information = self._features, self._information

@@ -284,7 +284,18 @@ class Aplp(Strategy):
 
 
 @dataclass(frozen=True)
-class MarginLarge(Strategy):
+class _Margin(Strategy):
+    """Pairs by the size of d = beta * the difference of log pi - log pi_ref."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_positive("beta", self.beta)
+
+
+@dataclass(frozen=True)
+class MarginLarge(_Margin):
     """The n pairs with the largest |d|, of whose preference the implicit reward is surest.
 
     d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)): the second step of `Aplp`
@@ -292,11 +303,6 @@ class MarginLarge(Strategy):
     """
 
     name: ClassVar[str] = "margin_large"
-    requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
@@ -307,7 +313,7 @@ class MarginLarge(Strategy):
 
 
 @dataclass(frozen=True)
-class MarginSmall(Strategy):
+class MarginSmall(_Margin):
     """The n pairs with the smallest |d|, of whose preference the implicit reward is least sure.
 
     d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)), so that sigmoid(d) is the
@@ -317,11 +323,6 @@ class MarginSmall(Strategy):
     """
 
     name: ClassVar[str] = "margin_small"
-    requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive("beta", self.beta)
 
     def select(
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,

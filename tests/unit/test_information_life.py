@@ -53,22 +53,6 @@ def test_whiten_and_pull_back_are_the_halves_of_the_inverse(form):
     torch.testing.assert_close(information.pull_back(u), torch.linalg.solve(v, queries.T).T)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_absorb_is_add_with_the_whitened_point_at_hand(form):
-    added, absorbed, alone = (InformationMatrix(6, lam=0.1, form=form) for _ in range(3))
-    points = torch.cat([unit_rows(9, 6), torch.zeros(1, 6)])
-    for phi in points:
-        w = added.add(phi)
-        assert torch.equal(absorbed.absorb(absorbed.whiten(phi[None])[0], phi), w)
-        torch.testing.assert_close(alone.absorb(alone.whiten(phi[None])[0]), w,
-                                   rtol=1e-11, atol=1e-13)
-    assert torch.equal(state(absorbed), state(added))
-    torch.testing.assert_close(state(alone), state(added), rtol=1e-11, atol=1e-13)
-    for information in (added, alone):  # the point formed from u is known as the one added
-        information.remove(points[4])
-    torch.testing.assert_close(alone.score(points[:9]), added.score(points[:9]), rtol=1e-11, atol=0)
-
-
 def test_adding_a_point_does_not_copy_the_earlier_ones():
     information = InformationMatrix(400, form="low_rank")
     places = set()
