@@ -77,11 +77,11 @@ def _devices() -> list[Row]:
 def _backends() -> list[Row]:
     import torch
 
-    from activedpo_fast import ops
+    from activedpo_fast import backends
 
     chosen = os.environ.get("ACTIVEDPO_BACKEND")
     rows = [Row("backends", "ACTIVEDPO_BACKEND", chosen or "not set (auto)")]
-    for operation, devices in ops.backends().items():
+    for operation, devices in backends.backends().items():
         for device, statuses in devices.items():
             if device == "cuda" and not torch.cuda.is_available():
                 continue

@@ -1,43 +1,21 @@
-"""One function per operation, and the only place that chooses a backend for it.
+"""One function per operation on tensors, registered with PyTorch as torch.ops.activedpo.
 
-The sketches are here, the selection's operations in score_ops.py.
-
-Backends: `cpp` (csrc/, tensors on the CPU) and `reference` (reference.py, any
-device). `auto` takes the first that can serve the tensors' device. The environment variable
-ACTIVEDPO_BACKEND (auto, cpp, reference) forces one; what it names is used or an error is raised.
+Each checks its arguments, takes the backend that `backends.choose` names, and adds nothing to it.
+The selection's operations on whole candidate sets are in score_ops.py. As registered operations
+they go through torch.compile unbroken (under `fullgraph`, too), and FakeTensors know their shapes.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from activedpo_fast import reference
+from activedpo_fast import backends, reference
 from activedpo_fast.errors import ActiveDPOError
 
-_csrc: ModuleType | None
-try:
-    from activedpo_fast import _csrc  # type: ignore[attr-defined, no-redef]
-    _WHY_NO_CPP = ""
-except ImportError as error:
-    _csrc = None
-    _WHY_NO_CPP = (
-        f"the C++ extension is not built ({error}); with a C++17 compiler, run `pip install .` "
-        "again, or `python setup.py build_ext --inplace` in a checkout"
-    )
-
-log = logging.getLogger(__name__)
-
-OPERATIONS = ("sjlt", "rademacher", "outer_sketch", "pair_lengths", "advance")
 METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
-BACKENDS = ("cpp", "reference")  # in the order in which `auto` prefers them
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-_OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16"}
-_warned = False
+_OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
@@ -48,18 +26,22 @@ def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
         x: [n, D], of out's dtype and device. n = 0 and D = 0 are fine.
         key: 0 <= key < 2^64, from `Sketch.key`.
 
-    float32 numbers are summed in float32 over 32 k positions at a time (32 a bucket, on average)
-    and in float64 beyond. Raises ActiveDPOError on tensors that do not fit.
+    float32 numbers are summed on the CPU in float32 over 32 k positions at a time (32 a bucket, on
+    average) and in float64 beyond, on a GPU in float64 or fixed point. Raises ActiveDPOError on
+    tensors that do not fit.
     """
-    _add("sjlt", out, x, key)
+    _check("sjlt_", out, x, key)
+    _sjlt(out, x, _signed(key))
 
 
 def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
     """out += R x / sqrt(k) in place, R the signs of `reference.rademacher`; arguments as `sjlt_`.
 
-    float32 sums are formed in float32 over 32 numbers at a time and in float64 beyond.
+    float32 sums are formed in float32 over a bounded number of positions (32 on the CPU) and in
+    float64 beyond.
     """
-    _add("rademacher", out, x, key)
+    _check("rademacher_", out, x, key)
+    _rademacher(out, x, _signed(key))
 
 
 def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
@@ -67,89 +49,187 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
     """out[row] += S vec(sum of left_t right_tᵀ over a run of tokens), for every run, in place.
 
     It is the sketch of each run's gradient, `reference.outer_sketch`, without forming the gradient:
-    on the CPU no more than a tile of it exists at a time.
+    no more than a tile of it exists at a time (on a GPU with "rademacher": a slab).
 
     Args:
         out: float64 [n, k], 1 <= k < 2^31.
-        left: [N, rows], right: [N, columns], float32, float64 or bfloat16, of one dtype and on
-            out's device. bfloat16 is multiplied in float32.
+        left: [N, rows], right: [N, columns], float32, float64, bfloat16 or float16, of one dtype
+            and on out's device. The 16-bit ones are multiplied in float32.
         segments: int64 [S, 3] on the CPU, of (start, end, row), 0 <= start <= end <= N,
             0 <= row < n. They may overlap, and may share rows.
         key: 0 <= key < 2^64, from `Sketch.key`. method: one of METHODS.
 
     Products are summed over tokens in float32 (float64 for float64) and over segments and calls in
-    float64. The number of threads changes nothing. Raises ActiveDPOError on tensors that do not
+    float64. The number of threads changes nothing; on a GPU the bits are the same on every run,
+    unless `backends.deterministic` is switched off. Raises ActiveDPOError on tensors that do not
     fit.
     """
     _check_outer(out, left, right, segments, key, method)
+    _outer_sketch(out, left, right, segments, _signed(key), method)
+
+
+def response_logp_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits)[target] and the gradient of its weighted sum to the logits.
+
+    Args:
+        logits: [n, V], floating. targets: int64 [n], 0 <= target < V. weights: float32 [n], or
+            float64 with float64 logits.
+
+    Returns:
+        float32 [n] (float64 for float64 logits), and weight * (one-hot - softmax), [n, V] in the
+        logits' dtype. On a GPU nothing else of n V numbers is formed.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.requires_grad:
+        raise ActiveDPOError(f"response_logp_grad: logits are {logits.dtype} "
+                             f"{tuple(logits.shape)}, expected a detached floating [n, V]")
+    for name, given in (("targets", targets), ("weights", weights)):
+        if given.shape != logits.shape[:1] or given.device != logits.device:
+            raise ActiveDPOError(f"response_logp_grad: {name} are {tuple(given.shape)} on "
+                                 f"{given.device}, expected ({len(logits)},) on {logits.device}")
+    if targets.dtype != torch.int64:
+        raise ActiveDPOError(f"response_logp_grad: targets are {targets.dtype}, expected int64")
+    return _response_logp_grad(logits, targets, weights.to(reference.sum_dtype(logits.dtype)))
+
+
+# -- as PyTorch knows them: a key is the int64 with its bits ---------------------------------------
+
+
+@torch.library.custom_op("activedpo::sjlt_", mutates_args={"out"})
+def _sjlt(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    _add("sjlt", out, x, key % 2**64)
+
+
+@torch.library.custom_op("activedpo::rademacher_", mutates_args={"out"})
+def _rademacher(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    _add("rademacher", out, x, key % 2**64)
+
+
+@torch.library.custom_op("activedpo::outer_sketch_", mutates_args={"out"})
+def _outer_sketch(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor,
+                  segments: torch.Tensor, key: int, method: str) -> None:
+    _check_segments(segments, left.shape[0], out.shape[0])
     if left.shape[0] == 0 or len(segments) == 0:
         return
-    if choose(out.device.type) == "reference":
+    key %= 2**64
+    backend = backends.choose("outer_sketch", out.device.type, left.dtype)
+    if backend == "reference":
         out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
         return
-    left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
-    target = out if out.stride(1) == 1 else out.contiguous()
-    segments = segments.contiguous()
-    sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
-    getattr(_csrc, f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
-        out=target.data_ptr(), out_stride=target.stride(0), left=left.data_ptr(),
-        left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
-        segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
-        columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
-        num_threads=torch.get_num_threads())
+    left, right = (_rows_together(x) for x in (left, right))
+    target = _rows_together(out)
+    if backend == "triton":
+        _triton_outer(target, left, right, segments, key, method)
+    else:
+        _cpp_outer(target, left, right, segments, key, method)
     if target is not out:
         out.copy_(target)
 
 
-def backends() -> dict[str, dict[str, dict[str, str]]]:
-    """What serves each operation: {operation: {"cpu" | "cuda": {backend: status}}}.
+@torch.library.custom_op("activedpo::response_logp_grad", mutates_args=())
+def _response_logp_grad(logits: torch.Tensor, targets: torch.Tensor,
+                        weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = backends.choose("response_logp_grad", logits.device.type, logits.dtype)
+    if backend == "reference":
+        return reference.response_logp_grad(logits, targets, weights)
+    from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
 
-    A status is "active", or why the backend is not: it cannot serve the device, is not built, or
-    another one goes before it. Raises ActiveDPOError when ACTIVEDPO_BACKEND names no backend.
-    """
-    def statuses(device: str) -> dict[str, str]:
-        forced = _forced()
-        result: dict[str, str] = {}
-        for backend in BACKENDS:
-            why_not = _why_not(backend, device)
-            if not why_not and forced not in ("auto", backend):
-                why_not = f"ACTIVEDPO_BACKEND={forced}"
-            if not why_not and "active" in result.values():
-                why_not = "a faster backend is active"
-            result[backend] = why_not or "active"
-        return result
-
-    return {operation: {device: statuses(device) for device in ("cpu", "cuda")}
-            for operation in OPERATIONS}
+    return kernel(_rows_together(logits), targets.contiguous(), weights.contiguous())
 
 
-def csrc() -> ModuleType:
-    """The C++ extension; to be called only where `choose` says "cpp"."""
-    assert _csrc is not None
-    return _csrc
+@_sjlt.register_fake
+@_rademacher.register_fake
+def _(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    pass
+
+
+@_outer_sketch.register_fake
+def _(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, key: int,
+      method: str) -> None:
+    pass
+
+
+@_response_logp_grad.register_fake
+def _(logits: torch.Tensor, targets: torch.Tensor,
+      weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (logits.new_empty(len(logits), dtype=reference.sum_dtype(logits.dtype)),
+            logits.new_empty(logits.shape))
+
+
+# -- what they do ----------------------------------------------------------------------------------
 
 
 def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
-    _check(operation, out, x, key)
     if x.numel() == 0:
         return
-    backend = choose(out.device.type)
+    backend = backends.choose(operation, out.device.type, x.dtype)
     if backend == "reference":
         function = reference.sjlt if operation == "sjlt" else reference.rademacher
         out += function(x, key, out.shape[1])
         return
-    x = x if x.stride(1) == 1 else x.contiguous()
-    target = out if out.stride(1) == 1 else out.contiguous()
-    getattr(_csrc, f"{operation}_{_DTYPES[x.dtype]}")(
-        out=target.data_ptr(), out_stride=target.stride(0), x=x.data_ptr(), x_stride=x.stride(0),
-        n=x.shape[0], length=x.shape[1], k=out.shape[1], key=key,
-        num_threads=torch.get_num_threads())
+    x, target = _rows_together(x), _rows_together(out)
+    if backend == "triton":
+        _triton_rows(operation, target, x, key)
+    else:
+        getattr(backends.csrc(), f"{operation}_{_DTYPES[x.dtype]}")(
+            out=target.data_ptr(), out_stride=target.stride(0), x=x.data_ptr(),
+            x_stride=x.stride(0), n=x.shape[0], length=x.shape[1], k=out.shape[1], key=key,
+            num_threads=torch.get_num_threads())
     if target is not out:
         out.copy_(target)
 
 
-def _check(operation: str, out: Tensor, x: Tensor, key: int) -> None:
-    name = f"{operation}_"
+def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
+    if operation == "sjlt":
+        from activedpo_fast.kernels.lora_grad_sketch import sjlt_rows
+
+        sjlt_rows(out, x, key, backends.deterministic())
+    else:
+        from activedpo_fast.kernels.lora_grad_rademacher import rademacher_rows
+
+        rademacher_rows(out, x, key)
+
+
+def _triton_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                  method: str) -> None:
+    if method == "rademacher":
+        from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher
+
+        lora_grad_rademacher(out, left, right, segments, key)
+    else:
+        from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketch
+
+        lora_grad_sketch(out, left, right, segments, key, method, backends.deterministic())
+
+
+def _cpp_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+               method: str) -> None:
+    if left.dtype == torch.float16:
+        left, right = left.float(), right.float()
+    segments = segments.contiguous()
+    sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
+    getattr(backends.csrc(), f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
+        out=out.data_ptr(), out_stride=out.stride(0), left=left.data_ptr(),
+        left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
+        segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
+        columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
+        num_threads=torch.get_num_threads())
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    """x, or a copy of it, whose rows are contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _signed(key: int) -> int:
+    return key - 2**64 if key >= 2**63 else key
+
+
+# -- what they refuse ------------------------------------------------------------------------------
+
+
+def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:
     for label, tensor in (("out", out), ("x", x)):
         if not isinstance(tensor, Tensor):
             raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
@@ -191,7 +271,7 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
         raise ActiveDPOError(f"{name}: out is {out.dtype}, expected torch.float64")
     if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
         raise ActiveDPOError(f"{name}: left is {left.dtype} and right {right.dtype}, expected "
-                             "both torch.float32, torch.float64 or torch.bfloat16")
+                             "both torch.float32, float64, bfloat16 or float16")
     if not out.device == left.device == right.device:
         raise ActiveDPOError(f"{name}: out is on {out.device}, left on {left.device} and right on "
                              f"{right.device}")
@@ -204,11 +284,14 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
     if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
         raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
                              f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
-    tokens, rows = left.shape[0], out.shape[0]
+    _check_key(name, key)
+
+
+def _check_segments(segments: Tensor, tokens: int, rows: int) -> None:
     for start, end, row in segments.tolist():
         if not (0 <= start <= end <= tokens and 0 <= row < rows):
-            raise ActiveDPOError(f"{name}: a segment lies outside {tokens} tokens and {rows} rows")
-    _check_key(name, key)
+            raise ActiveDPOError(
+                f"outer_sketch_: a segment lies outside {tokens} tokens and {rows} rows")
 
 
 def _check_key(name: str, key: int) -> None:
@@ -216,38 +299,3 @@ def _check_key(name: str, key: int) -> None:
         raise ActiveDPOError(f"{name}: key is {key!r}, expected an integer from 0 to 2^64 - 1")
 
 
-def _forced() -> str:
-    name = os.environ.get("ACTIVEDPO_BACKEND") or "auto"
-    if name not in ("auto", *BACKENDS):
-        known = ", ".join(("auto", *BACKENDS))
-        raise ActiveDPOError(f"ACTIVEDPO_BACKEND is {name!r}; known: {known}")
-    return name
-
-
-def _why_not(backend: str, device: str) -> str:
-    """Why `backend` cannot serve tensors on `device`; empty where it can."""
-    if backend == "reference":
-        return ""
-    if device != "cpu":
-        return "serves CPU tensors only"
-    return _WHY_NO_CPP
-
-
-def choose(device: str) -> str:
-    """The backend that serves tensors on a device ("cpu", "cuda").
-
-    Raises ActiveDPOError when ACTIVEDPO_BACKEND names one that cannot.
-    """
-    global _warned
-    forced = _forced()
-    if forced != "auto":
-        why_not = _why_not(forced, device)
-        if why_not:
-            raise ActiveDPOError(f"ACTIVEDPO_BACKEND={forced} on a {device} tensor: {why_not}")
-        return forced
-    if not _why_not("cpp", device):
-        return "cpp"
-    if device == "cpu" and not _warned:
-        _warned = True
-        log.warning("using the slower PyTorch reference: %s", _WHY_NO_CPP)
-    return "reference"

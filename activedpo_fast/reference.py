@@ -160,7 +160,7 @@ def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int
 
     Products are formed in float32 (float64 for float64 tensors).
     """
-    dtype = torch.promote_types(left.dtype, torch.float32)
+    dtype = sum_dtype(left.dtype)
     out = torch.zeros(n, k, dtype=torch.float64, device=left.device)
     for part in segments.split(max(1, _GRADIENTS // (left.shape[1] * right.shape[1]))):
         gradients = torch.stack([left[start:end].to(dtype).T @ right[start:end].to(dtype)
@@ -197,6 +197,23 @@ def _words(block: Tensor, column: Tensor | int, stream: int,
            key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return philox4x32(block & _MASK, block >> 32, torch.zeros_like(block) + column,
                       torch.full_like(block, stream), key)
+
+
+def response_logp_grad(
+    logits: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `ops.response_logp_grad`."""
+    widened = logits.to(sum_dtype(logits.dtype))
+    normaliser = widened.logsumexp(dim=1, keepdim=True)
+    logps = (widened.gather(1, targets[:, None]) - normaliser)[:, 0]
+    gradient = (widened - normaliser).exp_().mul_(-weights[:, None])
+    gradient.scatter_add_(1, targets[:, None], weights[:, None])
+    return logps, gradient.to(logits.dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a floating dtype are summed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:

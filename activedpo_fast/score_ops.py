@@ -1,4 +1,4 @@
-"""The selection's two operations over all candidates, with the backend that `ops` chooses."""
+"""The selection's two operations over all candidates, with the backend that `backends` chooses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from activedpo_fast import ops, reference
+from activedpo_fast import backends, reference
 from activedpo_fast.errors import ActiveDPOError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def advance(state: ScoreState) -> Tensor:
     Raises:
         ActiveDPOError: a row that cannot be read.
     """
-    if ops.choose(state.rows.device.type) == "reference":
+    if backends.choose("advance", state.rows.device.type) == "reference":
         return reference.advance(state)
     if state.cpp is None:
         state.cpp = _CppAdvance(state)
@@ -134,12 +134,12 @@ def pair_lengths(
     Raises:
         ActiveDPOError: a row that cannot be read.
     """
-    if ops.choose(rows.device.type) == "reference":
+    if backends.choose("pair_lengths", rows.device.type) == "reference":
         return reference.pair_lengths(rows, pairs, by_row)
     rows = _readable(rows)
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
-    function = getattr(ops.csrc(), f"lengths_{_DTYPES[rows.dtype]}")
+    function = getattr(backends.csrc(), f"lengths_{_DTYPES[rows.dtype]}")
     source = _row_source(rows)
     disable = isinstance(rows, Tensor) or (None if show_progress is None else not show_progress)
     with tqdm(total=len(pairs), desc="reading rows", unit="pair", disable=disable) as bar:
@@ -160,7 +160,7 @@ class _CppAdvance:
     """The C++ backend's view of a state, with the workspace that it keeps between calls."""
 
     def __init__(self, state: ScoreState) -> None:
-        csrc = ops.csrc()
+        csrc = backends.csrc()
         self._rows = _readable(state.rows)
         self._source = _row_source(self._rows)
         self._advance = getattr(csrc, f"advance_{_DTYPES[self._rows.dtype]}")
@@ -210,10 +210,10 @@ def _readable(rows: Tensor | StoredRows) -> Tensor | StoredRows:
 def _row_source(rows: Tensor | StoredRows) -> Any:
     if isinstance(rows, Tensor):
         size = rows.element_size()
-        return ops.csrc().RowSource(
+        return backends.csrc().RowSource(
             base=rows.data_ptr(), stride=rows.stride(0) * size, descriptors=0, file_of_row=0,
             offset_of_row=0, row_bytes=rows.shape[1] * size)
-    return ops.csrc().RowSource(
+    return backends.csrc().RowSource(
         base=0, stride=0, descriptors=rows.descriptors.data_ptr(),
         file_of_row=rows.file_of_row.data_ptr(), offset_of_row=rows.offset_of_row.data_ptr(),
         row_bytes=rows.row_bytes)

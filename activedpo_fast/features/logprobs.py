@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from activedpo_fast import ops
+
 # Logits held at a time, in numbers: 16 MiB in float32 on the CPU, and elsewhere enough that a chunk
 # keeps the device busy.
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
@@ -85,11 +87,15 @@ def chunked_logps(
         with around(start, end), torch.set_grad_enabled(weights is not None):
             leaf = hidden[start:end].detach().requires_grad_(weights is not None)
             logits = head(leaf.unsqueeze(0))[0]
-            part = token_logps(logits, targets[start:end])
-            del logits
-            logps.append(part.detach())
-            if weights is not None and gradient is not None:
-                (part * weights[start:end]).sum().backward()
-                if leaf.grad is not None:
-                    gradient[start:end] = leaf.grad
+            if weights is None or gradient is None:
+                logps.append(token_logps(logits, targets[start:end]))
+                continue
+            part, logit_gradient = ops.response_logp_grad(
+                logits.detach(), targets[start:end], weights[start:end])
+            logps.append(part)
+            if logits.requires_grad:
+                logits.backward(logit_gradient)
+            del logits, logit_gradient
+            if leaf.grad is not None:
+                gradient[start:end] = leaf.grad
     return torch.cat(logps), gradient

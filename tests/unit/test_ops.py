@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from activedpo_fast import ops, reference
+from activedpo_fast import backends, ops, reference
 from activedpo_fast.errors import ActiveDPOError
 
 KEY = 0x9E3779B97F4A7C15
 OPERATIONS = ["sjlt", "rademacher"]
 
-needs_cpp = pytest.mark.skipif(ops._csrc is None, reason="the C++ extension is not built")
+needs_cpp = pytest.mark.skipif(backends._csrc is None, reason="the C++ extension is not built")
 
 # Random123's published known answers for philox4x32-10: (counter, key, block).
 KNOWN_ANSWERS = [
@@ -60,7 +60,7 @@ def test_philox_reference_gives_the_known_answers(counter, key, expected):
 @needs_cpp
 @pytest.mark.parametrize("counter, key, expected", KNOWN_ANSWERS)
 def test_philox_cpp_gives_the_known_answers(counter, key, expected):
-    assert ops._csrc.philox4x32(*counter, key) == expected
+    assert backends._csrc.philox4x32(*counter, key) == expected
 
 
 @pytest.mark.parametrize(("k", "width"), [(1000, 8), (4096, 16), (999, 1)])
@@ -243,28 +243,28 @@ def test_bad_arguments_are_one_clear_error(function, change, message):
 
 def test_unknown_backend_is_an_error(monkeypatch):
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "fortran")
-    for attempt in (ops.backends, lambda: sketch("sjlt", torch.zeros(1, 1), KEY, 1)):
-        with pytest.raises(ActiveDPOError, match="'fortran'; known: auto, cpp, reference"):
+    for attempt in (backends.backends, lambda: sketch("sjlt", torch.zeros(1, 1), KEY, 1)):
+        with pytest.raises(ActiveDPOError, match="'fortran'; known: auto, cuda, triton, cpp, ref"):
             attempt()
 
 
 def test_forced_backend_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
-    monkeypatch.setattr(ops, "_csrc", None)
-    monkeypatch.setattr(ops, "_WHY_NO_CPP", "it was left out")
+    monkeypatch.setattr(backends, "_csrc", None)
+    monkeypatch.setattr(backends, "_WHY_NO_CPP", "it was left out")
     with pytest.raises(ActiveDPOError, match="^ACTIVEDPO_BACKEND=cpp on a cpu tensor: it was left"):
         sketch("sjlt", torch.zeros(1, 1), KEY, 1)
-    assert ops.backends()["sjlt"]["cpu"] == {"cpp": "it was left out",
-                                             "reference": "ACTIVEDPO_BACKEND=cpp"}
+    cpu = backends.backends()["sjlt"]["cpu"]
+    assert (cpu["cpp"], cpu["reference"]) == ("it was left out", "ACTIVEDPO_BACKEND=cpp")
 
 
 def test_reference_stands_in_with_one_warning(monkeypatch, caplog):
     monkeypatch.delenv("ACTIVEDPO_BACKEND", raising=False)
-    monkeypatch.setattr(ops, "_csrc", None)
-    monkeypatch.setattr(ops, "_WHY_NO_CPP", "it was left out; run this")
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setattr(backends, "_csrc", None)
+    monkeypatch.setattr(backends, "_WHY_NO_CPP", "it was left out; run this")
+    monkeypatch.setattr(backends, "_warned", set())
     x = random(2, 40)
-    with caplog.at_level(logging.WARNING, logger="activedpo_fast.ops"):
+    with caplog.at_level(logging.WARNING, logger="activedpo_fast.backends"):
         for operation in OPERATIONS:
             torch.testing.assert_close(sketch(operation, x, KEY, 5), define(operation, x, KEY, 5))
     assert [record.getMessage() for record in caplog.records] == [
@@ -274,12 +274,47 @@ def test_reference_stands_in_with_one_warning(monkeypatch, caplog):
 @needs_cpp
 def test_backends_tells_what_is_active(monkeypatch):
     monkeypatch.delenv("ACTIVEDPO_BACKEND", raising=False)
-    assert ops.backends()["rademacher"] == {
-        "cpu": {"cpp": "active", "reference": "a faster backend is active"},
-        "cuda": {"cpp": "serves CPU tensors only", "reference": "active"}}
+    found = backends.backends()["rademacher"]
+    assert found["cpu"]["cpp"] == "active"
+    assert found["cpu"]["reference"] == "a faster backend is active"
+    assert found["cpu"]["triton"] != "active"
+    assert found["cuda"]["cpp"] == "serves CPU tensors only"
+    assert "cuda" not in found["cuda"]  # it has no such operation
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference")
-    assert ops.backends()["sjlt"]["cpu"] == {"cpp": "ACTIVEDPO_BACKEND=reference",
-                                             "reference": "active"}
+    found = backends.backends()["sjlt"]["cpu"]
+    assert (found["cpp"], found["reference"]) == ("ACTIVEDPO_BACKEND=reference", "active")
+
+
+def test_a_forced_backend_leaves_other_operations_alone(monkeypatch):
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "triton")
+    assert backends.choose("advance", "cpu") in ("cpp", "reference")
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "cuda")
+    assert backends.choose("sjlt", "cpu") in ("cpp", "reference")
+    with pytest.raises(ActiveDPOError, match="ACTIVEDPO_BACKEND=cuda on a cpu tensor: serves CUDA"):
+        backends.choose("greedy_select", "cpu")
+
+
+def test_float64_is_not_for_triton(monkeypatch):
+    monkeypatch.delenv("ACTIVEDPO_BACKEND", raising=False)
+    assert backends.choose("sjlt", "cuda", torch.float64) == "reference"
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "triton")
+    with pytest.raises(ActiveDPOError, match="ACTIVEDPO_BACKEND=triton on a cuda tensor: has no"):
+        backends.choose("sjlt", "cuda", torch.float64)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, True), ("", True), ("1", True),
+                                                 ("0", False)])
+def test_deterministic_is_the_default(value, expected, monkeypatch):
+    monkeypatch.delenv("ACTIVEDPO_DETERMINISTIC", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ACTIVEDPO_DETERMINISTIC", value)
+    assert backends.deterministic() is expected
+
+
+def test_deterministic_is_yes_or_no(monkeypatch):
+    monkeypatch.setenv("ACTIVEDPO_DETERMINISTIC", "maybe")
+    with pytest.raises(ActiveDPOError, match="ACTIVEDPO_DETERMINISTIC is 'maybe', expected 0 or 1"):
+        backends.deterministic()
 
 
 @pytest.mark.gpu

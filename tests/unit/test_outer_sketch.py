@@ -11,7 +11,7 @@ from activedpo_fast import ops, reference
 from activedpo_fast.errors import ActiveDPOError
 from tests.unit.test_ops import KEY, needs_cpp, random, threads
 
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 SHAPES = [(1, 1, 1), (1, 500, 64), (500, 1, 64), (3, 7, 5), (8, 256, 64), (256, 8, 8192),
           (70, 300, 512), (300, 70, 100), (4, 9000, 4096), (9000, 3, 300), (129, 33, 50000)]
 

@@ -1,0 +1,164 @@
+"""Which backend serves an operation; nothing else chooses one.
+
+Backends, in the order in which `auto` prefers them: `cuda` (csrc/cuda/) and `triton` (kernels/) for
+tensors on NVIDIA GPUs, `cpp` (csrc/) for tensors on the CPU, `reference` (reference.py) for any
+device and dtype. The environment variable ACTIVEDPO_BACKEND (auto, or one of these) forces one: of
+the operations that it has, none is done by another, and where it cannot serve a tensor there is an
+error. ACTIVEDPO_DETERMINISTIC=0 lets Triton's sketches be added up in any order; see
+`deterministic`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+import activedpo_fast.kernels as kernels
+from activedpo_fast.errors import ActiveDPOError
+
+_csrc: ModuleType | None
+_cuda: ModuleType | None
+try:
+    from activedpo_fast import _csrc  # type: ignore[attr-defined, no-redef]
+    _WHY_NO_CPP = ""
+except ImportError as error:
+    _csrc = None
+    _WHY_NO_CPP = (
+        f"the C++ extension is not built ({error}); with a C++17 compiler, run `pip install .` "
+        "again, or `python setup.py build_ext --inplace` in a checkout"
+    )
+try:
+    from activedpo_fast import _cuda  # type: ignore[attr-defined, no-redef]
+    _WHY_NO_CUDA = ""
+except ImportError as error:
+    _cuda = None
+    _WHY_NO_CUDA = (
+        f"the CUDA extension is not built ({error}); with CUDA's compiler nvcc, run "
+        "`pip install .` again, or `python setup.py build_ext --inplace` in a checkout"
+    )
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+# What each operation has besides the reference, and where it is asked for.
+_FASTER = {
+    "sjlt": ("triton", "cpp"),
+    "rademacher": ("triton", "cpp"),
+    "outer_sketch": ("triton", "cpp"),
+    "response_logp_grad": ("triton",),
+    "rank_update": ("cuda", "cpp"),
+    "pair_lengths": ("cpp",),
+    "advance": ("cpp",),
+    "greedy_select": ("cuda",),
+}
+OPERATIONS = tuple(_FASTER)
+DEVICES = ("cpu", "cuda")
+_warned: set[str] = set()
+
+
+def choose(operation: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that serves an operation's tensors on a device ("cpu", "cuda").
+
+    Raises ActiveDPOError when ACTIVEDPO_BACKEND names one that has the operation and cannot.
+    """
+    forced = _forced()
+    if forced == "reference":
+        return forced
+    if forced in _FASTER[operation]:
+        why_not = _why_not(forced, operation, device, dtype, forced)
+        if why_not:
+            raise ActiveDPOError(f"ACTIVEDPO_BACKEND={forced} on a {device} tensor: {why_not}")
+        return forced
+    for backend in BACKENDS[:-1]:
+        if backend in _FASTER[operation]:
+            why_not = _why_not(backend, operation, device, dtype, forced)
+            if not why_not:
+                return backend
+            missing = not (_elsewhere(backend, device) or _has_not(backend, dtype))
+            if missing and why_not not in _warned:
+                _warned.add(why_not)
+                log.warning("using the slower PyTorch reference: %s", why_not)
+    return "reference"
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """What serves each operation: {operation: {"cpu" | "cuda": {backend: status}}}.
+
+    A status is "active", or why the backend is not: it cannot serve the device, is not built, or
+    another one goes before it. Raises ActiveDPOError when ACTIVEDPO_BACKEND names no backend.
+    """
+    forced = _forced()
+
+    def statuses(operation: str, device: str) -> dict[str, str]:
+        result: dict[str, str] = {}
+        for backend in BACKENDS:
+            if backend not in (*_FASTER[operation], "reference"):
+                continue
+            why_not = _why_not(backend, operation, device, torch.float32, forced)
+            elsewhere = forced not in ("auto", backend) and (
+                forced == "reference" or forced in _FASTER[operation])
+            if not why_not and elsewhere:
+                why_not = f"ACTIVEDPO_BACKEND={forced}"
+            if not why_not and "active" in result.values():
+                why_not = "a faster backend is active"
+            result[backend] = why_not or "active"
+        return result
+
+    return {operation: {device: statuses(operation, device) for device in DEVICES}
+            for operation in OPERATIONS}
+
+
+def csrc() -> ModuleType:
+    """The C++ extension; to be called only where `choose` says "cpp"."""
+    assert _csrc is not None
+    return _csrc
+
+
+def cuda() -> ModuleType:
+    """The CUDA extension; to be called only where `choose` says "cuda"."""
+    assert _cuda is not None
+    return _cuda
+
+
+def deterministic() -> bool:
+    """Whether sketches on a GPU are to have the same bits on every run (the default).
+
+    ACTIVEDPO_DETERMINISTIC=0 gives that up for fewer launches: float64 sums in whatever order.
+    """
+    value = os.environ.get("ACTIVEDPO_DETERMINISTIC") or "1"
+    if value not in ("0", "1"):
+        raise ActiveDPOError(f"ACTIVEDPO_DETERMINISTIC is {value!r}, expected 0 or 1")
+    return value == "1"
+
+
+def _forced() -> str:
+    name = os.environ.get("ACTIVEDPO_BACKEND") or "auto"
+    if name not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise ActiveDPOError(f"ACTIVEDPO_BACKEND is {name!r}; known: {known}")
+    return name
+
+
+def _why_not(backend: str, operation: str, device: str, dtype: torch.dtype, forced: str) -> str:
+    """Why `backend` cannot serve an operation that it has; empty where it can."""
+    if backend == "reference":
+        return ""
+    if backend == "triton" and device == "cpu" and kernels.interpreted():
+        return _has_not(backend, dtype) or kernels.why_not() or (
+            "" if forced == "triton" else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton")
+    return (_elsewhere(backend, device) or _has_not(backend, dtype)
+            or {"cpp": _WHY_NO_CPP, "cuda": _WHY_NO_CUDA}.get(backend, "")
+            or (kernels.why_not() if backend == "triton" else ""))
+
+
+def _elsewhere(backend: str, device: str) -> str:
+    if (backend == "cpp") == (device == "cpu"):
+        return ""
+    return f"serves {'CPU' if backend == 'cpp' else 'CUDA'} tensors only"
+
+
+def _has_not(backend: str, dtype: torch.dtype) -> str:
+    return "has no float64" if backend == "triton" and dtype == torch.float64 else ""
