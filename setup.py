@@ -1,18 +1,52 @@
-"""The C++ extension and the folder mapping; everything else is in pyproject.toml."""
+"""The C++ and CUDA extensions and the folder mapping; everything else is in pyproject.toml.
+
+ACTIVEDPO_CUDA        "1": not building activedpo_fast._cuda is an error; "0": it is left out;
+                      not set: it is built where nvcc is, and without it the rest is installed.
+ACTIVEDPO_CUDA_ARCHS  GPU architectures, default "80;86;89;90a;100;120"; of the default, those
+                      that nvcc knows. PTX of the highest is added, for later GPUs.
+ACTIVEDPO_PYBIND11_INCLUDE
+                      a folder with pybind11's headers, where the package is not installed.
+CUDACXX, CUDA_HOME    where nvcc is; else it is looked for on PATH, and in NVIDIA's packages
+                      (`pip install "cuda-toolkit[nvcc,cudart]"`) in the Python that builds.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+try:
+    from pybind11.setup_helpers import Pybind11Extension
+except ImportError:  # its headers alone will do, and torch has them
+    if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
+        raise
+
+    class Pybind11Extension(Extension):
+        """The little of pybind11's own that is needed here."""
+
+        def __init__(self, *args, cxx_std: int, **options) -> None:
+            super().__init__(*args, language="c++", **options)
+            self.include_dirs.append(os.environ["ACTIVEDPO_PYBIND11_INCLUDE"])
+            self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMISE = ["/O2"] if sys.platform == "win32" else ["-O3"]
 
-extension = Pybind11Extension(
+ARCHS = "80;86;89;90a;100;120"
+OBJECTS = Path("build/cuda")  # compiled .cu files, kept from build to build
+
+cpu = Pybind11Extension(
     "activedpo_fast._csrc",
     sources=sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h")),
@@ -23,26 +57,181 @@ extension = Pybind11Extension(
     optional=True,
 )
 
+# Its .cu files are compiled by nvcc (BuildExtension) and linked as objects. The CUDA runtime comes
+# along (libcudart_static.a), and looks for the driver when it is first called, not when imported.
+cuda = Pybind11Extension(
+    "activedpo_fast._cuda",
+    sources=sorted(glob("csrc/cuda/*.cpp")),
+    depends=sorted([*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cu")]),
+    cxx_std=17,
+    extra_compile_args=OPTIMISE,
+    libraries=["cudart_static", "dl", "pthread", "rt"],
+    extra_link_args=["-Wl,--exclude-libs,ALL"],
+    optional=os.environ.get("ACTIVEDPO_CUDA") != "1",
+)
+
+
+class Nvcc:
+    """NVIDIA's compiler and its toolkit.
+
+    Attributes:
+        includes, libraries: the toolkit's folders.
+        archs: the architectures to compile for, such as "80" or "90a", in ascending order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()  # so that ./nvcc stays a path
+        self._version = self.run("--version")
+        self.includes, self.libraries = self._folders()
+        self.archs = self._archs()
+
+    @classmethod
+    def find(cls) -> Nvcc | None:
+        """The compiler of the environment; None where there is none."""
+        for variable, below in (("CUDACXX", ""), ("CUDA_HOME", "/bin/nvcc")):
+            if named := os.environ.get(variable):
+                path = shutil.which(named + below)
+                if path is None:
+                    raise CompileError(f"{variable}={named} has no nvcc")
+                return cls(Path(path))
+        packages = [path for folder in sys.path
+                    for path in sorted(glob(f"{folder}/nvidia/*/bin/nvcc"), reverse=True)]
+        for place in ("nvcc", *packages):
+            if path := shutil.which(place):
+                return cls(Path(path))
+        return None
+
+    def run(self, *arguments: str) -> str:
+        """What it prints. Raises CompileError with that, where it fails."""
+        command = [str(self.path), *arguments]
+        try:
+            done = subprocess.run(command, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT)
+        except OSError as error:
+            raise CompileError(f"{self.path} cannot be run: {error}") from None
+        if done.returncode:
+            raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
+        return done.stdout
+
+    def compile(self, source: Path, threads: int, host: str) -> tuple[Path, bool]:
+        """The object of a .cu file, and whether it had to be compiled: it may be there already."""
+        target = OBJECTS / f"{source.stem}.o"
+        needs, says = target.with_suffix(".d"), target.with_suffix(".txt")
+        options = ["-c", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
+                   f"-ccbin={host}", *self._code(), str(source)]
+        command = f"{shlex.join([str(self.path), *options])}\n{self._version}"
+        if says.is_file() and says.read_text() == command and not _outdated(target, needs):
+            return target, False
+        says.unlink(missing_ok=True)  # what is cut short here is begun anew
+        self.run(*options, f"--threads={threads}", "-MMD", f"-MF={needs}", f"-o={target}")
+        says.write_text(command)
+        return target, True
+
+    def _code(self) -> list[str]:
+        ptx = self.archs[-1].rstrip("af")  # of 90a, PTX would serve no later GPU
+        return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs),
+                f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+
+    def _folders(self) -> tuple[list[str], list[str]]:
+        # Asked for, because what is on the PATH may be a script that calls another one.
+        said = self.run("--dryrun", "-c", "-x", "cu", os.devnull)
+        lines = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES|TOP)= *(.*?) *$", said, re.MULTILINE))
+        if not {"INCLUDES", "LIBRARIES", "TOP"} <= lines.keys():
+            raise CompileError(f"{self.path} does not say where its toolkit is:\n{said}")
+        top = Path(lines["TOP"]).resolve()
+        flags = shlex.split(lines["INCLUDES"]) + shlex.split(lines["LIBRARIES"])
+        return ([flag[2:] for flag in flags if flag.startswith("-I")],
+                # pip's packages have lib/ where nvcc says lib64/.
+                [flag[2:] for flag in flags if flag.startswith("-L")] + [str(top / "lib")])
+
+    def _archs(self) -> list[str]:
+        known = set(re.findall(r"sm_(\d+)", self.run("--list-gpu-code")))
+        wanted = os.environ.get("ACTIVEDPO_CUDA_ARCHS") or ARCHS
+        archs = [arch for arch in re.split("[;, ]+", wanted) if arch]
+        for arch in archs:
+            if not re.fullmatch(r"\d+[af]?", arch):
+                raise CompileError(f"ACTIVEDPO_CUDA_ARCHS has {arch!r}; it is a list like {ARCHS}")
+        unknown = [arch for arch in archs if arch.rstrip("af") not in known]
+        if unknown:
+            said = f"{self.path} does not know the GPU architectures {', '.join(unknown)}"
+            if wanted != ARCHS or unknown == archs:
+                raise CompileError(f"{said}; it knows {', '.join(sorted(known, key=int))}")
+            print(f"note: {said}: they are left out", file=sys.stderr)
+        return sorted({*archs} - {*unknown}, key=lambda arch: (int(arch.rstrip("af")), arch))
+
 
 class BuildExtension(build_ext):
     """Builds what it can, and says plainly what a failure means."""
 
     def build_extension(self, ext) -> None:
         try:
+            if ext is cuda and not self._add_cuda_objects(ext):
+                return
             super().build_extension(ext)
         except Exception as error:
-            self.warn(
-                f"{ext.name} was not built ({error}). activedpo_fast works without it, on the "
-                "slower PyTorch reference; for the C++ kernels install a C++17 compiler with "
-                "OpenMP (for instance g++) and install again."
-            )
+            if ext is cuda:
+                hint = ("On GPUs activedpo_fast works without it, with fewer kernels of its own; "
+                        "ACTIVEDPO_CUDA=0 does not try to build it.")
+            else:
+                hint = ("activedpo_fast works without it, on the slower PyTorch reference; for "
+                        "the C++ kernels install a C++17 compiler with OpenMP (for instance g++) "
+                        "and install again.")
+            self.warn(f"{ext.name} was not built ({error}). {hint}")
             raise
+
+    def _add_cuda_objects(self, ext) -> bool:
+        """Compile the .cu files; False, and a line that says why, where that is not to be done."""
+        wanted = os.environ.get("ACTIVEDPO_CUDA") or "auto"
+        if wanted not in ("auto", "0", "1"):
+            raise CompileError(f"ACTIVEDPO_CUDA is {wanted!r}; it can be 0, 1 or not set")
+        nvcc = None if wanted == "0" or sys.platform != "linux" else Nvcc.find()
+        if nvcc is None:
+            why = ("ACTIVEDPO_CUDA=0" if wanted == "0" else
+                   "it is for Linux" if sys.platform != "linux" else
+                   "there is no nvcc: CUDACXX and CUDA_HOME are not set, and it is neither on PATH "
+                   "nor in the package nvidia-cuda-nvcc")
+            if wanted == "1":
+                raise CompileError(why)
+            self._forget(ext)
+            print(f"note: {ext.name} is not built ({why}); the CUDA C++ kernels will be missing",
+                  file=sys.stderr)
+            return False
+        sources = [Path(path) for path in sorted(glob("csrc/cuda/*.cu"))]
+        cores = len(os.sched_getaffinity(0))
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        print(f"{ext.name}: {len(sources)} CUDA files for {' '.join(nvcc.archs)} by {nvcc.path}")
+        host = self.compiler.compiler_cxx[0]
+        # Several files, and of each several architectures: files differ in what they take.
+        with ThreadPoolExecutor(cores) as pool:
+            compiled = list(pool.map(lambda source: nvcc.compile(source, cores, host), sources))
+        ext.extra_objects = [str(target) for target, _ in compiled]
+        ext.include_dirs += ["csrc", *nvcc.includes]
+        ext.library_dirs += nvcc.libraries
+        ext.define_macros += [("ACTIVEDPO_CUDA_ARCHS", f'"{";".join(nvcc.archs)}"')]
+        self.force = self.force or any(new for _, new in compiled)
+        return True
+
+    def _forget(self, ext) -> None:
+        """Remove what an earlier build left: it would be installed as if it were of this one."""
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
+
+def _outdated(target: Path, needs: Path) -> bool:
+    """Whether an object is older than a file that its list of needs, as make reads it, names."""
+    if not (target.is_file() and needs.is_file()):
+        return True
+    named = needs.read_text().replace("\\\n", " ").partition(" : ")[2]
+    sources = [Path(re.sub(r"\\(.)", r"\1", name))  # blanks in a name have a backslash
+               for name in re.split(r"(?<!\\)\s+", named) if name]
+    made = target.stat().st_mtime_ns
+    return not sources or any(not path.is_file() or path.stat().st_mtime_ns > made
+                              for path in sources)
 
 
 setup(
     packages=[*find_packages(include=["activedpo_fast", "activedpo_fast.*"]),
               "activedpo_fast.kernels"],
     package_dir={"activedpo_fast.kernels": "kernels"},
-    ext_modules=[extension],
+    ext_modules=[cpu, cuda],
     cmdclass={"build_ext": BuildExtension},
 )

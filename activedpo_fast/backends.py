@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -49,13 +50,14 @@ _FASTER = {
     "rademacher": ("triton", "cpp"),
     "outer_sketch": ("triton", "cpp"),
     "response_logp_grad": ("triton",),
-    "rank_update": ("cuda", "cpp"),
+    "rank_update": ("cuda",),
     "pair_lengths": ("cpp",),
     "advance": ("cpp",),
     "greedy_select": ("cuda",),
 }
 OPERATIONS = tuple(_FASTER)
 DEVICES = ("cpu", "cuda")
+_ON_GPU_ALONE = {"greedy_select"}  # elsewhere it is a loop over `advance`
 _warned: set[str] = set()
 
 
@@ -107,7 +109,8 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
             result[backend] = why_not or "active"
         return result
 
-    return {operation: {device: statuses(operation, device) for device in DEVICES}
+    return {operation: {device: statuses(operation, device) for device in DEVICES
+                        if device == "cuda" or operation not in _ON_GPU_ALONE}
             for operation in OPERATIONS}
 
 
@@ -121,6 +124,14 @@ def cuda() -> ModuleType:
     """The CUDA extension; to be called only where `choose` says "cuda"."""
     assert _cuda is not None
     return _cuda
+
+
+def about_cuda() -> str:
+    """What the CUDA extension was built for, and why it cannot run here if it cannot."""
+    if _cuda is None:
+        return _WHY_NO_CUDA
+    built = f"built with CUDA {_cuda.runtime_version} for {_cuda.architectures}"
+    return "; ".join(part for part in (built, _why_no_cuda()) if part)
 
 
 def deterministic() -> bool:
@@ -150,8 +161,14 @@ def _why_not(backend: str, operation: str, device: str, dtype: torch.dtype, forc
         return _has_not(backend, dtype) or kernels.why_not() or (
             "" if forced == "triton" else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton")
     return (_elsewhere(backend, device) or _has_not(backend, dtype)
-            or {"cpp": _WHY_NO_CPP, "cuda": _WHY_NO_CUDA}.get(backend, "")
-            or (kernels.why_not() if backend == "triton" else ""))
+            or {"cpp": lambda: _WHY_NO_CPP, "cuda": _why_no_cuda,
+                "triton": kernels.why_not}[backend]())
+
+
+@cache
+def _why_no_cuda() -> str:
+    """Why the CUDA extension cannot run here: not built, no driver, an old one, no code for it."""
+    return _WHY_NO_CUDA if _cuda is None else _cuda.problem()
 
 
 def _elsewhere(backend: str, device: str) -> str:

@@ -80,7 +80,10 @@ def _backends() -> list[Row]:
     from activedpo_fast import backends
 
     chosen = os.environ.get("ACTIVEDPO_BACKEND")
-    rows = [Row("backends", "ACTIVEDPO_BACKEND", chosen or "not set (auto)")]
+    sums = "the same bits on every run" if backends.deterministic() else "in any order"
+    rows = [Row("backends", "ACTIVEDPO_BACKEND", chosen or "not set (auto)"),
+            Row("backends", "CUDA extension", backends.about_cuda()),
+            Row("backends", "sketches on a GPU", sums)]
     for operation, devices in backends.backends().items():
         for device, statuses in devices.items():
             if device == "cuda" and not torch.cuda.is_available():
@@ -92,6 +95,10 @@ def _backends() -> list[Row]:
 
 
 def _version(distribution: str) -> str | None:
+    if distribution == "torch":
+        import torch
+
+        return torch.__version__  # with its build, as "+cu130"
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

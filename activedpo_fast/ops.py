@@ -68,6 +68,12 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
     _outer_sketch(out, left, right, segments, _signed(key), method)
 
 
+def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target]; see `response_logp_grad`, which gives the gradient too."""
+    _check_logits("response_logps", logits, {"targets": targets})
+    return _response_logps(logits, targets)
+
+
 def response_logp_grad(
     logits: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -81,16 +87,26 @@ def response_logp_grad(
         float32 [n] (float64 for float64 logits), and weight * (one-hot - softmax), [n, V] in the
         logits' dtype. On a GPU nothing else of n V numbers is formed.
     """
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.requires_grad:
-        raise ActiveDPOError(f"response_logp_grad: logits are {logits.dtype} "
-                             f"{tuple(logits.shape)}, expected a detached floating [n, V]")
-    for name, given in (("targets", targets), ("weights", weights)):
-        if given.shape != logits.shape[:1] or given.device != logits.device:
-            raise ActiveDPOError(f"response_logp_grad: {name} are {tuple(given.shape)} on "
-                                 f"{given.device}, expected ({len(logits)},) on {logits.device}")
-    if targets.dtype != torch.int64:
-        raise ActiveDPOError(f"response_logp_grad: targets are {targets.dtype}, expected int64")
+    _check_logits("response_logp_grad", logits, {"targets": targets, "weights": weights})
     return _response_logp_grad(logits, targets, weights.to(reference.sum_dtype(logits.dtype)))
+
+
+def rank_update_(v: Tensor, points: Tensor, alpha: float = 1.0) -> None:
+    """V <- V + alpha * sum of p p^T over the points, in place, on and below V's diagonal.
+
+    V is a symmetric matrix of which only that part is kept: what is above the diagonal is not read,
+    and what it is afterwards is not said (a GPU leaves it as it is). Each number is read and
+    written once, whatever m is.
+
+    Args:
+        v: float64 [k, k], its rows contiguous; they may be apart.
+        points: float64 [m, k], on v's device.
+
+    Raises:
+        ActiveDPOError: tensors that do not fit.
+    """
+    _check_rank_update(v, points)
+    _rank_update(v, points, alpha)
 
 
 # -- as PyTorch knows them: a key is the int64 with its bits ---------------------------------------
@@ -127,15 +143,42 @@ def _outer_sketch(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor,
         out.copy_(target)
 
 
+@torch.library.custom_op("activedpo::response_logps", mutates_args=())
+def _response_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if backends.choose("response_logp_grad", logits.device.type, logits.dtype) == "reference":
+        return reference.response_logps(logits, targets)
+    from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
+
+    return kernel(_rows_together(logits), targets, None)[0]
+
+
 @torch.library.custom_op("activedpo::response_logp_grad", mutates_args=())
 def _response_logp_grad(logits: torch.Tensor, targets: torch.Tensor,
                         weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = backends.choose("response_logp_grad", logits.device.type, logits.dtype)
-    if backend == "reference":
+    if backends.choose("response_logp_grad", logits.device.type, logits.dtype) == "reference":
         return reference.response_logp_grad(logits, targets, weights)
     from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
 
-    return kernel(_rows_together(logits), targets.contiguous(), weights.contiguous())
+    return kernel(_rows_together(logits), targets, weights)
+
+
+@torch.library.custom_op("activedpo::rank_update_", mutates_args={"v"})
+def _rank_update(v: torch.Tensor, points: torch.Tensor, alpha: float) -> None:
+    if len(points) == 0:
+        return
+    if backends.choose("rank_update", v.device.type, v.dtype) == "reference":
+        return reference.rank_update_(v, points, alpha)
+    points = _rows_together(points)
+    stream = torch.cuda.current_stream(v.device)
+    backends.cuda().rank_update(
+        v=v.data_ptr(), v_stride=v.stride(0), points=points.data_ptr(),
+        points_stride=points.stride(0), k=len(v), m=len(points), alpha=alpha,
+        device=stream.device_index, stream=stream.cuda_stream)
+
+
+@_rank_update.register_fake
+def _(v: torch.Tensor, points: torch.Tensor, alpha: float) -> None:
+    pass
 
 
 @_sjlt.register_fake
@@ -148,6 +191,11 @@ def _(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
 def _(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, key: int,
       method: str) -> None:
     pass
+
+
+@_response_logps.register_fake
+def _(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty(len(logits), dtype=reference.sum_dtype(logits.dtype))
 
 
 @_response_logp_grad.register_fake
@@ -214,6 +262,7 @@ def _cpp_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: 
         left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
         segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
         columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
+        place=reference.kronecker_place(key, out.shape[1]),
         num_threads=torch.get_num_threads())
 
 
@@ -285,6 +334,35 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
         raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
                              f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
     _check_key(name, key)
+
+
+def _check_logits(name: str, logits: Tensor, of_tokens: dict[str, Tensor]) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.requires_grad:
+        raise ActiveDPOError(f"{name}: logits are {logits.dtype} {tuple(logits.shape)}, expected a "
+                             "detached floating [n, V]")
+    for label, given in of_tokens.items():
+        if given.shape != logits.shape[:1] or given.device != logits.device:
+            raise ActiveDPOError(f"{name}: {label} are {tuple(given.shape)} on {given.device}, "
+                                 f"expected ({len(logits)},) on {logits.device}")
+    if of_tokens["targets"].dtype != torch.int64:
+        raise ActiveDPOError(f"{name}: targets are {of_tokens['targets'].dtype}, expected int64")
+
+
+def _check_rank_update(v: Tensor, points: Tensor) -> None:
+    name = "rank_update_"
+    for label, tensor in (("v", v), ("points", points)):
+        if tensor.dim() != 2 or tensor.dtype != torch.float64 or tensor.layout != torch.strided:
+            raise ActiveDPOError(f"{name}: {label} is {tensor.dtype} {tuple(tensor.shape)}, "
+                                 "expected a dense matrix of torch.float64")
+        if tensor.requires_grad:
+            raise ActiveDPOError(f"{name}: {label} requires grad; it is not differentiated")
+    if v.shape[0] != v.shape[1] or v.stride(1) != 1 or v.stride(0) < len(v):
+        raise ActiveDPOError(f"{name}: v is {tuple(v.shape)} with strides {v.stride()}, expected a "
+                             "square matrix whose rows are contiguous")
+    if points.shape[1] != len(v):
+        raise ActiveDPOError(f"{name}: points are {points.shape[1]} wide, expected {len(v)}")
+    if v.device != points.device:
+        raise ActiveDPOError(f"{name}: v is on {v.device} and points on {points.device}")
 
 
 def _check_segments(segments: Tensor, tokens: int, rows: int) -> None:

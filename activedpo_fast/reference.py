@@ -9,6 +9,7 @@ hold unsigned 32-bit values.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 SJLT_STREAM = 1
 RADEMACHER_STREAM = 2
-KRONECKER_STREAMS = (3, 4, 5)  # left side, right side, offset
+KRONECKER_STREAMS = (3, 4, 5)  # left side, right side, places
 SIGNS = 16  # added to the stream of a hash's buckets: the stream of its signs
 RUN = 16  # positions in a row that share a draw of the bucket, where the buckets allow it
 
@@ -25,6 +26,7 @@ _MASK = 0xFFFFFFFF
 # gradients that are formed at a time.
 _TILE = 1 << 20
 _GRADIENTS = 1 << 26
+_V_ROWS = 512
 
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
@@ -125,25 +127,49 @@ def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
     return side, side
 
 
+@lru_cache(4096)
+def kronecker_place(key: int, k: int) -> tuple[int, int]:
+    """(first, stride): where a matrix's runs go among k / W, those of W = gcd(k, 16) buckets.
+
+    Run r goes to (first + r stride) mod (k / W). With words w_0, w_1, ... of the blocks 0, 1, ...
+    of the stream of places, first = floor(w_0 k / W / 2^32), and stride is the first of the same
+    multiples of w_1, w_2, ... that has no divisor in common with k / W: no two runs of a matrix
+    meet, and those of two matrices meet here and there, not in one long overlap or none.
+    """
+    runs = k // math.gcd(k, RUN)
+    block = 0
+    drawn: list[int] = []
+    while len(drawn) < 2 or math.gcd(drawn[-1], runs) > 1:
+        words = _words(torch.tensor([block]), 0, KRONECKER_STREAMS[2], key)
+        for word in words:
+            drawn.append(int(word) * runs >> 32)
+            if len(drawn) > 1 and math.gcd(drawn[-1], runs) == 1:
+                break
+        block += 1
+    return drawn[0], drawn[-1]
+
+
 def kronecker(x: Tensor, key: int, k: int) -> Tensor:
     """Both sides of a gradient sketched by themselves: [n, rows, columns] -> [n, k].
 
     With (a, b) = kronecker_sides(rows, columns, k), entry (p, q) is added, with the product of two
-    signs, to the bucket (offset + left(p) b + right(q)) mod k. left and right are the hashes of
-    `sjlt_hash` into a and b buckets, or the position itself on a side that keeps its length. As a
-    gradient is a sum of outer products g hᵀ, g and h can be projected before they are multiplied.
+    signs, to place left(p) b + right(q) of a matrix of a b numbers, whose runs `kronecker_place`
+    lays over the buckets. left and right are the hashes of `sjlt_hash` into a and b buckets, or the
+    position itself on a side that keeps its length. As a gradient is a sum of outer products g hᵀ,
+    g and h can be projected before they are multiplied.
     Summed in float64, returned in x's dtype. Source of the idea: LoGra, Choe et al.,
     arXiv 2405.13954; here with sparse projections.
     """
     n, rows, columns = x.shape
     a, b = kronecker_sides(rows, columns, k)
-    left, right, last = KRONECKER_STREAMS
+    left, right, _ = KRONECKER_STREAMS
     device = x.device
     row_bucket, row_sign = _side_hash(rows, a, key, left, device)
     column_bucket, column_sign = _side_hash(columns, b, key, right, device)
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    offset, _ = sjlt_hash(zero, key, k, last)
-    bucket = (offset + row_bucket[:, None] * b + column_bucket) % k
+    width = math.gcd(k, RUN)
+    first, stride = kronecker_place(key, k)
+    place = row_bucket[:, None] * b + column_bucket
+    bucket = (first + place // width * stride) % (k // width) * width + place % width
     signed = x.double() * (row_sign[:, None] * column_sign)
     out = torch.zeros(n, k, dtype=torch.float64, device=device)
     return out.index_add_(1, bucket.flatten(), signed.flatten(1)).to(x.dtype)
@@ -199,6 +225,12 @@ def _words(block: Tensor, column: Tensor | int, stream: int,
                       torch.full_like(block, stream), key)
 
 
+def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target], [..., V] and [...] -> [...], float32 (float64 for float64)."""
+    logits = logits.to(sum_dtype(logits.dtype))
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
 def response_logp_grad(
     logits: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -214,6 +246,14 @@ def response_logp_grad(
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What numbers of a floating dtype are summed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def rank_update_(v: Tensor, points: Tensor, alpha: float) -> None:
+    """See `ops.rank_update_`: some rows of V at a time, which is what the CPU does too."""
+    # More rows would go further above the diagonal, fewer make slower products.
+    for end in range(_V_ROWS, len(v) + _V_ROWS, _V_ROWS):
+        rows = slice(end - _V_ROWS, end)
+        v[rows, :end].addmm_(points[:, rows].T, points[:, :end], alpha=alpha)
 
 
 def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         part = [r for r in rows if r["group"] == "rows" and r["workload"] == workload]
         found[f"rows: {workload}"] = (
             f"{workload}: {part[0]['pool']}; k = {part[0]['k']}. One plain forward pass: "
-            f"{part[0]['yardstick_seconds']:.2f} s.\n\n" + _table(part, {
+            f"{part[0]['yardstick_seconds']:.2f} s.\n\n" + table(part, {
                 "gradient rows": lambda r: r["contender"],
                 "× forward": lambda r: f"{r['ratio']:.2f}",
                 "seconds": lambda r: f"{r['seconds']:.2f}",
@@ -60,14 +60,14 @@ def tables(rows: list[Row]) -> dict[str, str]:
             }))
     overhead = [r for r in rows if r["group"] == "overhead"]
     if overhead:
-        found["overhead"] = _table(overhead, {
+        found["overhead"] = table(overhead, {
             "workload": lambda r: r["workload"],
             "sketch": lambda r: r["contender"],
             "capture and sketch over the same passes": lambda r: f"{r['ratio'] - 1:+.1%}",
         })
     projection = [r for r in rows if r["group"] == "projection"]
     if projection:
-        found["projection"] = _table(projection, {
+        found["projection"] = table(projection, {
             "8 × 1,000,000 → 4096": lambda r: r["contender"],
             "seconds": lambda r: f"{r['seconds']:.4f}" if r["seconds"] < 1
             else f"{r['seconds']:.1f}",
@@ -84,7 +84,7 @@ def _summary(rows: list[Row], workloads: list[str]) -> str:
     ratio = {(r["contender"], r["workload"]): f"{r['ratio']:.2f}" for r in rows}
     shown = [c for c in dict.fromkeys(r["contender"] for r in rows)
              if "sjlt" in c or not c.startswith(("**ours**", "floor"))]
-    return _table([{"contender": c} for c in shown], {
+    return table([{"contender": c} for c in shown], {
         "gradient rows, × one plain forward pass": lambda r: r["contender"],
         **{w: lambda r, w=w: ratio.get((r["contender"], w), "–") for w in workloads}})
 
@@ -129,7 +129,7 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
         }
         if case != "trained":  # times were taken of that one
             columns.pop("× forward")
-        found[f"fidelity: {case}"] = _table(lines, columns)
+        found[f"fidelity: {case}"] = table(lines, columns)
     return found
 
 
@@ -141,7 +141,7 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
              if "loop" in r["contender"]}
     ours = [r for r in result["contenders"] + result["lam"] if "ours" in r["contender"]]
     base = ours[0]
-    found["selection"] = _at(base) + ".\n\n" + _table(ours, {
+    found["selection"] = _at(base) + ".\n\n" + table(ours, {
         "normalised": _normalized,
         "λ": lambda r: f"{r['lam']:g}",
         "loop, s": lambda r: _seconds(loops[r["normalize"], r["lam"]]["seconds"]),
@@ -169,12 +169,12 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
         }
         if all(r["peak_mib"] is None for r in own):
             columns.pop("peak MiB")
-        found[f"selection: {normalize or 'none'}"] = _table(own, columns)
+        found[f"selection: {normalize or 'none'}"] = table(own, columns)
     found["selection: growth"] = _selection_points(
         result["growth"] + [{"axis": "–", **r} for r in result["others"]])
     exponents = {(e["contender"], e["normalize"], e["axis"]): e["exponent"]
                  for e in result["exponents"]}
-    found["selection: exponents"] = _table(
+    found["selection: exponents"] = table(
         [{"contender": c, "normalize": n} for c, n in
          dict.fromkeys((e["contender"], e["normalize"]) for e in result["exponents"])],
         {"seconds grow as": lambda r: f"{r['contender']}, {_normalized(r)}",
@@ -192,7 +192,7 @@ def on_disk_table(result: dict[str, Any]) -> str:
              f"{result['read_once_seconds']:.1f} s. ")
     where = result["environment"]
     return (about + _where_and_when(where, where["date"], where["commit"]) + "\n\n"
-            + _table(result["runs"], {
+            + table(result["runs"], {
                 "normalised": lambda r: r["normalize"],
                 "seconds": lambda r: f"{r['seconds']:.1f}",
                 "rows looked at after the first scores": lambda r: f"{r['touched']:,}",
@@ -207,7 +207,7 @@ def _selection_points(records: list[Row]) -> str:
         own, loop = (next(r for r in records if tuple(r[name] for name in key) == values
                           and who in r["contender"]) for who in ("ours", "loop"))
         lines.append({**own, "loop": loop})
-    return _table(lines, {
+    return table(lines, {
         "along": lambda r: r["axis"],
         "N": lambda r: f"{r['pairs']:,}",
         "k": lambda r: str(r["k"]),
@@ -233,7 +233,7 @@ def _paper_table(result: dict[str, Any]) -> str:
     about = (f"{_at(point)}, {point['history']:,} labelled pairs as history. On paper the rest of "
              f"the round takes {rest:,.0f} s: "
              + ", ".join(f"{name} {value:,.0f}" for name, value in stages.items()) + ".")
-    return about + "\n\n" + _table(result["paper"], {
+    return about + "\n\n" + table(result["paper"], {
         "selection, measured here": lambda r: r["contender"],
         "seconds": _total,
         "to the first pick": lambda r: _seconds(r["first_pick_seconds"]),
@@ -310,7 +310,7 @@ def _where_and_when(machine: dict[str, Any], day: str, commit: str) -> str:
             f"{versions}.")
 
 
-def _table(rows: list[Row], columns: dict[str, Any]) -> str:
+def table(rows: list[Row], columns: dict[str, Any]) -> str:
     cells = [list(columns)] + [[value(row) for value in columns.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
 

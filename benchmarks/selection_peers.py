@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.selection import greedy_logdet
-from activedpo_fast.selection.greedy import Ranking
 from activedpo_fast.selection.normalize import Normalize, PairFeatures
+from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import History
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from activedpo_fast import FeatureExtractor, Sketch
-from activedpo_fast.features import extractor as extractor_module
-from activedpo_fast.features.capture import Capture
-from activedpo_fast.features.parameters import TrainableLinear
+from benchmarks.floor import without_capture
 from benchmarks.measure import errors, peak_memory, side_by_side
 from benchmarks.peers import ROWS_PEERS, RowsPeer, title
 from benchmarks.workloads import PlainForward, Workload
@@ -41,9 +38,9 @@ def test_floor(benchmark, workload: Workload, normalize: str) -> None:
     """The same passes over the same batches without capture and sketch."""
     extractor = FeatureExtractor(workload.model, Sketch("sjlt", workload.k), beta=1.0)
     extractor.check(workload.tokenized)
-    with patch.object(extractor_module, "Capture", OnlyActivations):
-        _measure(benchmark, workload, f"floor: same passes, no capture, {normalize!r}",
-                 _gradients(extractor, workload, normalize), workload.rounds)
+    gradients = _gradients(extractor, workload, normalize)
+    _measure(benchmark, workload, f"floor: same passes, no capture, {normalize!r}",
+             lambda: without_capture(gradients), workload.rounds)
 
 
 @pytest.mark.parametrize(("method", "normalize"), [
@@ -55,8 +52,7 @@ def test_overhead(benchmark, workload: Workload, method: str, normalize: str) ->
     gradients = _gradients(extractor, workload, normalize)
 
     def floor() -> None:
-        with patch.object(extractor_module, "Capture", OnlyActivations):
-            gradients()
+        without_capture(gradients)
 
     benchmark.group = "overhead"
     benchmark.extra_info.update(workload=workload.name, contender=f"{method}, {normalize!r}")
@@ -96,20 +92,6 @@ def test_peer(benchmark, workload: Workload, peer: RowsPeer) -> None:
     compute = peer.make(workload.model, workload.tokenized, workload.k)
     rows = _measure(benchmark, workload, name, compute, workload.rounds if peer.quick else 1)
     benchmark.extra_info.update(errors(rows, workload.exact), k=rows.shape[1])
-
-
-class OnlyActivations(Capture):
-    """Lets autograd differentiate the same activations, and takes nothing."""
-
-    def _forward_hook(
-        self, linear: TrainableLinear
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def begin_the_graph(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self.used = True
-            if torch.is_grad_enabled() and not output.requires_grad:
-                output.requires_grad_()
-
-        return begin_the_graph
 
 
 def _measure(

@@ -46,20 +46,22 @@ void bind_outer(py::module_& module, const char* method, const char* dtype,
                std::int64_t left_stride, std::uintptr_t right, std::int64_t right_stride,
                std::uintptr_t segments, std::int64_t n_segments, std::int64_t rows,
                std::int64_t columns, std::int64_t k, std::uint64_t key,
-               std::array<std::int64_t, 2> sides, int num_threads) {
+               std::array<std::int64_t, 2> sides, std::array<std::int64_t, 2> place,
+               int num_threads) {
         const activedpo::OuterSketch<T> outer{
             reinterpret_cast<double*>(out), out_stride,
             reinterpret_cast<const T*>(left), left_stride,
             reinterpret_cast<const T*>(right), right_stride,
             reinterpret_cast<const activedpo::Segment*>(segments), n_segments,
-            rows, columns, k, key, {sides[0], sides[1]}, num_threads};
+            rows, columns, k, key, {sides[0], sides[1]}, place[0], place[1],
+            num_threads};
         const py::gil_scoped_release released;
         (outer.*sketch)();
       },
       py::kw_only(), py::arg("out"), py::arg("out_stride"), py::arg("left"),
       py::arg("left_stride"), py::arg("right"), py::arg("right_stride"), py::arg("segments"),
       py::arg("n_segments"), py::arg("rows"), py::arg("columns"), py::arg("k"), py::arg("key"),
-      py::arg("sides"), py::arg("num_threads"));
+      py::arg("sides"), py::arg("place"), py::arg("num_threads"));
 }
 
 template <typename T>
@@ -95,6 +97,8 @@ PYBIND11_MODULE(_csrc, module) {
       },
       "The four words of one Philox4x32-10 block.");
   activedpo::bind_selection(module);
+  activedpo::bind_rank_update(module);
+  activedpo::bind_greedy(module);
 #ifdef _OPENMP
   module.attr("openmp") = true;
 #else

@@ -6,5 +6,7 @@
 namespace activedpo {
 
 void bind_selection(pybind11::module_& module);  // selection.cpp
+void bind_rank_update(pybind11::module_& module);  // rank_update.cpp
+void bind_greedy(pybind11::module_& module);  // greedy_host.cpp
 
 }  // namespace activedpo

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "philox.h"
@@ -234,9 +235,7 @@ void OuterSketch<T>::kronecker() const {
   const std::int64_t a = sides[0], b = sides[1];
   const Side<S> left_side(height, a, kKroneckerLeftStream, key);
   const Side<S> right_side(width, b, kKroneckerRightStream, key);
-  SjltHash first_bucket(k, kKroneckerOffsetStream, key);
-  first_bucket.draw(0, 1, 1);
-  const std::int64_t offset = first_bucket.bucket(0);
+  const std::int64_t run = std::gcd(k, kSjltRun), runs = k / run;
   // Tokens whose sides are projected at a time: 128 KiB of them, in float32.
   const std::int64_t step = std::clamp<std::int64_t>(32768 / (a + b), 8, kProductTokens);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count));
@@ -283,9 +282,13 @@ void OuterSketch<T>::kronecker() const {
       }
     }
     double* target = out + row.number() * out_stride;
-    const std::int64_t until_end = std::min(a * b, k - offset);
-    for (std::int64_t j = 0; j < until_end; ++j) target[offset + j] += sketch[j];
-    for (std::int64_t j = until_end; j < a * b; ++j) target[offset + j - k] += sketch[j];
+    std::int64_t place = first_run;
+    for (std::int64_t begin = 0; begin < a * b; begin += run) {
+      const std::int64_t count = std::min(run, a * b - begin);
+      for (std::int64_t j = 0; j < count; ++j) target[place * run + j] += sketch[begin + j];
+      place += run_stride;
+      if (place >= runs) place -= runs;
+    }
   }
 }
 

@@ -14,7 +14,8 @@ struct Segment {
 };
 
 // out[row] += S vec(sum of left_t right_tT) for every segment; left is [N, height], right is
-// [N, width], out has k columns. sides: what "kronecker" projects height and width to. A row does not
+// [N, width], out has k columns. sides: what "kronecker" projects height and width to; reference.kronecker_place
+// has the first run and the stride, both below k / gcd(k, 16). A row does not
 // depend on num_threads, and on segments of other rows only in the order of float64 additions: few
 // rows are cut into parts.
 template <typename T>
@@ -30,6 +31,7 @@ struct OuterSketch {
   std::int64_t height, width, k;
   std::uint64_t key;
   std::int64_t sides[2];
+  std::int64_t first_run, run_stride;  // where "kronecker" lays the runs of a matrix
   int num_threads;
 
   void sjlt() const;

@@ -22,7 +22,6 @@ constexpr std::uint32_t kSjltStream = 1;
 constexpr std::uint32_t kRademacherStream = 2;
 constexpr std::uint32_t kKroneckerLeftStream = 3;
 constexpr std::uint32_t kKroneckerRightStream = 4;
-constexpr std::uint32_t kKroneckerOffsetStream = 5;
 constexpr std::uint32_t kSignStreams = 16;  // added to a hash's stream for its signs
 
 // counter[w][lane] is word w of a lane's counter, and afterwards word w of its random block.

@@ -11,6 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from hypothesis import settings
 
+# Triton interprets the kernels where there is no GPU. It looks at this when it is imported, which
+# torch does not do, but transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("fuzz", derandomize=False)

@@ -24,13 +24,6 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[target], [..., V] and [...] -> [...], float32 (float64 for float64)."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
 @contextmanager
 def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> Iterator[Head]:
     """The part of `model` after its `decoder`, as a function of hidden states.
@@ -88,7 +81,7 @@ def chunked_logps(
             leaf = hidden[start:end].detach().requires_grad_(weights is not None)
             logits = head(leaf.unsqueeze(0))[0]
             if weights is None or gradient is None:
-                logps.append(token_logps(logits, targets[start:end]))
+                logps.append(ops.response_logps(logits, targets[start:end]))
                 continue
             part, logit_gradient = ops.response_logp_grad(
                 logits.detach(), targets[start:end], weights[start:end])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from activedpo_fast import reference
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.batching import Batch
 from activedpo_fast.features.capture import Capture, Tokens
@@ -21,7 +22,6 @@ from activedpo_fast.features.logprobs import (
     causal_lm,
     chunked_logps,
     language_model_head,
-    token_logps,
 )
 from activedpo_fast.features.prompt_cache import continue_prompts, run_prompts
 
@@ -98,7 +98,7 @@ def whole_model_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
     if length > 1 and "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
         inputs["logits_to_keep"] = kept
     logits = model(**inputs).logits[:, -kept:-1]
-    logps = token_logps(logits, batch.input_ids[:, first:])
+    logps = reference.response_logps(logits, batch.input_ids[:, first:])
     return (logps * batch.scored[:, first:]).sum(dim=1)
 
 

@@ -23,7 +23,7 @@ from activedpo_fast.tokenization import TokenizedPool
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # 1 had another sjlt
+_FORMAT = 3  # 1 had another sjlt, 2 another kronecker
 _MANIFEST = "manifest.json"
 _POOL = "pool.jsonl"
 _SHARD = "rows-{:05d}.safetensors"

@@ -1,7 +1,8 @@
 """Which pairs to label next: the criterion, the strategies and their answer."""
 
-from activedpo_fast.selection.greedy import Ranking, greedy_logdet
+from activedpo_fast.selection.greedy import greedy_logdet
 from activedpo_fast.selection.information import InformationMatrix
+from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.result import Pick, Selection, read_labels
 from activedpo_fast.selection.rules import Eligible, PickRules
 from activedpo_fast.selection.signals import Signals, TensorSignals

@@ -5,36 +5,26 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from activedpo_fast import backends
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import Normalize, PairFeatures
+from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.ranks import Choice, Offer, Ranks
+from activedpo_fast.selection.resident import greedy_resident, on_gpu
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.scores import Contenders, RunningScores
 from activedpo_fast.selection.signals import History
 
 if TYPE_CHECKING:
     from activedpo_fast.features.stored_rows import StoredRows
-
-
-class Ranking(NamedTuple):
-    """Chosen candidate pairs, best first.
-
-    indices: int64 [n] into the pairs. scores: float64 [n], as they were at the pick.
-    touched: int64 [n], rows that were looked at for each pick (repeatedly or not), after the first
-        scores, which take every row once; None where a strategy does not keep scores.
-    """
-
-    indices: Tensor
-    scores: Tensor
-    touched: Tensor | None = None
 
 
 def greedy_logdet(
@@ -94,7 +84,7 @@ def greedy_logdet(
     allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
     show = False if ranks is not None and ranks.rank > 0 else show_progress
 
-    def prepare() -> tuple[RunningScores, InformationMatrix]:
+    def prepare() -> tuple[PairFeatures, InformationMatrix]:
         features = PairFeatures(rows, pairs, normalize, weights, show)
         v = information
         if v is None:
@@ -104,9 +94,21 @@ def greedy_logdet(
                                  f"kappa={kappa} are asked for")
         if history is not None:
             add_all(v, PairFeatures(*history, normalize, history_weights))
+        return features, v
+
+    def start() -> tuple[RunningScores, InformationMatrix]:
+        features, v = prepare()
         return RunningScores(features, v, allowed, n, show), v
 
-    scores, v = prepare() if ranks is None else ranks.check(prepare)
+    in_memory = ranks is None and isinstance(rows, Tensor)
+    if in_memory and backends.choose("greedy_select", rows.device.type, rows.dtype) == "cuda":
+        features, v = prepare()
+        ranking = greedy_resident(features, v, allowed, n, on_gpu, show)
+        if information is not None:
+            add_all(v, features, ranking.indices)
+        return ranking
+
+    scores, v = start() if ranks is None else ranks.check(start)
     if ranks is not None:
         ranks.require_same({"n": n, "k": v.dim, "lam": lam, "kappa": kappa, "log det V": v.logdet(),
                             "random picks": allowed.n_random, "min_score": allowed.min_score})
@@ -162,9 +164,11 @@ def rank_top(
                    torch.tensor([choice.score for choice in choices], dtype=torch.float64))
 
 
-def add_all(information: InformationMatrix, features: PairFeatures) -> None:
-    """V <- V + phi phi^T over all of `features`."""
-    for phi in features.chunks(torch.arange(len(features))):
+def add_all(
+    information: InformationMatrix, features: PairFeatures, indices: Tensor | None = None
+) -> None:
+    """V <- V + phi phi^T over `features`, all of them or those of int64 `indices`."""
+    for phi in features.chunks(torch.arange(len(features)) if indices is None else indices):
         information.add_many(phi)
 
 

@@ -153,6 +153,15 @@ class InformationMatrix:
         rows = self._latest.apply_transposed(self._checked(u, 2))
         return self._scale * rows if self._base is None else rows @ self._base.root
 
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """X = (I - D^T Y) B as (B, D, Y): [k, k] or None for sqrt(kappa/lam) I, and [t, k] twice.
+
+        The WY form of a product of reflections (Bischof and Van Loan, 1987). D and B are views.
+        """
+        latest = self._latest
+        return (None if self._base is None else self._base.root, latest.directions,
+                latest.triangle @ latest.directions)
+
     def add(self, phi: Tensor) -> Tensor:
         """V <- V + phi phi^T.
 
@@ -224,7 +233,7 @@ class InformationMatrix:
         tensors = {"directions": self._latest.directions, "triangle": self._latest.triangle,
                    "points": self._points.values}
         if self._base is not None:
-            tensors |= {"base": self._base.root, "v": self._base.v}
+            tensors |= {"base": self._base.root, "v": self._base.symmetric()}
         values = {"dim": self.dim, "lam": self.lam, "kappa": self.kappa, "form": self.form,
                   "count": self.count, "log_gain": self._log_gain, "drift": self._drift,
                   "unwatched": self._unwatched}
@@ -348,7 +357,7 @@ class InformationMatrix:
             return
         if score <= 0.5 or error < (1 - score) * base.drift_bound():
             self._downdate(u, score)
-            base.v.addr_(phi, phi, alpha=-1)
+            base.take_back(phi)
         else:
             without = base.without(phi)
             if without is None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,14 @@ class PickRules:
         return eligible
 
 
+class Limit(NamedTuple):
+    """numbers: int64 [N], what each candidate is of, -1 for nothing that has a limit; room: int64,
+    how many more may be taken of each number."""
+
+    numbers: Tensor
+    room: Tensor
+
+
 class Eligible:
     """Which of N candidates may still be picked, and by what order.
 
@@ -243,6 +251,18 @@ class Eligible:
         group = int(self._group[index])
         self.taken_elsewhere(group)
         return group
+
+    def limits(self) -> tuple[Limit | None, Limit | None]:
+        """How many candidates of each prompt, and of each group, may still be taken."""
+        by_prompt = by_group = None
+        if self._prompt is not None:
+            room = torch.full((len(self._end),), self._max_per_prompt)
+            for prompt, taken in self._taken.items():
+                room[prompt] -= taken
+            by_prompt = Limit(self._prompt, room)
+        if self._group is not None:
+            by_group = Limit(self._group, torch.tensor(self._room, dtype=torch.int64))
+        return by_prompt, by_group
 
     def group_of(self, index: int) -> int:
         """The number of a candidate's group, -1 if it is in none that has a quota."""

@@ -75,14 +75,12 @@ class RunningScores:
         self._batch = BatchRoot(min(n, _BATCH), features.dim, features.device)
         self._picks: list[Tensor] = []  # features that are in the batch, if it may become full
         scale = math.sqrt(information.kappa / information.lam)
-        # The root's rounding, over |phi|. A multiple of the identity adds nothing to the batch's.
-        stages = _STAGES if information.count else 1
-        self._error = stages * information.error_scale()
+        self._error = root_error(information)
         self._w_error = self._error * scale
         self.state = score_ops.ScoreState.start(
             features.rows, features.pairs, features.row_divisor, features.pair_divisor,
             features.reach, eligible.left, eligible.inverse_cost,
-            *self._first_scores(show_progress), n)
+            *first_scores(features, information, show_progress), n)
         self._rounds = information.count > 0  # whether running scores round more than fresh ones
         self._last: tuple[Tensor, Tensor, Look] | None = None  # indices, features, and their look
 
@@ -166,28 +164,41 @@ class RunningScores:
         self._batch = BatchRoot(_BATCH, self._features.dim, self._features.device)
         self._picks = []
 
-    def _first_scores(self, show_progress: bool | None) -> tuple[Tensor, Tensor]:
-        features, information = self._features, self._information
-        if information.count == 0:
-            score = information.kappa / information.lam * features.length.square()
-            error = self._error * features.size
-        else:
-            everything = torch.arange(len(features))
-            disable = None if show_progress is None else not show_progress
-            parts = [self._first_part(part) for part in tqdm(
-                everything.split(features.chunk), desc="first scores", disable=disable)]
-            score = torch.cat([features.length[:0], *parts])
-            error = self._error * features.reach
-        if not bool(score.isfinite().all()):
-            raise ActiveDPOError("a feature is too large for its score")
-        return score, 2 * score.sqrt() * error + error.square()
 
-    def _first_part(self, part: Tensor) -> Tensor:
-        """Scores of a stretch of pairs; where rows are shared by several pairs, row by row."""
-        features = self._features
-        rows, place = features.pairs[part].unique(return_inverse=True)
-        if len(rows) >= len(part):
-            return self._information.whiten(features.at(part)).square().sum(dim=1).cpu()
-        whitened = self._information.whiten(features.parts(rows))
-        difference = whitened[place[:, 0]] - whitened[place[:, 1]]
-        return difference.square().sum(dim=1).cpu() / features.pair_divisor[part].square()
+def root_error(information: InformationMatrix) -> float:
+    """Bound of the rounding of X phi, over |phi|, where picks are added to V = (X^T X)^-1."""
+    # A multiple of the identity adds nothing to the picks' rounding.
+    return (_STAGES if information.count else 1) * information.error_scale()
+
+
+def first_scores(
+    features: PairFeatures, information: InformationMatrix, show_progress: bool | None = False
+) -> tuple[Tensor, Tensor]:
+    """phi^T V^-1 phi of all features, and what it is right to within: float64 [N] each, on the CPU.
+
+    Raises:
+        ActiveDPOError: a score that is not finite.
+    """
+    if information.count == 0:
+        score = information.kappa / information.lam * features.length.square()
+        error = root_error(information) * features.size
+    else:
+        everything = torch.arange(len(features))
+        disable = None if show_progress is None else not show_progress
+        parts = [_first_part(features, information, part) for part in tqdm(
+            everything.split(features.chunk), desc="first scores", disable=disable)]
+        score = torch.cat([features.length[:0], *parts])
+        error = root_error(information) * features.reach
+    if not bool(score.isfinite().all()):
+        raise ActiveDPOError("a feature is too large for its score")
+    return score, 2 * score.sqrt() * error + error.square()
+
+
+def _first_part(features: PairFeatures, information: InformationMatrix, part: Tensor) -> Tensor:
+    """Scores of a stretch of pairs; where rows are shared by several pairs, row by row."""
+    rows, place = features.pairs[part].unique(return_inverse=True)
+    if len(rows) >= len(part):
+        return information.whiten(features.at(part)).square().sum(dim=1).cpu()
+    whitened = information.whiten(features.parts(rows))
+    difference = whitened[place[:, 0]] - whitened[place[:, 1]]
+    return difference.square().sum(dim=1).cpu() / features.pair_divisor[part].square()

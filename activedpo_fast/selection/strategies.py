@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import Ranking, add_all, check_n, greedy_logdet, rank_top
+from activedpo_fast.selection.greedy import add_all, check_n, greedy_logdet, rank_top
 from activedpo_fast.selection.information import InformationMatrix, check_positive
 from activedpo_fast.selection.normalize import Normalize, PairFeatures, check_normalize
+from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.ranks import Ranks
 from activedpo_fast.selection.rules import Eligible, random_order
 from activedpo_fast.selection.signals import Signals

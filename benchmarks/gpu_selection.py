@@ -1,0 +1,112 @@
+"""The section "selection" of `benchmarks.gpu`: greedy log-det on the GPU beside the torch loop.
+
+The rows are made up: a common part for each prompt, and a spectrum that falls as that of real
+gradient rows does. Three responses a prompt, every pair of them a candidate.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_cases import Case, Found, Record, Settings
+from benchmarks.gpu_micro_peers import require
+from benchmarks.gpu_timing import wall_seconds
+from benchmarks.selection_peers import Problem, ours, sherman_morrison
+
+RESPONSES = 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOOP, REFERENCE = "torch loop, V⁻¹ in place", "ours, PyTorch definitions"
+_RANK = 2048  # directions with a falling spectrum
+_ROUNDS = 3
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Ours on rows of both types, the loop, and our own definitions on few picks."""
+    n, k, picks = (60, 64, 8) if settings.tiny else (100_000, 8192, 1000)
+    few = 4 if settings.tiny else 50
+    found = [Case(f"ours, {dtype} rows", partial(_ours, dtype, n, k, picks, settings), 15, 90)
+             for dtype in DTYPES]
+    return [*found,
+            Case(LOOP, partial(_loop, n, k, picks, settings), 15, 60),
+            Case(REFERENCE, partial(_reference, n, k, few, settings), 30, 90)]
+
+
+def problem(n: int, k: int, dtype: str, device: str) -> Problem:
+    """N pairs of R = N rows (RESPONSES of three have three pairs), the same for both dtypes."""
+    prompts = -(-n // RESPONSES)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    rank = min(_RANK, k)
+    spectrum = (1 + torch.arange(rank, device=device)).rsqrt()
+    directions = normal(rank, k) / k ** 0.5 * spectrum[:, None]
+    rows = torch.empty(prompts, RESPONSES, k, dtype=DTYPES[dtype], device=device)
+    for part in torch.arange(prompts, device=device).split(4096):
+        common = normal(len(part), 1, rank)
+        own = normal(len(part), RESPONSES, rank)
+        noise = normal(len(part), RESPONSES, k) * (0.3 / k ** 0.5)
+        rows[part] = ((common + own) @ directions + noise).to(rows.dtype)
+    first = RESPONSES * torch.arange(prompts)[:, None, None]
+    pairs = (first + torch.tensor(list(combinations(range(RESPONSES), 2)))).flatten(0, 1)
+    return Problem(rows.flatten(0, 1), pairs[:n], "response")
+
+
+def _ours(dtype: str, n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
+    given = problem(n, k, dtype, settings.device)
+    require("greedy_select", given.rows)
+    return {**_timed(lambda: ours(given, picks), settings), "dtype": dtype, **_shape(given, picks)}
+
+
+def _loop(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
+    """In float32, as published code runs; its picks beside ours of the same rows."""
+    given = problem(n, k, "float32", settings.device)
+    with torch.device(settings.device):
+        record = _timed(lambda: sherman_morrison(given, picks), settings)
+    return {**record, "dtype": "float32", **_shape(given, picks),
+            **_agreement(record["picked"], found, "float32")}
+
+
+def _reference(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
+    """The same function with ACTIVEDPO_BACKEND=reference; few picks, as it scores all rows anew."""
+    given = problem(n, k, "float32", settings.device)
+    with patch.dict(os.environ, {"ACTIVEDPO_BACKEND": "reference"}):
+        record = _timed(lambda: ours(given, picks), settings, rounds=1)
+    return {**record, "dtype": "float32", **_shape(given, picks),
+            **_agreement(record["picked"], found, "float32")}
+
+
+def _timed(select: Callable[[], Tensor], settings: Settings, rounds: int = _ROUNDS) -> Record:
+    """The median over rounds after a first one, and the picks."""
+    picked: list[Tensor] = []
+    if rounds > 1:
+        select()
+    times = [wall_seconds(lambda: picked.append(select()), settings.device) for _ in range(rounds)]
+    return {"seconds": statistics.median(times), "least": min(times), "most": max(times),
+            "rounds": rounds, "picked": picked[-1].tolist(),
+            "repeats_agree": all(p.equal(picked[0]) for p in picked)}
+
+
+def _agreement(picked: list[int], found: Found, dtype: str) -> Record:
+    """How many picks are the same as ours from the first on, and how many in all."""
+    other = found.get(f"ours, {dtype} rows", {}).get("picked")
+    if other is None:
+        return {}
+    other = other[:len(picked)]
+    same = [a == b for a, b in zip(picked, other, strict=True)]
+    return {"same_first_picks": (same + [False]).index(False),
+            "picks_in_common": len(set(picked) & set(other))}
+
+
+def _shape(given: Problem, picks: int) -> Record:
+    return {"pairs": len(given.pairs), "rows": len(given.rows), "k": given.rows.shape[1],
+            "picks": picks, "normalize": given.normalize}

@@ -1,0 +1,124 @@
+// The grid that ../greedy.h is run by: warps are its groups, and all blocks are resident.
+#include "greedy.h"
+
+#include <cooperative_groups.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+// GreedySelect is compiled for the GPU only here, with a grid that only the GPU has.
+#pragma nv_diag_suppress 20011, 20012, 20014
+#include "../greedy_select.h"
+#include "errors.h"
+
+namespace activedpo {
+
+namespace {
+
+constexpr int kThreads = 256;
+// On a multiprocessor: more hide more of the memory's latency, but blocks wait for each other.
+constexpr int kBlocksAtOnce = 2;
+
+class DeviceGrid {
+ public:
+  static constexpr int kLanes = 32;
+  static constexpr int kGroups = kThreads / kLanes;
+  using Shared = GreedyShared<kGroups>;
+
+  __device__ explicit DeviceGrid(Shared* shared)
+      : shared_(shared), all_(cooperative_groups::this_grid()) {}
+
+  __device__ int lane() const { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ int group() const { return static_cast<int>(threadIdx.x) / kLanes; }
+  __device__ int block() const { return static_cast<int>(blockIdx.x); }
+  __device__ int blocks() const { return static_cast<int>(gridDim.x); }
+
+  __device__ void barrier() { all_.sync(); }
+  __device__ void block_barrier() { __syncthreads(); }
+
+  __device__ double sum(double x) const {
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(kAll, x, apart);
+    return x;
+  }
+  __device__ double max(double x) const {
+    for (int apart = kLanes / 2; apart > 0; apart /= 2) {
+      x = fmax(x, __shfl_xor_sync(kAll, x, apart));
+    }
+    return x;
+  }
+  __device__ double from(double x, int lane) const { return __shfl_sync(kAll, x, lane); }
+
+  __device__ std::int32_t add(std::int32_t* counter, std::int32_t n) {
+    return atomicAdd(counter, n);
+  }
+  __device__ bool last_of(std::int32_t n, std::int32_t* counter) {
+    __threadfence();
+    const bool last = atomicAdd(counter, 1) == n - 1;
+    __threadfence();
+    return last;
+  }
+
+  __device__ static double product(double x, double y) { return __dmul_rn(x, y); }
+  __device__ static float widen(float x) { return x; }
+  __device__ static double widen(double x) { return x; }
+  __device__ static float widen(BFloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+  }
+  __device__ static float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+
+  __device__ Shared& shared() { return *shared_; }
+
+ private:
+  static constexpr unsigned kAll = 0xffffffffu;
+  Shared* shared_;
+  cooperative_groups::grid_group all_;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    greedy_kernel(const __grid_constant__ GreedyProblem problem,
+                  const __grid_constant__ GreedyRoom<typename Sum<T>::Type> room) {
+  __shared__ DeviceGrid::Shared shared;
+  DeviceGrid grid(&shared);
+  GreedySelect<T, DeviceGrid>(grid, problem, room).run();
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+template <typename T>
+void greedy_select(const GreedyProblem& problem, char* memory, const Target& target) {
+  const DeviceGuard guard(target.device);
+  if (attribute(cudaDevAttrCooperativeLaunch, target.device) == 0) {
+    throw std::runtime_error("the GPU has no cooperative launch, which greedy_select needs");
+  }
+  int fit = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, greedy_kernel<T>, kThreads, 0),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const int at_once = std::min(fit, kBlocksAtOnce) *
+                      attribute(cudaDevAttrMultiProcessorCount, target.device);
+  const int blocks = std::min(at_once, kGreedyMaxBlocks);
+  if (blocks == 0) throw std::runtime_error("the GPU has no room for a block of greedy_select");
+
+  GreedyRoom<typename Sum<T>::Type> room{};
+  room.lay_out(problem, memory);
+  void* arguments[] = {const_cast<GreedyProblem*>(&problem), &room};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&greedy_kernel<T>),
+                                    dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
+                                    0, target.stream),
+        "launch of greedy_select");
+  check_launch("launch of greedy_select");
+}
+
+template void greedy_select<float>(const GreedyProblem&, char*, const Target&);
+template void greedy_select<double>(const GreedyProblem&, char*, const Target&);
+template void greedy_select<BFloat16>(const GreedyProblem&, char*, const Target&);
+template void greedy_select<Half>(const GreedyProblem&, char*, const Target&);
+
+}  // namespace activedpo

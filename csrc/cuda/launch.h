@@ -1,0 +1,18 @@
+// The operations as they are started on a GPU: on the stream given, without waiting for it. They
+// throw what errors.h says.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "rank_update.h"
+
+namespace activedpo {
+
+struct Target {
+  int device;
+  cudaStream_t stream;  // of that device
+};
+
+void rank_update(const RankUpdate& update, const Target& target);  // rank_update.cu
+
+}  // namespace activedpo

@@ -1,0 +1,55 @@
+// A candidate's feature, formed number by number from the two rows of its pair.
+#pragma once
+
+#include <cstdint>
+
+#include "greedy.h"
+
+namespace activedpo {
+
+template <typename T, class Grid>
+class GreedyFeature {
+ public:
+  using S = typename Sum<T>::Type;
+
+  ACTIVEDPO_HOST_DEVICE GreedyFeature(const GreedyProblem& p, std::int64_t candidate) {
+    const std::int64_t a = p.pairs[2 * candidate], b = p.pairs[2 * candidate + 1];
+    first_ = static_cast<const T*>(p.rows) + a * p.row_stride;
+    second_ = static_cast<const T*>(p.rows) + b * p.row_stride;
+    over_first_ = 1 / p.row_divisor[a];
+    over_second_ = 1 / p.row_divisor[b];
+    over_ = 1 / p.pair_divisor[candidate];
+  }
+
+  // phi[j]. Nothing is fused: the difference of two rows that are the same is zero.
+  ACTIVEDPO_HOST_DEVICE double operator[](std::int64_t j) const {
+    const double first = Grid::product(Grid::widen(first_[j]), over_first_);
+    const double second = Grid::product(Grid::widen(second_[j]), over_second_);
+    return (first - second) * over_;
+  }
+
+  // phi / scale in the precision that products are summed in. For scale = reach its parts' norms
+  // are 1 together, whatever the rows' are.
+  class Scaled {
+   public:
+    ACTIVEDPO_HOST_DEVICE Scaled(const GreedyFeature& feature, double scale)
+        : first_(feature.first_), second_(feature.second_),
+          over_first_(static_cast<S>(feature.over_first_ * feature.over_ / scale)),
+          over_second_(static_cast<S>(feature.over_second_ * feature.over_ / scale)) {}
+    ACTIVEDPO_HOST_DEVICE S operator[](std::int64_t j) const {
+      return Grid::widen(first_[j]) * over_first_ - Grid::widen(second_[j]) * over_second_;
+    }
+
+   private:
+    const T* first_;
+    const T* second_;
+    S over_first_, over_second_;
+  };
+
+ private:
+  const T* first_;
+  const T* second_;
+  double over_first_, over_second_, over_;
+};
+
+}  // namespace activedpo

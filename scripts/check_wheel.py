@@ -1,0 +1,63 @@
+"""What a CUDA wheel has to have in it, and what it must not need. Part of `make wheel`.
+
+Needs pyelftools, which comes with auditwheel, and no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+# Libraries that every Linux of the wheel's tag has, and the one that torch brings.
+ALLOWED = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|ld-linux-.*)\.so.*"
+                     r"|libgomp\.so\.1")
+
+
+def needed(data: bytes) -> list[str]:
+    """The shared libraries that an ELF file names."""
+    section = ELFFile(io.BytesIO(data)).get_section_by_name(".dynamic")
+    return [tag.needed for tag in section.iter_tags("DT_NEEDED")]
+
+
+def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
+    """What is wrong with a wheel that was built from a tree."""
+    found = []
+    names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names}
+    if {re.sub(r"-.*(?=\.dist-info)", "", top) for top in tops} != {
+            "activedpo_fast", "activedpo_fast.dist-info"}:
+        found.append(f"top-level names are {sorted(tops)}")
+    wanted = {f"activedpo_fast/kernels/{path.name}" for path in tree.glob("kernels/*.py")} | {
+        str(path.relative_to(tree)) for path in tree.glob("activedpo_fast/**/*.py")}
+    found += [f"{name} is missing" for name in sorted(wanted - {*names})]
+    libraries = [name for name in names if ".so" in Path(name).suffixes]
+    for module in ("_csrc", "_cuda"):
+        if not any(name.startswith(f"activedpo_fast/{module}.") for name in libraries):
+            found.append(f"{module} is missing")
+    for name in libraries:
+        needs = needed(wheel.read(name))
+        print(f"  {name}: {wheel.getinfo(name).file_size / 1e6:.1f} MB, needs {' '.join(needs)}")
+        found += [f"{name} needs {library}" for library in needs if not ALLOWED.fullmatch(library)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--tree", type=Path, required=True, help="what it was built from")
+    arguments = parser.parse_args()
+    print(f"{arguments.wheel.name}: {arguments.wheel.stat().st_size / 1e6:.1f} MB")
+    with zipfile.ZipFile(arguments.wheel) as wheel:
+        found = problems(wheel, arguments.tree)
+    if found:
+        sys.exit("\n".join(["the wheel is not as it should be:", *found]))
+
+
+if __name__ == "__main__":
+    main()

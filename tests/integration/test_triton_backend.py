@@ -1,0 +1,70 @@
+"""The Triton kernels where users meet them: through `ops`, and in the gradient rows of a model.
+
+Interpreted on the CPU, or run on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from activedpo_fast import FeatureExtractor, PreferencePool, Sketch, ops, reference
+from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.unit.test_ops import KEY, random
+
+pytest.importorskip("triton")
+# What the padding of blocks holds is multiplied as well, and thrown away.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["1", "0"], ids=["deterministic", "fast"])
+def triton(request, monkeypatch) -> None:
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "triton")
+    monkeypatch.setenv("ACTIVEDPO_DETERMINISTIC", request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenizedPool:
+    pool = PreferencePool.from_rows([
+        {"prompt": "What is a sketch?", "responses": [" a projection", " a drawing", " no idea"]},
+        {"prompt": "x", "responses": [" y", " zzzz"]}])
+    return tokenize_pool(pool, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ops.METHODS)
+def test_outer_sketches(method, dtype, triton):
+    left, right = (x.to(DEVICE, dtype) for x in (random(50, 6), random(50, 40, seed=1)))
+    segments = torch.tensor([[20, 50, 2], [0, 20, 0], [7, 7, 1], [3, 30, 2]])
+    wide = torch.full((3, 90), 9.0, dtype=torch.float64, device=DEVICE)
+    out = wide[:, 3:83]
+    ops.outer_sketch_(out, left, right, segments, KEY, method)
+    exact = reference.outer_sketch(left.double(), right.double(), segments, KEY, 80, 3, method)
+    # With 16-bit operands "rademacher" keeps 17 bits of a gradient's entries.
+    error = (out - 9 - exact).norm(dim=1)
+    assert bool((error <= 2e-5 * exact.norm(dim=1)).all())
+    assert bool((wide[:, :3] == 9).all()) and bool((wide[:, 83:] == 9).all())
+
+
+@pytest.mark.parametrize("operation", ["sjlt", "rademacher"])
+def test_ready_rows(operation, triton):
+    x = random(3, 301).float().to(DEVICE)
+    out = torch.ones(3, 48, device=DEVICE)
+    getattr(ops, f"{operation}_")(out, x, KEY)
+    expected = 1 + getattr(reference, operation)(x.double(), KEY, 48)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ops.METHODS)
+def test_gradient_rows_of_a_model(method, triton, tokens, monkeypatch):
+    """Prompts run once, hooks, the head in chunks: all as on the CPU, but for the kernels."""
+    model = lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama").to(DEVICE)
+    extractor = FeatureExtractor(model, Sketch(method, 96, seed=5), beta=0.5)
+    found = extractor.gradients(tokens, show_progress=False)
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference")
+    expected = extractor.gradients(tokens, show_progress=False)
+    torch.testing.assert_close(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
+    error = (found.gradients - expected.gradients).norm(dim=1) / expected.gradients.norm(dim=1)
+    assert float(error.max()) < 1e-5

@@ -1,0 +1,124 @@
+"""Every GPU kernel compiles for every target, without a GPU, and no launch is of anything else.
+
+What is compiled is compiled in processes of their own, where Triton does not interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.kernel_resources import ARCHS, LIMITS, Resources
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+Rows = list[dict[str, Any]]
+
+
+def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """python -m COMMAND in a process that compiles, with a cache of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("compiled")
+    ran = compiling(folder, "benchmarks.kernel_resources", "--json", str(folder / "found.json"))
+    assert ran.returncode in (0, 1), ran.stdout
+    return json.loads((folder / "found.json").read_text())["kernels"]
+
+
+@pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def rows(request: pytest.FixtureRequest, compiled: Rows) -> Rows:
+    """What one architecture's binaries take."""
+    return [row for row in compiled if row["arch"] == request.param]
+
+
+def test_every_variant_compiles(rows: Rows) -> None:
+    assert {row["name"]: row["error"] for row in rows if row["error"]} == {}
+    kernels = {row["name"].split()[0] for row in rows}
+    assert {"lora_grad_sketch", "lora_grad_rademacher", "response_logp_grad"} <= kernels
+
+
+def test_no_register_is_spilled(rows: Rows) -> None:
+    assert {row["name"]: row["stack"] for row in rows if row["stack"]} == {}
+
+
+def test_a_block_fits(rows: Rows) -> None:
+    for row in (row for row in rows if not row["error"]):
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared"] <= LIMITS[row["arch"]].shared * 1024, row
+        assert row["resident_warps"] >= row["warps"], row
+
+
+def test_products_are_taken_by_tensor_cores(rows: Rows) -> None:
+    halves = [row for row in rows if {"bf16", "f16"} & set(row["dots"])]
+    assert halves
+    assert [row["name"] for row in halves if not row["tensor_instructions"]] == []
+
+
+def test_nothing_else_is_a_problem(rows: Rows) -> None:
+    assert {row["name"]: row["problems"] for row in rows if row["problems"]} == {}
+
+
+def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
+    """On every shape: types, constants, alignments, warps and stages are those of a variant."""
+    ran = compiling(tmp_path, "tests.launches", str(tmp_path / "found.json"))
+    assert ran.returncode == 0, ran.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["launches"] > 1000
+    assert found["wrong"] == []
+    assert found["unknown"] == []
+    assert found["idle"] == []
+
+
+def test_faults_are_found(tmp_path: Path) -> None:
+    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--module", "tests.bad_kernels",
+                    "--arch", "80", "--json", str(tmp_path / "found.json"))
+    assert ran.returncode == 1, ran.stdout
+    assert "6 binaries, 4 with problems" in ran.stdout
+    rows = json.loads((tmp_path / "found.json").read_text())["kernels"]
+    assert [row["name"] for row in rows] == [
+        "right", "spills", "large", "refused", "fatal", "after it"]
+    right, spills, large, refused, fatal, after = rows
+    assert right["problems"] == after["problems"] == []
+    assert right["dots"] == ["bf16"] and 0 < right["tensor_instructions"] < right["instructions"]
+    assert 0 < right["registers"] and right["resident_warps"] % right["warps"] == 0
+    assert spills["stack"] > 0 and "spills registers" in spills["problems"][0]
+    assert large["shared"] == 288 * 1024 and "over the 163 KiB" in large["problems"][0]
+    assert "power of 2" in refused["problems"][0]
+    assert "process died" in fatal["problems"][0]
+
+
+def test_idle_tensor_cores_and_too_many_registers_are_faults() -> None:
+    found = Resources("", 80, warps=16, registers=168, dots=["bf16"]).problems()
+    assert len(found) == 2
+    assert "does not fit into a multiprocessor" in found[0] and "without tensor cores" in found[1]
+    assert Resources("", 80, warps=16, registers=128, dots=["f32"]).problems() == []
+
+
+@pytest.mark.parametrize(("registers", "shared", "warps"), [
+    (32, 0, 64), (128, 0, 16), (168, 0, 12), (176, 0, 8), (255, 0, 8), (32, 40 * 1024, 16),
+    (32, 163 * 1024, 4),
+])
+def test_resident_warps(registers: int, shared: int, warps: int) -> None:
+    """As NVIDIA's occupancy calculator has them for blocks of 4 warps on sm_80."""
+    found = Resources("", 80, warps=4, registers=registers, shared=shared)
+    assert found.resident_warps == warps
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path: Path) -> None:
+    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--arch", "75")
+    assert ran.returncode == 2
+    assert ran.stdout.startswith("error: no limits are known of sm_75")
+    assert ran.stdout.count("\n") == 1
