@@ -1,6 +1,9 @@
 """The GPU kernels in Triton, installed as `activedpo_fast.kernels`.
 
     philox                 random bits, made in registers
+    hashes                 buckets and signs of positions, drawn once a call
+    launching              what the host functions have in common
+    fixed_point            sums that are the same in any order of additions
     lora_grad_sketch       gradients tile by tile into their sparse sketch or Kronecker sketch
     lora_grad_rademacher   gradients tile by tile into their dense sign projection
     response_logp_grad     log-probabilities of responses and their gradient at the LM head

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from activedpo_fast.kernels.launching import signed
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 from activedpo_fast.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_place
@@ -129,11 +130,6 @@ def _wrapped(x, y, limit):
 def run_log2(buckets: int) -> int:
     """log2 of W = gcd(buckets, 16)."""
     return math.gcd(buckets, RUN).bit_length() - 1
-
-
-def signed(key: int) -> int:
-    """The key as an int64."""
-    return key - 2 ** 64 if key >= 2 ** 63 else key
 
 
 def position_table(positions: int, key: int, k: int, device: torch.device) -> tuple[Tensor, int]:

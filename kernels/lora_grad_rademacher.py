@@ -27,7 +27,6 @@ from there on in float64.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -37,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels import interpreted
+from activedpo_fast.kernels.launching import in_units, on, operand, signed
 from activedpo_fast.kernels.philox import random_words
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
@@ -274,7 +273,7 @@ class _Projection:
     def __init__(self, out: Tensor, plan: Tensor, rows: int, length: int, pieces: int,
                  key: int) -> None:
         self.out, self.plan, self.rows, self.pieces = out, plan, rows, pieces
-        self.key = key - (1 << 64) if key >= 1 << 63 else key
+        self.key = signed(key)
         shared, processors = _device_limits(out.device)
         self.tile = tile_for(rows, pieces, shared)
         self.grid_rows = triton.cdiv(rows, self.tile.rows)
@@ -309,7 +308,7 @@ class _Projection:
         project_slab_kernel[(self.grid_columns, splits, self.grid_rows)](
             self.partials, self.slab, *self.strides, first, pitch, run // tile.block, chunk, blocks,
             self.key, ROWS=tile.rows, PIECES=self.pieces, BLOCK=tile.block,
-            OPERAND=_operand(torch.bfloat16), num_warps=tile.warps, num_stages=tile.stages,
+            OPERAND=operand(torch.bfloat16), num_warps=tile.warps, num_stages=tile.stages,
             **LAUNCH)
         columns, rows = _ADDED
         grid = (triton.cdiv(self.out.shape[1], columns), triton.cdiv(self.rows, rows))
@@ -335,7 +334,7 @@ def lora_grad_rademacher(out: Tensor, left: Tensor, right: Tensor, segments: Ten
     segments = segments[torch.sort(segments[:, 2], stable=True).indices]
     numbers, counts = torch.unique_consecutive(segments[:, 2], return_counts=True)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    with _on(out.device):
+    with on(out.device):
         for begin in range(0, len(numbers), _ROWS):
             end = min(begin + _ROWS, len(numbers))
             bounds = first[begin:end + 1]
@@ -348,7 +347,7 @@ def _add_gradients(out: Tensor, left: Tensor, right: Tensor, numbers: Tensor, fi
     plan = torch.cat([numbers, first, spans.flatten()]).to(out.device, non_blocking=True)
     rows, columns, count = left.shape[1], right.shape[1], len(numbers)
     pieces = 3 if left.dtype == torch.float32 else 2
-    left, right = _in_units(left), _in_units(right)
+    left, right = in_units(left), in_units(right)
     unit = 16 // left.element_size()
     projection = _Projection(out, plan, count, rows * columns, pieces, key)
     a, b = gradient_tile_for(rows, columns)
@@ -361,7 +360,7 @@ def _add_gradients(out: Tensor, left: Tensor, right: Tensor, numbers: Tensor, fi
             projection.slab, *projection.strides, plan, count, left, left.stride(0) // unit, right,
             right.stride(0) // unit, rows, columns, part.top // 16, part.height, part.begin // 16,
             part.width, length, tiles, across, A=a, B=b, TOKENS=_TOKENS[left.dtype], UNIT=unit,
-            PIECES=pieces, BLOCK=projection.tile.block, OPERAND=_operand(left.dtype), **LAUNCH)
+            PIECES=pieces, BLOCK=projection.tile.block, OPERAND=operand(left.dtype), **LAUNCH)
         projection.add(part.top * columns + part.begin, columns,
                        length if part.whole else part.width, length)
 
@@ -378,7 +377,7 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
     """
     if x.numel() == 0:
         return
-    with _on(out.device):
+    with on(out.device):
         for begin in range(0, len(x), _ROWS):
             rows = x[begin:begin + _ROWS]
             count, columns = rows.shape
@@ -395,10 +394,6 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
             out[begin:begin + _ROWS] += sums
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _device_limits(device: torch.device) -> tuple[int, int]:
     """Shared memory of a block in bytes, and processors; in the interpreter those of an H100."""
     if device.type != "cuda":
@@ -406,23 +401,6 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
     limits = torch.cuda.get_device_properties(device)
     shared = getattr(limits, "shared_memory_per_block_optin", 99 << 10)
     return shared, limits.multi_processor_count
-
-
-def _operand(dtype: torch.dtype) -> Any:
-    """What is multiplied: numbers as they are, where the interpreter has them."""
-    if dtype == torch.bfloat16 and interpreted():
-        return tl.float32
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _in_units(x: Tensor) -> Tensor:
-    """x, or a copy padded by zeros, whose rows can be read in pieces of 16 bytes."""
-    unit = 16 // x.element_size()
-    if x.shape[1] % unit == x.stride(0) % unit == x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(len(x), triton.cdiv(x.shape[1], unit) * unit)
-    padded[:, :x.shape[1]] = x
-    return padded
 
 
 def variants() -> list[Variant]:
@@ -433,7 +411,7 @@ def variants() -> list[Variant]:
             form_slab_kernel, f"lora_grad_rademacher form {name} {a}x{b}",
             {"slab": "*bf16", "plan": "*i64", "left": f"*{name}", "right": f"*{name}"},
             dict(A=a, B=b, TOKENS=_TOKENS[dtype], UNIT=16 // dtype.itemsize,
-                 PIECES=3 if dtype == torch.float32 else 2, BLOCK=128, OPERAND=_operand(dtype)),
+                 PIECES=3 if dtype == torch.float32 else 2, BLOCK=128, OPERAND=operand(dtype)),
             ("slab", "plan", "left", "right")))
     found.append(_variant(copy_slab_kernel, "lora_grad_rademacher copy",
                           {"slab": "*bf16", "x": "*fp32"}, dict(B=_COPIED, PIECES=3, BLOCK=128),
@@ -445,7 +423,7 @@ def variants() -> list[Variant]:
                 f"lora_grad_rademacher project {tile.rows} rows {pieces} pieces",
                 {"partials": "*fp32", "slab": "*bf16"},
                 dict(ROWS=tile.rows, PIECES=pieces, BLOCK=tile.block,
-                     OPERAND=_operand(torch.bfloat16)),
+                     OPERAND=operand(torch.bfloat16)),
                 ("partials", "slab"), tile.warps, tile.stages))
     found.append(_variant(add_partials_kernel, "lora_grad_rademacher add",
                           {"out": "*fp64", "plan": "*i64", "partials": "*fp32"},

@@ -11,7 +11,6 @@ These kernels compile for GPUs and are tested in Triton's interpreter.
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels import fixed_point, hashes, interpreted
+from activedpo_fast.kernels import fixed_point, hashes
 from activedpo_fast.kernels.fixed_point import add_numbers, raise_bound, zero_sums
 from activedpo_fast.kernels.hashes import (
     position_hash,
@@ -30,6 +29,7 @@ from activedpo_fast.kernels.hashes import (
     side_hash,
     side_table,
 )
+from activedpo_fast.kernels.launching import in_units, on, operand
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 from activedpo_fast.reference import kronecker_sides
 
@@ -40,12 +40,14 @@ class Tile:
 
     rows: int
     columns: int
-    warps: int = 8
+    warps: int = 8  # eight numbers a thread
     stages: int = 3
 
 
 # Wide, tall (their columns are all of the gradient's) and square.
-TILES = (Tile(16, 128), Tile(32, 128), Tile(128, 16), Tile(128, 32), Tile(64, 64))
+TILES = (Tile(16, 128), Tile(32, 64), Tile(128, 16), Tile(64, 32), Tile(64, 64, warps=16))
+# That a thread may have: ptxas spills a few to come below a round number where it is not told.
+REGISTERS = 80
 READY_BLOCK = 1024  # positions of ready rows whose hash is drawn at a time
 READY_GROUP = 8  # ready rows that use it
 CHUNK = 1 << 16  # numbers of a ready row that a bound is taken of
@@ -89,8 +91,9 @@ def _gradient_tile(left, right, length, top, first, rows, columns, left_step, ri
     return tile
 
 
-@triton.jit(do_not_specialize=["run_blocks", "run_stride", "k", "run_log2", "rows", "columns",
-                               "left_step", "right_step", "sums_stride"])
+@triton.jit(do_not_specialize=["sums", "bounds", "segments", "run_blocks", "run_stride", "k",
+                               "run_log2", "rows", "columns", "left_step", "right_step",
+                               "sums_stride"])
 def lora_grad_sketch_kernel(sums, bounds, left, right, segments, table, run_blocks: tl.int64,
                             run_stride: tl.int64, k: tl.int32, run_log2: tl.int32, rows: tl.int32,
                             columns: tl.int32, left_step: tl.int64, right_step: tl.int64,
@@ -160,7 +163,7 @@ def token_norms_kernel(norms, left, right, tokens: tl.int64, rows: tl.int32, col
     tl.store(norms + token, tl.sqrt(one * other), mask=token < tokens)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["bounds", "segments", "rows", "columns"])
 def segment_bounds_kernel(bounds, norms, segments, rows: tl.int32, columns: tl.int32,
                           BT: tl.constexpr):
     """The bound of each segment's numbers: a gradient's sum of absolute values, wherever they go.
@@ -179,7 +182,7 @@ def segment_bounds_kernel(bounds, norms, segments, rows: tl.int32, columns: tl.i
     raise_bound(bounds, row, tl.sum(total, 0) * tl.sqrt(size))
 
 
-@triton.jit(do_not_specialize=["length", "x_stride"])
+@triton.jit(do_not_specialize=["bounds", "x", "length", "x_stride"])
 def ready_bounds_kernel(bounds, x, length: tl.int64, x_stride: tl.int64, CHUNK: tl.constexpr,
                         BLOCK: tl.constexpr):
     """A bound of each CHUNK numbers of each row: their sum of absolute values."""
@@ -195,7 +198,8 @@ def ready_bounds_kernel(bounds, x, length: tl.int64, x_stride: tl.int64, CHUNK: 
     raise_bound(bounds, row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["run_blocks", "n", "length", "k", "x_stride", "run_log2"])
+@triton.jit(do_not_specialize=["sums", "bounds", "x", "run_blocks", "n", "length", "k", "x_stride",
+                               "run_log2"])
 def sjlt_rows_kernel(sums, bounds, x, table, run_blocks: tl.int64, n: tl.int32, length: tl.int64,
                      k: tl.int32, x_stride: tl.int64, run_log2: tl.int32, FIXED: tl.constexpr,
                      GROUP: tl.constexpr, BLOCK: tl.constexpr):
@@ -232,12 +236,12 @@ def lora_grad_sketch(out: Tensor, left: Tensor, right: Tensor, segments: Tensor,
     n, k = out.shape
     if tokens == 0 or len(segments) == 0:
         return
-    left, right = _in_units(left), _in_units(right)
+    left, right = in_units(left), in_units(right)
     unit = 16 // left.element_size()
     steps = left.stride(0) // unit, right.stride(0) // unit
     tile = tile_for(rows, columns)
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    with _device(out):
+    with on(out.device):
         on_device = _segments_on(segments, out.device)
         if method == "kronecker":
             sides = kronecker_sides(rows, columns, k)
@@ -259,8 +263,8 @@ def lora_grad_sketch(out: Tensor, left: Tensor, right: Tensor, segments: Tensor,
                 sums, bounds, left, right, part, table, run_blocks, run_stride, k, run_log2(k),
                 rows, columns, *steps, sums.stride(0), KRONECKER=method == "kronecker",
                 FIXED=deterministic, BM=tile.rows, BN=tile.columns, UNIT=unit,
-                OPERAND=_operand(left.dtype), num_warps=tile.warps, num_stages=tile.stages,
-                **LAUNCH)
+                OPERAND=operand(left.dtype), num_warps=tile.warps, num_stages=tile.stages,
+                maxnreg=REGISTERS, **LAUNCH)
         if bounds is not None:
             fixed_point.finish(out, sums, bounds)
 
@@ -278,7 +282,7 @@ def sjlt_rows(out: Tensor, x: Tensor, key: int, deterministic: bool) -> None:
     k = out.shape[1]
     if n == 0 or length == 0:
         return
-    with _device(out):
+    with on(out.device):
         table, run_blocks = position_table(length, key, k, out.device)
         if deterministic:
             sums, bounds = zero_sums(n, k, out.device)
@@ -309,8 +313,8 @@ def variants() -> list[Variant]:
                 {"left": f"*{name}", "right": f"*{name}", "segments": "*i64",
                  "table": "*i64" if kronecker else "*i32"},
                 dict(KRONECKER=kronecker, FIXED=fixed, BM=tile.rows, BN=tile.columns,
-                     UNIT=unit, OPERAND=_operand(dtype)),
-                tile.warps, tile.stages))
+                     UNIT=unit, OPERAND=operand(dtype)),
+                tile.warps, tile.stages, REGISTERS))
         found.append(_variant(
             token_norms_kernel, f"token_norms {name}",
             {"norms": "*fp64", "left": f"*{name}", "right": f"*{name}"},
@@ -327,7 +331,7 @@ def variants() -> list[Variant]:
 
 
 def _variant(kernel: Any, name: str, pointers: dict[str, str], constants: dict[str, Any],
-             warps: int = 4, stages: int = 3) -> Variant:
+             warps: int = 4, stages: int = 3, registers: int | None = None) -> Variant:
     if "FIXED" in constants:
         pointers = {"sums": "*i64", "bounds": "*i64"} | pointers
         if not constants["FIXED"]:
@@ -336,29 +340,9 @@ def _variant(kernel: Any, name: str, pointers: dict[str, str], constants: dict[s
             constants = {"bounds": None} | constants
     signature = {p.name: "constexpr" if p.name in constants else
                  pointers.get(p.name, p.annotation_type) for p in kernel.params}
-    return Variant(kernel, name, signature, constants, warps, stages, tuple(pointers))
-
-
-def _in_units(x: Tensor) -> Tensor:
-    """x, or a copy of it padded by zeros, whose rows are read in pieces of 16 bytes."""
-    unit = 16 // x.element_size()
-    width = x.shape[1]
-    if width % unit == 0 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(len(x), triton.cdiv(width, unit) * unit)
-    padded[:, :width] = x
-    return padded
-
-
-def _operand(dtype: torch.dtype) -> Any:
-    """What tiles are multiplied in: their own type, where there is one for it."""
-    if dtype == torch.bfloat16 and interpreted():
-        return tl.float32  # NumPy has no bfloat16; every bfloat16 is a float32
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    aligned = tuple(p.name for p in kernel.params
+                    if p.name in pointers and not p.do_not_specialize)
+    return Variant(kernel, name, signature, constants, warps, stages, aligned, registers)
 
 
 # The segments copied last: all layers of a backward pass come with the same ones.

@@ -34,7 +34,7 @@ def wrapping_add(x, constant: tl.constexpr):
 
 @triton.jit
 def random_words(block, column, stream: tl.constexpr, key):
-    """Words 0..3 of Philox blocks: `block` int64, `column` int64 or int32 of one shape, key int64."""
+    """Words 0..3 of Philox blocks; block: int64, column: int64 or int32, of one shape."""
     zero = tl.zeros_like(block)
     return philox4x32((block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32),
                       (column + zero).to(tl.uint32), (zero + stream).to(tl.uint32), key)

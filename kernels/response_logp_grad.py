@@ -18,7 +18,6 @@ start. And it reads the number of scored tokens back from the GPU, which makes t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 
 import torch
@@ -26,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from activedpo_fast.kernels.launching import on
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
 BLOCK, WARPS = 4096, 8
@@ -98,7 +98,7 @@ def response_logp_grad(logits: Tensor, targets: Tensor,
     if n == 0:
         return logps, grad
     unit = _unit(logits)
-    with _on(logits.device):
+    with on(logits.device):
         response_logp_grad_kernel[(n,)](
             logps, grad, logits, logits.stride(0) // unit, vocabulary // unit, targets.contiguous(),
             None if weights is None else weights.contiguous(), vocabulary, UNIT=unit, BLOCK=BLOCK,
@@ -113,15 +113,13 @@ def _unit(logits: Tensor) -> int:
     return unit if aligned else 1
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def variants() -> list[Variant]:
-    """Every configuration of the kernel, for logits whose memory is aligned to 16 bytes."""
+    """Every configuration of the kernel; rows that are not whole units may begin anywhere."""
     found = []
-    for (dtype, name), whole, wanted in product(_NAMES.items(), (True, False), (True, False)):
-        unit = 16 // dtype.itemsize if whole else 1
+    rows = {"": True, " any V": True, " anywhere": False}  # whether the first is on 16 bytes
+    for (dtype, name), (kind, aligned), wanted in product(
+            _NAMES.items(), rows.items(), (True, False)):
+        unit = 16 // dtype.itemsize if not kind else 1
         constants = {"UNIT": unit, "BLOCK": BLOCK} | (
             {} if wanted else {"grad": None, "weights": None})
         pointers = {"logps": "*fp32", "grad": f"*{name}", "logits": f"*{name}", "targets": "*i64",
@@ -130,9 +128,8 @@ def variants() -> list[Variant]:
             parameter.name: "constexpr" if parameter.name in constants
             else pointers.get(parameter.name, parameter.annotation_type)
             for parameter in response_logp_grad_kernel.params}
-        full_name = " ".join(["response_logp_grad", name] + ["any V"] * (not whole)
-                             + ["no gradient"] * (not wanted))
         found.append(Variant(
-            response_logp_grad_kernel, full_name, signature, constants, WARPS,
-            aligned=("grad", "logits") if wanted else ("logits",)))
+            response_logp_grad_kernel,
+            f"response_logp_grad {name}{kind}{'' if wanted else ' no gradient'}", signature,
+            constants, WARPS, aligned=("grad",) * wanted + ("logits",) * aligned))
     return found
