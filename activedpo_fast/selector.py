@@ -249,6 +249,7 @@ class _ModelSignals(Signals):
         show_progress: bool | None,
     ) -> None:
         self._selector = selector
+        self.device = next(selector.model.parameters()).device
         self._shares = shares
         self._show_progress = show_progress if shares.rank == 0 else False
         self._cache: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import Normalize, PairFeatures
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.ranks import Choice, Offer, Ranks
-from activedpo_fast.selection.resident import greedy_resident, on_gpu
+from activedpo_fast.selection.resident import at_its_place, greedy_resident, on_gpu
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.scores import Contenders, RunningScores
 from activedpo_fast.selection.signals import History
@@ -41,6 +41,7 @@ def greedy_logdet(
     information: InformationMatrix | None = None,
     eligible: Eligible | None = None,
     group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
     show_progress: bool | None = None,
 ) -> Ranking:
     """n times: take the pair with the largest phi^T V^-1 phi, then V <- V + phi phi^T.
@@ -68,6 +69,8 @@ def greedy_logdet(
             pairs (and of `eligible`), and with the same of everything else. Candidates are numbered
             through, rank after rank, and all get the picks that one process with all the
             candidates would make.
+        device: a GPU that rows in memory are taken to first, if it can make all picks in one launch
+            and has room for them; not with `group`.
         show_progress: bars over first scores and picks; None shows them on terminals only.
 
     Returns:
@@ -100,13 +103,14 @@ def greedy_logdet(
         features, v = prepare()
         return RunningScores(features, v, allowed, n, show), v
 
-    in_memory = ranks is None and isinstance(rows, Tensor)
-    if in_memory and backends.choose("greedy_select", rows.device.type, rows.dtype) == "cuda":
-        features, v = prepare()
-        ranking = greedy_resident(features, v, allowed, n, on_gpu, show)
-        if information is not None:
-            add_all(v, features, ranking.indices)
-        return ranking
+    if ranks is None and isinstance(rows, Tensor):
+        rows = at_its_place(rows, device or rows.device)
+        if backends.choose("greedy_select", rows.device.type, rows.dtype) == "cuda":
+            features, v = prepare()
+            ranking = greedy_resident(features, v, allowed, n, on_gpu, show)
+            if information is not None:
+                add_all(v, features, ranking.indices)
+            return ranking
 
     scores, v = start() if ranks is None else ranks.check(start)
     if ranks is not None:

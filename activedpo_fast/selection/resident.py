@@ -121,6 +121,19 @@ class ResidentProblem:
         getattr(module, f"greedy_select_{dtype}")(problem, room=room.data_ptr(), **where)
 
 
+def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows where picks are made of them: on `device` if that is one launch there and it has room.
+
+    What picks need besides is left as much room as the rows take.
+    """
+    if device.type != "cuda" or rows.device == device:
+        return rows
+    if backends.choose("greedy_select", device.type, rows.dtype) != "cuda":
+        return rows
+    free, _ = torch.cuda.mem_get_info(device)
+    return rows.to(device) if 2 * rows.numel() * rows.element_size() < free else rows
+
+
 def greedy_resident(
     features: PairFeatures,
     information: InformationMatrix,

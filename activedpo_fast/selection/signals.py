@@ -27,6 +27,7 @@ class Signals(ABC):
     Attributes:
         pairs: int64 [N, 2], the rows (a, b) of each candidate pair; ties are broken by this order.
         item_of_row: int64 [R], the prompt (item position in the pool) each response belongs to.
+        device: where the model is; picks are made there if that is better (`greedy_logdet`).
 
     Every method may be expensive (a model is run), so a strategy calls only those that it
     `requires`. A method that a subclass does not provide raises `ActiveDPOError` naming the signal.
@@ -38,6 +39,7 @@ class Signals(ABC):
 
     pairs: Tensor
     item_of_row: Tensor
+    device = torch.device("cpu")
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
         """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k].

@@ -93,7 +93,7 @@ class ActiveDPO(Strategy):
         return greedy_logdet(
             signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,
             normalize=self.normalize, history=signals.history_gradients(relative=relative),
-            eligible=eligible, group=group, show_progress=show_progress,
+            eligible=eligible, group=group, device=signals.device, show_progress=show_progress,
         )
 
 
@@ -149,7 +149,7 @@ class AdpoPlus(Strategy):
         return greedy_logdet(
             rows, signals.pairs, n, lam=self.lam, kappa=self.kappa, normalize=self.normalize,
             history=history, weights=_uncertainty(margin), history_weights=_uncertainty(labelled),
-            eligible=eligible, group=group, show_progress=show_progress,
+            eligible=eligible, group=group, device=signals.device, show_progress=show_progress,
         )
 
 

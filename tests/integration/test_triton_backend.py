@@ -8,15 +8,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activedpo_fast import FeatureExtractor, PreferencePool, Sketch, ops, reference
+from activedpo_fast import (
+    ActiveDPOSelector,
+    FeatureExtractor,
+    PreferencePool,
+    Sketch,
+    backends,
+    ops,
+    reference,
+)
 from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.unit.test_ops import KEY, random
 
 pytest.importorskip("triton")
 # What the padding of blocks holds is multiplied as well, and thrown away.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["1", "0"], ids=["deterministic", "fast"])
@@ -68,3 +78,22 @@ def test_gradient_rows_of_a_model(method, triton, tokens, monkeypatch):
     torch.testing.assert_close(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
     error = (found.gradients - expected.gradients).norm(dim=1) / expected.gradients.norm(dim=1)
     assert float(error.max()) < 1e-5
+
+
+@pytest.mark.gpu
+def test_a_selection_on_a_gpu_is_the_cpus(monkeypatch):
+    """From the model to the picks: rows stay on the GPU, and all picks are one launch there."""
+    pool = PreferencePool.from_rows(
+        {"prompt": f"Number {i}", "responses": [f" one {i * j} {j}" for j in range(1, 4)]}
+        for i in range(40))
+    model = lora(tiny_causal_lm("llama"), "llama").cuda()
+    picked = {}
+    for backend in ("auto", "reference"):
+        monkeypatch.setenv("ACTIVEDPO_BACKEND", backend)
+        selector = ActiveDPOSelector(model, processing_class=tiny_tokenizer(), proj_dim=256)
+        picked[backend] = selector.select(pool, 20, show_progress=False)
+    assert backends.choose("greedy_select", "cuda") == "reference"
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "auto")
+    assert backends.choose("greedy_select", "cuda") == "cuda"
+    first, second = ([pick.responses for pick in picked[name]] for name in ("auto", "reference"))
+    assert first == second
