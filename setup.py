@@ -53,7 +53,7 @@ cpu = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=[*OPTIMISE, *OPENMP],
     extra_link_args=[] if sys.platform == "win32" else OPENMP,
-    # Without a compiler the package still installs; activedpo_fast.ops says what is missing.
+    # Without a compiler the package still installs; `activedpo env` says what is missing.
     optional=True,
 )
 
