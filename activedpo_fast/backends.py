@@ -70,13 +70,13 @@ def choose(operation: str, device: str, dtype: torch.dtype = torch.float32) -> s
     if forced == "reference":
         return forced
     if forced in _FASTER[operation]:
-        why_not = _why_not(forced, operation, device, dtype, forced)
+        why_not = _why_not(forced, device, dtype, forced)
         if why_not:
             raise ActiveDPOError(f"ACTIVEDPO_BACKEND={forced} on a {device} tensor: {why_not}")
         return forced
     for backend in BACKENDS[:-1]:
         if backend in _FASTER[operation]:
-            why_not = _why_not(backend, operation, device, dtype, forced)
+            why_not = _why_not(backend, device, dtype, forced)
             if not why_not:
                 return backend
             missing = not (_elsewhere(backend, device) or _has_not(backend, dtype))
@@ -99,7 +99,7 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
         for backend in BACKENDS:
             if backend not in (*_FASTER[operation], "reference"):
                 continue
-            why_not = _why_not(backend, operation, device, torch.float32, forced)
+            why_not = _why_not(backend, device, torch.float32, forced)
             elsewhere = forced not in ("auto", backend) and (
                 forced == "reference" or forced in _FASTER[operation])
             if not why_not and elsewhere:
@@ -153,7 +153,7 @@ def _forced() -> str:
     return name
 
 
-def _why_not(backend: str, operation: str, device: str, dtype: torch.dtype, forced: str) -> str:
+def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
     """Why `backend` cannot serve an operation that it has; empty where it can."""
     if backend == "reference":
         return ""

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from activedpo_fast.features.stored_rows import StoredRows
 
 _PAD = 16  # directions are padded with zeros to a multiple of it: csrc/dots.h, kDotAlign
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
-           torch.float16: "float16"}
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
+          torch.float16: "float16"}
 _PAIRS_AT_A_TIME = 2**16  # between two looks at the progress bar
 _PRODUCTS_BYTES = 2**30  # up to here products of rows and directions are kept for other pairs
 
@@ -139,7 +139,7 @@ def pair_lengths(
     rows = _readable(rows)
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
-    function = getattr(backends.csrc(), f"lengths_{_DTYPES[rows.dtype]}")
+    function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
     source = _row_source(rows)
     disable = isinstance(rows, Tensor) or (None if show_progress is None else not show_progress)
     with tqdm(total=len(pairs), desc="reading rows", unit="pair", disable=disable) as bar:
@@ -163,7 +163,7 @@ class _CppAdvance:
         csrc = backends.csrc()
         self._rows = _readable(state.rows)
         self._source = _row_source(self._rows)
-        self._advance = getattr(csrc, f"advance_{_DTYPES[self._rows.dtype]}")
+        self._advance = getattr(csrc, f"advance_{DTYPES[self._rows.dtype]}")
         self._candidates = csrc.Candidates(
             n=len(state.pairs), pairs=state.pairs.data_ptr(),
             row_divisor=state.row_divisor.data_ptr(), pair_divisor=state.pair_divisor.data_ptr(),

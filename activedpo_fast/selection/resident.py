@@ -14,14 +14,12 @@ from torch import Tensor
 
 from activedpo_fast import backends
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.score_ops import DTYPES
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.normalize import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible, Limit
 from activedpo_fast.selection.scores import first_scores, root_error
-
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
-           torch.float16: "float16"}
 
 
 @dataclass
@@ -113,7 +111,7 @@ class ResidentProblem:
 
     def run(self, module: ModuleType, **where: int) -> None:
         """Make the picks by an extension module's `greedy_select_*`, which is told `where`."""
-        dtype = _DTYPES[self.rows.dtype]
+        dtype = DTYPES[self.rows.dtype]
         problem = module.GreedyProblem(**{
             field.name: _address(getattr(self, field.name)) for field in fields(self)})
         room = torch.empty(getattr(module, f"greedy_bytes_{dtype}")(problem), dtype=torch.uint8,
