@@ -58,15 +58,25 @@ class TokenizedPool:
     response of every other item has at least one scored token.
 
     `items`: the item of each sequence. None: every sequence is an item of its own.
+
+    `ids`: the id of each item, for messages.
     """
 
     sequences: list[TokenizedResponse]
     skipped: list[int]
     items: list[int] | None = None
+    ids: list[str] | None = None
 
     def item_of(self, row: int) -> int:
         """The item that response `row` belongs to."""
         return row if self.items is None else self.items[row]
+
+    def place(self, row: int) -> str:
+        """Response `row`, as a person would look it up in the pool."""
+        if self.items is None or self.ids is None:
+            return f"response row {row}"
+        item = self.items[row]
+        return f"item {self.ids[item]!r}, response {row - self.items.index(item) + 1}"
 
 
 def scored_tokens(response: TokenizedResponse) -> int:
@@ -142,7 +152,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     if skipped:
         logger.warning("%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
                        len(skipped), len(pool), max_length)
-    return TokenizedPool(sequences, skipped, items)
+    return TokenizedPool(sequences, skipped, items, pool.ids)
 
 
 def check_tokenizer(processing_class: Any, *, chat: bool) -> None:

@@ -18,6 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from activedpo_fast.features.batching import Layout
 from benchmarks.gpu_cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu_timing import wall_seconds
 
@@ -85,7 +86,7 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
     policy = build(model, settings.device)
     pool = pairs(model, settings.tiny)
     extractor = FeatureExtractor(policy, Sketch(), beta=1.0, max_tokens_per_batch=model.batch)
-    shared = extractor.check(pool)
+    shared = extractor.check(pool) is Layout.SHARED
 
     def rows(method: str, deterministic: str) -> Tensor:
         extractor.sketch = Sketch(method, 64 if settings.tiny else 8192)

@@ -91,12 +91,16 @@ def tiny_causal_lm(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0,
     # Grouped matrix products, the default for experts, have no float64 kernel.
     experts = {"experts_implementation": "eager"} if arch == "mixtral" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **experts)
-    # The default initialisation is so small that every token is all but equally likely.
+    _spread(model)
+    return model.to(dtype).eval()
+
+
+def _spread(model: PreTrainedModel) -> None:
+    """The default initialisation is so small that every token is all but equally likely."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.mul_(4.0)
-    return model.to(dtype).eval()
 
 
 def lora(model: PreTrainedModel, arch: str, *, seed: int = 1, adapter_name: str = "default",
@@ -117,3 +121,46 @@ def lora(model: PreTrainedModel, arch: str, *, seed: int = 1, adapter_name: str 
     if dtype == torch.float64:
         peft_model.double()
     return peft_model.eval()
+
+
+# Models that embed positions in another way beyond so many tokens.
+ORIGINAL_LENGTH = 24  # the length from which positions are embedded in another way
+
+_SIZES: dict[str, Any] = dict(
+    vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=128,
+    bos_token_id=0, eos_token_id=0, pad_token_id=1)
+_LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.5, 2.0, 3.0],
+                 long_factor=[4.0, 7.0, 9.0, 20.0],
+                 original_max_position_embeddings=ORIGINAL_LENGTH)
+_DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+
+# name -> (config class, what makes its positions depend on length, LoRA targets)
+VARYING: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "phi3 longrope": ("Phi3Config", dict(
+        rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_LENGTH),
+        ["qkv_proj", "o_proj", "down_proj"]),
+    "phimoe longrope": ("PhimoeConfig", dict(
+        rope_parameters={**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.6},
+        num_local_experts=2, num_experts_per_tok=2),
+        ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "llama dynamic": ("LlamaConfig", dict(
+        rope_parameters=_DYNAMIC, max_position_embeddings=ORIGINAL_LENGTH), ["q_proj", "v_proj"]),
+    "gemma3 dynamic": ("Gemma3TextConfig", dict(
+        rope_parameters={
+            "full_attention": dict(_DYNAMIC, factor=8.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=1e4)},
+        layer_types=["sliding_attention", "full_attention"], sliding_window=16,
+        max_position_embeddings=ORIGINAL_LENGTH), ["q_proj", "k_proj", "o_proj"]),
+}
+
+
+def varying_lm(name: str, dtype: torch.dtype = torch.float64) -> PeftModel:
+    """With LoRA; positions are embedded by the length of the longest sequence of a batch."""
+    config_class, own, targets = VARYING[name]
+    config = getattr(transformers, config_class)(**{**_SIZES, **own})
+    torch.manual_seed(0)
+    experts = {"experts_implementation": "eager"} if "moe" in name else {}
+    model = transformers.AutoModelForCausalLM.from_config(config, **experts)
+    _spread(model)
+    return lora(model.to(dtype).eval(), "llama", target_modules=targets)

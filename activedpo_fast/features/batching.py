@@ -9,12 +9,23 @@ slopes are those of the response alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from os.path import commonprefix
 
 import torch
 
+from activedpo_fast.features.positions import LengthClass
 from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse
+
+
+class Layout(Enum):
+    """How responses are put into batches. All layouts have the same numbers, where a model can take
+    them; the fastest comes first."""
+
+    SHARED = "a prompt runs once for all of its responses"
+    WHOLE = "every response runs with its prompt"
+    ALONE = "every response runs with its prompt, and no other with it"
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,13 @@ class Group:
         shared: tokens that are run once for all of them; at least one token of each response, the
             one before its first scored token, is not among them.
         own: the most tokens that one of them has beyond these.
+        kind: the length class of every response, and of what they share. A batch has one kind.
     """
 
     rows: tuple[int, ...]
     shared: int
     own: int
+    kind: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,16 +77,32 @@ class Batch:
                      **{name: getattr(self, name).to(device) for name in inputs})
 
 
-def group_rows(tokenized: TokenizedPool, rows: Sequence[int], *, share: bool) -> list[Group]:
+def group_rows(
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    layout: Layout,
+    length_class: LengthClass | None = None,
+) -> list[Group]:
     """The responses `rows` by item, in the order in which the items first appear.
 
-    With `share`, responses of one item share their common beginning, up to the last token before
-    the first scored one of any of them; a response that is alone shares nothing.
+    With `Layout.SHARED`, responses of one item share their common beginning, up to the last token
+    before the first scored one of any of them; a response that is alone shares nothing. An item
+    whose responses are of several length classes has a group for each, and nothing is shared where
+    the beginning is of another class than the whole.
     """
-    by_item: dict[int, list[int]] = {}
+    by_item: dict[tuple[int, int], list[int]] = {}
     for row in rows:
-        by_item.setdefault(tokenized.item_of(row), []).append(row)
-    return [_group(tokenized.sequences, members, share) for members in by_item.values()]
+        length = len(tokenized.sequences[row].input_ids)
+        kind = 0 if length_class is None else length_class(length)
+        item = row if layout is Layout.ALONE else tokenized.item_of(row)
+        by_item.setdefault((item, kind), []).append(row)
+    groups = []
+    for (_, kind), members in by_item.items():
+        group = _group(tokenized.sequences, members, layout is Layout.SHARED)
+        if group.shared and length_class is not None and length_class(group.shared) != kind:
+            group = _group(tokenized.sequences, members, False)
+        groups.append(replace(group, kind=kind))
+    return groups
 
 
 def plan_batches(
@@ -88,7 +117,10 @@ def plan_batches(
     if split:
         groups = [part for group in groups for part in _split(group, max_tokens)]
     # What is shared and what is not needs a prompt pass or none, so the two are kept apart.
-    for part in ([g for g in groups if g.shared], [g for g in groups if not g.shared]):
+    parts: dict[tuple[bool, int], list[Group]] = {}
+    for group in groups:
+        parts.setdefault((group.shared == 0, group.kind), []).append(group)
+    for _, part in sorted(parts.items()):
         # Two orders, as either part of the sequences may be the longer one; the better is kept.
         plans = [
             list(_fill(sorted(part, key=key), max_tokens))
@@ -150,7 +182,7 @@ def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool)
 def _split(group: Group, max_tokens: int) -> Iterator[Group]:
     fitting = max(1, (max_tokens - group.shared) // group.own)
     for start in range(0, len(group.rows), fitting):
-        yield Group(group.rows[start : start + fitting], group.shared, group.own)
+        yield replace(group, rows=group.rows[start : start + fitting])
 
 
 def _fill(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from activedpo_fast.errors import UnsupportedParameterError
 from activedpo_fast.features.parameters import TrainableLinear, silent_modules
+from activedpo_fast.features.positions import fresh_positions
 from activedpo_fast.features.sketch import SketchPlan
 
 # (layer, h [N, in], g [N, out], segments int64 [S, 3] of (first token, token after the last, row))
@@ -25,7 +26,7 @@ Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor],
 
 @contextmanager
 def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
-    """Eval mode and frozen parameters inside; every flag as it was afterwards.
+    """Eval mode, frozen parameters and fresh position embeddings inside; all as it was afterwards.
 
     `.grad` is never touched, as no parameter requires one. Grad mode is switched on, whatever the
     caller has set. With precision "bf16", matrix products are computed in bfloat16 (autocast).
@@ -38,7 +39,7 @@ def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), autocast:
+        with torch.inference_mode(False), torch.enable_grad(), fresh_positions(model), autocast:
             yield
     finally:
         for module, mode in modes:

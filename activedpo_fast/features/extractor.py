@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.batching import (
-    Batch,
-    collate,
-    group_rows,
-    padded_tokens,
-    plan_batches,
-)
-from activedpo_fast.features.budget import TokenBudget, is_out_of_memory
+from activedpo_fast.features.batching import Batch, Layout, group_rows
+from activedpo_fast.features.budget import TokenBudget
 from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, undisturbed
+from activedpo_fast.features.logprobs import causal_lm
 from activedpo_fast.features.parameters import trainable_linears
 from activedpo_fast.features.passes import gradient_pass, hidden_pass, logp_pass
+from activedpo_fast.features.positions import LengthClass, length_class
+from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
-from activedpo_fast.features.verify import choose_layout, shared_logps_agree
+from activedpo_fast.features.verify import forward_layout, gradient_layout
 from activedpo_fast.tokenization import TokenizedPool
 
+logger = logging.getLogger(__name__)
+
 PRECISIONS = (None, "bf16")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,15 @@ class FeatureExtractor:
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights stay as they
             are), for CPUs and GPUs that have it; None in the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
-            with those of autograd, refuse a model for which they differ, and find out whether
-            responses can share their prompt's pass. Without it they never do, which is slower.
+            with those of autograd, refuse a model for which they differ, and find out how responses
+            can be batched (see `Layout`). Without it prompts are never shared, which is slower.
 
     Raises:
-        UnsupportedParameterError, ActiveDPOError: see `trainable_linears` and `choose_layout`; an
+        UnsupportedParameterError, ActiveDPOError: see `trainable_linears` and `gradient_layout`; an
             option out of range; bf16 asked of a CPU that has none.
+
+    Every number is that of the response by itself, in a model that was just loaded: responses that
+    the model would treat in another way together than alone are not batched together.
 
     Source: the gradient of the implicit reward as the feature of a response is ActiveDPO's, Lin et
     al., arXiv 2505.19241.
@@ -100,10 +101,11 @@ class FeatureExtractor:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
         self._verify = verify
-        # Whether responses share their prompt's pass, once known: for gradients by whether the pool
-        # that was looked at had prompts to share, for log-probs and hidden states by model.
-        self._gradient_layout: dict[bool, bool] = {}
-        self._forward_layout: dict[int, bool] = {}
+        # How responses are batched, once known, and the longest response that this was found out
+        # with: for gradients by whether the pool had prompts to share, else by model.
+        self._gradient_layout: dict[bool, tuple[Layout, int]] = {}
+        self._forward_layout: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
+        self._said_lengths: WeakSet[nn.Module] = WeakSet()
 
     def gradients(
         self,
@@ -120,20 +122,25 @@ class FeatureExtractor:
                 too; each prompt costs one backward pass less.
 
         Raises:
-            ActiveDPOError: no responses; not enough memory for a single item.
+            ActiveDPOError: no responses; not enough memory for a single item; a row that is not
+                finite, also when its response runs alone; with `relative`, an item with only one
+                response.
         """
         count = len(tokenized.sequences)
+        if count == 0:
+            raise ActiveDPOError("there is no response to take gradients of")
         logps = torch.empty(count, dtype=torch.float64)
         gradients: torch.Tensor | None = None
-        parts = self.iter_gradients(
-            tokenized, range(count), relative=relative, show_progress=show_progress)
-        for part in parts:
+        absolute = torch.ones(count, dtype=torch.bool)
+        for (rows, taken, taken_logps), is_relative in self._gradient_parts(
+            tokenized, range(count), relative, show_progress
+        ):
             if gradients is None:
-                gradients = part.gradients.new_empty(count, part.gradients.shape[1])
-            gradients[part.rows] = part.gradients
-            logps[part.rows] = part.logps
-        if gradients is None:
-            raise ActiveDPOError("there is no response to take gradients of")
+                gradients = taken.new_empty(count, taken.shape[1])
+            gradients[rows], logps[rows], absolute[rows] = taken, taken_logps, not is_relative
+        assert gradients is not None
+        if relative:
+            _subtract_first(gradients, tokenized, absolute)
         return GradientRows(torch.arange(count), gradients, logps)
 
     def iter_gradients(
@@ -141,53 +148,78 @@ class FeatureExtractor:
         tokenized: TokenizedPool,
         rows: Sequence[int],
         *,
-        relative: bool = False,
         show_progress: bool | None = None,
     ) -> Iterator[GradientRows]:
-        """Gradient rows batch by batch, longest sequences first, for the given `rows`.
+        """Gradient rows batch by batch, longest sequences first, for the given `rows`."""
+        for taken, _ in self._gradient_parts(tokenized, rows, False, show_progress):
+            yield GradientRows(*taken)
 
-        With `relative`, `rows` must have all responses of an item or none.
-        """
+    def _gradient_parts(
+        self, tokenized: TokenizedPool, rows: Sequence[int], relative: bool,
+        show_progress: bool | None,
+    ) -> Iterator[tuple[Taken, bool]]:
+        """(rows, gradients, logps) by batch, and whether they are relative; some may not be."""
         linears = trainable_linears(self.model)
         plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
         dtype = row_dtype(linears)
 
-        def take(batch: Batch, shared: bool) -> GradientRows:
-            # Sums over layers in float64, rounded once.
-            sketched = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64,
-                                   device=batch.input_ids.device)
-            with (
-                undisturbed(self.model, self.precision),
-                Capture(linears, sketch_into(plan, sketched)) as capture,
-            ):
-                logps = gradient_pass(
-                    self.model, batch, capture, shared=shared, relative=relative)
-            # β last: multiplying the objective would only lose bits of small gradients in bf16.
-            gradients = sketched.mul_(self.beta).to(dtype).cpu()
-            return GradientRows(batch.rows, gradients, logps.double().cpu())
+        def taking(relative: bool) -> Take:
+            def take(batch: Batch, shared: bool) -> Taken:
+                # Sums over layers in float64, rounded once.
+                sketched = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64,
+                                       device=batch.input_ids.device)
+                with (
+                    undisturbed(self.model, self.precision),
+                    Capture(linears, sketch_into(plan, sketched)) as capture,
+                ):
+                    logps = gradient_pass(
+                        self.model, batch, capture, shared=shared, relative=relative)
+                # β last: multiplying the objective would only lose bits of small gradients in bf16.
+                gradients = sketched.mul_(self.beta).to(dtype).cpu()
+                return batch.rows, gradients, logps.double().cpu()
 
-        if relative and any(
-            len(group.rows) == 1 for group in group_rows(tokenized, rows, share=False)
-        ):
+            return take
+
+        groups = group_rows(tokenized, rows, Layout.WHOLE)
+        if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
-        yield from self._run(tokenized, rows, take, self.model, self.check(tokenized),
-                             "gradient features", show_progress, whole_items=relative)
+        layout = self.check(tokenized)
+        # Rows are relative to each other where they can be in one batch.
+        batched = group_rows(tokenized, rows, layout, length_class(self.model))
+        relative = relative and len(batched) == len(groups)
+        for taken in self._run(tokenized, rows, taking(relative), self.model, layout,
+                               "gradient features", show_progress, whole_items=relative):
+            finite = _finite(taken)
+            if relative and not finite.all():
+                items = [tokenized.item_of(row) for row in taken[0].tolist()]
+                spoiled = {item for item, good in zip(items, finite.tolist(), strict=True)
+                           if not good}
+                finite = torch.tensor([item not in spoiled for item in items])
+            yield tuple(part[finite] for part in taken), relative
+            for alone in self._alone(tokenized, taken[0][~finite], taking(False), self.model):
+                yield alone, False
 
-    def check(self, tokenized: TokenizedPool) -> bool:
-        """Whether responses share their prompt's pass; the self-check, where that is not known yet.
+    def check(self, tokenized: TokenizedPool) -> Layout:
+        """How responses are batched; the self-check, where that is not known yet.
+
+        It is made again for a pool with a response that is longer than all before: models differ in
+        how they treat long ones.
 
         Raises:
             UnsupportedParameterError: captured gradients differ from autograd's.
         """
         if not self._verify:
-            return False
+            return Layout.WHOLE
         rows = range(len(tokenized.sequences))
-        has_prompts = any(group.shared for group in group_rows(tokenized, rows, share=True))
-        if has_prompts not in self._gradient_layout:
-            self._gradient_layout[has_prompts] = choose_layout(
+        has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
+        longest = _longest(tokenized)
+        layout, checked = self._gradient_layout.get(has_prompts, (Layout.SHARED, 0))
+        if longest > checked:
+            layout = gradient_layout(
                 self.model, trainable_linears(self.model), tokenized, self.pad_token_id,
                 self.precision)
-        return self._gradient_layout[has_prompts]
+            self._gradient_layout[has_prompts] = layout, longest
+        return layout
 
     def logps(
         self,
@@ -200,15 +232,12 @@ class FeatureExtractor:
         scored_by = model if model is not None else self.model
         result = torch.empty(len(tokenized.sequences), dtype=torch.float64)
 
-        def take(batch: Batch, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def take(batch: Batch, shared: bool) -> Taken:
             with undisturbed(scored_by, self.precision):
-                return batch.rows, logp_pass(scored_by, batch, shared=shared)
+                return batch.rows, logp_pass(scored_by, batch, shared=shared).double().cpu()
 
-        for rows, logps in self._run(
-            tokenized, range(len(result)), take, scored_by,
-            self._forward_shares(tokenized, scored_by), "log-probs", show_progress,
-        ):
-            result[rows] = logps.double().cpu()
+        for rows, logps in self._forward(tokenized, take, scored_by, "log-probs", show_progress):
+            result[rows] = logps
         return result
 
     def hidden(
@@ -216,72 +245,103 @@ class FeatureExtractor:
     ) -> torch.Tensor:
         """The last layer's hidden state at the last response token, float32 [R, h], pool order."""
 
-        def take(batch: Batch, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def take(batch: Batch, shared: bool) -> Taken:
             with undisturbed(self.model, self.precision):
-                return batch.rows, hidden_pass(self.model, batch, shared=shared)
+                return batch.rows, hidden_pass(self.model, batch, shared=shared).float().cpu()
 
-        parts, rows = [], []
-        for batch_rows, hidden in self._run(
-            tokenized, range(len(tokenized.sequences)), take, self.model,
-            self._forward_shares(tokenized, self.model), "hidden states", show_progress,
-        ):
-            parts.append(hidden.float().cpu())
-            rows.append(batch_rows)
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        taken = list(self._forward(tokenized, take, self.model, "hidden states", show_progress))
+        rows = torch.cat([rows for rows, _ in taken])
+        return torch.cat([hidden for _, hidden in taken])[rows.argsort()]
 
-    def _forward_shares(self, tokenized: TokenizedPool, model: nn.Module) -> bool:
-        if not self._verify:
-            return False
-        if id(model) not in self._forward_layout:
-            self._forward_layout[id(model)] = shared_logps_agree(
-                model, tokenized, self.pad_token_id, self.precision)
-        return self._forward_layout[id(model)]
+    def _forward(
+        self, tokenized: TokenizedPool, take: Take, model: nn.Module, title: str,
+        show_progress: bool | None,
+    ) -> Iterator[Taken]:
+        """`take` of all responses, finite."""
+        layout = Layout.WHOLE
+        if self._verify:
+            layout, checked = self._forward_layout.get(model, (layout, 0))
+            longest = _longest(tokenized)
+            if longest > checked:
+                layout = forward_layout(model, tokenized, self.pad_token_id, self.precision)
+                self._forward_layout[model] = layout, longest
+        rows = range(len(tokenized.sequences))
+        for taken in self._run(tokenized, rows, take, model, layout, title, show_progress):
+            finite = _finite(taken)
+            yield tuple(part[finite] for part in taken)
+            yield from self._alone(tokenized, taken[0][~finite], take, model)
 
     def _run(
-        self,
-        tokenized: TokenizedPool,
-        rows: Sequence[int],
-        take: Callable[[Batch, bool], Result],
-        model: nn.Module,
-        shared: bool,
-        title: str,
-        show_progress: bool | None,
-        whole_items: bool = False,
-    ) -> Iterator[Result]:
-        """`take` of every batch, planned anew with half the tokens when memory does not suffice."""
+        self, tokenized: TokenizedPool, rows: Sequence[int], take: Take, model: nn.Module,
+        layout: Layout, title: str, show_progress: bool | None, whole_items: bool = False,
+    ) -> Iterator[Taken]:
         budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
-        pending = list(rows)
-        disable = None if show_progress is None else not show_progress
-        with tqdm(total=len(rows), desc=title, unit="response", disable=disable) as progress:
-            while pending:
-                groups = group_rows(tokenized, pending, share=shared)
-                done: set[int] = set()
-                tokens = budget.tokens
-                for members in plan_batches(groups, tokens, split=not whole_items):
-                    try:
-                        with budget.batch(padded_tokens(members)):
-                            batch = collate(
-                                tokenized.sequences, members, pad_token_id=self.pad_token_id)
-                            result = take(batch.to(budget.device), shared)
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        if len(members) == 1 and (whole_items or len(members[0].rows) == 1):
-                            raise ActiveDPOError(
-                                f"out of memory for {len(members[0].rows)} responses of one prompt "
-                                f"({padded_tokens(members)} tokens); use a smaller max_length or "
-                                "a device with more memory") from error
-                    else:
-                        done.update(batch.rows.tolist())
-                        progress.update(len(batch.rows))
-                        yield result
-                        if budget.tokens != tokens:
-                            break
-                        continue
-                    # Outside of the handler, whose traceback holds the batch's tensors.
-                    budget.halve(padded_tokens(members))
-                    break
-                pending = [row for row in pending if row not in done]
+        classify = length_class(model)
+        if classify is not None and model not in self._said_lengths:
+            self._said_lengths.add(model)
+            _say_lengths_apart(model, tokenized, classify)
+        return run_batches(
+            tokenized, rows, take, layout, budget, length_class=classify,
+            pad_token_id=self.pad_token_id, title=title, show_progress=show_progress,
+            whole_items=whole_items)
+
+    def _alone(
+        self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
+    ) -> Iterator[Taken]:
+        """`take` of responses that were not finite in a batch, each by itself.
+
+        A model whose mask is all but infinite gives NaN where padding sees nothing else.
+        """
+        if len(rows) == 0:
+            return
+        logger.warning("%d responses are not finite in a batch (first: %s); they run by themselves",
+                       len(rows), tokenized.place(int(rows[0])))
+        for taken in self._run(tokenized, rows.tolist(), take, model, Layout.ALONE, "", False):
+            if not _finite(taken).all():
+                raise ActiveDPOError(
+                    f"{tokenized.place(int(taken[0][0]))}: what the model gives for it is not "
+                    "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
+                    "range, or leave the item out")
+            yield taken
+
+
+def _finite(taken: Taken) -> torch.Tensor:
+    """bool [n]: which rows have finite numbers only."""
+    return torch.stack([part.isfinite().flatten(1).all(dim=1) if part.dim() > 1
+                        else part.isfinite() for part in taken[1:]]).all(dim=0)
+
+
+def _longest(tokenized: TokenizedPool) -> int:
+    return max((len(sequence.input_ids) for sequence in tokenized.sequences), default=0)
+
+
+def _subtract_first(
+    gradients: torch.Tensor, tokenized: TokenizedPool, absolute: torch.Tensor
+) -> None:
+    """Make the rows that are `absolute`, bool [R], relative to the first of their item, in place.
+
+    Items are absolute as a whole.
+    """
+    first: dict[int, int] = {}
+    for row in absolute.nonzero().flatten().tolist():
+        start = first.setdefault(tokenized.item_of(row), row)
+        if start != row:
+            gradients[row] -= gradients[start]
+    gradients[list(first.values())] = 0.0
+
+
+def _say_lengths_apart(
+    model: nn.Module, tokenized: TokenizedPool, classify: LengthClass
+) -> None:
+    """One line of the log where responses are kept apart by their length."""
+    groups = group_rows(tokenized, range(len(tokenized.sequences)), Layout.SHARED, classify)
+    apart = sum(len(group.rows) for group in groups if group.kind != 0)
+    if apart:
+        logger.warning(
+            "%s embeds positions by the longest sequence of a batch: %d of %d responses are longer "
+            "than its original length; they share a batch or a prompt's pass only where that "
+            "changes nothing, which is slower",
+            type(causal_lm(model)).__name__, apart, len(tokenized.sequences))
 
 
 def _check_precision(precision: str | None, model: nn.Module) -> None:

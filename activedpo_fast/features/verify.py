@@ -1,25 +1,29 @@
 """The self-check: captured gradients against autograd's, on responses of the user's own.
 
-Hooks and shared prompts rely on how a model passes tokens through its layers. A model that does it
-in another way (a weight used without calling its layer, tokens reordered, samples that influence
-each other, positions that are ignored) would give wrong rows without an error; this finds it before
-any row is handed out.
+Hooks, shared prompts and batches rely on how a model passes tokens through its layers. A model that
+does it in another way (a weight used without calling its layer, tokens reordered, samples that
+influence each other, positions that are ignored or depend on the longest of the batch) would give
+wrong rows without an error; this finds it before any row is handed out. The responses are those of
+a short, a middling and the longest prompt, in one batch.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from activedpo_fast.errors import UnsupportedParameterError
-from activedpo_fast.features.batching import Batch, collate, group_rows
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.features.batching import Batch, Layout, collate, group_rows
+from activedpo_fast.features.budget import TokenBudget, is_out_of_memory
 from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, undisturbed
 from activedpo_fast.features.parameters import TrainableLinear
 from activedpo_fast.features.passes import gradient_pass, logp_pass, whole_model_logps
+from activedpo_fast.features.positions import length_class
+from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
 from activedpo_fast.tokenization import TokenizedPool, scored_tokens
 
@@ -29,107 +33,159 @@ logger = logging.getLogger(__name__)
 # single sequence are padded differently), far below what a misattributed token gives.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.25
+# The same of log π(y|x), a sum that rounding changes less.
+_LOGP_TOLERANCE, _LOW_PRECISION_LOGP_TOLERANCE = 1e-4, 0.05
+
+_SLOWER = {
+    Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
+                  "prompt, which is slower (%s)",
+    Layout.ALONE: "%s treats a response in a batch in another way than by itself; every response "
+                  "runs by itself, which is slower (%s)",
+}
 
 
-def choose_layout(
+def gradient_layout(
     model: nn.Module,
     linears: Sequence[TrainableLinear],
     tokenized: TokenizedPool,
     pad_token_id: int,
     precision: str | None,
-) -> bool:
-    """Whether responses can share their prompt's pass, found out on two prompts of the pool.
+) -> Layout:
+    """The fastest layout in which captured gradients are right, found out on a few responses.
 
-    A batch of two items, captured in the shared layout, is compared with one backward pass of
-    autograd through the whole model for each response. If it differs, or the model cannot run it,
-    the same is done without sharing.
+    A batch of three items, captured in a layout, is compared with one backward pass of autograd
+    through the whole model for each response by itself. If it differs, or the model cannot run it,
+    the next layout is tried.
 
     Raises:
-        UnsupportedParameterError: naming the first parameter whose gradients differ even so.
+        UnsupportedParameterError: naming the first parameter whose gradients differ in any layout.
     """
-    rows = _rows_to_check(tokenized)
-    if not rows:
-        return True  # nothing is scored, so that every row is zero
-    expected = {row: _autograd_gradients(model, linears, tokenized, row, pad_token_id, precision)
-                for row in rows}
-    try:
-        _compare(model, linears, tokenized, rows, expected, pad_token_id, precision, shared=True)
-    except Exception as error:  # whatever a model of another kind may raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-    else:
-        return True
-    _compare(model, linears, tokenized, rows, expected, pad_token_id, precision, shared=False)
-    logger.warning("%s cannot continue a prompt that was run once; every response runs with its "
-                   "prompt, which is slower (%s)", type(model).__name__, reason)
-    return False
+    expected: dict[int, dict[str, torch.Tensor]] = {}
+    for row in _rows_to_check(tokenized):
+        try:
+            expected[row] = _autograd_gradients(
+                model, linears, tokenized, row, pad_token_id, precision)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not expected:
+                raise
+            length = len(tokenized.sequences[row].input_ids)
+        else:
+            continue
+        logger.warning("self-check: there is no memory for autograd on %d tokens; only shorter "
+                       "responses are looked at", length)
+        break
+    if not expected:
+        return Layout.SHARED  # nothing is scored, so that every row is zero
+    shapes = [shape for linear in linears for shape in linear.shapes()]
+    plan = SketchPlan(Sketch("none"), shapes)
+
+    def take(batch: Batch, shared: bool) -> Taken:
+        captured = torch.zeros(len(batch.rows), plan.dim, dtype=row_dtype(linears),
+                               device=batch.input_ids.device)
+        consume = sketch_into(plan, captured)
+        with undisturbed(model, precision), Capture(linears, consume) as capture:
+            gradient_pass(model, batch, capture, shared=shared, relative=False)
+        return batch.rows, captured
+
+    def compare(layout: Layout) -> None:
+        for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
+            for row, found in zip(rows.tolist(), captured, strict=True):
+                _compare(found, expected[row], shapes, _tolerance(model, precision))
+        logger.debug("self-check: %d parameters agree with autograd", len(shapes))
+
+    return _first_that_agrees(model, compare)
 
 
-def shared_logps_agree(
+def forward_layout(
     model: nn.Module, tokenized: TokenizedPool, pad_token_id: int, precision: str | None
-) -> bool:
-    """Whether log-probs in the shared layout are those of whole sequences, on two prompts."""
+) -> Layout:
+    """The fastest layout in which log-probs are those of whole sequences by themselves."""
     rows = _rows_to_check(tokenized)
     if not rows:
-        return True
-    logps = {}
-    for shared in (True, False):
-        batch = _batch(model, tokenized, rows, pad_token_id, shared)
+        return Layout.SHARED
+
+    def take(batch: Batch, shared: bool) -> Taken:
         with undisturbed(model, precision):
-            try:
-                logps[shared] = logp_pass(model, batch, shared=shared)
-            except Exception:
-                if not shared:
-                    raise
-                return False
-    error = (logps[True] - logps[False]).norm() / logps[False].norm()
-    return bool(error <= _tolerance(model, precision))
+            return batch.rows, logp_pass(model, batch, shared=shared).double()
+
+    def run(layout: Layout) -> torch.Tensor:
+        taken = list(_run(model, tokenized, rows, take, layout, pad_token_id))
+        order = torch.cat([part[0] for part in taken]).argsort()
+        return torch.cat([part[1].cpu() for part in taken])[order]
+
+    alone = run(Layout.ALONE)
+    low = _tolerance(model, precision) == _LOW_PRECISION_TOLERANCE
+    tolerance = _LOW_PRECISION_LOGP_TOLERANCE if low else _LOGP_TOLERANCE
+
+    def compare(layout: Layout) -> None:
+        if layout is Layout.ALONE:
+            return
+        error = (run(layout) - alone).abs()
+        # A response that is all but certain is held to the size of the others.
+        scale = alone.abs().maximum(alone.abs().mean())
+        # Written so that a NaN does not pass.
+        if not bool((error <= tolerance * scale).all()):
+            raise ActiveDPOError(f"its log-prob differs by {float((error / scale).max()):.1e}")
+
+    return _first_that_agrees(model, compare)
+
+
+def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> Layout:
+    """The first layout for which `compare` raises nothing."""
+    reason = ""
+    for layout in Layout:
+        try:
+            compare(layout)
+        except Exception as error:  # whatever a model of another kind may raise
+            # Out of the batch, only what differs can get better: all else is the model's own error.
+            if layout is Layout.ALONE or (
+                layout is Layout.WHOLE and not isinstance(error, ActiveDPOError)
+            ):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        else:
+            if layout in _SLOWER:
+                logger.warning(_SLOWER[layout], type(model).__name__, reason)
+            return layout
+    raise AssertionError("the last layout returns or raises")
+
+
+def _run(
+    model: nn.Module,
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    take: Take,
+    layout: Layout,
+    pad_token_id: int,
+) -> Iterator[Taken]:
+    """All in one batch, as far as the layout, the model's length classes and memory allow."""
+    budget = TokenBudget(1 << 30, next(model.parameters()).device)
+    return run_batches(tokenized, rows, take, layout, budget, length_class=length_class(model),
+                       pad_token_id=pad_token_id)
 
 
 def _compare(
-    model: nn.Module,
-    linears: Sequence[TrainableLinear],
-    tokenized: TokenizedPool,
-    rows: list[int],
-    expected: dict[int, dict[str, torch.Tensor]],
-    pad_token_id: int,
-    precision: str | None,
-    *,
-    shared: bool,
+    found: torch.Tensor,
+    expected: dict[str, torch.Tensor],
+    shapes: Sequence[tuple[str, torch.Size]],
+    tolerance: float,
 ) -> None:
-    batch = _batch(model, tokenized, rows, pad_token_id, shared)
-    shapes = [shape for linear in linears for shape in linear.shapes()]
-    plan = SketchPlan(Sketch("none"), shapes)
-    captured = torch.zeros(
-        len(rows), plan.dim, dtype=row_dtype(linears), device=batch.input_ids.device)
-    with undisturbed(model, precision), Capture(linears, sketch_into(plan, captured)) as capture:
-        gradient_pass(model, batch, capture, shared=shared, relative=False)
-    tolerance = _tolerance(model, precision)
-    for row, found in zip(batch.rows.tolist(), captured, strict=True):
-        parts = found.split([math.prod(shape) for _, shape in shapes])
-        captured_of = {name: part.view(shape)
-                       for (name, shape), part in zip(shapes, parts, strict=True)}
-        total = torch.stack([gradient.norm() for gradient in expected[row].values()]).norm()
-        for name, gradient in expected[row].items():
-            error = (captured_of[name] - gradient).norm()
-            # A block that is all but zero is held to the size of the whole gradient.
-            scale = torch.maximum(gradient.norm(), 1e-3 * total)
-            # Written so that a NaN is refused too.
-            if not bool(error <= tolerance * scale):
-                raise UnsupportedParameterError(
-                    f"self-check failed: the captured gradient of {name!r} differs from "
-                    f"autograd's by {float(error / scale):.1e} of its norm (allowed "
-                    f"{tolerance:.0e}); this model cannot be handled, leave the parameter out of "
-                    "the adapter"
-                )
-    logger.debug("self-check: %d parameters agree with autograd", len(shapes))
-
-
-def _batch(
-    model: nn.Module, tokenized: TokenizedPool, rows: list[int], pad_token_id: int, shared: bool
-) -> Batch:
-    groups = group_rows(tokenized, rows, share=shared)
-    batch = collate(tokenized.sequences, groups, pad_token_id=pad_token_id)
-    return batch.to(next(model.parameters()).device)
+    """Raise `UnsupportedParameterError` unless a captured row [D] is autograd's."""
+    parts = found.split([math.prod(shape) for _, shape in shapes])
+    captured = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (captured[name] - gradient).norm()
+        # A block that is all but zero is held to the size of the whole gradient.
+        scale = torch.maximum(gradient.norm(), 1e-3 * total)
+        # Written so that a NaN is refused too.
+        if not bool(error <= tolerance * scale):
+            raise UnsupportedParameterError(
+                f"self-check failed: the captured gradient of {name!r} differs from "
+                f"autograd's by {float(error / scale):.1e} of its norm (allowed "
+                f"{tolerance:.0e}); this model cannot be handled, leave the parameter out of "
+                "the adapter"
+            )
 
 
 def _autograd_gradients(
@@ -140,7 +196,9 @@ def _autograd_gradients(
     pad_token_id: int,
     precision: str | None,
 ) -> dict[str, torch.Tensor]:
-    batch = _batch(model, tokenized, [row], pad_token_id, False)
+    groups = group_rows(tokenized, [row], Layout.ALONE)
+    batch = collate(tokenized.sequences, groups, pad_token_id=pad_token_id)
+    batch = batch.to(next(model.parameters()).device)
     dtype = row_dtype(linears)
     parameters = {
         name: getattr(linear.module, attribute)
@@ -160,16 +218,25 @@ def _autograd_gradients(
 
 
 def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
-    """Two responses each of the shortest and of a middling item with something to score."""
+    """Two responses each of the shortest, a middling and the longest item with something to score,
+    the shortest first."""
     by_item: dict[int, list[int]] = {}
     for row, sequence in enumerate(tokenized.sequences):
         if scored_tokens(sequence):
             by_item.setdefault(tokenized.item_of(row), []).append(row)
-    items = [rows[:2] for rows in by_item.values()]
+    # The longest response of each, and another one.
+    items = [sorted(rows, key=lambda row: -len(tokenized.sequences[row].input_ids))[:2]
+             for rows in by_item.values()]
     # Items with several responses first: only they can tell whether a prompt can be shared.
     items.sort(key=lambda rows: (-len(rows), len(tokenized.sequences[rows[0]].input_ids)))
+    if not items:
+        return []
     alike = [rows for rows in items if len(rows) == len(items[0])]
-    chosen = [alike[0], alike[len(alike) // 2]] if len(alike) > 1 else items[:2]
+    longest = max(items, key=lambda rows: len(tokenized.sequences[rows[0]].input_ids))
+    chosen: list[list[int]] = []
+    for rows in (alike[0], alike[len(alike) // 2], longest, *items[1:2]):
+        if rows not in chosen and len(chosen) < 3:
+            chosen.append(rows)
     return [row for rows in chosen for row in rows]
 
 

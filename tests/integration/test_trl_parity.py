@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.tokenization import TokenizedResponse, tokenize_pool
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.models import ORIGINAL_LENGTH, lora, tiny_causal_lm, tiny_tokenizer, varying_lm
 
 trl = pytest.importorskip("trl")
 
@@ -72,7 +73,7 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerBase:
 
 def _trainer(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase, tmp_path: Any, arch: str,
              max_length: int | None, truncation_mode: str,
-             columns: dict[str, Any] | None = None) -> Any:
+             columns: dict[str, Any] | None = None, model: PeftModel | None = None) -> Any:
     """DPOTrainer on a data set of every pair of the pool."""
     offsets = pool.response_offsets.tolist()
     rows = []
@@ -85,7 +86,7 @@ def _trainer(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase, tmp_path:
     config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[],
                            disable_tqdm=True, per_device_train_batch_size=4,
                            max_length=max_length, truncation_mode=truncation_mode)
-    model = lora(tiny_causal_lm(arch), arch)
+    model = lora(tiny_causal_lm(arch), arch) if model is None else model
     return trl.DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows),
                           processing_class=tokenizer)
 
@@ -212,6 +213,29 @@ def test_log_probs_of_every_pair(arch: str, kind: str, max_length: int, truncati
                 assert float(theirs[which][n]) == pytest.approx(expected, rel=1e-5)
                 assert float(reference[which][n]) == pytest.approx(expected, rel=1e-5)
                 assert float(extracted[response]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_probs_with_positions_by_the_length_of_the_batch(tmp_path: Any) -> None:
+    """Phi-3's longrope: the trainer on one pair at a time, both responses on the same side of the
+    original length."""
+    texts = [item for item in _PLAIN if len(set(item[1])) == 3]
+    pool = PreferencePool(PoolItem(f"item-{n}", prompt, tuple(responses[:2]))
+                          for n, (prompt, responses) in enumerate(texts))
+    tokenizer = _tokenizer("plain")
+    ours = tokenize_pool(pool, tokenizer, max_length=120)
+    lengths = [len(sequence.input_ids) for sequence in ours.sequences]
+    model = varying_lm("phi3 longrope", torch.float32)
+    trainer = _trainer(pool, tokenizer, tmp_path, "phi3", 120, "keep_start", model=model)
+    extracted = FeatureExtractor(trainer.model, Sketch("sjlt", 16)).gradients(ours).logps
+    sides = []
+    for row in trainer.train_dataset:
+        beyond = [lengths[response] > ORIGINAL_LENGTH for response in row["pair"]]
+        if beyond[0] == beyond[1]:
+            sides.append(beyond[0])
+            theirs = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator([row]))
+            for which, response in enumerate(row["pair"]):
+                assert float(extracted[response]) == pytest.approx(float(theirs[which]), rel=1e-5)
+    assert set(sides) == {True, False}
 
 
 def test_defaults_are_those_of_dpo_config(tmp_path: Any) -> None:
