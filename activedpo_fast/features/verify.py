@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 # single sequence are padded differently), far below what a misattributed token gives.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.25
+# With half precision, rounding may be as large as what shared prompts could do wrong. It is measured:
+# the whole row may be off by so many times what it is off in a batch of whole sequences, or by this.
+_TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
 # The same of log π(y|x), a sum that rounding changes less.
 _LOGP_TOLERANCE, _LOW_PRECISION_LOGP_TOLERANCE = 1e-4, 0.05
 
@@ -87,10 +90,26 @@ def gradient_layout(
             gradient_pass(model, batch, capture, shared=shared, relative=False)
         return batch.rows, captured
 
-    def compare(layout: Layout) -> None:
+    tolerance = _tolerance(model, precision)
+
+    def error(layout: Layout) -> float:
+        """The largest error of a row, relative to its norm, where no parameter's is too large."""
+        errors = [0.0]
         for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
             for row, found in zip(rows.tolist(), captured, strict=True):
-                _compare(found, expected[row], shapes, _tolerance(model, precision))
+                _compare(found, expected[row], shapes, tolerance)
+                whole = torch.cat([gradient.flatten() for gradient in expected[row].values()])
+                errors.append(float((found - whole).norm() / whole.norm().clamp(min=1e-30)))
+        return max(errors)
+
+    def compare(layout: Layout) -> None:
+        found = error(layout)
+        if layout is Layout.SHARED and tolerance == _LOW_PRECISION_TOLERANCE:
+            rounding = error(Layout.WHOLE)
+            if found > max(_TIMES_ROUNDING * rounding, _LEAST_ROUNDING):
+                raise UnsupportedParameterError(
+                    f"self-check failed: gradients are off by {found:.1e} of their norm, by "
+                    f"{rounding:.1e} where every response runs with its prompt")
         logger.debug("self-check: %d parameters agree with autograd", len(shapes))
 
     return _first_that_agrees(model, compare)

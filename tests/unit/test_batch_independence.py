@@ -161,6 +161,30 @@ def test_samples_that_influence_each_other_run_alone(caplog: pytest.LogCaptureFi
     assert caplog.text.count("in another way than by itself") == 2  # gradients, log-probs
 
 
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_half_precision_hides_no_wrong_prompt(
+    precision: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that takes a continued prompt a little otherwise: less than half precision's
+    tolerance, more than its rounding."""
+    if precision and not any(
+        has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")
+    ):
+        pytest.skip("this CPU has no bfloat16 instructions")
+    pool = sequences((25, 3, 4), (30, 4, 9), (28, 9, 12))
+    plain = lora(tiny_causal_lm("llama"), "llama")
+    plain = plain if precision else plain.to(torch.bfloat16)
+    extractor = FeatureExtractor(plain, EXACT, precision=precision)
+    assert extractor.check(pool) is Layout.SHARED  # rounding alone
+    model = copy.deepcopy(plain)
+    mlp = model.get_submodule("base_model.model.model.layers.1.mlp")
+    mlp.register_forward_hook(
+        lambda module, inputs, output: output * (1.1 if output.shape[1] < 20 else 1.0))
+    found = FeatureExtractor(model, EXACT, precision=precision)
+    assert found.check(pool) is Layout.WHOLE
+    assert "where every response runs with its prompt" in caplog.text
+
+
 def test_the_check_looks_at_the_longest_response_of_every_pool() -> None:
     """Long sequences are told apart by nothing in the config, and not in the first pool."""
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
