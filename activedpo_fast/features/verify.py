@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 # single sequence are padded differently), far below what a misattributed token gives.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.25
-# With half precision, rounding may be as large as what shared prompts could do wrong. It is measured:
-# the whole row may be off by so many times what it is off in a batch of whole sequences, or by this.
+# With half precision, rounding may be as large as what shared prompts could do wrong. So it is
+# measured: a whole row may be off by so many times what it is off in a batch of whole sequences, or
+# by this.
 _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
 # The same of log π(y|x), a sum that rounding changes less.
 _LOGP_TOLERANCE, _LOW_PRECISION_LOGP_TOLERANCE = 1e-4, 0.05
