@@ -69,8 +69,8 @@ def gradient_layout(
         try:
             expected[row] = _autograd_gradients(
                 model, linears, tokenized, row, pad_token_id, precision)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not expected:
+        except (RuntimeError, MemoryError) as raised:
+            if not is_out_of_memory(raised) or not expected:
                 raise
             length = len(tokenized.sequences[row].input_ids)
         else:
@@ -93,7 +93,7 @@ def gradient_layout(
 
     tolerance = _tolerance(model, precision)
 
-    def error(layout: Layout) -> float:
+    def largest_error(layout: Layout) -> float:
         """The largest error of a row, relative to its norm, where no parameter's is too large."""
         errors = [0.0]
         for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
@@ -104,9 +104,9 @@ def gradient_layout(
         return max(errors)
 
     def compare(layout: Layout) -> None:
-        found = error(layout)
+        found = largest_error(layout)
         if layout is Layout.SHARED and tolerance == _LOW_PRECISION_TOLERANCE:
-            rounding = error(Layout.WHOLE)
+            rounding = largest_error(Layout.WHOLE)
             if found > max(_TIMES_ROUNDING * rounding, _LEAST_ROUNDING):
                 raise UnsupportedParameterError(
                     f"self-check failed: gradients are off by {found:.1e} of their norm, by "

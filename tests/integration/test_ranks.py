@@ -130,7 +130,7 @@ def lose_one(rank, world, group):
 def work(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                            world_size=world, timeout=timedelta(seconds=30))
+                            world_size=world, timeout=timedelta(minutes=10))
     group = dist.group.WORLD
     result = {"cases": cases(rank, world, group), "failures": failures(rank, world, group)}
     result["lost"] = lose_one(rank, world, group)  # the last thing that the last process does

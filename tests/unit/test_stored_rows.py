@@ -287,11 +287,12 @@ def test_reading_everything_takes_little_memory(tmp_path: Path) -> None:
         save_file(part, path)
     done = subprocess.run(
         [sys.executable, "-c", _READ_ALL, *map(str, paths)], capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], timeout=120,
+        cwd=Path(__file__).parents[2], timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     peak, size = done.stdout.split()
     assert float(size) == 400
     if peak == "None":
         pytest.skip("this system does not tell the peak of a process's memory")
-    assert float(peak) < 100
+    # Chunks, what is read ahead and the allocator's rest: about 60 to 110 MiB. All of it: over 400.
+    assert float(peak) < float(size) / 2
