@@ -61,10 +61,11 @@ def selector_settings(args: DPOConfig) -> dict[str, Any]:
     }
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of the weights of the adapter "default", by PEFT's names without the adapter's."""
+def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's weights, by PEFT's names without the adapter's."""
     # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
-    state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
