@@ -124,13 +124,14 @@ def train_dpo(
     _check(model, dataset, args, reference, initial_adapter)
     started = time.perf_counter()
     with _restored(model, processing_class), _quiet_datasets():
-        trainer = trainer_class(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or ()), _Bar(show_progress)],
-        )
+        with _plain_initialization(model):
+            trainer = trainer_class(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or ()), _Bar(show_progress)],
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         pairs = len(cast(Any, trainer.train_dataset))
@@ -184,6 +185,24 @@ def _check(
         raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'")
     if len(dataset) == 0:
         raise ActiveDPOError("no labelled pair to train on")
+
+
+@contextmanager
+def _plain_initialization(model: PeftModel) -> Iterator[None]:
+    """For the trainer's adapter "ref", which gets a copy of the weights anyway.
+
+    Initializations such as PiSSA and OLoRA take what they put into an adapter out of the base
+    model's weights, and "ref" has the configuration of "default".
+    """
+    config: Any = model.peft_config[_ADAPTER]
+    given = getattr(config, "init_lora_weights", True)
+    try:
+        if given is not True:
+            config.init_lora_weights = True
+        yield
+    finally:
+        if given is not True:
+            config.init_lora_weights = given
 
 
 @contextmanager

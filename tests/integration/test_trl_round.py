@@ -162,6 +162,20 @@ def _dpo_loss(model: Any, reference: dict[str, torch.Tensor], beta: float = 0.1)
     return float(-torch.nn.functional.logsigmoid(beta * (policy - anchor)).mean())
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_reference_adapter_takes_nothing_out_of_the_base(tmp_path: Any, init: str) -> None:
+    """These put a part of the base model's weights into each adapter that is added."""
+    model, tokenizer = lora(tiny_causal_lm("llama"), "llama", init_lora_weights=init), \
+        tiny_tokenizer()
+    base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+    watch = _Watch()
+    train_dpo(model, tokenizer, DATA, _args(tmp_path), reference="round", callbacks=[watch],
+              show_progress=False)
+    assert watch.logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in base.items())
+    assert model.peft_config["default"].init_lora_weights == init
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_state_is_restored_after_an_exception(tmp_path: Any, training: bool) -> None:
     model, tokenizer = _model(), tiny_tokenizer()
