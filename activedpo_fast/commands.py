@@ -61,6 +61,7 @@ class FeatureOptions:
     gguf_file: str | None = None
     sketch: Sketch = Sketch()
     beta: float = 0.1
+    length_normalized: bool = False
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     dtype: str = "auto"
@@ -93,6 +94,8 @@ class FeatureOptions:
             "max_length": self.max_length,
             "truncation_mode": self.truncation_mode,
             "version": __version__,
+            # Only where it is so: stores of sums do not mention it.
+            **({"length_normalized": True} if self.length_normalized else {}),
         }
 
 
@@ -131,7 +134,8 @@ def take_features(
         show_progress=show_progress,
     )
     extractor = FeatureExtractor(
-        model, options.sketch, beta=options.beta, pad_token_id=tokenizer.pad_token_id or 0,
+        model, options.sketch, beta=options.beta,
+        length_normalized=options.length_normalized, pad_token_id=tokenizer.pad_token_id or 0,
         max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
     )
     extractor.check(tokenized)  # before anything is written

@@ -16,7 +16,7 @@ from activedpo_fast.features.capture import undisturbed
 from activedpo_fast.trl import adapter_state, load_adapter_state
 
 RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
-"""A model, the name of an adapter of the policy, or the weights of its adapter (`adapter_state`)."""
+"""A model, the name of an adapter of the policy, or weights of its adapter (`adapter_state`)."""
 
 _REFERENCE = "ref"  # what TRL's DPOTrainer calls the adapter that is π_ref
 
@@ -28,8 +28,8 @@ def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
     """Raise `ActiveDPOError` where `ref_model` cannot be the reference of the policy `model`."""
     if isinstance(ref_model, (str, Mapping)):
         if not isinstance(model, PeftModel):
-            raise ActiveDPOError("ref_model: adapters and their weights are of a PEFT model, not of "
-                                 f"{type(model).__name__}; pass a model")
+            raise ActiveDPOError("ref_model: adapters and their weights are of a PEFT model, not "
+                                 f"of {type(model).__name__}; pass a model")
         if isinstance(ref_model, str):
             _check_adapter(model, ref_model)
     elif ref_model is not None:
@@ -133,8 +133,8 @@ def _weights(
 @contextmanager
 def _adapters_as_found(model: PeftModel) -> Iterator[None]:
     """Restores which adapters are active, layer by layer, and every flag that switching sets."""
-    found = [(vars(module), {name: vars(module)[name] for name in _SWITCHES if name in vars(module)})
-             for module in model.modules()]
+    found = [(own, {name: own[name] for name in _SWITCHES if name in own})
+             for own in map(vars, model.modules())]
     with undisturbed(model):
         try:
             yield

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.data import PoolItem, PreferencePool
-from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.presets import preset as find_preset
@@ -50,6 +49,9 @@ class ActiveDPOSelector:
             "adpo_plus", or a `Strategy`.
         preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
+        length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
+            a response's tokens, which some losses train (TRL's "ipo" and "sigmoid_norm";
+            `selector_settings` looks at `loss_type`).
         sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
         proj_dim: k, the number of columns of a sketched row; default 8192.
         seed: of the sketch and of the strategy "random".
@@ -81,6 +83,7 @@ class ActiveDPOSelector:
         strategy: str | Strategy | None = None,
         preset: str | None = None,
         beta: float = 0.1,
+        length_normalized: bool = False,
         sketch: str = "sjlt",
         proj_dim: int | None = None,
         seed: int = 0,
@@ -129,6 +132,7 @@ class ActiveDPOSelector:
             model,
             Sketch(sketch, None if sketch == "none" else dim, seed),
             beta=beta,
+            length_normalized=length_normalized,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
             max_tokens_per_batch=max_tokens_per_batch,
             precision=precision,
@@ -227,6 +231,7 @@ class ActiveDPOSelector:
                 "strategy": repr((strategy.name, sorted(options.items()))),
                 "sketch": repr(extractor.sketch),
                 "beta or precision": repr((extractor.beta, extractor.precision)),
+                "length_normalized": repr(extractor.length_normalized),
                 "ref_model": (repr(self.ref_model) if isinstance(self.ref_model, str)
                               else type(self.ref_model).__name__),
                 "tokenization": repr(sorted(self._tokenization.items())),
@@ -270,6 +275,7 @@ class _ModelSignals(Signals):
         self.mine = part.pairs(self.candidates)
         self.pairs = self.candidates[self.mine.start:self.mine.stop] - part.rows.start
         self.item_of_row = part.item_of_row(pool)
+        self.lengths = selector.extractor.lengths(self._tokenized)
 
     def gradients(self, *, relative: bool = False) -> torch.Tensor:
         def take() -> torch.Tensor:

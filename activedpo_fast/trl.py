@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.training_options import check_training_options, trains_mean_logps
 
 if TYPE_CHECKING:
     import datasets
@@ -53,11 +54,22 @@ def dpo_config(**overrides: Any) -> DPOConfig:
 
 
 def selector_settings(args: DPOConfig) -> dict[str, Any]:
-    """Options for `ActiveDPOSelector`, so that it scores the tokens that the trainer trains on."""
+    """Options for `ActiveDPOSelector`, so that it looks at what the trainer trains.
+
+    The same tokens, β, and for losses of mean log-probs `length_normalized`. Every field of
+    DPOConfig is in `activedpo_fast.training_options` and docs/trl.md.
+
+    Raises:
+        ActiveDPOError: a field that selection cannot follow (`ld_alpha`, another f-divergence,
+            `sync_ref_model`, loss types that disagree), named with its value.
+    """
+    check_training_options(args)
     return {
         "beta": args.beta,
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
+        # Only where it is so: runs of other losses do not mention it.
+        **({"length_normalized": True} if trains_mean_logps(args) else {}),
     }
 
 

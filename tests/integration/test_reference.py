@@ -236,6 +236,37 @@ def test_the_loops_reference_is_the_trainers_after_training(tmp_path: Path) -> N
     assert [p.score for p in picks] == pytest.approx(_trainers_margins(trainer).tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ld_alpha": 0.5}, "ld_alpha=0.5"), ({"sync_ref_model": True}, "sync_ref_model=True"),
+    ({"f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl'"),
+    ({"loss_type": ["sigmoid", "ipo"]}, "'ipo' trains mean log-probs")])
+def test_what_the_selection_cannot_follow_is_refused_before_a_run(
+    options: Any, message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(ActiveDPOError, match=message):
+        _loop(folder, dpo_args=_args(tmp_path, **options))
+    assert not folder.exists()
+
+
+def test_a_loop_follows_its_loss(tmp_path: Path) -> None:
+    """IPO: the scores of the second round are differences of mean log-ratios."""
+    loop = _loop(tmp_path, strategy="margin_large", dpo_args=_args(tmp_path, loss_type="ipo"))
+    assert loop.selector.extractor.length_normalized
+    loop.run()
+    pool = PreferencePool.from_jsonl(tmp_path / "round-001" / "pool.jsonl")
+    plain = ActiveDPOSelector(loop.model, tiny_tokenizer(), beta=0.5, proj_dim=64)
+    tokens = plain.tokenize(pool)
+    lengths = torch.tensor([len(s.input_ids) - s.completion_start for s in tokens.sequences])
+    loop._load(tmp_path / "round-000")
+    policy = plain.extractor.logps(tokens)
+    load_adapter_state(loop.model, loop._initial)
+    rewards = 0.5 * (policy - plain.extractor.logps(tokens)) / lengths
+    first, second = pool.pairs().unbind(1)
+    expected = (rewards[first] - rewards[second]).abs().sort(descending=True).values
+    assert _picked(tmp_path, 1) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
 def test_the_loop_has_one_reference(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="'ref_model' is what the loop trains against"):
         _loop(tmp_path, selector_options={"ref_model": tiny_causal_lm("llama")})
