@@ -43,7 +43,7 @@ from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import candidate_pairs, make_selection
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.trl import dpo_config, selector_settings
 
 logger = logging.getLogger(__name__)
 
@@ -328,6 +328,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
                                  **config.dpo})
     except (ValueError, ImportError) as error:
         raise ActiveDPOError(f"dpo: {error}") from error
+    selector_settings(dpo_args)  # what it refuses is told before a model is loaded
     prompts = read_prompts(config.prompts)
     oracle: Oracle
     if config.oracle["kind"] == "files":

@@ -150,9 +150,7 @@ def train_dpo(
         if pairs == 0:
             raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
                                  f"{args.max_length}")
-        if reference == "initial":
-            assert initial_adapter is not None
-            load_adapter_state(model, initial_adapter, adapter_name=_REFERENCE)
+        _set_reference(model, args, initial_adapter if reference == "initial" else None)
         output = trainer.train()
     return {
         "loss": float(output.training_loss),
@@ -215,6 +213,25 @@ def _plain_initialization(model: PeftModel) -> Iterator[None]:
     finally:
         if given is not True:
             config.init_lora_weights = given
+
+
+def _set_reference(
+    model: PeftModel, args: DPOConfig, weights: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Give the trainer's adapter "ref" these weights, or those of the adapter as it is.
+
+    TRL 1.16 copies parameters with ".default." in their names, which leaves out those of IA³, LoHa,
+    VeRA and of LoRA on embeddings.
+    """
+    wanted = adapter_state(model) if weights is None else weights
+    copied = adapter_state(model, adapter_name=_REFERENCE)
+    load_adapter_state(model, wanted, adapter_name=_REFERENCE)
+    if args.precompute_ref_log_probs and not all(
+        torch.equal(copied[name], weight.to(copied[name].device))
+        for name, weight in wanted.items()
+    ):
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with this adapter, which "
+                             "TRL copies in part only; leave it out")
 
 
 @contextmanager

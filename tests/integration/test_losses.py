@@ -221,6 +221,17 @@ def test_every_loss_type_of_trl_is_known() -> None:
     assert set(re.findall(r"'(\w+)'", listed)) == _SUMS | _MEANS | {"sft"}
 
 
+def test_run_refuses_before_a_model_is_loaded(tmp_path: Path, capsys: Any) -> None:
+    config = {"model": "no_such_folder", "prompts": "none.jsonl", "oracle": {"kind": "files"},
+              "output_dir": str(tmp_path / "run"), "lora": {},
+              "dpo": {"bf16": False, "ld_alpha": 0.5}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert main(["run", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "DPOConfig: ld_alpha=0.5" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_features_command(tmp_path: Path, capsys: Any) -> None:
     base = tiny_causal_lm("llama")
     base.save_pretrained(tmp_path / "model")
