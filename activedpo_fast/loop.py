@@ -74,8 +74,9 @@ class ActiveDPOLoop:
             where all others do not suffice; a warning says so.
         oracle: see `activedpo_fast.labeling`. A `LabelsPending` from it passes through `run`.
         dpo_args: see `activedpo_fast.trl.dpo_config`; the same in each round.
-        strategy, selector_options: for `ActiveDPOSelector`. beta, max_length and truncation_mode
-            are those of `dpo_args` unless given.
+        strategy, selector_options: for `ActiveDPOSelector`. beta, max_length, truncation_mode and
+            length_normalized are those of `dpo_args` unless given (see `selector_settings`, which
+            also refuses what selection cannot follow); ref_model is the loop's.
         batch_size: pairs labelled a round (B).
         n_responses, generation: for `generate_responses`.
         rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are

@@ -101,7 +101,7 @@ def _check_adapter(model: PeftModel, name: str) -> None:
 
 
 def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
-    """Whatever adapter is active, other weights stay what training made of them.
+    """Weights outside of adapters stay trained, whichever adapter is active.
 
     LoRA's bias="all" trains the base model's biases: they come with the adapter's weights, but not
     with another adapter of the model.
@@ -112,8 +112,8 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
             continue
         if not (biases and parts[-1] == "bias"):
             raise ActiveDPOError(
-                f"{name} is trained besides the adapter, so that the model has its old value no "
-                "more; pass a model that was loaded by itself as ref_model")
+                f"{name} is trained besides the adapter, so the model no longer has its old value; "
+                "pass a model that was loaded by itself as ref_model")
 
 
 @contextmanager
