@@ -100,6 +100,9 @@ def features(
     export: Annotated[Path | None, typer.Option(
         help="Also write all rows as one matrix to this .safetensors file.")] = None,
     beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
+    length_normalized: Annotated[bool, typer.Option(
+        "--length-normalized", help="Gradients of mean log-probs, for losses of those (ipo, "
+        "sigmoid_norm).")] = False,
     max_length: Annotated[int, typer.Option(
         help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
     truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
@@ -140,6 +143,7 @@ def features(
             gguf_file=gguf_file,
             sketch=Sketch(sketch, None if sketch == "none" else proj_dim, seed),
             beta=beta,
+            length_normalized=length_normalized,
             max_length=max_length or None,
             truncation_mode=truncation_mode,
             dtype=dtype,

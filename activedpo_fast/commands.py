@@ -43,7 +43,7 @@ from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import candidate_pairs, make_selection
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.trl import dpo_config, selector_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class FeatureOptions:
     gguf_file: str | None = None
     sketch: Sketch = Sketch()
     beta: float = 0.1
+    length_normalized: bool = False
     max_length: int | None = 1024
     truncation_mode: TruncationMode = "keep_start"
     dtype: str = "auto"
@@ -93,6 +94,8 @@ class FeatureOptions:
             "max_length": self.max_length,
             "truncation_mode": self.truncation_mode,
             "version": __version__,
+            # Only where it is so: stores of sums do not mention it.
+            **({"length_normalized": True} if self.length_normalized else {}),
         }
 
 
@@ -131,7 +134,8 @@ def take_features(
         show_progress=show_progress,
     )
     extractor = FeatureExtractor(
-        model, options.sketch, beta=options.beta, pad_token_id=tokenizer.pad_token_id or 0,
+        model, options.sketch, beta=options.beta,
+        length_normalized=options.length_normalized, pad_token_id=tokenizer.pad_token_id or 0,
         max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
     )
     extractor.check(tokenized)  # before anything is written
@@ -324,6 +328,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
                                  **config.dpo})
     except (ValueError, ImportError) as error:
         raise ActiveDPOError(f"dpo: {error}") from error
+    selector_settings(dpo_args)  # what it refuses is told before a model is loaded
     prompts = read_prompts(config.prompts)
     oracle: Oracle
     if config.oracle["kind"] == "files":

@@ -127,7 +127,8 @@ def _sections() -> dict[str, dict[str, Any]]:
         "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
         "selection": _options(ActiveDPOSelector.__init__, without={
-            "strategy", "preset", "seed", "ref_model", "beta", "max_length", "truncation_mode"}),
+            "strategy", "preset", "seed", "ref_model", "beta", "length_normalized", "max_length",
+            "truncation_mode"}),
         "loop": _options(ActiveDPOLoop.__init__, without={
             "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
             "evaluate", "seed", "show_progress"}),

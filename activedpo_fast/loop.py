@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from peft import PeftModel, load_peft_weights
 from transformers import PreTrainedTokenizerBase
 
@@ -26,8 +27,9 @@ from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
 from activedpo_fast.selection.result import Selection, read_labels
 from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.trl import load_adapter_state, selector_settings, train_dpo
+from activedpo_fast.trl import adapter_state, load_adapter_state, selector_settings, train_dpo
 
 if TYPE_CHECKING:
     from trl import DPOConfig
@@ -72,8 +74,9 @@ class ActiveDPOLoop:
             where all others do not suffice; a warning says so.
         oracle: see `activedpo_fast.labeling`. A `LabelsPending` from it passes through `run`.
         dpo_args: see `activedpo_fast.trl.dpo_config`; the same in each round.
-        strategy, selector_options: for `ActiveDPOSelector`. beta, max_length and truncation_mode
-            are those of `dpo_args` unless given.
+        strategy, selector_options: for `ActiveDPOSelector`. beta, max_length, truncation_mode and
+            length_normalized are those of `dpo_args` unless given (see `selector_settings`, which
+            also refuses what selection cannot follow); ref_model is the loop's.
         batch_size: pairs labelled a round (B).
         n_responses, generation: for `generate_responses`.
         rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are
@@ -83,7 +86,9 @@ class ActiveDPOLoop:
         start_from: each round trains from the "initial" adapter or from the "current" one. *The
             paper does not state it.*
         reference: π_ref, the "initial" policy or that at the start of the "round" (the weights that
-            training starts from). *The paper does not state it.*
+            training starts from). *The paper does not state it.* Strategies that need π_ref select
+            by the same one. With "round" and `start_from="current"` that is the policy itself when
+            it selects, and all reward differences are 0.
         evaluate: metrics of the model, taken before the first round and after each.
         seed: of the order of prompts and, with the round's number, of the responses.
 
@@ -152,8 +157,16 @@ class ActiveDPOLoop:
         self.show_progress = show_progress
         self.strategy = strategy
         options = {**selector_settings(dpo_args), **(selector_options or {})}
+        if "ref_model" in options:
+            raise ActiveDPOError("selector_options: 'ref_model' is what the loop trains against; "
+                                 "set reference instead")
         self.selector = ActiveDPOSelector(
             model, processing_class=processing_class, strategy=strategy, **options)
+        if ((reference, start_from) == ("round", "current")
+                and "ref_logps" in STRATEGIES[strategy].requires):
+            logger.warning("strategy %r compares the policy with the reference, which are the same "
+                           "when it selects: reference is 'round' and start_from 'current', so "
+                           "every reward difference is 0", strategy)
         self._settings = _plain({
             "model": getattr(model.get_base_model().config, "_name_or_path", ""),
             "strategy": strategy,
@@ -228,6 +241,7 @@ class ActiveDPOLoop:
         if not path.exists():
             labelled = [_preferences(selection, labels)[0] for selection, labels in history]
             rules = self.rules and self.rules.within(pool)
+            self.selector.ref_model = self._reference_weights()
             picked = self.selector.select(pool, self.batch_size, labelled=labelled, rules=rules,
                                           show_progress=self.show_progress)
             if not picked:
@@ -266,6 +280,12 @@ class ActiveDPOLoop:
         return RoundRecord(**_read_json(path))
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _reference_weights(self) -> Mapping[str, torch.Tensor]:
+        """Of the adapter with which the model is π_ref in this round's training."""
+        if "initial" in (self.reference, self.start_from):
+            return self._initial
+        return adapter_state(self.model)
 
     def _folder(self, t: int) -> Path:
         return self.output_dir / f"round-{t:03d}"

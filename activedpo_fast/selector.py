@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.data import PoolItem, PreferencePool
-from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.capture import undisturbed
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.presets import preset as find_preset
+from activedpo_fast.ref_model import RefModel, check_ref_model, reference_policy
 from activedpo_fast.selection.greedy import check_n
 from activedpo_fast.selection.result import Pick, Selection
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
@@ -51,6 +49,9 @@ class ActiveDPOSelector:
             "adpo_plus", or a `Strategy`.
         preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
+        length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
+            a response's tokens, which some losses train (TRL's "ipo" and "sigmoid_norm";
+            `selector_settings` looks at `loss_type`).
         sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
         proj_dim: k, the number of columns of a sketched row; default 8192.
         seed: of the sketch and of the strategy "random".
@@ -59,8 +60,12 @@ class ActiveDPOSelector:
         lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
         max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; give those that you
             train with (`activedpo_fast.trl.selector_settings` reads them from a DPOConfig).
-        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus).
-            Default: the PEFT model's base model, its adapters disabled.
+        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus): a
+            model, the name of an adapter of `model`, or the weights of its adapter as
+            `activedpo_fast.trl.adapter_state` gives them. Default: the adapter "ref" of a PEFT
+            model that has one, as DPOTrainer makes it, else the base model, all adapters
+            disabled. Where DPO goes on from an adapter that SFT has trained, DPOTrainer's
+            reference is that adapter: without "ref", pass its weights.
         strategy_options: further options of the strategy (see `make_strategy`).
         max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
 
@@ -78,6 +83,7 @@ class ActiveDPOSelector:
         strategy: str | Strategy | None = None,
         preset: str | None = None,
         beta: float = 0.1,
+        length_normalized: bool = False,
         sketch: str = "sjlt",
         proj_dim: int | None = None,
         seed: int = 0,
@@ -87,7 +93,7 @@ class ActiveDPOSelector:
         max_length: int | None = DEFAULT_MAX_LENGTH,
         truncation_mode: str = DEFAULT_TRUNCATION_MODE,
         chat_template_kwargs: dict[str, Any] | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: RefModel | None = None,
         strategy_options: dict[str, Any] | None = None,
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
@@ -98,6 +104,7 @@ class ActiveDPOSelector:
         }
         if preset is not None:
             defaults.update(find_preset(preset).selection)
+        check_ref_model(model, ref_model)
         self.model = model
         self.processing_class = processing_class
         self.strategy = defaults["strategy"] if strategy is None else strategy
@@ -125,6 +132,7 @@ class ActiveDPOSelector:
             model,
             Sketch(sketch, None if sketch == "none" else dim, seed),
             beta=beta,
+            length_normalized=length_normalized,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
             max_tokens_per_batch=max_tokens_per_batch,
             precision=precision,
@@ -223,6 +231,9 @@ class ActiveDPOSelector:
                 "strategy": repr((strategy.name, sorted(options.items()))),
                 "sketch": repr(extractor.sketch),
                 "beta or precision": repr((extractor.beta, extractor.precision)),
+                "length_normalized": repr(extractor.length_normalized),
+                "ref_model": (repr(self.ref_model) if isinstance(self.ref_model, str)
+                              else type(self.ref_model).__name__),
                 "tokenization": repr(sorted(self._tokenization.items())),
             },
             {"norm of the trainable weights": _norm(self.model)},
@@ -264,6 +275,7 @@ class _ModelSignals(Signals):
         self.mine = part.pairs(self.candidates)
         self.pairs = self.candidates[self.mine.start:self.mine.stop] - part.rows.start
         self.item_of_row = part.item_of_row(pool)
+        self.lengths = selector.extractor.lengths(self._tokenized)
 
     def gradients(self, *, relative: bool = False) -> torch.Tensor:
         def take() -> torch.Tensor:
@@ -352,20 +364,10 @@ class _ModelSignals(Signals):
         return self._selector.tokenize(Selection(tuple(mine), strategy="history").as_pool())
 
     def _reference_logps(self, tokens: TokenizedPool) -> torch.Tensor:
-        selector, extractor = self._selector, self._selector.extractor
-        if selector.ref_model is not None:
-            return extractor.logps(
-                tokens, model=selector.ref_model, show_progress=self._show_progress)
-        if not isinstance(selector.model, PeftModel):
-            raise ActiveDPOError(
-                "this strategy needs the reference model: pass ref_model=, or a PEFT model, whose "
-                "base model is then the reference"
-            )
-        with ExitStack() as stack:
-            # Re-enabling adapters sets requires_grad; `undisturbed` outside puts the flags back.
-            stack.enter_context(undisturbed(selector.model))
-            stack.enter_context(selector.model.disable_adapter())
-            return extractor.logps(tokens, show_progress=self._show_progress)
+        selector = self._selector
+        with reference_policy(selector.model, selector.ref_model) as model:
+            return selector.extractor.logps(
+                tokens, model=model, show_progress=self._show_progress)
 
 
 def candidate_pairs(

@@ -84,6 +84,14 @@ def scored_tokens(response: TokenizedResponse) -> int:
     return max(0, len(response.input_ids) - max(response.completion_start, 1))
 
 
+def completion_tokens(response: TokenizedResponse) -> int:
+    """What TRL's losses of mean log-probs divide log π(y|x) by: the response's tokens, at least 1.
+
+    They are counted after truncation, and with the first token of a sequence, which is not scored.
+    """
+    return max(1, len(response.input_ids) - response.completion_start)
+
+
 def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBase, *,
                   max_length: int | None = DEFAULT_MAX_LENGTH,
                   truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,

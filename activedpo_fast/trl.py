@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.training_options import check_training_options, trains_mean_logps
 
 if TYPE_CHECKING:
     import datasets
@@ -53,18 +54,30 @@ def dpo_config(**overrides: Any) -> DPOConfig:
 
 
 def selector_settings(args: DPOConfig) -> dict[str, Any]:
-    """Options for `ActiveDPOSelector`, so that it scores the tokens that the trainer trains on."""
+    """Options for `ActiveDPOSelector`, so that it looks at what the trainer trains.
+
+    The same tokens, β, and for losses of mean log-probs `length_normalized`. Every field of
+    DPOConfig is in `activedpo_fast.training_options` and docs/trl.md.
+
+    Raises:
+        ActiveDPOError: a field that selection cannot follow (`ld_alpha`, another f-divergence,
+            `sync_ref_model`, loss types that disagree), named with its value.
+    """
+    check_training_options(args)
     return {
         "beta": args.beta,
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
+        # Only where it is so: runs of other losses do not mention it.
+        **({"length_normalized": True} if trains_mean_logps(args) else {}),
     }
 
 
-def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A copy of the weights of the adapter "default", by PEFT's names without the adapter's."""
+def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's weights, by PEFT's names without the adapter's."""
     # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
-    state = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
@@ -123,22 +136,21 @@ def train_dpo(
     _check(model, dataset, args, reference, initial_adapter)
     started = time.perf_counter()
     with _restored(model, processing_class), _quiet_datasets():
-        trainer = trainer_class(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=processing_class,
-            callbacks=[*(callbacks or ()), _Bar(show_progress)],
-        )
+        with _plain_initialization(model):
+            trainer = trainer_class(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or ()), _Bar(show_progress)],
+            )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         pairs = len(cast(Any, trainer.train_dataset))
         if pairs == 0:
             raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
                                  f"{args.max_length}")
-        if reference == "initial":
-            assert initial_adapter is not None
-            load_adapter_state(model, initial_adapter, adapter_name=_REFERENCE)
+        _set_reference(model, args, initial_adapter if reference == "initial" else None)
         output = trainer.train()
     return {
         "loss": float(output.training_loss),
@@ -183,6 +195,43 @@ def _check(
         raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'")
     if len(dataset) == 0:
         raise ActiveDPOError("no labelled pair to train on")
+
+
+@contextmanager
+def _plain_initialization(model: PeftModel) -> Iterator[None]:
+    """For the trainer's adapter "ref", which gets a copy of the weights anyway.
+
+    Initializations such as PiSSA and OLoRA take what they put into an adapter out of the base
+    model's weights, and "ref" has the configuration of "default".
+    """
+    config: Any = model.peft_config[_ADAPTER]
+    given = getattr(config, "init_lora_weights", True)
+    try:
+        if given is not True:
+            config.init_lora_weights = True
+        yield
+    finally:
+        if given is not True:
+            config.init_lora_weights = given
+
+
+def _set_reference(
+    model: PeftModel, args: DPOConfig, weights: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Give the trainer's adapter "ref" these weights, or those of the adapter as it is.
+
+    TRL 1.16 copies parameters with ".default." in their names, which leaves out those of IA³, LoHa,
+    VeRA and of LoRA on embeddings.
+    """
+    wanted = adapter_state(model) if weights is None else weights
+    copied = adapter_state(model, adapter_name=_REFERENCE)
+    load_adapter_state(model, wanted, adapter_name=_REFERENCE)
+    if args.precompute_ref_log_probs and not all(
+        torch.equal(copied[name], weight.to(copied[name].device))
+        for name, weight in wanted.items()
+    ):
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with this adapter, which "
+                             "TRL copies in part only; leave it out")
 
 
 @contextmanager

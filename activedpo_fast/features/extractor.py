@@ -18,12 +18,12 @@ from activedpo_fast.features.budget import TokenBudget
 from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, undisturbed
 from activedpo_fast.features.logprobs import causal_lm
 from activedpo_fast.features.parameters import trainable_linears
-from activedpo_fast.features.passes import gradient_pass, hidden_pass, logp_pass
+from activedpo_fast.features.passes import divisors, gradient_pass, hidden_pass, logp_pass
 from activedpo_fast.features.positions import LengthClass, length_class
 from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
 from activedpo_fast.features.verify import forward_layout, gradient_layout
-from activedpo_fast.tokenization import TokenizedPool
+from activedpo_fast.tokenization import TokenizedPool, completion_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class GradientRows:
         gradients: [n, k], β ∇θ log π(y|x), sketched; float32 (float64 for a float64 model). If they
             are relative, less the row of the item's first response, whose own is then zero.
         logps: float64 [n], log π(y|x).
+
+    With `length_normalized` both are of log π(y|x) / |y|.
     """
 
     rows: torch.Tensor
@@ -57,6 +59,8 @@ class FeatureExtractor:
             every parameter that requires one (of the active adapter).
         sketch: the random projection of the gradients; its `dim` is k.
         beta: β of the implicit reward r = β log(π/π_ref); the rows are multiplied by it.
+        length_normalized: take log π(y|x) / |y| for log π(y|x), in rows and log-probs, as losses of
+            mean log-probs do (TRL's "ipo" and "sigmoid_norm"; |y| as in `completion_tokens`).
         pad_token_id: fills padded positions; it never influences a result.
         max_tokens_per_batch: padded tokens in one forward and backward pass; None finds what suits
             the model and the memory (see `TokenBudget`). Halved, with a warning, when memory does
@@ -84,6 +88,7 @@ class FeatureExtractor:
         sketch: Sketch,
         *,
         beta: float = 0.1,
+        length_normalized: bool = False,
         pad_token_id: int = 0,
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
@@ -97,6 +102,7 @@ class FeatureExtractor:
         self.model = model
         self.sketch = sketch
         self.beta = beta
+        self.length_normalized = length_normalized
         self.pad_token_id = pad_token_id
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
@@ -168,12 +174,17 @@ class FeatureExtractor:
                 # Sums over layers in float64, rounded once.
                 sketched = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64,
                                        device=batch.input_ids.device)
+                lengths = self.lengths(tokenized, batch.rows.tolist())
                 with (
                     undisturbed(self.model, self.precision),
                     Capture(linears, sketch_into(plan, sketched)) as capture,
                 ):
                     logps = gradient_pass(
-                        self.model, batch, capture, shared=shared, relative=relative)
+                        self.model, batch, capture, shared=shared, relative=relative,
+                        lengths=lengths)
+                if lengths is not None:
+                    logps = logps / lengths.to(logps.device)
+                    sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
                 # β last: multiplying the objective would only lose bits of small gradients in bf16.
                 gradients = sketched.mul_(self.beta).to(dtype).cpu()
                 return batch.rows, gradients, logps.double().cpu()
@@ -225,10 +236,13 @@ class FeatureExtractor:
         self,
         tokenized: TokenizedPool,
         *,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | PeftModel | None = None,
         show_progress: bool | None = None,
     ) -> torch.Tensor:
-        """log π(y|x), float64 [R], in pool order; under `model` where one is given (π_ref)."""
+        """log π(y|x), float64 [R], in pool order; under `model` where one is given (π_ref).
+
+        With `length_normalized`, log π(y|x) / |y|.
+        """
         scored_by = model if model is not None else self.model
         result = torch.empty(len(tokenized.sequences), dtype=torch.float64)
 
@@ -238,7 +252,18 @@ class FeatureExtractor:
 
         for rows, logps in self._forward(tokenized, take, scored_by, "log-probs", show_progress):
             result[rows] = logps
-        return result
+        lengths = self.lengths(tokenized)
+        return result if lengths is None else result / lengths
+
+    def lengths(
+        self, tokenized: TokenizedPool, rows: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        """int64 [n], |y| of the responses `rows` (all, by default); None without
+        `length_normalized`."""
+        if not self.length_normalized:
+            return None
+        of = tokenized.sequences if rows is None else [tokenized.sequences[row] for row in rows]
+        return torch.tensor([completion_tokens(sequence) for sequence in of], dtype=torch.int64)
 
     def hidden(
         self, tokenized: TokenizedPool, *, show_progress: bool | None = None

@@ -27,7 +27,8 @@ from activedpo_fast.features.prompt_cache import continue_prompts, run_prompts
 
 
 def gradient_pass(
-    model: nn.Module, batch: Batch, capture: Capture, *, shared: bool, relative: bool
+    model: nn.Module, batch: Batch, capture: Capture, *, shared: bool, relative: bool,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the batch forward and back, so that `capture` sees every response's gradient.
 
@@ -38,6 +39,8 @@ def gradient_pass(
     Args:
         model: inside `undisturbed`, `capture` entered.
         shared: the layout. A batch that holds prompts apart can only be run in it.
+        lengths: int64 [B], n_b, where log π(y_b|x) / n_b is wanted. Relative rows are then
+            ∇ (n_1/n_b · log π(y_b|x) - log π(y_1|x)); each is still to be divided by `divisors`.
 
     Returns:
         log π(y|x), [B], float32 or float64.
@@ -49,6 +52,8 @@ def gradient_pass(
     terms = _terms(batch, relative)
     weights = torch.ones(len(batch.rows), device=batch.input_ids.device)
     if relative:
+        if lengths is not None:
+            weights = (divisors(batch, lengths, relative) / lengths).to(weights.device)
         # The first response counts negatively, in whichever row of its group it is added up.
         weights[_first_of_group(batch).to(weights.device)] = -1.0
     responses = Tokens(_shape(batch.input_ids), _response_segments(batch, terms))
@@ -73,6 +78,15 @@ def gradient_pass(
     del output, gradient
     _prompts_back(batch, states, continued, prompts, relative)
     return logps
+
+
+def divisors(batch: Batch, lengths: torch.Tensor, relative: bool) -> torch.Tensor:
+    """float64 [B]: what the rows of `gradient_pass` are divided by for means of log π.
+
+    The rows, and not the objective: that would only lose bits of small gradients in bf16.
+    """
+    of = lengths[_first_of_group(batch)][batch.group_of] if relative else lengths
+    return of.double()
 
 
 def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:

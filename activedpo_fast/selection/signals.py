@@ -27,6 +27,8 @@ class Signals(ABC):
     Attributes:
         pairs: int64 [N, 2], the rows (a, b) of each candidate pair; ties are broken by this order.
         item_of_row: int64 [R], the prompt (item position in the pool) each response belongs to.
+        lengths: int64 [R], the tokens of each response, where log-probs and gradients are divided
+            by them (the implicit reward is then of means); None where they are not.
         device: where the model is; picks are made there if that is better (`greedy_logdet`).
 
     Every method may be expensive (a model is run), so a strategy calls only those that it
@@ -39,6 +41,7 @@ class Signals(ABC):
 
     pairs: Tensor
     item_of_row: Tensor
+    lengths: Tensor | None = None
     device = torch.device("cpu")
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
@@ -62,11 +65,11 @@ class Signals(ABC):
         self._missing("history_hidden")
 
     def logps(self) -> Tensor:
-        """log pi(y|x) in nats, summed over the scored tokens; float64 [R]."""
+        """log pi(y|x) in nats, summed over the scored tokens; float64 [R]. See `lengths`."""
         self._missing("logps")
 
     def ref_logps(self) -> Tensor:
-        """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]."""
+        """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]. See `lengths`."""
         self._missing("ref_logps")
 
     def history_logps(self) -> History:
@@ -93,6 +96,7 @@ class TensorSignals(Signals):
         history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same.
             If no history is given nothing has been labelled, and all are empty. If one is given,
             asking for another is an error: a history must not be dropped silently.
+        lengths: int64 [R], where log-probs are means over so many tokens.
 
     Raises:
         ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
@@ -111,6 +115,7 @@ class TensorSignals(Signals):
         history_hidden: History | None = None,
         history_logps: History | None = None,
         history_ref_logps: History | None = None,
+        lengths: Tensor | None = None,
     ) -> None:
         if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
             raise ActiveDPOError(
@@ -122,7 +127,7 @@ class TensorSignals(Signals):
             if matrix is not None:
                 _check_matrix(matrix, name)
         for name, given in (("gradients", gradients), ("hidden", hidden), ("logps", logps),
-                            ("ref_logps", ref_logps)):
+                            ("ref_logps", ref_logps), ("lengths", lengths)):
             if given is not None and len(given) != n_rows:
                 raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
         for name, vector in (("logps", logps), ("ref_logps", ref_logps)):
@@ -144,6 +149,7 @@ class TensorSignals(Signals):
                 check_pairs(history[1], len(history[0]), name)
         self.pairs = pairs
         self.item_of_row = item_of_row
+        self.lengths = lengths
         self._gradients = gradients
         self._hidden = hidden
         self._logps = logps

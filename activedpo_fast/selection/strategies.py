@@ -273,7 +273,10 @@ class Aplp(Strategy):
     ) -> None:
         prompt_of_pair = signals.item_of_row[signals.pairs[:, 0]]
         prompts = prompt_of_pair[eligible.left].unique()  # ascending: ties keep the pool's order
-        entropy = _entropy(signals.logps(), signals.item_of_row)[prompts]
+        logps = signals.logps()
+        if signals.lengths is not None:  # the policy's entropy does not depend on the loss
+            logps = logps * signals.lengths
+        entropy = _entropy(logps, signals.item_of_row)[prompts]
         offset, total = 0, len(prompts)
         if group is not None:
             ranks = Ranks(group, len(prompts))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
@@ -160,6 +162,43 @@ def _dpo_loss(model: Any, reference: dict[str, torch.Tensor], beta: float = 0.1)
     anchor = margins()
     load_adapter_state(model, current)
     return float(-torch.nn.functional.logsigmoid(beta * (policy - anchor)).mean())
+
+
+@pytest.mark.parametrize("config", [
+    LoraConfig(target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
+    LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
+              task_type="CAUSAL_LM"),
+], ids=["embeddings", "loha", "ia3"])
+def test_the_reference_has_all_of_the_adapter(tmp_path: Path, config: Any) -> None:
+    """TRL copies parameters by a part of their names that these do not have."""
+    model, tokenizer = get_peft_model(tiny_causal_lm("llama"), config), tiny_tokenizer()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    watch = _Watch()
+    train_dpo(model, tokenizer, DATA, _args(tmp_path), reference="round", callbacks=[watch],
+              show_progress=False)
+    assert watch.logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(ActiveDPOError, match="precompute_ref_log_probs=True does not go with this"):
+        train_dpo(model, tokenizer, DATA, _args(tmp_path, precompute_ref_log_probs=True),
+                  reference="round", show_progress=False)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_reference_adapter_takes_nothing_out_of_the_base(tmp_path: Any, init: str) -> None:
+    """These put a part of the base model's weights into each adapter that is added."""
+    model, tokenizer = lora(tiny_causal_lm("llama"), "llama", init_lora_weights=init), \
+        tiny_tokenizer()
+    base = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
+    watch = _Watch()
+    train_dpo(model, tokenizer, DATA, _args(tmp_path), reference="round", callbacks=[watch],
+              show_progress=False)
+    assert watch.logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in base.items())
+    assert model.peft_config["default"].init_lora_weights == init
 
 
 @pytest.mark.parametrize("training", [False, True])

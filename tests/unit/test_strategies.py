@@ -105,6 +105,22 @@ def test_aplp_shortlists_by_entropy_and_ranks_by_certainty(parts):
     assert got.scores.tolist() == pytest.approx([certainty[index] for index in order])
 
 
+def test_aplp_entropy_is_of_whole_responses_whatever_the_loss(parts):
+    """Means rank the pairs, sums the prompts: an entropy does not depend on the loss."""
+    lengths = (torch.arange(P * M) // M) % 4 + 1
+    means = {**parts, **{name: parts[name] / lengths for name in ("logps", "ref_logps")}}
+    got = make_strategy("aplp", beta=0.2, shortlist=1.5).select(
+        TensorSignals(**means, lengths=lengths), 3)
+    sums = parts["logps"].view(P, M).sum(1)
+    prompts = sums.argsort()[:math.ceil(1.5 * 3)].tolist()
+    reward = 0.2 * (means["logps"] - means["ref_logps"])
+    first, second = parts["pairs"].unbind(1)
+    certainty = (reward[first] - reward[second]).abs()
+    certainty[~torch.isin(first // M, torch.tensor(prompts))] = -1.0
+    assert got.indices.tolist() == certainty.argsort(descending=True)[:3].tolist()
+    assert set(prompts) != set(means["logps"].view(P, M).sum(1).argsort()[:5].tolist())
+
+
 def test_aplp_entropy_counts_responses_that_are_in_no_candidate_pair(parts):
     # Prompt 0's third response is very unlikely, and its pairs are not candidates any more.
     parts["logps"] = torch.full((P * M,), -20.0, dtype=torch.float64)
