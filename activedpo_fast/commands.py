@@ -322,8 +322,10 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
     try:
         dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
                                  **config.dpo})
-    except (ValueError, ImportError) as error:
-        raise ActiveDPOError(f"dpo: {error}") from error
+    except ActiveDPOError:
+        raise
+    except Exception as error:  # files that it names may be missing, packages too old, ...
+        raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
     prompts = read_prompts(config.prompts)
     oracle: Oracle
     if config.oracle["kind"] == "files":

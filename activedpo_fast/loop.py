@@ -170,7 +170,8 @@ class ActiveDPOLoop:
             "reference": reference,
             "seed": seed,
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
-                    if name not in ("output_dir", "logging_dir", "run_name")},
+                    if name not in ("output_dir", "logging_dir", "run_name")}
+            | {"pad_token": dpo_args.pad_token},  # `to_dict` hides it as if it were a secret
         })
 
     def run(self) -> list[RoundRecord]:

@@ -11,10 +11,9 @@ import logging
 import random
 import re
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -26,7 +25,7 @@ from activedpo_fast.data import PoolItem, PreferencePool, Prompt, Text
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.features.budget import is_out_of_memory
 from activedpo_fast.generation import try_generation
-from activedpo_fast.selection.result import Pick, Selection
+from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.trl import Reference, adapter_state, dpo_config, train_dpo
 
@@ -69,16 +68,14 @@ def rehearse(
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
             fault, and the setting where that is known.
     """
-    started = time.perf_counter()
+    logger.info("rehearsing generation, selection and one training step on dummy pairs")
     with _unchanged(model), _quiet():
         shortest = _generate(model, processing_class, prompts, n_responses, generation)
         pool = PreferencePool(
-            PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), {}) for prompt in shortest)
-        _select(copy_selector(selector), pool, dpo_args)
-        _train(model, processing_class, pool, dpo_args, reference, batch_size)
-    logger.info("rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
-                time.perf_counter() - started)
-
+            PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
+            for prompt in shortest)
+        picked = _select(copy_selector(selector), pool, dpo_args)
+        _train(model, processing_class, picked, dpo_args, reference, batch_size)
 
 def _generate(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],
@@ -98,12 +95,14 @@ def _dummies(prompt: Text) -> tuple[Text, ...]:
     return tuple([{"role": "assistant", "content": text}] for text in _RESPONSES)
 
 
-def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConfig) -> None:
-    if len(selector.tokenize(pool, show_progress=False).skipped) == len(pool):
-        raise ActiveDPOError(f"dpo.max_length: even the shortest prompt fills {dpo_args.max_length}"
-                             " tokens, which leaves nothing to train on; raise it")
+def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConfig) -> Selection:
+    """The pairs that the trainer would not leave out."""
     try:
-        selector.select(pool, 1, show_progress=False)
+        skipped = selector.tokenize(pool, show_progress=False).skipped
+        if len(skipped) == len(pool):
+            raise ActiveDPOError(f"even the shortest prompt fills dpo.max_length="
+                                 f"{dpo_args.max_length}, which leaves nothing to train on")
+        return selector.select(pool, len(pool) - len(skipped), show_progress=False)
     except UnsupportedParameterError as error:
         raise UnsupportedParameterError(f"adapter or lora: {error}") from error
     except ActiveDPOError as error:
@@ -126,15 +125,12 @@ def copy_selector(selector: ActiveDPOSelector) -> ActiveDPOSelector:
 
 
 def _train(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pool: PreferencePool,
-    dpo_args: DPOConfig, reference: Reference, batch_size: int,
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, picked: Selection, dpo_args: DPOConfig,
+    reference: Reference, batch_size: int,
 ) -> None:
     # As many pairs as a round has: the schedule and the last batch depend on their number.
-    items = [pool[n % len(pool)] for n in range(batch_size)]
-    picks = Selection(tuple(
-        Pick(item.id, (0, 1), 0.0, rank, item.prompt, (item.responses[0], item.responses[1]))
-        for rank, item in enumerate(items)), "rehearsal")
-    dataset = picks.to_dataset([n % 2 for n in range(batch_size)])
+    picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
+    dataset = Selection(picks, picked.strategy).to_dataset([n % 2 for n in range(batch_size)])
     with tempfile.TemporaryDirectory(prefix="activedpo-") as folder:
         args = copy.copy(dpo_args)
         args.output_dir = folder
@@ -163,27 +159,43 @@ def _check_reports(dpo_args: DPOConfig) -> None:
     """Raise what the trainer would where a package to report to is missing."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    for callback in get_reporting_integration_callbacks(dpo_args.report_to):
-        callback()
+    try:
+        for callback in get_reporting_integration_callbacks(dpo_args.report_to):
+            callback()
+    except Exception as error:
+        raise ActiveDPOError(f"report_to: {error}") from error
 
 
 def _describe(error: Exception, dpo_args: DPOConfig) -> str:
-    """One line: the section, the setting if the message names one that was given, the reason."""
+    """One line: the section, the setting where the message tells which, the reason."""
     if is_out_of_memory(error):
         return ("dpo: one training step on short responses runs out of memory: lower "
                 "per_device_train_batch_size (and raise gradient_accumulation_steps), or switch on "
                 "gradient_checkpointing")
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split())
+    if isinstance(error, (LookupError, AttributeError, TypeError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
     if len(reason) > _LONGEST_REASON:
         reason = f"{reason[:_LONGEST_REASON]} ..."
     if "target_modules" in reason:
         return f"lora.target_modules: {reason}"
-    usual = dpo_config()
-    given = {field.name for field in fields(dpo_args)
-             if getattr(dpo_args, field.name) != getattr(usual, field.name, None)}
+    given = _given(dpo_args)
     # In the order of the message: trainers name the setting at fault before the remedy.
-    named = next((word for word in re.findall(r"\w+", reason) if word in given), None)
-    return f"dpo.{named}: {reason}" if named else f"dpo: {reason}"
+    words = re.findall(r"\w+", reason)
+    named = next((word for word in words if word in given), None) or next(
+        (name for name, value in given.items()
+         if any(isinstance(text, str) and text in words
+                for text in (value if isinstance(value, list) else [value]))), None)
+    if named is not None:
+        return f"dpo.{named}: {reason.removeprefix(f'{named}: ')}"
+    return f"dpo: {reason} (given in dpo: {', '.join(given)})"
+
+
+def _given(dpo_args: DPOConfig) -> dict[str, Any]:
+    """The fields that are not as `dpo_config` has them when nothing is said."""
+    usual = dpo_config()
+    return {field.name: value for field in fields(dpo_args) if field.name != "output_dir"
+            and (value := getattr(dpo_args, field.name)) != getattr(usual, field.name, None)}
 
 
 # -- what a rehearsal leaves -----------------------------------------------------------------------

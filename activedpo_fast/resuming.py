@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ _ENTERS: dict[str, str | None] = {
     "prompts": "generated",
     "prompts_per_round": "generated",
     "generation": "generated",
+    "chat_template_kwargs": "generated",
     "rules": "picked",
     "rules.exclude": "generated",  # prompts to exclude get no responses
     "strategy": "picked",
@@ -40,6 +42,11 @@ _ENTERS: dict[str, str | None] = {
                      "dpo.dataloader_pin_memory"), None),
 }
 
+_NO_IDS = hashlib.sha256(b"[]").hexdigest()  # "rules.exclude" where nothing is excluded
+
+# What `to_dict` shows instead of a value, and runs of older versions have written down.
+_MASKED = ("dpo.pad_token", "<PAD_TOKEN>")
+
 Change = tuple[str, Any, Any]  # name, the value on disk, the value now
 
 
@@ -51,7 +58,7 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
             yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-    elif old != new:
+    elif old != new and (name, old) != _MASKED:
         yield name, old, new
 
 
@@ -68,8 +75,9 @@ def describe(change: Change) -> str:
 
 def _enters(change: Change) -> str | None:
     name, old, new = change
-    if name == "rules" and ((old or {}).get("exclude") or (new or {}).get("exclude")):
-        name = "rules.exclude"  # all rules came or went at once
+    if name == "rules":  # all came or went at once
+        excluded = {(rules or {}).get("exclude") for rules in (old, new)}
+        name = "rules.exclude" if excluded - {None, _NO_IDS} else name
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
         prefix = ".".join(parts[:n])
