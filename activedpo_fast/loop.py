@@ -65,7 +65,13 @@ class ActiveDPOLoop:
     `round-000/` with `pool.jsonl`, `picked.jsonl`, `labels.jsonl`, `adapter/` and `record.json`.
     `run` continues at the first stage that is not complete, with the results of a run that was
     never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
-    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised.
+    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised,
+    and a setting may change while nothing on disk depends on it: `dpo_args`, say, until the first
+    round was trained.
+
+    Before a run begins, or goes on with changed settings, it is rehearsed: all prompts are encoded,
+    and dummy pairs are generated, selected and trained on for one step (see
+    `activedpo_fast.rehearsal`). What cannot work is refused then, and nothing is written.
 
     Args:
         model: a PEFT model, adapter "default". Its weights are the policy's start.
@@ -91,7 +97,8 @@ class ActiveDPOLoop:
 
     Raises:
         ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
-            settings (naming the first that differs), and errors of the stages.
+            settings (naming the first that differs and matters), and errors of the rehearsal, which
+            begin with the section at fault, and of the stages.
     """
 
     def __init__(
@@ -296,8 +303,8 @@ class ActiveDPOLoop:
     def _write_settings(self, mended: list[Change]) -> None:
         path = self.output_dir / "config.json"
         if mended:
-            logger.info("%s: nothing there depends on what has changed since: %s", self.output_dir,
-                        ", ".join(map(describe, mended)))
+            logger.info("%s: settings have changed on which nothing there depends yet: %s",
+                        self.output_dir, ", ".join(map(describe, mended)))
             _write_json(path, {**_read_json(path), "settings": self._settings})
         elif not path.exists():
             versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}

@@ -11,6 +11,7 @@ import logging
 import random
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -68,7 +69,7 @@ def rehearse(
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
             fault, and the setting where that is known.
     """
-    logger.info("rehearsing generation, selection and one training step on dummy pairs")
+    started = time.perf_counter()
     with _unchanged(model), _quiet():
         shortest = _generate(model, processing_class, prompts, n_responses, generation)
         pool = PreferencePool(
@@ -76,6 +77,8 @@ def rehearse(
             for prompt in shortest)
         picked = _select(copy_selector(selector), pool, dpo_args)
         _train(model, processing_class, picked, dpo_args, reference, batch_size)
+    logger.info("rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
+                time.perf_counter() - started)
 
 def _generate(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],

@@ -151,7 +151,7 @@ def test_rehearsed_once_and_again_when_settings_change(
         caplog.clear()
         with pytest.raises(LabelsPending):
             _loop(tmp_path, dpo=dpo).run()
-        assert caplog.text.count("rehearsing") == rehearsed
+        assert caplog.text.count("rehearsed generation") == rehearsed
     assert "dpo.learning_rate (0.01, now 0.001)" in caplog.text
 
 
