@@ -326,8 +326,10 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
     try:
         dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
                                  **config.dpo})
-    except (ValueError, ImportError) as error:
-        raise ActiveDPOError(f"dpo: {error}") from error
+    except ActiveDPOError:
+        raise
+    except Exception as error:  # files that it names may be missing, packages too old, ...
+        raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
     selector_settings(dpo_args)  # what it refuses is told before a model is loaded
     prompts = read_prompts(config.prompts)
     oracle: Oracle

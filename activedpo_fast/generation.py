@@ -62,12 +62,7 @@ def generate_responses(model: PreTrainedModel | PeftModel,
         ActiveDPOError: no prompts, a malformed prompt or option, no usable tokenizer, a prompt that
             with `max_new_tokens` exceeds the model's positions, or no prompt with enough responses.
     """
-    _check_at_least(2, n_responses=n_responses)
-    _check_at_least(1, max_attempts=max_attempts)
-    if not temperature > 0:
-        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
-    if not 0 < top_p <= 1:
-        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
+    _check_sampling(n_responses, max_attempts, temperature, top_p)
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
 
@@ -99,6 +94,31 @@ def generate_responses(model: PreTrainedModel | PeftModel,
         raise ActiveDPOError(f"no prompt got {n_responses} distinct responses in {max_attempts} "
                              "attempts: is the temperature too low, or max_new_tokens?")
     return PreferencePool(items)
+
+
+def try_generation(model: PreTrainedModel | PeftModel,
+                   processing_class: PreTrainedTokenizerBase, prompts: Sequence[PromptLike], *,
+                   n_responses: int = 2, max_new_tokens: int = 64, temperature: float = 1.0,
+                   top_p: float = 1.0, batch_size: int = 16, max_attempts: int = 4,
+                   chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+    """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
+
+    Returns:
+        The positions of the two prompts with the fewest tokens (of one, if there is but one), which
+        were continued.
+
+    Raises:
+        ActiveDPOError: as `generate_responses`.
+    """
+    _check_sampling(n_responses, max_attempts, temperature, top_p)
+    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
+                           chat_template_kwargs or {})
+    generator.max_new_tokens = min(max_new_tokens, 2)
+    shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
+    with _forked_rng(generator.device, 0):
+        generator.run(shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p,
+                      top_k=0)
+    return shortest
 
 
 def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
@@ -258,6 +278,17 @@ def _as_text(response: str, prompt: Text) -> Text:
     if isinstance(prompt, str):
         return response
     return [{"role": "assistant", "content": response}]
+
+
+def _check_sampling(
+    n_responses: int, max_attempts: int, temperature: float, top_p: float
+) -> None:
+    _check_at_least(2, n_responses=n_responses)
+    _check_at_least(1, max_attempts=max_attempts)
+    if not temperature > 0:
+        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
+    if not 0 < top_p <= 1:
+        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
 
 
 def _check_at_least(least: int, **options: int) -> None:

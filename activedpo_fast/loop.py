@@ -25,6 +25,8 @@ from activedpo_fast.data import PreferencePool, Prompt, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
+from activedpo_fast.rehearsal import rehearse
+from activedpo_fast.resuming import Change, describe, differences, first_that_matters
 from activedpo_fast.selection.result import Selection, read_labels
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
@@ -65,7 +67,13 @@ class ActiveDPOLoop:
     `round-000/` with `pool.jsonl`, `picked.jsonl`, `labels.jsonl`, `adapter/` and `record.json`.
     `run` continues at the first stage that is not complete, with the results of a run that was
     never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
-    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised.
+    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised,
+    and a setting may change while nothing on disk depends on it: `dpo_args`, say, until the first
+    round was trained.
+
+    Before a run begins, or goes on with changed settings, it is rehearsed: all prompts are encoded,
+    and dummy pairs are generated, selected and trained on for one step (see
+    `activedpo_fast.rehearsal`). What cannot work is refused then, and nothing is written.
 
     Args:
         model: a PEFT model, adapter "default". Its weights are the policy's start.
@@ -94,7 +102,8 @@ class ActiveDPOLoop:
 
     Raises:
         ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
-            settings (naming the first that differs), and errors of the stages.
+            settings (naming the first that differs and matters), and errors of the rehearsal, which
+            begin with the section at fault, and of the stages.
     """
 
     def __init__(
@@ -181,12 +190,16 @@ class ActiveDPOLoop:
             "reference": reference,
             "seed": seed,
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
-                    if name not in ("output_dir", "logging_dir", "run_name")},
+                    if name not in ("output_dir", "logging_dir", "run_name")}
+            | {"pad_token": dpo_args.pad_token},  # `to_dict` hides it as if it were a secret
         })
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; the records of the start and of all rounds."""
-        self._check_settings()
+        mended = self._check_settings()
+        if mended or not (self._folder(0) / "pool.jsonl").exists():
+            self._rehearse()  # before anything is written
+        self._write_settings(mended)
         start = self.output_dir / "start"
         if not (start / "adapter").exists():
             _save_adapter(self.model, start / "adapter")
@@ -294,16 +307,40 @@ class ActiveDPOLoop:
         weights = load_peft_weights(str(folder / "adapter"), device="cpu")
         load_adapter_state(self.model, weights)
 
-    def _check_settings(self) -> None:
+    def _check_settings(self) -> list[Change]:
+        """The settings that differ from those on disk, none of which has had an effect yet."""
         path = self.output_dir / "config.json"
-        if path.exists():
-            name = _first_difference(_read_json(path)["settings"], self._settings)
-            if name is not None:
-                raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: {name} "
-                                     "differs; use another output_dir, or the same settings")
-        else:
+        if not path.exists():
+            return []
+        changes = list(differences(_read_json(path)["settings"], self._settings))
+        found = first_that_matters(changes, self.output_dir)
+        if found is not None:
+            raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: "
+                                 f"{describe(found)} differs; use another output_dir, or the same "
+                                 "settings")
+        return changes
+
+    def _write_settings(self, mended: list[Change]) -> None:
+        path = self.output_dir / "config.json"
+        if mended:
+            logger.info("%s: settings have changed on which nothing there depends yet: %s",
+                        self.output_dir, ", ".join(map(describe, mended)))
+            _write_json(path, {**_read_json(path), "settings": self._settings})
+        elif not path.exists():
             versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
             _write_json(path, {"settings": self._settings, "versions": versions})
+
+    def _rehearse(self) -> None:
+        n_responses = self.generation["n_responses"]
+        prompts = min(self.prompts_per_round, len(self._offered))
+        pairs = prompts * n_responses * (n_responses - 1) // 2
+        if n_responses > 1 and pairs < self.batch_size:
+            raise ActiveDPOError(f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
+                                 f"{prompts} prompts with {n_responses} responses have {pairs}")
+        options = {name: value for name, value in self.generation.items() if name != "n_responses"}
+        rehearse(self.model, self.processing_class, self._offered, self.selector, self.dpo_args,
+                 reference=self.reference, batch_size=self.batch_size, n_responses=n_responses,
+                 generation=options)
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:
@@ -396,14 +433,3 @@ def _digest(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """`value` as JSON gives it back; objects (a reference model, say) by the name of their type."""
     return json.loads(json.dumps(value, default=lambda other: type(other).__name__))
-
-
-def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
-    """"name (old, now new)" of the first entry that differs, or None."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(key for key in old if key not in new)]:
-            found = _first_difference(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else f"{name} ({old!r}, now {new!r})"

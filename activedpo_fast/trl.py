@@ -112,9 +112,10 @@ def train_dpo(
     """Train the adapter "default" of `model` in place by `trl.DPOTrainer`.
 
     Afterwards, also after an exception, the model has what it had before (adapters, flags, modes,
-    hooks, dropout, configs, `forward`), `.grad` is None everywhere, and only the adapter's weights
-    differ. The model stays on the trainer's device. The trainer seeds the global random generators
-    with `args.seed`, and they are left so.
+    hooks, dropout, configs, buffers, `forward`), `.grad` is None everywhere, and only the adapter's
+    weights differ, in the dtype that they had. (TRL itself trains the adapter of a 4- or 8-bit
+    model in bfloat16.) The model stays on the trainer's device. The trainer seeds the global random
+    generators with `args.seed`, and they are left so.
 
     Args:
         dataset: prompt, chosen, rejected, as `Selection.to_dataset` gives it.
@@ -192,7 +193,8 @@ def _check(
                              "taken before the first round")
     if reference == "initial" and args.precompute_ref_log_probs:
         # TRL computes them while the trainer is made, from the policy as it then is.
-        raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'")
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'"
+                             ": set it to False, or reference to 'round'")
     if len(dataset) == 0:
         raise ActiveDPOError("no labelled pair to train on")
 
@@ -238,7 +240,10 @@ def _set_reference(
 def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Undo what the trainer does to the model's modules, flags, adapters and configs."""
     modules = [(module, _attributes(module)) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Rotary embeddings replace their frequencies when a sequence is longer than any before.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.dtype)
+             for parameter in model.parameters()]
     base = model.get_base_model()
     configs = {id(c): (c, dict(vars(c))) for c in (
         base.config, cast(Any, base.config).get_text_config(),
@@ -251,9 +256,14 @@ def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[
             model.delete_adapter(_REFERENCE)
         for module, before in modules:
             _set_attributes(module, before)
-        for parameter, flag in flags:
+        for module, before in buffers:
+            _set_buffers(module, before)
+        for parameter, flag, dtype in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+            if flag and parameter.dtype != dtype:
+                # TRL trains the adapter of a 4- or 8-bit model in bfloat16.
+                parameter.data = parameter.data.to(dtype)
         for config, values in configs.values():
             vars(config).clear()
             vars(config).update(values)
@@ -285,6 +295,15 @@ def _set_attributes(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
             own[name].update(value)
         else:
             own[name] = value
+
+
+def _set_buffers(module: torch.nn.Module, before: Mapping[str, torch.Tensor | None]) -> None:
+    """The buffers of `before`, on the devices that the trainer has moved them to."""
+    for name, buffer in before.items():
+        now = module._buffers.get(name)
+        if buffer is not None and now is not None:
+            buffer = buffer.to(now.device)
+        module._buffers[name] = buffer
 
 
 @contextmanager

@@ -302,9 +302,10 @@ class FeatureExtractor:
     ) -> Iterator[Taken]:
         budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
         classify = length_class(model)
-        if classify is not None and model not in self._said_lengths:
+        if classify is not None and model not in self._said_lengths and _say_lengths_apart(
+            model, tokenized, classify
+        ):
             self._said_lengths.add(model)
-            _say_lengths_apart(model, tokenized, classify)
         return run_batches(
             tokenized, rows, take, layout, budget, length_class=classify,
             pad_token_id=self.pad_token_id, title=title, show_progress=show_progress,
@@ -357,8 +358,8 @@ def _subtract_first(
 
 def _say_lengths_apart(
     model: nn.Module, tokenized: TokenizedPool, classify: LengthClass
-) -> None:
-    """One line of the log where responses are kept apart by their length."""
+) -> bool:
+    """One line of the log where responses are kept apart by their length; whether it was said."""
     groups = group_rows(tokenized, range(len(tokenized.sequences)), Layout.SHARED, classify)
     apart = sum(len(group.rows) for group in groups if group.kind != 0)
     if apart:
@@ -367,6 +368,7 @@ def _say_lengths_apart(
             "than its original length; they share a batch or a prompt's pass only where that "
             "changes nothing, which is slower",
             type(causal_lm(model)).__name__, apart, len(tokenized.sequences))
+    return apart > 0
 
 
 def _check_precision(precision: str | None, model: nn.Module) -> None:

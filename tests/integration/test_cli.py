@@ -517,6 +517,31 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     _refused(capsys, argv, "other settings", "rules")
 
 
+def test_run_is_refused_before_people_label_and_goes_on_when_mended(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"learning_rate": 1e-3, "max_steps": 1}
+    argv = ["run", str(_run_config(project, tmp_path))]
+    for changes, expected in (
+        ({"adapter": None, "lora": {"r": 2, "target_modules": ["q_proj", "lm_head"]},
+          "strategy": "random"}, "lora.target_modules: "),
+        ({"dpo": {**good, "sync_ref_model": True}}, "sync_ref_model"),
+        ({"dpo": {**good, "eval_strategy": "steps", "eval_steps": 1}}, "dpo.eval_strategy: "),
+        ({"dpo": {**good, "pad_token": "<nope>"}}, "dpo.pad_token: "),
+        ({"dpo": {**good, "precompute_ref_log_probs": True}}, "dpo.precompute_ref_log_probs: "),
+        ({"dpo": {**good, "accelerator_config": "missing.json"}}, "dpo: "),
+    ):
+        _run_config(project, tmp_path, **changes)
+        _refused(capsys, argv, expected)
+        assert not (tmp_path / "run").exists()
+    _run_config(project, tmp_path, dpo=good)
+    assert main(argv) == 3
+    _run_config(project, tmp_path, dpo={**good, "learning_rate": 1e-4})
+    capsys.readouterr()
+    assert main(argv) == 3
+    assert "dpo.learning_rate (0.001, now 0.0001)" in capsys.readouterr().err
+
+
 def test_run_with_a_reward_model_and_a_fresh_adapter(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

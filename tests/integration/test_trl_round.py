@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,48 @@ def test_state_is_restored_after_an_exception(tmp_path: Any, training: bool) -> 
         train_dpo(model, tokenizer, DATA, args, reference="round", callbacks=[_Stop()],
                   show_progress=False)
     assert _snapshot(model) == before
+
+
+def test_adapters_of_eight_bit_models_keep_their_dtype(tmp_path: Any) -> None:
+    model, tokenizer = _model(), tiny_tokenizer()
+    model.get_base_model().is_loaded_in_8bit = True  # all that TRL asks before it casts
+    initial = adapter_state(model)
+    during: set[torch.dtype] = set()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None,
+                        **kwargs: Any) -> None:
+            during.update(p.dtype for name, p in model.named_parameters() if ".default." in name)
+
+    for callbacks, message in (([Watch()], None), ([_Stop()], "stopped")):
+        with pytest.raises(RuntimeError, match=message) if message else nullcontext():
+            train_dpo(model, tokenizer, DATA, _args(tmp_path), initial_adapter=initial,
+                      callbacks=callbacks, show_progress=False)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert during == {torch.bfloat16}
+    trained = adapter_state(model)
+    assert all(not torch.equal(trained[name], initial[name]) for name in initial)
+
+
+def test_rotary_frequencies_that_grew_in_training_are_put_back(tmp_path: Any) -> None:
+    """`dynamic` RoPE takes others from the first sequence that is longer than any before."""
+    base = tiny_causal_lm("llama", max_position_embeddings=16, rope_parameters={
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    model, tokenizer = lora(base, "llama"), tiny_tokenizer()
+    initial = adapter_state(model)
+    inputs = tokenizer("The quick fox", return_tensors="pt")
+    assert inputs["input_ids"].shape[1] < 16
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    before = logits()
+    long = DATA.map(lambda row: {"prompt": row["prompt"] + " jumps over the lazy dog" * 4})
+    train_dpo(model, tokenizer, long, _args(tmp_path), initial_adapter=initial,
+              show_progress=False)
+    load_adapter_state(model, initial)
+    assert torch.equal(logits(), before)
 
 
 def test_weights_do_not_depend_on_earlier_rounds(tmp_path: Any) -> None:
