@@ -46,10 +46,11 @@ _RESPONSE = "a prompt has no responses yet: remove it, or pass the rows as a poo
 DATA_COLUMNS = (
     DataColumn("id", "used", "not read", "identifies the row"),
     DataColumn("prompt", "used", "the prompt", "the prompt"),
-    DataColumn("chosen", "used", "the better response", "a response; its name states no preference",
+    DataColumn("chosen", "used", "the better response",
+               "a response; which one was preferred is not used",
                in_prompts="refused"),
     DataColumn("rejected", "used", "the worse response",
-               "a response; its name states no preference", in_prompts="refused"),
+               "a response; which one was preferred is not used", in_prompts="refused"),
     DataColumn("responses", "used", "not read", "two or more responses", in_prompts="refused"),
     DataColumn("response_a", "used", "not read", "a response", in_prompts="refused"),
     DataColumn("response_b", "used", "not read", "a response", in_prompts="refused"),
@@ -62,20 +63,20 @@ DATA_COLUMNS = (
                "images are not supported: remove it"),
     DataColumn("images", "refused", "the images of a vision-language model",
                "images are not supported: remove it"),
-    DataColumn("ref_chosen_logps", "refused", "where it keeps the reference's log-probs, "
-               "which it computes itself",
-               "log-probs of the reference are taken from the model: remove it"),
-    DataColumn("ref_rejected_logps", "refused", "where it keeps the reference's log-probs, "
-               "which it computes itself",
-               "log-probs of the reference are taken from the model: remove it"),
-    DataColumn("prompt_ids", "carried", "written over by its own tokens", "no effect"),
-    DataColumn("chosen_ids", "carried", "written over by its own tokens", "no effect"),
-    DataColumn("rejected_ids", "carried", "written over by its own tokens", "no effect"),
-    DataColumn("messages", "carried", "a conversation for SFTTrainer", "no effect"),
-    DataColumn("completion", "carried", "a response for SFTTrainer and KTOTrainer", "no effect"),
-    DataColumn("label", "carried", "whether KTOTrainer is to like `completion`",
+    DataColumn("ref_chosen_logps", "refused", "log-probs of the reference that the trainer "
+               "has computed; not read from the data",
+               "the reference is a model, not a column: remove it"),
+    DataColumn("ref_rejected_logps", "refused", "log-probs of the reference that the trainer "
+               "has computed; not read from the data",
+               "the reference is a model, not a column: remove it"),
+    DataColumn("prompt_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
+    DataColumn("chosen_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
+    DataColumn("rejected_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
+    DataColumn("messages", "carried", "a conversation, for SFTTrainer", "no effect"),
+    DataColumn("completion", "carried", "a response, for SFTTrainer and KTOTrainer", "no effect"),
+    DataColumn("label", "carried", "whether `completion` is desirable, for KTOTrainer",
                "no effect; labels of pairs are read from label files"),
-    DataColumn("margin", "carried", "by how much RewardTrainer's `chosen` is better", "no effect"),
+    DataColumn("margin", "carried", "margin between the rewards, for RewardTrainer", "no effect"),
 )
 
 # Of a chat message. What is not here is used where it is a string, and refused where it is not.

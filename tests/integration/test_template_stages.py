@@ -286,7 +286,7 @@ def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
     assert seen[0] == seen[1] != seen[2]
 
 
-# -- where it is given ------------------------------------------------------------------------------
+# -- where it is given -----------------------------------------------------------------------------
 
 
 def _yaml(**sections: Any) -> dict[str, Any]:
@@ -354,7 +354,7 @@ def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, messag
             call()
 
 
-# -- the command line -------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: Any) -> None:
