@@ -129,6 +129,11 @@ class PreferencePool(Sequence[PoolItem]):
                                  "load it without streaming=True")
         if not isinstance(dataset, datasets.Dataset):
             raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
+        for name in {"image", "images"} & set(dataset.column_names):
+            # Looked at before any row is: an image that cannot be decoded ends in its own error.
+            cells = dataset.select_columns(name).with_format("arrow")[:][name]
+            if (first := cells.is_valid().index(True).as_py()) >= 0:
+                check_columns({name: True}, f"data set, row {first + 1}", chat=True)
         placed = ((f"data set, row {n}", row)
                   for n, row in enumerate(dataset.with_format(None), start=1))
         return cls._from_placed_rows(placed, empty="the data set has no rows")

@@ -77,4 +77,4 @@ def one_setting(given: Mapping[str, Any]) -> dict[str, Any] | None:
             raise ActiveDPOError(f"{place} and {found[0][0]} differ ({value!r}, {found[0][1]!r}): "
                                  "generating, selecting and training have one setting; give it "
                                  "once, as chat_template_kwargs")
-    return dict(found[0][1]) if found else None
+    return dict(found[0][1]) or None if found else None

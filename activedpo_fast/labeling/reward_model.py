@@ -62,6 +62,9 @@ class RewardModelOracle(RewardOracle):
         if batch_size < 1:
             raise ActiveDPOError(f"batch_size: {batch_size} is below 1")
         check_template_kwargs(chat_template_kwargs)
+        if chat_template_kwargs and not tokenizer.chat_template:
+            raise ActiveDPOError("chat_template_kwargs: the reward model's tokenizer has no chat "
+                                 "template to pass them to")
         super().__init__(self._score, temperature=temperature, seed=seed)
         self._model = model
         self._tokenizer = tokenizer

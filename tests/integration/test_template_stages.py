@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import activedpo_fast.generation as generation
 from activedpo_fast.cli import main
@@ -19,13 +20,13 @@ from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.store import FeatureStore
 from activedpo_fast.generation import generate_responses, respond
-from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending, RewardModelOracle
 from activedpo_fast.loop import ActiveDPOLoop
 from activedpo_fast.selection.result import Pick, Selection, read_labels
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
 from activedpo_fast.trl import dpo_config
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -286,6 +287,24 @@ def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_a_reward_model_has_its_own_arguments() -> None:
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=1, pad_token_id=1)).eval()
+    picked = _selector(_BRIEF).select(_pool(), 4)
+    prompts, responses = [p.prompt for p in picked], [p.responses[0] for p in picked]
+    oracle = RewardModelOracle(model, _tokenizer(), chat_template_kwargs={"style": "strict"},
+                               show_progress=False)
+    for pick, score in zip(picked, oracle._score(prompts, responses, [{}] * 4), strict=True):
+        ids = _tokenizer().apply_chat_template([*pick.prompt, *pick.responses[0]], style="strict",
+                                               return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert score == pytest.approx(float(model(ids).logits), rel=1e-4)
+    with pytest.raises(ActiveDPOError, match="no chat template"):
+        RewardModelOracle(model, tiny_tokenizer(), chat_template_kwargs=_THINKING)
+
+
 # -- where it is given -----------------------------------------------------------------------------
 
 
@@ -333,6 +352,25 @@ def test_a_loop_has_one_setting(tmp_path: Path) -> None:
     for options in ({}, {"chat_template_kwargs": _BRIEF}):
         with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
             loop(**options)._check_settings()
+
+
+def test_runs_of_earlier_versions(tmp_path: Path) -> None:
+    """One without arguments goes on; one whose training went without them is refused."""
+    def loop(**options: Any) -> ActiveDPOLoop:
+        return ActiveDPOLoop(
+            _model(), _tokenizer(), _prompts(), CallableOracle(lambda *_: 0), output_dir=tmp_path,
+            dpo_args=dpo_config(output_dir=str(tmp_path)), **options)
+
+    loop()._check_settings()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["settings"]["chat_template_kwargs"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loop()._check_settings()
+    for section in ("selector_options", "generation"):
+        config["settings"][section]["chat_template_kwargs"] = _THINKING
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
+        loop(chat_template_kwargs=_THINKING)._check_settings()
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [

@@ -7,13 +7,14 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
 from activedpo_fast import generation
 from activedpo_fast.cli import main
@@ -209,6 +210,20 @@ def test_empty_cells_and_all_other_columns_stay(chat: bool, tmp_path: Path) -> N
     assert {name: again[0].extra[name] for name in OTHERS} == OTHERS
 
 
+def test_images_are_refused_before_they_are_decoded() -> None:
+    text = Value("string")
+    features = Features({"prompt": text, "chosen": text, "rejected": text, "images": List(Image())})
+    columns: dict[str, list[Any]] = {"prompt": ["a", "b"], "chosen": ["x", "x"],
+                                     "rejected": ["y", "y"]}
+    missing = Dataset.from_dict({**columns, "images": [None, ["/none.png"]]}, features=features)
+    with pytest.raises(ActiveDPOError, match="^data set, row 2: the column 'images'"):
+        PreferencePool.from_dataset(missing)
+    with pytest.raises(ActiveDPOError, match="^data set, row 1: the column 'images'"):
+        PreferencePool.from_dataset(missing.select([1]))
+    empty = Dataset.from_dict({**columns, "images": [None, None]}, features=features)
+    assert len(PreferencePool.from_dataset(empty)) == 2
+
+
 # -- keys of messages ------------------------------------------------------------------------------
 
 
@@ -237,6 +252,7 @@ def test_message_keys_that_are_used(tmp_path: Path) -> None:
 # -- prompts: before anything is sampled -----------------------------------------------------------
 
 
+@lru_cache
 def _model() -> Any:
     return lora(tiny_causal_lm("llama"), "llama")
 
