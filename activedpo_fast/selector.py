@@ -185,8 +185,9 @@ class ActiveDPOSelector:
         started = time.perf_counter()
         history = [pick for selection in _as_list(labelled) for pick in selection]
         common = self._tokenization["chat_template_kwargs"]
-        _tell_of_other_arguments(history, common)
         shares = Shares(group)
+        if shares.rank == 0:
+            _tell_of_other_arguments(history, common)
         strategy = self._make_strategy(pool.fingerprint())
         if group is not None:
             self._require_same(shares, pool, n, history, rules, strategy)
