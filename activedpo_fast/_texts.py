@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from activedpo_fast.columns import advice_for_key
 from activedpo_fast.errors import ActiveDPOError
 
 Message = dict[str, str]
@@ -48,14 +49,14 @@ def _check_message(message: Any, what: str, place: str) -> None:
     if not isinstance(message, dict):
         raise ActiveDPOError(f"{place}: {what} has a chat message that is not an object with "
                              f"'role' and 'content': {show(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ActiveDPOError(f"{place}: {what} has a chat message without {key!r}")
     for key, value in message.items():
         if not isinstance(value, str):
             raise ActiveDPOError(f"{place}: {what} has a chat message whose {key!r} is not a "
-                                 f"string: {show(value)}")
+                                 f"string: {show(value)}; {advice_for_key(key, value)}")
         check_string(value, what, place)
+    for key in ("role", "content"):
+        if key not in message:
+            raise ActiveDPOError(f"{place}: {what} has a chat message without {key!r}")
     if not message["role"]:
         raise ActiveDPOError(f"{place}: {what} has a chat message whose 'role' is empty")
 

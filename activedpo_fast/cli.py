@@ -107,6 +107,9 @@ def features(
         help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
     truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
         help="What stays of longer ones, as in DPOConfig.")] = "keep_start",
+    chat_template_kwargs: Annotated[str | None, typer.Option(
+        metavar="JSON", help="Arguments of the chat template, such as "
+        "'{\"enable_thinking\": false}'; those that you train with.")] = None,
     max_tokens_per_batch: Annotated[int | None, typer.Option(
         help="Padded tokens in a forward and backward pass; as many as suit the device if not "
         "given.")] = None,
@@ -133,6 +136,7 @@ def features(
 
         from activedpo_fast.commands import FeatureOptions, take_features
         from activedpo_fast.features.sketch import Sketch
+        from activedpo_fast.template import parse_template_kwargs
 
         _hush()
         if threads is not None:
@@ -150,6 +154,7 @@ def features(
             device=device,
             precision="bf16" if bf16 else None,
             store_dtype=store_dtype,
+            chat_template_kwargs=parse_template_kwargs(chat_template_kwargs),
         )
         _say(quiet, take_features(
             pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,

@@ -17,6 +17,12 @@ import torch.distributed as dist
 
 from activedpo_fast import __version__
 from activedpo_fast._texts import check_text, content_id
+from activedpo_fast.columns import (
+    RESPONSE_COLUMNS,
+    check_columns,
+    check_json_columns,
+    is_absent,
+)
 from activedpo_fast.config import RunConfig
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts, jsonl_rows
 from activedpo_fast.errors import ActiveDPOError
@@ -42,6 +48,7 @@ from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import candidate_pairs, make_selection
+from activedpo_fast.template import check_template_kwargs
 from activedpo_fast.tokenization import TruncationMode, tokenize_pool
 from activedpo_fast.trl import dpo_config, selector_settings
 
@@ -68,6 +75,7 @@ class FeatureOptions:
     device: str = "auto"
     precision: str | None = None
     store_dtype: str = "float32"
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def settings(self) -> dict[str, Any]:
         """JSON values that tell whether rows in a store are the rows that are asked for.
@@ -93,6 +101,9 @@ class FeatureOptions:
             "beta": self.beta,
             "max_length": self.max_length,
             "truncation_mode": self.truncation_mode,
+            # Absent where there are none, as in stores made before there was such an option.
+            **({"chat_template_kwargs": self.chat_template_kwargs}
+               if self.chat_template_kwargs else {}),
             "version": __version__,
             # Only where it is so: stores of sums do not mention it.
             **({"length_normalized": True} if self.length_normalized else {}),
@@ -116,7 +127,10 @@ def take_features(
     """
     started = time.perf_counter()
     _check_target(export)
+    check_template_kwargs(options.chat_template_kwargs)
     pool = PreferencePool.load(pool_path)
+    for item in pool:
+        check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
     settings = options.settings()
     folder = Path(output)
     if (folder / "manifest.json").exists():
@@ -131,7 +145,7 @@ def take_features(
     )
     tokenized = tokenize_pool(
         pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
-        show_progress=show_progress,
+        chat_template_kwargs=options.chat_template_kwargs, show_progress=show_progress,
     )
     extractor = FeatureExtractor(
         model, options.sketch, beta=options.beta,
@@ -214,7 +228,8 @@ def select_pairs(
         picked = len(ranking.indices)
         if eligible is not None:
             warn_if_fewer(picked, batch_size, eligible)
-        make_selection(pool, pairs, ranking, strategy).to_jsonl(output)
+        arguments = task.store.manifest["settings"].get("chat_template_kwargs")
+        make_selection(pool, pairs, ranking, strategy, arguments).to_jsonl(output)
     gain = ""
     if strategy == "activedpo":
         # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
@@ -350,6 +365,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         strategy=config.strategy or "activedpo",
         selector_options={"seed": config.seed, **config.selection},
         generation=config.generation,
+        chat_template_kwargs=config.chat_template_kwargs,
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
         show_progress=show_progress,
@@ -384,7 +400,11 @@ def read_prompts(path: FilePath) -> list[Prompt]:
             raise ActiveDPOError(f"{place}: no 'prompt'")
         prompt, given = row["prompt"], row.get("id")
         check_text(prompt, "the prompt", place)
-        extra = {name: value for name, value in row.items() if name not in ("id", "prompt")}
+        extra = {name: value for name, value in row.items()
+                 if name not in ("id", "prompt")
+                 and not (name in RESPONSE_COLUMNS and is_absent(value))}
+        check_columns(extra, place, chat=not isinstance(prompt, str), prompts=True)
+        check_json_columns(extra, place)
         prompts.append(Prompt(content_id(prompt, ()) if given is None else str(given), prompt,
                               extra))
     try:

@@ -16,6 +16,7 @@ import yaml
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.presets import preset as find_preset
+from activedpo_fast.template import one_setting
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RunConfig:
         output_dir: the run's folder; a run is continued from it.
         seed: of everything that is random.
         strategy: name of the strategy; None for the default.
+        chat_template_kwargs: arguments of the chat template, for all stages. Given in `selection`
+            or `generation`, they are moved here.
         selection: options of `ActiveDPOSelector`.
         loop: options of `ActiveDPOLoop`.
         generation: options of `generate_responses`.
@@ -49,6 +52,7 @@ class RunConfig:
     device: str = "auto"
     seed: int = 0
     strategy: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     selection: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
@@ -94,6 +98,7 @@ def make_config(given: Any) -> RunConfig:
         check_keys(values.get(section, {}), known, section)
     _check_oracle(values["oracle"])
     _check_rules(values.get("rules", {}))
+    _move_template_kwargs(values)
     return RunConfig(**_with_preset(values))
 
 
@@ -131,7 +136,7 @@ def _sections() -> dict[str, dict[str, Any]]:
             "truncation_mode"}),
         "loop": _options(ActiveDPOLoop.__init__, without={
             "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
-            "evaluate", "seed", "show_progress"}),
+            "chat_template_kwargs", "evaluate", "seed", "show_progress"}),
         "generation": _options(generate_responses, without={
             "n_responses", "seed", "show_progress"}),
         "rules": _dataclass_fields(PickRules, without={"seed"}),
@@ -176,6 +181,17 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
         PickRules(**rules)
     except ActiveDPOError as error:
         raise ActiveDPOError(f"rules: {error}") from None
+
+
+def _move_template_kwargs(values: dict[str, Any]) -> None:
+    """Make one setting of those at the top and in the sections, in place."""
+    name = "chat_template_kwargs"
+    given = {name: values.get(name)}
+    for section in ("selection", "generation"):
+        inside = dict(values.get(section, {}))
+        given[f"{section}.{name}"] = inside.pop(name, None)
+        values[section] = inside
+    values[name] = one_setting(given)
 
 
 def _with_preset(values: dict[str, Any]) -> dict[str, Any]:

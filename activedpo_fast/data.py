@@ -6,7 +6,6 @@ import bisect
 import codecs
 import hashlib
 import json
-import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,10 @@ from activedpo_fast._texts import (
     kind_of,
     show,
 )
+from activedpo_fast.columns import check_columns, check_json_columns
+from activedpo_fast.columns import is_absent as _absent
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.template import own_template_kwargs
 
 if TYPE_CHECKING:
     import datasets
@@ -72,6 +74,8 @@ class PreferencePool(Sequence[PoolItem]):
     strings, or lists of chat messages in TRL's conversational format, the same kind throughout the
     pool. `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
     responses, so the same row has the same id wherever it stands. A null cell counts as absent.
+    Other columns are kept; those that mean something to TRL's trainers are used or refused by name,
+    see `activedpo_fast.columns.DATA_COLUMNS`.
 
     Raises:
         ActiveDPOError: on anything else. The message names the row, counted from 1 (the line, in a
@@ -125,6 +129,11 @@ class PreferencePool(Sequence[PoolItem]):
                                  "load it without streaming=True")
         if not isinstance(dataset, datasets.Dataset):
             raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
+        for name in {"image", "images"} & set(dataset.column_names):
+            # Looked at before any row is: an image that cannot be decoded ends in its own error.
+            cells = dataset.select_columns(name).with_format("arrow")[:][name]
+            if (first := cells.is_valid().index(True).as_py()) >= 0:
+                check_columns({name: True}, f"data set, row {first + 1}", chat=True)
         placed = ((f"data set, row {n}", row)
                   for n, row in enumerate(dataset.with_format(None), start=1))
         return cls._from_placed_rows(placed, empty="the data set has no rows")
@@ -189,15 +198,21 @@ class PreferencePool(Sequence[PoolItem]):
             try:
                 lines.append(json.dumps(row, ensure_ascii=False).encode())
             except (TypeError, ValueError, RecursionError) as error:
-                raise ActiveDPOError(f"item {item.id!r}: an extra column is no JSON value: "
+                check_json_columns(item.extra, f"item {item.id!r}")
+                raise ActiveDPOError(f"item {item.id!r}: no JSON value: "
                                      f"{_first_line(error)}") from error
         write_atomic(path, b"\n".join(lines) + b"\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, prompts and responses in pool order, without extra columns."""
+        """SHA-256 (hex) over ids, prompts and responses in pool order.
+
+        Of the other columns, `chat_template_kwargs` alone is part of it, where it decides tokens.
+        """
         digest = hashlib.sha256()
         for item in self._items:
-            digest.update(canonical_json([item.id, item.prompt, item.responses]) + b"\n")
+            own = own_template_kwargs(item.extra) if self.is_chat else None
+            parts = [item.id, item.prompt, item.responses, *([] if own is None else [own])]
+            digest.update(canonical_json(parts) + b"\n")
         return digest.hexdigest()
 
     # -- items, rows and pairs -------------------------------------------------------------------
@@ -296,6 +311,7 @@ def check_prompts(prompts: Sequence[Any]) -> None:
         place = f"prompt {n}"
         _check_id(prompt.id, place)
         check_text(prompt.prompt, "the prompt", place)
+        check_columns(prompt.extra, place, chat=not isinstance(prompt.prompt, str), prompts=True)
         _check_same_kind(prompt.prompt, place, prompts[0].prompt, "prompt 1")
         if prompt.id in places:
             raise ActiveDPOError(f"{place}: id {prompt.id!r} is already that of "
@@ -371,6 +387,7 @@ def _check_item(item: PoolItem, place: str) -> None:
     for name in item.extra:
         if not isinstance(name, str) or name in _COLUMNS:
             raise ActiveDPOError(f"{place}: {name!r} cannot be the name of an extra column")
+    check_columns(item.extra, place, chat=not isinstance(item.prompt, str))
 
 
 def _check_id(id: Any, place: str) -> None:
@@ -410,11 +427,6 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                                  f"{error.colno}") from error
         except (RecursionError, ValueError) as error:
             raise ActiveDPOError(f"{place}: broken JSON: {_first_line(error)}") from error
-
-
-def _absent(value: Any) -> bool:
-    # pandas writes a missing string as NaN
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _reason(error: OSError) -> str:

@@ -12,9 +12,11 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast.columns import check_json_columns
 from activedpo_fast.data import PoolItem, PreferencePool, Text, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
+from activedpo_fast.template import check_template_kwargs, template_kwargs
 from activedpo_fast.tokenization import check_tokenizer, encode_chat
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ def generate_responses(model: PreTrainedModel | PeftModel,
     Args:
         prompts: `Prompt`s, or a `PreferencePool`. Their ids and extra columns pass to the result.
         batch_size: sequences generated at once.
+        chat_template_kwargs: passed to the chat template, as by `tokenize_pool`; give those that
+            the selector has. Those in a prompt's own column of this name go before them.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
@@ -63,6 +67,8 @@ def generate_responses(model: PreTrainedModel | PeftModel,
             with `max_new_tokens` exceeds the model's positions, or no prompt with enough responses.
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
+    for n, prompt in enumerate(prompts, start=1):
+        check_json_columns(prompt.extra, f"prompt {n}")  # a pool that is made is one to be written
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
 
@@ -148,9 +154,10 @@ class _Generator:
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
                  prompts: Sequence[PromptLike], max_new_tokens: int, batch_size: int,
-                 template_kwargs: Mapping[str, Any]) -> None:
+                 common: Mapping[str, Any]) -> None:
         _check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         check_prompts(prompts)
+        check_template_kwargs(common)
         self.chat = not isinstance(prompts[0].prompt, str)
         check_tokenizer(tokenizer, chat=self.chat)
         self.model = cast(Any, model)
@@ -164,7 +171,8 @@ class _Generator:
         self.eos_ids = _eos_ids(self.owner, tokenizer)
         if self.chat:
             self.prompt_ids = [encode_chat(tokenizer, list(prompt.prompt), prompt.id,
-                                           add_generation_prompt=True, **template_kwargs)
+                                           add_generation_prompt=True,
+                                           **template_kwargs(prompt.extra, common))
                                for prompt in prompts]
         else:
             self.prompt_ids = self._encode_plain([str(prompt.prompt) for prompt in prompts])

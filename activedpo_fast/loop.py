@@ -21,6 +21,7 @@ from peft import PeftModel, load_peft_weights
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import write_atomic
+from activedpo_fast.columns import check_json_columns
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.generation import generate_responses
@@ -31,6 +32,7 @@ from activedpo_fast.selection.result import Selection, read_labels
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.template import one_setting, own_template_kwargs
 from activedpo_fast.trl import adapter_state, load_adapter_state, selector_settings, train_dpo
 
 if TYPE_CHECKING:
@@ -87,6 +89,9 @@ class ActiveDPOLoop:
             also refuses what selection cannot follow); ref_model is the loop's.
         batch_size: pairs labelled a round (B).
         n_responses, generation: for `generate_responses`.
+        chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
+            training. They may also be in `selector_options` or `generation`, if all that are given
+            agree.
         rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are
             those of `prompts`. Prompts to exclude get no responses. A round that the rules leave no
             pair, or none that reaches `min_score`, ends the run with an error.
@@ -122,6 +127,7 @@ class ActiveDPOLoop:
         prompts_per_round: int = 1000,
         n_responses: int = 3,
         generation: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         rules: PickRules | None = None,
         train_on: Literal["all", "newest"] = "all",
         start_from: Literal["initial", "current"] = "initial",
@@ -140,6 +146,8 @@ class ActiveDPOLoop:
             if choice not in known:
                 raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
         check_prompts(prompts)
+        for n, prompt in enumerate(prompts, start=1):
+            check_json_columns(prompt.extra, f"prompt {n}")
         excluded: set[str] = set()
         if rules is not None:
             rules.check(prompts)
@@ -169,8 +177,14 @@ class ActiveDPOLoop:
         if "ref_model" in options:
             raise ActiveDPOError("selector_options: 'ref_model' is what the loop trains against; "
                                  "set reference instead")
+        self.chat_template_kwargs = one_setting({
+            "chat_template_kwargs": chat_template_kwargs,
+            "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
+            "generation.chat_template_kwargs": self.generation.pop("chat_template_kwargs", None),
+        })
         self.selector = ActiveDPOSelector(
-            model, processing_class=processing_class, strategy=strategy, **options)
+            model, processing_class=processing_class, strategy=strategy,
+            chat_template_kwargs=self.chat_template_kwargs, **options)
         if ((reference, start_from) == ("round", "current")
                 and "ref_logps" in STRATEGIES[strategy].requires):
             logger.warning("strategy %r compares the policy with the reference, which are the same "
@@ -179,10 +193,11 @@ class ActiveDPOLoop:
         self._settings = _plain({
             "model": getattr(model.get_base_model().config, "_name_or_path", ""),
             "strategy": strategy,
+            "chat_template_kwargs": self.chat_template_kwargs,
             "selector_options": options,
             "batch_size": batch_size,
             "prompts_per_round": prompts_per_round,
-            "prompts": _digest([[p.id, p.prompt] for p in self.prompts]),
+            "prompts": _digest([_identity(p) for p in self.prompts]),
             "generation": self.generation,
             "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
             "train_on": train_on,
@@ -241,6 +256,7 @@ class ActiveDPOLoop:
             seed = int(_digest([self.seed, t])[:12], 16)
             with _timed(folder, "generate"):
                 pool = generate_responses(self.model, self.processing_class, prompts, seed=seed,
+                                          chat_template_kwargs=self.chat_template_kwargs,
                                           show_progress=self.show_progress, **self.generation)
             pool.to_jsonl(path)
         # Read back in any case: an interrupted run then sees what an uninterrupted one does.
@@ -338,6 +354,7 @@ class ActiveDPOLoop:
             raise ActiveDPOError(f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
                                  f"{prompts} prompts with {n_responses} responses have {pairs}")
         options = {name: value for name, value in self.generation.items() if name != "n_responses"}
+        options["chat_template_kwargs"] = self.chat_template_kwargs
         rehearse(self.model, self.processing_class, self._offered, self.selector, self.dpo_args,
                  reference=self.reference, batch_size=self.batch_size, n_responses=n_responses,
                  generation=options)
@@ -382,7 +399,8 @@ def _preferences(
 def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
     lines = []
     for pick, label in zip(picked, labels, strict=True):
-        lines.append(json.dumps({**asdict(pick), "label": label}, ensure_ascii=False) + "\n")
+        given = {name: value for name, value in asdict(pick).items() if value is not None}
+        lines.append(json.dumps({**given, "label": label}, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines))
 
 
@@ -424,6 +442,12 @@ def _read_json(path: Path) -> Any:
 
 def _write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _identity(prompt: Prompt) -> list[Any]:
+    """What the tokens of a prompt depend on, and its id."""
+    own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
+    return [prompt.id, prompt.prompt, *([] if own is None else [own])]
 
 
 def _digest(value: Any) -> str:

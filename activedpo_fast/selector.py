@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,15 @@ from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, Signals
 from activedpo_fast.selection.strategies import Strategy, make_strategy
+from activedpo_fast.template import check_template_kwargs, own_template_kwargs, template_kwargs
 from activedpo_fast.tokenization import (
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION_MODE,
     TokenizedPool,
     tokenize_pool,
 )
+
+logger = logging.getLogger(__name__)
 
 Labelled = Selection | Sequence[Selection]
 
@@ -60,6 +64,9 @@ class ActiveDPOSelector:
         lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
         max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; give those that you
             train with (`activedpo_fast.trl.selector_settings` reads them from a DPOConfig).
+        chat_template_kwargs: passed to the chat template, as by `tokenize_pool`. Picks remember
+            them, and `Selection.to_dataset` gives them to the trainer; give `generate_responses`
+            the same.
         ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus): a
             model, the name of an adapter of `model`, or the weights of its adapter as
             `activedpo_fast.trl.adapter_state` gives them. Default: the adapter "ref" of a PEFT
@@ -105,6 +112,7 @@ class ActiveDPOSelector:
         if preset is not None:
             defaults.update(find_preset(preset).selection)
         check_ref_model(model, ref_model)
+        check_template_kwargs(chat_template_kwargs)
         self.model = model
         self.processing_class = processing_class
         self.strategy = defaults["strategy"] if strategy is None else strategy
@@ -157,8 +165,10 @@ class ActiveDPOSelector:
             pool: prompts with two or more responses each.
             n: how many pairs.
             labelled: what has been labelled before, one earlier `Selection` or several. Their
-                features are taken anew at the model's current weights and enter V; a pair of
-                `pool` that is among them (same id, prompt and responses) is no candidate.
+                features are taken anew at the model's current weights and enter V, with the
+                selector's own `chat_template_kwargs` (a line of the log says so where the picks
+                have others); a pair of `pool` that is among them (same id, prompt and responses)
+                is no candidate.
             rules: what the picks have to observe besides. There may then be fewer than n, which
                 the log says.
             group: the processes that select together: pass `torch.distributed.group.WORLD` under
@@ -182,7 +192,10 @@ class ActiveDPOSelector:
         """
         started = time.perf_counter()
         history = [pick for selection in _as_list(labelled) for pick in selection]
+        common = self._tokenization["chat_template_kwargs"]
         shares = Shares(group)
+        if shares.rank == 0:
+            _tell_of_other_arguments(history, common)
         strategy = self._make_strategy(pool.fingerprint())
         if group is not None:
             self._require_same(shares, pool, n, history, rules, strategy)
@@ -198,7 +211,7 @@ class ActiveDPOSelector:
             warn_if_fewer(len(ranking.indices), n, eligible)
         total = time.perf_counter() - started
         self.last_timings = {"features": signals.seconds, "select": total - signals.seconds}
-        return make_selection(pool, signals.candidates, ranking, strategy.name)
+        return make_selection(pool, signals.candidates, ranking, strategy.name, common)
 
     def tokenize(self, pool: PreferencePool, *, show_progress: bool | None = None) -> TokenizedPool:
         """The tokens that features are taken of; the same as DPOTrainer trains on."""
@@ -226,7 +239,8 @@ class ActiveDPOSelector:
             {
                 "pool": pool_text(pool, rules),
                 "n": repr(n),
-                "labelled": repr([(pick.id, pick.prompt, pick.responses) for pick in history]),
+                "labelled": repr([(pick.id, pick.prompt, pick.responses,
+                                   pick.item_chat_template_kwargs) for pick in history]),
                 "rules": repr(rules),
                 "strategy": repr((strategy.name, sorted(options.items()))),
                 "sketch": repr(extractor.sketch),
@@ -411,17 +425,23 @@ def split_history(
 
 
 def make_selection(
-    pool: PreferencePool, pairs: torch.Tensor, ranking: Any, strategy: str
+    pool: PreferencePool, pairs: torch.Tensor, ranking: Any, strategy: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Selection:
-    """The picks that a strategy's ranking of candidate `pairs` stands for."""
+    """The picks that a strategy's ranking of candidate `pairs` stands for.
+
+    `chat_template_kwargs` are those that the whole pool was tokenized with.
+    """
     picks = []
     for rank, (index, score) in enumerate(
         zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)
     ):
         (position, first), (_, second) = (pool.locate(row) for row in pairs[index].tolist())
         item = pool[position]
+        arguments = template_kwargs(item.extra, chat_template_kwargs) if pool.is_chat else None
+        own = own_template_kwargs(item.extra) if pool.is_chat else None
         picks.append(Pick(item.id, (first, second), score, rank, item.prompt,
-                          (item.responses[first], item.responses[second])))
+                          (item.responses[first], item.responses[second]), arguments or None, own))
     return Selection(tuple(picks), strategy)
 
 
@@ -430,6 +450,21 @@ def _rows_of(item: PoolItem, pick: Pick, offset: int) -> list[int] | None:
         return None
     rows = [offset + item.responses.index(r) for r in pick.responses if r in item.responses]
     return rows if len(rows) == 2 else None
+
+
+def _tell_of_other_arguments(
+    history: Sequence[Pick], common: Mapping[str, Any] | None
+) -> None:
+    """Log how many labelled chat pairs were picked with other arguments of the template."""
+    other = sum(
+        (pick.chat_template_kwargs or {}) != {**(common or {}),
+                                              **(pick.item_chat_template_kwargs or {})}
+        for pick in history if not isinstance(pick.prompt, str)
+    )
+    if other:
+        logger.warning("%d of %d labelled pairs were picked with other chat_template_kwargs: their "
+                       "features are taken with the selector's; their to_dataset keeps the others",
+                       other, len(history))
 
 
 def _norm(model: PreTrainedModel | PeftModel) -> float:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.template import check_template_kwargs, template_kwargs
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,8 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     Args:
         max_length: longest sequence in tokens, ≥ 2; None for no limit. TRL's default is 1024.
         truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there).
-        chat_template_kwargs: passed to the chat template, as a column of this name in the data set
-            is by TRL; the same for all items.
+        chat_template_kwargs: passed to the chat template. Those in an item's own column of this
+            name go before them, as TRL passes that column. Plain text has no use for either.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
@@ -121,9 +122,13 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
         raise ActiveDPOError(f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor "
                              "'keep_end'")
     check_tokenizer(processing_class, chat=pool.is_chat)
+    check_template_kwargs(chat_template_kwargs)
     if pool.is_chat:
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
+        if chat_template_kwargs:
+            logger.warning("chat_template_kwargs have no effect: the texts are plain, not chat "
+                           "messages")
         encoded = _encode_plain(pool, processing_class)
 
     sequences: list[TokenizedResponse] = []
@@ -210,20 +215,12 @@ def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _
 
 
 def _encode_chat(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase,
-                 template_kwargs: dict[str, Any]) -> _Encoded:
-    reserved = {"add_generation_prompt", "tokenize", "return_dict"} & template_kwargs.keys()
-    if reserved:
-        raise ActiveDPOError(f"chat_template_kwargs: {min(reserved)!r} is set by the library")
+                 common: dict[str, Any]) -> _Encoded:
     for item in pool:
-        for column in ("tools", "chat_template_kwargs"):
-            if item.extra.get(column) is not None:
-                # DPOTrainer would read them; to leave them out silently would change the tokens.
-                raise ActiveDPOError(f"item {item.id!r}: the column {column!r} is not supported; "
-                                     "pass chat_template_kwargs for all items instead")
         messages = list(item.prompt)
-        prompt = encode_chat(tokenizer, messages, item.id, add_generation_prompt=True,
-                             **template_kwargs)
-        yield prompt, [encode_chat(tokenizer, [*messages, *response], item.id, **template_kwargs)
+        arguments = template_kwargs(item.extra, common)
+        prompt = encode_chat(tokenizer, messages, item.id, add_generation_prompt=True, **arguments)
+        yield prompt, [encode_chat(tokenizer, [*messages, *response], item.id, **arguments)
                        for response in item.responses]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import Pick, Selection, read_picks
+from activedpo_fast.selection.result import Pick, Selection, read_picks, template_fields
 
 SKIP = "skip"
 
@@ -49,7 +49,8 @@ class FileOracle:
         to_label, labels = self.paths(selection)
         source = labels if labels.exists() else to_label
         if not source.exists():
-            write_atomic(to_label, "".join(_line(pick) for pick in selection))
+            write_atomic(to_label, "".join(_line(pick, **template_fields(pick))
+                                           for pick in selection))
             raise LabelsPending(_what_to_do(len(selection), len(selection), to_label))
         found = _read(source, selection)
         missing = sum(value is None for value in found)
@@ -66,9 +67,9 @@ class FileOracle:
         return (self._path / f"to_label-{digest}.jsonl", self._path / f"labels-{digest}.jsonl")
 
 
-def _line(pick: Pick) -> str:
+def _line(pick: Pick, **more: Any) -> str:
     record = {"id": pick.id, "pair": list(pick.pair), "score": pick.score, "rank": pick.rank,
-              "prompt": pick.prompt, "responses": list(pick.responses), "label": None}
+              "prompt": pick.prompt, "responses": list(pick.responses), **more, "label": None}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

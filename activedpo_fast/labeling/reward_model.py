@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from activedpo_fast.data import Text
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labeling.reward import RewardOracle
+from activedpo_fast.template import check_template_kwargs
 
 
 class RewardModelOracle(RewardOracle):
@@ -25,6 +26,8 @@ class RewardModelOracle(RewardOracle):
         model: with one output (`num_labels=1`); it stays where it is and is run in eval mode.
         temperature, seed: as in `RewardOracle`.
         batch_size: responses scored at once.
+        chat_template_kwargs: passed to the reward model's own chat template; those of the policy
+            are not for it.
         max_length: longest input in tokens, the rest is cut as the tokenizer does; None: no limit.
 
     Raises:
@@ -41,6 +44,7 @@ class RewardModelOracle(RewardOracle):
         seed: int = 0,
         batch_size: int = 16,
         max_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
         if model.config.num_labels != 1:
@@ -57,12 +61,17 @@ class RewardModelOracle(RewardOracle):
             )
         if batch_size < 1:
             raise ActiveDPOError(f"batch_size: {batch_size} is below 1")
+        check_template_kwargs(chat_template_kwargs)
+        if chat_template_kwargs and not tokenizer.chat_template:
+            raise ActiveDPOError("chat_template_kwargs: the reward model's tokenizer has no chat "
+                                 "template to pass them to")
         super().__init__(self._score, temperature=temperature, seed=seed)
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._limit: dict[str, Any] = {"truncation": max_length is not None,
                                        "max_length": max_length}
+        self._template_kwargs = dict(chat_template_kwargs or {})
         self._show_progress = show_progress
 
     def _score(
@@ -94,7 +103,8 @@ class RewardModelOracle(RewardOracle):
     def _encode(self, prompt: Text, response: Text) -> Any:
         if self._tokenizer.chat_template:
             messages = [*_messages(prompt, "user"), *_messages(response, "assistant")]
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False,
+                                                       **self._template_kwargs)
             return self._tokenizer(text, add_special_tokens=False, **self._limit)
         if not (isinstance(prompt, str) and isinstance(response, str)):
             raise ActiveDPOError("the reward model's tokenizer has no chat template, which chat "

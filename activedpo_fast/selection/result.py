@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, overload
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PoolItem, PreferencePool, Text
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.template import COLUMN, check_template_kwargs
 
 if TYPE_CHECKING:
     import datasets
 
 _FIELDS = ("id", "pair", "score", "rank", "prompt", "responses")
+_TEMPLATE_FIELDS = ("chat_template_kwargs", "item_chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Pick:
         rank: 0 for the first pick.
         prompt: the item's prompt.
         responses: the two responses, in the order of `pair`.
+        chat_template_kwargs: arguments of the chat template that the pair was scored with; None for
+            none.
+        item_chat_template_kwargs: those among them that the item has in a column of its own.
     """
 
     id: str
@@ -40,6 +45,8 @@ class Pick:
     rank: int
     prompt: Text
     responses: tuple[Text, Text]
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+    item_chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Selection(Sequence[Pick]):
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write one line a pick: id, pair, score, rank, prompt, responses. Whole or not at all.
 
+        Picks that have them also get `chat_template_kwargs` and `item_chat_template_kwargs`.
         People add `"label"` to a line: 0 or 1, the position in `responses` of the one that they
         prefer, or null for no preference. `read_labels` reads the file back.
 
@@ -78,7 +86,8 @@ class Selection(Sequence[Pick]):
             if not math.isfinite(pick.score):
                 raise ActiveDPOError(f"pick {pick.rank} (id {pick.id!r}): score is {pick.score}")
             record = {"id": pick.id, "pair": list(pick.pair), "score": pick.score,
-                      "rank": pick.rank, "prompt": pick.prompt, "responses": list(pick.responses)}
+                      "rank": pick.rank, "prompt": pick.prompt, "responses": list(pick.responses),
+                      **template_fields(pick)}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         write_atomic(path, "".join(lines))
 
@@ -97,6 +106,9 @@ class Selection(Sequence[Pick]):
     def to_dataset(self, labels: Sequence[int | None]) -> datasets.Dataset:
         """The labelled pairs as `trl.DPOTrainer` reads them: id, prompt, chosen, rejected.
 
+        Where picks have arguments of the chat template there is also `chat_template_kwargs`, so
+        that the trainer's tokens are those that were scored.
+
         Args:
             labels: one a pick; 0 or 1, the position in `pick.responses` of the preferred response,
                 or None for no preference: that pick is left out.
@@ -110,6 +122,7 @@ class Selection(Sequence[Pick]):
         if len(labels) != len(self.picks):
             raise ActiveDPOError(f"{len(labels)} labels for {len(self.picks)} picks")
         columns: dict[str, list[Any]] = {"id": [], "prompt": [], "chosen": [], "rejected": []}
+        arguments: list[dict[str, Any]] = []
         for position, (pick, label) in enumerate(zip(self.picks, labels, strict=True)):
             preferred = check_label(label, f"label {position} (id {pick.id!r})")
             if isinstance(pick.prompt, str) != isinstance(self.picks[0].prompt, str):
@@ -121,10 +134,17 @@ class Selection(Sequence[Pick]):
                 columns["prompt"].append(pick.prompt)
                 columns["chosen"].append(pick.responses[preferred])
                 columns["rejected"].append(pick.responses[1 - preferred])
+                arguments.append(pick.chat_template_kwargs or {})
+        if any(arguments):
+            columns[COLUMN] = arguments
         features = None
         if not columns["id"]:  # nothing to infer the column types from
             string = datasets.Value("string")
             features = datasets.Features({name: string for name in columns})
+        elif as_json := _json_features(columns):
+            rest = {name: values for name, values in columns.items() if name not in as_json}
+            types = {**datasets.Dataset.from_dict(rest).features, **as_json}
+            features = datasets.Features({name: types[name] for name in columns})
         return datasets.Dataset.from_dict(columns, features=features)
 
     def as_pool(self) -> PreferencePool:
@@ -135,7 +155,8 @@ class Selection(Sequence[Pick]):
         """
         return PreferencePool(
             PoolItem(id=f"{pick.id}#{position}", prompt=pick.prompt, responses=pick.responses,
-                     extra={})
+                     extra={COLUMN: pick.item_chat_template_kwargs}
+                     if pick.item_chat_template_kwargs else {})
             for position, pick in enumerate(self.picks)
         )
 
@@ -219,8 +240,35 @@ def _parse_pick(record: Any, place: str) -> Pick:
         raise ActiveDPOError(
             f"{place}: 'responses' must be two texts of the prompt's kind (string or messages)"
         )
+    for name in _TEMPLATE_FIELDS:
+        check_template_kwargs(record.get(name), f"{place}: {name!r}")
     return Pick(record["id"], (pair[0], pair[1]), float(score), record["rank"], prompt,
-                (responses[0], responses[1]))
+                (responses[0], responses[1]), *map(record.get, _TEMPLATE_FIELDS))
+
+
+def template_fields(pick: Pick) -> dict[str, Any]:
+    """What a line of JSONL says about the pick's chat template; empty where there is nothing."""
+    values = {name: getattr(pick, name) for name in _TEMPLATE_FIELDS}
+    return {name: value for name, value in values.items() if value}
+
+
+def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """Types for the columns whose objects have unlike keys.
+
+    As a table of Arrow, each object would have all keys, those that it lacks as null, which a
+    template can tell from a key that is not there.
+    """
+    import datasets
+
+    found: dict[str, Any] = {}
+    for name in ("prompt", "chosen", "rejected"):
+        keys = {frozenset(message) for text in columns[name] if not isinstance(text, str)
+                for message in text}
+        if len(keys) > 1:
+            found[name] = datasets.List(datasets.Json())
+    if COLUMN in columns:
+        found[COLUMN] = datasets.Json()
+    return found
 
 
 def _is_count(value: Any) -> bool:

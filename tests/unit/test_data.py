@@ -188,7 +188,7 @@ def test_to_jsonl_is_whole_or_not_at_all(tmp_path: Path) -> None:
     PreferencePool([PoolItem("a", "p", ("x", "y"))]).to_jsonl(path)
     before = path.read_bytes()
     bad = PreferencePool([PoolItem("b", "p", ("x", "y"), {"blob": b"1"})])
-    with pytest.raises(ActiveDPOError, match="item 'b': an extra column is no JSON value"):
+    with pytest.raises(ActiveDPOError, match="item 'b': the column 'blob' is no JSON value"):
         bad.to_jsonl(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["pool.jsonl"]

@@ -148,7 +148,6 @@ def test_bad_input() -> None:
     refusing.chat_template = "{{ raise_exception('roles must\n alternate') }}"
     deaf = tiny_tokenizer(chat=True)
     deaf.chat_template = "{{ messages[0]['content'] }}"
-    with_tools = PreferencePool([PoolItem("i0", chat[0].prompt, chat[0].responses, {"tools": []})])
     chatty = tiny_tokenizer(chat=True)
     cases: list[tuple[PreferencePool, Any, dict[str, Any], str]] = [
         (plain, no_eos, {}, "no EOS token"),
@@ -157,8 +156,8 @@ def test_bad_input() -> None:
         (plain, _Processor(), {}, "_Processor is a processor"),
         (chat, refusing, {}, "item 'i0': the chat template failed: roles must alternate"),
         (chat, deaf, {}, "item 'i0': response 1 adds no token"),
-        (with_tools, chatty, {}, "item 'i0': the column 'tools' is not supported"),
         (chat, chatty, dict(chat_template_kwargs={"tokenize": False}), "'tokenize' is set by"),
+        (chat, chatty, dict(chat_template_kwargs=["x"]), "chat_template_kwargs: expected an obj"),
         (plain, tiny_tokenizer(), dict(max_length=1), "max_length: 1 leaves no token"),
         (plain, tiny_tokenizer(), dict(truncation_mode="middle"), "truncation_mode: 'middle'"),
     ]

@@ -1,0 +1,80 @@
+"""Arguments of the chat template: one setting for generating, selecting and training.
+
+TRL reads them per row, from the column `chat_template_kwargs`. Here a setting holds for all rows,
+and a row's own column goes before it, key by key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from activedpo_fast.errors import ActiveDPOError
+
+COLUMN = "chat_template_kwargs"
+
+# Arguments of `apply_chat_template` itself, which decide what form the tokens come in.
+_RESERVED = frozenset({
+    "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict",
+    "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
+})
+
+
+def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
+    """Raise ActiveDPOError, naming `place`, unless this is an object of JSON values, or None."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ActiveDPOError(f"{place}: expected an object with the template's arguments by name, "
+                             f"got {value!r}")
+    reserved = _RESERVED & value.keys()
+    if reserved:
+        raise ActiveDPOError(f"{place}: {min(reserved)!r} is set by the library")
+    for key, argument in value.items():
+        try:
+            json.dumps(argument).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise ActiveDPOError(f"{place}: {key!r} is no JSON value, which it has to be to go "
+                                 "into the training data") from None
+
+
+def parse_template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """The value of `--chat-template-kwargs`."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ActiveDPOError(f"--chat-template-kwargs: not JSON ({error}): {text!r}") from None
+    check_template_kwargs(value, "--chat-template-kwargs")
+    return value or None
+
+
+def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments in a row's own column; None where it has none."""
+    own = extra.get(COLUMN)
+    return dict(own) if isinstance(own, Mapping) and own else None
+
+
+def template_kwargs(
+    extra: Mapping[str, Any], common: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The arguments for a row with chat messages: its own, and those of `common` beside them."""
+    return {**(common or {}), **(own_template_kwargs(extra) or {})}
+
+
+def one_setting(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments that all places in `given` (by their names) agree on; None counts as not given.
+
+    Raises:
+        ActiveDPOError: two places differ, or one has no such arguments.
+    """
+    found = [(place, value) for place, value in given.items() if value is not None]
+    for place, value in found:
+        check_template_kwargs(value, place)
+        if value != found[0][1]:
+            raise ActiveDPOError(f"{place} and {found[0][0]} differ ({value!r}, {found[0][1]!r}): "
+                                 "generating, selecting and training have one setting; give it "
+                                 "once, as chat_template_kwargs")
+    return dict(found[0][1]) or None if found else None
