@@ -16,18 +16,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from peft import PeftModel, load_peft_weights
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.fingerprints import is_untrained, policy_settings
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
+from activedpo_fast.processes import require_one_process
 from activedpo_fast.selection.result import Selection, read_labels
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.trl import load_adapter_state, selector_settings, train_dpo
+from activedpo_fast.trl import adapter_state, load_adapter_state, selector_settings, train_dpo
 
 if TYPE_CHECKING:
     from trl import DPOConfig
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 START = -1
+_FORMAT = 2  # of config.json; 1, which is not said in it, did not tell model and tokenizer
+# Settings whose entries come from a library: those that only one of two versions has do not count.
+_OF_A_LIBRARY = (("lora",), ("base", "config"))
 
 
 @dataclass
@@ -64,6 +70,9 @@ class ActiveDPOLoop:
     `run` continues at the first stage that is not complete, with the results of a run that was
     never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
     adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised.
+    The base model (weights, dtype, config, EOS ids), the LoRA configuration and the tokenizer have
+    to be those that the run began with, and so has the adapter: its weights are those of `start/`
+    or of a round, or, as those of `start/`, fresh. Each adapter on disk has the tokenizer beside it.
 
     Args:
         model: a PEFT model, adapter "default". Its weights are the policy's start.
@@ -86,10 +95,13 @@ class ActiveDPOLoop:
             training starts from). *The paper does not state it.*
         evaluate: metrics of the model, taken before the first round and after each.
         seed: of the order of prompts and, with the round's number, of the responses.
+        extra_settings: JSON values that the run depends on and the loop cannot see, those of the
+            oracle, say; they are compared with the other settings when a run is resumed.
 
     Raises:
         ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
-            settings (naming the first that differs), and errors of the stages.
+            settings, or with another model, adapter or tokenizer (naming the first difference),
+            where a launcher has started several processes, and errors of the stages.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class ActiveDPOLoop:
         reference: Literal["initial", "round"] = "initial",
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
         seed: int = 0,
+        extra_settings: Mapping[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("rounds", rounds),
@@ -170,13 +183,17 @@ class ActiveDPOLoop:
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
                     if name not in ("output_dir", "logging_dir", "run_name")},
         })
+        self._extra_settings = _plain(dict(extra_settings or {}))
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; the records of the start and of all rounds."""
-        self._check_settings()
+        require_one_process("ActiveDPOLoop.run")
         start = self.output_dir / "start"
-        if not (start / "adapter").exists():
-            _save_adapter(self.model, start / "adapter")
+        self._check_settings()
+        if (start / "adapter").exists():
+            self._check_adapter(start)
+        else:
+            _save_adapter(self.model, self.processing_class, start / "adapter")
         self._initial = load_peft_weights(str(start / "adapter"), device="cpu")
         self._load(start)
         records = [self._record(start, START, 0)]
@@ -248,11 +265,15 @@ class ActiveDPOLoop:
             load_adapter_state(self.model, self._initial)
         else:
             self._load(before)
-        with _timed(folder, "train"):
-            train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
-                      reference=self.reference, initial_adapter=self._initial,
-                      show_progress=self.show_progress)
-        _save_adapter(self.model, folder / "adapter")
+        try:
+            with _timed(folder, "train"):
+                train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
+                          reference=self.reference, initial_adapter=self._initial,
+                          show_progress=self.show_progress)
+        except BaseException:
+            self._load(before)  # not half trained: `run` may be called again with this model
+            raise
+        _save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
         path = folder / "record.json"
@@ -275,15 +296,50 @@ class ActiveDPOLoop:
         load_adapter_state(self.model, weights)
 
     def _check_settings(self) -> None:
+        """Compare what the run depends on with what is on disk, or put it there."""
         path = self.output_dir / "config.json"
-        if path.exists():
-            name = _first_difference(_read_json(path)["settings"], self._settings)
-            if name is not None:
-                raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: {name} "
-                                     "differs; use another output_dir, or the same settings")
-        else:
-            versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-            _write_json(path, {"settings": self._settings, "versions": versions})
+        if "strftime_now" in str(self.processing_class.chat_template):
+            logger.warning("the chat template uses the current date: rounds of other days have "
+                           "other prompts")
+        settings = {**self._settings, **policy_settings(self.model, self.processing_class),
+                    "extra_settings": self._extra_settings}
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+        if not path.exists():
+            _write_json(path, {"format": _FORMAT, "settings": settings, "versions": versions})
+            return
+        config = _read_json(path)
+        old = config["settings"]
+        if config.get("format", 1) < _FORMAT:
+            unknown = [name for name in settings if name not in old]
+            settings = {name: settings[name] for name in settings if name in old}
+            logger.warning("%s holds a run that an older version began, which did not write down "
+                           "%s: these are not compared", self.output_dir, ", ".join(unknown))
+        name = _first_difference(*_of_both(old, settings))
+        if name is not None:
+            raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: {name} "
+                                 "differs; use another output_dir, or the same settings")
+        for name, now in versions.items():
+            if (before := config["versions"].get(name)) != now:
+                logger.warning("%s was begun with %s %s, this is %s: results may differ a little",
+                               self.output_dir, name, before, now)
+
+    def _check_adapter(self, start: Path) -> None:
+        """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
+        own = adapter_state(self.model)
+        rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
+        for folder in (start / "adapter", *rounds):
+            found = load_peft_weights(str(folder), device="cpu")
+            if found.keys() == own.keys() and all(
+                torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
+            ):
+                return
+            if folder.parent == start and is_untrained(found) and is_untrained(own):
+                logger.info("going on from the fresh adapter in %s, not from the one in memory",
+                            folder)
+                return
+        raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
+                             f"differs from {start / 'adapter'}, which the run began with; use "
+                             "another output_dir, or the same adapter")
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:
@@ -329,13 +385,17 @@ def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -
     write_atomic(path, "".join(lines))
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    """`save_pretrained` into a temporary folder that is then renamed."""
+def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained` of both into a temporary folder that is then renamed.
+
+    Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
         model.save_pretrained(str(temporary), selected_adapters=["default"],
                               save_embedding_layers=False)
+        tokenizer.save_pretrained(str(temporary))
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
@@ -376,6 +436,20 @@ def _digest(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """`value` as JSON gives it back; objects (a reference model, say) by the name of their type."""
     return json.loads(json.dumps(value, default=lambda other: type(other).__name__))
+
+
+def _of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies of two settings, of what `_OF_A_LIBRARY` names only the entries that both have."""
+    copies = json.loads(json.dumps([old, new]))
+    for keys in _OF_A_LIBRARY:
+        a, b = copies
+        for key in keys:
+            a, b = ((side or {}).get(key) for side in (a, b))
+        if a is not None and b is not None:
+            for name in a.keys() ^ b.keys():
+                a.pop(name, None)
+                b.pop(name, None)
+    return copies[0], copies[1]
 
 
 def _first_difference(old: Any, new: Any, name: str = "") -> str | None:
