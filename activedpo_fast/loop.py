@@ -71,8 +71,9 @@ class ActiveDPOLoop:
     never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
     adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised.
     The base model (weights, dtype, config, EOS ids), the LoRA configuration and the tokenizer have
-    to be those that the run began with, and so has the adapter: its weights are those of `start/`
-    or of a round, or, as those of `start/`, fresh. Each adapter on disk has the tokenizer beside it.
+    to be those that the run began with. The adapter has to have the weights of `start/` or of a
+    round; it may also be fresh (B = 0), if that of `start/` is. Every adapter that is written has
+    the tokenizer beside it.
 
     Args:
         model: a PEFT model, adapter "default". Its weights are the policy's start.

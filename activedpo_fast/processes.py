@@ -20,8 +20,8 @@ def require_one_process(what: str) -> None:
     found = next(((name, size) for name in _SIZES
                   if (size := os.environ.get(name, "").strip()) not in ("", "0", "1")), None)
     if found is None and dist.is_available() and dist.is_initialized():
-        size = dist.get_world_size()
-        found = ("the number of torch.distributed processes", str(size)) if size > 1 else None
+        count = dist.get_world_size()
+        found = ("the size of torch.distributed's group", str(count)) if count > 1 else None
     if found is not None:
         name, size = found
         raise ActiveDPOError(f"{name} is {size}: {what} works in one process only, several would "

@@ -47,8 +47,8 @@ class FeatureStore:
     `manifest.json` holds the settings, a hash of all tokens once the first rows are taken, and is
     what makes a folder a store; `pool.jsonl` is the pool; `tokens.safetensors` has a hash of each
     item's tokens, int64 [P]; `rows-*.safetensors` are shards with `rows` (int64), `gradients` (in
-    the store's dtype) and `logps`. Every file is renamed into place when whole, so a killed run leaves a store that can be
-    continued.
+    the store's dtype) and `logps`. Every file is renamed into place when whole, so a killed run
+    leaves a store that can be continued.
 
     Attributes:
         columns_taken: the pool's columns that `create` has brought up to date.
@@ -272,7 +272,7 @@ class FeatureStore:
 
     def _take_columns(self, pool: PreferencePool) -> None:
         """Write the pool's columns, where they are not those in the store."""
-        changed: dict[str, None] = {}
+        changed: set[str] = set()
         for old, new in zip(self.pool(), pool, strict=True):
             for name in {**new.extra, **old.extra}:
                 # A table says null where a line of JSON says nothing.
@@ -282,11 +282,10 @@ class FeatureStore:
                     raise ActiveDPOError(
                         f"{self.path} holds the rows of another pool (item {new.id!r} has another "
                         f"{name!r}, which its tokens depend on): choose another path")
-                changed[name] = None
+                changed.add(name)
         if changed:
             pool.to_jsonl(self.path / _POOL)
-            self.columns_taken = list(changed)
-            logger.info("%s: columns brought up to date: %s", self.path, ", ".join(changed))
+            self.columns_taken = sorted(changed)
 
     def _write_tokens(self, tokenized: TokenizedPool) -> None:
         hashes = _token_hashes(tokenized)
