@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from activedpo_fast.errors import ActiveDPOError
+
 _ADAPTER = "default"
 _BLOCKS = 16
 _BLOCK_BYTES = 1 << 14
@@ -35,7 +37,13 @@ def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dic
     """`lora`, `base` and `tokenizer`: settings that a run compares when it is resumed.
 
     The weights of the adapter, which training changes, are not among them.
+
+    Raises:
+        ActiveDPOError: no adapter "default".
     """
+    if _ADAPTER not in model.peft_config:
+        raise ActiveDPOError(f"the model has no adapter called {_ADAPTER!r}, the one that is "
+                             f"trained; it has {', '.join(model.peft_config)}")
     base: Any = model.get_base_model()
     eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     adapter = {name: value for name, value in model.peft_config[_ADAPTER].to_dict().items()
@@ -47,23 +55,23 @@ def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dic
             "dtype": _dtypes(tensor for _, tensor in _frozen(model)),
             "config": _json(_without(base.config.to_dict())),
             "generation_config": {"eos_token_id": eos},
-            "weights": fingerprint_weights(model),
+            "weights": fingerprint_weights(_frozen(model)),
         },
         "tokenizer": tokenizer_settings(tokenizer),
     }
 
 
-def fingerprint_weights(model: PeftModel) -> str:
-    """SHA-256 (128 bits, hex) of the base model: names, shapes, dtypes and values.
+def fingerprint_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 (128 bits, hex) of named tensors: names, shapes, dtypes and values.
 
-    Of every frozen tensor the sum of all its bits, taken as integers, and up to 16 blocks of 16 KiB
-    spread evenly over it. One changed number changes the sum.
+    Of the values the sum of all bits, taken as integers, and up to 16 blocks of 16 KiB spread
+    evenly over each tensor. One changed number changes the sum.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_frozen(model)):
+    for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
         if tensor.device.type != "meta":
-            for part in _samples(tensor):
+            for part in _samples(tensor.detach()):
                 digest.update(part)
     return digest.hexdigest()[:32]
 
@@ -108,7 +116,7 @@ def _frozen(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
         adapter = "lora_" in name or ".modules_to_save." in name
         if isinstance(tensor, torch.Tensor) and not (adapter or tensor.requires_grad):
             plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-            yield plain, tensor.detach()
+            yield plain, tensor
 
 
 def _samples(tensor: torch.Tensor) -> Iterator[bytes]:

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.fingerprints import is_untrained, policy_settings
+from activedpo_fast.features.store import TOKEN_COLUMNS
+from activedpo_fast.fingerprints import fingerprint_weights, is_untrained, policy_settings
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
 from activedpo_fast.processes import require_one_process
@@ -174,7 +175,7 @@ class ActiveDPOLoop:
             "selector_options": options,
             "batch_size": batch_size,
             "prompts_per_round": prompts_per_round,
-            "prompts": _digest([[p.id, p.prompt] for p in self.prompts]),
+            "prompts": _digest([[p.id, p.prompt, *_of_tokens(p)] for p in self.prompts]),
             "generation": self.generation,
             "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
             "train_on": train_on,
@@ -184,6 +185,7 @@ class ActiveDPOLoop:
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
                     if name not in ("output_dir", "logging_dir", "run_name")},
         })
+        self._ref_model = options.get("ref_model")
         self._extra_settings = _plain(dict(extra_settings or {}))
 
     def run(self) -> list[RoundRecord]:
@@ -193,6 +195,9 @@ class ActiveDPOLoop:
         self._check_settings()
         if (start / "adapter").exists():
             self._check_adapter(start)
+        elif any(self.output_dir.glob("round-*/adapter")):
+            raise ActiveDPOError(f"{start / 'adapter'} is gone, from which the rounds of "
+                                 f"{self.output_dir} go on: put it back, or use another output_dir")
         else:
             _save_adapter(self.model, self.processing_class, start / "adapter")
         self._initial = load_peft_weights(str(start / "adapter"), device="cpu")
@@ -302,13 +307,17 @@ class ActiveDPOLoop:
         if "strftime_now" in str(self.processing_class.chat_template):
             logger.warning("the chat template uses the current date: rounds of other days have "
                            "other prompts")
-        settings = {**self._settings, **policy_settings(self.model, self.processing_class),
-                    "extra_settings": self._extra_settings}
+        settings = {**self._settings, **policy_settings(self.model, self.processing_class)}
+        if isinstance(self._ref_model, torch.nn.Module) and self._ref_model is not self.model:
+            settings["ref_model"] = fingerprint_weights(self._ref_model.state_dict().items())
+        settings["extra_settings"] = self._extra_settings
         versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
         if not path.exists():
             _write_json(path, {"format": _FORMAT, "settings": settings, "versions": versions})
             return
         config = _read_json(path)
+        if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+            raise ActiveDPOError(f"{path} has no settings of a run: use another output_dir")
         old = config["settings"]
         if config.get("format", 1) < _FORMAT:
             unknown = [name for name in settings if name not in old]
@@ -320,7 +329,7 @@ class ActiveDPOLoop:
             raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: {name} "
                                  "differs; use another output_dir, or the same settings")
         for name, now in versions.items():
-            if (before := config["versions"].get(name)) != now:
+            if (before := config.get("versions", {}).get(name)) != now:
                 logger.warning("%s was begun with %s %s, this is %s: results may differ a little",
                                self.output_dir, name, before, now)
 
@@ -437,6 +446,13 @@ def _digest(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """`value` as JSON gives it back; objects (a reference model, say) by the name of their type."""
     return json.loads(json.dumps(value, default=lambda other: type(other).__name__))
+
+
+def _of_tokens(prompt: Prompt) -> list[Any]:
+    """The columns of a prompt that its tokens may depend on; mostly none."""
+    found = {name: value for name, value in prompt.extra.items()
+             if name in TOKEN_COLUMNS and value is not None}
+    return [_plain(found)] if found else []
 
 
 def _of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

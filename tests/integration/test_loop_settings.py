@@ -173,6 +173,42 @@ def test_a_fresh_adapter_goes_on_from_the_one_on_disk(
     assert all(torch.equal(start[name], now) for name, now in loop._initial.items())
 
 
+def test_another_reference_model_is_refused(tmp_path: Path) -> None:
+    def run(seed: int) -> None:
+        _loop(tmp_path, _policy(), selector_options={
+            "proj_dim": 32, "verify": False, "ref_model": tiny_causal_lm("llama", seed=seed)}).run()
+
+    run(3)
+    run(3)
+    with pytest.raises(ActiveDPOError, match=r"other settings: ref_model \("):
+        run(4)
+
+
+def test_columns_that_tokens_depend_on_are_settings(tmp_path: Path) -> None:
+    loop = _loop(tmp_path, _policy())
+    plain = loop._settings["prompts"]
+    for extra, same in (({"n": 1}, True), ({"tools": None}, True), ({"tools": ["f"]}, False)):
+        prompts = [Prompt(p.id, p.prompt, extra) for p in TEXTS]
+        other = ActiveDPOLoop(loop.model, loop.processing_class, prompts, loop.oracle,
+                              output_dir=tmp_path, dpo_args=loop.dpo_args)
+        assert (other._settings["prompts"] == plain) is same
+
+
+def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
+    _loop(tmp_path, _policy()).run()
+    (tmp_path / "start").rename(tmp_path / "away")
+    with pytest.raises(ActiveDPOError, match="start/adapter is gone"):
+        _loop(tmp_path, _policy()).run()
+    assert not (tmp_path / "start").exists()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ActiveDPOError, match="has no settings of a run"):
+        _loop(tmp_path, _policy()).run()
+    model = lora(tiny_causal_lm("llama"), "llama", adapter_name="mine")
+    with pytest.raises(ActiveDPOError, match="no adapter called 'default'.* it has mine"):
+        _loop(tmp_path / "other", model).run()
+    assert not (tmp_path / "other").exists()
+
+
 def test_extra_settings_are_settings(tmp_path: Path) -> None:
     _loop(tmp_path, _policy(), extra_settings={"judge": {"name": "a"}}).run()
     with pytest.raises(ActiveDPOError, match=r"extra_settings\.judge\.name \('a', now 'b'\)"):
