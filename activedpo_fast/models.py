@@ -104,6 +104,8 @@ def load_policy(
     words = tokenizer_source(model, adapter, tokenizer, gguf_file)
     loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
     base = _load_base(source, torch_dtype, gguf_file)
+    if adapter is not None:
+        _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more, too
     _check_vocabulary(loaded, words, base, source, gguf_file)
     if adapter is not None:
         policy = _with_adapter(base, Path(adapter))
@@ -384,7 +386,6 @@ def _check_adapter_folder(folder: Path) -> None:
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    _check_embeddings(base, folder)
     try:
         with warnings.catch_warnings():
             # It becomes an error below.

@@ -12,6 +12,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from activedpo_fast.cli import main
 from activedpo_fast.data import Prompt
@@ -288,7 +289,7 @@ def _yaml(folder: Path, **changes: Any) -> list[str]:
     return ["run", str(folder / "run.yaml")]
 
 
-def test_the_adapter_and_the_oracle_that_are_named_are_settings(
+def test_the_adapter_dtype_and_tokenizer_that_are_named_are_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_causal_lm("llama")
@@ -319,3 +320,29 @@ def test_the_adapter_and_the_oracle_that_are_named_are_settings(
         assert len(error) == 1 and f"other settings: {named}" in error[0], error
     # What the rounds leave can be given to the other commands: the tokenizer is beside it.
     assert (tmp_path / "run" / "start" / "adapter" / "tokenizer.json").is_file()
+
+
+def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model", "reward"):
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    tiny_causal_lm("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in TEXTS))
+
+    def run(seed: int = 0, **options: Any) -> int:
+        torch.manual_seed(seed)
+        LlamaForSequenceClassification(LlamaConfig(
+            num_labels=1, vocab_size=384, hidden_size=16, num_hidden_layers=1,
+            num_attention_heads=2, intermediate_size=16,
+            pad_token_id=tiny_tokenizer().pad_token_id)).save_pretrained(tmp_path / "reward")
+        oracle = {"kind": "reward_model", "model": str(tmp_path / "reward"), **options}
+        capsys.readouterr()
+        return main(_yaml(tmp_path, adapter=None, lora={"r": 2, "target_modules": ["q_proj"]},
+                          oracle=oracle))
+
+    assert run() == 0
+    assert run(temperature=1.0, batch_size=3) == 0  # the default, and what changes no label
+    assert run(temperature=0.5) == 2
+    assert "extra_settings.oracle.temperature (1.0, now 0.5)" in capsys.readouterr().err
+    assert run(seed=1) == 2
+    assert "extra_settings.oracle.model (" in capsys.readouterr().err

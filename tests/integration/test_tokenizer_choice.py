@@ -163,6 +163,7 @@ def test_a_resized_adapter_is_told_what_to_do(
     shutil.rmtree(project / "adapter")
     policy = lora(base, "llama", **config)
     policy.save_pretrained(str(project / "adapter"), save_embedding_layers=True)
+    tokenizer.save_pretrained(project / "adapter")
     assert main(_features(project, "store")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "was trained with a resized embedding" in error
@@ -172,7 +173,6 @@ def test_a_resized_adapter_is_told_what_to_do(
         resized = tiny_causal_lm("llama")
         resized.resize_token_embeddings(VOCAB_SIZE + 1)
         resized.save_pretrained(project / "model")
-        tokenizer.save_pretrained(project / "adapter")
         assert main(_features(project, "store")) == 0
 
 
