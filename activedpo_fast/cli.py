@@ -93,6 +93,9 @@ def features(
         help="Folder of the LoRA adapter that is being trained.")] = None,
     gguf_file: Annotated[str | None, typer.Option(
         help="A GGUF file in the model's folder.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(
+        help="Folder of the tokenizer, or a name on the hub; if not given, the adapter's where its "
+        "folder has one, else the model's.")] = None,
     sketch: Annotated[Literal["sjlt", "rademacher", "kronecker", "none"], typer.Option(
         help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
     proj_dim: Annotated[int, typer.Option(help="k, the numbers in a projected row.")] = 8192,
@@ -129,11 +132,13 @@ def features(
     """Take the gradient row of every response of a pool.
 
     The rows are kept in a store, a folder that `activedpo select` reads. An interrupted run is
-    continued by the same command.
+    continued by the same command. On a store that is there already, columns of POOL other than the
+    texts are brought up to date.
     """
     with _session(quiet):
         import torch
 
+        _one_process("activedpo features")
         from activedpo_fast.commands import FeatureOptions, take_features
         from activedpo_fast.features.sketch import Sketch
         from activedpo_fast.template import parse_template_kwargs
@@ -145,6 +150,7 @@ def features(
             model=model,
             adapter=adapter,
             gguf_file=gguf_file,
+            tokenizer=tokenizer,
             sketch=Sketch(sketch, None if sketch == "none" else proj_dim, seed),
             beta=beta,
             length_normalized=length_normalized,
@@ -240,6 +246,7 @@ def run(
     file that is named, then run the same command again.
     """
     with _session(quiet):
+        _one_process("activedpo run")
         from activedpo_fast.commands import run_rounds
         from activedpo_fast.config import load_config
         from activedpo_fast.labeling import LabelsPending
@@ -271,6 +278,7 @@ def demo(
 ) -> None:
     """Watch ActiveDPO and random selection side by side, on real text and a real model."""
     with _session(quiet):
+        _one_process("activedpo demo")
         from activedpo_fast.demo.run import run_demo
 
         _hush()
@@ -279,6 +287,13 @@ def demo(
 
 
 # -- shared by the commands ------------------------------------------------------------------------
+
+
+def _one_process(command: str) -> None:
+    """Before other imports: some libraries connect to the processes that a launcher names."""
+    from activedpo_fast.processes import require_one_process
+
+    require_one_process(command)
 
 
 def _progress(quiet: bool) -> bool | None:

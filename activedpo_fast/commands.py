@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -37,12 +38,15 @@ from activedpo_fast.models import (
     NO_ADAPTER,
     fingerprint_adapter,
     fingerprint_model,
+    fingerprint_tokenizer,
     load_policy,
     load_reward_model,
     resolve_device,
     resolve_dtype,
     resolve_source,
+    tokenizer_source,
 )
+from activedpo_fast.processes import require_one_process
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, TensorSignals
@@ -66,6 +70,7 @@ class FeatureOptions:
     model: str
     adapter: str | None
     gguf_file: str | None = None
+    tokenizer: str | None = None
     sketch: Sketch = Sketch()
     beta: float = 0.1
     length_normalized: bool = False
@@ -87,12 +92,16 @@ class FeatureOptions:
         if self.adapter is None:
             raise ActiveDPOError(NO_ADAPTER)
         dtype = resolve_dtype(self.model, self.dtype, resolve_device(self.device), self.gguf_file)
+        adapter_fingerprint = fingerprint_adapter(self.adapter)  # it is an adapter's folder
+        tokenizer = tokenizer_source(self.model, self.adapter, self.tokenizer, self.gguf_file)
         return {
             "model": str(resolve_source(self.model, self.gguf_file).resolve()),
             "model_fingerprint": fingerprint_model(self.model, self.gguf_file),
             "gguf_file": self.gguf_file,
             "adapter": str(Path(self.adapter).resolve()),
-            "adapter_fingerprint": fingerprint_adapter(self.adapter),
+            "adapter_fingerprint": adapter_fingerprint,
+            "tokenizer": str(tokenizer.folder.resolve()),
+            "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer.folder),
             "dtype": str(dtype).removeprefix("torch."),
             "precision": self.precision,
             "sketch": self.sketch.method,
@@ -122,10 +131,14 @@ def take_features(
 ) -> str:
     """Fill the feature store at `output`, or finish the one that is there; one line for a person.
 
+    Columns of the pool other than its texts are brought up to date in a store that is there.
+
     Raises:
-        ActiveDPOError: bad input; nothing is written then, unless rows were already being taken.
+        ActiveDPOError: bad input, or several processes; nothing is written then, unless rows were
+            already being taken.
     """
     started = time.perf_counter()
+    require_one_process("activedpo features")
     _check_target(export)
     check_template_kwargs(options.chat_template_kwargs)
     pool = PreferencePool.load(pool_path)
@@ -133,33 +146,41 @@ def take_features(
         check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
     settings = options.settings()
     folder = Path(output)
+    columns = ""
+    store = None
     if (folder / "manifest.json").exists():
         # Opening it compares the settings, before a model is loaded for nothing.
         store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
+        if store.columns_taken:
+            columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
         if not store.missing_rows():
-            return f"{folder} is complete already: nothing to do{_export(store, export)}"
+            return (f"{folder} is complete already{columns or ': nothing to do'}"
+                    f"{_export(store, export)}")
 
     model, tokenizer = load_policy(
         options.model, adapter=options.adapter, gguf_file=options.gguf_file,
-        dtype=settings["dtype"], device=options.device,
+        dtype=settings["dtype"], device=options.device, tokenizer=options.tokenizer,
     )
     tokenized = tokenize_pool(
         pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
         chat_template_kwargs=options.chat_template_kwargs, show_progress=show_progress,
     )
+    if store is not None:
+        store.check_tokens(tokenized)
     extractor = FeatureExtractor(
         model, options.sketch, beta=options.beta,
         length_normalized=options.length_normalized, pad_token_id=tokenizer.pad_token_id or 0,
         max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
     )
     extractor.check(tokenized)  # before anything is written
-    store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped,
-                                dtype=options.store_dtype)
+    if store is None:
+        store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped,
+                                    dtype=options.store_dtype)
     store.fill(extractor, tokenized, show_progress=show_progress)
     exported = _export(store, export)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
     return (f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
-            f"({time.perf_counter() - started:.1f} s){exported}")
+            f"({time.perf_counter() - started:.1f} s){columns}{exported}")
 
 
 def select_pairs(
@@ -335,8 +356,9 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
 
     Raises:
         LabelsPending: labels are awaited from people.
-        ActiveDPOError: bad input; nothing is written then that was not there.
+        ActiveDPOError: bad input, or several processes; nothing is written then that was not there.
     """
+    require_one_process("activedpo run")
     output = Path(config.output_dir)
     try:
         dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
@@ -357,6 +379,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
     model, tokenizer = load_policy(
         config.model, adapter=config.adapter, lora=config.lora, dtype=config.dtype,
         device=config.device, gguf_file=config.gguf_file, seed=config.seed,
+        tokenizer=config.tokenizer,
     )
     loop = ActiveDPOLoop(
         model, tokenizer, prompts, oracle,
@@ -368,10 +391,24 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         chat_template_kwargs=config.chat_template_kwargs,
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
+        extra_settings=_extra_settings(config),
         show_progress=show_progress,
         **config.loop,
     )
     return _table(loop.run())
+
+
+def _extra_settings(config: RunConfig) -> dict[str, Any]:
+    """What the loop cannot see in the objects that it is given: the adapter's name, the oracle."""
+    adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
+    oracle = dict(config.oracle)
+    if oracle["kind"] == "reward_model":
+        options = inspect.signature(RewardModelOracle).parameters
+        oracle = {"temperature": options["temperature"].default,
+                  "max_length": options["max_length"].default,
+                  **oracle, "model": fingerprint_model(oracle["model"])}
+        oracle.pop("batch_size", None)
+    return {"adapter": adapter, "oracle": oracle}
 
 
 def read_prompts(path: FilePath) -> list[Prompt]:

@@ -24,7 +24,7 @@ class RunConfig:
     """A checked configuration. Sections hold what was given, laid over what the preset has.
 
     Attributes:
-        model, adapter, gguf_file, dtype, device: as in `load_policy`.
+        model, adapter, gguf_file, dtype, device, tokenizer: as in `load_policy`.
         lora: arguments of `peft.LoraConfig` for a fresh adapter; None where `adapter` is given.
         prompts: JSONL or Parquet file with `prompt` and, if wanted, `id`.
         output_dir: the run's folder; a run is continued from it.
@@ -48,6 +48,7 @@ class RunConfig:
     adapter: str | None = None
     lora: dict[str, Any] | None = None
     gguf_file: str | None = None
+    tokenizer: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -136,7 +137,7 @@ def _sections() -> dict[str, dict[str, Any]]:
             "truncation_mode"}),
         "loop": _options(ActiveDPOLoop.__init__, without={
             "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
-            "chat_template_kwargs", "evaluate", "seed", "show_progress"}),
+            "chat_template_kwargs", "evaluate", "seed", "extra_settings", "show_progress"}),
         "generation": _options(generate_responses, without={
             "n_responses", "seed", "show_progress"}),
         "rules": _dataclass_fields(PickRules, without={"seed"}),

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,14 +19,16 @@ import torch
 from peft import PeftModel, load_peft_weights
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import write_atomic
+from activedpo_fast._files import read_json, write_atomic, write_json
 from activedpo_fast.columns import check_json_columns
 from activedpo_fast.data import PreferencePool, Prompt, check_prompts
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.fingerprints import is_untrained, policy_settings
 from activedpo_fast.generation import generate_responses
 from activedpo_fast.labeling import Oracle
+from activedpo_fast.processes import require_one_process
 from activedpo_fast.rehearsal import rehearse
-from activedpo_fast.resuming import Change, describe, differences, first_that_matters
+from activedpo_fast.resuming import check_settings, write_settings
 from activedpo_fast.selection.result import Selection, read_labels
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
@@ -71,7 +72,10 @@ class ActiveDPOLoop:
     never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
     adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised,
     and a setting may change while nothing on disk depends on it: `dpo_args`, say, until the first
-    round was trained.
+    round was trained. The base model (weights, dtype, config, EOS ids), the LoRA configuration and
+    the tokenizer have to be those that the run began with. The adapter has to have the weights of
+    `start/` or of a round; it may also be fresh (B = 0), if that of `start/` is. Every adapter that
+    is written has the tokenizer beside it.
 
     Before a run begins, or goes on with changed settings, it is rehearsed: all prompts are encoded,
     and dummy pairs are generated, selected and trained on for one step (see
@@ -104,10 +108,13 @@ class ActiveDPOLoop:
             it selects, and all reward differences are 0.
         evaluate: metrics of the model, taken before the first round and after each.
         seed: of the order of prompts and, with the round's number, of the responses.
+        extra_settings: JSON values that the run depends on and the loop cannot see, those of the
+            oracle, say; they are compared with the other settings when a run is resumed.
 
     Raises:
         ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
-            settings (naming the first that differs and matters), and errors of the rehearsal, which
+            settings, or with another model, adapter or tokenizer (naming the first difference that
+            matters), where a launcher has started several processes, errors of the rehearsal, which
             begin with the section at fault, and of the stages.
     """
 
@@ -134,6 +141,7 @@ class ActiveDPOLoop:
         reference: Literal["initial", "round"] = "initial",
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
         seed: int = 0,
+        extra_settings: Mapping[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("rounds", rounds),
@@ -207,17 +215,29 @@ class ActiveDPOLoop:
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
                     if name not in ("output_dir", "logging_dir", "run_name")}
             | {"pad_token": dpo_args.pad_token},  # `to_dict` hides it as if it were a secret
+            "extra_settings": dict(extra_settings or {}),
         })
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; the records of the start and of all rounds."""
-        mended = self._check_settings()
+        require_one_process("ActiveDPOLoop.run")
+        if "strftime_now" in str(self.processing_class.chat_template):
+            logger.warning("the chat template uses the current date: rounds of other days have "
+                           "other prompts")
+        settings = self._settings | policy_settings(self.model, self.processing_class)
+        mended = check_settings(self.output_dir, settings)
+        start = self.output_dir / "start"
+        begun = (start / "adapter").exists()
+        if begun:
+            self._check_adapter(start)
+        elif any(self.output_dir.glob("round-*/adapter")):
+            raise ActiveDPOError(f"{start / 'adapter'} is gone, from which the rounds of "
+                                 f"{self.output_dir} go on: put it back, or use another output_dir")
         if mended or not (self._folder(0) / "pool.jsonl").exists():
             self._rehearse()  # before anything is written
-        self._write_settings(mended)
-        start = self.output_dir / "start"
-        if not (start / "adapter").exists():
-            _save_adapter(self.model, start / "adapter")
+        write_settings(self.output_dir, settings, mended)
+        if not begun:
+            _save_adapter(self.model, self.processing_class, start / "adapter")
         self._initial = load_peft_weights(str(start / "adapter"), device="cpu")
         self._load(start)
         records = [self._record(start, START, 0)]
@@ -291,11 +311,15 @@ class ActiveDPOLoop:
             load_adapter_state(self.model, self._initial)
         else:
             self._load(before)
-        with _timed(folder, "train"):
-            train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
-                      reference=self.reference, initial_adapter=self._initial,
-                      show_progress=self.show_progress)
-        _save_adapter(self.model, folder / "adapter")
+        try:
+            with _timed(folder, "train"):
+                train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
+                          reference=self.reference, initial_adapter=self._initial,
+                          show_progress=self.show_progress)
+        except BaseException:
+            self._load(before)  # not half trained: `run` may be called again with this model
+            raise
+        _save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
         path = folder / "record.json"
@@ -305,8 +329,8 @@ class ActiveDPOLoop:
                 if self.evaluate is not None:
                     metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
             record = RoundRecord(t, labels_total, metrics, _read_seconds(folder), self.strategy)
-            _write_json(path, asdict(record))
-        return RoundRecord(**_read_json(path))
+            write_json(path, asdict(record))
+        return RoundRecord(**read_json(path))
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -323,28 +347,24 @@ class ActiveDPOLoop:
         weights = load_peft_weights(str(folder / "adapter"), device="cpu")
         load_adapter_state(self.model, weights)
 
-    def _check_settings(self) -> list[Change]:
-        """The settings that differ from those on disk, none of which has had an effect yet."""
-        path = self.output_dir / "config.json"
-        if not path.exists():
-            return []
-        changes = list(differences(_read_json(path)["settings"], self._settings))
-        found = first_that_matters(changes, self.output_dir)
-        if found is not None:
-            raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: "
-                                 f"{describe(found)} differs; use another output_dir, or the same "
-                                 "settings")
-        return changes
+    def _check_adapter(self, start: Path) -> None:
+        """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
+        own = adapter_state(self.model)
+        rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
+        for folder in (start / "adapter", *rounds):
+            found = load_peft_weights(str(folder), device="cpu")
+            if found.keys() == own.keys() and all(
+                torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
+            ):
+                return
+            if folder.parent == start and is_untrained(found) and is_untrained(own):
+                logger.info("going on from the fresh adapter in %s, not from the one in memory",
+                            folder)
+                return
+        raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
+                             f"differs from {start / 'adapter'}, which the run began with; use "
+                             "another output_dir, or the same adapter")
 
-    def _write_settings(self, mended: list[Change]) -> None:
-        path = self.output_dir / "config.json"
-        if mended:
-            logger.info("%s: settings have changed on which nothing there depends yet: %s",
-                        self.output_dir, ", ".join(map(describe, mended)))
-            _write_json(path, {**_read_json(path), "settings": self._settings})
-        elif not path.exists():
-            versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-            _write_json(path, {"settings": self._settings, "versions": versions})
 
     def _rehearse(self) -> None:
         n_responses = self.generation["n_responses"]
@@ -364,7 +384,7 @@ def read_records(output_dir: str | Path) -> list[RoundRecord]:
     """The records of the start and of the complete rounds of a run, in order."""
     folder = Path(output_dir)
     paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
-    records = [RoundRecord(**_read_json(path)) for path in paths if path.exists()]
+    records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
     if not records:
         raise ActiveDPOError(f"{folder}: no records of a run")
     return records
@@ -404,13 +424,17 @@ def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -
     write_atomic(path, "".join(lines))
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    """`save_pretrained` into a temporary folder that is then renamed."""
+def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained` of both into a temporary folder that is then renamed.
+
+    Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
         model.save_pretrained(str(temporary), selected_adapters=["default"],
                               save_embedding_layers=False)
+        tokenizer.save_pretrained(str(temporary))
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:
@@ -425,23 +449,12 @@ def _timed(folder: Path, stage: str) -> Iterator[None]:
 
 
 def _add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    _write_json(folder / "seconds.json", {**_read_seconds(folder), **seconds})
+    write_json(folder / "seconds.json", {**_read_seconds(folder), **seconds})
 
 
 def _read_seconds(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ActiveDPOError(f"{path}: broken JSON: {error}") from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return read_json(path) if path.exists() else {}
 
 
 def _identity(prompt: Prompt) -> list[Any]:

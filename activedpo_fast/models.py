@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -44,6 +44,9 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What a tokenizer or a model is read from; notes, optimizer states and the like do not count.
 _READ_SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt"})
+# How the names of a tokenizer's files begin, whatever kind it is.
+_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens",
+                    "chat_template", "spiece", "sentencepiece", "source", "target")
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
@@ -60,8 +63,12 @@ def load_policy(
     device: str = "auto",
     gguf_file: str | None = None,
     seed: int = 0,
+    tokenizer: _Path | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The model that is being trained, in eval mode, and its tokenizer.
+
+    The tokenizer is the adapter's where its folder has one, as training tools leave it there, else
+    the base model's; where the adapter's is taken, the log says so.
 
     Args:
         model: a folder in transformers' format with safetensors weights, or a name on the hub.
@@ -73,13 +80,15 @@ def load_policy(
         device: "auto" (cuda if there is one, else cpu), or a torch device.
         gguf_file: name of a GGUF file in `model`, which is dequantised on loading.
         seed: of the fresh adapter's A matrices.
+        tokenizer: a folder, or a name on the hub, whose tokenizer is taken instead.
 
     Returns:
         The PEFT model and the tokenizer; without a pad token it pads with EOS, as TRL has it.
 
     Raises:
         ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
-            neither `adapter` nor `lora`, or both.
+            neither `adapter` nor `lora`, or both; a tokenizer with tokens that the model has no
+            embedding for.
     """
     if (adapter is None) == (lora is None):
         raise ActiveDPOError(
@@ -92,15 +101,100 @@ def load_policy(
     on = resolve_device(device)
     torch_dtype = resolve_dtype(model, dtype, on, gguf_file)
 
-    tokenizer = _load_tokenizer(source, gguf_file)
+    words = tokenizer_source(model, adapter, tokenizer, gguf_file)
+    loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
     base = _load_base(source, torch_dtype, gguf_file)
+    if adapter is not None:
+        _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more, too
+    _check_vocabulary(loaded, words, base, source, gguf_file)
     if adapter is not None:
         policy = _with_adapter(base, Path(adapter))
     else:
         policy = _with_fresh_lora(base, lora or {}, seed)
     if torch_dtype == torch.float64:
         policy.double()  # PEFT makes and loads adapters in float32
-    return policy.to(on).eval(), tokenizer
+    if words.whose == "adapter":
+        logger.info("tokenizer: that of the adapter, %s (set tokenizer to have another)",
+                    words.folder)
+    return policy.to(on).eval(), loaded
+
+
+class TokenizerSource(NamedTuple):
+    """The folder that a tokenizer is read from; it is that of the "model", "adapter" or "given"."""
+
+    whose: str
+    folder: Path
+
+
+def tokenizer_source(
+    model: _Path, adapter: _Path | None = None, tokenizer: _Path | None = None,
+    gguf_file: str | None = None,
+) -> TokenizerSource:
+    """Where `load_policy` reads the tokenizer from, with these arguments.
+
+    Raises:
+        ActiveDPOError: `tokenizer` is no folder with a tokenizer; the adapter's folder has half of
+            one.
+    """
+    if tokenizer is not None:
+        given = Path(tokenizer)
+        if not given.is_dir():
+            return TokenizerSource("given", _fetched(tokenizer, None, "tokenizer"))
+        if not _has_tokenizer(given):
+            raise ActiveDPOError(f"tokenizer: {given} has no tokenizer.json or "
+                                 "tokenizer_config.json in it")
+        return TokenizerSource("given", given)
+    if adapter is not None:
+        folder = Path(adapter)
+        if _has_tokenizer(folder):
+            return TokenizerSource("adapter", folder)
+        lone = next((name for name in ("chat_template.jinja", "chat_template.json")
+                     if (folder / name).is_file()), None)
+        if lone is not None:
+            raise ActiveDPOError(f"adapter {folder} has a {lone} but no tokenizer: give the "
+                                 "tokenizer that it was trained with (--tokenizer DIR)")
+    return TokenizerSource("model", resolve_source(model, gguf_file))
+
+
+def fingerprint_tokenizer(folder: Path) -> str:
+    """SHA-256 (128 bits, hex) over the whole of a folder's tokenizer files and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if (path.name.startswith(_TOKENIZER_NAMES) and path.suffix in _READ_SUFFIXES
+                and path.is_file()):
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, source: TokenizerSource, base: PreTrainedModel,
+    folder: Path, gguf_file: str | None,
+) -> None:
+    """Refuse tokens beyond the embedding that the base model's own tokenizer does not have.
+
+    Some models come with a tokenizer that has more, for images, say, which no text leads to.
+    """
+    rows = int(cast(Any, base.get_input_embeddings()).weight.shape[0])
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    if not beyond:
+        return
+    used = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+            if token in beyond]
+    if not used and source.whose != "model":
+        own = _load_tokenizer(folder, gguf_file).get_vocab()
+        used = [token for token in beyond if token not in own]
+    if used:
+        token = min(used, key=lambda token: beyond[str(token)])
+        raise ActiveDPOError(
+            f"the tokenizer in {source.folder} does not fit the model: {token!r} has the id "
+            f"{beyond[str(token)]}, the embedding {rows} rows; give a tokenizer that fits "
+            "(--tokenizer DIR), or resize the base model's embedding and save it as the adapter's "
+            "base")
 
 
 def load_reward_model(
@@ -155,11 +249,17 @@ def resolve_source(model: _Path, gguf_file: str | None) -> Path:
                     if (folder / _ADAPTER_CONFIG).is_file() else "")
             raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
         return folder
-    name = str(model)
+    weights = "*.safetensors" if gguf_file is None else gguf_file
+    return _fetched(model, weights, "model")
+
+
+def _fetched(source: _Path, weights: str | None, what: str) -> Path:
+    """A snapshot of what is no local folder, if it can be a name on the hub."""
+    folder, name = Path(source), str(source)
     # A hub name is "name" or "owner/name"; everything else was meant as a path.
     if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ActiveDPOError(f"{name}: no such model folder")
-    return _hub_snapshot(name, gguf_file)
+        raise ActiveDPOError(f"{name}: no such {what} folder")
+    return _hub_snapshot(name, weights, what)
 
 
 def fingerprint_model(model: _Path, gguf_file: str | None = None) -> str:
@@ -203,17 +303,18 @@ def _sampled_blocks(size: int) -> Iterator[tuple[int, int]]:
         yield (size - _SAMPLE_BYTES) * n // (_SAMPLES - 1), _SAMPLE_BYTES
 
 
-def _hub_snapshot(name: str, gguf_file: str | None) -> Path:
+def _hub_snapshot(name: str, weights: str | None, what: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    weights = "*.safetensors" if gguf_file is None else gguf_file
-    wanted = [weights, *(f"*{suffix}" for suffix in _READ_SUFFIXES - {".safetensors", ".gguf"})]
+    wanted = [f"*{suffix}" for suffix in _READ_SUFFIXES - {".safetensors", ".gguf"}]
+    if weights is not None:
+        wanted.append(weights)
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ActiveDPOError(f"{name}: no such model folder, and the hub does not give a model of "
-                             f"this name: {_first_line(error)}") from error
+        raise ActiveDPOError(f"{name}: no such {what} folder, and the hub does not give a {what} "
+                             f"of this name: {_first_line(error)}") from error
 
 
 def _checkpoint_dtype(folder: Path) -> torch.dtype:
@@ -293,7 +394,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as tensors:
             in_file = set(tensors.keys())
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        raise ActiveDPOError(f"adapter {folder} does not fit the model: {_first_line(error)}"
+        raise ActiveDPOError(f"adapter {folder} does not fit the model: {_reason(error)}"
                              ) from error
     # PEFT leaves what is missing at its initialisation and drops what it has no place for.
     in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
@@ -305,6 +406,27 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
                 f"{len(lora) - 1} others"
             )
     return policy
+
+
+def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
+    """Refuse an adapter that brings an embedding, or a head, of another length than the model's."""
+    own = {id(module): len(cast(Any, module).weight) for module in
+           (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None}
+    rows = {name: own[id(module)] for name, module in base.named_modules() if id(module) in own}
+    try:
+        with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as tensors:
+            for key in tensors.keys():
+                name = key.removeprefix("base_model.model.").removesuffix(".weight")
+                found = rows.get(name.removesuffix(".base_layer"))
+                shape = tensors.get_slice(key).get_shape()
+                if found is not None and len(shape) == 2 and shape[0] != found:
+                    raise ActiveDPOError(
+                        f"adapter {folder} was trained with a resized embedding: {key!r} has "
+                        f"{shape[0]} rows, the model {found}; resize the base model as in training "
+                        f"(model.resize_token_embeddings({shape[0]})), save it, and pass that "
+                        "folder as the model")
+    except (OSError, SafetensorError) as error:
+        raise ActiveDPOError(f"adapter {folder} cannot be read: {_first_line(error)}") from error
 
 
 def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
@@ -320,3 +442,9 @@ def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says of a state dict's first fault comes after a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in") else _first_line(error)

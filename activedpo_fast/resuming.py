@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from activedpo_fast._files import read_json, write_json
+from activedpo_fast.errors import ActiveDPOError
+
+logger = logging.getLogger(__name__)
+
+_FILE = "config.json"
+_FORMAT = 2  # of that file; 1, which is not said in it, did not tell model and tokenizer
+
+# Settings whose entries come from a library: those that only one of two versions has do not count.
+_OF_A_LIBRARY = (("lora",), ("base", "config"))
 
 # Where the first result of each stage is, in a run's folder.
 _STAGES = {
@@ -13,6 +27,7 @@ _STAGES = {
     "generated": "round-*/pool.jsonl",
     "picked": "round-*/picked.jsonl",
     "picked again": "round-001/picked.jsonl",
+    "labeled": "round-*/labels.jsonl",
     "trained": "round-*/adapter",
     "trained again": "round-001/adapter",
 }
@@ -29,6 +44,7 @@ _ENTERS: dict[str, str | None] = {
     "strategy": "picked",
     "selector_options": "picked",
     "batch_size": "picked",
+    "extra_settings.oracle": "labeled",
     "dpo": "trained",
     # In the first round, all labels are the newest and the current policy is the initial one.
     "reference": "picked again",  # strategies may ask for it, too
@@ -48,6 +64,68 @@ _NO_IDS = hashlib.sha256(b"[]").hexdigest()  # "rules.exclude" where nothing is 
 _MASKED = ("dpo.pad_token", "<PAD_TOKEN>")
 
 Change = tuple[str, Any, Any]  # name, the value on disk, the value now
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
+    """The settings that differ from those of the run in `folder`, none of which has had an effect.
+
+    Raises:
+        ActiveDPOError: naming the first setting that differs and that something there depends on.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        return []
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+        raise ActiveDPOError(f"{path} has no settings of a run: use another output_dir")
+    old = config["settings"]
+    if config.get("format", 1) < _FORMAT:
+        unknown = [name for name in settings if name not in old]
+        settings = {name: value for name, value in settings.items() if name in old}
+        logger.warning("%s holds a run that an older version began, which did not write down %s: "
+                       "these are not compared", folder, ", ".join(unknown))
+    changes = list(differences(*_of_both(old, settings)))
+    found = first_that_matters(changes, folder)
+    if found is not None:
+        raise ActiveDPOError(f"{folder} holds a run with other settings: {describe(found)} "
+                             "differs; use another output_dir, or the same settings")
+    for name, now in _versions().items():
+        if (before := config.get("versions", {}).get(name)) != now:
+            logger.warning("%s was begun with %s %s, this is %s: results may differ a little",
+                           folder, name, before, now)
+    return changes
+
+
+def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change]) -> None:
+    """Write them down where the run in `folder` begins, or where some were `mended`."""
+    path = folder / _FILE
+    if mended:
+        logger.info("%s: settings have changed on which nothing there depends yet: %s", folder,
+                    ", ".join(map(describe, mended)))
+        config = read_json(path)
+        if config.get("format", 1) < _FORMAT:  # what it does not tell is still not known
+            settings = {name: settings[name] for name in settings if name in config["settings"]}
+        write_json(path, {**config, "settings": settings})
+    elif not path.exists():
+        write_json(path, {"format": _FORMAT, "settings": settings, "versions": _versions()})
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+
+
+def _of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies of two settings, of what `_OF_A_LIBRARY` names only the entries that both have."""
+    copies = json.loads(json.dumps([old, new]))
+    for keys in _OF_A_LIBRARY:
+        a, b = copies
+        for key in keys:
+            a, b = ((side or {}).get(key) for side in (a, b))
+        if a is not None and b is not None:
+            for name in a.keys() ^ b.keys():
+                a.pop(name, None)
+                b.pop(name, None)
+    return copies[0], copies[1]
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:

@@ -177,7 +177,7 @@ class ActiveDPOSelector:
                 features of its own stretch of the pool and of the labelled pairs, and all return
                 the selection that one process would. They wait for the slowest, so the group's
                 timeout has to be longer than features of one part may take. Default: this process
-                is alone.
+                selects alone, under torchrun too, where every process then does the whole work.
             show_progress: True, False, or None for a bar on terminals only; the first process of a
                 group alone shows it.
 

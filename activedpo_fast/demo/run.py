@@ -22,6 +22,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.generation import respond
 from activedpo_fast.labeling import RewardOracle
 from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
+from activedpo_fast.processes import require_one_process
 from activedpo_fast.trl import dpo_config
 
 STRATEGIES = ("activedpo", "random")
@@ -48,6 +49,7 @@ def run_demo(
     Returns:
         The records of the rounds by strategy; the first is the start, before any label.
     """
+    require_one_process("activedpo demo")
     if model not in SETTINGS:
         raise ActiveDPOError(f"unknown demo model {model!r}; known: {', '.join(SETTINGS)}")
     settings = SETTINGS[model]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
@@ -19,13 +21,16 @@ from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor, GradientRows
 from activedpo_fast.features.stored_rows import StoredRows
+from activedpo_fast.processes import require_one_process
+from activedpo_fast.template import own_template_kwargs
 from activedpo_fast.tokenization import TokenizedPool
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # 1 had another sjlt, 2 another kronecker
+_FORMAT = 4  # 1 had another sjlt, 2 another kronecker, 3 no hashes of its tokens
 _MANIFEST = "manifest.json"
 _POOL = "pool.jsonl"
+_TOKENS = "tokens.safetensors"
 _SHARD = "rows-{:05d}.safetensors"
 _SHARD_ROWS = 512  # of a small pool
 _SHARDS = 128  # of a large pool; all of them are open while rows are read from disk
@@ -37,15 +42,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class FeatureStore:
     """A folder with the gradient rows of one pool, one model and one sketch.
 
-    `manifest.json` holds the settings and is what makes a folder a store; `pool.jsonl` is the pool;
-    `rows-*.safetensors` are shards with `rows` (int64), `gradients` (in the store's dtype) and
-    `logps`. Every file is renamed into place when whole, so a killed run leaves a store that can be
-    continued.
+    `manifest.json` holds the settings, a hash of all tokens once the first rows are taken, and is
+    what makes a folder a store; `pool.jsonl` is the pool; `tokens.safetensors` has a hash of each
+    item's tokens, int64 [P]; `rows-*.safetensors` are shards with `rows` (int64), `gradients` (in
+    the store's dtype) and `logps`. Every file is renamed into place when whole, so a killed run
+    leaves a store that can be continued.
+
+    Attributes:
+        columns_taken: the pool's columns that `create` has brought up to date.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.columns_taken: list[str] = []
 
     @classmethod
     def create(
@@ -59,6 +69,9 @@ class FeatureStore:
     ) -> FeatureStore:
         """Start a store at `path`, or reopen the one that is there to continue it.
 
+        The other columns of `pool` are then brought up to date in the store: rows do not depend on
+        them. (A row's own arguments of the chat template count as its text.)
+
         Args:
             settings: JSON values that the rows depend on (model, sketch, beta, tokenization).
             skipped: positions of items that DPOTrainer would drop; never candidates.
@@ -66,9 +79,10 @@ class FeatureStore:
                 It counts as a setting, `store_dtype`.
 
         Raises:
-            ActiveDPOError: the folder holds something else, or a store made with other settings; an
-                unknown dtype.
+            ActiveDPOError: the folder holds something else, or a store made with other settings or
+                of another pool; an unknown dtype; several processes.
         """
+        require_one_process("FeatureStore.create")
         if dtype not in _DTYPES:
             raise ActiveDPOError(f"rows are stored as {' or '.join(_DTYPES)}, not {dtype!r}")
         folder = Path(path)
@@ -81,7 +95,11 @@ class FeatureStore:
         }
         if (folder / _MANIFEST).exists():
             store = cls.open(folder, complete=False)
+            if store.manifest["pool"] != manifest["pool"]:
+                raise ActiveDPOError(f"{folder} holds the rows of another pool "
+                                     f"({_difference(store.pool(), pool)}): choose another path")
             _require_same(folder, store.manifest, manifest)
+            store._take_columns(pool)
             return store
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ActiveDPOError(f"{folder} exists and is not a feature store: choose another path")
@@ -100,7 +118,12 @@ class FeatureStore:
             raise ActiveDPOError(f"{folder} is not a feature store: no {_MANIFEST} in it") from None
         except (OSError, ValueError) as error:
             raise ActiveDPOError(f"{folder / _MANIFEST} cannot be read: {error}") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if isinstance(found, int) and found < _FORMAT:
+            raise ActiveDPOError(f"{folder} is a feature store that an older version made (format "
+                                 f"{found}, now {_FORMAT}), whose rows may be of other tokens: "
+                                 "take them again into another folder")
+        if found != _FORMAT:
             raise ActiveDPOError(f"{folder} is a feature store of an unknown format")
         store = cls(folder, manifest)
         if complete and (missing := len(store.missing_rows())):
@@ -136,10 +159,18 @@ class FeatureStore:
 
         A process that is killed loses less than a shard: `rows_per_shard` rows, by default 512 or
         1/128 of a large pool.
+
+        Raises:
+            ActiveDPOError: other tokens than those that the first rows were taken of; several
+                processes; errors of the extractor.
         """
+        require_one_process("FeatureStore.fill")
+        self.check_tokens(tokenized)
         missing = self.missing_rows()
         if not missing:
             return
+        if "tokens" not in self.manifest:
+            self._write_tokens(tokenized)
         if len(missing) < self.manifest["responses"]:
             done = self.manifest["responses"] - len(missing)
             logger.warning("continuing %s: %d rows are there already", self.path, done)
@@ -158,6 +189,29 @@ class FeatureStore:
         finally:
             if waiting:
                 self._write(waiting)
+
+    def check_tokens(self, tokenized: TokenizedPool) -> None:
+        """Raise `ActiveDPOError`, naming a prompt, unless the rows so far are of these tokens.
+
+        The same texts may become other tokens: by a chat template that says today's date, or by
+        another version of a library.
+        """
+        if len(tokenized.sequences) != self.manifest["responses"]:
+            raise ActiveDPOError(f"{len(tokenized.sequences)} tokenized responses are not the "
+                                 f"{self.manifest['responses']} of the pool of {self.path}")
+        hashes = _token_hashes(tokenized)
+        if self.manifest.get("tokens") in (None, _digest(hashes)):
+            return
+        try:
+            with safe_open(self.path / _TOKENS, framework="pt") as tensors:
+                differing = (tensors.get_tensor("items") != hashes).nonzero().flatten().tolist()
+        except (OSError, SafetensorError, RuntimeError):
+            differing = []  # the file only tells which
+        which = f", first that of {self.pool()[differing[0]].id!r}" if differing else ""
+        raise ActiveDPOError(
+            f"{self.path}: the tokenizer or its chat template gives other tokens than when the "
+            f"store was begun, for {len(differing) or 'some'} prompts{which} (does the template "
+            "say the date?): the rows would not go together; choose another path")
 
     def load(self) -> GradientRows:
         """All rows in pool order, in memory."""
@@ -214,6 +268,25 @@ class FeatureStore:
                                  "again")
         return wanted
 
+    def _take_columns(self, pool: PreferencePool) -> None:
+        """Write the pool's columns, where they are not those in the store."""
+        changed: set[str] = set()
+        for old, new in zip(self.pool(), pool, strict=True):
+            for name in {**new.extra, **old.extra}:
+                # A table says null where a line of JSON says nothing.
+                if _text(old.extra.get(name)) != _text(new.extra.get(name)):
+                    changed.add(name)
+        if changed:
+            pool.to_jsonl(self.path / _POOL)
+            self.columns_taken = sorted(changed)
+
+    def _write_tokens(self, tokenized: TokenizedPool) -> None:
+        hashes = _token_hashes(tokenized)
+        with atomic_path(self.path / _TOKENS) as temporary:
+            save_file({"items": hashes}, temporary)
+        self.manifest = {**self.manifest, "tokens": _digest(hashes)}
+        write_atomic(self.path / _MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+
     def _write(self, parts: list[GradientRows]) -> None:
         taken = [int(shard.stem.rpartition("-")[2]) for shard in self._shards()]
         shard = self.path / _SHARD.format(max(taken, default=-1) + 1)
@@ -228,13 +301,46 @@ class FeatureStore:
             )
 
 
+def _token_hashes(tokenized: TokenizedPool) -> torch.Tensor:
+    """64 bits for each item, int64 [P]: of all its token ids, and of where its responses start."""
+    digests: dict[int, Any] = {}
+    for row, sequence in enumerate(tokenized.sequences):
+        item = digests.setdefault(tokenized.item_of(row), hashlib.blake2b(digest_size=8))
+        ids = [len(sequence.input_ids), sequence.completion_start, *sequence.input_ids]
+        item.update(np.asarray(ids, dtype="<i8").tobytes())
+    found = b"".join(digest.digest() for digest in digests.values())
+    return torch.from_numpy(np.frombuffer(found, dtype="<i8").astype(np.int64))
+
+
+def _digest(hashes: torch.Tensor) -> str:
+    return hashlib.sha256(hashes.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _text(value: Any) -> str:
+    """A text that two JSON values share only if they are equal; any text for what is no JSON."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)  # writing the pool refuses it, by name
+
+
 def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if found["pool"] != wanted["pool"]:
-        raise ActiveDPOError(f"{folder} holds the rows of another pool: choose another path")
     for name, old, new in _differences(found["settings"], wanted["settings"]):
         raise ActiveDPOError(
             f"{folder} was made with {name} = {old!r}, not {new!r}: choose another path"
         )
+
+
+def _difference(old: PreferencePool, new: PreferencePool) -> str:
+    """How two pools differ, by their first item that does."""
+    for n, (a, b) in enumerate(zip(old, new, strict=False), start=1):
+        if a.id != b.id:
+            return f"item {n} was {a.id!r}, now {b.id!r}"
+        if (a.prompt, a.responses) != (b.prompt, b.responses):
+            return f"the texts of item {a.id!r} have changed"
+        if own_template_kwargs(a.extra) != own_template_kwargs(b.extra):
+            return f"item {a.id!r} has another 'chat_template_kwargs'"
+    return f"of {len(old)} prompts, now {len(new)}"
 
 
 def _differences(

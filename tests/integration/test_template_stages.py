@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,42 +336,50 @@ def test_a_configuration_has_one_setting() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_loop_has_one_setting(tmp_path: Path) -> None:
-    def loop(**options: Any) -> ActiveDPOLoop:
-        return ActiveDPOLoop(
-            _model(), _tokenizer(), _prompts(), CallableOracle(lambda *_: 0),
-            output_dir=tmp_path / "run", dpo_args=dpo_config(output_dir=str(tmp_path)), **options)
+def _small_loop(folder: Path, **options: Any) -> ActiveDPOLoop:
+    return ActiveDPOLoop(
+        _model(), _tokenizer(), options.pop("prompts", _prompts()), CallableOracle(lambda *_: 0),
+        output_dir=folder, batch_size=2, rounds=1, prompts_per_round=2, n_responses=2,
+        dpo_args=dpo_config(output_dir=str(folder), max_steps=1), show_progress=False,
+        **{"selector_options": {"proj_dim": 32}, "generation": {"max_new_tokens": 3}, **options})
 
+
+def test_a_loop_has_one_setting(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="generation.chat_template_kwargs and selector_options"
                                              ".chat_template_kwargs differ"):
-        loop(selector_options={"chat_template_kwargs": _THINKING},
-             generation={"chat_template_kwargs": _BRIEF})
-    assert not (tmp_path / "run").exists()
+        _small_loop(tmp_path, selector_options={"chat_template_kwargs": _THINKING},
+                    generation={"chat_template_kwargs": _BRIEF})
+    assert list(tmp_path.iterdir()) == []
     # The same setting in another place is the same run; another setting is another.
-    loop(chat_template_kwargs=_THINKING)._check_settings()
-    loop(generation={"chat_template_kwargs": _THINKING})._check_settings()
+    _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
+    _small_loop(tmp_path, generation={"max_new_tokens": 3,
+                                      "chat_template_kwargs": _THINKING}).run()
     for options in ({}, {"chat_template_kwargs": _BRIEF}):
         with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
-            loop(**options)._check_settings()
+            _small_loop(tmp_path, **options).run()
+
+
+def test_a_prompts_own_arguments_are_settings(tmp_path: Path) -> None:
+    _small_loop(tmp_path).run()
+    prompts = [replace(prompt, extra={**prompt.extra, "topic": 1}) for prompt in _prompts()]
+    _small_loop(tmp_path, prompts=prompts).run()
+    prompts[0] = replace(prompts[0], extra={"chat_template_kwargs": _BRIEF})
+    with pytest.raises(ActiveDPOError, match="other settings: prompts"):
+        _small_loop(tmp_path, prompts=prompts).run()
 
 
 def test_runs_of_earlier_versions(tmp_path: Path) -> None:
     """One without arguments goes on; one whose training went without them is refused."""
-    def loop(**options: Any) -> ActiveDPOLoop:
-        return ActiveDPOLoop(
-            _model(), _tokenizer(), _prompts(), CallableOracle(lambda *_: 0), output_dir=tmp_path,
-            dpo_args=dpo_config(output_dir=str(tmp_path)), **options)
-
-    loop()._check_settings()
+    _small_loop(tmp_path).run()
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["settings"]["chat_template_kwargs"]
+    del config["settings"]["chat_template_kwargs"], config["format"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loop()._check_settings()
+    _small_loop(tmp_path).run()
     for section in ("selector_options", "generation"):
         config["settings"][section]["chat_template_kwargs"] = _THINKING
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
-        loop(chat_template_kwargs=_THINKING)._check_settings()
+    with pytest.raises(ActiveDPOError, match="other settings: .*chat_template_kwargs"):
+        _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
 
 
 @pytest.mark.parametrize(("kwargs", "message"), [

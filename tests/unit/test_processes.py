@@ -1,0 +1,65 @@
+"""Several processes are refused where they would mix their files, before anything is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from activedpo_fast.cli import main
+from activedpo_fast.data import PreferencePool, Prompt
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features.extractor import FeatureExtractor
+from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.labeling import CallableOracle
+from activedpo_fast.loop import ActiveDPOLoop
+from activedpo_fast.processes import require_one_process
+from activedpo_fast.tokenization import tokenize_pool
+from activedpo_fast.trl import dpo_config
+from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+
+ARGV = {
+    "features": ["{tmp}/no.jsonl", "--model={tmp}/no", "--adapter={tmp}/no", "--output={tmp}/s"],
+    "run": ["{tmp}/no.yaml"],
+    "demo": ["--output={tmp}/demo"],
+}
+
+
+@pytest.mark.parametrize("command", ARGV)
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_commands_are_refused_first(
+    tmp_path: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, "2")
+    argv = [argument.replace("{tmp}", str(tmp_path)) for argument in ARGV[command]]
+    assert main([command, *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"activedpo: error: {name} is 2: activedpo {command} works in "
+                                   "one process only")
+    assert captured.err.count("\n") == 1 and captured.out == "" and not list(tmp_path.iterdir())
+
+
+def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in ("1", "", "0"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        require_one_process("x")
+
+
+def test_python_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
+    pool = PreferencePool.from_rows([{"prompt": "x", "responses": ["a", "b"]}])
+    store = FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])
+    loop = ActiveDPOLoop(
+        model, tokenizer, [Prompt("a", "The fox")], CallableOracle(lambda *_: 0),
+        output_dir=tmp_path / "run", dpo_args=dpo_config(output_dir=str(tmp_path / "trainer")))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ActiveDPOError, match="FeatureStore.create works in one process"):
+        FeatureStore.create(tmp_path / "t", pool, {}, skipped=[])
+    with pytest.raises(ActiveDPOError, match="FeatureStore.fill works in one process"):
+        store.fill(FeatureExtractor(model, Sketch("sjlt", 8)), tokenize_pool(pool, tokenizer))
+    with pytest.raises(ActiveDPOError, match="ActiveDPOLoop.run works in one process"):
+        loop.run()
+    assert sorted(tmp_path.rglob("*")) == before
