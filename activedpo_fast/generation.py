@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from activedpo_fast.data import PoolItem, PreferencePool, Text, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
+from activedpo_fast.features.supported import position_limit, require_supported
 from activedpo_fast.tokenization import check_tokenizer, encode_chat
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class _Generator:
         check_prompts(prompts)
         self.chat = not isinstance(prompts[0].prompt, str)
         check_tokenizer(tokenizer, chat=self.chat)
+        require_supported(model)
         self.model = cast(Any, model)
         # The model whose `generate` and generation config are used.
         owner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._modes import in_own_modes
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.supported import require_supported
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.greedy import check_n
 from activedpo_fast.selection.result import Pick, Selection
@@ -131,8 +133,15 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        self._make_strategy("")  # an unknown name or option is better told now than after an hour
+        # An unknown name or option, or a model that will not do, is better told now than after an
+        # hour.
+        needed = self._make_strategy("").requires
+        require_supported(model, gradients="gradients" in needed,
+                          pad_token_id=self.extractor.pad_token_id)
+        if ref_model is not None:
+            require_supported(ref_model, pad_token_id=self.extractor.pad_token_id)
 
+    @in_own_modes
     def select(
         self,
         pool: PreferencePool,

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
+from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def load_adapter_state(
     set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
 
 
+@in_own_modes
 def train_dpo(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.batching import (
     Batch,
@@ -25,6 +26,7 @@ from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, und
 from activedpo_fast.features.parameters import trainable_linears
 from activedpo_fast.features.passes import gradient_pass, hidden_pass, logp_pass
 from activedpo_fast.features.sketch import Sketch, SketchPlan
+from activedpo_fast.features.supported import require_supported
 from activedpo_fast.features.verify import choose_layout, shared_logps_agree
 from activedpo_fast.tokenization import TokenizedPool
 
@@ -51,8 +53,10 @@ class GradientRows:
 class FeatureExtractor:
     """Takes per-response features of one model at its current weights.
 
-    The model is left as it was found: train or eval mode, `requires_grad` flags, hooks and `.grad`,
-    also after an exception. Features are taken in eval mode, without dropout.
+    The model is left as it was found: train or eval mode, `requires_grad` flags, hooks, `forward`
+    and `.grad`, also after an exception. Features are taken in eval mode, without dropout, in the
+    model's own precision: autocast, inference mode and no_grad around a call change nothing, nor
+    does the autocast that a trainer with bf16=True has put around the model's `forward`.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one. The gradient is taken for
@@ -70,8 +74,9 @@ class FeatureExtractor:
             responses can share their prompt's pass. Without it they never do, which is slower.
 
     Raises:
-        UnsupportedParameterError, ActiveDPOError: see `trainable_linears` and `choose_layout`; an
-            option out of range; bf16 asked of a CPU that has none.
+        UnsupportedParameterError, ActiveDPOError: see `require_supported`, which looks at the kind
+            of model whatever `verify` is, `trainable_linears` and `choose_layout`; an option out of
+            range; bf16 asked of a CPU that has none.
 
     Source: the gradient of the implicit reward as the feature of a response is ActiveDPO's, Lin et
     al., arXiv 2505.19241.
@@ -92,6 +97,7 @@ class FeatureExtractor:
             raise ActiveDPOError(f"beta must be positive, not {beta}")
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ActiveDPOError(f"max_tokens_per_batch must be ≥ 1, not {max_tokens_per_batch}")
+        require_supported(model, pad_token_id=pad_token_id)
         _check_precision(precision, model)
         self.model = model
         self.sketch = sketch
@@ -105,6 +111,7 @@ class FeatureExtractor:
         self._gradient_layout: dict[bool, bool] = {}
         self._forward_layout: dict[int, bool] = {}
 
+    @in_own_modes
     def gradients(
         self,
         tokenized: TokenizedPool,
@@ -136,6 +143,7 @@ class FeatureExtractor:
             raise ActiveDPOError("there is no response to take gradients of")
         return GradientRows(torch.arange(count), gradients, logps)
 
+    @in_own_modes
     def iter_gradients(
         self,
         tokenized: TokenizedPool,
@@ -148,6 +156,7 @@ class FeatureExtractor:
 
         With `relative`, `rows` must have all responses of an item or none.
         """
+        self._require_supported(tokenized, gradients=True)
         linears = trainable_linears(self.model)
         plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
         dtype = row_dtype(linears)
@@ -173,12 +182,15 @@ class FeatureExtractor:
         yield from self._run(tokenized, rows, take, self.model, self.check(tokenized),
                              "gradient features", show_progress, whole_items=relative)
 
+    @in_own_modes
     def check(self, tokenized: TokenizedPool) -> bool:
         """Whether responses share their prompt's pass; the self-check, where that is not known yet.
 
         Raises:
             UnsupportedParameterError: captured gradients differ from autograd's.
+            ActiveDPOError: a model or tokens that cannot be handled (see `require_supported`).
         """
+        self._require_supported(tokenized, gradients=True)
         if not self._verify:
             return False
         rows = range(len(tokenized.sequences))
@@ -189,6 +201,7 @@ class FeatureExtractor:
                 self.precision)
         return self._gradient_layout[has_prompts]
 
+    @in_own_modes
     def logps(
         self,
         tokenized: TokenizedPool,
@@ -198,6 +211,7 @@ class FeatureExtractor:
     ) -> torch.Tensor:
         """log π(y|x), float64 [R], in pool order; under `model` where one is given (π_ref)."""
         scored_by = model if model is not None else self.model
+        self._require_supported(tokenized, scored_by)
         result = torch.empty(len(tokenized.sequences), dtype=torch.float64)
 
         def take(batch: Batch, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,10 +225,12 @@ class FeatureExtractor:
             result[rows] = logps.double().cpu()
         return result
 
+    @in_own_modes
     def hidden(
         self, tokenized: TokenizedPool, *, show_progress: bool | None = None
     ) -> torch.Tensor:
         """The last layer's hidden state at the last response token, float32 [R, h], pool order."""
+        self._require_supported(tokenized)
 
         def take(batch: Batch, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
             with undisturbed(self.model, self.precision):
@@ -228,6 +244,11 @@ class FeatureExtractor:
             parts.append(hidden.float().cpu())
             rows.append(batch_rows)
         return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def _require_supported(self, tokenized: TokenizedPool, model: nn.Module | None = None, *,
+                           gradients: bool = False) -> None:
+        require_supported(self.model if model is None else model, tokenized,
+                          pad_token_id=self.pad_token_id, gradients=gradients)
 
     def _forward_shares(self, tokenized: TokenizedPool, model: nn.Module) -> bool:
         if not self._verify:

@@ -1,0 +1,106 @@
+"""A model's forward pass as the model defines it, whatever was put around it or has run before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+# Where the functions are defined that accelerate and torch.autocast put around a `forward`.
+_WRAPPERS = ("torch.amp.autocast_mode", "accelerate.utils.operations")
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Inside: no autocast around any `forward`, fresh rotary frequencies, nothing compiled.
+
+    * A trainer with bf16=True or fp16=True leaves its model with a `forward` that runs in autocast
+      and converts what comes out (accelerate's `prepare_model`). Features are to be of the model's
+      own precision, and the same before and after training.
+    * RoPE of type "dynamic" keeps the frequencies of the longest sequence that it has seen.
+    * Compiled modules do not run hooks that are added later.
+
+    Everything is put back afterwards.
+    """
+    with ExitStack() as stack:
+        if _has_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in model.modules():
+            own = vars(module)
+            if "forward" in own:
+                unwrapped = _without_autocast(own["forward"])
+                if unwrapped is not own["forward"]:
+                    stack.callback(own.__setitem__, "forward", own["forward"])
+                    own["forward"] = unwrapped
+            if _has_changing_frequencies(module):
+                stack.enter_context(_fresh_frequencies(module))
+        yield
+
+
+def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` inside the wrappers, bound to the same module."""
+    inside: Any = forward
+    while _module_of(inside) in _WRAPPERS:
+        inside = inside.__wrapped__
+    if inside is forward:
+        return forward
+    if isinstance(forward, MethodType) and not isinstance(inside, MethodType):
+        # accelerate wraps the bare function of the class and binds the result.
+        return MethodType(inside, forward.__self__)
+    return inside  # type: ignore[no-any-return]
+
+
+def _module_of(function: Any) -> str | None:
+    """The module in which a wrapper was defined; None of what wraps nothing.
+
+    Not `__module__`, which wrappers take from what they wrap.
+    """
+    if not hasattr(function, "__wrapped__"):
+        return None
+    function = getattr(function, "__func__", function)
+    scope = getattr(function, "__globals__", None)
+    return type(function).__module__ if scope is None else scope.get("__name__")
+
+
+@contextmanager
+def _fresh_frequencies(rotary: nn.Module) -> Iterator[None]:
+    """Frequencies as they were when the module was made; those of now put back afterwards."""
+    attributes, buffers = dict(vars(rotary)), dict(rotary._buffers)
+    contents = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+    for name in [*attributes, *buffers]:
+        frequencies = name.replace("original_inv_freq", "inv_freq")
+        if frequencies != name and frequencies in contents:
+            original = getattr(rotary, name).clone()
+            rotary._buffers[frequencies] = original.to(contents[frequencies].device)
+        elif name.endswith("max_seq_len_cached"):
+            setattr(rotary, name, attributes["original_max_seq_len"])
+    try:
+        yield
+    finally:
+        own = vars(rotary)
+        for name in own.keys() - attributes.keys():
+            del own[name]
+        own.update(attributes)
+        rotary._buffers.clear()
+        rotary._buffers.update(buffers)
+        for name, content in contents.items():
+            buffers[name].copy_(content)  # type: ignore[union-attr]  # "longrope" writes into it
+
+
+def _has_changing_frequencies(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    found = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
+               for kind in found)
+
+
+def _has_compiled(model: nn.Module) -> bool:
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(getattr(module, "_compiled_call_impl", None) is not None
+               or type(module).__name__ == "OptimizedModule" for module in model.modules())
