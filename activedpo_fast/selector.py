@@ -135,7 +135,7 @@ class ActiveDPOSelector:
         self.last_timings: dict[str, float] = {}
         # An unknown name or option, or a model that will not do, is better told now than after an
         # hour.
-        needed = self._make_strategy("").requires
+        needed = getattr(self._make_strategy(""), "requires", ())
         require_supported(model, gradients="gradients" in needed,
                           pad_token_id=self.extractor.pad_token_id)
         if ref_model is not None:

@@ -24,6 +24,7 @@ def own_forward(model: nn.Module) -> Iterator[None]:
       own precision, and the same before and after training.
     * RoPE of type "dynamic" keeps the frequencies of the longest sequence that it has seen.
     * Compiled modules do not run hooks that are added later.
+    * To output hidden states or a router's logits, transformers adds hooks that it never removes.
 
     Everything is put back afterwards.
     """
@@ -39,7 +40,27 @@ def own_forward(model: nn.Module) -> Iterator[None]:
                     own["forward"] = unwrapped
             if _has_changing_frequencies(module):
                 stack.enter_context(_fresh_frequencies(module))
+        stack.enter_context(_no_hooks_for_outputs(model))
         yield
+
+
+@contextmanager
+def _no_hooks_for_outputs(model: nn.Module) -> Iterator[None]:
+    """Remove the hooks that transformers' `capture_outputs` adds inside."""
+    flag = "_output_capturing_hooks_installed"
+    modules = list(model.modules())
+    had = {id(module) for module in modules if flag in vars(module)}
+    hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in modules]
+    try:
+        yield
+    finally:
+        new = [module for module in modules if flag in vars(module) and id(module) not in had]
+        for module in new:
+            delattr(module, flag)
+        if new:
+            for own, before in hooks:
+                own.clear()
+                own.update(before)
 
 
 def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:

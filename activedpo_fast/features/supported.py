@@ -104,6 +104,12 @@ def position_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
+def known_tokens(model: nn.Module) -> int | None:
+    """How many token ids the model has embeddings for; None where that cannot be told."""
+    base: Any = _inner(model)
+    return _count(base.get_input_embeddings(), "num_embeddings")
+
+
 def _rows(table: nn.Embedding) -> int:
     # OPT and BART leave the first rows unused, RoBERTa those up to the padding's.
     offset = getattr(table, "offset", 0)
@@ -257,7 +263,7 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
     base: Any = _inner(model)
     if not isinstance(base, PreTrainedModel):
         return
-    known = _count(base.get_input_embeddings(), "num_embeddings")
+    known = known_tokens(base)
     what = "add the token by model.resize_token_embeddings(len(tokenizer))"
     if known is not None and not 0 <= pad_token_id < known:
         raise ActiveDPOError(f"the pad token id {pad_token_id} is beyond the {known} tokens that "
