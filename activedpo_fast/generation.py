@@ -244,8 +244,8 @@ class _Generator:
     def _plain_generation_config(self) -> Iterator[None]:
         """Hide the model's own generation config: `generate` would fill in what we leave out.
 
-        A PEFT model's `generate` copies one that was set on itself to the model inside, and leaves a
-        method there.
+        A PEFT model's `generate` copies one that was set on itself to the model inside, and leaves
+        a method there.
         """
         places = [vars(place) for place in {id(place): place for place in (
             self.model, getattr(self.model, "base_model", self.model), self.owner)}.values()]

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from peft import (
     PeftModel,
     PeftModelForQuestionAnswering,
@@ -80,6 +79,7 @@ def require_supported(
     """
     _check_wrappers(model)
     _check_kind(model)
+    _check_activated_lora(model)
     _check_weights(model)
     if gradients:
         _check_gradients(model)
@@ -182,6 +182,14 @@ def _why_not_causal(name: str, config: Any) -> str | None:
     return None
 
 
+def _check_activated_lora(model: nn.Module) -> None:
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and any("ALora" in kind for _, kind in _variants(layer)):
+            raise UnsupportedParameterError(
+                f"{path}: Activated LoRA is not supported, its layers see only the tokens after "
+                "the invocation; train without alora_invocation_tokens")
+
+
 def _check_weights(model: nn.Module) -> None:
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     for name, parameter in model.named_parameters():
@@ -223,10 +231,6 @@ def _check_gradients(model: nn.Module) -> None:
                     f"{path}.lora_magnitude_vector.{adapter}: DoRA is not supported: A and B also "
                     "set the norm of the whole weight, so that a frozen magnitude does not help; "
                     "train with use_dora=False")
-            if "ALora" in variant:
-                raise UnsupportedParameterError(
-                    f"{path}: Activated LoRA is not supported, its layers see only the tokens after "
-                    "the invocation; train without alora_invocation_tokens")
 
 
 def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -253,8 +257,9 @@ def _attention(model: nn.Module) -> str:
     names: dict[str, None] = {}
     for path, module in _inner(model).named_modules():
         parent, _, name = path.rpartition(".")
-        inside = parent.rpartition(".")[2].lower()
-        if isinstance(module, (nn.Linear, LoraLayer)) and ("attn" in inside or "attention" in inside):
+        within = parent.rpartition(".")[2].lower()
+        attention = "attn" in within or "attention" in within
+        if attention and isinstance(module, (nn.Linear, LoraLayer)):
             names[name] = None
     return f"target_modules={list(names)}" if names else "the attention's own projections"
 
