@@ -12,6 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.data import PoolItem, PreferencePool, Text, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
@@ -36,6 +37,7 @@ class PromptLike(Protocol):
     def extra(self) -> dict[str, Any]: ...
 
 
+@leaves_tokenizer(1)
 def generate_responses(model: PreTrainedModel | PeftModel,
                        processing_class: PreTrainedTokenizerBase,
                        prompts: Sequence[PromptLike], *, n_responses: int = 2,
@@ -107,6 +109,7 @@ def generate_responses(model: PreTrainedModel | PeftModel,
     return PreferencePool(items)
 
 
+@leaves_tokenizer(1)
 def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
             prompts: Sequence[PromptLike], *, max_new_tokens: int = 64, temperature: float = 0.0,
             seed: int = 0, batch_size: int = 16,

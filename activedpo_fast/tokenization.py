@@ -23,6 +23,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 
@@ -74,6 +75,7 @@ def scored_tokens(response: TokenizedResponse) -> int:
     return max(0, len(response.input_ids) - max(response.completion_start, 1))
 
 
+@leaves_tokenizer(1)
 def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBase, *,
                   max_length: int | None = DEFAULT_MAX_LENGTH,
                   truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from activedpo_fast._modes import in_own_modes
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.errors import ActiveDPOError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def load_adapter_state(
 
 
 @in_own_modes
+@leaves_tokenizer(1)
 def train_dpo(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,

@@ -96,7 +96,9 @@ def position_limit(model: nn.Module) -> int | None:
     config: Any = getattr(base, "config", None)
     if getattr(config, "model_type", None) == "mpt":
         return int(config.max_seq_len)  # ALiBi, but its table has that many columns
-    decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else base
+    decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else None
+    if decoder is None:
+        decoder = base
     limits = [_rows(table) for name, table in decoder.named_modules()
               if _is_position_table(name, _POSITION_TABLES) and isinstance(table, nn.Embedding)]
     limits += [len(table) for name, table in decoder.named_buffers()
@@ -118,7 +120,8 @@ def _rows(table: nn.Embedding) -> int:
 
 
 def _is_position_table(path: str, names: tuple[str, ...]) -> bool:
-    return path.rsplit(".", 1)[-1] in names and not any(
+    # A table with an adapter is inside its PEFT layer.
+    return path.removesuffix(".base_layer").rsplit(".", 1)[-1] in names and not any(
         part in path for part in ("vision", "visual", "audio", "image"))
 
 

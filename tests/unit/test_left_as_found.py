@@ -21,6 +21,8 @@ from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.state import differences, snapshot
 
 TOKENIZER = tiny_tokenizer()
+# As many a tokenizer.json has it; a call without truncation switches it off.
+TOKENIZER.backend_tokenizer.enable_truncation(max_length=500)
 POOL = PreferencePool.from_rows([
     {"prompt": "What is a sketch? TL;DR:",
      "responses": [" a short random projection", " a drawing"]},
