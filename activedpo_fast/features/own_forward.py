@@ -114,7 +114,7 @@ def _fresh_frequencies(rotary: nn.Module) -> Iterator[None]:
 
 
 def _has_changing_frequencies(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
+    kinds = vars(module).get("rope_type")
     found = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
                for kind in found)

@@ -271,6 +271,13 @@ def test_weights_on_disk(tmp_path: Any) -> None:
     assert_refused(model, "on the meta device: its weights are offloaded")
 
 
+def test_tensor_parallelism() -> None:
+    """Each process would take the gradients of its part; `_tp_size` is what transformers sets."""
+    model = lora(tiny_causal_lm("llama"), "llama")
+    model.get_base_model()._tp_size = 2
+    assert_refused(model, r"split over 2 processes \(tensor parallelism\)", gradients_only=True)
+
+
 # -- tokens ---------------------------------------------------------------------------------------
 
 
