@@ -12,10 +12,16 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.columns import check_json_columns
 from activedpo_fast.data import PoolItem, PreferencePool, Text, check_prompts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
+from activedpo_fast.features.supported import (
+    known_tokens,
+    position_limit,
+    require_supported,
+)
 from activedpo_fast.template import check_template_kwargs, template_kwargs
 from activedpo_fast.tokenization import check_tokenizer, encode_chat
 
@@ -33,6 +39,7 @@ class PromptLike(Protocol):
     def extra(self) -> dict[str, Any]: ...
 
 
+@leaves_tokenizer(1)
 def generate_responses(model: PreTrainedModel | PeftModel,
                        processing_class: PreTrainedTokenizerBase,
                        prompts: Sequence[PromptLike], *, n_responses: int = 2,
@@ -64,7 +71,8 @@ def generate_responses(model: PreTrainedModel | PeftModel,
 
     Raises:
         ActiveDPOError: no prompts, a malformed prompt or option, no usable tokenizer, a prompt that
-            with `max_new_tokens` exceeds the model's positions, or no prompt with enough responses.
+            with `max_new_tokens` exceeds the model's positions (where they end: rotary ones go on,
+            with a warning), token ids that the model lacks, or no prompt with enough responses.
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
     for n, prompt in enumerate(prompts, start=1):
@@ -127,6 +135,7 @@ def try_generation(model: PreTrainedModel | PeftModel,
     return shortest
 
 
+@leaves_tokenizer(1)
 def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
             prompts: Sequence[PromptLike], *, max_new_tokens: int = 64, temperature: float = 0.0,
             seed: int = 0, batch_size: int = 16,
@@ -160,6 +169,8 @@ class _Generator:
         check_template_kwargs(common)
         self.chat = not isinstance(prompts[0].prompt, str)
         check_tokenizer(tokenizer, chat=self.chat)
+        pad = tokenizer.pad_token_id
+        require_supported(model, pad_token_id=0 if pad is None else pad)
         self.model = cast(Any, model)
         # The model whose `generate` and generation config are used.
         owner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -168,7 +179,7 @@ class _Generator:
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.device: torch.device = self.model.get_input_embeddings().weight.device
-        self.eos_ids = _eos_ids(self.owner, tokenizer)
+        self.eos_ids = _eos_ids(self.model, tokenizer)
         if self.chat:
             self.prompt_ids = [encode_chat(tokenizer, list(prompt.prompt), prompt.id,
                                            add_generation_prompt=True,
@@ -241,24 +252,46 @@ class _Generator:
         return encoded
 
     def _check_lengths(self, prompts: Sequence[PromptLike]) -> None:
-        limit = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
+        limit, known = position_limit(self.owner), known_tokens(self.owner)
         for prompt, ids in zip(prompts, self.prompt_ids, strict=True):
             if not ids:
                 raise ActiveDPOError(f"item {prompt.id!r}: the prompt has no tokens")
+            if known is not None and not 0 <= min(ids) <= max(ids) < known:
+                raise ActiveDPOError(f"item {prompt.id!r}: the prompt has the token id {max(ids)}, "
+                                     f"and the model has embeddings for {known} tokens: is this "
+                                     "the model's tokenizer?")
             if limit is not None and len(ids) + self.max_new_tokens > limit:
                 raise ActiveDPOError(f"item {prompt.id!r}: {len(ids)} prompt tokens and "
                                      f"max_new_tokens={self.max_new_tokens} exceed the model's "
                                      f"{limit} positions")
+        # Rotary positions go on; what the model was trained with is only advice.
+        trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self.prompt_ids)) + self.max_new_tokens
+        if limit is None and trained is not None and longest > trained:
+            logger.warning("up to %d tokens with max_new_tokens=%d: the model was made for %d",
+                           longest, self.max_new_tokens, trained)
 
     @contextmanager
     def _plain_generation_config(self) -> Iterator[None]:
-        """Hide the model's own generation config: `generate` would fill in what we leave out."""
-        own = self.owner.generation_config
-        self.owner.generation_config = GenerationConfig()
+        """Hide the model's own generation config: `generate` would fill in what we leave out.
+
+        A PEFT model's `generate` copies one that was set on itself to the model inside, and leaves
+        a method there.
+        """
+        places = [vars(place) for place in {id(place): place for place in (
+            self.model, getattr(self.model, "base_model", self.model), self.owner)}.values()]
+        names = ("generation_config", "prepare_inputs_for_generation")
+        before = [{name: own[name] for name in names if name in own} for own in places]
+        for own in places:
+            if "generation_config" in own:
+                own["generation_config"] = GenerationConfig()
         try:
             yield
         finally:
-            self.owner.generation_config = own
+            for own, values in zip(places, before, strict=True):
+                for name in names:
+                    own.pop(name, None)
+                own.update(values)
 
 
 @contextmanager
@@ -276,7 +309,7 @@ def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
             yield
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])
     return sorted(id for id in ids | {tokenizer.eos_token_id} if id is not None)

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._modes import in_own_modes
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
+from activedpo_fast.features.supported import require_supported
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.ref_model import RefModel, check_ref_model, reference_policy
 from activedpo_fast.selection.greedy import check_n
@@ -147,8 +149,15 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        self._make_strategy("")  # an unknown name or option is better told now than after an hour
+        # An unknown name or option, or a model that will not do, is better told now than after an
+        # hour.
+        needed = getattr(self._make_strategy(""), "requires", ())
+        require_supported(model, gradients="gradients" in needed,
+                          pad_token_id=self.extractor.pad_token_id)
+        if isinstance(ref_model, torch.nn.Module):
+            require_supported(ref_model, pad_token_id=self.extractor.pad_token_id)
 
+    @in_own_modes
     def select(
         self,
         pool: PreferencePool,

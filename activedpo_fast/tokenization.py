@@ -23,6 +23,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.template import check_template_kwargs, template_kwargs
@@ -93,6 +94,7 @@ def completion_tokens(response: TokenizedResponse) -> int:
     return max(1, len(response.input_ids) - response.completion_start)
 
 
+@leaves_tokenizer(1)
 def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBase, *,
                   max_length: int | None = DEFAULT_MAX_LENGTH,
                   truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,

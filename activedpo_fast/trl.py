@@ -13,6 +13,8 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
+from activedpo_fast._modes import in_own_modes
+from activedpo_fast._tokenizers import leaves_tokenizer
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.training_options import check_training_options, trains_mean_logps
 
@@ -98,6 +100,8 @@ def load_adapter_state(
     set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
 
 
+@in_own_modes
+@leaves_tokenizer(1)
 def train_dpo(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from activedpo_fast._modes import own_modes
 from activedpo_fast.errors import UnsupportedParameterError
+from activedpo_fast.features.own_forward import own_forward
 from activedpo_fast.features.parameters import TrainableLinear, silent_modules
 from activedpo_fast.features.positions import fresh_positions
 from activedpo_fast.features.sketch import SketchPlan
@@ -26,10 +28,12 @@ Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor],
 
 @contextmanager
 def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
-    """Eval mode, frozen parameters and fresh position embeddings inside; all as it was afterwards.
+    """The model's `own_forward`, eval mode, frozen parameters and fresh position embeddings inside;
+    all as it was afterwards.
 
-    `.grad` is never touched, as no parameter requires one. Grad mode is switched on, whatever the
-    caller has set. With precision "bf16", matrix products are computed in bfloat16 (autocast).
+    `.grad` is never touched, as no parameter requires one. Grad mode is on, inference mode and
+    autocast are off, whatever the caller has set. With precision "bf16", matrix products are
+    computed in bfloat16 (autocast).
     """
     device = next(model.parameters()).device.type
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -39,7 +43,7 @@ def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), fresh_positions(model), autocast:
+        with own_modes(device), own_forward(model), fresh_positions(model), autocast:
             yield
     finally:
         for module, mode in modes:
@@ -164,11 +168,14 @@ def _by_token(
     linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
     count = shape[0] * shape[1]
-    # Some MLPs flatten batch and time; the self-check proves the order.
-    if tuple(tensor.shape[:-1]) in (shape, (count,)):
+    # Some MLPs flatten batch and time, latent attention (DeepSeek) has a head dimension of one; the
+    # self-check proves the order.
+    given = [size for size in tensor.shape[:-1] if size != 1]
+    if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
         return tensor.reshape(count, tensor.shape[-1])
+    what = "is a routed expert, which" if "expert" in linear.label else "has an input that"
     raise UnsupportedParameterError(
-        f"cannot take per-sample gradients of {linear.label!r}: its input has shape "
-        f"{list(tensor.shape)}, not one row for each of {shape[0]} × {shape[1]} tokens "
-        "(a routed expert?); leave it out of the adapter"
+        f"cannot take per-sample gradients of {linear.label!r}: it {what} has not one row for each "
+        f"of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); leave it out of the "
+        "adapter's target_modules"
     )

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.batching import Batch, Layout, group_rows
 from activedpo_fast.features.budget import TokenBudget
@@ -22,6 +23,7 @@ from activedpo_fast.features.passes import divisors, gradient_pass, hidden_pass,
 from activedpo_fast.features.positions import LengthClass, length_class
 from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
+from activedpo_fast.features.supported import require_supported
 from activedpo_fast.features.verify import forward_layout, gradient_layout
 from activedpo_fast.tokenization import TokenizedPool, completion_tokens
 
@@ -51,8 +53,10 @@ class GradientRows:
 class FeatureExtractor:
     """Takes per-response features of one model at its current weights.
 
-    The model is left as it was found: train or eval mode, `requires_grad` flags, hooks and `.grad`,
-    also after an exception. Features are taken in eval mode, without dropout.
+    The model is left as it was found: train or eval mode, `requires_grad` flags, hooks, `forward`
+    and `.grad`, also after an exception. Features are taken in eval mode, without dropout, in the
+    model's own precision: autocast, inference mode and no_grad around a call change nothing, nor
+    does the autocast that a trainer with bf16=True has put around the model's `forward`.
 
     Args:
         model: a causal LM of transformers, or a PEFT model around one. The gradient is taken for
@@ -72,8 +76,9 @@ class FeatureExtractor:
             can be batched (see `Layout`). Without it prompts are never shared, which is slower.
 
     Raises:
-        UnsupportedParameterError, ActiveDPOError: see `trainable_linears` and `gradient_layout`; an
-            option out of range; bf16 asked of a CPU that has none.
+        UnsupportedParameterError, ActiveDPOError: see `require_supported`, which looks at the kind
+            of model whatever `verify` is, `trainable_linears` and `gradient_layout`; an option out
+            of range; bf16 asked of a CPU that has none.
 
     Every number is that of the response by itself, in a model that was just loaded: responses that
     the model would treat in another way together than alone are not batched together.
@@ -98,6 +103,7 @@ class FeatureExtractor:
             raise ActiveDPOError(f"beta must be positive, not {beta}")
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ActiveDPOError(f"max_tokens_per_batch must be ≥ 1, not {max_tokens_per_batch}")
+        require_supported(model, pad_token_id=pad_token_id)
         _check_precision(precision, model)
         self.model = model
         self.sketch = sketch
@@ -113,6 +119,7 @@ class FeatureExtractor:
         self._forward_layout: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
         self._said_lengths: WeakSet[nn.Module] = WeakSet()
 
+    @in_own_modes
     def gradients(
         self,
         tokenized: TokenizedPool,
@@ -149,6 +156,7 @@ class FeatureExtractor:
             _subtract_first(gradients, tokenized, absolute)
         return GradientRows(torch.arange(count), gradients, logps)
 
+    @in_own_modes
     def iter_gradients(
         self,
         tokenized: TokenizedPool,
@@ -165,6 +173,7 @@ class FeatureExtractor:
         show_progress: bool | None,
     ) -> Iterator[tuple[Taken, bool]]:
         """(rows, gradients, logps) by batch, and whether they are relative; some may not be."""
+        self._require_supported(tokenized, gradients=True)
         linears = trainable_linears(self.model)
         plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
         dtype = row_dtype(linears)
@@ -210,6 +219,7 @@ class FeatureExtractor:
             for alone in self._alone(tokenized, taken[0][~finite], taking(False), self.model):
                 yield alone, False
 
+    @in_own_modes
     def check(self, tokenized: TokenizedPool) -> Layout:
         """How responses are batched; the self-check, where that is not known yet.
 
@@ -218,7 +228,9 @@ class FeatureExtractor:
 
         Raises:
             UnsupportedParameterError: captured gradients differ from autograd's.
+            ActiveDPOError: a model or tokens that cannot be handled (see `require_supported`).
         """
+        self._require_supported(tokenized, gradients=True)
         if not self._verify:
             return Layout.WHOLE
         rows = range(len(tokenized.sequences))
@@ -232,6 +244,7 @@ class FeatureExtractor:
             self._gradient_layout[has_prompts] = layout, longest
         return layout
 
+    @in_own_modes
     def logps(
         self,
         tokenized: TokenizedPool,
@@ -244,6 +257,7 @@ class FeatureExtractor:
         With `length_normalized`, log π(y|x) / |y|.
         """
         scored_by = model if model is not None else self.model
+        self._require_supported(tokenized, scored_by)
         result = torch.empty(len(tokenized.sequences), dtype=torch.float64)
 
         def take(batch: Batch, shared: bool) -> Taken:
@@ -265,10 +279,12 @@ class FeatureExtractor:
         of = tokenized.sequences if rows is None else [tokenized.sequences[row] for row in rows]
         return torch.tensor([completion_tokens(sequence) for sequence in of], dtype=torch.int64)
 
+    @in_own_modes
     def hidden(
         self, tokenized: TokenizedPool, *, show_progress: bool | None = None
     ) -> torch.Tensor:
         """The last layer's hidden state at the last response token, float32 [R, h], pool order."""
+        self._require_supported(tokenized)
 
         def take(batch: Batch, shared: bool) -> Taken:
             with undisturbed(self.model, self.precision):
@@ -277,6 +293,11 @@ class FeatureExtractor:
         taken = list(self._forward(tokenized, take, self.model, "hidden states", show_progress))
         rows = torch.cat([rows for rows, _ in taken])
         return torch.cat([hidden for _, hidden in taken])[rows.argsort()]
+
+    def _require_supported(self, tokenized: TokenizedPool, model: nn.Module | None = None, *,
+                           gradients: bool = False) -> None:
+        require_supported(self.model if model is None else model, tokenized,
+                          pad_token_id=self.pad_token_id, gradients=gradients)
 
     def _forward(
         self, tokenized: TokenizedPool, take: Take, model: nn.Module, title: str,

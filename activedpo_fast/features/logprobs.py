@@ -42,11 +42,17 @@ def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> It
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits
 
+    # A decoder may have a `forward` of its own (accelerate's hooks, a patch), which comes back.
+    own = vars(decoder)
+    before = own.get("forward")
     decoder.forward = give_back  # type: ignore[method-assign]
     try:
         yield head
     finally:
-        del decoder.forward
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
 
 
 def chunked_logps(

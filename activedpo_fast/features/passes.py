@@ -129,7 +129,8 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
                 decoder, batch, _one_for_each_response(states, batch)).last_hidden_state
         else:
             hidden = model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
-        last = batch.attention_mask.sum(dim=1) - 1
+        # Virtual tokens of prompt tuning come before the others.
+        last = batch.attention_mask.sum(dim=1) - 1 + hidden.shape[1] - batch.input_ids.shape[1]
         return hidden[torch.arange(len(last), device=hidden.device), last]
 
 

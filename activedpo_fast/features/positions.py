@@ -58,7 +58,9 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         prefix = "" if layer_type is None else f"{layer_type}_"
         original = getattr(module, f"{prefix}original_inv_freq", None)
         if original is not None:
-            module._buffers[f"{prefix}inv_freq"] = original.clone()
+            now = module._buffers[f"{prefix}inv_freq"]
+            # The original is left behind where it is no buffer.
+            module._buffers[f"{prefix}inv_freq"] = original.clone().to(now.device)
         if kind == "dynamic":
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
     try:

@@ -9,8 +9,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._tokenizers import tokenizer_as_found
 from activedpo_fast.data import Text
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.features.capture import undisturbed
 from activedpo_fast.labeling.reward import RewardOracle
 from activedpo_fast.template import check_template_kwargs
 
@@ -80,24 +82,20 @@ class RewardModelOracle(RewardOracle):
         responses: Sequence[Text],
         extras: Sequence[Mapping[str, Any]],
     ) -> list[float]:
-        encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        with tokenizer_as_found(self._tokenizer):
+            encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]["input_ids"]))
         rewards = [0.0] * len(encoded)
         disable = None if self._show_progress is None else not self._show_progress
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad(), tqdm(total=len(encoded), desc="reward", unit="response",
-                                       disable=disable) as bar:
-                for start in range(0, len(order), self._batch_size):
-                    batch = order[start : start + self._batch_size]
-                    inputs = self._tokenizer.pad([encoded[n] for n in batch], return_tensors="pt")
-                    logits = self._model(**inputs.to(self._model.device)).logits
-                    for n, value in zip(batch, logits[:, 0].double().tolist(), strict=True):
-                        rewards[n] = value
-                    bar.update(len(batch))
-        finally:
-            self._model.train(was_training)
+        with (undisturbed(self._model), torch.no_grad(),
+              tqdm(total=len(encoded), desc="reward", unit="response", disable=disable) as bar):
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                inputs = self._tokenizer.pad([encoded[n] for n in batch], return_tensors="pt")
+                logits = self._model(**inputs.to(self._model.device)).logits
+                for n, value in zip(batch, logits[:, 0].double().tolist(), strict=True):
+                    rewards[n] = value
+                bar.update(len(batch))
         return rewards
 
     def _encode(self, prompt: Text, response: Text) -> Any:

@@ -665,8 +665,9 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(
     for name, (model, expected) in wrong.items():
         model.save_pretrained(tmp_path / name)
         argv = _features(project, tmp_path / "store", adapter=tmp_path / name)
-        _refused(capsys, argv, expected)
-        assert not (tmp_path / "store").exists()
+        for options in ([], ["--no-verify"]):
+            _refused(capsys, [*argv, *options], expected)
+            assert not (tmp_path / "store").exists()
 
 
 def test_an_incomplete_model_is_refused(

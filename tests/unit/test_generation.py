@@ -209,9 +209,12 @@ def test_the_space_before_a_continuation_is_kept() -> None:
     (dict(prompts=[PROMPTS[0], CHATS[1]]), "prompt 2: chat messages, but prompt 1 has plain text"),
     (dict(prompts=CHATS), "no chat template"),
     (dict(max_new_tokens=255), r"item 'p0': 3 prompt tokens and max_new_tokens=255 exceed"),
+    (dict(arch="llama", vocab_size=200), r"item 'p0': the prompt has the token id \d+"),
 ])
 def test_bad_input(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"prompts": PROMPTS, **options}
+    sizes = {"vocab_size": arguments.pop("vocab_size")} if "vocab_size" in arguments else {}
+    model = tiny_causal_lm(arguments.pop("arch", "gpt2"), **sizes)
     with pytest.raises(ActiveDPOError, match=message) as caught:
-        generate_responses(tiny_causal_lm("llama"), tiny_tokenizer(), **arguments)
+        generate_responses(model, tiny_tokenizer(), **arguments)
     assert "\n" not in str(caught.value)

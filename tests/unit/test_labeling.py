@@ -23,6 +23,7 @@ from activedpo_fast.labeling import (
 )
 from activedpo_fast.selection.result import Pick, Selection
 from tests.models import VOCAB_SIZE, tiny_tokenizer
+from tests.state import differences, snapshot
 
 
 def _selection(n: int = 4, responses: tuple[str, str] = (" good", " bad")) -> Selection:
@@ -201,3 +202,21 @@ def test_files_with_a_fault_are_refused(tmp_path: Path, fault: str, message: str
     with pytest.raises(ActiveDPOError, match=message) as caught:
         oracle.label(selection)
     assert not isinstance(caught.value, LabelsPending)
+
+
+def test_reward_model_is_left_as_found_and_ignores_the_callers_modes() -> None:
+    model, tokenizer = _reward_model(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(max_length=7)
+    oracle = RewardModelOracle(model, tokenizer, temperature=0, max_length=16,
+                               show_progress=False)
+    selection = _selection(6, (" good", " something else, and longer"))
+    expected = oracle._score(["a prompt"], [" good"], [{}])
+    model.train()
+    list(model.modules())[4].eval()
+    before = snapshot(model, tokenizer)
+    for around in (torch.no_grad, torch.inference_mode,
+                   lambda: torch.autocast("cpu", torch.bfloat16)):
+        with around():
+            assert oracle._score(["a prompt"], [" good"], [{}]) == expected
+        oracle.label(selection)
+        assert differences(before, snapshot(model, tokenizer)) == []
