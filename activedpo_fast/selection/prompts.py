@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,15 @@ def distinct_prompts(prompts: Sequence[Prompt], prompt_by: str | None) -> list[P
             for prompt in reversed(prompts)}
     first = {prompt.id for prompt in seen.values()}
     return [prompt for prompt in prompts if prompt.id in first]
+
+
+def same_prompt(
+    items: Iterable[PoolItem | Prompt], ids: Collection[str], prompt_by: str | None
+) -> set[str]:
+    """The ids of all items that are of the prompt of one with an id of `ids`."""
+    keys = {item.id: prompt_key(item, prompt_by) for item in items}
+    known = {keys[id] for id in ids if id in keys}
+    return {id for id, key in keys.items() if key in known}
 
 
 @dataclass(frozen=True)

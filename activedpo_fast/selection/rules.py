@@ -16,7 +16,7 @@ from torch import Tensor
 
 from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.prompts import PoolPrompts, name_of, prompt_key
+from activedpo_fast.selection.prompts import PoolPrompts, name_of, same_prompt
 from activedpo_fast.selection.signals import check_pairs
 
 logger = logging.getLogger(__name__)
@@ -106,11 +106,7 @@ class PickRules:
 
     def excluded(self, items: Iterable[PoolItem | Prompt]) -> set[str]:
         """The ids of all items that are of a prompt to exclude."""
-        listed = list(items)
-        keys = [prompt_key(item, self.prompt_by) for item in listed]
-        ids = set(self.exclude)
-        out = {key for item, key in zip(listed, keys, strict=True) if item.id in ids}
-        return {item.id for item, key in zip(listed, keys, strict=True) if key in out}
+        return same_prompt(items, self.exclude, self.prompt_by)
 
     def within(self, items: Iterable[PoolItem | Prompt]) -> PickRules:
         """The same rules for only some of the items: without the ids and groups of the others."""

@@ -271,8 +271,9 @@ def test_picks_are_those_of_the_selector(
     _assert_same_picks(_read_jsonl(tmp_path / "1.jsonl"), first)
 
     second = selector.select(pool, 6, labelled=first, show_progress=False)
-    assert main([*argv, "--labelled", str(tmp_path / "1.jsonl"), "--output",
-                 str(tmp_path / "2.jsonl")]) == 0
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [
+        {**line, "label": 1} for line in _read_jsonl(tmp_path / "1.jsonl")])
+    assert main([*argv, "--labelled", str(labels), "--output", str(tmp_path / "2.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "2.jsonl"), second)
 
 
@@ -290,7 +291,7 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
 def test_rows_that_stay_on_disk_give_the_same_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3]}])
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3], "label": 0}])
     for strategy in ("activedpo", "random"):
         argv = ["select", str(store), "--batch-size", "9", "--labelled", str(labels), "--strategy",
                 strategy, "--output"]
@@ -322,10 +323,11 @@ def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path:
     before = [(line["id"], tuple(line["pair"])) for line in _read_jsonl(everything)]
     scores = [line["score"] for line in _read_jsonl(everything)]
 
-    # Only id and pair are needed, in either order.
+    # Only id, pair and label are needed, in either order.
     (first, pair), (second, other) = before[:2]
     labels = _write_jsonl(tmp_path / "labels.jsonl", [
-        {"id": first, "pair": list(pair), "label": 1}, {"id": second, "pair": list(other[::-1])},
+        {"id": first, "pair": list(pair), "label": 1},
+        {"id": second, "pair": list(other[::-1]), "label": 0},
     ])
     after = tmp_path / "after.jsonl"
     assert main([*select, "5", "--labelled", str(labels), "--output", str(after)]) == 0
@@ -338,16 +340,19 @@ def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path:
 
 
 def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
-    store: Path, tmp_path: Path
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select = ["select", str(store), "--batch-size"]
     assert main([*select, "8", "--lambda", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
     # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
-    for label in (None, "skip"):
-        labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, "label": label}])
+    for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
+        labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, **answer}])
+        capsys.readouterr()
         assert main([*select, "1", "--labelled", str(labels), "--output",
                      str(tmp_path / "b.jsonl")]) == 0
+        pending = f"activedpo: {labels}: 1 of 1 pairs have no label yet: they are not picked again"
+        assert (pending in capsys.readouterr().err) == (answer.get("label") is None)
         assert main([*select, "1", "--output", str(tmp_path / "c.jsonl")]) == 0
         (undecided,) = _read_jsonl(tmp_path / "b.jsonl")
         (free,) = _read_jsonl(tmp_path / "c.jsonl")
@@ -359,8 +364,8 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
 
 
 @pytest.mark.parametrize(("line", "expected"), [
-    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, null"),
-    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, null"),
+    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, \"skip\""),
+    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, \"skip\""),
     ('{"id": "p0", "pair": [0, 1]', "broken JSON"),
     ('["p0", [0, 1]]', "not a JSON object"),
     ('{"pair": [0, 1]}', "no 'id'"),

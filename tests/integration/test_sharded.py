@@ -231,8 +231,8 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
 def test_select_under_torchrun_writes_the_file_of_one_process(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1]}\n'
-                                           '{"id": "item-11", "pair": [0, 3]}\n')
+    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 1}\n'
+                                           '{"id": "item-11", "pair": [0, 3], "label": 0}\n')
     argv = ["select", str(store), "--labelled", str(tmp_path / "labels.jsonl"), "--batch-size",
             "10", "--max-per-prompt", "1", "--group-by", "topic", "--quota", "law=2",
             "--random-fraction", "0.2", "--output"]
