@@ -16,9 +16,18 @@ import torch
 import torch.distributed as dist
 
 from activedpo_fast import __version__
+from activedpo_fast._tables import placed_rows
 from activedpo_fast._texts import check_text, content_id
 from activedpo_fast.config import RunConfig
-from activedpo_fast.data import PreferencePool, Prompt, check_prompts, jsonl_rows
+from activedpo_fast.data import (
+    PreferencePool,
+    Prompt,
+    check_prompt_row,
+    check_prompts,
+    id_of,
+    jsonl_rows,
+    plain_text,
+)
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
@@ -358,38 +367,25 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
 
 
 def read_prompts(path: FilePath) -> list[Prompt]:
-    """Prompts from JSONL or Parquet rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+    """Prompts from rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+
+    They are read from what pools are read from, see `placed_rows`.
 
     Raises:
         ActiveDPOError: naming the row at fault.
     """
-    source = Path(path)
-    if source.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(source).to_pylist()
-        except (OSError, pyarrow.ArrowException, ValueError) as error:
-            raise ActiveDPOError(f"{source}: {' '.join(str(error).split())}") from error
-        placed = [(f"{source}, row {n}", row) for n, row in enumerate(rows, start=1)]
-    elif source.suffix == ".jsonl":
-        placed = list(jsonl_rows(source))
-    else:
-        raise ActiveDPOError(f"{source}: unsupported suffix {source.suffix!r}, expected .jsonl or "
-                             ".parquet")
     prompts = []
-    for place, row in placed:
-        if not isinstance(row, Mapping) or row.get("prompt") is None:
-            raise ActiveDPOError(f"{place}: no 'prompt'")
-        prompt, given = row["prompt"], row.get("id")
+    places = []
+    for place, row in placed_rows(path):
+        check_prompt_row(row, place)
+        prompt, given = plain_text(row["prompt"]), id_of(row)
         check_text(prompt, "the prompt", place)
         extra = {name: value for name, value in row.items() if name not in ("id", "prompt")}
-        prompts.append(Prompt(content_id(prompt, ()) if given is None else str(given), prompt,
-                              extra))
-    try:
-        check_prompts(prompts)
-    except ActiveDPOError as error:
-        raise ActiveDPOError(f"{source}: {error}") from None
+        prompts.append(Prompt(content_id(prompt, ()) if given is None else given, prompt, extra))
+        places.append(place)
+    if not prompts:
+        raise ActiveDPOError(f"{path}: no rows")
+    check_prompts(prompts, places)
     return prompts
 
 

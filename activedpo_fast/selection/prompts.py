@@ -34,7 +34,9 @@ def prompt_key(item: PoolItem | Prompt, prompt_by: str | None) -> str | bytes:
         ActiveDPOError: an item without the column, or with a value that cannot be a name.
     """
     if prompt_by is None:
-        return text_key(item.prompt)
+        # With chat messages, a row's own arguments of the template are part of its text.
+        own = None if isinstance(item.prompt, str) else item.extra.get("chat_template_kwargs")
+        return canonical_json([item.prompt, own]) if own else text_key(item.prompt)
     value = item.extra.get(prompt_by)
     if value is None or value != value:  # tables mark what is missing by NaN
         raise ActiveDPOError(f"prompt_by: item {item.id!r} has no {prompt_by!r}")
