@@ -86,7 +86,8 @@ Examples:
 """)
 def features(
     pool: Annotated[Path, typer.Argument(
-        metavar="POOL", help="Prompts with their responses (.jsonl, .parquet).")],
+        metavar="POOL", help="Prompts with their responses: .jsonl or .parquet, a folder of such "
+        "files, or one of datasets.save_to_disk.")],
     model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
     output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
     adapter: Annotated[str | None, typer.Option(

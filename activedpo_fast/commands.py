@@ -476,11 +476,11 @@ def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) 
 def _pair_elsewhere(
     record: Mapping[str, Any], pool: PreferencePool, finder: PairFinder
 ) -> list[int] | None:
-    """The rows of an item with another id that has a line's texts, where that with its id has not."""
+    """The rows of an item with another id that has a line's texts; None if its own has them."""
     prompt, responses = record.get("prompt"), record.get("responses")
     if not isinstance(responses, list) or len(responses) != 2:
         return None
-    if not all(isinstance(text, (str, list)) for text in (prompt, *responses)):
+    if not isinstance(prompt, (str, list)):
         return None
     rows = finder.rows(str(record["id"]), prompt, responses)
     if rows is None or pool[pool.locate(rows[0])[0]].id == str(record["id"]):

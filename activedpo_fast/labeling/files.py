@@ -24,8 +24,8 @@ class FileOracle:
 
     `label` writes the picks, best first, one JSON object a line with `"label": null`, and raises
     `LabelsPending`. People replace each null by 0 or 1, the position in `responses` of the better
-    one, or by "skip" (or "tie") for no preference; null means "not labeled yet". Call `label` with the same
-    selection again (rerun the loop) to go on. A file that is there is never overwritten.
+    one, or by "skip" (or "tie") for no preference; null means "not labeled yet". Call `label` with
+    the same selection again (rerun the loop) to go on. A file that is there is never overwritten.
 
     Args:
         path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:

@@ -229,8 +229,8 @@ class Aplp(Strategy):
     """Uncertain prompts, then confident pairs (Muldrew et al., arXiv 2402.08114).
 
     1. The predictive entropy of a prompt is estimated from its M distinct responses, in whichever
-       items they are, H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n) prompts with the
-       largest stay (of those with a candidate pair; all, if there are fewer).
+       items they are, H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n)
+       prompts with the largest stay (of those with a candidate pair; all, if there are fewer).
     2. Of all their pairs, the n with the largest |d| are taken, where
        d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)).
 

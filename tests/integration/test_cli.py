@@ -440,6 +440,44 @@ def test_rules_are_those_of_the_selector(
         [pick.score for pick in expected], rel=1e-4)
 
 
+def test_select_goes_by_the_prompt_and_not_by_the_row(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of one prompt, as comparison data has them, from a folder of shards."""
+    rows = [{"id": f"c{n}", "prompt": f"Post {n % 2}:", "post": n % 3,
+             "responses": [f" {_WORDS[n]}", f" b{n % 3}"]} for n in range(6)]
+    (tmp_path / "pool").mkdir()
+    _write_jsonl(tmp_path / "pool" / "a.jsonl", rows)
+    _write_jsonl(tmp_path / "pool" / "b.jsonl", [
+        {**rows[0], "id": "again", "responses": rows[0]["responses"][::-1]}])
+    store = tmp_path / "store"
+    assert main([*_features(project, store, pool=tmp_path / "pool"), "--proj-dim", "64"]) == 0
+    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--batch-size", "6"]
+
+    def picked(*options: str) -> list[str]:
+        assert main([*argv, *options]) == 0
+        return [line["id"] for line in _read_jsonl(tmp_path / "x.jsonl")]
+
+    capsys.readouterr()
+    assert sorted(picked()) == [f"c{n}" for n in range(6)]
+    assert "1 of 7 pairs have the prompt and responses of an earlier one" in capsys.readouterr().err
+    for strategy in ("activedpo", "random"):
+        one_each = picked("--max-per-prompt", "1", "--strategy", strategy)
+        assert sorted(int(id[1:]) % 2 for id in one_each) == [0, 1]
+        by_post = picked("--max-per-prompt", "1", "--prompt-by", "post", "--strategy", strategy)
+        assert sorted(int(id[1:]) % 3 for id in by_post) == [0, 1, 2]
+    (tmp_path / "done.txt").write_text("again\n")
+    assert sorted(picked("--exclude", str(tmp_path / "done.txt"))) == ["c1", "c3", "c5"]
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [
+        {"id": "of another pool", "pair": [1, 0], "label": 1, "prompt": rows[4]["prompt"],
+         "responses": rows[4]["responses"][::-1]},
+        {"id": "again", "pair": [0, 1], "label": 0}])
+    left = picked("--labelled", str(labels), "--batch-size", "4")
+    assert sorted(left) == ["c1", "c2", "c3", "c5"]
+    assert "of 4 candidate pairs and 2 labelled picked" in capsys.readouterr().out
+    _refused(capsys, [*argv, "--prompt-by", "thread"], "prompt_by: item 'c0' has no 'thread'")
+
+
 def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:
     argv = ["select", str(store), "--batch-size", "8", "--strategy", "random", "--output",
             str(tmp_path / "x.jsonl")]

@@ -245,7 +245,8 @@ def test_nulls_in_the_labels_of_an_earlier_version_are_no_preference(
 def test_a_prompt_in_several_rows_is_one_prompt(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     prompts = [*PROMPTS[:4], *(replace(p, id=f"again-{p.id}") for p in PROMPTS[:4])]
-    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=3, rules=PickRules(exclude=["again-p1"]))
+    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=3,
+                 rules=PickRules(exclude=["again-p1"]))
     assert "4 of 8 prompts repeat the text of an earlier one: it is offered once" in caplog.text
     loop.run()
     for t in range(2):

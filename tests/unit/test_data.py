@@ -262,7 +262,7 @@ def test_duplicates_name_both_rows() -> None:
     with pytest.raises(ActiveDPOError, match="^row 3: the same row as row 1: remove one of them$"):
         PreferencePool.from_rows(rows)
     rows = [{**_OK, "id": 1}, {**_OK, "prompt": "q", "id": "1"}]
-    with pytest.raises(ActiveDPOError, match="^row 2: id '1' is already that of row 1: rows need ids of"):
+    with pytest.raises(ActiveDPOError, match="^row 2: id '1' is already that of row 1: rows need"):
         PreferencePool.from_rows(rows)
 
 

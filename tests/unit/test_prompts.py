@@ -68,14 +68,16 @@ def test_a_pair_is_a_candidate_once_and_not_again_under_another_id(
         assert candidate_pairs(pool, rows, []).tolist() == [[2, 3], [6, 7], [8, 9]]
     assert split_history(pool, [replace(pick, id="row-2")])[0].tolist() == [[4, 5]]
     # Its responses are in the pool, but no row has both.
-    across = Pick("row-0", (0, 1), 1.0, 0, item.prompt, (pool[0].responses[0], pool[3].responses[1]))
+    a_and_c = (pool[0].responses[0], pool[3].responses[1])
+    across = Pick("row-0", (0, 1), 1.0, 0, item.prompt, a_and_c)
     assert split_history(pool, [across])[1] == [across]
 
 
 def test_a_column_says_what_one_prompt_is() -> None:
+    rows = [("x", 1), ("x!", 1), ("x", "1"), ("x", 2), ("w", True)]
     pool = PreferencePool.from_rows(
         {"id": str(n), "prompt": prompt, "responses": ["a", "b"], "post": post}
-        for n, (prompt, post) in enumerate([("x", 1), ("x!", 1), ("x", "1"), ("x", 2), ("w", True)]))
+        for n, (prompt, post) in enumerate(rows))
     prompts = PoolPrompts.of(pool, "post")
     assert prompts.of_item.tolist() == [0, 0, 0, 1, 2]
     nothing = torch.empty(0, 2, dtype=torch.int64)
@@ -86,8 +88,9 @@ def test_a_column_says_what_one_prompt_is() -> None:
         PickRules(max_per_prompt=1, prompt_by="thread").bind(pool, pool.pairs(), 1)
     with pytest.raises(ActiveDPOError, match="prompt_by must be the name of a field, not 3"):
         PickRules(prompt_by=3)  # type: ignore[arg-type]
-    bad = PreferencePool.from_rows([{"id": "q", "prompt": "x", "responses": ["a", "b"], "post": [1]}])
-    with pytest.raises(ActiveDPOError, match="'post' of item 'q' must be text, an integer or a bool"):
+    bad = PreferencePool.from_rows(
+        [{"id": "q", "prompt": "x", "responses": ["a", "b"], "post": [1]}])
+    with pytest.raises(ActiveDPOError, match="'post' of item 'q' must be text, an integer or a"):
         PickRules(prompt_by="post").bind(bad, bad.pairs(), 1)
 
 
@@ -128,7 +131,8 @@ def test_aplp_takes_the_entropy_of_a_prompt_over_all_its_rows() -> None:
 @pytest.mark.parametrize("strategy", ["activedpo", "random", "aplp", "margin_large"])
 def test_the_selector_goes_by_texts(strategy: str) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
-    chooser = ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, proj_dim=64, verify=False)
+    chooser = ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, proj_dim=64,
+                                verify=False)
     pool = PreferencePool.from_rows(
         {"id": f"row-{n}", "prompt": f"Post {n % 3}:", "responses": [f" {n % 6}", f" b{n % 2}"]}
         for n in range(8))  # rows 6 and 7 repeat rows 0 and 1

@@ -23,7 +23,8 @@ def make_pool(
 ) -> PreferencePool:
     """Item i has the prompt number i % `prompts`, as text and as the column "post"."""
     return PreferencePool.from_rows(
-        {"id": f"p{i}", "prompt": f"Prompt {i % prompts}", "post": i % prompts, "responses": [f"{i} {j}" for j in range(size)],
+        {"id": f"p{i}", "prompt": f"Prompt {i % prompts}", "post": i % prompts,
+         "responses": [f"{i} {j}" for j in range(size)],
          "topic": topics[i % len(topics)], "cost": costs[i % len(costs)]}
         for i, size in enumerate(sizes)
     )

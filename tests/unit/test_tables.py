@@ -1,4 +1,4 @@
-"""Where pools and prompts are read from: one reader for both, and one line for what it cannot read."""
+"""Where pools and prompts are read from, and one line for what cannot be read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from activedpo_fast.errors import ActiveDPOError
 
 USER = [{"role": "user", "content": "Hi", "name": "Ann"}]
 ROWS = [{"id": n, "prompt": f"p{n}", "responses": ["a", "b"], "n": n} for n in range(4)]
-CHAT = [{"prompt": [{**USER[0], "content": f"Hi {n}"} if n else {"role": "user", "content": "Hi"}],
-         "responses": [[{"role": "assistant", "content": text}] for text in "ab"]} for n in range(2)]
+CHAT = [{"prompt": prompt, "responses": [[{"role": "assistant", "content": t}] for t in "ab"]}
+        for prompt in ([{"role": "user", "content": "Hi"}], USER)]
 READERS = [PreferencePool.load, read_prompts]
 
 
@@ -96,7 +96,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     dataset.save_to_disk(str(tmp_path / "broken"))
     next((tmp_path / "broken").glob("*.arrow")).unlink()
     refused(tmp_path / "broken", "broken: a saved data set that cannot be read: ")
-    bad = datasets.Dataset.from_list([*ROWS, {"id": 4, "prompt": " ", "responses": ["a", "b"], "n": 4}])
+    bad = datasets.Dataset.from_list([*ROWS, {**ROWS[0], "id": 4, "prompt": " "}])
     bad.save_to_disk(str(tmp_path / "bad"))
     refused(tmp_path / "bad", "bad.* row 5: the prompt is empty")
 
@@ -114,7 +114,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (folder("store", "pool.jsonl") / "manifest.json").write_text("{}")
     refused(tmp_path / "store", "store: a feature store; its pool is .*store/pool.jsonl")
     (tmp_path / "x.json").write_text("[]")
-    refused(tmp_path / "x.json", "unsupported suffix '.json', expected .jsonl or .parquet, a folder")
+    refused(tmp_path / "x.json", "unsupported suffix '.json', expected .jsonl or .parquet, a fol")
     refused(tmp_path / "none", "none: no such file or folder")
     for name in ("none.parquet", "none.PARQUET", "none.jsonl"):
         refused(tmp_path / name, "no such file")
@@ -134,8 +134,8 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ([{"text": "x"}], "line 1: no 'prompt'$"),
     ([{"prompt": float("nan")}], "line 1: no 'prompt'$"),
     (["x"], "line 1: expected an object with named columns, got str 'x'"),
-    ([{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"}],
-     "line 1: no 'prompt': the texts are whole transcripts; split each after its last 'Assistant:'"),
+    ([{name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}],
+     "line 1: no 'prompt': the texts are whole transcripts; split each after its last"),
     ([], "x.jsonl: no rows$"),
 ])
 def test_bad_prompts_are_named(rows: list[Any], message: str, tmp_path: Path) -> None:
