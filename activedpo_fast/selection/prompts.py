@@ -59,6 +59,8 @@ def same_prompt(
     items: Iterable[PoolItem | Prompt], ids: Collection[str], prompt_by: str | None
 ) -> set[str]:
     """The ids of all items that are of the prompt of one with an id of `ids`."""
+    if not ids and prompt_by is None:
+        return set()  # a column is looked at in any case: every item must have it
     keys = {item.id: prompt_key(item, prompt_by) for item in items}
     known = {keys[id] for id in ids if id in keys}
     return {id for id, key in keys.items() if key in known}
