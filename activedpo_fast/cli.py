@@ -86,7 +86,8 @@ Examples:
 """)
 def features(
     pool: Annotated[Path, typer.Argument(
-        metavar="POOL", help="Prompts with their responses (.jsonl, .parquet).")],
+        metavar="POOL", help="Prompts with their responses: .jsonl or .parquet, a folder of such "
+        "files, or one of datasets.save_to_disk.")],
     model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
     output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
     adapter: Annotated[str | None, typer.Option(
@@ -191,12 +192,16 @@ def select(
         "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
     kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
     labelled: Annotated[Path | None, typer.Option(
-        help="JSONL file of pairs labelled before: they enter V and are not picked again.",
+        help="JSONL file of pairs asked before: they are not picked again, and those with a label "
+        "0 or 1 enter V.",
     )] = None,
     max_per_prompt: Annotated[int | None, typer.Option(
-        min=1, help="Most pairs of one prompt.")] = None,
+        min=1, help="Most pairs of one prompt, in whichever rows.")] = None,
+    prompt_by: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool that says which rows are of one prompt; without "
+        "it, those with the same prompt text.")] = None,
     exclude: Annotated[Path | None, typer.Option(
-        help="File of prompt ids, one a line, of which nothing is picked.")] = None,
+        help="File of ids, one a line; nothing is picked of their prompts.")] = None,
     group_by: Annotated[str | None, typer.Option(
         metavar="FIELD", help="Column of the pool that names a prompt's group.")] = None,
     quota: Annotated[list[str] | None, typer.Option(
@@ -221,6 +226,7 @@ def select(
         rules = read_rules(
             max_per_prompt=max_per_prompt, exclude=exclude, group_by=group_by, quotas=quota or [],
             min_score=min_score, random_fraction=random_fraction, cost=cost, seed=seed,
+            prompt_by=prompt_by,
         )
         _say(quiet, select_pairs(
             store, output, batch_size=batch_size, strategy=strategy, normalize=normalize, lam=lam,

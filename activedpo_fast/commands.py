@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from activedpo_fast import __version__
+from activedpo_fast._tables import placed_rows
 from activedpo_fast._texts import check_text, content_id
 from activedpo_fast.columns import (
     RESPONSE_COLUMNS,
@@ -25,14 +26,21 @@ from activedpo_fast.columns import (
     is_absent,
 )
 from activedpo_fast.config import RunConfig
-from activedpo_fast.data import PreferencePool, Prompt, check_prompts, jsonl_rows
+from activedpo_fast.data import (
+    PreferencePool,
+    Prompt,
+    check_prompt_row,
+    check_prompts,
+    id_of,
+    jsonl_rows,
+    plain_text,
+)
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.store import FeatureStore
 from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.labeling import FileOracle, Oracle, RewardModelOracle
-from activedpo_fast.labeling.files import SKIP
 from activedpo_fast.loop import START, ActiveDPOLoop, RoundRecord
 from activedpo_fast.models import (
     NO_ADAPTER,
@@ -47,6 +55,8 @@ from activedpo_fast.models import (
     tokenizer_source,
 )
 from activedpo_fast.processes import require_one_process
+from activedpo_fast.selection.prompts import PairFinder, PoolPrompts
+from activedpo_fast.selection.result import read_label
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, TensorSignals
@@ -213,7 +223,7 @@ def select_pairs(
         def prepare() -> _Task:
             if shares.rank == 0:
                 _check_target(output)
-            return _Task.read(store_path, labelled)
+            return _Task.read(store_path, labelled, rules, log=shares.rank == 0)
 
         task = shares.check(prepare)
         pool, pairs, known = task.pool, task.pairs, task.known
@@ -221,7 +231,7 @@ def select_pairs(
             settings = (batch_size, strategy, normalize, lam, kappa, seed)
             shares.require_same({
                 "store": pool_text(pool, rules) + repr(task.store.manifest),
-                "--labelled": repr((known.tolist(), task.undecided.tolist())),
+                "--labelled": repr((known.tolist(), task.asked.tolist())),
                 "rules": repr(rules),
                 "settings": repr(settings),
             })
@@ -262,23 +272,28 @@ def select_pairs(
 
 @dataclass(frozen=True)
 class _Task:
-    """A store, its pool, and pairs of rows, int64 [., 2]: candidates, labelled, undecided."""
+    """A store, its pool, and pairs of rows, int64 [., 2]: candidates, those with a preference, and
+    those that were asked and have none."""
 
     store: FeatureStore
     pool: PreferencePool
     pairs: torch.Tensor
     known: torch.Tensor
-    undecided: torch.Tensor
+    asked: torch.Tensor
 
     @classmethod
-    def read(cls, store_path: FilePath, labelled: FilePath | None) -> _Task:
+    def read(
+        cls, store_path: FilePath, labelled: FilePath | None, rules: PickRules | None, log: bool
+    ) -> _Task:
         store = FeatureStore.open(store_path)
         pool = store.pool()
-        known = undecided = torch.empty(0, 2, dtype=torch.int64)
+        known = asked = torch.empty(0, 2, dtype=torch.int64)
         if labelled is not None:
-            known, undecided = read_labelled_pairs(labelled, pool)
-        pairs = candidate_pairs(pool, torch.cat([known, undecided]), store.manifest["skipped"])
-        return cls(store, pool, pairs, known, undecided)
+            known, asked = read_labelled_pairs(labelled, pool, log=log)
+        prompts = PoolPrompts.of(pool, None if rules is None else rules.prompt_by)
+        pairs = candidate_pairs(pool, torch.cat([known, asked]), store.manifest["skipped"], prompts,
+                                log=log)
+        return cls(store, pool, pairs, known, asked)
 
 
 @contextmanager
@@ -412,42 +427,29 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def read_prompts(path: FilePath) -> list[Prompt]:
-    """Prompts from JSONL or Parquet rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+    """Prompts from rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+
+    They are read from what pools are read from, see `placed_rows`.
 
     Raises:
         ActiveDPOError: naming the row at fault.
     """
-    source = Path(path)
-    if source.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.read_table(source).to_pylist()
-        except (OSError, pyarrow.ArrowException, ValueError) as error:
-            raise ActiveDPOError(f"{source}: {' '.join(str(error).split())}") from error
-        placed = [(f"{source}, row {n}", row) for n, row in enumerate(rows, start=1)]
-    elif source.suffix == ".jsonl":
-        placed = list(jsonl_rows(source))
-    else:
-        raise ActiveDPOError(f"{source}: unsupported suffix {source.suffix!r}, expected .jsonl or "
-                             ".parquet")
     prompts = []
-    for place, row in placed:
-        if not isinstance(row, Mapping) or row.get("prompt") is None:
-            raise ActiveDPOError(f"{place}: no 'prompt'")
-        prompt, given = row["prompt"], row.get("id")
+    places = []
+    for place, row in placed_rows(path):
+        check_prompt_row(row, place)
+        prompt, given = plain_text(row["prompt"]), id_of(row)
         check_text(prompt, "the prompt", place)
         extra = {name: value for name, value in row.items()
                  if name not in ("id", "prompt")
                  and not (name in RESPONSE_COLUMNS and is_absent(value))}
         check_columns(extra, place, chat=not isinstance(prompt, str), prompts=True)
         check_json_columns(extra, place)
-        prompts.append(Prompt(content_id(prompt, ()) if given is None else str(given), prompt,
-                              extra))
-    try:
-        check_prompts(prompts)
-    except ActiveDPOError as error:
-        raise ActiveDPOError(f"{source}: {error}") from None
+        prompts.append(Prompt(content_id(prompt, ()) if given is None else given, prompt, extra))
+        places.append(place)
+    if not prompts:
+        raise ActiveDPOError(f"{path}: no rows")
+    check_prompts(prompts, places)
     return prompts
 
 
@@ -466,48 +468,54 @@ def _table(records: Sequence[RoundRecord]) -> str:
 
 
 def read_labelled_pairs(
-    path: FilePath, pool: PreferencePool
+    path: FilePath, pool: PreferencePool, *, log: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs of `pool` that a JSONL file names by `id` and `pair`, as row numbers.
 
-    `prompt` and `responses`, where a line has them, must be those of the pool.
+    `prompt` and `responses`, where a line has both, find the pair under another id, too; they must
+    be in the pool.
 
     Returns:
-        Two int64 [t, 2]: the pairs with a preference, which enter V, and those whose line says that
-        there is none (`label` is null or "skip"). A line without `label` counts as the former.
+        Two int64 [t, 2]: the pairs with a preference, which enter V, and those without: `label` is
+        "skip" or "tie", or it is missing or null, so that the pair is not labeled yet. The log has
+        a line that counts the latter.
 
     Raises:
         ActiveDPOError: naming the first line at fault.
     """
     decided: list[list[int]] = []
-    undecided: list[list[int]] = []
-    seen: dict[frozenset[int], str] = {}
+    asked: list[list[int]] = []
+    pending = 0
+    seen: dict[tuple[str, frozenset[int]], str] = {}
+    finder = PairFinder(pool)
     for place, record in jsonl_rows(Path(path)):
-        pair = _pair_of(record, place, pool)
-        earlier = seen.setdefault(frozenset(pair), place)
+        pair = _pair_of(record, place, pool, finder)
+        earlier = seen.setdefault((str(record["id"]), frozenset(pair)), place)
         if earlier is not place:
             raise ActiveDPOError(f"{place}: the same pair as {earlier}")
-        label = record.get("label", 0)
-        if label is None or label == SKIP:
-            undecided.append(pair)
-        elif type(label) is int and label in (0, 1):
-            decided.append(pair)
-        else:
-            raise ActiveDPOError(f"{place}: 'label' must be 0, 1, null or {SKIP!r}, not {label!r}")
-    return _as_rows(decided), _as_rows(undecided)
+        label = read_label(record, place)
+        (decided if label in (0, 1) else asked).append(pair)
+        pending += label is None
+    if pending and log:
+        logger.info("%s: %d of %d pairs have no label yet: they are not picked again and do not "
+                    "enter V", path, pending, len(seen))
+    return _as_rows(decided), _as_rows(asked)
 
 
 def _as_rows(pairs: list[list[int]]) -> torch.Tensor:
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
-def _pair_of(record: Any, place: str, pool: PreferencePool) -> list[int]:
+def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) -> list[int]:
     """The two row numbers that a line stands for, in its order."""
     if not isinstance(record, Mapping):
         raise ActiveDPOError(f"{place}: not a JSON object")
     for name in ("id", "pair"):
         if name not in record:
             raise ActiveDPOError(f"{place}: no {name!r}")
+    elsewhere = _pair_elsewhere(record, pool, finder)
+    if elsewhere is not None:
+        return elsewhere
     try:
         position = pool.position(str(record["id"]))
     except ActiveDPOError:
@@ -527,6 +535,21 @@ def _pair_of(record: Any, place: str, pool: PreferencePool) -> list[int]:
                                  "store's pool: these are labels of other responses")
     offset = int(pool.response_offsets[position])
     return [offset + n for n in pair]
+
+
+def _pair_elsewhere(
+    record: Mapping[str, Any], pool: PreferencePool, finder: PairFinder
+) -> list[int] | None:
+    """The rows of an item with another id that has a line's texts; None if its own has them."""
+    prompt, responses = record.get("prompt"), record.get("responses")
+    if not isinstance(responses, list) or len(responses) != 2:
+        return None
+    if not isinstance(prompt, (str, list)):
+        return None
+    rows = finder.rows(str(record["id"]), prompt, responses)
+    if rows is None or pool[pool.locate(rows[0])[0]].id == str(record["id"]):
+        return None
+    return rows
 
 
 def _check_target(path: FilePath | None) -> None:

@@ -26,7 +26,8 @@ class RunConfig:
     Attributes:
         model, adapter, gguf_file, dtype, device, tokenizer: as in `load_policy`.
         lora: arguments of `peft.LoraConfig` for a fresh adapter; None where `adapter` is given.
-        prompts: JSONL or Parquet file with `prompt` and, if wanted, `id`.
+        prompts: JSONL or Parquet file, or a folder (see `PreferencePool.load`), with `prompt` and,
+            if wanted, `id`.
         output_dir: the run's folder; a run is continued from it.
         seed: of everything that is random.
         strategy: name of the strategy; None for the default.

@@ -101,20 +101,9 @@ class PreferencePool(Sequence[PoolItem]):
     @classmethod
     def from_parquet(cls, path: str | os.PathLike[str]) -> PreferencePool:
         """Read one Parquet file."""
-        import pyarrow
-        import pyarrow.parquet
+        from activedpo_fast._tables import parquet_rows
 
-        source = Path(path)
-        try:
-            with open(source, "rb") as file:
-                rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
-        except OSError as error:
-            # Arrow's own read errors are OSErrors too, without an errno.
-            raise ActiveDPOError(f"{source}: {_reason(error)}") from error
-        except (pyarrow.ArrowException, ValueError) as error:
-            raise ActiveDPOError(f"{source}: not a Parquet file: {_first_line(error)}") from error
-        placed = ((f"{source}, row {n}", row) for n, row in enumerate(rows, start=1))
-        return cls._from_placed_rows(placed, empty=f"{source}: no rows")
+        return cls._from_placed_rows(parquet_rows(Path(path)), empty=f"{path}: no rows")
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> PreferencePool:
@@ -140,13 +129,17 @@ class PreferencePool(Sequence[PoolItem]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PreferencePool:
-        """Read a file by its suffix, `.jsonl` or `.parquet`."""
-        readers = {".jsonl": cls.from_jsonl, ".parquet": cls.from_parquet}
-        suffix = Path(path).suffix.lower()
-        if suffix not in readers:
-            raise ActiveDPOError(f"{path}: unsupported suffix {suffix!r}, expected "
-                                 + " or ".join(readers))
-        return readers[suffix](path)
+        """Read a `.jsonl` or `.parquet` file, a folder of one kind of them, in the order of their
+        names, or a folder of `datasets.save_to_disk`."""
+        from activedpo_fast._tables import placed_rows, saved_dataset
+
+        saved = saved_dataset(Path(path))
+        if saved is not None:
+            try:
+                return cls.from_dataset(saved)
+            except ActiveDPOError as error:
+                raise ActiveDPOError(f"{path}: {error}") from None
+        return cls._from_placed_rows(placed_rows(path), empty=f"{path}: no rows")
 
     @classmethod
     def _from_placed_rows(cls, placed: Iterable[tuple[str, Any]],
@@ -173,9 +166,11 @@ class PreferencePool(Sequence[PoolItem]):
                 other = items[earlier]
                 repeated = item.id == content_id(item.prompt, item.responses) and (
                     item.prompt, item.responses) == (other.prompt, other.responses)
-                raise ActiveDPOError(f"{place}: the same row as {places[earlier]}" if repeated else
-                                     f"{place}: id {item.id!r} is already that of "
-                                     f"{places[earlier]}")
+                raise ActiveDPOError(
+                    f"{place}: the same row as {places[earlier]}: remove one of them" if repeated
+                    else f"{place}: id {item.id!r} is already that of {places[earlier]}: rows need "
+                    "ids of their own; a column that names the prompt goes by another name (see "
+                    "prompt_by)")
         self._set(items)
 
     def _set(self, items: list[PoolItem]) -> None:
@@ -302,21 +297,28 @@ class PreferencePool(Sequence[PoolItem]):
         return pool
 
 
-def check_prompts(prompts: Sequence[Any]) -> None:
-    """Raise ActiveDPOError unless they have distinct ids and well-formed prompts of one kind."""
+def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -> None:
+    """Raise ActiveDPOError unless they have distinct ids and well-formed prompts of one kind.
+
+    Prompts with the same text may have different ids: they count as one prompt. `places` are where
+    they come from, for the message.
+    """
     if not prompts:
         raise ActiveDPOError("there are no prompts")
-    places: dict[str, str] = {}
-    for n, prompt in enumerate(prompts, start=1):
-        place = f"prompt {n}"
+    places = [f"prompt {n}" for n in range(1, len(prompts) + 1)] if places is None else places
+    first_with: dict[str, int] = {}
+    for n, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         _check_id(prompt.id, place)
         check_text(prompt.prompt, "the prompt", place)
         check_columns(prompt.extra, place, chat=not isinstance(prompt.prompt, str), prompts=True)
-        _check_same_kind(prompt.prompt, place, prompts[0].prompt, "prompt 1")
-        if prompt.id in places:
-            raise ActiveDPOError(f"{place}: id {prompt.id!r} is already that of "
-                                 f"{places[prompt.id]}")
-        places[prompt.id] = place
+        _check_same_kind(prompt.prompt, place, prompts[0].prompt, places[0])
+        earlier = first_with.setdefault(prompt.id, n)
+        if earlier != n:
+            raise ActiveDPOError(
+                f"{place}: the same prompt as {places[earlier]}: remove one of them"
+                if prompt.prompt == prompts[earlier].prompt else
+                f"{place}: id {prompt.id!r} is already that of {places[earlier]}, another prompt: "
+                "prompts need ids of their own")
 
 
 # -- one row ---------------------------------------------------------------------------------------
@@ -333,16 +335,14 @@ def _item_from_row(row: Any, place: str) -> PoolItem:
             raise ActiveDPOError(f"{place}: no 'prompt': conversations that hold their prompt are "
                                  "not split; extract it first (for instance with "
                                  "trl.extract_prompt)")
-        raise ActiveDPOError(f"{place}: missing column 'prompt'")
-    prompt = _plain_text(given["prompt"])
-    texts = tuple(_plain_text(response) for response in responses)
+        raise ActiveDPOError(f"{place}: missing column 'prompt'{_transcript_hint(responses)}")
+    prompt = plain_text(given["prompt"])
+    texts = tuple(plain_text(response) for response in responses)
     if "id" not in given:
         # Not yet checked, so not yet known to be something that can be hashed.
         check_texts(prompt, texts, place)
         given["id"] = content_id(prompt, texts)
-    id = given["id"]
-    if isinstance(id, Integral) and not isinstance(id, bool):
-        id = str(int(id))
+    id = id_of(given)
     extra = {str(name): value for name, value in row.items() if name not in _COLUMNS}
     return PoolItem(id=id, prompt=prompt, responses=texts, extra=extra)
 
@@ -367,7 +367,35 @@ def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
                          "say which are the responses")
 
 
-def _plain_text(value: Any) -> Any:
+def id_of(row: Mapping[str, Any]) -> Any:
+    """A row's `id`, an integer as text; None without one. What is no id is left to `_check_id`."""
+    id = row.get("id")
+    if _absent(id):
+        return None
+    return str(int(id)) if isinstance(id, Integral) and not isinstance(id, bool) else id
+
+
+def check_prompt_row(row: Any, place: str) -> None:
+    """Raise ActiveDPOError unless it is an object with a `prompt`."""
+    if not isinstance(row, Mapping):
+        raise ActiveDPOError(f"{place}: expected an object with named columns, got {show(row)}")
+    if _absent(row.get("prompt")):
+        transcripts = [row[name] for name in ("chosen", "rejected") if not _absent(row.get(name))]
+        raise ActiveDPOError(f"{place}: no 'prompt'{_transcript_hint(transcripts)}")
+
+
+def _transcript_hint(texts: Sequence[Any]) -> str:
+    """What to do with whole transcripts, as Anthropic's HH data has them; empty for others."""
+    turns = ("\n\nHuman:", "\n\nAssistant:")
+    if not texts or not all(isinstance(text, str) and all(turn in text for turn in turns)
+                            for text in texts):
+        return ""
+    return (": the texts are whole transcripts; split each after its last 'Assistant:' into prompt "
+            "and response (trl.extract_prompt takes what two of them have in common as the prompt, "
+            "which may be the first words of the responses too)")
+
+
+def plain_text(value: Any) -> Any:
     """A copy of chat messages, without keys that a table filled up with null."""
     if not isinstance(value, list):
         return value

@@ -29,7 +29,8 @@ from activedpo_fast.labeling import Oracle
 from activedpo_fast.processes import require_one_process
 from activedpo_fast.rehearsal import rehearse
 from activedpo_fast.resuming import check_settings, write_settings
-from activedpo_fast.selection.result import Selection, read_labels
+from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
+from activedpo_fast.selection.result import SKIP, Selection, by_preference, read_labels
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
@@ -85,8 +86,10 @@ class ActiveDPOLoop:
         model: a PEFT model, adapter "default". Its weights are the policy's start.
         prompts: each round takes `prompts_per_round` of them in a seeded order, going on where the
             last round ended and around. Prompts whose pairs were labelled are offered again only
-            where all others do not suffice; a warning says so.
-        oracle: see `activedpo_fast.labeling`. A `LabelsPending` from it passes through `run`.
+            where all others do not suffice; a warning says so. Prompts with the same text are one
+            (see `PickRules.prompt_by`): it is offered as the first of them.
+        oracle: see `activedpo_fast.labeling`. A `LabelsPending` from it passes through `run`. A
+            round in which no pair gets a preference is not trained on: its adapter is that before.
         dpo_args: see `activedpo_fast.trl.dpo_config`; the same in each round.
         strategy, selector_options: for `ActiveDPOSelector`. beta, max_length, truncation_mode and
             length_normalized are those of `dpo_args` unless given (see `selector_settings`, which
@@ -159,11 +162,16 @@ class ActiveDPOLoop:
         excluded: set[str] = set()
         if rules is not None:
             rules.check(prompts)
-            excluded.update(rules.exclude)
+            excluded.update(rules.excluded(prompts))
         self.model = model
         self.processing_class = processing_class
         self.prompts = list(prompts)
-        self._offered = [prompt for prompt in prompts if prompt.id not in excluded]
+        self._prompt_by = None if rules is None else rules.prompt_by
+        distinct = distinct_prompts(self.prompts, self._prompt_by)
+        if len(distinct) < len(self.prompts):
+            logger.info("%d of %d prompts repeat the text of an earlier one: it is offered once, "
+                        "as the first", len(self.prompts) - len(distinct), len(self.prompts))
+        self._offered = [prompt for prompt in distinct if prompt.id not in excluded]
         if not self._offered:
             raise ActiveDPOError("exclude: no prompt is left")
         self.oracle = oracle
@@ -264,14 +272,15 @@ class ActiveDPOLoop:
                 labels = self.oracle.label(picked, pool)
             picked.to_dataset(labels)  # checks them
             _write_labels(path, picked, labels)
-        return read_labels(path, strategy=self.strategy)
+        return read_labels(path, strategy=self.strategy, all_answered=True)
 
     def _pool(
         self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> PreferencePool:
         path = folder / "pool.jsonl"
         if not path.exists():
-            asked = {pick.id for selection, _ in history for pick in selection}
+            asked = same_prompt(self.prompts, {p.id for picks, _ in history for p in picks},
+                                self._prompt_by)
             prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
             seed = int(_digest([self.seed, t])[:12], 16)
             with _timed(folder, "generate"):
@@ -288,11 +297,13 @@ class ActiveDPOLoop:
     ) -> Selection:
         path = folder / "picked.jsonl"
         if not path.exists():
-            labelled = [_preferences(selection, labels)[0] for selection, labels in history]
+            split = [by_preference(*past) for past in history]
             rules = self.rules and self.rules.within(pool)
             self.selector.ref_model = self._reference_weights()
-            picked = self.selector.select(pool, self.batch_size, labelled=labelled, rules=rules,
-                                          show_progress=self.show_progress)
+            picked = self.selector.select(
+                pool, self.batch_size, labelled=[with_one for with_one, _ in split],
+                asked=[without for _, without in split], rules=rules,
+                show_progress=self.show_progress)
             if not picked:
                 raise ActiveDPOError(f"{folder.name}: no pair reaches min_score: nothing to label")
             _add_seconds(folder, self.selector.last_timings)
@@ -303,6 +314,13 @@ class ActiveDPOLoop:
         self, folder: Path, before: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> None:
         if (folder / "adapter").exists():
+            return
+        newest = history[-1][1]
+        if all(label is None for label in newest):
+            logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
+                        "on, and the adapter stays as it was", folder.name, len(newest))
+            self._load(before)
+            _save_adapter(self.model, self.processing_class, folder / "adapter")
             return
         used = history if self.train_on == "all" else history[-1:]
         picks = Selection(tuple(p for selection, _ in used for p in selection), self.strategy)
@@ -408,19 +426,12 @@ def draw_prompts(
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
 
 
-def _preferences(
-    selection: Selection, labels: Sequence[int | None]
-) -> tuple[Selection, list[int]]:
-    """The picks with a preference: the others tell the model nothing, so V leaves them out."""
-    kept = [(p, v) for p, v in zip(selection, labels, strict=True) if v is not None]
-    return Selection(tuple(p for p, _ in kept), selection.strategy), [v for _, v in kept]
-
-
 def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
     lines = []
     for pick, label in zip(picked, labels, strict=True):
         given = {name: value for name, value in asdict(pick).items() if value is not None}
-        lines.append(json.dumps({**given, "label": label}, ensure_ascii=False) + "\n")
+        answer = SKIP if label is None else label
+        lines.append(json.dumps({**given, "label": answer}, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines))
 
 

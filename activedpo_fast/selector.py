@@ -13,13 +13,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._modes import in_own_modes
-from activedpo_fast.data import PoolItem, PreferencePool
+from activedpo_fast.data import PreferencePool
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.supported import require_supported
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.ref_model import RefModel, check_ref_model, reference_policy
 from activedpo_fast.selection.greedy import check_n
+from activedpo_fast.selection.prompts import PairFinder, PoolPrompts, first_of_each
 from activedpo_fast.selection.result import Pick, Selection
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.shares import Shares, pool_text
@@ -164,6 +165,7 @@ class ActiveDPOSelector:
         n: int,
         *,
         labelled: Labelled | None = None,
+        asked: Labelled | None = None,
         rules: PickRules | None = None,
         group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
@@ -174,10 +176,14 @@ class ActiveDPOSelector:
             pool: prompts with two or more responses each.
             n: how many pairs.
             labelled: what has been labelled before, one earlier `Selection` or several. Their
-                features are taken anew at the model's current weights and enter V, with the
+                features are taken again at the model's current weights and enter V, with the
                 selector's own `chat_template_kwargs` (a line of the log says so where the picks
-                have others); a pair of `pool` that is among them (same id, prompt and responses)
-                is no candidate.
+                have others); a pair of `pool` that is among them is no candidate. It is among them
+                if its prompt (see `PickRules.prompt_by`) and its two responses are the same, in
+                either order and under whatever id.
+            asked: pairs that were asked before and have no preference: out for labeling, or
+                answered by "skip". They are no candidates either, and do not enter V. See
+                `by_preference` and `read_pending`.
             rules: what the picks have to observe besides. There may then be fewer than n, which
                 the log says.
             group: the processes that select together: pass `torch.distributed.group.WORLD` under
@@ -202,13 +208,15 @@ class ActiveDPOSelector:
         started = time.perf_counter()
         history = [pick for selection in _as_list(labelled) for pick in selection]
         common = self._tokenization["chat_template_kwargs"]
+        undecided = [pick for selection in _as_list(asked) for pick in selection]
         shares = Shares(group)
         if shares.rank == 0:
             _tell_of_other_arguments(history, common)
         strategy = self._make_strategy(pool.fingerprint())
         if group is not None:
-            self._require_same(shares, pool, n, history, rules, strategy)
-        signals = _ModelSignals(self, pool, history, shares, show_progress)
+            self._require_same(shares, pool, n, history, undecided, rules, strategy)
+        prompts = PoolPrompts.of(pool, rules.prompt_by if rules is not None else None)
+        signals = _ModelSignals(self, pool, history, undecided, prompts, shares, show_progress)
         n = check_n(n, len(signals.candidates))
         eligible = None
         if rules is not None:
@@ -238,7 +246,7 @@ class ActiveDPOSelector:
 
     def _require_same(
         self, shares: Shares, pool: PreferencePool, n: int, history: list[Pick],
-        rules: PickRules | None, strategy: Strategy,
+        undecided: list[Pick], rules: PickRules | None, strategy: Strategy,
     ) -> None:
         """Raise `ActiveDPOError` unless all processes were given the same."""
         options = {name: value for name, value in vars(strategy).items()
@@ -250,6 +258,8 @@ class ActiveDPOSelector:
                 "n": repr(n),
                 "labelled": repr([(pick.id, pick.prompt, pick.responses,
                                    pick.item_chat_template_kwargs) for pick in history]),
+                "asked": repr([(pick.id, pick.prompt, pick.responses,
+                                pick.item_chat_template_kwargs) for pick in undecided]),
                 "rules": repr(rules),
                 "strategy": repr((strategy.name, sorted(options.items()))),
                 "sketch": repr(extractor.sketch),
@@ -279,6 +289,8 @@ class _ModelSignals(Signals):
         selector: ActiveDPOSelector,
         pool: PreferencePool,
         history: list[Pick],
+        undecided: list[Pick],
+        prompts: PoolPrompts,
         shares: Shares,
         show_progress: bool | None,
     ) -> None:
@@ -294,11 +306,16 @@ class _ModelSignals(Signals):
             pool[part.items.start:part.items.stop], show_progress=self._show_progress))
         skipped = torch.tensor(self._tokenized.skipped, dtype=torch.int64) + part.items.start
         self._in_pool, self._elsewhere = split_history(pool, history)
-        self.candidates = candidate_pairs(pool, self._in_pool, shares.gather(skipped).tolist())
+        known = torch.cat([self._in_pool, split_history(pool, undecided)[0]])
+        self.candidates = candidate_pairs(pool, known, shares.gather(skipped).tolist(), prompts,
+                                          log=shares.rank == 0)
         self.mine = part.pairs(self.candidates)
         self.pairs = self.candidates[self.mine.start:self.mine.stop] - part.rows.start
         self.item_of_row = part.item_of_row(pool)
         self.lengths = selector.extractor.lengths(self._tokenized)
+        mine = slice(part.rows.start, part.rows.stop)
+        self.prompt_of_row = prompts.of_row(pool)[mine]
+        self.repeated = prompts.repeats()[mine]
 
     def gradients(self, *, relative: bool = False) -> torch.Tensor:
         def take() -> torch.Tensor:
@@ -394,38 +411,51 @@ class _ModelSignals(Signals):
 
 
 def candidate_pairs(
-    pool: PreferencePool, labelled: torch.Tensor, skipped: Sequence[int]
+    pool: PreferencePool, labelled: torch.Tensor, skipped: Sequence[int],
+    prompts: PoolPrompts | None = None, *, log: bool = True,
 ) -> torch.Tensor:
-    """All pairs of `pool` but the labelled ones and those of skipped items; int64 [N, 2].
+    """All pairs of `pool` except the labelled ones and those of skipped items; int64 [N, 2].
+
+    A pair whose prompt and responses several items have is there once, as that of the first item;
+    the log says how many are left out for that.
 
     Args:
         labelled: int64 [t, 2], pairs of row numbers in either order.
         skipped: positions of items that DPOTrainer would drop.
+        prompts: of `pool`; by its texts if not given.
     """
+    prompts = PoolPrompts.of(pool) if prompts is None else prompts
     pairs = pool.pairs()
+    code = prompts.pair_codes(pairs)
     keep = torch.ones(len(pairs), dtype=torch.bool)
     if len(labelled):
-        code = pairs[:, 0] * pool.n_responses + pairs[:, 1]
-        low, high = labelled.min(dim=1).values, labelled.max(dim=1).values
-        keep &= ~torch.isin(code, low * pool.n_responses + high)
+        keep &= ~torch.isin(code, prompts.pair_codes(labelled))
     if len(skipped):
         item = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
         keep &= ~torch.isin(item, torch.tensor(list(skipped)))
-    return pairs[keep]
+    pairs, code = pairs[keep], code[keep]
+    if bool(prompts.repeats().any()):
+        first = first_of_each(code)
+        if log and not first.all():
+            logger.info("%d of %d pairs have the prompt and responses of an earlier one: each is a "
+                        "candidate once", int((~first).sum()), len(pairs))
+        pairs = pairs[first]
+    return pairs
 
 
 def split_history(
     pool: PreferencePool, history: Sequence[Pick]
 ) -> tuple[torch.Tensor, list[Pick]]:
-    """Labelled picks that are pairs of `pool`, as int64 [t, 2] row numbers, and all the others."""
-    ids = set(pool.ids)
+    """Labelled picks that are pairs of `pool`, as int64 [t, 2] row numbers, and all the others.
+
+    A pick is a pair of the item that has its texts: that with its id or else the first.
+    """
     inside: list[list[int]] = []
     elsewhere: list[Pick] = []
+    finder = PairFinder(pool)
     for pick in history:
-        rows = None
-        if pick.id in ids:
-            position = pool.position(pick.id)
-            rows = _rows_of(pool[position], pick, int(pool.response_offsets[position]))
+        rows = finder.rows(
+            pick.id, pick.prompt, pick.responses, pick.item_chat_template_kwargs)
         if rows is None:
             elsewhere.append(pick)
         else:
@@ -452,13 +482,6 @@ def make_selection(
         picks.append(Pick(item.id, (first, second), score, rank, item.prompt,
                           (item.responses[first], item.responses[second]), arguments or None, own))
     return Selection(tuple(picks), strategy)
-
-
-def _rows_of(item: PoolItem, pick: Pick, offset: int) -> list[int] | None:
-    if item.prompt != pick.prompt:
-        return None
-    rows = [offset + item.responses.index(r) for r in pick.responses if r in item.responses]
-    return rows if len(rows) == 2 else None
 
 
 def _tell_of_other_arguments(

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from activedpo_fast._files import write_atomic
+from activedpo_fast._texts import canonical_json
 from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import Pick, Selection, read_picks, template_fields
-
-SKIP = "skip"
+from activedpo_fast.selection.result import (
+    SKIP,
+    Pick,
+    Selection,
+    read_label,
+    read_picks,
+    template_fields,
+)
 
 
 class LabelsPending(ActiveDPOError):
@@ -25,8 +31,8 @@ class FileOracle:
 
     `label` writes the picks, best first, one JSON object a line with `"label": null`, and raises
     `LabelsPending`. People replace each null by 0 or 1, the position in `responses` of the better
-    one, or by "skip" for no preference; null means "not labelled yet". Call `label` with the same
-    selection again (rerun the loop) to go on. A file that is there is never overwritten.
+    one, or by "skip" (or "tie") for no preference; null means "not labeled yet". Call `label` with
+    the same selection again (rerun the loop) to go on. A file that is there is never overwritten.
 
     Args:
         path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:
@@ -80,25 +86,24 @@ def _what_to_do(missing: int, total: int, path: Path) -> str:
 
 def _read(path: Path, selection: Selection) -> list[Any]:
     """One value a pick: 0, 1, "skip", or None where it is not labelled yet."""
-    position = {(pick.id, pick.pair): n for n, pick in enumerate(selection)}
+    # By the texts as well: a selection of several rounds may have an id and pair more than once.
+    position = {_key(pick): n for n, pick in enumerate(selection)}
+    named = {(pick.id, pick.pair) for pick in selection}
     values: dict[int, Any] = {}
     for place, pick, record in read_picks(path):
-        n = position.get((pick.id, pick.pair))
+        n = position.get(_key(pick))
+        if n is None and (pick.id, pick.pair) in named:
+            raise ActiveDPOError(f"{place}: the texts of id {pick.id!r} are not those that were "
+                                 "picked")
         if n is None:
             raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is not one of "
                                  "the picks to label")
-        expected = selection[n]
-        if (pick.prompt, pick.responses) != (expected.prompt, expected.responses):
-            raise ActiveDPOError(f"{place}: the texts of id {pick.id!r} are not those that were "
-                                 "picked")
-        if n in values:
-            raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} again")
-        value = record.get("label")
-        if isinstance(value, bool) or value not in (None, 0, 1, SKIP):
-            raise ActiveDPOError(f"{place}: 'label' must be 0, 1, \"{SKIP}\" or null (not labelled "
-                                 f"yet), not {value!r}")
-        values[n] = value
+        values[n] = read_label(record, place)
     for n, pick in enumerate(selection):
         if n not in values:
             raise ActiveDPOError(f"{path}: no line for pair {list(pick.pair)} of id {pick.id!r}")
     return [values[n] for n in range(len(selection))]
+
+
+def _key(pick: Pick) -> bytes:
+    return canonical_json([pick.id, pick.pair, pick.prompt, pick.responses])

@@ -202,7 +202,8 @@ def _choices(
             choice = ranks.agree(search.offer, search.lowest_from)
         else:
             offer = search.offer()
-            choice = None if offer is None else Choice(offer.index, offer.score, offer.group, 0)
+            choice = None if offer is None else Choice(offer.index, offer.score, offer.group,
+                                                       offer.prompt, 0)
         if choice is None:
             return
         mine = ranks is None or choice.owner == ranks.rank
@@ -219,7 +220,7 @@ def _choices(
         if mine:
             eligible.take(index)
         else:
-            eligible.taken_elsewhere(choice.group)
+            eligible.taken_elsewhere(choice.group, choice.prompt)
 
 
 class _Draw:
@@ -236,8 +237,8 @@ class _Draw:
         order, place = self._eligible.random_order[left].min(dim=0)
         index = int(left[place])
         value = -float(order)
-        return Offer(index, self._scores.score(index), self._eligible.group_of(index), value, value,
-                     value)
+        return Offer(index, self._scores.score(index), self._eligible.group_of(index),
+                     self._eligible.prompt_of(index), value, value, value)
 
     def lowest_from(self, value: float) -> Offer | None:
         offer = self.offer()
@@ -271,9 +272,10 @@ class _Best:
         if not reaching:
             return None
         first = reaching[0]
-        return Offer(indices[first], scores[first], self._eligible.group_of(indices[first]),
-                     max(lower[at] for at in reaching), upper[first],
-                     max(upper[at] for at in reaching))
+        index = indices[first]
+        return Offer(index, scores[first], self._eligible.group_of(index),
+                     self._eligible.prompt_of(index), max(lower[at] for at in reaching),
+                     upper[first], max(upper[at] for at in reaching))
 
 
 class _FixedScores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ class Offer:
 
     lower: the largest of their values' lower bounds. index, upper, score, group: the candidate of
     the lowest number among those whose upper bound reaches `lower`; the upper bound of its value,
-    its score, the number of its group. upper_max: the largest upper bound.
+    its score, the numbers of its group and prompt. upper_max: the largest upper bound.
     """
 
     index: int
     score: float
     group: int
+    prompt: int
     lower: float
     upper: float
     upper_max: float
@@ -33,11 +34,12 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that all processes take: its number in the whole, score, group and owner."""
+    """The candidate that all take: its number in the whole, score, group, prompt and owner."""
 
     index: int
     score: float
     group: int
+    prompt: int
     owner: int
 
 
@@ -109,7 +111,7 @@ class Ranks:
         reaching = [r for r, offer in offers.items() if offer.upper >= threshold]
         owner = min(reaching)  # numbers go up with the rank
         chosen = offers[owner]
-        return Choice(chosen.index, chosen.score, chosen.group, owner)
+        return Choice(chosen.index, chosen.score, chosen.group, chosen.prompt, owner)
 
     def share(self, vector: Tensor | None, size: int, owner: int) -> Tensor:
         """The owner's `vector`, float64 [size], for everybody."""
@@ -133,7 +135,7 @@ class Ranks:
             offer = make()
         except Exception as raised:  # noqa: BLE001 - told to the others first, then raised again
             error = raised
-        numbers = [0.0] * 6 if offer is None else list(map(float, astuple(offer)))
+        numbers = [0.0] * len(fields(Offer)) if offer is None else list(map(float, astuple(offer)))
         if offer is not None:
             numbers[0] += self.offset
         table = self._gather([float(error is not None), float(offer is not None), *numbers])
@@ -143,7 +145,7 @@ class Ranks:
         if failed:
             raise ActiveDPOError(f"process {failed[0]} of {self.size} failed, see its own error; "
                                  "nothing was selected")
-        return [Offer(int(row[2]), row[3], int(row[4]), *row[5:]) if row[1] else None
+        return [Offer(int(row[2]), row[3], int(row[4]), int(row[5]), *row[6:]) if row[1] else None
                 for row in table.tolist()]
 
     def _gather(self, numbers: list[float]) -> Tensor:

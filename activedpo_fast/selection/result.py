@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +19,12 @@ from activedpo_fast.template import COLUMN, check_template_kwargs
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
+
+SKIP = "skip"
+NO_PREFERENCE = (SKIP, "tie")
+LABELS = '0, 1, "skip", "tie" or null (not labeled yet)'
 
 _FIELDS = ("id", "pair", "score", "rank", "prompt", "responses")
 _TEMPLATE_FIELDS = ("chat_template_kwargs", "item_chat_template_kwargs")
@@ -76,7 +83,8 @@ class Selection(Sequence[Pick]):
 
         Picks that have them also get `chat_template_kwargs` and `item_chat_template_kwargs`.
         People add `"label"` to a line: 0 or 1, the position in `responses` of the one that they
-        prefer, or null for no preference. `read_labels` reads the file back.
+        prefer, or "skip" (or "tie") for no preference. A line without a label, or with null, is not
+        labeled yet. `read_labels` reads the file back.
 
         Raises:
             ActiveDPOError: a score that is not finite (JSON has no such number).
@@ -111,7 +119,8 @@ class Selection(Sequence[Pick]):
 
         Args:
             labels: one a pick; 0 or 1, the position in `pick.responses` of the preferred response,
-                or None for no preference: that pick is left out.
+                or None for no preference: that pick is left out. (In a file, no preference is
+                "skip" or "tie"; see `read_labels`.)
 
         Raises:
             ActiveDPOError: a wrong number of labels, or another value (booleans too), or plain
@@ -162,25 +171,81 @@ class Selection(Sequence[Pick]):
 
 
 def read_labels(
-    path: str | os.PathLike[str], *, strategy: str = "unknown"
+    path: str | os.PathLike[str], *, strategy: str = "unknown", all_answered: bool = False
 ) -> tuple[Selection, list[int | None]]:
-    """Read a `to_jsonl` file to whose lines people added `"label"`: 0, 1 or null.
+    """Read a `to_jsonl` file to whose lines people added `"label"`: 0, 1, "skip" or "tie".
 
-    Lines may be reordered or left out. Returns the picks and one label each, as `to_dataset` takes
-    them.
+    Lines may be reordered or left out. Those without a label, or with null, are not labeled yet:
+    they are left out (`read_pending` has them), and the log says how many.
+
+    Args:
+        all_answered: the file is one whose lines have all been answered, where null is an older
+            version's way to write "skip"; it is read so, and the log says that.
+
+    Returns:
+        The picks that are labeled and one label each, as `to_dataset` takes them: None for "skip"
+        and "tie".
 
     Raises:
-        ActiveDPOError: naming the first line at fault, as `Selection.from_jsonl`, and for a missing
-            label or one that is not 0, 1 or null.
+        ActiveDPOError: naming the first line at fault, as `Selection.from_jsonl`, and for another
+            label; no line has a label.
     """
-    picks: list[Pick] = []
-    labels: list[int | None] = []
-    for place, pick, record in read_picks(path):
-        if "label" not in record:
-            raise ActiveDPOError(f"{place}: no 'label' (0, 1, or null for no preference)")
-        labels.append(check_label(record["label"], f"{place}: 'label'"))
-        picks.append(pick)
-    return Selection(tuple(picks), strategy), labels
+    records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
+    missing = sum(label is None for _, label in records)
+    if missing and all_answered:
+        logger.info("%s: %d labels are null, which is read as \"skip\" (no preference), as earlier "
+                    "versions wrote it", path, missing)
+    elif missing == len(records) > 0:
+        raise ActiveDPOError(f"{path}: none of its {missing} lines has a 'label' yet: set it to 0 "
+                             "or 1 (the better of 'responses') or \"skip\"")
+    elif missing:
+        logger.info("%s: %d of %d pairs have no label yet and are left out", path, missing,
+                    len(records))
+        records = [(pick, label) for pick, label in records if label is not None]
+    return (Selection(tuple(pick for pick, _ in records), strategy),
+            [label if isinstance(label, int) else None for _, label in records])
+
+
+def read_pending(path: str | os.PathLike[str], *, strategy: str = "unknown") -> Selection:
+    """The picks of a `to_jsonl` file that are not labeled yet: without `"label"`, or with null.
+
+    Pass them to `ActiveDPOSelector.select` as `asked`, and they are not picked again.
+
+    Raises:
+        ActiveDPOError: as `read_labels`, except that there may be no label at all.
+    """
+    records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
+    return Selection(tuple(pick for pick, label in records if label is None), strategy)
+
+
+def read_label(record: Mapping[str, Any], place: str) -> int | str | None:
+    """The `label` of a line: 0, 1, `SKIP` for no preference, None where it is not labeled yet.
+
+    Raises:
+        ActiveDPOError: anything else, naming `place`.
+    """
+    label = record.get("label")
+    if isinstance(label, str) and label in NO_PREFERENCE:
+        return SKIP
+    # Tables write 1.0 where other lines have null.
+    if isinstance(label, float) and label in (0.0, 1.0):
+        return int(label)
+    if label is None or (type(label) is int and label in (0, 1)):
+        return label
+    raise ActiveDPOError(f"{place}: 'label' must be {LABELS}, not {label!r}")
+
+
+def by_preference(
+    selection: Selection, labels: Sequence[int | None]
+) -> tuple[Selection, Selection]:
+    """The picks with a preference (a label 0 or 1), and those without (None).
+
+    `ActiveDPOSelector.select` takes the former as `labelled` and the latter as `asked`.
+    """
+    pairs = list(zip(selection, labels, strict=True))
+    return (Selection(tuple(pick for pick, label in pairs if label is not None),
+                      selection.strategy),
+            Selection(tuple(pick for pick, label in pairs if label is None), selection.strategy))
 
 
 def read_picks(path: str | os.PathLike[str]) -> list[tuple[str, Pick, dict[str, Any]]]:

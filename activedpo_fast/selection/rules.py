@@ -16,6 +16,7 @@ from torch import Tensor
 
 from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.prompts import PoolPrompts, name_of, same_prompt
 from activedpo_fast.selection.signals import check_pairs
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ class PickRules:
     """What a selection has to observe, whatever the strategy.
 
     Args:
-        max_per_prompt: at most so many pairs of one prompt in this selection.
-        exclude: ids of prompts of which nothing is picked.
+        max_per_prompt: at most so many pairs of one prompt in this selection, whichever rows of the
+            pool they are in.
+        exclude: ids of rows of whose prompts nothing is picked, in other rows either.
         group_by: the field of an item's `extra` that names its group: text, an integer or a
             boolean (these two as JSON writes them). An item without it is in no group.
         quotas: the most pairs to take of each group named, 0 or more. Others are not limited.
@@ -39,6 +41,9 @@ class PickRules:
         cost: the field of an item's `extra` with the cost of a label, a positive number. The
             criterion then picks the largest score / cost. Scores are given, and compared with
             `min_score`, as they are without costs.
+        prompt_by: the field of an item's `extra` that says which items are of one prompt: those
+            with the same text, integer or boolean in it. By default, those with the same prompt
+            text. Labeled pairs of one prompt, too, are told by it.
         seed: of the random picks. Another pool has other draws.
 
     Raises:
@@ -53,13 +58,15 @@ class PickRules:
     random_fraction: float = 0.0
     cost: str | None = None
     seed: int = 0
+    prompt_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_per_prompt is not None and not _is_count(self.max_per_prompt, least=1):
             raise ActiveDPOError("max_per_prompt must be an integer from 1, not "
                                  f"{self.max_per_prompt!r}")
         object.__setattr__(self, "exclude", _ids(self.exclude))
-        for name, value in (("group_by", self.group_by), ("cost", self.cost)):
+        for name, value in (("group_by", self.group_by), ("cost", self.cost),
+                            ("prompt_by", self.prompt_by)):
             if value is not None and not (isinstance(value, str) and value):
                 raise ActiveDPOError(f"{name} must be the name of a field, not {value!r}")
         object.__setattr__(self, "quotas", _quotas(self.quotas))
@@ -78,7 +85,8 @@ class PickRules:
         """Raise `ActiveDPOError` unless the rules fit these items.
 
         That is: every id to exclude is one of theirs, every quota is of a group that one of them
-        is in, and each of them that is not excluded has a cost, where costs matter.
+        is in, each of them says of which prompt it is, where `prompt_by` is given, and each that is
+        not excluded has a cost, where costs matter.
         """
         ids = {item.id for item in items}
         unknown = [id for id in self.exclude if id not in ids]
@@ -90,11 +98,15 @@ class PickRules:
             for group in self.quotas:
                 if group not in groups:
                     raise ActiveDPOError(f"quotas: no item's {self.group_by!r} is {group!r}")
+        excluded = self.excluded(items)
         if self.cost is not None:
-            excluded = set(self.exclude)
             for item in items:
                 if item.id not in excluded:
                     _cost(item, self.cost)
+
+    def excluded(self, items: Iterable[PoolItem | Prompt]) -> set[str]:
+        """The ids of all items that are of a prompt to exclude."""
+        return same_prompt(items, self.exclude, self.prompt_by)
 
     def within(self, items: Iterable[PoolItem | Prompt]) -> PickRules:
         """The same rules for only some of the items: without the ids and groups of the others."""
@@ -122,29 +134,32 @@ class PickRules:
         """
         check_pairs(pairs, pool.n_responses, "pairs")
         self.check(pool)
-        prompt = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
-        ids = set(self.exclude)
-        excluded = torch.tensor([item.id in ids for item in pool])
+        item = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
+        ids = self.excluded(pool)
+        excluded = torch.tensor([one.id in ids for one in pool])
         group: Tensor | None = None
         room: list[int] = []
         if self.group_by is not None:
             number: dict[str | None, int] = {name: i for i, name in enumerate(self.quotas)}
-            of_item = [number.get(_group(item, self.group_by), -1) for item in pool]
-            group = torch.tensor(of_item)[prompt]
+            of_item = [number.get(_group(one, self.group_by), -1) for one in pool]
+            group = torch.tensor(of_item)[item]
             room = list(self.quotas.values())
         inverse_cost = None
         if self.cost is not None:
-            costs = [1.0 if out else _cost(item, self.cost)
-                     for item, out in zip(pool, excluded.tolist(), strict=True)]
-            inverse_cost = torch.tensor(costs, dtype=torch.float64).reciprocal()[prompt]
+            costs = [1.0 if out else _cost(one, self.cost)
+                     for one, out in zip(pool, excluded.tolist(), strict=True)]
+            inverse_cost = torch.tensor(costs, dtype=torch.float64).reciprocal()[item]
         n_random = round(self.random_fraction * n)
         order = None
         if n_random:
             order = random_order(len(pairs), random_seed(self.seed, pool.fingerprint()))
+        prompt = None
+        if self.max_per_prompt is not None:
+            prompt = PoolPrompts.of(pool, self.prompt_by).of_item[item]
         eligible = Eligible(
-            ~excluded[prompt], inverse_cost=inverse_cost, n_random=n_random, random_order=order,
+            ~excluded[item], inverse_cost=inverse_cost, n_random=n_random, random_order=order,
             min_score=-math.inf if self.min_score is None else float(self.min_score),
-            prompt=None if self.max_per_prompt is None else prompt,
+            prompt=prompt,
             max_per_prompt=self.max_per_prompt or 0, group=group, room=room)
         if n > 0 and len(pairs) and not eligible.left.any():
             raise ActiveDPOError(f"the rules leave none of {len(pairs)} candidate pairs")
@@ -189,7 +204,8 @@ class Eligible:
     ) -> None:
         """
         Args:
-            prompt: int64 [N], the prompt of each candidate; None where there is no limit.
+            prompt: int64 [N], the number of each candidate's prompt, in the whole pool where
+                several processes select; None where there is no limit.
             max_per_prompt: how many may be taken of each.
             group: int64 [N], the group of each candidate or -1; None where there is no limit.
             room: how many may be taken of each group.
@@ -220,8 +236,8 @@ class Eligible:
     def part(self, start: int, end: int) -> Eligible:
         """The same rules for the candidates from `start` to before `end`, before any pick.
 
-        They must have all candidates of their prompts. How much room a group has left is counted
-        by every part: tell it of picks that another one makes (`taken_elsewhere`).
+        How much room prompts and groups have left is counted by every part: tell it of picks that
+        another one makes (`taken_elsewhere`).
         """
 
         def cut(values: Tensor | None) -> Tensor | None:
@@ -240,16 +256,8 @@ class Eligible:
             The number of its group, -1 if it is in none that has a quota.
         """
         self.left[index] = False
-        if self._prompt is not None:
-            prompt = int(self._prompt[index])
-            self._taken[prompt] = self._taken.get(prompt, 0) + 1
-            if self._taken[prompt] >= self._max_per_prompt:
-                start = int(self._end[prompt - 1]) if prompt else 0
-                self.left[self._by_prompt[start:int(self._end[prompt])]] = False
-        if self._group is None:
-            return -1
-        group = int(self._group[index])
-        self.taken_elsewhere(group)
+        group = self.group_of(index)
+        self.taken_elsewhere(group, self.prompt_of(index))
         return group
 
     def limits(self) -> tuple[Limit | None, Limit | None]:
@@ -258,7 +266,8 @@ class Eligible:
         if self._prompt is not None:
             room = torch.full((len(self._end),), self._max_per_prompt)
             for prompt, taken in self._taken.items():
-                room[prompt] -= taken
+                if prompt < len(room):
+                    room[prompt] -= taken
             by_prompt = Limit(self._prompt, room)
         if self._group is not None:
             by_group = Limit(self._group, torch.tensor(self._room, dtype=torch.int64))
@@ -268,8 +277,18 @@ class Eligible:
         """The number of a candidate's group, -1 if it is in none that has a quota."""
         return -1 if self._group is None else int(self._group[index])
 
-    def taken_elsewhere(self, group: int) -> None:
-        """One of group number `group` (-1: of none) was picked, by another process for instance."""
+    def prompt_of(self, index: int) -> int:
+        """The number of a candidate's prompt, -1 if prompts have no limit."""
+        return -1 if self._prompt is None else int(self._prompt[index])
+
+    def taken_elsewhere(self, group: int, prompt: int = -1) -> None:
+        """One of group number `group` and prompt number `prompt` (-1: of none) was picked, by
+        another process for instance."""
+        if prompt >= 0 and self._prompt is not None:
+            self._taken[prompt] = self._taken.get(prompt, 0) + 1
+            if self._taken[prompt] >= self._max_per_prompt and prompt < len(self._end):
+                start = int(self._end[prompt - 1]) if prompt else 0
+                self.left[self._by_prompt[start:int(self._end[prompt])]] = False
         if group < 0:
             return
         self._room[group] -= 1
@@ -320,7 +339,7 @@ def _quotas(given: Any) -> dict[str, int]:
         raise ActiveDPOError(f"quotas must map groups to numbers of pairs, not be {given!r}")
     quotas = {}
     for key, most in given.items():
-        name = _group_name(key)
+        name = name_of(key)
         if name is None:
             raise ActiveDPOError(f"quotas: {key!r} is no group: a text, an integer or a boolean")
         if not _is_count(most, least=0):
@@ -334,17 +353,11 @@ def _group(item: PoolItem | Prompt, name: str) -> str | None:
     value = item.extra.get(name)
     if value is None or value != value:  # tables mark what is missing by NaN
         return None
-    group = _group_name(value)
+    group = name_of(value)
     if group is None:
         raise ActiveDPOError(f"group_by: {name!r} of item {item.id!r} must be text, an integer or "
                              f"a boolean, not {value!r}")
     return group
-
-
-def _group_name(value: Any) -> str | None:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, (str, int)) else None
 
 
 def _cost(item: PoolItem | Prompt, name: str) -> float:

@@ -116,7 +116,8 @@ class Shares:
 
 def pool_text(pool: PreferencePool, rules: PickRules | None) -> str:
     """A text that two pools share only if a selection by these rules cannot tell them apart."""
-    columns = [] if rules is None else [c for c in (rules.group_by, rules.cost) if c is not None]
+    columns = [] if rules is None else [
+        c for c in (rules.group_by, rules.cost, rules.prompt_by) if c is not None]
     return repr((pool.fingerprint(), [[item.extra.get(c) for c in columns] for item in pool]
                  if columns else []))
 

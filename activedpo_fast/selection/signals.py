@@ -26,7 +26,12 @@ class Signals(ABC):
 
     Attributes:
         pairs: int64 [N, 2], the rows (a, b) of each candidate pair; ties are broken by this order.
-        item_of_row: int64 [R], the prompt (item position in the pool) each response belongs to.
+        item_of_row: int64 [R], the item (its position in the pool) each response belongs to.
+        prompt_of_row: int64 [R], the number of each response's prompt, where several items may have
+            one prompt: in the order in which prompts first come in the pool, and the same in all
+            processes. None where every item has a prompt of its own.
+        repeated: bool [R], which responses an earlier item of the same prompt has as well; None
+            for none.
         lengths: int64 [R], the tokens of each response, where log-probs and gradients are divided
             by them (the implicit reward is then of means); None where they are not.
         device: where the model is; picks are made there if that is better (`greedy_logdet`).
@@ -42,6 +47,8 @@ class Signals(ABC):
     pairs: Tensor
     item_of_row: Tensor
     lengths: Tensor | None = None
+    prompt_of_row: Tensor | None = None
+    repeated: Tensor | None = None
     device = torch.device("cpu")
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
@@ -90,6 +97,7 @@ class TensorSignals(Signals):
     Args:
         pairs: int64 [N, 2], candidate pairs of rows.
         item_of_row: int64 [R].
+        prompt_of_row, repeated: see `Signals`.
         gradients: floating [R, k], in memory or `StoredRows`; hidden: floating [R, h].
         logps, ref_logps: floating [R], nats.
         history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
@@ -116,6 +124,8 @@ class TensorSignals(Signals):
         history_logps: History | None = None,
         history_ref_logps: History | None = None,
         lengths: Tensor | None = None,
+        prompt_of_row: Tensor | None = None,
+        repeated: Tensor | None = None,
     ) -> None:
         if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
             raise ActiveDPOError(
@@ -150,6 +160,13 @@ class TensorSignals(Signals):
         self.pairs = pairs
         self.item_of_row = item_of_row
         self.lengths = lengths
+        for name, numbers, dtype in (("prompt_of_row", prompt_of_row, torch.int64),
+                                     ("repeated", repeated, torch.bool)):
+            if numbers is not None and (numbers.dtype, numbers.shape) != (dtype, (n_rows,)):
+                raise ActiveDPOError(f"{name} must be {dtype} [{n_rows}], not {numbers.dtype} "
+                                     f"{list(numbers.shape)}")
+        self.prompt_of_row = prompt_of_row
+        self.repeated = repeated
         self._gradients = gradients
         self._hidden = hidden
         self._logps = logps

@@ -19,6 +19,7 @@ from activedpo_fast.selection.normalize import Normalize, PairFeatures, check_no
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.ranks import Ranks
 from activedpo_fast.selection.rules import Eligible, random_order
+from activedpo_fast.selection.shares import Shares
 from activedpo_fast.selection.signals import Signals
 
 __all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
@@ -50,7 +51,7 @@ class Strategy(ABC):
             eligible: which candidates may be picked (see `PickRules.bind`); all, by default. It is
                 used up. There may be fewer picks than n then. Random ones come first.
             group: processes that select together, each with the signals (and `eligible`) of its
-                part of the candidates: whole prompts, numbered through rank after rank. All get
+                part of the candidates: whole items, numbered through rank after rank. All get
                 the ranking that one process with all of them would.
 
         Raises:
@@ -227,9 +228,9 @@ class Apo(Strategy):
 class Aplp(Strategy):
     """Uncertain prompts, then confident pairs (Muldrew et al., arXiv 2402.08114).
 
-    1. The predictive entropy of a prompt is estimated from its M responses,
-       H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n) prompts with the
-       largest stay (of those with a candidate pair; all, if there are fewer).
+    1. The predictive entropy of a prompt is estimated from its M distinct responses, in whichever
+       items they are, H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n)
+       prompts with the largest stay (of those with a candidate pair; all, if there are fewer).
     2. Of all their pairs, the n with the largest |d| are taken, where
        d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)).
 
@@ -271,20 +272,21 @@ class Aplp(Strategy):
     def _close_all_but_the_shortlist(
         self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
     ) -> None:
-        prompt_of_pair = signals.item_of_row[signals.pairs[:, 0]]
-        prompts = prompt_of_pair[eligible.left].unique()  # ascending: ties keep the pool's order
+        # A prompt may have items in several processes: all of them look at all prompts.
+        shares = Shares(group)
+        prompt_of_row = _prompt_of_row(signals, shares)
+        prompt_of_pair = prompt_of_row[signals.pairs[:, 0]]
+        repeated = torch.zeros_like(prompt_of_row) if signals.repeated is None else signals.repeated
+        once = ~shares.gather(repeated).bool()
         logps = signals.logps()
         if signals.lengths is not None:  # the policy's entropy does not depend on the loss
             logps = logps * signals.lengths
-        entropy = _entropy(logps, signals.item_of_row)[prompts]
-        offset, total = 0, len(prompts)
-        if group is not None:
-            ranks = Ranks(group, len(prompts))
-            offset, total = ranks.offset, ranks.total
-        keep = min(total, math.ceil(self.shortlist * n))
-        kept = rank_top(entropy, _few_ulps(entropy), keep, group=group).indices - offset
-        mine = kept[(kept >= 0) & (kept < len(prompts))]
-        eligible.left &= torch.isin(prompt_of_pair, prompts[mine])
+        entropy = _entropy(shares.gather(logps)[once], shares.gather(prompt_of_row)[once])
+        prompts = shares.gather(prompt_of_pair[eligible.left].unique()).unique()
+        keep = min(len(prompts), math.ceil(self.shortlist * n))
+        # `prompts` go up: ties keep the pool's order.
+        kept = rank_top(entropy[prompts], _few_ulps(entropy[prompts]), keep).indices
+        eligible.left &= torch.isin(prompt_of_pair, prompts[kept])
 
 
 @dataclass(frozen=True)
@@ -423,11 +425,20 @@ def _uncertainty(d: Tensor) -> Tensor:
     return (half / (1 + half.square())).clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _entropy(logps: Tensor, item_of_row: Tensor) -> Tensor:
-    """-(mean of log pi over the item's responses), float64 [P]; items without rows give nan."""
-    n_items = int(item_of_row.max()) + 1 if len(item_of_row) else 0
-    total = logps.new_zeros(n_items).index_add_(0, item_of_row, logps)
-    return -total / torch.bincount(item_of_row, minlength=n_items)
+def _prompt_of_row(signals: Signals, shares: Shares) -> Tensor:
+    """The number of each response's prompt in the whole pool, int64 [R]."""
+    if signals.prompt_of_row is not None:
+        return signals.prompt_of_row
+    own = signals.item_of_row
+    counts = shares.gather(torch.tensor([int(own.max()) + 1 if len(own) else 0]))
+    return own + counts[:shares.rank].sum()
+
+
+def _entropy(logps: Tensor, prompt_of_row: Tensor) -> Tensor:
+    """-(mean of log pi over the prompt's responses), float64 [P]; prompts without rows give nan."""
+    n_prompts = int(prompt_of_row.max()) + 1 if len(prompt_of_row) else 0
+    total = logps.new_zeros(n_prompts).index_add_(0, prompt_of_row, logps)
+    return -total / torch.bincount(prompt_of_row, minlength=n_prompts)
 
 
 def _finite(values: Tensor, name: str) -> Tensor:

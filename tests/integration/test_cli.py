@@ -271,8 +271,9 @@ def test_picks_are_those_of_the_selector(
     _assert_same_picks(_read_jsonl(tmp_path / "1.jsonl"), first)
 
     second = selector.select(pool, 6, labelled=first, show_progress=False)
-    assert main([*argv, "--labelled", str(tmp_path / "1.jsonl"), "--output",
-                 str(tmp_path / "2.jsonl")]) == 0
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [
+        {**line, "label": 1} for line in _read_jsonl(tmp_path / "1.jsonl")])
+    assert main([*argv, "--labelled", str(labels), "--output", str(tmp_path / "2.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "2.jsonl"), second)
 
 
@@ -290,7 +291,7 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
 def test_rows_that_stay_on_disk_give_the_same_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3]}])
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3], "label": 0}])
     for strategy in ("activedpo", "random"):
         argv = ["select", str(store), "--batch-size", "9", "--labelled", str(labels), "--strategy",
                 strategy, "--output"]
@@ -322,10 +323,11 @@ def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path:
     before = [(line["id"], tuple(line["pair"])) for line in _read_jsonl(everything)]
     scores = [line["score"] for line in _read_jsonl(everything)]
 
-    # Only id and pair are needed, in either order.
+    # Only id, pair and label are needed, in either order.
     (first, pair), (second, other) = before[:2]
     labels = _write_jsonl(tmp_path / "labels.jsonl", [
-        {"id": first, "pair": list(pair), "label": 1}, {"id": second, "pair": list(other[::-1])},
+        {"id": first, "pair": list(pair), "label": 1},
+        {"id": second, "pair": list(other[::-1]), "label": 0},
     ])
     after = tmp_path / "after.jsonl"
     assert main([*select, "5", "--labelled", str(labels), "--output", str(after)]) == 0
@@ -338,16 +340,19 @@ def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path:
 
 
 def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
-    store: Path, tmp_path: Path
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select = ["select", str(store), "--batch-size"]
     assert main([*select, "8", "--lambda", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
     # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
-    for label in (None, "skip"):
-        labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, "label": label}])
+    for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
+        labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, **answer}])
+        capsys.readouterr()
         assert main([*select, "1", "--labelled", str(labels), "--output",
                      str(tmp_path / "b.jsonl")]) == 0
+        pending = f"activedpo: {labels}: 1 of 1 pairs have no label yet: they are not picked again"
+        assert (pending in capsys.readouterr().err) == (answer.get("label") is None)
         assert main([*select, "1", "--output", str(tmp_path / "c.jsonl")]) == 0
         (undecided,) = _read_jsonl(tmp_path / "b.jsonl")
         (free,) = _read_jsonl(tmp_path / "c.jsonl")
@@ -359,8 +364,8 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
 
 
 @pytest.mark.parametrize(("line", "expected"), [
-    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, null"),
-    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, null"),
+    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, \"skip\""),
+    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, \"skip\""),
     ('{"id": "p0", "pair": [0, 1]', "broken JSON"),
     ('["p0", [0, 1]]', "not a JSON object"),
     ('{"pair": [0, 1]}', "no 'id'"),
@@ -433,6 +438,44 @@ def test_rules_are_those_of_the_selector(
         (pick.id, pick.pair) for pick in expected]
     assert [line["score"] for line in lines] == pytest.approx(
         [pick.score for pick in expected], rel=1e-4)
+
+
+def test_select_goes_by_the_prompt_and_not_by_the_row(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of one prompt, as comparison data has them, from a folder of shards."""
+    rows = [{"id": f"c{n}", "prompt": f"Post {n % 2}:", "post": n % 3,
+             "responses": [f" {_WORDS[n]}", f" b{n % 3}"]} for n in range(6)]
+    (tmp_path / "pool").mkdir()
+    _write_jsonl(tmp_path / "pool" / "a.jsonl", rows)
+    _write_jsonl(tmp_path / "pool" / "b.jsonl", [
+        {**rows[0], "id": "again", "responses": rows[0]["responses"][::-1]}])
+    store = tmp_path / "store"
+    assert main([*_features(project, store, pool=tmp_path / "pool"), "--proj-dim", "64"]) == 0
+    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--batch-size", "6"]
+
+    def picked(*options: str) -> list[str]:
+        assert main([*argv, *options]) == 0
+        return [line["id"] for line in _read_jsonl(tmp_path / "x.jsonl")]
+
+    capsys.readouterr()
+    assert sorted(picked()) == [f"c{n}" for n in range(6)]
+    assert "1 of 7 pairs have the prompt and responses of an earlier one" in capsys.readouterr().err
+    for strategy in ("activedpo", "random"):
+        one_each = picked("--max-per-prompt", "1", "--strategy", strategy)
+        assert sorted(int(id[1:]) % 2 for id in one_each) == [0, 1]
+        by_post = picked("--max-per-prompt", "1", "--prompt-by", "post", "--strategy", strategy)
+        assert sorted(int(id[1:]) % 3 for id in by_post) == [0, 1, 2]
+    (tmp_path / "done.txt").write_text("again\n")
+    assert sorted(picked("--exclude", str(tmp_path / "done.txt"))) == ["c1", "c3", "c5"]
+    labels = _write_jsonl(tmp_path / "labels.jsonl", [
+        {"id": "of another pool", "pair": [1, 0], "label": 1, "prompt": rows[4]["prompt"],
+         "responses": rows[4]["responses"][::-1]},
+        {"id": "again", "pair": [0, 1], "label": 0}])
+    left = picked("--labelled", str(labels), "--batch-size", "4")
+    assert sorted(left) == ["c1", "c2", "c3", "c5"]
+    assert "of 4 candidate pairs and 2 labelled picked" in capsys.readouterr().out
+    _refused(capsys, [*argv, "--prompt-by", "thread"], "prompt_by: item 'c0' has no 'thread'")
 
 
 def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:

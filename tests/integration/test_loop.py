@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from activedpo_fast.data import PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
@@ -35,7 +38,8 @@ def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: An
         batch_size=3, rounds=2, prompts_per_round=4, n_responses=2,
         generation={"max_new_tokens": 4}, show_progress=False)
     model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)
-    return ActiveDPOLoop(model, tiny_tokenizer(), PROMPTS, oracle or CallableOracle(_prefer),
+    prompts = options.pop("prompts", PROMPTS)
+    return ActiveDPOLoop(model, tiny_tokenizer(), prompts, oracle or CallableOracle(_prefer),
                          **{**settings, **options})
 
 
@@ -190,6 +194,97 @@ def test_people_label_between_runs(tmp_path: Path) -> None:
             for row in rows:
                 row["label"] = "skip" if row["rank"] == 0 else 1
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _fill_in(folder: Path, label: Any) -> None:
+    """`label`, or null, in every line of the files to label that has none."""
+    for path in folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["label"] = label if row["label"] is None else row["label"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"train_on": "newest", "start_from": "current"}])
+def test_a_round_without_a_preference_is_passed_over(
+    tmp_path: Path, options: Any, caplog: Any
+) -> None:
+    caplog.set_level("INFO", logger="activedpo_fast")
+    oracle = FileOracle(tmp_path / "people")
+    for answer in ("skip", 1, "tie"):
+        with pytest.raises(LabelsPending):
+            _loop(tmp_path / "run", oracle, rounds=3, **options).run()
+        _fill_in(tmp_path / "people", answer)
+    records = _loop(tmp_path / "run", oracle, rounds=3, **options).run()
+    assert [record.labels_total for record in records] == [0, 0, 3, 3]
+    weights = [load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
+               for name in ("start", "round-000", "round-001", "round-002")]
+    same = [all(torch.equal(a[name], b[name]) for name in a)
+            for a, b in zip(weights, weights[1:], strict=False)]
+    assert same == [True, False, True]
+    said = [r.getMessage() for r in caplog.records if "preference" in r.getMessage()]
+    assert said == [f"round-00{t}: none of its 3 pairs got a preference: there is nothing new to "
+                    "train on, and the adapter stays as it was" for t in (0, 2)]
+    labels = [json.loads(line)["label"] for line in
+              (tmp_path / "run" / "round-000" / "labels.jsonl").read_text().splitlines()]
+    assert labels == ["skip"] * 3
+
+
+def test_nulls_in_the_labels_of_an_earlier_version_are_no_preference(
+    tmp_path: Path, caplog: Any
+) -> None:
+    caplog.set_level("INFO", logger="activedpo_fast")
+    _loop(tmp_path, CallableOracle(lambda *_: None), rounds=1).run()
+    path = tmp_path / "round-000" / "labels.jsonl"
+    path.write_text(path.read_text().replace('"label": "skip"', '"label": null'))
+    records = _loop(tmp_path, rounds=2).run()
+    assert [record.labels_total for record in records] == [0, 0, 3]
+    assert f'{path}: 3 labels are null, which is read as "skip"' in caplog.text
+
+
+def test_a_prompt_in_several_rows_is_one_prompt(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="activedpo_fast")
+    prompts = [*PROMPTS[:4], *(replace(p, id=f"again-{p.id}") for p in PROMPTS[:4])]
+    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=3,
+                 rules=PickRules(exclude=["again-p1"]))
+    assert "4 of 8 prompts repeat the text of an earlier one: it is offered once" in caplog.text
+    loop.run()
+    for t in range(2):
+        pool = PreferencePool.load(tmp_path / f"round-00{t}" / "pool.jsonl")
+        assert sorted(pool.ids) == ["p0", "p2", "p3"]  # p1 is excluded by its other row
+
+
+def test_prompts_of_one_column_value_are_asked_as_one(tmp_path: Path) -> None:
+    prompts = [replace(p, extra={"post": n % 2}) for n, p in enumerate(PROMPTS[:6])]
+    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=2, batch_size=1, n_responses=2,
+                 rules=PickRules(prompt_by="post"), strategy="random")
+    loop.run()
+    posts = [[{p.id: p for p in prompts}[pick.id].extra["post"] for pick in Selection.from_jsonl(
+        tmp_path / f"round-00{t}" / "picked.jsonl")] for t in range(2)]
+    offered = PreferencePool.load(tmp_path / "round-001" / "pool.jsonl")
+    # What was not asked comes first: both prompts of round 1 are of the other post.
+    assert {item.extra["post"] for item in offered} == {1 - posts[0][0]}
+
+
+def test_pairs_without_a_preference_are_not_asked_again(tmp_path: Path) -> None:
+    """Both rounds sample the only two prompts, to the same few responses."""
+    asked = []
+
+    def nobody_knows(prompt: Any, a: Any, b: Any) -> None:
+        asked.append((prompt, frozenset([a, b])))
+
+    loop = _loop(tmp_path, CallableOracle(nobody_knows), prompts=PROMPTS[:2], batch_size=2,
+                 prompts_per_round=2, rounds=2)
+    loop.run()
+    texts = [(tmp_path / f"round-00{t}" / "pool.jsonl").read_text() for t in range(2)]
+    # The second round with the pool of the first: every pair of it was asked.
+    (tmp_path / "round-001" / "pool.jsonl").write_text(texts[0])
+    for name in ("picked.jsonl", "labels.jsonl", "record.json"):
+        (tmp_path / "round-001" / name).unlink()
+    shutil.rmtree(tmp_path / "round-001" / "adapter")
+    with pytest.raises(ActiveDPOError, match="only 0"):
+        loop.run()
+    assert len(set(asked)) == 4 and len(asked) == 4
 
 
 def test_prompts_are_not_offered_twice_until_they_run_out(caplog: Any) -> None:

@@ -46,7 +46,7 @@ def rules(name, first, last):
     mine = slice(first * PAIRS, last * PAIRS)
     options = {}
     if name == "rules":
-        options = dict(prompt=prompt[mine] - first, max_per_prompt=1,
+        options = dict(prompt=prompt[mine], max_per_prompt=1,
                        group=(prompt[mine] % 3) - 1, room=[3, 4])
     if name == "cost":
         options = dict(inverse_cost=1 / (1 + prompt[mine].double() % 5), min_score=1.9)

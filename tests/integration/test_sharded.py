@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import redirect_stderr
+from dataclasses import replace
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -62,6 +63,16 @@ def chooser(model, strategy: str = "activedpo", **options) -> ActiveDPOSelector:
                              max_length=60, seed=4, max_tokens_per_batch=4000, **options)
 
 
+def make_spread_pool() -> PreferencePool:
+    """Items of four prompts in turn, so that each process has some of every prompt; items 9 and 2
+    have the prompt and two of the responses of items 1 and 6, in another order."""
+    texts = [[f" {WORDS[(i + 2 * j) % 9]} {i * j}" for j in range(2 + i % 3)] for i in range(12)]
+    texts[9][:2], texts[6][:2] = texts[1][1::-1], texts[2][1::-1]
+    return PreferencePool.from_rows(
+        {"id": f"row-{i}", "prompt": f"Number {i % 4} about {WORDS[i % 4]}.", "responses": texts[i],
+         "post": i % 3} for i in range(12))
+
+
 def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
     """Every selection, as one line a pick."""
     model, pool = make_model(), make_pool()
@@ -80,6 +91,23 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
     found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labelled=history, **few)
     found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
         pool, 3, group=group)
+    spread = make_spread_pool()
+    # Pairs of the pool, labeled under ids that it does not have.
+    renamed = Selection(tuple(replace(pick, id=f"old-{pick.id}")
+                              for pick in chooser(model).select(spread, 3)), "activedpo")
+    for strategy in STRATEGIES:
+        own = chooser(model, strategy, strategy_options={"shortlist": 1.0} if strategy == "aplp"
+                      else {})
+        found[f"{strategy}, spread"] = own.select(
+            spread, 8, rules=PickRules(max_per_prompt=2), labelled=renamed, group=group)
+        found[f"{strategy}, by post"] = own.select(
+            spread, 8, rules=PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"]),
+            group=group)
+    for strategy in ("activedpo", "margin_large"):
+        found[f"{strategy}, one each"] = chooser(model, strategy).select(
+            spread, 8, rules=PickRules(max_per_prompt=1, random_fraction=0.3), asked=renamed,
+            group=group)
+    found["all of the spread"] = chooser(model).select(spread, 33, group=group)
     return {name: [[p.id, *p.pair, p.rank, p.score] for p in picks]
             for name, picks in found.items()}
 
@@ -107,6 +135,11 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
              "price": 1.0 + rank} for item in pool]
     attempt("price", pool=PreferencePool.from_rows(rows), rules=PickRules(cost="price"))
     attempt("labelled", labelled=None if rank else chooser(model).select(pool, 1))
+    attempt("asked", asked=None if rank else chooser(model).select(pool, 1))
+    posts = [PreferencePool.from_rows({"id": item.id, "prompt": item.prompt, "post": n % (2 + r),
+                                       "responses": item.responses} for n, item in enumerate(pool))
+             for r in range(WORLD)]
+    attempt("posts", pool=posts[rank], rules=PickRules(max_per_prompt=1, prompt_by="post"))
     head = model.get_output_embeddings().weight
     if rank == 1:
         with torch.no_grad():
@@ -121,7 +154,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
 
 def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str, list]:
     """Exit code and stderr of `activedpo select`, as a launcher starts it, of bad input."""
-    (folder / "labels-0.jsonl").write_text('{"id": "item-0", "pair": [0, 1]}\n')
+    (folder / "labels-0.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 0}\n')
     (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
     said = {}
     for name, port, options in (("too many", ports[0], ["--batch-size", "999"]),
@@ -188,6 +221,16 @@ def test_all_return_the_selection_of_one_process(results) -> None:
             assert [pick[-1] for pick in got] == pytest.approx(
                 [pick[-1] for pick in expected], rel=rel), name
     assert results[0]["cases"] == results[1]["cases"]
+    pool = make_spread_pool()
+    for name, picks in alone.items():
+        ids = [pick[0] for pick in picks]
+        if name.endswith(", spread"):
+            prompts = [pool[pool.position(id)].prompt for id in ids]
+            assert {prompts.count(prompt) for prompt in prompts} == {2} and len(prompts) == 8, name
+        elif name.endswith("one each"):
+            assert len({pool[pool.position(id)].prompt for id in ids}) == len(ids) == 4, name
+        elif name.endswith("by post"):
+            assert sorted(pool[pool.position(id)].extra["post"] for id in ids) == [0, 1], name
 
 
 def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
@@ -198,7 +241,8 @@ def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
                                      "or more")
         for name, given in (("pool", "pool"), ("n", "n"), ("strategy", "strategy"),
                             ("lam", "strategy"), ("length", "tokenization"), ("rules", "rules"),
-                            ("price", "pool"), ("labelled", "labelled")):
+                            ("price", "pool"), ("labelled", "labelled"),
+                            ("asked", "asked"), ("posts", "pool")):
             assert told[name] == (f"process 1 has another {given} than process 0: all must be "
                                   "given the same"), name
         assert "norm of the trainable weights" in told["weights"]
@@ -231,8 +275,8 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
 def test_select_under_torchrun_writes_the_file_of_one_process(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1]}\n'
-                                           '{"id": "item-11", "pair": [0, 3]}\n')
+    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 1}\n'
+                                           '{"id": "item-11", "pair": [0, 3], "label": 0}\n')
     argv = ["select", str(store), "--labelled", str(tmp_path / "labels.jsonl"), "--batch-size",
             "10", "--max-per-prompt", "1", "--group-by", "topic", "--quota", "law=2",
             "--random-fraction", "0.2", "--output"]

@@ -201,6 +201,9 @@ _BAD_ROWS: list[tuple[Any, str]] = [
     ({"responses": ["a", "b"]}, "missing column 'prompt'"),
     ({"prompt": None, "responses": ["a", "b"]}, "missing column 'prompt'"),
     ({"chosen": U + A, "rejected": U + B}, "no 'prompt': .* extract it first"),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
+     "missing column 'prompt': the texts are whole transcripts; split each .*trl.extract_prompt"),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "No"}, "missing column 'prompt'$"),
     ({"prompt": "p"}, "no responses: expected the column 'responses', or 'chosen' and"),
     ({"prompt": "p", "chosen": None, "rejected": None}, "no responses: expected"),
     ({"prompt": "p", "chosen": "a"}, "'chosen' without 'rejected'"),
@@ -256,10 +259,10 @@ def test_bad_rows_are_named(bad: Any, message: str, tmp_path: Path) -> None:
 
 def test_duplicates_name_both_rows() -> None:
     rows = [_OK, {**_OK, "prompt": "q"}, dict(_OK)]
-    with pytest.raises(ActiveDPOError, match="^row 3: the same row as row 1$"):
+    with pytest.raises(ActiveDPOError, match="^row 3: the same row as row 1: remove one of them$"):
         PreferencePool.from_rows(rows)
     rows = [{**_OK, "id": 1}, {**_OK, "prompt": "q", "id": "1"}]
-    with pytest.raises(ActiveDPOError, match="^row 2: id '1' is already that of row 1$"):
+    with pytest.raises(ActiveDPOError, match="^row 2: id '1' is already that of row 1: rows need"):
         PreferencePool.from_rows(rows)
 
 
@@ -283,6 +286,7 @@ def test_broken_files(content: bytes, message: str, tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "not.parquet").write_text("no")
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "pool.csv").write_text("prompt,chosen,rejected")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}),
                                 tmp_path / "empty.parquet")
     table = pyarrow.table({"prompt": ["p", "q"], "response_a": ["a", "a"],
@@ -290,10 +294,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "null.parquet")
     for name, message in (("missing.jsonl", "missing.jsonl: no such file"),
                           ("missing.parquet", "missing.parquet: no such file"),
-                          ("folder.jsonl", "folder.jsonl: is a directory"),
+                          ("folder.jsonl", "folder.jsonl: a folder without .jsonl or .parquet"),
                           ("not.parquet", "not.parquet: not a Parquet file"),
                           ("empty.parquet", "empty.parquet: no rows"),
                           ("null.parquet", "row 2: 'response_a' without 'response_b'"),
+                          ("pool", "pool: no such file or folder"),
                           ("pool.csv", "pool.csv: unsupported suffix '.csv', expected .jsonl or")):
         with pytest.raises(ActiveDPOError, match=message) as caught:
             PreferencePool.load(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,7 +205,9 @@ def test_the_space_before_a_continuation_is_kept() -> None:
     (dict(temperature=float("nan")), "temperature: nan is not above 0"),
     (dict(top_p=1.5), "top_p: 1.5 is not in"),
     (dict(prompts=[]), "there are no prompts"),
-    (dict(prompts=[PROMPTS[0], PROMPTS[0]]), "prompt 2: id 'p0' is already that of prompt 1"),
+    (dict(prompts=[PROMPTS[0], PROMPTS[0]]), "prompt 2: the same prompt as prompt 1: remove"),
+    (dict(prompts=[PROMPTS[0], replace(PROMPTS[1], id="p0")]),
+     "prompt 2: id 'p0' is already that of prompt 1, another prompt"),
     (dict(prompts=[Prompt("a", " ")]), "prompt 1: the prompt is empty"),
     (dict(prompts=[PROMPTS[0], CHATS[1]]), "prompt 2: chat messages, but prompt 1 has plain text"),
     (dict(prompts=CHATS), "no chat template"),

@@ -157,9 +157,10 @@ def test_identical_and_zero_features():
         assert got.scores[len(first):].eq(0).all()
 
 
-def test_rules_of_prompts_groups_costs_and_least_scores():
+@pytest.mark.parametrize("n_prompts", [20, 14])  # 14: six prompts have two items far apart
+def test_rules_of_prompts_groups_costs_and_least_scores(n_prompts):
     rows, pairs = random_case(11, 20, 4, 12, duplicates=4, zeros=2)
-    prompt = pairs[:, 0] // 4
+    prompt = pairs[:, 0] // 4 % n_prompts
     left = torch.rand(len(pairs), generator=torch.Generator().manual_seed(0)) > 0.2
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1))
     costs = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)[prompt % 3]

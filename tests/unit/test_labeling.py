@@ -160,6 +160,8 @@ def test_files_wait_for_people_and_then_read_them(tmp_path: Path) -> None:
     with pytest.raises(LabelsPending, match="1 of 3") as caught:
         oracle.label(selection)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    _fill(path, [1, "tie", "skip"])
+    assert oracle.label(selection) == [1, None, None]
     rows = _fill(path, [1, 0, "skip"])
     assert oracle.label(selection) == [1, 0, None]
     assert oracle.label(selection) == [1, 0, None]
@@ -168,6 +170,15 @@ def test_files_wait_for_people_and_then_read_them(tmp_path: Path) -> None:
     assert oracle.label(selection) == [0, 0, None]
     with pytest.raises(LabelsPending, match="2 of 2"):
         oracle.label(_selection(2))  # the next selection has its own file
+
+
+def test_files_tell_rounds_apart_that_have_an_id_and_pair_in_common(tmp_path: Path) -> None:
+    (first, second) = _selection(1), _selection(1, (" fine", " poor"))
+    both, oracle = Selection(first.picks + second.picks, "x"), FileOracle(tmp_path)
+    with pytest.raises(LabelsPending, match="2 of 2"):
+        oracle.label(both)
+    _fill(oracle.paths(both)[0], [0, 1])
+    assert oracle.label(both) == [0, 1]
 
 
 @pytest.mark.parametrize("fault, message", [

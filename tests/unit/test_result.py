@@ -8,7 +8,13 @@ import numpy
 import pytest
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import Pick, Selection, read_labels
+from activedpo_fast.selection.result import (
+    Pick,
+    Selection,
+    by_preference,
+    read_labels,
+    read_pending,
+)
 
 STRINGS = Selection((
     Pick("a", (0, 2), 1.5, 0, "Say hi.", ("Hi!", "Ahoy\u2028there")),
@@ -116,12 +122,41 @@ def labelled_file(tmp_path, labels, **first_line):
 
 
 def test_read_labels(tmp_path):
-    selection, labels = read_labels(labelled_file(tmp_path, [1, None, 0], annotator="ann"))
+    selection, labels = read_labels(labelled_file(tmp_path, [1, "skip", 0], annotator="ann"))
     assert selection.picks == STRINGS.picks and labels == [1, None, 0]
 
 
+def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_path, caplog):
+    caplog.set_level("INFO", logger="activedpo_fast")
+    path = labelled_file(tmp_path, [None, "tie", 1.0])  # tables write 1.0 beside null
+    selection, labels = read_labels(path)
+    assert selection.picks == STRINGS.picks[1:] and labels == [None, 1]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: 1 of 3 pairs have no label yet and are left out"]
+    assert read_pending(path).picks == STRINGS.picks[:1]
+    assert by_preference(selection, labels) == (
+        Selection(STRINGS.picks[2:], "unknown"), Selection(STRINGS.picks[1:2], "unknown"))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    del records[0]["label"]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert read_labels(path) == (selection, labels)
+    assert read_pending(path).picks == STRINGS.picks[:1]
+
+
+def test_nulls_of_a_file_that_is_all_answered_are_no_preference_and_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="activedpo_fast")
+    path = labelled_file(tmp_path, [None, 0, None])
+    assert read_labels(path, all_answered=True) == (
+        Selection(STRINGS.picks, "unknown"), [None, 0, None])
+    (record,) = caplog.records
+    assert "2 labels are null, which is read as \"skip\"" in record.getMessage()
+    caplog.clear()
+    read_labels(labelled_file(tmp_path, ["skip", 0, 1]), all_answered=True)
+    assert not caplog.records
+
+
 def test_lines_may_be_reordered_dropped_blank_and_begin_with_a_byte_order_mark(tmp_path):
-    path = labelled_file(tmp_path, [1, None, 0])
+    path = labelled_file(tmp_path, [1, "skip", 0])
     lines = path.read_text().split("\n")
     path.write_text("\ufeff" + lines[2] + "\r\n\n" + lines[0] + "\n", newline="")
     selection, labels = read_labels(path)
@@ -133,9 +168,9 @@ def test_the_same_pair_with_other_responses_is_another_round(tmp_path):
     assert len(Selection.from_jsonl(path)) == 3
 
 
-@pytest.mark.parametrize("label", [2, True, "1", 0.0, [0]])
+@pytest.mark.parametrize("label", [2, True, "1", 0.5, [0], "Skip"])
 def test_bad_label_in_a_file(tmp_path, label):
-    with pytest.raises(ActiveDPOError, match="line 2: 'label' must be 0, 1 or null"):
+    with pytest.raises(ActiveDPOError, match="line 2: 'label' must be 0, 1, .skip., .tie. or null"):
         read_labels(labelled_file(tmp_path, [1, label, 0]))
 
 
@@ -174,7 +209,7 @@ def test_no_label_no_file_and_a_line_twice(tmp_path):
     with pytest.raises(ActiveDPOError, match="picked.jsonl: No such file"):
         Selection.from_jsonl(path)
     STRINGS.to_jsonl(path)
-    with pytest.raises(ActiveDPOError, match="line 1: no 'label'"):
+    with pytest.raises(ActiveDPOError, match="none of its 3 lines has a 'label' yet"):
         read_labels(path)
     path.write_text(path.read_text() + path.read_text().split("\n")[1] + "\n")
     with pytest.raises(ActiveDPOError, match=r"line 4: pair \[1, 2\] of id 'b' .* on line 2"):

@@ -18,9 +18,13 @@ from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 
 
-def make_pool(sizes: list[int], topics: list[Any], costs: list[float]) -> PreferencePool:
+def make_pool(
+    sizes: list[int], topics: list[Any], costs: list[float], prompts: int = 99
+) -> PreferencePool:
+    """Item i has the prompt number i % `prompts`, as text and as the column "post"."""
     return PreferencePool.from_rows(
-        {"id": f"p{i}", "prompt": f"Prompt {i}", "responses": [f"{i} {j}" for j in range(size)],
+        {"id": f"p{i}", "prompt": f"Prompt {i % prompts}", "post": i % prompts,
+         "responses": [f"{i} {j}" for j in range(size)],
          "topic": topics[i % len(topics)], "cost": costs[i % len(costs)]}
         for i, size in enumerate(sizes)
     )
@@ -32,9 +36,10 @@ def admitted(pool: PreferencePool, pairs: torch.Tensor, rules: PickRules, taken:
     items = [pool[pool.locate(int(a))[0]] for a, _ in pairs]
     answer = []
     for index, item in enumerate(items):
-        ok = index not in taken and item.id not in rules.exclude
+        out = [other.prompt for other in pool if other.id in rules.exclude]
+        ok = index not in taken and item.prompt not in out
         if rules.max_per_prompt is not None:
-            ok &= sum(items[i].id == item.id for i in taken) < rules.max_per_prompt
+            ok &= sum(items[i].prompt == item.prompt for i in taken) < rules.max_per_prompt
         group = item.extra.get(rules.group_by) if rules.group_by else None
         if group in rules.quotas:
             before = sum(items[i].extra[rules.group_by] == group for i in taken)
@@ -44,7 +49,7 @@ def admitted(pool: PreferencePool, pairs: torch.Tensor, rules: PickRules, taken:
 
 
 pools = st.builds(make_pool, st.lists(st.integers(2, 4), min_size=3, max_size=6),
-                  st.just(["law", "maths", None]), st.just([1.0, 0.5, 4.0]))
+                  st.just(["law", "maths", None]), st.just([1.0, 0.5, 4.0]), st.integers(1, 6))
 options = st.fixed_dictionaries({}, optional={
     "max_per_prompt": st.integers(1, 4),
     "exclude": st.lists(st.sampled_from(["p0", "p1", "p2"]), max_size=2),
@@ -52,6 +57,7 @@ options = st.fixed_dictionaries({}, optional={
     "random_fraction": st.floats(0, 1),
     "cost": st.just("cost"),
     "min_score": st.floats(-1, 1),
+    "prompt_by": st.just("post"),
 })
 
 
