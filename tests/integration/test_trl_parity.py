@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -239,7 +240,8 @@ def test_log_probs_with_positions_by_the_length_of_the_batch(tmp_path: Any) -> N
 
 
 def test_defaults_are_those_of_dpo_config(tmp_path: Any) -> None:
-    defaults = tokenize_pool.__kwdefaults__
+    defaults = {name: parameter.default
+                for name, parameter in inspect.signature(tokenize_pool).parameters.items()}
     config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert defaults["max_length"] == config.max_length
     assert defaults["truncation_mode"] == config.truncation_mode

@@ -191,6 +191,24 @@ def test_a_model_loaded_in_inference_mode_is_refused_for_gradients_only() -> Non
             extractor(model, verify=verify).gradients(tokens())
 
 
+def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
+    """There the wrapped `forward` is that of the whole pass and of the head's."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model = tiny_causal_lm("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    expected = {name: door(model) for name, door in DOORS.items() if name != "aplp"}
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # for the trainers of other tests
+    assert "forward" in vars(model)
+    for name, found in expected.items():
+        before = snapshot(model)
+        assert same(DOORS[name](model), found), name
+        assert differences(before, snapshot(model)) == [], name
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_autocast_around_forward_is_taken_off(bound: bool) -> None:
     """What accelerate's `prepare_model` does for bf16, to a bound `forward` and to a hooked one."""
