@@ -200,8 +200,10 @@ def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
     expected = {name: door(model) for name, door in DOORS.items() if name != "aplp"}
+    # One a process: of trainers in other tests, and then for these.
+    AcceleratorState._reset_state(reset_partial_state=True)
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    AcceleratorState._reset_state(reset_partial_state=True)  # for the trainers of other tests
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" in vars(model)
     for name, found in expected.items():
         before = snapshot(model)
