@@ -10,7 +10,9 @@
 #                                    carries CUDA (gigabytes); with URL the address of PyTorch's
 #                                    index of CPU wheels, the small one is taken.
 #   make env ACTIVEDPO_CUDA=0        no CUDA extension, though nvcc is there; setup.py has more such
-#                                    variables (ACTIVEDPO_CUDA_ARCHS, CUDA_HOME)
+#                                    variables (ACTIVEDPO_CUDA_ARCHS, CUDA_HOME). It is compiled for
+#                                    the GPUs of this machine, or for sm_90a where there is none;
+#                                    `make wheel` and `pip install .` compile for many
 #   make wheel TORCH=2.14.1          the torch that the wheel is tried with
 
 PYTHON ?= python3
@@ -21,6 +23,11 @@ TORCH ?= 2.14.1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
+
+# Every architecture takes a part of a minute.
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | grep -xE '[0-9]+\.[0-9]' | tr -d . | sed 's/^90$$/90a/' | sort -u | paste -sd ';')
+ARCHS = $(or $(ACTIVEDPO_CUDA_ARCHS),$(GPUS),90a)
 
 # Stamps live in the environment and go with it: repeated runs are quick, and an edited source,
 # pin or dependency is installed again.
@@ -91,7 +98,8 @@ $(BASE): constraints.txt
 
 $(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "installing activedpo-fast and what it needs, building csrc/"
-	@PYTHONWARNINGS=ignore $(INSTALL) --no-build-isolation --editable ".[demo,dev]"
+	@PYTHONWARNINGS=ignore ACTIVEDPO_CUDA_ARCHS="$(ARCHS)" \
+	  $(INSTALL) --no-build-isolation --editable ".[demo,dev]"
 	@ls activedpo_fast/_csrc*.so >/dev/null 2>&1 || echo "note: csrc/ was not built" \
 	  "(no C++ compiler?); the slower PyTorch reference will be used"
 	@ls activedpo_fast/_cuda*.so >/dev/null 2>&1 || echo "note: csrc/cuda/ was not built" \
