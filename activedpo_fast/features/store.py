@@ -181,7 +181,14 @@ class FeatureStore:
         count = 0
         try:
             for part in extractor.iter_gradients(tokenized, missing, show_progress=show_progress):
-                waiting.append(GradientRows(part.rows, part.gradients.to(dtype), part.logps))
+                gradients = part.gradients.to(dtype)
+                fits = gradients.isfinite().all(dim=1)
+                if not fits.all():
+                    place = tokenized.place(int(part.rows[~fits][0]))
+                    raise ActiveDPOError(
+                        f"{place}: its gradient row has numbers beyond "
+                        f"{self.manifest['settings']['store_dtype']}: store rows as float64")
+                waiting.append(GradientRows(part.rows, gradients, part.logps))
                 count += len(part.rows)
                 if count >= rows_per_shard:
                     self._write(waiting)

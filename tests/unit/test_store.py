@@ -128,6 +128,17 @@ def test_the_command_line_sets_the_dtype(
     assert "was made with store_dtype = 'bfloat16', not 'float32'" in capsys.readouterr().err
 
 
+def test_rows_beyond_the_stores_dtype_are_not_written(tmp_path: Path, pool, tokens) -> None:
+    model = lora(tiny_causal_lm("llama", torch.float64), "llama")
+    store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
+    with pytest.raises(ActiveDPOError, match="response 1: .*beyond float32: store rows as float64"):
+        store.fill(FeatureExtractor(model, Sketch("sjlt", 32), beta=1e39, verify=False), tokens)
+    assert len(store.missing_rows()) == pool.n_responses
+    wide = FeatureStore.create(tmp_path / "t", pool, SETTINGS, skipped=[], dtype="float64")
+    wide.fill(FeatureExtractor(model, Sketch("sjlt", 32), beta=1e39, verify=False), tokens)
+    assert wide.load().gradients.isfinite().all()
+
+
 def test_shards_grow_with_the_pool(tmp_path: Path, pool, tokens, extractor, monkeypatch) -> None:
     monkeypatch.setattr(store_module, "_SHARDS", 3)
     monkeypatch.setattr(store_module, "_SHARD_ROWS", 1)
