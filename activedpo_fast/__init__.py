@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from activedpo_fast.generation import generate_responses
     from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
     from activedpo_fast.selection.information import InformationMatrix
-    from activedpo_fast.selection.result import Pick, Selection
+    from activedpo_fast.selection.result import Pick, Selection, by_preference, read_labels
     from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selection.strategies import Strategy, make_strategy
     from activedpo_fast.selector import ActiveDPOSelector
@@ -50,8 +50,10 @@ _HOME = {
     "Sketch": "features.sketch",
     "Strategy": "selection.strategies",
     "UnsupportedParameterError": "errors",
+    "by_preference": "selection.result",
     "generate_responses": "generation",
     "make_strategy": "selection.strategies",
+    "read_labels": "selection.result",
 }
 
 __all__ = [
@@ -72,8 +74,10 @@ __all__ = [
     "Strategy",
     "UnsupportedParameterError",
     "__version__",
+    "by_preference",
     "generate_responses",
     "make_strategy",
+    "read_labels",
 ]
 
 

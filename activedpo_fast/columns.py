@@ -60,9 +60,9 @@ DATA_COLUMNS = (
     DataColumn("tools", "refused", "passed to the chat template",
                'put it into chat_template_kwargs, as {"tools": [...]}', chat=True),
     DataColumn("image", "refused", "the image of a vision-language model",
-               "images are not supported: remove it"),
+               "remove it, features are of text alone"),
     DataColumn("images", "refused", "the images of a vision-language model",
-               "images are not supported: remove it"),
+               "remove it, features are of text alone"),
     DataColumn("ref_chosen_logps", "refused", "log-probs of the reference that the trainer "
                "has computed; not read from the data",
                "the reference is a model, not a column: remove it"),
@@ -119,11 +119,11 @@ def check_columns(
         if column is None:
             continue
         if prompts and column.in_prompts == "refused":
-            raise ActiveDPOError(f"{place}: the column {name!r} is not supported: {_RESPONSE}")
+            raise ActiveDPOError(f"{place}: the column {name!r}: {_RESPONSE}")
         if is_absent(value) or (column.chat and not chat):
             continue
         if column.verdict == "refused":
-            raise ActiveDPOError(f"{place}: the column {name!r} is not supported: {column.here}")
+            raise ActiveDPOError(f"{place}: the column {name!r} is not supported; {column.here}")
         if name == "chat_template_kwargs":
             check_template_kwargs(value, f"{place}: the column {name!r}")
 

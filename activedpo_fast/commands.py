@@ -175,6 +175,9 @@ def take_features(
         pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
         chat_template_kwargs=options.chat_template_kwargs, show_progress=show_progress,
     )
+    if len(tokenized.skipped) == len(pool):
+        raise ActiveDPOError(f"every prompt fills --max-length {options.max_length}: there is "
+                             "nothing to score")
     if store is not None:
         store.check_tokens(tokenized)
     extractor = FeatureExtractor(
@@ -382,7 +385,10 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         raise
     except Exception as error:  # files that it names may be missing, packages too old, ...
         raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
-    selector_settings(dpo_args)  # what it refuses is told before a model is loaded
+    try:
+        selector_settings(dpo_args)  # what it refuses is told before a model is loaded
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"dpo: {error}") from error
     prompts = read_prompts(config.prompts)
     oracle: Oracle
     if config.oracle["kind"] == "files":

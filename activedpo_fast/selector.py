@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.data import PreferencePool
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.supported import require_supported
@@ -175,12 +176,13 @@ class ActiveDPOSelector:
         Args:
             pool: prompts with two or more responses each.
             n: how many pairs.
-            labelled: what has been labelled before, one earlier `Selection` or several. Their
-                features are taken again at the model's current weights and enter V, with the
-                selector's own `chat_template_kwargs` (a line of the log says so where the picks
-                have others); a pair of `pool` that is among them is no candidate. It is among them
-                if its prompt (see `PickRules.prompt_by`) and its two responses are the same, in
-                either order and under whatever id.
+            labelled: the pairs that have a preference, one earlier `Selection` or several (see
+                `by_preference`: pairs without one are `asked`). Their features are taken again at
+                the model's current weights and enter V, with the selector's own
+                `chat_template_kwargs` (a line of the log says so where the picks have others); a
+                pair of `pool` that is among them is no candidate. It is among them if its prompt
+                (see `PickRules.prompt_by`) and its two responses are the same, in either order and
+                under whatever id.
             asked: pairs that were asked before and have no preference: out for labeling, or
                 answered by "skip". They are no candidates either, and do not enter V. See
                 `by_preference` and `read_pending`.
@@ -205,10 +207,14 @@ class ActiveDPOSelector:
                 of the group failed, was lost, or has other arguments, settings or weights. All
                 processes raise then.
         """
+        if not isinstance(pool, PreferencePool):
+            raise ActiveDPOError(
+                f"pool: expected a PreferencePool, got {type(pool).__name__}; make one with "
+                "PreferencePool.from_dataset, from_rows or load")
         started = time.perf_counter()
-        history = [pick for selection in _as_list(labelled) for pick in selection]
+        history = [pick for selection in _as_list(labelled, "labelled") for pick in selection]
         common = self._tokenization["chat_template_kwargs"]
-        undecided = [pick for selection in _as_list(asked) for pick in selection]
+        undecided = [pick for selection in _as_list(asked, "asked") for pick in selection]
         shares = Shares(group)
         if shares.rank == 0:
             _tell_of_other_arguments(history, common)
@@ -506,7 +512,12 @@ def _norm(model: PreTrainedModel | PeftModel) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def _as_list(labelled: Labelled | None) -> list[Selection]:
-    if labelled is None:
+def _as_list(given: Labelled | None, name: str) -> list[Selection]:
+    if given is None:
         return []
-    return [labelled] if isinstance(labelled, Selection) else list(labelled)
+    listed = [given] if isinstance(given, (Selection, str)) else given
+    for entry in listed if isinstance(listed, Iterable) else [listed]:
+        if not isinstance(entry, Selection):
+            raise ActiveDPOError(f"{name}: expected a Selection, or several, got "
+                                 f"{type(entry).__name__}; read_labels reads them from a file")
+    return list(listed)

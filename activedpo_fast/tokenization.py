@@ -136,7 +136,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     sequences: list[TokenizedResponse] = []
     items: list[int] = []
     skipped: list[int] = []
-    merged = unequal = 0
+    merged = unequal = cut = 0
     disable = None if show_progress is None else not show_progress
     bar = tqdm(zip(pool, encoded, strict=True), total=len(pool), desc="tokenize", unit="prompt",
                disable=disable)
@@ -154,6 +154,8 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
             items.append(position)
         if max_length is not None and truncation_mode == "keep_start" and start >= max_length:
             skipped.append(position)
+        elif max_length is not None:
+            cut += sum(len(ids) > max_length for ids in full_ids)
 
     if merged:
         logger.warning("%d of %d prompts are not tokenized the same alone as with a response "
@@ -164,6 +166,10 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
         logger.warning("%d of %d prompts have three or more responses that start at different "
                        "tokens; all start at the earliest, while DPOTrainer starts some pairs "
                        "later", unequal, len(pool))
+    if cut:
+        logger.warning("%d of %d responses are longer than max_length=%d with their prompt and are "
+                       "cut at the %s, as in DPOTrainer", cut, len(sequences), max_length,
+                       "end" if truncation_mode == "keep_start" else "beginning")
     if skipped:
         logger.warning("%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
                        len(skipped), len(pool), max_length)

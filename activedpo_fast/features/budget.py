@@ -59,7 +59,7 @@ class TokenBudget:
         room = min(_CPU_BYTES, _available(self.device)) if on_cpu else _available(self.device)
         most = _MOST_ON_CPU if on_cpu else _MOST
         self.tokens = max(_FIRST, min(most, int(room / cost) if cost else _MOST_ON_CPU))
-        logger.info("batches of %d tokens, about %.0f kB each", self.tokens, cost / 1e3)
+        logger.info("batches of %d tokens, about %.0f kB for each token", self.tokens, cost / 1e3)
 
     def halve(self, padded_tokens: int) -> None:
         """After a batch of `padded_tokens` that did not fit."""

@@ -353,6 +353,7 @@ def _difference(old: PreferencePool, new: PreferencePool) -> str:
 def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted({*found, *wanted}):
+    # In the order of the settings: what was chosen comes before what follows from it.
+    for name in dict.fromkeys([*wanted, *found]):
         if found.get(name) != wanted.get(name):
             yield name, found.get(name), wanted.get(name)

@@ -94,6 +94,10 @@ class PickRules:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
             raise ActiveDPOError(f"exclude: no item has the id {unknown[0]!r}{more}")
         if self.group_by is not None:
+            if all(self.group_by not in item.extra for item in items):
+                columns = sorted({name for item in items for name in item.extra})
+                raise ActiveDPOError(f"group_by: there is no column {self.group_by!r}; the columns "
+                                     f"are {', '.join(columns) or 'the texts alone'}")
             groups = {_group(item, self.group_by) for item in items}
             for group in self.quotas:
                 if group not in groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,6 +27,8 @@ __all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", 
            "Random", "Ranking", "Strategy", "make_strategy"]
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 class Strategy(ABC):
@@ -260,6 +263,7 @@ class Aplp(Strategy):
         part = _Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
         margin, doubt = _margins(signals, self.beta, part)
+        _warn_if_alike(margin, doubt)
         scores = margin.abs()
         drawn = rank_top(scores, doubt, eligible.n_random, eligible, group)
         eligible.n_random = 0
@@ -315,6 +319,7 @@ class MarginLarge(_Margin):
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         margin, doubt = _margins(signals, self.beta, _Part.of(signals, n, group))
+        _warn_if_alike(margin, doubt)
         return rank_top(margin.abs(), doubt, n, eligible, group)
 
 
@@ -335,6 +340,7 @@ class MarginSmall(_Margin):
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         margin, doubt = _margins(signals, self.beta, _Part.of(signals, n, group))
+        _warn_if_alike(margin, doubt)
         # A positive score, and not -|d|, so that dividing it by a cost lowers it.
         scores = torch.sigmoid(-margin.abs())
         doubt = scores * (1 - scores) * doubt + _few_ulps(scores)
@@ -402,6 +408,13 @@ def _margins(signals: Signals, beta: float, part: _Part) -> tuple[Tensor, Tensor
         return reward[first] - reward[second], _few_ulps(size[first] + size[second])
 
     return part.check(compute)
+
+
+def _warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
+    """One line of the log where the policy is its reference, as before any training."""
+    if len(margins) and bool((margins.abs() <= error_bound).all()):
+        logger.warning("every reward difference is 0, as before any training: pairs are not told "
+                       "apart by it, and the first of the pool are taken")
 
 
 def _history_margins(signals: Signals, beta: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 
 from activedpo_fast import (
     ActiveDPOError,
@@ -272,3 +273,32 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
         assert abs(found.mean() - x.dot(y)) < 4 * (variance / seeds).sqrt()
         # The sample variance of 150 draws is within a third of the law, but for a chance < 1e-3.
         assert float(found.var() / variance) == pytest.approx(1.0, abs=0.4)
+
+
+def test_what_is_no_pool_or_selection_is_named() -> None:
+    selector = ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer())
+    rows = [{"prompt": "x", "chosen": " a", "rejected": " b"}]
+    for pool in (Dataset.from_list(rows), rows, "pool.jsonl"):
+        with pytest.raises(ActiveDPOError, match="expected a PreferencePool, got .*from_dataset"):
+            selector.select(pool, 1)
+    pool = PreferencePool.from_rows(rows)
+    for labelled in ("picked.jsonl", [0, 1], 3):
+        with pytest.raises(ActiveDPOError, match="labelled: expected a Selection, .*read_labels"):
+            selector.select(pool, 1, labelled=labelled)
+        with pytest.raises(ActiveDPOError, match="asked: expected a Selection"):
+            selector.select(pool, 1, asked=labelled)
+
+
+@pytest.mark.parametrize("strategy", ["aplp", "margin_small", "margin_large", "adpo_plus"])
+def test_rewards_that_are_all_alike_are_told(
+    strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"The {n}", "responses": [" fox", " dog and fox"]} for n in range(4)]
+    pool, line = PreferencePool.from_rows(rows), "every reward difference is 0"
+    fresh = lora(tiny_causal_lm("llama"), "llama", randomise=False)
+    ActiveDPOSelector(fresh, tiny_tokenizer(), strategy=strategy).select(pool, 2)
+    assert (line in caplog.text) == (strategy != "adpo_plus")  # which has gradients, too
+    caplog.clear()
+    trained = lora(tiny_causal_lm("llama"), "llama")
+    ActiveDPOSelector(trained, tiny_tokenizer(), strategy=strategy).select(pool, 2)
+    assert line not in caplog.text

@@ -174,3 +174,13 @@ def test_tokenizer_is_left_as_it_was() -> None:
     tokenize_pool(_pool(("A", ["B", "C"])), tokenizer, max_length=2)
     assert tokenizer.backend_tokenizer.to_str() == before
     assert tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize(("mode", "end"), [("keep_start", "end"), ("keep_end", "beginning")])
+def test_truncation_is_told(mode: Any, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    pool = PreferencePool.from_rows([{"prompt": "The", "responses": [" fox", " dog " * 9]}])
+    tokenize_pool(pool, tiny_tokenizer(), max_length=100, truncation_mode=mode)
+    assert "cut at" not in caplog.text
+    tokenize_pool(pool, tiny_tokenizer(), max_length=8, truncation_mode=mode)
+    assert ("1 of 2 responses are longer than max_length=8 with their prompt and are cut at the "
+            f"{end}, as in DPOTrainer") in caplog.text
