@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @contextmanager
 def own_modes(device: str = "cpu") -> Iterator[None]:
-    """Inside, no autocast and no inference mode of the caller's, and grad mode on.
+    """Inside, no autocast, inference mode or default device of the caller's, and grad mode on.
 
     Autocast would round the products of features and of V to bfloat16; tensors made in inference
     mode cannot take part in a backward pass.
@@ -29,6 +29,8 @@ def own_modes(device: str = "cpu") -> Iterator[None]:
         for kind in dict.fromkeys(("cpu", device, *_accelerators())):
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield

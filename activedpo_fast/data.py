@@ -308,6 +308,9 @@ def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -
     places = [f"prompt {n}" for n in range(1, len(prompts) + 1)] if places is None else places
     first_with: dict[str, int] = {}
     for n, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        if not all(hasattr(prompt, name) for name in ("id", "prompt", "extra")):
+            raise ActiveDPOError(f"{place}: expected a Prompt, or a PreferencePool as a whole, got "
+                                 f"{show(prompt)}")
         _check_id(prompt.id, place)
         check_text(prompt.prompt, "the prompt", place)
         check_columns(prompt.extra, place, chat=not isinstance(prompt.prompt, str), prompts=True)

@@ -75,10 +75,10 @@ def generate_responses(model: PreTrainedModel | PeftModel,
             with a warning), token ids that the model lacks, or no prompt with enough responses.
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
-    for n, prompt in enumerate(prompts, start=1):
-        check_json_columns(prompt.extra, f"prompt {n}")  # a pool that is made is one to be written
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
+    for n, prompt in enumerate(prompts, start=1):
+        check_json_columns(prompt.extra, f"prompt {n}")  # a pool that is made is one to be written
 
     # Keyed by the text without surrounding white space, in the order of sampling.
     found: list[dict[str, str]] = [{} for _ in prompts]

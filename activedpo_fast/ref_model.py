@@ -13,12 +13,17 @@ from transformers import PreTrainedModel
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.features.capture import undisturbed
+from activedpo_fast.features.parameters import adapter_parameters
 from activedpo_fast.trl import adapter_state, load_adapter_state
 
 RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
 """A model, the name of an adapter of the policy, or weights of its adapter (`adapter_state`)."""
 
 _REFERENCE = "ref"  # what TRL's DPOTrainer calls the adapter that is π_ref
+
+# Where adapters have weights that are not in a PEFT layer.
+_BESIDE_LAYERS = ("modules_to_save", "prompt_encoder", "trainable_tokens_delta",
+                  "trainable_tokens_original")
 
 # Where PEFT keeps which adapters are active, in its models and in its layers.
 _SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "_adapters_disabled")
@@ -106,11 +111,14 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
     LoRA's bias="all" trains the base model's biases: they come with the adapter's weights, but not
     with another adapter of the model.
     """
+    own = adapter_parameters(model)
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if not parameter.requires_grad or set(parts) & model.peft_config.keys():
+        # A part of the base model may be called as an adapter is.
+        beside_layers = any(f".{place}.{adapter}." in f".{name}."
+                            for place in _BESIDE_LAYERS for adapter in model.peft_config)
+        if not parameter.requires_grad or id(parameter) in own or beside_layers:
             continue
-        if not (biases and parts[-1] == "bias"):
+        if not (biases and name.endswith(".bias")):
             raise ActiveDPOError(
                 f"{name} is trained besides the adapter, so the model no longer has its old value; "
                 "pass a model that was loaded by itself as ref_model")

@@ -118,6 +118,8 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
         ActiveDPOError: no usable tokenizer, no EOS token (plain text), no chat template (chat), a
             template that refuses a conversation or renders nothing for a response, bad options.
     """
+    if max_length is not None and not isinstance(max_length, int):
+        raise ActiveDPOError(f"max_length: {max_length!r} is not an integer")
     if max_length is not None and max_length < 2:
         raise ActiveDPOError(f"max_length: {max_length} leaves no token to score, 2 is the least")
     if truncation_mode not in ("keep_start", "keep_end"):

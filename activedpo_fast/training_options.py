@@ -156,6 +156,8 @@ def check_training_options(args: Any) -> None:
             "DPOConfig: sync_ref_model=True changes the reference while the model is trained, so "
             "that a selection has none to compare with, and DPOTrainer refuses it for PEFT models "
             "(leave it out)")
+    if args.max_length is not None and not isinstance(args.max_length, int):
+        raise ActiveDPOError(f"DPOConfig: max_length={args.max_length!r} is not an integer")
     if args.max_length is not None and args.max_length < 2:
         raise ActiveDPOError(f"DPOConfig: max_length={args.max_length} leaves no token to score, "
                              "2 is the least")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -76,7 +76,13 @@ def selector_settings(args: DPOConfig) -> dict[str, Any]:
 
 
 def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
-    """A copy of an adapter's weights, by PEFT's names without the adapter's."""
+    """A copy of an adapter's weights, by PEFT's names without the adapter's.
+
+    Raises:
+        ActiveDPOError: an adapter whose weights PEFT does not give, only what an encoder of prompts
+            makes of them (P-tuning, prefix tuning with a projection): they could not be put back.
+    """
+    _check_gives_weights(model, adapter_name)
     # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
     state = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -89,8 +95,9 @@ def load_adapter_state(
     """Copy weights of `adapter_state` into an adapter of the model.
 
     Raises:
-        ActiveDPOError: other names or shapes than the adapter has.
+        ActiveDPOError: other names or shapes than the adapter has, or as `adapter_state`.
     """
+    _check_gives_weights(model, adapter_name)
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     differing = sorted(own.keys() ^ state.keys()) or [
         name for name in sorted(own) if own[name].shape != state[name].shape
@@ -102,6 +109,16 @@ def load_adapter_state(
 
 @in_own_modes
 @leaves_tokenizer(1)
+def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
+    config: Any = model.peft_config.get(adapter_name)
+    if getattr(config, "is_prompt_learning", False) and (
+        config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
+    ):
+        raise ActiveDPOError(f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
+                             "its prompt by an encoder, whose weights cannot be copied and put "
+                             "back; use prompt tuning or LoRA")
+
+
 def train_dpo(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,

@@ -27,6 +27,11 @@ class Layout(Enum):
     WHOLE = "every response runs with its prompt"
     ALONE = "every response runs with its prompt, and no other with it"
 
+    @staticmethod
+    def slowest(*layouts: Layout) -> Layout:
+        """The one that relies on least."""
+        return max(layouts, key=list(Layout).index)
+
 
 @dataclass(frozen=True)
 class Group:

@@ -102,7 +102,7 @@ class Capture:
 
     def __init__(self, linears: Sequence[TrainableLinear], consume: Consumer) -> None:
         self._silent = silent_modules(linears)
-        self._linears = linears
+        self.linears = linears
         self._consume = consume
         self._tokens: Tokens | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -110,7 +110,7 @@ class Capture:
         self.used = False  # whether any of the layers took part in a forward pass
 
     def __enter__(self) -> Capture:
-        for linear in self._linears:
+        for linear in self.linears:
             hook = _cut if id(linear.module) in self._silent else self._forward_hook(linear)
             self._handles.append(linear.module.register_forward_hook(hook))
         return self

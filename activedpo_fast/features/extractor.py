@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
@@ -20,7 +21,7 @@ from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, und
 from activedpo_fast.features.logprobs import causal_lm
 from activedpo_fast.features.parameters import trainable_linears
 from activedpo_fast.features.passes import divisors, gradient_pass, hidden_pass, logp_pass
-from activedpo_fast.features.positions import LengthClass, length_class
+from activedpo_fast.features.positions import LengthClass, batch_changes_attention, length_class
 from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
 from activedpo_fast.features.supported import require_supported
@@ -99,10 +100,14 @@ class FeatureExtractor:
         precision: str | None = None,
         verify: bool = True,
     ) -> None:
-        if not beta > 0:
-            raise ActiveDPOError(f"beta must be positive, not {beta}")
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
-            raise ActiveDPOError(f"max_tokens_per_batch must be ≥ 1, not {max_tokens_per_batch}")
+        if not (_is_number(beta) and 0 < beta < math.inf):
+            raise ActiveDPOError(f"beta must be a positive, finite number, not {beta!r}")
+        if max_tokens_per_batch is not None and not _is_count(max_tokens_per_batch):
+            raise ActiveDPOError("max_tokens_per_batch must be an integer from 1, not "
+                                 f"{max_tokens_per_batch!r}")
+        if not isinstance(length_normalized, bool):
+            raise ActiveDPOError(f"length_normalized must be True or False, not "
+                                 f"{length_normalized!r}")
         require_supported(model, pad_token_id=pad_token_id)
         _check_precision(precision, model)
         self.model = model
@@ -231,6 +236,8 @@ class FeatureExtractor:
             ActiveDPOError: a model or tokens that cannot be handled (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
+        if batch_changes_attention(self.model):
+            return Layout.ALONE
         if not self._verify:
             return Layout.WHOLE
         rows = range(len(tokenized.sequences))
@@ -242,7 +249,9 @@ class FeatureExtractor:
                 self.model, trainable_linears(self.model), tokenized, self.pad_token_id,
                 self.precision)
             self._gradient_layout[has_prompts] = layout, longest
-        return layout
+        # What one of the two checks has found holds for the other.
+        forward, _ = self._forward_layout.get(self.model, (layout, 0))
+        return Layout.slowest(layout, forward)
 
     @in_own_modes
     def logps(
@@ -305,12 +314,17 @@ class FeatureExtractor:
     ) -> Iterator[Taken]:
         """`take` of all responses, finite."""
         layout = Layout.WHOLE
-        if self._verify:
+        if batch_changes_attention(model):
+            layout = Layout.ALONE
+        elif self._verify:
             layout, checked = self._forward_layout.get(model, (layout, 0))
             longest = _longest(tokenized)
             if longest > checked:
                 layout = forward_layout(model, tokenized, self.pad_token_id, self.precision)
                 self._forward_layout[model] = layout, longest
+            if model is self.model:
+                layout = Layout.slowest(layout, *(found for found, _ in
+                                                  self._gradient_layout.values()))
         rows = range(len(tokenized.sequences))
         for taken in self._run(tokenized, rows, take, model, layout, title, show_progress):
             finite = _finite(taken)
@@ -356,6 +370,14 @@ def _finite(taken: Taken) -> torch.Tensor:
     """bool [n]: which rows have finite numbers only."""
     return torch.stack([part.isfinite().flatten(1).all(dim=1) if part.dim() > 1
                         else part.isfinite() for part in taken[1:]]).all(dim=0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _longest(tokenized: TokenizedPool) -> int:

@@ -24,13 +24,14 @@ class TrainableLinear:
         module: the `nn.Linear`, or transformers' `Conv1D`, whose weight is stored transposed.
         weight: canonical name of its weight if that is trainable, else None.
         bias: canonical name of its bias if that is trainable, else None.
-        reader: for a LoRA A matrix, the B matrix that alone reads its output; else None.
+        readers: for a LoRA A matrix, the B matrices that alone read its output (several where
+            layers share it).
     """
 
     module: nn.Module
     weight: str | None
     bias: str | None
-    reader: nn.Module | None = None
+    readers: tuple[nn.Module, ...] = ()
 
     @property
     def label(self) -> str:
@@ -59,7 +60,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
         ActiveDPOError: nothing is trainable, or an adapter is merged or disabled.
     """
     _check_adapters(model)
-    inactive = _inactive_adapter_parameters(model)
+    inactive = adapter_parameters(model, inactive=True)
     # With several active adapters their names are what tells the parameters apart.
     adapters = _active_adapters(model)
     adapter = next(iter(adapters)) if len(adapters) == 1 else None
@@ -84,7 +85,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
         )
     readers = _readers(model)
     return [
-        TrainableLinear(modules[key], names.get("weight"), names.get("bias"), readers.get(key))
+        TrainableLinear(modules[key], names.get("weight"), names.get("bias"), readers.get(key, ()))
         for key, names in found.items()
     ]
 
@@ -94,8 +95,8 @@ def silent_modules(linears: Sequence[TrainableLinear]) -> frozenset[int]:
     return frozenset(
         id(linear.module)
         for linear in linears
-        if linear.reader is not None
-        and not torch.count_nonzero(linear.reader.weight)  # type: ignore[arg-type]
+        if linear.readers
+        and not any(torch.count_nonzero(b.weight) for b in linear.readers)  # type: ignore[arg-type]
     )
 
 
@@ -124,15 +125,15 @@ def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield path, module
 
 
-def _readers(model: nn.Module) -> dict[int, nn.Module]:
-    """B by the id of A, for every LoRA layer of every adapter."""
-    return {
-        id(a): layer.lora_B[adapter]
-        for _, layer in _tuner_layers(model)
-        if isinstance(layer, LoraLayer)
-        for adapter, a in layer.lora_A.items()
-        if adapter in layer.lora_B
-    }
+def _readers(model: nn.Module) -> dict[int, tuple[nn.Module, ...]]:
+    """The B matrices by the id of their A, for every LoRA layer of every adapter."""
+    found: dict[int, tuple[nn.Module, ...]] = {}
+    for _, layer in _tuner_layers(model):
+        if isinstance(layer, LoraLayer):
+            for adapter, a in layer.lora_A.items():
+                if adapter in layer.lora_B:
+                    found[id(a)] = (*found.get(id(a), ()), layer.lora_B[adapter])
+    return found
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -153,13 +154,14 @@ def _active_adapters(model: nn.Module) -> frozenset[str]:
     return frozenset(names)
 
 
-def _inactive_adapter_parameters(model: nn.Module) -> set[int]:
-    inactive: set[int] = set()
+def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
+    """Ids of the parameters of all adapters, or of those that are not active."""
+    found: set[int] = set()
     for _, layer in _tuner_layers(model):
         for group in layer.adapter_layer_names:
             for adapter, content in getattr(layer, group, {}).items():
-                if adapter in layer.active_adapters:
+                if inactive and adapter in layer.active_adapters:
                     continue
                 parameters = content.parameters() if isinstance(content, nn.Module) else [content]
-                inactive.update(id(parameter) for parameter in parameters)
-    return inactive
+                found.update(id(parameter) for parameter in parameters)
+    return found

@@ -59,7 +59,7 @@ def gradient_pass(
     responses = Tokens(_shape(batch.input_ids), _response_segments(batch, terms))
     if not shared:
         with capture.tokens(responses):
-            logps = whole_model_logps(model, batch)
+            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
         _check_used(capture)
         (logps * weights).sum().backward()
         return logps.detach()
@@ -100,8 +100,13 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
         return _scored_logps(model, batch, decoder, output, None, None)[0]
 
 
-def whole_model_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """log π(y|x) [B] from the model's own logits; part of the autograd graph."""
+def whole_model_logps(
+    model: nn.Module, batch: Batch, *, everywhere: bool = False
+) -> torch.Tensor:
+    """log π(y|x) [B] from the model's own logits; part of the autograd graph.
+
+    With `everywhere` the head runs on all tokens, as hooks on it expect.
+    """
     # The head is needed from the token before the first scored one; what comes earlier in every
     # sequence of the batch is left out where the model can.
     scored = batch.scored.any(dim=0).nonzero()
@@ -109,7 +114,8 @@ def whole_model_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
     first = int(scored[0]) if len(scored) else max(length - 1, 1)
     kept = length - first + 1
     inputs = _whole_inputs(batch)
-    if length > 1 and "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters:
+    can_leave_out = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
+    if can_leave_out and length > 1 and not everywhere:
         inputs["logits_to_keep"] = kept
     logits = model(**inputs).logits[:, -kept:-1]
     logps = reference.response_logps(logits, batch.input_ids[:, first:])
@@ -119,7 +125,7 @@ def whole_model_logps(model: nn.Module, batch: Batch) -> torch.Tensor:
 def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
     """The last layer's hidden state at each response's last token, [B, h], without gradients.
 
-    It is what the LM head reads, after the final norm (`hidden_states[-1]` of transformers).
+    It is what the LM head reads, after the final norm (`last_hidden_state` of transformers).
     """
     with torch.no_grad():
         if shared:
@@ -128,10 +134,33 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
             hidden = _continue(
                 decoder, batch, _one_for_each_response(states, batch)).last_hidden_state
         else:
-            hidden = model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
+            hidden = _what_the_head_reads(model, batch)
         # Virtual tokens of prompt tuning come before the others.
         last = batch.attention_mask.sum(dim=1) - 1 + hidden.shape[1] - batch.input_ids.shape[1]
         return hidden[torch.arange(len(last), device=hidden.device), last]
+
+
+def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The decoder's output for whole sequences, [B, T, h]."""
+    found: list[torch.Tensor] = []
+    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    if decoder is causal_lm(model):
+        return model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
+    handle = decoder.register_forward_hook(
+        lambda module, inputs, output: found.append(output[0]))
+    try:
+        model(**_whole_inputs(batch))
+    finally:
+        handle.remove()
+    return found[-1]
+
+
+def _head_is_captured(model: nn.Module, capture: Capture) -> bool:
+    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return False
+    within = set(map(id, head.modules()))
+    return any(id(linear.module) in within for linear in capture.linears)
 
 
 def _shape(ids: torch.Tensor) -> tuple[int, int]:

@@ -42,6 +42,12 @@ def length_class(model: nn.Module) -> LengthClass | None:
     return classify
 
 
+def batch_changes_attention(model: nn.Module) -> bool:
+    """Whether attention keeps a number of keys of a whole batch (Doge's dynamic mask)."""
+    return any(getattr(getattr(module, "config", None), "keep_window_size", None) is not None
+               for module in model.modules())
+
+
 @contextmanager
 def fresh_positions(model: nn.Module) -> Iterator[None]:
     """Inside, position embeddings begin as in a model that was just loaded; afterwards as before.

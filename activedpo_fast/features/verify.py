@@ -21,7 +21,7 @@ from activedpo_fast.features.batching import Batch, Layout, collate, group_rows
 from activedpo_fast.features.budget import TokenBudget, is_out_of_memory
 from activedpo_fast.features.capture import Capture, row_dtype, sketch_into, undisturbed
 from activedpo_fast.features.parameters import TrainableLinear
-from activedpo_fast.features.passes import gradient_pass, logp_pass, whole_model_logps
+from activedpo_fast.features.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
 from activedpo_fast.features.positions import length_class
 from activedpo_fast.features.running import Take, Taken, run_batches
 from activedpo_fast.features.sketch import Sketch, SketchPlan
@@ -37,8 +37,9 @@ _LOW_PRECISION_TOLERANCE = 0.25
 # measured: a whole row may be off by so many times what it is off in a batch of whole sequences, or
 # by this.
 _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
-# The same of log π(y|x), a sum that rounding changes less.
-_LOGP_TOLERANCE, _LOW_PRECISION_LOGP_TOLERANCE = 1e-4, 0.05
+# The same of log π(y|x), a sum that rounding changes less. (Eager attention has its softmax in
+# float32 also in a float64 model.)
+_LOGP_TOLERANCE = {1e-5: 1e-6, 1e-3: 3e-5, 0.25: 0.05}
 
 _SLOWER = {
     Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
@@ -119,33 +120,38 @@ def gradient_layout(
 def forward_layout(
     model: nn.Module, tokenized: TokenizedPool, pad_token_id: int, precision: str | None
 ) -> Layout:
-    """The fastest layout in which log-probs are those of whole sequences by themselves."""
+    """The fastest layout in which log-probs and hidden states are those of responses alone."""
     rows = _rows_to_check(tokenized)
     if not rows:
         return Layout.SHARED
 
     def take(batch: Batch, shared: bool) -> Taken:
         with undisturbed(model, precision):
-            return batch.rows, logp_pass(model, batch, shared=shared).double()
+            logps = logp_pass(model, batch, shared=shared).double()
+            return batch.rows, logps, hidden_pass(model, batch, shared=shared).double()
 
-    def run(layout: Layout) -> torch.Tensor:
+    def run(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         taken = list(_run(model, tokenized, rows, take, layout, pad_token_id))
         order = torch.cat([part[0] for part in taken]).argsort()
-        return torch.cat([part[1].cpu() for part in taken])[order]
+        logps, hidden = (torch.cat([part[n].cpu() for part in taken])[order] for n in (1, 2))
+        return logps, hidden
 
-    alone = run(Layout.ALONE)
-    low = _tolerance(model, precision) == _LOW_PRECISION_TOLERANCE
-    tolerance = _LOW_PRECISION_LOGP_TOLERANCE if low else _LOGP_TOLERANCE
+    alone, hidden_alone = run(Layout.ALONE)
+    tolerance = _tolerance(model, precision)
 
     def compare(layout: Layout) -> None:
         if layout is Layout.ALONE:
             return
-        error = (run(layout) - alone).abs()
+        logps, hidden = run(layout)
         # A response that is all but certain is held to the size of the others.
-        scale = alone.abs().maximum(alone.abs().mean())
-        # Written so that a NaN does not pass.
-        if not bool((error <= tolerance * scale).all()):
-            raise ActiveDPOError(f"its log-prob differs by {float((error / scale).max()):.1e}")
+        errors = {"log-prob": ((logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
+                               _LOGP_TOLERANCE[tolerance]),
+                  "hidden state": ((hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
+                                   tolerance)}
+        for name, (error, allowed) in errors.items():
+            # Written so that a NaN does not pass.
+            if not bool((error <= allowed).all()):
+                raise ActiveDPOError(f"its {name} differs by {float(error.max()):.1e}")
 
     return _first_that_agrees(model, compare)
 

@@ -179,7 +179,7 @@ def add_all(
 def check_n(n: int, available: int) -> int:
     """n as an int; `ActiveDPOError` unless it is an integer from 0 to the number available."""
     try:
-        count = operator.index(n)
+        count = operator.index(None if isinstance(n, bool) else n)  # type: ignore[arg-type]
     except TypeError:
         raise ActiveDPOError(f"n must be an integer, not {n!r}") from None
     if count < 0:
