@@ -107,8 +107,6 @@ def load_adapter_state(
     set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
 
 
-@in_own_modes
-@leaves_tokenizer(1)
 def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
     config: Any = model.peft_config.get(adapter_name)
     if getattr(config, "is_prompt_learning", False) and (
@@ -119,6 +117,8 @@ def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
                              "back; use prompt tuning or LoRA")
 
 
+@in_own_modes
+@leaves_tokenizer(1)
 def train_dpo(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,

@@ -185,7 +185,7 @@ def _all_responses() -> list[str]:
     (["--beta", "0.2"], "beta"),
     (["--proj-dim", "32"], "proj_dim"),
     (["--sketch", "rademacher"], "sketch"),
-    (["--sketch", "none"], "proj_dim"),
+    (["--sketch", "none"], "sketch = 'sjlt', not 'none'"),
     (["--seed", "1"], "seed"),
     (["--max-length", "0"], "max_length"),
     (["--truncation-mode", "keep_end"], "truncation_mode"),
