@@ -226,6 +226,7 @@ def select_pairs(
         def prepare() -> _Task:
             if shares.rank == 0:
                 _check_target(output)
+                _check_overwrites_nothing(output, store_path, labelled)
             return _Task.read(store_path, labelled, rules, log=shares.rank == 0)
 
         task = shares.check(prepare)
@@ -568,6 +569,29 @@ def _check_target(path: FilePath | None) -> None:
     nearest = next(folder for folder in target.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ActiveDPOError(f"{target} cannot be written: {nearest} is not a writable folder")
+
+
+def _check_overwrites_nothing(
+    output: FilePath, store_path: FilePath, labelled: FilePath | None
+) -> None:
+    """Refuse to write over what people have made, or what the store is made of."""
+    target = Path(output).resolve()
+    if labelled is not None and target == Path(labelled).resolve():
+        raise ActiveDPOError(f"{output} is the --labelled file too: choose another --output")
+    store = Path(store_path).resolve()
+    if (store / "manifest.json").exists() and target.is_relative_to(store):
+        raise ActiveDPOError(f"{output} is inside the store: choose another --output")
+    if not target.exists():
+        return
+    try:
+        labels = [record.get("label") for _, record in jsonl_rows(target)
+                  if isinstance(record, Mapping)]
+    except ActiveDPOError:
+        return  # not a file of picks
+    count = sum(label is not None for label in labels)
+    if count:
+        raise ActiveDPOError(f"{output} is there and has {count} labels: choose another --output, "
+                             "or move it away")
 
 
 def _export(store: FeatureStore, path: FilePath | None) -> str:

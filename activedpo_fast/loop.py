@@ -302,10 +302,11 @@ class ActiveDPOLoop:
             self.selector.ref_model = self._reference_weights()
             picked = self.selector.select(
                 pool, self.batch_size, labelled=[with_one for with_one, _ in split],
-                asked=[without for _, without in split], rules=rules,
+                asked=[without for _, without in split], rules=rules, fewer_ok=True,
                 show_progress=self.show_progress)
             if not picked:
-                raise ActiveDPOError(f"{folder.name}: no pair reaches min_score: nothing to label")
+                raise ActiveDPOError(f"{folder.name}: no pair is left to pick, or none reaches "
+                                     "min_score: nothing to label")
             _add_seconds(folder, self.selector.last_timings)
             picked.to_jsonl(path)
         return Selection.from_jsonl(path, strategy=self.strategy)

@@ -19,7 +19,7 @@ _FILE = "config.json"
 _FORMAT = 2  # of that file; 1, which is not said in it, did not tell model and tokenizer
 
 # Settings whose entries come from a library: those that only one of two versions has do not count.
-_OF_A_LIBRARY = (("lora",), ("base", "config"))
+_OF_A_LIBRARY = (("dpo",), ("lora",), ("base", "config"))
 
 # Where the first result of each stage is, in a run's folder.
 _STAGES = {

@@ -168,6 +168,7 @@ class ActiveDPOSelector:
         labelled: Labelled | None = None,
         asked: Labelled | None = None,
         rules: PickRules | None = None,
+        fewer_ok: bool = False,
         group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
     ) -> Selection:
@@ -188,6 +189,7 @@ class ActiveDPOSelector:
                 `by_preference` and `read_pending`.
             rules: what the picks have to observe besides. There may then be fewer than n, which
                 the log says.
+            fewer_ok: pick all candidates where there are fewer than n, with one line of the log.
             group: the processes that select together: pass `torch.distributed.group.WORLD` under
                 torchrun or `accelerate launch`. Each has the same model (not wrapped in DDP, whose
                 `.module` it is) and calls `select` with the same arguments; each takes the
@@ -202,9 +204,10 @@ class ActiveDPOSelector:
             The picks. `last_timings` then has the seconds spent in "features" and in "select".
 
         Raises:
-            ActiveDPOError: fewer than n candidates (before any rule); rules that do not fit the
-                pool or leave no candidate; a pool or model that cannot be handled; another process
-                of the group failed, was lost, or has other arguments, settings or weights. All
+            ActiveDPOError: fewer than n candidates (before any rule, without `fewer_ok`); rules
+                that do not fit the pool or leave no candidate; a pool or model that cannot be
+                handled; another process of the group failed, was lost, or has other arguments,
+                settings or weights. All
                 processes raise then.
         """
         if not isinstance(pool, PreferencePool):
@@ -223,7 +226,13 @@ class ActiveDPOSelector:
             self._require_same(shares, pool, n, history, undecided, rules, strategy)
         prompts = PoolPrompts.of(pool, rules.prompt_by if rules is not None else None)
         signals = _ModelSignals(self, pool, history, undecided, prompts, shares, show_progress)
-        n = check_n(n, len(signals.candidates))
+        found = len(signals.candidates)
+        if fewer_ok and isinstance(n, int) and found < n:
+            if shares.rank == 0:
+                logger.warning("%d pairs are picked instead of %d: there are no other candidates",
+                               found, n)
+            n = found
+        n = check_n(n, found)
         eligible = None
         if rules is not None:
             eligible = rules.bind(pool, signals.candidates, n)

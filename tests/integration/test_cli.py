@@ -801,3 +801,21 @@ def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
     refused = process("-m", "activedpo_fast", "run", str(config))
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1 and "dpo: zigzag is not a valid" in refused.stderr
+
+
+def test_select_writes_over_nothing_that_people_or_the_store_need(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, picked = project / "store", tmp_path / "picked.jsonl"
+    argv = ["select", str(store), "--batch-size", "2", "--output"]
+    assert main([*argv, str(picked)]) == 0 and main([*argv, str(picked)]) == 0  # no label is lost
+    rows = [{**row, "label": n} for n, row in enumerate(_read_jsonl(picked))]
+    picked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = picked.read_bytes(), (store / "pool.jsonl").read_bytes()
+    capsys.readouterr()
+    for more, said in (([str(picked)], "has 2 labels"),
+                       ([str(picked), "--labelled", str(picked)], "is the --labelled file too"),
+                       ([str(store / "pool.jsonl")], "is inside the store")):
+        assert main([*argv, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert before == (picked.read_bytes(), (store / "pool.jsonl").read_bytes())

@@ -174,7 +174,7 @@ def test_rules_are_checked_against_all_prompts(tmp_path: Path) -> None:
 
 
 def test_a_round_with_nothing_to_label_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ActiveDPOError, match="round-000: no pair reaches min_score"):
+    with pytest.raises(ActiveDPOError, match="round-000: no pair is left .* min_score"):
         _loop(tmp_path, rules=PickRules(min_score=1e6)).run()
     assert not (tmp_path / "round-000" / "picked.jsonl").exists()
 
@@ -282,7 +282,7 @@ def test_pairs_without_a_preference_are_not_asked_again(tmp_path: Path) -> None:
     for name in ("picked.jsonl", "labels.jsonl", "record.json"):
         (tmp_path / "round-001" / name).unlink()
     shutil.rmtree(tmp_path / "round-001" / "adapter")
-    with pytest.raises(ActiveDPOError, match="only 0"):
+    with pytest.raises(ActiveDPOError, match="no pair is left to pick"):
         loop.run()
     assert len(set(asked)) == 4 and len(asked) == 4
 
@@ -297,3 +297,14 @@ def test_prompts_are_not_offered_twice_until_they_run_out(caplog: Any) -> None:
     assert "2 others are offered again" in caplog.text
     assert len(draw_prompts(PROMPTS, 0, 99, set(), seed=1)) == 10
     assert draw_prompts(PROMPTS, 0, 4, set(), seed=2) != first
+
+
+def test_a_round_with_too_few_candidates_picks_them_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt that fills max_length leaves one pair less than the batch, in one of the rounds."""
+    prompts = [*PROMPTS[:7], Prompt("long", "The fox " * 40)]
+    args = dpo_config(output_dir=str(tmp_path / "trainer"), max_steps=2, max_length=40)
+    loop = _loop(tmp_path, prompts=prompts, batch_size=4, rounds=2, dpo_args=args)
+    assert [record.labels_total for record in loop.run()][-1] == 7
+    assert "3 pairs are picked instead of 4" in caplog.text

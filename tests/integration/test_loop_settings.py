@@ -325,3 +325,14 @@ def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "extra_settings.oracle.temperature (1.0, now 0.5)" in capsys.readouterr().err
     assert run(seed=1) == 2
     assert "extra_settings.oracle.model (" in capsys.readouterr().err
+
+
+def test_a_field_that_another_version_of_trl_has_or_lacks_is_no_difference(tmp_path: Path) -> None:
+    _loop(tmp_path, _policy()).run()
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["settings"]["dpo"]["f_alpha_divergence_coef"]
+    config["settings"]["dpo"]["of_an_older_version"] = 3
+    config["versions"]["trl"] = "1.15.0"
+    path.write_text(json.dumps(config))
+    _loop(tmp_path, _policy(), rounds=2).run()
