@@ -586,8 +586,9 @@ def _check_overwrites_nothing(
     try:
         labels = [record.get("label") for _, record in jsonl_rows(target)
                   if isinstance(record, Mapping)]
-    except ActiveDPOError:
-        return  # not a file of picks
+    except ActiveDPOError as error:  # somebody may be editing it
+        raise ActiveDPOError(f"{output} is there and cannot be read: choose another --output, or "
+                             f"move it away ({error})") from None
     count = sum(label is not None for label in labels)
     if count:
         raise ActiveDPOError(f"{output} is there and has {count} labels: choose another --output, "

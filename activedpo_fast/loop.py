@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -289,7 +289,20 @@ class ActiveDPOLoop:
                                           show_progress=self.show_progress, **self.generation)
             pool.to_jsonl(path)
         # Read back in any case: an interrupted run then sees what an uninterrupted one does.
-        return PreferencePool.from_jsonl(path)
+        return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
+
+    def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
+        """The pool with the columns that its prompts have now: rules and oracles read them."""
+        columns = {prompt.id: _plain(prompt.extra) for prompt in self.prompts}
+        changed = sorted({
+            name for item in pool for extra in [columns.get(item.id, item.extra)]
+            for name in {**item.extra, **extra} if item.extra.get(name) != extra.get(name)})
+        if not changed:
+            return pool
+        logger.info("%s: columns of the prompts have changed and are read as they are now: %s",
+                    folder.name, ", ".join(changed))
+        return PreferencePool(replace(item, extra=columns.get(item.id, item.extra))
+                              for item in pool)
 
     def _picked(
         self, folder: Path, pool: PreferencePool,

@@ -236,10 +236,9 @@ class FeatureExtractor:
             ActiveDPOError: a model or tokens that cannot be handled (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        if batch_changes_attention(self.model):
-            return Layout.ALONE
+        least = _fastest_allowed(self.model)
         if not self._verify:
-            return Layout.WHOLE
+            return Layout.slowest(Layout.WHOLE, least)
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
         longest = _longest(tokenized)
@@ -251,7 +250,7 @@ class FeatureExtractor:
             self._gradient_layout[has_prompts] = layout, longest
         # What one of the two checks has found holds for the other.
         forward, _ = self._forward_layout.get(self.model, (layout, 0))
-        return Layout.slowest(layout, forward)
+        return Layout.slowest(layout, forward, least)
 
     @in_own_modes
     def logps(
@@ -314,9 +313,7 @@ class FeatureExtractor:
     ) -> Iterator[Taken]:
         """`take` of all responses, finite."""
         layout = Layout.WHOLE
-        if batch_changes_attention(model):
-            layout = Layout.ALONE
-        elif self._verify:
+        if self._verify:
             layout, checked = self._forward_layout.get(model, (layout, 0))
             longest = _longest(tokenized)
             if longest > checked:
@@ -325,6 +322,7 @@ class FeatureExtractor:
             if model is self.model:
                 layout = Layout.slowest(layout, *(found for found, _ in
                                                   self._gradient_layout.values()))
+        layout = Layout.slowest(layout, _fastest_allowed(model))
         rows = range(len(tokenized.sequences))
         for taken in self._run(tokenized, rows, take, model, layout, title, show_progress):
             finite = _finite(taken)
@@ -364,6 +362,11 @@ class FeatureExtractor:
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
                     "range, or leave the item out")
             yield taken
+
+
+def _fastest_allowed(model: nn.Module) -> Layout:
+    """By what is known of the kind of model, whatever a check on a few responses finds."""
+    return Layout.ALONE if batch_changes_attention(model) else Layout.SHARED
 
 
 def _finite(taken: Taken) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,17 +30,27 @@ from activedpo_fast.tokenization import TokenizedPool, scored_tokens
 
 logger = logging.getLogger(__name__)
 
-# Allowed error relative to a parameter's gradient norm: far above rounding (the batch and the
-# single sequence are padded differently), far below what a misattributed token gives.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-_LOW_PRECISION_TOLERANCE = 0.25
+
+class _Tolerance(NamedTuple):
+    """Errors allowed, far above rounding (the batch and the single sequence are padded
+    differently), far below what a misattributed token gives.
+
+    gradient: of a parameter, relative to its norm; also of hidden states.
+    logp: of log π(y|x), a sum that rounding changes less.
+    """
+
+    gradient: float
+    logp: float
+
+
+# Eager attention has its softmax in float32 also in a float64 model.
+_TOLERANCE = {torch.float64: _Tolerance(1e-5, 1e-6), torch.float32: _Tolerance(1e-3, 3e-5)}
+_LOW_PRECISION_TOLERANCE = _Tolerance(0.25, 0.05)
+
 # With half precision, rounding may be as large as what shared prompts could do wrong. So it is
 # measured: a whole row may be off by so many times what it is off in a batch of whole sequences, or
 # by this.
 _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
-# The same of log π(y|x), a sum that rounding changes less. (Eager attention has its softmax in
-# float32 also in a float64 model.)
-_LOGP_TOLERANCE = {1e-5: 1e-6, 1e-3: 3e-5, 0.25: 0.05}
 
 _SLOWER = {
     Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
@@ -99,7 +110,7 @@ def gradient_layout(
         errors = [0.0]
         for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
             for row, found in zip(rows.tolist(), captured, strict=True):
-                _compare(found, expected[row], shapes, tolerance)
+                _compare(found, expected[row], shapes, tolerance.gradient)
                 whole = torch.cat([gradient.flatten() for gradient in expected[row].values()])
                 errors.append(float((found - whole).norm() / whole.norm().clamp(min=1e-30)))
         return max(errors)
@@ -145,9 +156,9 @@ def forward_layout(
         logps, hidden = run(layout)
         # A response that is all but certain is held to the size of the others.
         errors = {"log-prob": ((logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
-                               _LOGP_TOLERANCE[tolerance]),
+                               tolerance.logp),
                   "hidden state": ((hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
-                                   tolerance)}
+                                   tolerance.gradient)}
         for name, (error, allowed) in errors.items():
             # Written so that a NaN does not pass.
             if not bool((error <= allowed).all()):
@@ -266,7 +277,7 @@ def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
     return [row for rows in chosen for row in rows]
 
 
-def _tolerance(model: nn.Module, precision: str | None) -> float:
+def _tolerance(model: nn.Module, precision: str | None) -> _Tolerance:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if precision is not None or dtypes & {torch.bfloat16, torch.float16}:
         return _LOW_PRECISION_TOLERANCE

@@ -818,4 +818,8 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
                        ([str(store / "pool.jsonl")], "is inside the store")):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err
+    edited = tmp_path / "edited.jsonl"
+    edited.write_text(picked.read_text().replace('"label": 1}', '"label": 1'))
+    assert main([*argv, str(edited)]) == 2
+    assert "is there and cannot be read" in capsys.readouterr().err
     assert before == (picked.read_bytes(), (store / "pool.jsonl").read_bytes())

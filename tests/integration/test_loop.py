@@ -308,3 +308,30 @@ def test_a_round_with_too_few_candidates_picks_them_all(
     loop = _loop(tmp_path, prompts=prompts, batch_size=4, rounds=2, dpo_args=args)
     assert [record.labels_total for record in loop.run()][-1] == 7
     assert "3 pairs are picked instead of 4" in caplog.text
+
+
+def test_columns_of_the_prompts_are_those_of_now(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Costs that were corrected, or come only now, after responses were generated."""
+    def prompts(cheap: str | None) -> list[Prompt]:
+        return [replace(p, extra={**p.extra, **({} if cheap is None else {
+            "tokens": 1e-6 if p.id == cheap else 1.0})}) for p in PROMPTS[:4]]
+
+    def first(folder: Path, cheap: str | None) -> str:
+        rules = None if cheap is None else PickRules(cost="tokens")
+        _loop(folder, prompts=prompts(cheap), rules=rules, rounds=1, batch_size=1).run()
+        return Selection.from_jsonl(folder / "round-000" / "picked.jsonl")[0].id
+
+    for before in ("p0", None):
+        folder = tmp_path / str(before)
+        with pytest.raises(LabelsPending):
+            _loop(folder, FileOracle(tmp_path / "people" / str(before)), prompts=prompts(before),
+                  rules=None if before is None else PickRules(cost="tokens"), rounds=1,
+                  batch_size=1).run()
+        (folder / "round-000" / "picked.jsonl").unlink()  # as if killed while picking
+        caplog.clear()
+        with caplog.at_level("INFO", logger="activedpo_fast"):
+            assert first(folder, "p3") == "p3"
+        assert "columns of the prompts have changed and are read as they are now: tokens" in (
+            caplog.text)
