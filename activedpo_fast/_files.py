@@ -1,11 +1,11 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and whether they can be written at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,11 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of JSON; `ActiveDPOError` where it is none."""
+    """The value in a file of JSON; `ActiveDPOError` where it is none or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     except ValueError as error:
         raise ActiveDPOError(f"{path}: broken JSON: {error}") from error
 
@@ -55,6 +57,55 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_file_target(path: str | os.PathLike[str] | None) -> None:
+    """Raise `ActiveDPOError` for what cannot become a file, before hours are spent on its content.
+
+    None, where no file is wanted, passes.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise ActiveDPOError(f"{target} is a folder, not a file to write to")
+    _check_writable(target, _nearest(target.absolute().parent))
+
+
+def check_folder_target(path: str | os.PathLike[str]) -> None:
+    """Raise `ActiveDPOError` for what is not, and cannot become, a folder that files go into."""
+    target = Path(path)
+    if os.path.exists(target) and not target.is_dir():
+        raise ActiveDPOError(f"{target} is a file, not a folder to write to")
+    _check_writable(target, _nearest(target.absolute()))
+
+
+def _nearest(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    # os.path: a folder that may not be looked into is no error here.
+    return next(there for there in (path, *path.parents) if os.path.exists(there))
+
+
+def _check_writable(target: Path, nearest: Path) -> None:
+    if not nearest.is_dir() or not _may(nearest, os.W_OK | os.X_OK):
+        raise ActiveDPOError(f"{target} cannot be written: {nearest} is not a writable folder")
+
+
+def check_readable(paths: Iterable[Path]) -> None:
+    """Raise `ActiveDPOError` for a file that is there and may not be read."""
+    for path in paths:
+        if path.is_file() and not _may(path, os.R_OK):
+            raise ActiveDPOError(f"{path}: permission denied")
+
+
+def _may(path: Path, mode: int) -> bool:
+    # By the effective user, as `open` goes by it, where the system can tell.
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def reason_of(error: OSError) -> str:
+    """What the system says of a file that cannot be read or written, to follow its name."""
+    return (error.strerror or (str(error).splitlines() or [type(error).__name__])[0]).lower()
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activedpo_fast._files import reason_of
 from activedpo_fast.data import jsonl_rows
 from activedpo_fast.errors import ActiveDPOError
 
@@ -55,7 +56,7 @@ def parquet_rows(path: Path) -> PlacedRows:
             rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
     except OSError as error:
         # Arrow's own read errors are OSErrors too, without an errno.
-        raise ActiveDPOError(f"{path}: {(error.strerror or _first_line(error)).lower()}") from error
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     except (pyarrow.ArrowException, ValueError) as error:
         raise ActiveDPOError(f"{path}: not a Parquet file: {_first_line(error)}") from error
     return ((f"{path}, row {n}", row) for n, row in enumerate(rows, start=1))

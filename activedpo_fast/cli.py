@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError
 
 PENDING = 3  # exit code of `run` when labels are awaited from people
@@ -47,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command.main(args, prog_name="activedpo", standalone_mode=False)
     except ActiveDPOError as error:
         return _fail(str(error))
+    except OSError as error:
+        # A file that may not be read or written, a disk that is full.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error.filename or 'writing a file'}: {reason_of(error)}")
     except Exception as error:
         # The base class of usage errors moves between versions of typer; this method does not.
         if not hasattr(error, "format_message"):
@@ -196,7 +203,8 @@ def select(
         "0 or 1 enter V.",
     )] = None,
     max_per_prompt: Annotated[int | None, typer.Option(
-        min=1, help="Most pairs of one prompt, in whichever rows.")] = None,
+        min=1, help="Most pairs of one prompt among the picks, in whichever rows; pairs labeled "
+        "earlier do not count.")] = None,
     prompt_by: Annotated[str | None, typer.Option(
         metavar="FIELD", help="Column of the pool that says which rows are of one prompt; without "
         "it, those with the same prompt text.")] = None,

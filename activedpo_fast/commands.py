@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from activedpo_fast import __version__
+from activedpo_fast._files import check_file_target, check_folder_target, reason_of
 from activedpo_fast._tables import placed_rows
 from activedpo_fast._texts import check_text, content_id
 from activedpo_fast.columns import (
@@ -41,6 +42,7 @@ from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.features.store import FeatureStore
 from activedpo_fast.features.stored_rows import StoredRows
 from activedpo_fast.labeling import FileOracle, Oracle, RewardModelOracle
+from activedpo_fast.labeling.labelled_pairs import read_labelled_pairs
 from activedpo_fast.loop import START, ActiveDPOLoop, RoundRecord
 from activedpo_fast.models import (
     NO_ADAPTER,
@@ -54,9 +56,8 @@ from activedpo_fast.models import (
     resolve_source,
     tokenizer_source,
 )
-from activedpo_fast.processes import require_one_process
-from activedpo_fast.selection.prompts import PairFinder, PoolPrompts
-from activedpo_fast.selection.result import read_label
+from activedpo_fast.processes import ONE_PROCESS, require_one_process
+from activedpo_fast.selection.prompts import PoolPrompts
 from activedpo_fast.selection.rules import PickRules, random_seed, warn_if_fewer
 from activedpo_fast.selection.shares import Shares, pool_text
 from activedpo_fast.selection.signals import History, TensorSignals
@@ -149,7 +150,8 @@ def take_features(
     """
     started = time.perf_counter()
     require_one_process("activedpo features")
-    _check_target(export)
+    check_file_target(export)
+    check_folder_target(output)
     check_template_kwargs(options.chat_template_kwargs)
     pool = PreferencePool.load(pool_path)
     for item in pool:
@@ -225,7 +227,7 @@ def select_pairs(
 
         def prepare() -> _Task:
             if shares.rank == 0:
-                _check_target(output)
+                check_file_target(output)
                 _check_overwrites_nothing(output, store_path, labelled)
             return _Task.read(store_path, labelled, rules, log=shares.rank == 0)
 
@@ -303,8 +305,8 @@ class _Task:
 @contextmanager
 def _processes() -> Iterator[dist.ProcessGroup | None]:
     """The processes that a launcher has started together; None for one that is alone."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size in ONE_PROCESS:
         yield None
         return
     try:
@@ -364,7 +366,7 @@ def _read_ids(path: FilePath) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ActiveDPOError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
     return [line.strip() for line in text.split("\n") if line.strip()]
@@ -379,6 +381,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
     """
     require_one_process("activedpo run")
     output = Path(config.output_dir)
+    check_folder_target(output)
     try:
         dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
                                  **config.dpo})
@@ -472,103 +475,6 @@ def _table(records: Sequence[RoundRecord]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def read_labelled_pairs(
-    path: FilePath, pool: PreferencePool, *, log: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of `pool` that a JSONL file names by `id` and `pair`, as row numbers.
-
-    `prompt` and `responses`, where a line has both, find the pair under another id, too; they must
-    be in the pool.
-
-    Returns:
-        Two int64 [t, 2]: the pairs with a preference, which enter V, and those without: `label` is
-        "skip" or "tie", or it is missing or null, so that the pair is not labeled yet. The log has
-        a line that counts the latter.
-
-    Raises:
-        ActiveDPOError: naming the first line at fault.
-    """
-    decided: list[list[int]] = []
-    asked: list[list[int]] = []
-    pending = 0
-    seen: dict[tuple[str, frozenset[int]], str] = {}
-    finder = PairFinder(pool)
-    for place, record in jsonl_rows(Path(path)):
-        pair = _pair_of(record, place, pool, finder)
-        earlier = seen.setdefault((str(record["id"]), frozenset(pair)), place)
-        if earlier is not place:
-            raise ActiveDPOError(f"{place}: the same pair as {earlier}")
-        label = read_label(record, place)
-        (decided if label in (0, 1) else asked).append(pair)
-        pending += label is None
-    if pending and log:
-        logger.info("%s: %d of %d pairs have no label yet: they are not picked again and do not "
-                    "enter V", path, pending, len(seen))
-    return _as_rows(decided), _as_rows(asked)
-
-
-def _as_rows(pairs: list[list[int]]) -> torch.Tensor:
-    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
-
-
-def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) -> list[int]:
-    """The two row numbers that a line stands for, in its order."""
-    if not isinstance(record, Mapping):
-        raise ActiveDPOError(f"{place}: not a JSON object")
-    for name in ("id", "pair"):
-        if name not in record:
-            raise ActiveDPOError(f"{place}: no {name!r}")
-    elsewhere = _pair_elsewhere(record, pool, finder)
-    if elsewhere is not None:
-        return elsewhere
-    try:
-        position = pool.position(str(record["id"]))
-    except ActiveDPOError:
-        raise ActiveDPOError(f"{place}: no item with id {record['id']!r} in the store's pool: its "
-                             "gradient row is not known") from None
-    item, pair = pool[position], record["pair"]
-    if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-            and pair[0] != pair[1]):
-        raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
-    if not all(0 <= n < len(item.responses) for n in pair):
-        raise ActiveDPOError(f"{place}: 'pair' is {pair}, but item {item.id!r} has "
-                             f"{len(item.responses)} responses")
-    expected = {"prompt": item.prompt, "responses": [item.responses[n] for n in pair]}
-    for name, value in expected.items():
-        if record.get(name, value) != value:
-            raise ActiveDPOError(f"{place}: {name!r} is not that of item {item.id!r} in the "
-                                 "store's pool: these are labels of other responses")
-    offset = int(pool.response_offsets[position])
-    return [offset + n for n in pair]
-
-
-def _pair_elsewhere(
-    record: Mapping[str, Any], pool: PreferencePool, finder: PairFinder
-) -> list[int] | None:
-    """The rows of an item with another id that has a line's texts; None if its own has them."""
-    prompt, responses = record.get("prompt"), record.get("responses")
-    if not isinstance(responses, list) or len(responses) != 2:
-        return None
-    if not isinstance(prompt, (str, list)):
-        return None
-    rows = finder.rows(str(record["id"]), prompt, responses)
-    if rows is None or pool[pool.locate(rows[0])[0]].id == str(record["id"]):
-        return None
-    return rows
-
-
-def _check_target(path: FilePath | None) -> None:
-    """Refuse what cannot become a file before hours are spent on its content."""
-    if path is None:
-        return
-    target = Path(path)
-    if target.is_dir():
-        raise ActiveDPOError(f"{target} is a folder, not a file to write to")
-    nearest = next(folder for folder in target.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ActiveDPOError(f"{target} cannot be written: {nearest} is not a writable folder")
 
 
 def _check_overwrites_nothing(

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.template import one_setting
@@ -71,7 +72,7 @@ def load_config(path: str | Path) -> RunConfig:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ActiveDPOError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from None
     except UnicodeDecodeError:
         raise ActiveDPOError(f"{path}: not UTF-8 text") from None
     try:

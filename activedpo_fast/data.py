@@ -6,6 +6,7 @@ import bisect
 import codecs
 import hashlib
 import json
+import logging
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from activedpo_fast._files import write_atomic
+from activedpo_fast._files import reason_of, write_atomic
 from activedpo_fast._texts import (
     Message,
     Text,
@@ -35,6 +36,8 @@ from activedpo_fast.template import own_template_kwargs
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Message", "PoolItem", "PreferencePool", "Prompt", "Text", "check_prompts"]
 
@@ -172,6 +175,7 @@ class PreferencePool(Sequence[PoolItem]):
                     "ids of their own; a column that names the prompt goes by another name (see "
                     "prompt_by)")
         self._set(items)
+        _warn_of_repeated_prompts(items)
 
     def _set(self, items: list[PoolItem]) -> None:
         self._items = tuple(items)
@@ -398,6 +402,22 @@ def _transcript_hint(texts: Sequence[Any]) -> str:
             "which may be the first words of the responses too)")
 
 
+def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:
+    """One line in the log where most items have their prompt in all of their responses, too."""
+    count = sum(_begin_with_prompt(item) for item in items)
+    if 2 * count > len(items):
+        logger.warning(
+            "the responses of %d of %d prompts begin with the prompt, which is then read twice, "
+            "here and by DPOTrainer: are they whole transcripts? Take the prompt out of them",
+            count, len(items))
+
+
+def _begin_with_prompt(item: PoolItem) -> bool:
+    prompt = item.prompt
+    return all(response.startswith(prompt) if isinstance(response, str) and isinstance(prompt, str)
+               else response[:len(prompt)] == prompt for response in item.responses)
+
+
 def plain_text(value: Any) -> Any:
     """A copy of chat messages, without keys that a table filled up with null."""
     if not isinstance(value, list):
@@ -442,7 +462,7 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ActiveDPOError(f"{path}: {_reason(error)}") from error
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a string.
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for n, line in enumerate(lines, start=1):
@@ -458,10 +478,6 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                                  f"{error.colno}") from error
         except (RecursionError, ValueError) as error:
             raise ActiveDPOError(f"{place}: broken JSON: {_first_line(error)}") from error
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or _first_line(error)).lower()
 
 
 def _first_line(error: BaseException) -> str:

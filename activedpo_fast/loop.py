@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel, load_peft_weights
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import read_json, write_atomic, write_json
@@ -246,7 +248,7 @@ class ActiveDPOLoop:
         write_settings(self.output_dir, settings, mended)
         if not begun:
             _save_adapter(self.model, self.processing_class, start / "adapter")
-        self._initial = load_peft_weights(str(start / "adapter"), device="cpu")
+        self._initial = _read_adapter(start)
         self._load(start)
         records = [self._record(start, START, 0)]
         history: list[tuple[Selection, list[int | None]]] = []
@@ -376,27 +378,25 @@ class ActiveDPOLoop:
         return self.output_dir / f"round-{t:03d}"
 
     def _load(self, folder: Path) -> None:
-        weights = load_peft_weights(str(folder / "adapter"), device="cpu")
-        load_adapter_state(self.model, weights)
+        load_adapter_state(self.model, _read_adapter(folder))
 
     def _check_adapter(self, start: Path) -> None:
         """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
         own = adapter_state(self.model)
         rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
-        for folder in (start / "adapter", *rounds):
-            found = load_peft_weights(str(folder), device="cpu")
+        for folder in (start, *(adapter.parent for adapter in rounds)):
+            found = _read_adapter(folder)
             if found.keys() == own.keys() and all(
                 torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
             ):
                 return
-            if folder.parent == start and is_untrained(found) and is_untrained(own):
+            if folder == start and is_untrained(found) and is_untrained(own):
                 logger.info("going on from the fresh adapter in %s, not from the one in memory",
-                            folder)
+                            folder / "adapter")
                 return
         raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
                              f"differs from {start / 'adapter'}, which the run began with; use "
                              "another output_dir, or the same adapter")
-
 
     def _rehearse(self) -> None:
         n_responses = self.generation["n_responses"]
@@ -455,6 +455,8 @@ def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: 
     Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".adapter-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
         model.save_pretrained(str(temporary), selected_adapters=["default"],
@@ -464,6 +466,19 @@ def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: 
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that `_save_adapter` wrote to a folder's `adapter/`, on the CPU."""
+    path = folder / "adapter" / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ActiveDPOError(f"{path} is gone, which the run goes on from: put it back, or use "
+                             "another output_dir")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ActiveDPOError(f"{path} cannot be read ({error}): put it back, or use another "
+                             "output_dir") from None
 
 
 @contextmanager

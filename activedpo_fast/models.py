@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from activedpo_fast._files import check_readable
 from activedpo_fast.errors import ActiveDPOError
 
 logger = logging.getLogger(__name__)
@@ -159,9 +160,8 @@ def tokenizer_source(
 def fingerprint_tokenizer(folder: Path) -> str:
     """SHA-256 (128 bits, hex) over the whole of a folder's tokenizer files and their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if (path.name.startswith(_TOKENIZER_NAMES) and path.suffix in _READ_SUFFIXES
-                and path.is_file()):
+    for path in _read_files(folder):
+        if path.name.startswith(_TOKENIZER_NAMES):
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
@@ -248,6 +248,7 @@ def resolve_source(model: _Path, gguf_file: str | None) -> Path:
             hint = (" (it is an adapter: pass it as --adapter, and its base model as --model)"
                     if (folder / _ADAPTER_CONFIG).is_file() else "")
             raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
+        check_readable(_read_files(folder))
         return folder
     weights = "*.safetensors" if gguf_file is None else gguf_file
     return _fetched(model, weights, "model")
@@ -271,14 +272,13 @@ def fingerprint_model(model: _Path, gguf_file: str | None = None) -> str:
     """
     folder = resolve_source(model, gguf_file)
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _READ_SUFFIXES and path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name}\0{size}\0".encode())
-            with open(path, "rb") as file:
-                for start, length in _sampled_blocks(size):
-                    file.seek(start)
-                    digest.update(file.read(length))
+    for path in _read_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            for start, length in _sampled_blocks(size):
+                file.seek(start)
+                digest.update(file.read(length))
     return digest.hexdigest()[:32]
 
 
@@ -293,6 +293,12 @@ def fingerprint_adapter(adapter: _Path) -> str:
                 digest.update(block)
         digest.update(b"\0")
     return digest.hexdigest()[:32]
+
+
+def _read_files(folder: Path) -> list[Path]:
+    """What a model or tokenizer in `folder` is read from, by name."""
+    return [path for path in sorted(folder.iterdir())
+            if path.suffix in _READ_SUFFIXES and path.is_file()]
 
 
 def _sampled_blocks(size: int) -> Iterator[tuple[int, int]]:
@@ -339,8 +345,10 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
     except Exception as error:  # tokenizer files are parsed by several libraries
-        raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {_first_line(error)}"
-                             ) from error
+        reason = _first_line(error)
+        if reason.endswith(":"):  # a list follows, of ways that transformers knows
+            reason = "none of the files that transformers reads the vocabulary from is in it"
+        raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -378,6 +386,7 @@ def _check_adapter_folder(folder: Path) -> None:
     for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise ActiveDPOError(f"{folder} is not an adapter folder: no {name} in it")
+    check_readable(_read_files(folder))
     try:
         json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:

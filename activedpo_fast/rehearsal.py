@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
 import re
 import tempfile
@@ -230,9 +231,10 @@ def _unchanged(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _global_state() -> Iterator[None]:
-    """The random generators as before, and the switches that `full_determinism` sets."""
+    """The random generators as before, and what `full_determinism` sets: switches, variables."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = range(torch.accelerator.device_count()) if accelerator else []
+    variables = dict(os.environ)
     python, arrays = random.getstate(), numpy.random.get_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -242,6 +244,9 @@ def _global_state() -> Iterator[None]:
         try:
             yield
         finally:
+            for name in os.environ.keys() - variables.keys():
+                del os.environ[name]
+            os.environ.update(variables)
             random.setstate(python)
             numpy.random.set_state(arrays)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

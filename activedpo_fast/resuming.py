@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,24 @@ _FORMAT = 2  # of that file; 1, which is not said in it, did not tell model and 
 # Settings whose entries come from a library: those that only one of two versions has do not count.
 _OF_A_LIBRARY = (("dpo",), ("lora",), ("base", "config"))
 
-# Where the first result of each stage is, in a run's folder.
-_STAGES = {
-    "started": "start/adapter",
-    "generated": "round-*/pool.jsonl",
-    "picked": "round-*/picked.jsonl",
-    "picked again": "round-001/picked.jsonl",
-    "labeled": "round-*/labels.jsonl",
-    "trained": "round-*/adapter",
-    "trained again": "round-001/adapter",
+# Whether a run's folder has a result of each stage.
+_STAGES: dict[str, Callable[[Path], bool]] = {
+    "started": lambda folder: (folder / "start" / "adapter").exists(),
+    "generated": lambda folder: any(folder.glob("round-*/pool.jsonl")),
+    "picked": lambda folder: any(folder.glob("round-*/picked.jsonl")),
+    # By another policy than the first one.
+    "picked again": lambda folder: any(
+        (later / "picked.jsonl").exists() for later in folder.glob("round-*")
+        for first in _trained(folder)[:1] if later.name > first),
+    "labeled": lambda folder: any(folder.glob("round-*/labels.jsonl")),
+    "trained": lambda folder: len(_trained(folder)) > 0,
+    "trained again": lambda folder: len(_trained(folder)) > 1,
 }
 
 # The first stage that a setting enters; of several prefixes that fit, the longest counts. Settings
 # that are not here count from the start.
 _ENTERS: dict[str, str | None] = {
+    "model": None,  # a path; what is in it is compared as `base`
     "prompts": "generated",
     "prompts_per_round": "generated",
     "generation": "generated",
@@ -46,7 +50,8 @@ _ENTERS: dict[str, str | None] = {
     "batch_size": "picked",
     "extra_settings.oracle": "labeled",
     "dpo": "trained",
-    # In the first round, all labels are the newest and the current policy is the initial one.
+    # In the first round that is trained on, all labels are the newest and the current policy is
+    # the initial one.
     "reference": "picked again",  # strategies may ask for it, too
     "train_on": "trained again",
     "start_from": "trained again",
@@ -56,6 +61,14 @@ _ENTERS: dict[str, str | None] = {
                      "dpo.logging_first_step", "dpo.save_strategy", "dpo.save_steps",
                      "dpo.save_total_limit", "dpo.dataset_num_proc", "dpo.dataloader_num_workers",
                      "dpo.dataloader_pin_memory"), None),
+}
+
+# Options of the selector that follow from fields of DPOConfig: these are what a person has set.
+_FOLLOWS = {
+    "selector_options.beta": ("dpo.beta",),
+    "selector_options.max_length": ("dpo.max_length",),
+    "selector_options.truncation_mode": ("dpo.truncation_mode",),
+    "selector_options.length_normalized": ("dpo.loss_type", "dpo.loss_weights"),
 }
 
 _NO_IDS = hashlib.sha256(b"[]").hexdigest()  # "rules.exclude" where nothing is excluded
@@ -74,6 +87,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     """
     path = folder / _FILE
     if not path.exists():
+        if any(folder.glob("round-*/*")):
+            raise ActiveDPOError(f"{path} is gone, which has the settings of the rounds there: put "
+                                 "it back, or use another output_dir")
         return []
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
@@ -86,9 +102,12 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
                        "these are not compared", folder, ", ".join(unknown))
     changes = list(differences(*_of_both(old, settings)))
     found = first_that_matters(changes, folder)
+    if "base" not in old:  # the path is all that an older version wrote down
+        found = next((change for change in changes if change[0] == "model"), found)
     if found is not None:
-        raise ActiveDPOError(f"{folder} holds a run with other settings: {describe(found)} "
-                             "differs; use another output_dir, or the same settings")
+        raise ActiveDPOError(f"{folder} holds a run with other settings: "
+                             f"{describe(_origin(found, changes))} differs; use another "
+                             "output_dir, or the same settings")
     for name, now in _versions().items():
         if (before := config.get("versions", {}).get(name)) != now:
             logger.warning("%s was begun with %s %s, this is %s: results may differ a little",
@@ -101,7 +120,8 @@ def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change])
     path = folder / _FILE
     if mended:
         logger.info("%s: settings have changed on which nothing there depends yet: %s", folder,
-                    ", ".join(map(describe, mended)))
+                    ", ".join(dict.fromkeys(describe(_origin(change, mended))
+                                            for change in mended)))
         config = read_json(path)
         if config.get("format", 1) < _FORMAT:  # what it does not tell is still not known
             settings = {name: settings[name] for name in settings if name in config["settings"]}
@@ -142,8 +162,28 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:
 
 def first_that_matters(changes: list[Change], folder: Path) -> Change | None:
     """The first change of a setting that something in the run's `folder` depends on, or None."""
-    present = {stage for stage, pattern in _STAGES.items() if any(folder.glob(pattern))}
+    present = {stage for stage, is_there in _STAGES.items() if is_there(folder)}
     return next((change for change in changes if _enters(change) in present), None)
+
+
+def _origin(change: Change, changes: list[Change]) -> Change:
+    """The change that `change` follows from, itself if it follows from none."""
+    names = _FOLLOWS.get(change[0], ())
+    return next((other for other in changes if other[0] in names), change)
+
+
+def _trained(folder: Path) -> list[str]:
+    """The rounds that were trained, by name in order: without those that had no preference."""
+    return [adapter.parent.name for adapter in sorted(folder.glob("round-*/adapter"))
+            if _has_preference(adapter.parent / "labels.jsonl")]
+
+
+def _has_preference(labels: Path) -> bool:
+    try:
+        lines = labels.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["label"] in (0, 1) for line in lines if line.strip())
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # not ours to say that there is none
 
 
 def describe(change: Change) -> str:

@@ -172,6 +172,10 @@ def train_dpo(
         if pairs == 0:
             raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
                                  f"{args.max_length}")
+        if args.dataloader_drop_last and pairs < args.train_batch_size:
+            raise ActiveDPOError(f"dataloader_drop_last=True leaves out the only batch, of {pairs} "
+                                 "pairs: per_device_train_batch_size is "
+                                 f"{args.per_device_train_batch_size}")
         _set_reference(model, args, initial_adapter if reference == "initial" else None)
         output = trainer.train()
     return {

@@ -95,17 +95,23 @@ class FeatureStore:
         }
         if (folder / _MANIFEST).exists():
             store = cls.open(folder, complete=False)
+            begun = (folder / _POOL).exists()  # or killed when the store was made
             if store.manifest["pool"] != manifest["pool"]:
-                raise ActiveDPOError(f"{folder} holds the rows of another pool "
-                                     f"({_difference(store.pool(), pool)}): choose another path")
+                how = f" ({_difference(store.pool(), pool)})" if begun else ""
+                raise ActiveDPOError(f"{folder} holds the rows of another pool{how}: choose "
+                                     "another path")
             _require_same(folder, store.manifest, manifest)
-            store._take_columns(pool)
+            if begun:
+                store._take_columns(pool)
+            else:
+                pool.to_jsonl(folder / _POOL)
             return store
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if os.path.exists(folder) and not (folder.is_dir() and _is_unused(folder)):
             raise ActiveDPOError(f"{folder} exists and is not a feature store: choose another path")
         folder.mkdir(parents=True, exist_ok=True)
-        pool.to_jsonl(folder / _POOL)
+        # The manifest first: with it, what a killed process leaves is known to be a store.
         write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        pool.to_jsonl(folder / _POOL)
         return cls(folder, manifest)
 
     @classmethod
@@ -331,8 +337,28 @@ def _text(value: Any) -> str:
         return repr(value)  # writing the pool refuses it, by name
 
 
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, except for what a process left that was killed beginning it."""
+    manifest = Path(_MANIFEST)
+    return all(path.name.startswith(f".{manifest.stem}-") and path.suffix == manifest.suffix
+               for path in folder.iterdir())
+
+
 def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, old, new in _differences(found["settings"], wanted["settings"]):
+    """Raise `ActiveDPOError` for the first setting that differs.
+
+    Where a model, adapter or tokenizer is does not count, if its fingerprint says what it is.
+    """
+    before, now = found["settings"], wanted["settings"]
+    for name, old, new in _differences(before, now):
+        if {f"{name}_fingerprint"} <= before.keys() & now.keys():
+            continue
+        what = name.removesuffix("_fingerprint")
+        if what != name:
+            where = (f"{now[what]} has changed since" if before[what] == now[what] else
+                     f"{before[what]!r}, not {now[what]!r}")
+            raise ActiveDPOError(f"{folder} was made with another {what} ({where}): choose another "
+                                 "path")
         raise ActiveDPOError(
             f"{folder} was made with {name} = {old!r}, not {new!r}: choose another path"
         )

@@ -12,7 +12,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from activedpo_fast._files import write_atomic
+from activedpo_fast._files import reason_of, write_atomic
 from activedpo_fast.data import PoolItem, PreferencePool, Text
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.template import COLUMN, check_template_kwargs
@@ -27,7 +27,8 @@ NO_PREFERENCE = (SKIP, "tie")
 LABELS = '0, 1, "skip", "tie" or null (not labeled yet)'
 
 _FIELDS = ("id", "pair", "score", "rank", "prompt", "responses")
-_TEMPLATE_FIELDS = ("chat_template_kwargs", "item_chat_template_kwargs")
+ITEM_TEMPLATE_FIELD = "item_chat_template_kwargs"
+_TEMPLATE_FIELDS = ("chat_template_kwargs", ITEM_TEMPLATE_FIELD)
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def read_picks(path: str | os.PathLike[str]) -> list[tuple[str, Pick, dict[str, 
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors add a byte order mark
     except OSError as error:
-        raise ActiveDPOError(f"{path}: {error.strerror or error}") from error
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
     found: list[tuple[str, Pick, dict[str, Any]]] = []

@@ -28,7 +28,7 @@ class PickRules:
 
     Args:
         max_per_prompt: at most so many pairs of one prompt in this selection, whichever rows of the
-            pool they are in.
+            pool they are in. Pairs labeled earlier do not count.
         exclude: ids of rows of whose prompts nothing is picked, in other rows either.
         group_by: the field of an item's `extra` that names its group: text, an integer or a
             boolean (these two as JSON writes them). An item without it is in no group.

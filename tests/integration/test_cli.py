@@ -210,13 +210,58 @@ def test_another_adapter_model_or_pool_on_the_same_store_is_refused(
     _refused(capsys, argv, "another pool")
     _write_jsonl(own / "pool.jsonl", _rows())
 
-    for weights, setting in ((own / "adapter" / "adapter_model.safetensors", "adapter_fingerprint"),
-                             (own / "model" / "model.safetensors", "model_fingerprint")):
+    for weights, setting in ((own / "adapter" / "adapter_model.safetensors", "another adapter"),
+                             (own / "model" / "model.safetensors", "another model")):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit of a weight
-        _refused(capsys, argv, setting)
+        _refused(capsys, argv, f"made with {setting}", "has changed since")
         weights.write_bytes(content)
     assert main(argv) == 0
+    other = tmp_path / "other"
+    shutil.copytree(own / "model", other)
+    (other / "config.json").write_text((own / "model" / "config.json").read_text() + " ")
+    _refused(capsys, _features(own, own / "rows", model=other),
+             f"another model ('{own / 'model'}', not '{other}')")
+
+
+def test_the_same_files_elsewhere_go_on(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "project"
+    shutil.copytree(project, own, ignore=shutil.ignore_patterns("store"))
+    assert main(_features(own, tmp_path / "rows")) == 0
+    own.rename(tmp_path / "moved")
+    assert main(_features(tmp_path / "moved", tmp_path / "rows")) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(commands, "load_policy", None)  # no model is loaded for nothing
+    file = tmp_path / "file"
+    file.write_text("mine")
+    _refused(capsys, _features(project, file), f"{file} is a file, not a folder to write to")
+    _refused(capsys, _features(project, file / "store"), f"{file} is not a writable folder")
+    config = tmp_path / "run.yaml"
+    for folder in (file, file / "run"):
+        config.write_text(yaml.safe_dump({
+            "model": str(project / "model"), "adapter": str(project / "adapter"),
+            "prompts": str(project / "pool.jsonl"), "output_dir": str(folder),
+            "oracle": {"kind": "files"}}))
+        _refused(capsys, ["run", str(config)], str(folder), "writ")
+    assert file.read_text() == "mine" and sorted(tmp_path.iterdir()) == [file, config]
+
+
+def test_half_a_tokenizer_is_named(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(project / "adapter", adapter)
+    shutil.copy(project / "model" / "tokenizer_config.json", adapter)
+    _refused(capsys, _features(project, tmp_path / "store", adapter=adapter),
+             f"{adapter} has no tokenizer that can be loaded: none of the files")
 
 
 def test_prompts_that_fill_max_length_are_no_candidates(

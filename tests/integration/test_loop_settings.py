@@ -180,6 +180,19 @@ def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="start/adapter is gone"):
         _loop(tmp_path, _policy()).run()
     assert not (tmp_path / "start").exists()
+    (tmp_path / "away").rename(tmp_path / "start")
+    weights = tmp_path / "start" / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(ActiveDPOError, match=f"{weights} is gone"):
+        _loop(tmp_path, _policy()).run()
+    weights.write_bytes(content[:100])
+    with pytest.raises(ActiveDPOError, match=f"{weights} cannot be read"):
+        _loop(tmp_path, _policy()).run()
+    weights.write_bytes(content)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ActiveDPOError, match="config.json is gone, which has the settings"):
+        _loop(tmp_path, _policy()).run()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ActiveDPOError, match="has no settings of a run"):
         _loop(tmp_path, _policy()).run()
@@ -187,6 +200,31 @@ def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="no adapter called 'default'.* it has mine"):
         _loop(tmp_path / "other", model).run()
     assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_was_moved_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="activedpo_fast")
+    for rounds, name in ((1, "here"), (2, "there")):
+        model = _policy()
+        model.get_base_model().config._name_or_path = name
+        _loop(tmp_path, model, rounds=rounds).run()
+    assert "model ('here', now 'there')" in caplog.text
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"] = {name: value for name, value in config["settings"].items()
+                          if name not in ("base", "lora", "tokenizer")}
+    path.write_text(json.dumps({**config, "format": 1}))  # the path is all that is known
+    with pytest.raises(ActiveDPOError, match="model \\('there', now ''\\) differs"):
+        _loop(tmp_path, _policy()).run()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    _loop(tmp_path, _policy()).run()
+    (tmp_path / "round-001" / ".adapter-left").mkdir(parents=True)
+    _loop(tmp_path, _policy(), rounds=2).run()
+    assert not list(tmp_path.glob("*/.adapter-*"))
 
 
 def test_extra_settings_are_settings(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -58,7 +59,8 @@ def _refused(loop: ActiveDPOLoop) -> str:
     ({"loss_type": "exo_pair"}, "dpo.loss_type: Label smoothing"),
     ({"lr_scheduler_kwargs": {"nope": 1}}, "dpo: TypeError: .*nope.*lr_scheduler_kwargs"),
     ({"report_to": ["abacus"]}, "dpo.report_to: abacus"),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 4}, "dataloader_drop_last"),
+    ({"dataloader_drop_last": True, "per_device_train_batch_size": 4},
+     "dpo.dataloader_drop_last: .*only batch, of 3 pairs: per_device_train_batch_size is 4"),
     ({"max_length": 2}, "dpo.max_length=2"),
     ({"sync_ref_model": True}, "sync_ref_model"),
 ])
@@ -123,6 +125,7 @@ def test_a_rehearsal_leaves_no_trace(
                 "torch": torch.get_rng_state().tolist(),
                 "deterministic": (torch.are_deterministic_algorithms_enabled(),
                                   torch.backends.cudnn.deterministic),
+                "variables": dict(os.environ),
                 "tokenizer": (tokenizer.pad_token, tokenizer.padding_side),
                 "arguments": loop.dpo_args.to_dict(),
                 "layouts": (dict(loop.selector.extractor._gradient_layout),
@@ -164,17 +167,22 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _label(folder: Path) -> None:
+def _label(folder: Path, label: int | str = 0) -> None:
+    """Answer what is not answered yet."""
     for path in (folder / "people").glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps({**row, "label": 0}) + "\n" for row in rows))
+        path.write_text("".join(
+            json.dumps({**row, "label": label if row["label"] is None else row["label"]}) + "\n"
+            for row in rows))
 
 
 def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> None:
     with pytest.raises(LabelsPending):
         _loop(tmp_path).run()
     for options, name in (({"selector": {"proj_dim": 32}}, "selector_options.proj_dim"),
-                          ({"dpo": {"beta": 0.2}}, "selector_options.beta"),
+                          ({"dpo": {"beta": 0.2}}, "dpo.beta"),
+                          ({"dpo": {"max_length": 99}}, "dpo.max_length"),
+                          ({"dpo": {"loss_type": "ipo"}}, "dpo.loss_type"),
                           ({"strategy": "random"}, "strategy"),
                           ({"generation": {"max_new_tokens": 5}}, "generation.max_new_tokens"),
                           ({"rules": PickRules(max_per_prompt=1)}, "rules"),
@@ -199,6 +207,25 @@ def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> N
     assert [record.labels_total for record in _loop(tmp_path, **other).run()] == [0, 3, 6]
     assert "train_on ('all', now 'newest')" in _refused(
         _loop(tmp_path, dpo=other["dpo"], train_on="newest"))
+
+
+def test_a_round_without_a_preference_is_not_one_that_was_trained(tmp_path: Path) -> None:
+    with pytest.raises(LabelsPending):
+        _loop(tmp_path).run()
+    _label(tmp_path, "skip")
+    with pytest.raises(LabelsPending):
+        _loop(tmp_path).run()
+    assert (tmp_path / "run" / "round-000" / "adapter").exists()
+    # Nothing depends on how rounds are trained, nor on the reference, which was the policy.
+    dpo = {"learning_rate": 2e-2}
+    with pytest.raises(LabelsPending):
+        _loop(tmp_path, dpo=dpo, reference="round").run()
+    _label(tmp_path)
+    _loop(tmp_path, dpo=dpo, reference="round").run()
+    # One round was trained, so that all labels are the newest.
+    _loop(tmp_path, dpo=dpo, reference="round", train_on="newest").run()
+    assert "dpo.learning_rate (0.02, now 0.01)" in _refused(
+        _loop(tmp_path, reference="round", train_on="newest"))
 
 
 def test_settings_of_earlier_stages_change_until_these_were_complete(tmp_path: Path) -> None:

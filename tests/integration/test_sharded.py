@@ -320,3 +320,7 @@ def test_a_launcher_that_says_too_little_is_an_error(
     error = capsys.readouterr().err
     assert error.startswith("activedpo: error: WORLD_SIZE is 2, but") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+    for size in ("", "0"):  # what some launchers and container files leave of it
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert main(["select", str(store), "--batch-size", "2", "--output",
+                     str(tmp_path / "x.jsonl")]) == 0

@@ -63,6 +63,32 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
         assert main(argv) == 130
 
 
+def test_killed_while_the_store_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, store = _project(tmp_path), tmp_path / "store"
+    assert main(argv) == 0
+    whole = {path.name: path.read_bytes() for path in store.iterdir()}
+    manifest = json.loads(whole["manifest.json"])
+    del manifest["tokens"]
+    for left in ({".manifest-x1.json": b"{"}, {"manifest.json": json.dumps(manifest).encode()}):
+        for path in store.iterdir():
+            path.unlink()
+        for name, content in left.items():
+            (store / name).write_bytes(content)
+        assert main(argv) == 0
+        there = {path.name: path.read_bytes() for path in store.iterdir()}
+        assert {name: there[name] for name in whole} == whole
+    # Another pool, or a folder of somebody else's, is still refused.
+    (store / "pool.jsonl").unlink()
+    _write(tmp_path / "pool.jsonl", ROWS[1:])
+    assert main(argv) == 2
+    assert "holds the rows of another pool: choose" in capsys.readouterr().err
+    (store / "manifest.json").rename(store / "notes.json")
+    assert main(argv) == 2
+    assert "is not a feature store" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_columns_are_brought_up_to_date(
     tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch,

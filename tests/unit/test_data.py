@@ -318,3 +318,19 @@ def test_items_are_checked_as_rows_are() -> None:
             PreferencePool([good, bad])  # type: ignore[list-item]
     with pytest.raises(ActiveDPOError, match="the pool has no items"):
         PreferencePool([])
+
+
+def test_responses_that_begin_with_the_prompt_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    human, model = "\n\nHuman: Hi\n\nAssistant:", [" Hello", " Hey"]
+    for prompt, responses, texts in ((human, [human + text for text in model], model),
+                                     (U, [[*U, *A], [*U, *B]], [A, B])):
+        whole = [{"id": f"w{n}", "prompt": prompt, "responses": responses} for n in range(2)]
+        good = {"id": "g", "prompt": prompt, "responses": texts}
+        caplog.clear()
+        PreferencePool.from_rows([*whole, good])
+        assert len(caplog.records) == 1
+        assert caplog.records[0].getMessage().startswith(
+            "the responses of 2 of 3 prompts begin with the prompt, which is then read twice")
+        caplog.clear()
+        PreferencePool.from_rows([whole[0], good])  # one may quote its prompt
+        assert not caplog.records

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PickRules, PreferencePool, Selection
-from activedpo_fast.commands import read_labelled_pairs
 from activedpo_fast.data import Prompt
+from activedpo_fast.labeling.labelled_pairs import read_labelled_pairs
 from activedpo_fast.selection.prompts import PoolPrompts, distinct_prompts, same_prompt
 from activedpo_fast.selection.result import Pick
 from activedpo_fast.selection.signals import TensorSignals
@@ -181,9 +181,36 @@ def test_labels_of_a_file_are_found_by_their_texts(tmp_path: Path) -> None:
     # Two labels of one pair, under two ids, are two labels.
     assert read({"id": "row-0", "pair": [0, 1], "label": 1},
                 {"id": "row-2", "pair": [0, 1], "label": 0}) == [[[0, 1], [4, 5]], []]
-    for wrong, message in ((
-            {**line, "responses": ["c", "zz"]}, "no item with id 'old'"), (
-            {**line, "id": "row-3"}, "'pair' is"), (
-            {**line, "id": "row-3", "pair": [0, 1]}, "'responses' is not that of item 'row-3'")):
+    # The item's own id, with the responses in the other order, or other numbers than it has now.
+    assert read({**line, "id": "row-3", "pair": [0, 1]}) == [[[7, 6]], []]
+    assert read({**line, "id": "row-3", "responses": ["b", "c"]}) == [[[6, 7]], []]
+    strange = {**line, "responses": ["c", "zz"]}
+    for wrong, message in ((strange, "no item with id 'old'"), (
+            {**strange, "id": "row-3"}, "'pair' is"), (
+            {**strange, "id": "row-3", "pair": [0, 1]},
+            "'responses' is not that of item 'row-3'")):
         with pytest.raises(ActiveDPOError, match=message):
             read(wrong)
+
+
+def test_labels_of_a_file_are_of_items_with_the_same_template_arguments(tmp_path: Path) -> None:
+    pool = PreferencePool.from_rows(
+        {"id": f"row-{n}", "prompt": said("user", "x"), "chat_template_kwargs": {"think": bool(n)},
+         "responses": [said("assistant", "a"), said("assistant", "b")]} for n in range(2))
+    path = tmp_path / "labels.jsonl"
+
+    def read(**changes: object) -> list[list[int]]:
+        path.write_text(json.dumps({
+            "id": "old", "pair": [0, 1], "prompt": said("user", "x"), "label": 1,
+            "responses": [said("assistant", "a"), said("assistant", "b")],
+            "item_chat_template_kwargs": {"think": True}, **changes}))
+        known: list[list[int]] = read_labelled_pairs(path, pool)[0].tolist()
+        return known
+
+    assert read() == read(id="row-1") == [[2, 3]]
+    assert read(item_chat_template_kwargs={"think": False}) == [[0, 1]]
+    for changes, message in (({"think": 3}, "no item with id 'old'"), (None, "no item with id")):
+        with pytest.raises(ActiveDPOError, match=message):
+            read(item_chat_template_kwargs=changes)
+    with pytest.raises(ActiveDPOError, match="'item_chat_template_kwargs' is not that of item"):
+        read(item_chat_template_kwargs={"think": 3}, id="row-0")

@@ -206,7 +206,7 @@ def test_broken_files(tmp_path, content, fault):
 
 def test_no_label_no_file_and_a_line_twice(tmp_path):
     path = tmp_path / "picked.jsonl"
-    with pytest.raises(ActiveDPOError, match="picked.jsonl: No such file"):
+    with pytest.raises(ActiveDPOError, match="picked.jsonl: no such file"):
         Selection.from_jsonl(path)
     STRINGS.to_jsonl(path)
     with pytest.raises(ActiveDPOError, match="none of its 3 lines has a 'label' yet"):

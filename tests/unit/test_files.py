@@ -1,0 +1,84 @@
+"""Whether a file or folder can be written, told before anything is computed for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from activedpo_fast._files import (
+    check_file_target,
+    check_folder_target,
+    check_readable,
+    write_atomic,
+)
+from activedpo_fast.cli import main
+from activedpo_fast.errors import ActiveDPOError
+
+
+@pytest.fixture
+def as_anybody() -> Iterator[Path]:
+    """A folder of this process, which may do no more than its owner for as long as the test runs.
+
+    Permissions do not hold back an administrator, whom tests in containers run as.
+    """
+    folder = Path(tempfile.mkdtemp())
+    if os.geteuid() != 0:
+        yield folder
+        shutil.rmtree(folder)
+        return
+    os.chown(folder, 65534, 65534)
+    os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
+def test_what_can_be_written_passes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (None, tmp_path / "file", tmp_path / "new", tmp_path / "a" / "b" / "new"):
+        check_file_target(path)
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "a" / "b" / "new"):
+        check_folder_target(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(ActiveDPOError, match=f"{tmp_path} is a folder, not a file"):
+        check_file_target(tmp_path)
+    with pytest.raises(ActiveDPOError, match=f"{file} is a file, not a folder"):
+        check_folder_target(file)
+    for check in (check_file_target, check_folder_target):
+        with pytest.raises(ActiveDPOError, match=f"{file}/a/b cannot be written: {file} is not"):
+            check(file / "a" / "b")
+
+
+def test_permissions(as_anybody: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = as_anybody / "closed"
+    closed.mkdir(mode=0o500)
+    check_folder_target(as_anybody / "open")
+    for path in (closed / "x", closed / "x" / "y"):
+        for check in (check_file_target, check_folder_target):
+            with pytest.raises(ActiveDPOError, match=f"{path} cannot be written: {closed} is not"):
+                check(path)
+    with pytest.raises(ActiveDPOError, match=f"{closed} cannot be written"):
+        check_folder_target(closed)
+    secret = as_anybody / "secret.json"
+    secret.write_text("{}")
+    check_readable([secret, as_anybody / "missing"])
+    secret.chmod(0)
+    with pytest.raises(ActiveDPOError, match=f"{secret}: permission denied"):
+        check_readable([secret])
+    with pytest.raises(PermissionError):
+        write_atomic(closed / "x", "content")
+    # What is found out late is one line on the command line, too.
+    assert main(["run", str(secret)]) == 2
+    assert capsys.readouterr().err == f"activedpo: error: {secret}: permission denied\n"
