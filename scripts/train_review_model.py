@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Train the language model of review sentences, on a CPU, in about an hour.
+
+It starts from the demo's model of package descriptions: two layers that do nothing yet are added,
+and a vocabulary of its own is learned, each new token beginning as the mean of the old tokens that
+spell it. Then it is trained on a mixture of reviews, editorials, tweets and package descriptions,
+and last on the reviews alone, of which the checkpoint with the least held-out loss is kept. An
+interrupted run continues when the same command is given again.
+
+Example:
+    python scripts/train_review_model.py --minutes 50 --reviews-minutes 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import review_texts
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from train_demo_model import (
+    ASSETS,
+    END,
+    PAD,
+    POSITIONS,
+    VOCABULARY,
+    Example,
+    Phase,
+    export,
+    heldout_loss,
+    load,
+    report,
+    run_phase,
+)
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+PROMPT_WORDS = 4
+MIXTURE = {"reviews": 4, "others": 2}  # times in an epoch of the mixture, beside descriptions once
+DESCRIPTIONS = 9000
+ADDED_AFTER = (1, 3)  # layers, counted from 0, that a new one follows
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of its own, so that reviews take fewer tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD,
+        clean_up_tokenization_spaces=False, model_max_length=POSITIONS)
+
+
+def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The demo's model with two more layers, which add nothing yet, and the new vocabulary."""
+    old, old_tokenizer = load(ASSETS / "model")
+    layers = len(old.model.layers)
+    model = LlamaForCausalLM(LlamaConfig.from_dict({
+        **old.config.to_dict(), "num_hidden_layers": layers + len(ADDED_AFTER),
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}))
+    with torch.no_grad():
+        place = 0
+        for number in range(layers):
+            state = old.model.layers[number].state_dict()
+            model.model.layers[place].load_state_dict(state)
+            place += 1
+            if number in ADDED_AFTER:
+                added = model.model.layers[place]
+                added.load_state_dict(state)
+                added.self_attn.o_proj.weight.zero_()
+                added.mlp.down_proj.weight.zero_()
+                place += 1
+        model.model.norm.load_state_dict(old.model.norm.state_dict())
+        embedding, own = old.model.embed_tokens.weight, model.model.embed_tokens.weight
+        for id in range(len(tokenizer)):
+            text = tokenizer.decode([id])
+            pieces = ([old_tokenizer.convert_tokens_to_ids(text)] if text in (END, PAD)
+                      else old_tokenizer(text)["input_ids"])
+            own[id] = embedding[pieces].mean(dim=0)
+    return model.train()
+
+
+def example(tokenizer: PreTrainedTokenizerFast, text: str, prompt: str) -> Example:
+    """A text that starts with `prompt`, whose tokens the rest has to leave as they are."""
+    ids = tokenizer(text + END)["input_ids"][:POSITIONS]
+    start = tokenizer(prompt)["input_ids"]
+    assert ids[: len(start)] == start, f"the response changes the prompt's tokens: {text!r}"
+    return Example(ids, len(start))
+
+
+def prompt_of(text: str) -> str:
+    """The first words, without the space that follows."""
+    return " ".join(text.split()[:PROMPT_WORDS])
+
+
+def train(args: argparse.Namespace) -> None:
+    """Tokenizer, both phases, export."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    folder = review_texts.fetch(args.texts)
+    sentences = [s for name in review_texts.REVIEWS for s in review_texts.read(folder, name)]
+    others = [s.text for name in review_texts.OTHERS for s in review_texts.read(folder, name)]
+    rows = pq.read_table(ASSETS / "data" / "train.parquet").to_pylist()
+    descriptions = [row["description"] for row in random.Random(args.seed).sample(
+        rows, DESCRIPTIONS)]
+    reviews = {"train": [s.text for s in sentences if not s.heldout],
+               "heldout": [s.text for s in sentences if s.heldout]}
+    if not (args.work / "tokenizer" / "tokenizer.json").exists():
+        train_tokenizer(reviews["train"] + others + descriptions[:1000]).save_pretrained(
+            args.work / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer", local_files_only=True)
+    review_examples = {name: [example(tokenizer, text, prompt_of(text)) for text in texts]
+                       for name, texts in reviews.items()}
+    mixture = (MIXTURE["reviews"] * review_examples["train"]
+               + MIXTURE["others"] * [example(tokenizer, text, "") for text in others]
+               + [example(tokenizer, text, "") for text in descriptions])
+    phases = {
+        "mixture": (Phase("mixture", args.minutes * 60, args.lr, False, False), mixture),
+        "reviews": (Phase("reviews", args.reviews_minutes * 60, args.reviews_lr, False, True),
+                    review_examples["train"]),
+    }
+    model = deeper_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters; tokens: "
+          f"{ {name: sum(len(e.ids) for e in data) for name, (_, data) in phases.items()} }",
+          flush=True)
+    reports = {}
+    for name, (phase, examples) in phases.items():
+        data = {"train": examples, "heldout": review_examples["heldout"]}
+        reports[name] = report(phase, run_phase(phase, model, data, args), examples)
+    export(model, tokenizer, args.out)
+    stored, _ = load(args.out)
+    summary = {
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "layers": model.config.num_hidden_layers,
+        "seed": args.seed,
+        "optimizer": "Muon (matrices) and AdamW (the rest)",
+        "batch_tokens": args.batch_tokens,
+        "examples": {name: len(texts) for name, texts in reviews.items()},
+        **reports,
+        "final_heldout_loss": {k: round(v, 5) for k, v in heldout_loss(
+            stored, review_examples["heldout"]).items()},
+        "threads": args.threads,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+        },
+    }
+    (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary["final_heldout_loss"], indent=2))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ASSETS / "reviews" / "model",
+                        help="the model's folder")
+    parser.add_argument("--texts", type=Path, default=Path("runs/reviews"),
+                        help="where the texts are downloaded to")
+    parser.add_argument("--work", type=Path, default=Path("runs/review_model"), help="checkpoints")
+    parser.add_argument("--minutes", type=float, default=50.0, help="of the mixture")
+    parser.add_argument("--reviews-minutes", type=float, default=10.0, help="of reviews alone")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of the mixture")
+    parser.add_argument("--reviews-lr", type=float, default=4e-4, help="peak rate of reviews alone")
+    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens in a batch")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.set_defaults(muon=True)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
