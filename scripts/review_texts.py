@@ -1,4 +1,4 @@
-"""Review sentences with the mean of twenty people's ratings, read from the source of vaderSentiment.
+"""Review sentences with the mean of twenty people's ratings, from the source of vaderSentiment.
 
 Hutto and Gilbert (ICWSM 2014) had film and product reviews rated sentence by sentence, from -4
 (extremely negative) to 4. The texts stay in that package (MIT license); `fetch` gets its source

@@ -40,9 +40,10 @@ class SynopsisSimilarity:
     ) -> list[float]:
         """The reward of each response, in [-1, 1]; `extras` hold the true "synopsis"."""
         truths = [str(extra["synopsis"]) for extra in extras]
-        return (self._embed([_plain(r) for r in responses]) * self._embed(truths)).sum(1).tolist()
+        return (self.embed([_plain(r) for r in responses]) * self.embed(truths)).sum(1).tolist()
 
-    def _embed(self, texts: list[str]) -> torch.Tensor:
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors of the texts, float32 [n, 384]; those that were asked for are kept."""
         new = sorted({text for text in texts if text not in self._known}, key=len)
         for start in range(0, len(new), self._batch_size):
             batch = new[start : start + self._batch_size]

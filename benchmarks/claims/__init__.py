@@ -1,0 +1,1 @@
+"""Does the selection save labels? Tasks, methods and statistics behind docs/evidence.md."""
