@@ -34,7 +34,7 @@ from activedpo_fast.resuming import check_settings, write_settings
 from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
 from activedpo_fast.selection.result import SKIP, Selection, by_preference, read_labels
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.selection.strategies import STRATEGIES
+from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.template import one_setting, own_template_kwargs
 from activedpo_fast.trl import adapter_state, load_adapter_state, selector_settings, train_dpo
@@ -93,9 +93,10 @@ class ActiveDPOLoop:
         oracle: see `activedpo_fast.labeling`. A `LabelsPending` from it passes through `run`. A
             round in which no pair gets a preference is not trained on: its adapter is that before.
         dpo_args: see `activedpo_fast.trl.dpo_config`; the same in each round.
-        strategy, selector_options: for `ActiveDPOSelector`. beta, max_length, truncation_mode and
-            length_normalized are those of `dpo_args` unless given (see `selector_settings`, which
-            also refuses what selection cannot follow); ref_model is the loop's.
+        strategy, selector_options: for `ActiveDPOSelector`, which takes a `Strategy`, too. beta,
+            max_length, truncation_mode and length_normalized are those of `dpo_args` unless given
+            (see `selector_settings`, which also refuses what selection cannot follow); ref_model is
+            the loop's.
         batch_size: pairs labelled a round (B).
         n_responses, generation: for `generate_responses`.
         chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
@@ -132,7 +133,7 @@ class ActiveDPOLoop:
         *,
         output_dir: str | Path,
         dpo_args: DPOConfig,
-        strategy: str = "activedpo",
+        strategy: str | Strategy = "activedpo",
         selector_options: dict[str, Any] | None = None,
         batch_size: int = 50,
         rounds: int = 5,
@@ -190,7 +191,7 @@ class ActiveDPOLoop:
         self.evaluate = evaluate
         self.seed = seed
         self.show_progress = show_progress
-        self.strategy = strategy
+        self.strategy = strategy if isinstance(strategy, str) else strategy.name
         options = {**selector_settings(dpo_args), **(selector_options or {})}
         if "ref_model" in options:
             raise ActiveDPOError("selector_options: 'ref_model' is what the loop trains against; "
@@ -204,13 +205,15 @@ class ActiveDPOLoop:
             model, processing_class=processing_class, strategy=strategy,
             chat_template_kwargs=self.chat_template_kwargs, **options)
         if ((reference, start_from) == ("round", "current")
-                and "ref_logps" in STRATEGIES[strategy].requires):
+                and "ref_logps" in (STRATEGIES[strategy] if isinstance(strategy, str)
+                                    else strategy).requires):
             logger.warning("strategy %r compares the policy with the reference, which are the same "
                            "when it selects: reference is 'round' and start_from 'current', so "
-                           "every reward difference is 0", strategy)
+                           "every reward difference is 0", self.strategy)
         self._settings = _plain({
             "model": getattr(model.get_base_model().config, "_name_or_path", ""),
-            "strategy": strategy,
+            "strategy": (strategy if isinstance(strategy, str) else
+                         {"name": strategy.name, **vars(strategy)}),
             "chat_template_kwargs": self.chat_template_kwargs,
             "selector_options": options,
             "batch_size": batch_size,

@@ -46,6 +46,7 @@ from transformers import (
 ASSETS = Path("activedpo_fast/demo/assets")
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY, POSITIONS, IGNORED = 4096, 512, -100
+UNKNOWN = 1  # the padding token's id, in the place of an input token that is hidden
 CHUNK = 2048  # texts sorted by length together; small enough to keep the batches random
 TEMPERATURE, NEW_TOKENS = 0.7, 40
 
@@ -292,6 +293,8 @@ def run_phase(
     while progress.seconds < phase.seconds:
         started = time.perf_counter()
         inputs, targets = collate(next(source), phase.response_only)
+        if args.token_dropout:
+            inputs = torch.where(torch.rand(inputs.shape) < args.token_dropout, UNKNOWN, inputs)
         rate = learning_rate(progress.seconds / phase.seconds, phase.peak_lr)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = mean_loss(model, inputs, targets)
@@ -488,6 +491,8 @@ def command_line() -> argparse.ArgumentParser:
     training.add_argument(
         "--muon", action=argparse.BooleanOptionalAction, default=True, help="else AdamW alone"
     )
+    training.add_argument("--token-dropout", type=float, default=0.0,
+                          help="share of the input tokens that are hidden")
     training.set_defaults(run=train)
     sampling = commands.add_parser(
         "samples",

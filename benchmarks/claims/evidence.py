@@ -1,1 +1,188 @@
-def document(*a): pass
+"""Tables and pictures of docs/evidence.md, from the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from activedpo_fast._files import atomic_path
+from benchmarks.claims.experiments import RANDOM, Experiment, Variant
+from benchmarks.claims.results import Results
+from benchmarks.claims.statistics import Comparison, compare, mean_and_error
+from benchmarks.report import table, write_into
+
+_DRAWN = (RANDOM, "activedpo, response", "activedpo, none", "adpo_plus", "apo", "margin_large",
+          "trace_plus", "all labels")
+
+
+def document(results: Results, experiments: Sequence[Experiment], path: Path) -> None:
+    """Put the tables into `path` and the pictures beside it; what has no runs is left as it is."""
+    found = {"claims: machine": _machine(results.environment)}
+    mains = [e for e in experiments if e.name.startswith("main") and _seeds(results, e)]
+    for experiment in experiments:
+        if _seeds(results, experiment):
+            make = main_table if experiment in mains else grid_table
+            found[f"claims: {experiment.name}"] = make(results, experiment)
+    if mains:
+        draw_curves(results, mains, path.with_name("evidence_known_reward.png"))
+        draw_bound(results, mains[0], path.with_name("evidence_bound.png"))
+    path.write_text(write_into(path.read_text(), found))
+    print(f"written: {path}")
+
+
+def main_table(results: Results, experiment: Experiment) -> str:
+    """A line a method: reward on the way, and the comparison with random picks."""
+    seeds = _seeds(results, experiment)
+    curves = {v.method: _curves(results, v, seeds) for v in experiment.variants}
+    setting = experiment.variants[0].setting
+    labels = np.arange(setting.rounds + 1.0) * setting.batch_size
+    compared = compare({name: c for name, c in curves.items() if name != "all labels"}, RANDOM,
+                       labels)
+    marks = [n for n in (20, 50, 100) if n <= labels[-1]]
+    rows = []
+    for v in experiment.variants:
+        runs = [results.runs(v.key)[seed] for seed in seeds]
+        mean, error = mean_and_error(curves[v.method])
+        rows.append({
+            "method": v.method, "comparison": compared.get(v.method),
+            **{f"{n}": f"{mean[n // setting.batch_size]:.3f}" for n in marks[:-1]},
+            f"{marks[-1]}": f"{mean[-1]:.3f} ± {error[-1]:.3f}",
+            **{name: float(np.mean([run[name] for run in runs]))
+               for name in ("accuracy", "agreement", "kl")}})
+    return f"{len(seeds)} seeds.\n\n" + table(rows, {
+        "picks": lambda r: r["method"],
+        **{f"{n} labels": lambda r, n=n: r[f"{n}"] for n in marks},
+        "area over random": lambda r: _area(r["comparison"]),
+        "p, Holm": lambda r: _p(r["comparison"]),
+        "labels saved": lambda r: _saved(r["comparison"]),
+        "ranked right": lambda r: f"{r['accuracy']:.1%}",
+        "labels right": lambda r: f"{r['agreement']:.1%}",
+        "KL": lambda r: f"{r['kl']:.2f}",
+    })
+
+
+def grid_table(results: Results, experiment: Experiment) -> str:
+    """Rows and columns of the experiment; in a cell the mean reward over the rounds, and over
+    random picks in the same row."""
+    seeds = _seeds(results, experiment)
+    cells: dict[tuple[str, str], str] = {}
+    for v in experiment.variants:
+        own = _curves(results, v, seeds)[:, 1:].mean(axis=1)
+        base = _curves(results, experiment.baseline(v.row), seeds)[:, 1:].mean(axis=1)
+        cells[v.row, v.column] = f"{own.mean():.3f}"
+        if v.method != RANDOM:
+            difference = own - base
+            half = 1.96 * difference.std(ddof=1) / np.sqrt(len(seeds))
+            cells[v.row, v.column] += f" ({difference.mean():+.3f} ± {half:.3f})"
+    rows = [{"row": row} for row in dict.fromkeys(v.row for v in experiment.variants)]
+    columns = dict.fromkeys(v.column for v in experiment.variants)
+    return f"{experiment.title}; {len(seeds)} seeds.\n\n" + table(rows, {
+        "": lambda r: r["row"],
+        **{c: lambda r, c=c: cells.get((r["row"], c), "–") for c in columns}})
+
+
+def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> None:
+    """Held-out reward against labels, a panel an experiment."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(mains), figsize=(6.2 * len(mains), 4.6),
+                                layout="constrained", squeeze=False)
+    for panel, experiment in zip(axes[0], mains, strict=True):
+        seeds = _seeds(results, experiment)
+        setting = experiment.variants[0].setting
+        labels = np.arange(setting.rounds + 1) * setting.batch_size
+        for n, name in enumerate(_DRAWN):
+            variant = next(v for v in experiment.variants if v.method == name)
+            mean, error = mean_and_error(_curves(results, variant, seeds))
+            plain = name in (RANDOM, "all labels")
+            line = panel.plot(labels, mean, label=name, color="black" if plain else f"C{n}",
+                              linestyle=":" if name == "all labels" else "-",
+                              linewidth=2 if plain else 1.5)[0]
+            panel.fill_between(labels, mean - 2 * error, mean + 2 * error, color=line.get_color(),
+                               alpha=0.12, linewidth=0)
+        panel.set(xlabel="labels", ylabel="held-out reward, share of what can be had",
+                  title=f"{experiment.title}, {len(seeds)} seeds")
+        panel.grid(alpha=0.3)
+    axes[0][-1].legend(title="band: ± 2 standard errors", fontsize=9, title_fontsize=8)
+    _save(figure, path)
+
+
+def draw_bound(results: Results, experiment: Experiment, path: Path) -> None:
+    """The error of estimated reward differences against their width, both after the last round."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    for variant, marker in zip((v for v in experiment.variants
+                                if v.method in (RANDOM, "activedpo, none")), "os", strict=True):
+        runs = list(results.runs(variant.key).values())
+        if not all("width" in run for run in runs):
+            continue
+        width, error = (np.mean([run[name] for run in runs], axis=0)
+                        for name in ("width", "error"))
+        axes.plot(width, error, marker=marker, label=variant.method)
+    axes.set(xlabel="width |φ|_V⁻¹ (mean of a tenth of the pairs)",
+             ylabel="|estimated − true reward difference|", title="Held-out pairs after 100 labels")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
+def _seeds(results: Results, experiment: Experiment) -> list[int]:
+    """Those that every variant has a run of, and random picks in each row."""
+    keys = {v.key for v in experiment.variants}
+    keys |= {experiment.baseline(v.row).key for v in experiment.variants}
+    return sorted(set.intersection(*(set(results.runs(key)) for key in keys)))[:experiment.seeds]
+
+
+def _curves(results: Results, variant: Variant, seeds: Sequence[int]) -> NDArray[np.float64]:
+    runs = results.runs(variant.key)
+    return np.array([runs[seed]["reward"] for seed in seeds])
+
+
+def _area(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "–"
+    value, low, high = comparison.area
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _p(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "–"
+    return "< 0.001" if comparison.p_holm < 0.001 else f"{comparison.p_holm:.3f}"
+
+
+def _saved(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "–"
+    value, low, high = comparison.saved
+    if np.isnan(value):
+        return "none"
+    ends = [f"{end:.0%}" if np.isfinite(end) else "none" for end in (low, high)]
+    return f"{value:.0%} [{ends[0]}, {ends[1]}]"
+
+
+def _machine(where: dict[str, Any]) -> str:
+    if not where:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    return f"{where['processor']}, one core a run, {where['date']}; {versions}."
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    _pyplot().close(figure)

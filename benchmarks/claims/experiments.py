@@ -9,14 +9,16 @@ from benchmarks.claims.known_reward import EVERYTHING, METHODS, Setting
 
 VERSION = 1  # of the task: results of another one are taken anew
 
-_ABLATED = ("random", "activedpo, none", "adpo_plus", "trace, weighted")
+RANDOM = "random"
+ABLATED = (RANDOM, "activedpo, none", "adpo_plus", "trace_plus")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A curve: a method in a setting."""
+    """A curve: a method in a setting, in a row and a column of the experiment's table."""
 
-    label: str
+    row: str
+    column: str
     method: str
     setting: Setting
 
@@ -31,12 +33,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Curves that share a picture or a table; the first is the baseline of the others."""
+    """Curves that share a table; each is compared with random picks in its row."""
 
     name: str
     title: str
     seeds: int
     variants: tuple[Variant, ...]
+
+    def baseline(self, row: str) -> Variant:
+        """Random picks in a row's setting, or, where the row has none, in the usual one."""
+        own = [v for v in self.variants if v.row == row and v.method == RANDOM]
+        usual = Variant(row, RANDOM, RANDOM, Setting(reward=self.variants[0].setting.reward))
+        return own[0] if own else usual
 
 
 def experiments() -> list[Experiment]:
@@ -44,31 +52,33 @@ def experiments() -> list[Experiment]:
     found = []
     for reward, what in (("linear", "a reward that the policy can learn exactly"),
                          ("synopsis", "a reward that it can only come near")):
-        setting = Setting(reward=reward)
         found.append(Experiment(f"main {reward}", what, 200, tuple(
-            Variant(method, method, setting) for method in (*METHODS, EVERYTHING))))
+            Variant("", method, method, Setting(reward=reward))
+            for method in (*METHODS, EVERYTHING))))
     base = Setting(reward="synopsis")
-    found.append(_grid("lambda", "λ, and V left out (λ = 10⁹: the longest φ)", [
-        (f"{method}, λ = {lam:g}", method, replace(base, options={"lam": lam}))
-        for method in ("activedpo, none", "activedpo, response", "activedpo, pair")
+    found.append(_grid("lambda", "λ; V left out is λ = 10⁹: the longest φ", [
+        ("V left out" if lam > 1e6 else f"λ = {lam:g}", method,
+         replace(base, options={} if lam == 1 else {"lam": lam}))
+        for method in ("activedpo, none", "activedpo, response", "activedpo, pair", "adpo_plus")
         for lam in (1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e9)]))
-    found.append(_grid("responses", "responses to each prompt, M, at the same number of labels", [
-        (f"{method}, M = {m}", method, replace(base, n_responses=m))
-        for m in (2, 3, 8, 16) for method in _ABLATED]))
-    found.append(_grid("batch", "pairs labeled in a round, B, 100 in all", [
-        (f"{method}, B = {b}", method, replace(base, batch_size=b, rounds=100 // b))
-        for b in (2, 10, 50) for method in _ABLATED]))
-    found.append(_grid("noise", "label noise: temperature of the labels", [
-        (f"{method}, T = {t:g}", method, replace(base, temperature=t))
-        for t in (0.1, 1.0, 4.0) for method in _ABLATED]))
+    found.append(_grid("responses", "M responses to each prompt, at the same number of labels", [
+        (f"M = {m}", method, replace(base, n_responses=m))
+        for m in (2, 3, 8, 16) for method in ABLATED]))
+    found.append(_grid("batch", "B pairs labeled in a round, 100 in all", [
+        (f"B = {b}", method, replace(base, batch_size=b, rounds=100 // b))
+        for b in (2, 10, 50) for method in ABLATED]))
+    found.append(_grid("noise", "label noise: the temperature T of the labels", [
+        (f"T = {t:g}", method, replace(base, temperature=t))
+        for t in (0.1, 1.0, 4.0) for method in ABLATED]))
     found.append(_grid("duplicates", "share of prompts that are near-duplicates of others", [
-        (f"{method}, {share:.0%}", method, replace(base, duplicates=share))
-        for share in (0.0, 0.5, 0.9) for method in (*_ABLATED, "apo", "diagonal V")]))
-    found.append(_grid("newest", "training on the newest round's labels only, 20 a round", [
-        (method, method, replace(base, train_on="newest", batch_size=20))
-        for method in _ABLATED]))
+        (f"{share:.0%}", method, replace(base, duplicates=share))
+        for share in (0.0, 0.5, 0.9) for method in (*ABLATED, "apo", "diagonal V")]))
+    found.append(_grid("newest", "training on all labels, or on the newest round's only; B = 20", [
+        (which, method, replace(base, train_on=which, batch_size=20))
+        for which in ("all", "newest") for method in ABLATED]))
     return found
 
 
-def _grid(name: str, title: str, rows: list[tuple[str, str, Setting]]) -> Experiment:
-    return Experiment(name, title, 100, tuple(Variant(*row) for row in rows))
+def _grid(name: str, title: str, cells: list[tuple[str, str, Setting]]) -> Experiment:
+    return Experiment(name, title, 100, tuple(
+        Variant(row, method, method, setting) for row, method, setting in cells))

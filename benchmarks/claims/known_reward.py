@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin_small": ("margin_small", {"beta": 1.0}),
     "margin_large": ("margin_large", {"beta": 1.0}),
     "trace": ("trace", {}),
-    "trace, weighted": ("trace", {"weighted": True}),
+    "trace_plus": ("trace_plus", {"beta": 1.0}),
     "diagonal V": ("diagonal", {}),
 }
 EVERYTHING = "all labels"
@@ -148,12 +148,10 @@ def select(
         history_gradients=(past_gradients, past_pairs), history_hidden=(past_hidden, past_pairs),
         history_logps=(BETA * past_logps, past_pairs),
         history_ref_logps=(BETA * past_uniform, past_pairs))
-    if strategy in TRIALS:
-        picks = TRIALS[strategy](signals, setting.batch_size, **options)
-    else:
-        picks = make_strategy(strategy, **options).select(
-            signals, setting.batch_size, show_progress=False).indices
-    return [names[fresh[n]] for n in picks.tolist()]
+    chosen = TRIALS[strategy](**options) if strategy in TRIALS else make_strategy(
+        strategy, **options)
+    ranking = chosen.select(signals, setting.batch_size, show_progress=False)
+    return [names[fresh[n]] for n in ranking.indices.tolist()]
 
 
 def policy(world: World, theta: Tensor, prompts: Tensor) -> Tensor:

@@ -1,84 +1,138 @@
-"""Criteria that are on trial: small, in float64, all candidates in memory.
+"""Criteria that are on trial: small, in float64, all candidates in memory, one process, no rules.
 
-One that the data speaks for moves into the library, with its bounds on rounding, rules and several
-processes.
+One that the data speaks for moves into the library, with bounds on its rounding.
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.normalize import PairFeatures
-from activedpo_fast.selection.signals import TensorSignals
+from activedpo_fast.selection.ranking import Ranking
+from activedpo_fast.selection.signals import Signals
+from activedpo_fast.selection.strategies import Strategy
+
+_SAME = 1e-10  # relative difference of scores below which the lower index goes first
 
 
-def trace(signals: TensorSignals, n: int, *, lam: float = 1.0, weighted: bool = False,
-          beta: float = 1.0) -> Tensor:
-    """Greedy, each time the pair that lowers tr(I V^-1) most (V-optimal design, as 2606.19607).
+@dataclass(frozen=True)
+class Trial(Strategy):
+    """Greedy by a score that changes with each pick."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    lam: float = 1.0
+
+    def select(self, signals: Signals, n: int, *, eligible: Any = None, group: Any = None,
+               show_progress: bool | None = None) -> Ranking:
+        if eligible is not None or group is not None:
+            raise NotImplementedError("a trial has no rules and one process")
+        left = torch.ones(len(signals.pairs), dtype=torch.bool)
+        picks: list[int] = []
+        scores: list[float] = []
+        step = self.steps(signals, picks)
+        for _ in range(n):
+            score = torch.where(left, next(step), -torch.inf)
+            best = float(score.max())
+            picks.append(int((score >= best - _SAME * abs(best)).nonzero()[0]))
+            scores.append(best)
+            left[picks[-1]] = False
+        return Ranking(torch.tensor(picks), torch.tensor(scores, dtype=torch.float64))
+
+    @abstractmethod
+    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
+        """Scores float64 [N] for each pick; `picks` has those made by then."""
+
+
+@dataclass(frozen=True)
+class Trace(Trial):
+    """Each time the pair that lowers tr(I V^-1) most (V-optimal design; arXiv 2606.19607).
 
     I is the covariance of g over the policy's own responses to each prompt: the sum over the rows
-    of (g - mean of its prompt) (.)^T, those that the policy itself sampled. With u = V^-1 phi a
-    pair lowers the trace by u^T I u / (1 + phi^T u). `weighted` has every phi, candidates' and
-    labeled ones', multiplied by sqrt(mu (1 - mu)), as `adpo_plus` has.
-
-    Returns:
-        int64 [n], the picks' places in `signals.pairs`.
+    of (g - mean of its prompt) (.)^T, as these rows are what the policy sampled. With u = V^-1 phi
+    a pair lowers the trace by u^T I u / (1 + phi^T u).
     """
-    rows = signals.gradients()
-    assert isinstance(rows, Tensor)
-    phi = rows[signals.pairs[:, 0]] - rows[signals.pairs[:, 1]]
-    past_rows, past_pairs = signals.history_gradients()
-    past = PairFeatures(past_rows, past_pairs, None).at(torch.arange(len(past_pairs)))
-    if weighted:
-        reward = beta * (signals.logps() - signals.ref_logps())
-        past_logps, where = signals.history_logps()
-        past_reward = beta * (past_logps - signals.history_ref_logps()[0])
-        phi = phi * _uncertainty(reward[signals.pairs]).unsqueeze(1)
-        past = past * _uncertainty(past_reward[where]).unsqueeze(1)
-    information = InformationMatrix(rows.shape[1], lam=lam)
-    information.add_many(past)
-    own = torch.nn.functional.one_hot(signals.item_of_row).to(rows.dtype)
-    target = rows - own @ (own.T @ rows) / own.sum(0)[signals.item_of_row].unsqueeze(1)
-    solved = information.solve(phi)
-    left = torch.ones(len(phi), dtype=torch.bool)
-    picks = []
-    for _ in range(n):
-        lowered = (solved @ target.T).square().sum(1) / (1 + (solved * phi).sum(1))
-        pick = int(torch.where(left, lowered, -torch.inf).argmax())
-        picks.append(pick)
-        left[pick] = False
-        direction = solved[pick].clone()
-        solved -= torch.outer(phi @ direction, direction) / (1 + phi[pick] @ direction)
-    return torch.tensor(picks)
+
+    name: ClassVar[str] = "trace"
+
+    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
+        rows = _rows(signals.gradients())
+        past_rows, past_pairs = signals.history_gradients()
+        weights, past_weights = self.weights(signals)
+        phi = _differences(rows, signals.pairs) * weights
+        information = InformationMatrix(rows.shape[1], lam=self.lam)
+        information.add_many(_differences(_rows(past_rows), past_pairs) * past_weights)
+        own = torch.nn.functional.one_hot(signals.item_of_row).to(rows.dtype)
+        target = rows - own @ (own.T @ rows) / own.sum(0)[signals.item_of_row].unsqueeze(1)
+        solved = information.solve(phi)
+        seen = solved @ target.T
+        while True:
+            lowered = 1 + (solved * phi).sum(1)
+            yield seen.square().sum(1) / lowered
+            pick = picks[-1]
+            direction, reach = solved[pick].clone(), seen[pick].clone()
+            share = (phi @ direction) / lowered[pick]
+            solved -= torch.outer(share, direction)
+            seen -= torch.outer(share, reach)
+
+    def weights(self, signals: Signals) -> tuple[Tensor | float, Tensor | float]:
+        """What candidates' and labeled pairs' phi are multiplied by."""
+        return 1.0, 1.0
 
 
-def diagonal(signals: TensorSignals, n: int, *, lam: float = 1.0) -> Tensor:
-    """Greedy sum of phi^2 / diag(V): what is left of V without its correlations.
+@dataclass(frozen=True)
+class TracePlus(Trace):
+    """`Trace` with every phi times sqrt(mu (1 - mu)), as in `AdpoPlus`: what a label can tell."""
 
-    Returns:
-        int64 [n], the picks' places in `signals.pairs`.
-    """
-    rows = signals.gradients()
-    assert isinstance(rows, Tensor)
-    squares = (rows[signals.pairs[:, 0]] - rows[signals.pairs[:, 1]]).square()
-    past_rows, past_pairs = signals.history_gradients()
-    seen = (past_rows[past_pairs[:, 0]] - past_rows[past_pairs[:, 1]]).square().sum(0) + lam
-    left = torch.ones(len(squares), dtype=torch.bool)
-    picks = []
-    for _ in range(n):
-        pick = int(torch.where(left, squares @ seen.reciprocal(), -torch.inf).argmax())
-        picks.append(pick)
-        left[pick] = False
-        seen = seen + squares[pick]
-    return torch.tensor(picks)
+    name: ClassVar[str] = "trace_plus"
+    requires: ClassVar[frozenset[str]] = frozenset({"gradients", "logps", "ref_logps"})
+    beta: float = 0.1
+
+    def weights(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        reward = signals.logps() - signals.ref_logps()
+        past, pairs = signals.history_logps()
+        past_ref, ref_pairs = signals.history_ref_logps()
+        return (_uncertainty(self.beta * _difference(reward, signals.pairs)),
+                _uncertainty(self.beta * (_difference(past, pairs)
+                                          - _difference(past_ref, ref_pairs))))
 
 
-TRIALS = {"trace": trace, "diagonal": diagonal}
+@dataclass(frozen=True)
+class Diagonal(Trial):
+    """The largest sum of phi^2 / diag(V): what is left of V without its correlations."""
+
+    name: ClassVar[str] = "diagonal"
+
+    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
+        squares = _differences(_rows(signals.gradients()), signals.pairs).square()
+        past_rows, past_pairs = signals.history_gradients()
+        seen = _differences(_rows(past_rows), past_pairs).square().sum(0) + self.lam
+        while True:
+            yield squares @ seen.reciprocal()
+            seen = seen + squares[picks[-1]]
 
 
-def _uncertainty(rewards: Tensor) -> Tensor:
-    """sqrt(mu (1 - mu)) of pairs, from the two implicit rewards [N, 2]."""
-    mu = torch.sigmoid(rewards[:, 0] - rewards[:, 1])
-    return (mu * (1 - mu)).sqrt()
+TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Trace, TracePlus, Diagonal)}
+
+
+def _rows(rows: Any) -> Tensor:
+    return torch.as_tensor(rows).to(torch.float64)
+
+
+def _differences(rows: Tensor, pairs: Tensor) -> Tensor:
+    return rows[pairs[:, 0]] - rows[pairs[:, 1]]
+
+
+def _difference(values: Tensor, pairs: Tensor) -> Tensor:
+    return values[pairs[:, 0]] - values[pairs[:, 1]]
+
+
+def _uncertainty(d: Tensor) -> Tensor:
+    """sqrt(mu (1 - mu)), mu = sigmoid(d), as a column."""
+    mu = torch.sigmoid(d)
+    return (mu * (1 - mu)).sqrt().unsqueeze(1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from activedpo_fast.fingerprints import policy_settings
 from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
 from activedpo_fast.loop import ActiveDPOLoop
 from activedpo_fast.models import load_policy
+from activedpo_fast.selection.ranking import Ranking
+from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.trl import adapter_state, dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -374,3 +377,27 @@ def test_a_field_that_another_version_of_trl_has_or_lacks_is_no_difference(tmp_p
     config["versions"]["trl"] = "1.15.0"
     path.write_text(json.dumps(config))
     _loop(tmp_path, _policy(), rounds=2).run()
+
+
+def test_a_strategy_of_ones_own_is_a_setting_with_its_options(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Last(Strategy):
+        """The last candidates of the pool."""
+
+        name: ClassVar[str] = "last"
+        requires: ClassVar[frozenset[str]] = frozenset()
+        step: int = 1
+
+        def select(self, signals: Any, n: int, **options: Any) -> Ranking:
+            places = torch.arange(len(signals.pairs) - 1, -1, -self.step)[:n]
+            return Ranking(places, torch.zeros(n, dtype=torch.float64))
+
+    _loop(tmp_path, _policy(), strategy=Last()).run()
+    picked = [json.loads(line) for line in
+              (tmp_path / "round-000" / "picked.jsonl").read_text().splitlines()]
+    pool = [json.loads(line)["id"] for line in
+            (tmp_path / "round-000" / "pool.jsonl").read_text().splitlines()]
+    assert [pick["id"] for pick in picked] == pool[:0:-1]
+    _loop(tmp_path, _policy(), strategy=Last(), rounds=2).run()
+    with pytest.raises(ActiveDPOError, match=r"other settings: strategy\.step \(1, now 2\)"):
+        _loop(tmp_path, _policy(), strategy=Last(step=2), rounds=3).run()

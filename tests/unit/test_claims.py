@@ -1,0 +1,198 @@
+"""The experiments behind docs/evidence.md: statistics, criteria on trial, the log-linear policy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from activedpo_fast.selection.signals import TensorSignals
+from benchmarks.claims import known_reward
+from benchmarks.claims.experiments import experiments
+from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
+from benchmarks.claims.results import Results
+from benchmarks.claims.statistics import compare, holm, labels_saved
+from benchmarks.claims.trial_strategies import TRIALS
+from benchmarks.claims.world import RESPONSES, World
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def test_holm() -> None:
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+
+
+def test_labels_saved_are_read_off_the_mean_curves() -> None:
+    labels = np.array([0.0, 10, 20, 30, 40])
+    base = np.tile([0.0, 0.1, 0.2, 0.3, 0.4], (6, 1))
+    twice = np.tile([0.0, 0.2, 0.4, 0.41, 0.42], (6, 1))
+    draws = np.random.default_rng(0).integers(6, size=(200, 6))
+    assert labels_saved(twice, base, labels, draws) == pytest.approx((0.5, 0.5, 0.5))
+    assert labels_saved(base, base, labels, draws).value == 0
+    found = labels_saved(base / 2, base, labels, draws)
+    assert math.isnan(found.value) and found.low == -math.inf
+    # A dip on the way back does not hide where a curve first got to.
+    dip = np.tile([0.0, 0.5, 0.1, 0.1, 0.1], (6, 1))
+    assert labels_saved(dip, base, labels, draws).value == pytest.approx(0.8)
+
+
+def test_differences_are_paired() -> None:
+    generator = np.random.default_rng(1)
+    luck = generator.normal(size=(12, 1))  # of a seed, far larger than what the methods differ by
+    base = luck + np.linspace(0, 1, 6) + 0.01 * generator.normal(size=(12, 6))
+    curves = {"random": base, "better": base + 0.1 + 0.01 * generator.normal(size=(12, 6)),
+              "same": base + 0.01 * generator.normal(size=(12, 6))}
+    found = compare(curves, "random", np.arange(6.0))
+    assert set(found) == {"better", "same"}
+    assert found["better"].area.value == pytest.approx(0.1, abs=0.01)
+    assert found["better"].area.low > 0.09 and found["better"].p_holm < 0.005
+    assert found["same"].p > 0.05 and found["same"].area.low < 0 < found["same"].area.high
+
+
+def test_runs_are_kept_and_those_of_another_version_are_not(tmp_path: Path) -> None:
+    results = Results(tmp_path / "runs.json", version=1)
+    results.add("a | {}", 3, {"reward": [0.123456, 1.0], "kl": 0.5})
+    results.add("b | {}", 0, {"reward": [0.0]})
+    results.save({"date": "today"})
+    again = Results(tmp_path / "runs.json", version=1)
+    assert again.runs("a | {}") == {3: {"reward": [0.123, 1.0], "kl": 0.5}}
+    assert again.environment == {"date": "today"} and again.runs("c") == {}
+    assert Results(tmp_path / "runs.json", version=2).runs("a | {}") == {}
+
+
+def test_settings_that_are_the_same_have_the_same_runs() -> None:
+    found = experiments()
+    keys = {(e.name, v.row, v.column): v.key for e in found for v in e.variants}
+    assert keys["responses", "M = 3", "adpo_plus"] == keys["main synopsis", "", "adpo_plus"]
+    assert len(set(keys.values())) == len({
+        (v.method, repr(v.setting)) for e in found for v in e.variants})
+    assert all(e.baseline(v.row).method == "random" for e in found for v in e.variants)
+
+
+# -- criteria on trial -----------------------------------------------------------------------------
+
+
+def _signals(seed: int = 0) -> TensorSignals:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    pairs = torch.tensor([pair for n in range(5)
+                          for pair in itertools.combinations(range(3 * n, 3 * n + 3), 2)])
+    known = torch.tensor([[0, 1], [2, 3]])
+    return TensorSignals(
+        pairs, torch.arange(5).repeat_interleave(3), gradients=normal(15, 7), logps=9 * normal(15),
+        ref_logps=9 * normal(15), history_gradients=(normal(4, 7), known),
+        history_logps=(9 * normal(4), known), history_ref_logps=(9 * normal(4), known))
+
+
+@pytest.mark.parametrize("name", ["trace", "trace_plus", "diagonal"])
+def test_a_trial_is_greedy_by_its_definition(name: str) -> None:
+    signals = _signals()
+    ranking = TRIALS[name](lam=0.3).select(signals, 6)
+    rows = signals.gradients()
+    assert isinstance(rows, torch.Tensor)
+    past_rows, past_pairs = signals.history_gradients()
+
+    def features(rows: torch.Tensor, pairs: torch.Tensor, logps: torch.Tensor,
+                 ref: torch.Tensor) -> torch.Tensor:
+        phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
+        if name != "trace_plus":
+            return phi
+        reward = 0.1 * (logps - ref)
+        mu = torch.sigmoid(reward[pairs[:, 0]] - reward[pairs[:, 1]])
+        return phi * (mu * (1 - mu)).sqrt()[:, None]
+
+    phi = features(rows, signals.pairs, signals.logps(), signals.ref_logps())
+    past = features(past_rows, past_pairs, signals.history_logps()[0],
+                    signals.history_ref_logps()[0])
+    v = 0.3 * torch.eye(7, dtype=torch.float64) + past.T @ past
+    if name == "diagonal":
+        v = v.diag().diag()
+    mean = rows.view(5, 3, 7).mean(dim=1, keepdim=True)
+    centered = (rows.view(5, 3, 7) - mean).view(15, 7)
+    target = centered.T @ centered
+    left = list(range(len(phi)))
+    for pick, score in zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True):
+        gains = {}
+        for n in left:
+            added = torch.outer(phi[n], phi[n])
+            if name == "diagonal":
+                gains[n] = float(phi[n].square() @ v.diag().reciprocal())
+            else:
+                gains[n] = float((target @ (v.inverse() - (v + added).inverse())).trace())
+        best = max(gains, key=lambda n: gains[n])
+        assert pick == best and score == pytest.approx(gains[best], rel=1e-9)
+        left.remove(pick)
+        added = torch.outer(phi[pick], phi[pick])
+        v = v + (added.diag().diag() if name == "diagonal" else added)
+
+
+def test_equals_are_taken_in_their_order() -> None:
+    signals = _signals()
+    rows = signals.gradients()
+    assert isinstance(rows, torch.Tensor)
+    twice = TensorSignals(torch.cat([signals.pairs, signals.pairs + 15]),
+                          torch.arange(10).repeat_interleave(3), gradients=rows.repeat(2, 1))
+    picks = TRIALS["trace"]().select(twice, 4).indices.tolist()
+    assert picks[0] < 15 and len(set(picks)) == 4
+
+
+# -- the log-linear policy -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(150, RESPONSES, 6, generator=generator, dtype=torch.float64)
+    features -= features.mean(dim=1, keepdim=True)
+    reward = features @ torch.randn(6, generator=generator, dtype=torch.float64)
+    return World(features[:100], reward[:100], features[100:], reward[100:])
+
+
+def test_gradients_are_those_of_the_policy(world: World) -> None:
+    theta = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    prompts, responses = torch.tensor([3, 8]), torch.tensor([0, 11])
+    logps = known_reward.log_probability(world, theta, prompts, responses)
+    found = known_reward.gradient(world, theta.detach(), prompts, responses)
+    for row, logp in zip(found, logps, strict=True):
+        expected, = torch.autograd.grad(BETA * logp, theta, retain_graph=True)
+        torch.testing.assert_close(row, expected)
+
+
+def test_the_fit_is_the_minimum_of_the_dpo_loss(world: World) -> None:
+    chosen, rejected = torch.randint(RESPONSES, (2, 40), generator=torch.Generator().manual_seed(1))
+    prompts = torch.arange(40)
+    theta = known_reward.fit(
+        world.features[prompts, chosen] - world.features[prompts, rejected]).requires_grad_()
+    start = -math.log(RESPONSES)
+    reward = [BETA * (known_reward.log_probability(world, theta, prompts, at) - start)
+              for at in (chosen, rejected)]
+    loss = -torch.nn.functional.logsigmoid(reward[0] - reward[1]).sum()
+    slope, = torch.autograd.grad(loss + RIDGE / 2 * theta.square().sum(), theta)
+    assert slope.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("method", [*METHODS, EVERYTHING])
+def test_a_run_learns_and_is_the_same_again(world: World, method: str) -> None:
+    setting = Setting(rounds=3, batch_size=5, prompts_per_round=20)
+    traces = [known_reward.run(world, method, setting, seed=2) for _ in range(2)]
+    assert traces[0] == traces[1]
+    assert len(traces[0].reward) == 4 and abs(traces[0].reward[0]) < 1e-9
+    assert traces[0].accuracy > 0.5
+    if method == EVERYTHING:
+        assert traces[0].reward[-1] > 0.9
+
+
+def test_methods_see_the_same_first_responses(world: World) -> None:
+    theta = torch.zeros(6, dtype=torch.float64)
+    rows = [known_reward.sample(world, theta, torch.arange(9), 3,
+                                torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*rows)
+    assert all(len(set(row)) == 3 for row in rows[0].tolist())
