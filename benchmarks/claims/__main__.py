@@ -5,93 +5,64 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
-import time
 from datetime import date
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from tqdm.auto import tqdm
 
 from activedpo_fast.errors import ActiveDPOError
 from benchmarks.claims.evidence import document
-from benchmarks.claims.experiments import VERSION, Experiment, Variant, experiments
-from benchmarks.claims.known_reward import run
+from benchmarks.claims.experiments import of_known_reward, of_reviews
+from benchmarks.claims.jobs import known_reward_jobs, missing_runs, review_jobs
 from benchmarks.claims.results import Results
-from benchmarks.claims.world import World, make_world
+from benchmarks.claims.workers import run_jobs
 from benchmarks.report import describe_run
 
 RESULTS = Path("benchmarks/results/claims")
-WORK = Path("runs/claims")
 DOCUMENT = Path("docs/evidence.md")
-SAVE_EVERY = 60.0  # seconds
-# Runs that show how far the bound of the theory holds.
-BOUND_OF = ("random | {}", "activedpo, none | {}")
-SECONDS_A_RUN = 0.35  # on one core of the machine named in docs/evidence.md
+class Task(str, Enum):
+    """What `--task` takes."""
+
+    known_reward = "known-reward"
+    reviews = "reviews"
+
+
+VERSIONS = {Task.known_reward: 1, Task.reviews: 1}  # runs of another one are made anew
+SECONDS_A_RUN = {Task.known_reward: 0.25, Task.reviews: 150.0}  # on one core, docs/evidence.md
 
 
 def main(
+    task: Annotated[list[Task] | None, typer.Option(help="One task only; default: all.")] = None,
     only: Annotated[str, typer.Option(
         help="Run the experiments whose name contains this text.")] = "",
     seeds: Annotated[int | None, typer.Option(
         min=2, help="So many seeds of each, if that is fewer than the experiment has.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Forget the runs in the results first.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
     write: Annotated[bool, typer.Option(help=f"Write {DOCUMENT} and its pictures.")] = True,
     results: Annotated[Path, typer.Option(help="Folder of the runs' JSON.")] = RESULTS,
 ) -> None:
-    """Does the selection save labels? Runs what is missing, then writes the tables."""
-    torch.set_num_threads(1)  # a run is many small products
-    logging.getLogger("activedpo_fast").setLevel(logging.ERROR)
-    path = results / "known_reward.json"
-    if fresh:
-        path.unlink(missing_ok=True)
-    known = Results(path, VERSION)
-    chosen = [e for e in experiments() if only in e.name]
-    if not chosen:
-        raise ActiveDPOError(f"--only {only}: no such experiment; there are "
-                             f"{', '.join(e.name for e in experiments())}")
-    run_missing(known, chosen, seeds)
+    """Does the selection save labels? Runs what is missing, then writes the tables.
+
+    What has been run is in the results and is not run again; an interrupted run goes on.
+    """
+    of_task = {Task.known_reward: of_known_reward(), Task.reviews: of_reviews()}
+    known = {t: Results(results / f"{t.name}.json", VERSIONS[t]) for t in of_task}
+    for t in task or list(of_task):
+        chosen = [e for e in of_task[t] if only in e.name]
+        missing = missing_runs(known[t], chosen, seeds)
+        if not missing:
+            continue
+        minutes = len(missing) * SECONDS_A_RUN[t] / 60 / workers
+        print(f"{t.value}: {len(missing)} runs are missing, about {minutes:.0f} minutes",
+              flush=True)
+        jobs = (known_reward_jobs if t is Task.known_reward else review_jobs)(missing)
+        run_jobs(jobs, known[t], environment(), workers)
     if write:
-        document(known, experiments(), DOCUMENT)
-
-
-def run_missing(results: Results, chosen: list[Experiment], most: int | None) -> None:
-    """Make the runs that are not in `results`; what is made is kept when this is interrupted."""
-    todo: dict[tuple[str, float, int], dict[str, Variant]] = {}
-    for experiment in chosen:
-        seeds = min(experiment.seeds, most or experiment.seeds)
-        for variant in experiment.variants:
-            for seed in set(range(seeds)) - results.runs(variant.key).keys():
-                world = (variant.setting.reward, variant.setting.duplicates, seed)
-                todo.setdefault(world, {})[variant.key] = variant
-    total = sum(map(len, todo.values()))
-    if not total:
-        return
-    print(f"{total} runs are missing: about {total * SECONDS_A_RUN / 60:.0f} minutes", flush=True)
-    saved = time.monotonic()
-    try:
-        with tqdm(total=total, unit="run") as bar:
-            for (reward, duplicates, seed), variants in sorted(todo.items(), key=lambda w: w[0][2]):
-                world = make_world(reward, seed, WORK, duplicates)
-                for key, variant in variants.items():
-                    results.add(key, seed, one_run(world, variant, seed))
-                    bar.update()
-                if time.monotonic() > saved + SAVE_EVERY:
-                    results.save(environment())
-                    saved = time.monotonic()
-    finally:
-        results.save(environment())
-
-
-def one_run(world: World, variant: Variant, seed: int) -> dict[str, Any]:
-    """What is kept of a run."""
-    trace = run(world, variant.method, variant.setting, seed)._asdict()
-    if variant.key not in BOUND_OF:
-        del trace["error"], trace["width"]
-    return trace
+        document({t.name: known[t] for t in of_task},
+                 {t.name: found for t, found in of_task.items()}, DOCUMENT)
 
 
 def environment() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from activedpo_fast._files import atomic_path
-from benchmarks.claims.experiments import RANDOM, Experiment, Variant
+from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment, Variant
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import Comparison, compare, mean_and_error
 from benchmarks.report import table, write_into
 
 _DRAWN = (RANDOM, "activedpo, response", "activedpo, none", "adpo_plus", "apo", "margin_large",
-          "trace_plus", "all labels")
+          "trace_plus", EVERYTHING)
 
 
-def document(results: Results, experiments: Sequence[Experiment], path: Path) -> None:
-    """Put the tables into `path` and the pictures beside it; what has no runs is left as it is."""
-    found = {"claims: machine": _machine(results.environment)}
-    mains = [e for e in experiments if e.name.startswith("main") and _seeds(results, e)]
-    for experiment in experiments:
-        if _seeds(results, experiment):
+# Of a run's end: the column's name and how its numbers are written.
+_METRICS = {"accuracy": ("ranked right", "{:.1%}"), "agreement": ("labels right", "{:.1%}"),
+            "vader": ("VADER", "{:.3f}"), "words": ("words", "{:.1f}"), "kl": ("KL", "{:.2f}")}
+
+
+def document(
+    results: Mapping[str, Results], experiments: Mapping[str, Sequence[Experiment]], path: Path
+) -> None:
+    """Put the tables into `path` and the pictures beside it; what has no runs is left as it is.
+
+    Args:
+        results, experiments: by task.
+    """
+    found = {}
+    for task, known in results.items():
+        own = [e for e in experiments[task] if len(_seeds(known, e)) > 1]
+        mains = [e for e in own if e.name.startswith("main")]
+        if own:
+            found[f"claims: {task} machine"] = _machine(known.environment)
+        for experiment in own:
             make = main_table if experiment in mains else grid_table
-            found[f"claims: {experiment.name}"] = make(results, experiment)
-    if mains:
-        draw_curves(results, mains, path.with_name("evidence_known_reward.png"))
-        draw_bound(results, mains[0], path.with_name("evidence_bound.png"))
+            found[f"claims: {experiment.name}"] = make(known, experiment)
+        if mains:
+            draw_curves(known, mains, path.with_name(f"evidence_{task}.png"))
+        if mains and task == "known_reward":
+            draw_bound(known, mains, path.with_name("evidence_bound.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 
@@ -40,9 +55,9 @@ def main_table(results: Results, experiment: Experiment) -> str:
     curves = {v.method: _curves(results, v, seeds) for v in experiment.variants}
     setting = experiment.variants[0].setting
     labels = np.arange(setting.rounds + 1.0) * setting.batch_size
-    compared = compare({name: c for name, c in curves.items() if name != "all labels"}, RANDOM,
+    compared = compare({name: c for name, c in curves.items() if name != EVERYTHING}, RANDOM,
                        labels)
-    marks = [n for n in (20, 50, 100) if n <= labels[-1]]
+    marks = [int(labels[round(share * setting.rounds)]) for share in (0.2, 0.5, 1.0)]
     rows = []
     for v in experiment.variants:
         runs = [results.runs(v.key)[seed] for seed in seeds]
@@ -51,17 +66,17 @@ def main_table(results: Results, experiment: Experiment) -> str:
             "method": v.method, "comparison": compared.get(v.method),
             **{f"{n}": f"{mean[n // setting.batch_size]:.3f}" for n in marks[:-1]},
             f"{marks[-1]}": f"{mean[-1]:.3f} ± {error[-1]:.3f}",
-            **{name: float(np.mean([run[name] for run in runs]))
-               for name in ("accuracy", "agreement", "kl")}})
+            **{name: float(np.mean([np.ravel(run[name])[-1] for run in runs]))
+               for name in _METRICS if name in runs[0]}})
+    metrics = [name for name in _METRICS if name in rows[0]]
     return f"{len(seeds)} seeds.\n\n" + table(rows, {
         "picks": lambda r: r["method"],
         **{f"{n} labels": lambda r, n=n: r[f"{n}"] for n in marks},
         "area over random": lambda r: _area(r["comparison"]),
         "p, Holm": lambda r: _p(r["comparison"]),
         "labels saved": lambda r: _saved(r["comparison"]),
-        "ranked right": lambda r: f"{r['accuracy']:.1%}",
-        "labels right": lambda r: f"{r['agreement']:.1%}",
-        "KL": lambda r: f"{r['kl']:.2f}",
+        **{_METRICS[name][0]: lambda r, name=name: _METRICS[name][1].format(r[name])
+           for name in metrics},
     })
 
 
@@ -97,31 +112,33 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
         for n, name in enumerate(_DRAWN):
             variant = next(v for v in experiment.variants if v.method == name)
             mean, error = mean_and_error(_curves(results, variant, seeds))
-            plain = name in (RANDOM, "all labels")
+            plain = name in (RANDOM, EVERYTHING)
             line = panel.plot(labels, mean, label=name, color="black" if plain else f"C{n}",
-                              linestyle=":" if name == "all labels" else "-",
+                              linestyle=":" if name == EVERYTHING else "-",
                               linewidth=2 if plain else 1.5)[0]
             panel.fill_between(labels, mean - 2 * error, mean + 2 * error, color=line.get_color(),
                                alpha=0.12, linewidth=0)
-        panel.set(xlabel="labels", ylabel="held-out reward, share of what can be had",
+        panel.set(xlabel=f"labels ({EVERYTHING}: three for each prompt)", ylabel="held-out reward",
                   title=f"{experiment.title}, {len(seeds)} seeds")
         panel.grid(alpha=0.3)
     axes[0][-1].legend(title="band: ± 2 standard errors", fontsize=9, title_fontsize=8)
     _save(figure, path)
 
 
-def draw_bound(results: Results, experiment: Experiment, path: Path) -> None:
+def draw_bound(results: Results, mains: Sequence[Experiment], path: Path) -> None:
     """The error of estimated reward differences against their width, both after the last round."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
-    for variant, marker in zip((v for v in experiment.variants
-                                if v.method in (RANDOM, "activedpo, none")), "os", strict=True):
-        runs = list(results.runs(variant.key).values())
-        if not all("width" in run for run in runs):
-            continue
-        width, error = (np.mean([run[name] for run in runs], axis=0)
-                        for name in ("width", "error"))
-        axes.plot(width, error, marker=marker, label=variant.method)
+    for experiment, line in zip(mains, ("-", "--"), strict=False):
+        for variant in experiment.variants:
+            runs = list(results.runs(variant.key).values())
+            if "width" not in runs[0]:
+                continue
+            width, error = (np.mean([run[name] for run in runs], axis=0)
+                            for name in ("width", "error"))
+            axes.plot(width, error, marker="o", linestyle=line, label=f"{variant.method}; "
+                      f"{experiment.name.removeprefix('main ')} reward",
+                      color="black" if variant.method == RANDOM else "C2")
     axes.set(xlabel="width |φ|_V⁻¹ (mean of a tenth of the pairs)",
              ylabel="|estimated − true reward difference|", title="Held-out pairs after 100 labels")
     axes.set_xlim(left=0)

@@ -1,15 +1,16 @@
-"""What is compared on the task with a known reward: a table of settings."""
+"""What is compared: a table of settings for each task."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from benchmarks.claims.known_reward import EVERYTHING, METHODS, Setting
+from benchmarks.claims import known_reward, reviews
+from benchmarks.claims.known_reward import Setting
+from benchmarks.claims.reviews import ReviewSetting
 
-VERSION = 1  # of the task: results of another one are taken anew
-
-RANDOM = "random"
+RANDOM, EVERYTHING = "random", "all labels"
 ABLATED = (RANDOM, "activedpo, none", "adpo_plus", "trace_plus")
 
 
@@ -20,12 +21,12 @@ class Variant:
     row: str
     column: str
     method: str
-    setting: Setting
+    setting: Any
 
     @property
     def key(self) -> str:
         """What its runs depend on: the method, and what is unusual of the setting."""
-        usual = asdict(Setting())
+        usual = asdict(type(self.setting)())
         other = {name: value for name, value in asdict(self.setting).items()
                  if value != usual[name]}
         return f"{self.method} | {json.dumps(other, sort_keys=True)}"
@@ -41,20 +42,20 @@ class Experiment:
     variants: tuple[Variant, ...]
 
     def baseline(self, row: str) -> Variant:
-        """Random picks in a row's setting, or, where the row has none, in the usual one."""
+        """Random picks in a row's setting, or, where the row has none, in that of a main table."""
         own = [v for v in self.variants if v.row == row and v.method == RANDOM]
-        usual = Variant(row, RANDOM, RANDOM, Setting(reward=self.variants[0].setting.reward))
+        usual = Variant(row, RANDOM, RANDOM, replace(Setting(), reward="synopsis"))
         return own[0] if own else usual
 
 
-def experiments() -> list[Experiment]:
-    """All of them, in the order in which they are run and shown."""
+def of_known_reward() -> list[Experiment]:
+    """In the order in which they are run and shown."""
     found = []
     for reward, what in (("linear", "a reward that the policy can learn exactly"),
                          ("synopsis", "a reward that it can only come near")):
         found.append(Experiment(f"main {reward}", what, 200, tuple(
             Variant("", method, method, Setting(reward=reward))
-            for method in (*METHODS, EVERYTHING))))
+            for method in (*known_reward.METHODS, EVERYTHING))))
     base = Setting(reward="synopsis")
     found.append(_grid("lambda", "λ; V left out is λ = 10⁹: the longest φ", [
         ("V left out" if lam > 1e6 else f"λ = {lam:g}", method,
@@ -82,3 +83,10 @@ def experiments() -> list[Experiment]:
 def _grid(name: str, title: str, cells: list[tuple[str, str, Setting]]) -> Experiment:
     return Experiment(name, title, 100, tuple(
         Variant(row, method, method, setting) for row, method, setting in cells))
+
+
+def of_reviews() -> list[Experiment]:
+    """In the order in which they are run and shown."""
+    main = Experiment("main reviews", "sentiment of reviews", 8, tuple(
+        Variant("", method, method, ReviewSetting()) for method in reviews.METHODS))
+    return [main]

@@ -12,7 +12,7 @@ import torch
 
 from activedpo_fast.selection.signals import TensorSignals
 from benchmarks.claims import known_reward
-from benchmarks.claims.experiments import experiments
+from benchmarks.claims.experiments import of_known_reward
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import compare, holm, labels_saved
@@ -66,7 +66,7 @@ def test_runs_are_kept_and_those_of_another_version_are_not(tmp_path: Path) -> N
 
 
 def test_settings_that_are_the_same_have_the_same_runs() -> None:
-    found = experiments()
+    found = of_known_reward()
     keys = {(e.name, v.row, v.column): v.key for e in found for v in e.variants}
     assert keys["responses", "M = 3", "adpo_plus"] == keys["main synopsis", "", "adpo_plus"]
     assert len(set(keys.values())) == len({

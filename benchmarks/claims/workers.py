@@ -1,0 +1,56 @@
+"""Runs that are missing, made in several processes, each kept as soon as it is there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.claims.results import Results, Run
+
+SAVE_EVERY = 60.0  # seconds
+
+
+class Job(NamedTuple):
+    """One call that makes runs of a seed.
+
+    call: returns runs by their keys; it and `arguments` go to another process.
+    runs: how many it makes.
+    """
+
+    seed: int
+    call: Callable[..., dict[str, Run]]
+    arguments: tuple[Any, ...]
+    runs: int
+
+
+def run_jobs(
+    jobs: Sequence[Job], results: Results, environment: dict[str, Any], workers: int
+) -> None:
+    """Run all jobs, in order; what is made is kept when this is interrupted."""
+    saved = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with (ProcessPoolExecutor(workers, context, initializer=_start) as pool,
+          tqdm(total=sum(job.runs for job in jobs), unit="run") as bar):
+        try:
+            waiting = {pool.submit(job.call, *job.arguments): job for job in jobs}
+            for done in as_completed(waiting):
+                job = waiting[done]
+                for key, run in done.result().items():
+                    results.add(key, job.seed, run)
+                bar.update(job.runs)
+                if time.monotonic() > saved + SAVE_EVERY:
+                    results.save(environment)
+                    saved = time.monotonic()
+        finally:
+            results.save(environment)
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
