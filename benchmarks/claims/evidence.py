@@ -14,10 +14,13 @@ from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment, Varian
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import Comparison, compare, mean_and_error
 from benchmarks.report import table, write_into
+from benchmarks.selection_paper import Assumptions, paper_round
 
 _DRAWN = (RANDOM, "activedpo, response", "activedpo, none", "adpo_plus", "apo", "margin_large",
           "trace_plus", EVERYTHING)
 
+
+_PAPER_LABELS = 500  # of ten rounds; half of them on average
 
 # Of a run's end: the column's name and how its numbers are written.
 _METRICS = {"accuracy": ("ranked right", "{:.1%}"), "agreement": ("labels right", "{:.1%}"),
@@ -32,7 +35,7 @@ def document(
     Args:
         results, experiments: by task.
     """
-    found = {}
+    found = {"claims: paper": paper_table()}
     for task, known in results.items():
         own = [e for e in experiments[task] if len(_seeds(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]
@@ -98,6 +101,24 @@ def grid_table(results: Results, experiment: Experiment) -> str:
     return f"{experiment.title}; {len(seeds)} seeds.\n\n" + table(rows, {
         "": lambda r: r["row"],
         **{c: lambda r, c=c: cells.get((r["row"], c), "–") for c in columns}})
+
+
+def paper_table() -> str:
+    """Hours of ten rounds in the paper's settings, on paper: nothing of it is measured."""
+    rows = []
+    for model, weights in (("Llama-2-7B", 6.74e9), ("Gemma-2B", 2.51e9), ("Qwen3-4B", 4.02e9)):
+        for data, prompt, response in (("TL;DR", 350, 50), ("WebGPT", 50, 250)):
+            assumed = Assumptions(weights=weights, labelled=_PAPER_LABELS // 2, epochs=4,
+                                  prompt_tokens=prompt, response_tokens=response)
+            seconds = paper_round(assumed)["seconds"]
+            hours = {name: 10 * value / 3600 for name, value in seconds.items()}
+            rows.append({"model": model, "data": data, **hours, "all": sum(hours.values())})
+    return table(rows, {
+        "ten rounds, hours of one A100": lambda r: f"{r['model']}, {r['data']}",
+        "generate": lambda r: f"{r['generate']:.1f}",
+        "gradients": lambda r: f"{r['gradients'] + r['gradients of labelled pairs']:.1f}",
+        "train": lambda r: f"{r['train']:.1f}",
+        "together": lambda r: f"{r['all']:.1f}"})
 
 
 def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> None:

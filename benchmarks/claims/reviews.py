@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from activedpo_fast._files import write_atomic
 from activedpo_fast.data import PoolItem, PreferencePool, Prompt, Text
@@ -175,6 +174,8 @@ class Evaluation:
                                        [{}] * len(responses)))
         by_prompt = reward.reshape(setting.samples, -1).mean(axis=0)
         gain = by_prompt - self._at_start(by_prompt)
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # `make claims` has it
+
         analyzer = SentimentIntensityAnalyzer()
         return {
             "reward": float(reward.mean()),
