@@ -66,7 +66,8 @@ def main_table(results: Results, experiment: Experiment) -> str:
         runs = [results.runs(v.key)[seed] for seed in seeds]
         mean, error = mean_and_error(curves[v.method])
         rows.append({
-            "method": v.method, "comparison": compared.get(v.method),
+            "method": v.method if v.method != EVERYTHING else _everything(setting),
+            "comparison": compared.get(v.method),
             **{f"{n}": f"{mean[n // setting.batch_size]:.3f}" for n in marks[:-1]},
             f"{marks[-1]}": f"{mean[-1]:.3f} ± {error[-1]:.3f}",
             **{name: float(np.mean([np.ravel(run[name])[-1] for run in runs]))
@@ -139,7 +140,7 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
                               linewidth=2 if plain else 1.5)[0]
             panel.fill_between(labels, mean - 2 * error, mean + 2 * error, color=line.get_color(),
                                alpha=0.12, linewidth=0)
-        panel.set(xlabel=f"labels ({EVERYTHING}: three for each prompt)", ylabel="held-out reward",
+        panel.set(xlabel=f"labels ({EVERYTHING}: many times as many)", ylabel="held-out reward",
                   title=f"{experiment.title}, {len(seeds)} seeds")
         panel.grid(alpha=0.3)
     axes[0][-1].legend(title="band: ± 2 standard errors", fontsize=9, title_fontsize=8)
@@ -167,6 +168,11 @@ def draw_bound(results: Results, mains: Sequence[Experiment], path: Path) -> Non
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     _save(figure, path)
+
+
+def _everything(setting: Any) -> str:
+    pairs = setting.n_responses * (setting.n_responses - 1) // 2 * setting.prompts_per_round
+    return f"{EVERYTHING}, {pairs // setting.batch_size} times as many"
 
 
 def _seeds(results: Results, experiment: Experiment) -> list[int]:

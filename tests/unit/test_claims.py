@@ -12,7 +12,9 @@ import torch
 
 from activedpo_fast.selection.signals import TensorSignals
 from benchmarks.claims import known_reward
-from benchmarks.claims.experiments import of_known_reward
+from benchmarks.claims.evidence import document
+from benchmarks.claims.experiments import Experiment, Variant, of_known_reward
+from benchmarks.claims.jobs import missing_runs
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import compare, holm, labels_saved
@@ -196,3 +198,54 @@ def test_methods_see_the_same_first_responses(world: World) -> None:
                                 torch.Generator().manual_seed(4)) for _ in range(2)]
     assert torch.equal(*rows)
     assert all(len(set(row)) == 3 for row in rows[0].tolist())
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_tables_of_what_has_run(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    setting = Setting(rounds=10, batch_size=10)
+    main = Experiment("main linear", "a reward", 200, tuple(
+        Variant("", method, method, setting) for method in (*METHODS, EVERYTHING)))
+    grid = Experiment("noise", "label noise", 100, tuple(
+        Variant(f"T = {t:g}", method, method, Setting(temperature=t))
+        for t in (1.0, 4.0) for method in ("random", "adpo_plus")))
+    absent = Experiment("batch", "not run yet", 100, (
+        Variant("B = 2", "random", "random", Setting(batch_size=2)),))
+    results = Results(tmp_path / "known_reward.json", version=1)
+    for variant in (*main.variants, *grid.variants):
+        for seed in range(6):
+            gain = 0.9 if variant.method == "adpo_plus" else 0.6
+            reward = gain * np.linspace(0, 1, 11) + 0.01 * generator.normal(size=11)
+            run = {"reward": reward.tolist(), "kl": 2.0, "accuracy": 0.75, "agreement": 0.8}
+            if variant.method in ("random", "activedpo, none"):
+                run |= {"width": [1.0, 2.0], "error": [0.5, 1.5]}
+            results.add(variant.key, seed, run)
+    results.save({"processor": "a CPU", "date": "today", "versions": {"torch": "2"}})
+    page = tmp_path / "evidence.md"
+    page.write_text("".join(f"<!-- benchmark: claims: {name} -->\n<!-- end -->\n" for name in (
+        "known_reward machine", "main linear", "noise", "batch", "paper")))
+    document({"known_reward": results}, {"known_reward": [main, grid, absent]}, page)
+    text = page.read_text()
+    assert "a CPU, one core a run, today; torch 2." in text
+    better = next(line for line in text.splitlines() if line.startswith("| adpo_plus"))
+    cells = [cell.strip() for cell in better.split("|")]
+    assert float(cells[4].split()[0]) == pytest.approx(0.9, abs=0.02)
+    assert float(cells[5].split()[0]) == pytest.approx(0.165, abs=0.01)
+    assert float(cells[7].split("%")[0]) == pytest.approx(33, abs=3)  # 0.6 is 2/3 of 0.9
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| T")] == [
+        "T = 1", "T = 4"]
+    assert "<!-- benchmark: claims: batch -->\n<!-- end -->" in text  # nothing has run
+    assert "Llama-2-7B, TL;DR" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "evidence_known_reward.png", "evidence_bound.png"}
+
+
+def test_runs_that_are_there_are_not_missing(tmp_path: Path) -> None:
+    variant = Variant("", "random", "random", Setting())
+    experiment = Experiment("main", "", 5, (variant,))
+    results = Results(tmp_path / "known_reward.json", version=1)
+    results.add(variant.key, 1, {"reward": [0.0]})
+    assert [seed for seed, _ in missing_runs(results, [experiment], 3)] == [0, 2]
+    assert len(missing_runs(results, [experiment], None)) == 4
