@@ -10,7 +10,8 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.greedy import greedy_logdet
 from activedpo_fast.selection.signals import Signals, TensorSignals
-from activedpo_fast.selection.strategies import STRATEGIES, _uncertainty, make_strategy
+from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
+from activedpo_fast.selection.strategies.reward_margins import uncertainty
 
 P, M, K = 8, 3, 12
 
@@ -191,7 +192,7 @@ def test_adpo_plus_is_the_greedy_on_weighted_features(parts, normalize):
 
 def test_adpo_plus_weights_of_sure_pairs_are_tiny_but_right():
     d = torch.tensor([0.0, 1.0, -1.0, 50.0, -700.0, 1400.0, 1e6, -1e308], dtype=torch.float64)
-    weights = _uncertainty(d).tolist()
+    weights = uncertainty(d).tolist()
     assert weights[0] == 0.5
     assert weights[1] == weights[2] == pytest.approx(math.sqrt(0.19661193324148185), rel=1e-15)
     for value, exponent in zip(weights[3:6], (-25.0, -350.0, -700.0), strict=True):

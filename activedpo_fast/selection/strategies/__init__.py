@@ -1,0 +1,38 @@
+"""Strategies: ways to choose n candidate pairs, behind one interface, one file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.strategies.activedpo import ActiveDPO
+from activedpo_fast.selection.strategies.adpo_plus import AdpoPlus
+from activedpo_fast.selection.strategies.aplp import Aplp
+from activedpo_fast.selection.strategies.apo import Apo
+from activedpo_fast.selection.strategies.base import Strategy
+from activedpo_fast.selection.strategies.margin import MarginLarge, MarginSmall
+from activedpo_fast.selection.strategies.random import Random
+
+__all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
+           "Random", "Strategy", "make_strategy"]
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    strategy.name: strategy for strategy in (
+        ActiveDPO, Random, Apo, Aplp, MarginSmall, MarginLarge, AdpoPlus)
+}
+
+
+def make_strategy(name: str, **options: Any) -> Strategy:
+    """The strategy called `name`, one of `STRATEGIES`, with its options.
+
+    Raises:
+        ActiveDPOError: a name or option that is not known, listing those that are; a bad value.
+    """
+    if name not in STRATEGIES:
+        raise ActiveDPOError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
+    known = STRATEGIES[name].options()
+    for option in options:
+        if option not in known:
+            raise ActiveDPOError(f"strategy {name!r} has no option {option!r}; "
+                                 f"known: {', '.join(known)}")
+    return STRATEGIES[name](**options)

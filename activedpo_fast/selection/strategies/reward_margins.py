@@ -1,0 +1,68 @@
+"""The implicit reward's differences: what strategies that need pi_ref look at."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.signals import Signals
+from activedpo_fast.selection.strategies.base import Part
+
+logger = logging.getLogger(__name__)
+
+
+def margins(signals: Signals, beta: float, part: Part) -> tuple[Tensor, Tensor]:
+    """d of every candidate pair and a bound on its rounding error, both float64 [N]."""
+    logps, ref_logps = signals.logps(), signals.ref_logps()
+
+    def compute() -> tuple[Tensor, Tensor]:
+        check_finite(logps, "logps")
+        check_finite(ref_logps, "ref_logps")
+        first, second = signals.pairs.unbind(1)
+        reward = beta * (logps - ref_logps)
+        size = beta * (logps.abs() + ref_logps.abs())
+        return reward[first] - reward[second], few_ulps(size[first] + size[second])
+
+    return part.check(compute)
+
+
+def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
+    """One line of the log where the policy is its reference, as before any training."""
+    if len(margins) and bool((margins.abs() <= error_bound).all()):
+        logger.warning("every reward difference is 0, as before any training: pairs are not told "
+                       "apart by it, and the first of the pool are taken")
+
+
+def history_margins(signals: Signals, beta: float) -> Tensor:
+    """d of every labelled pair, float64 [t]."""
+    parts = []
+    for name, history in (("history_logps", signals.history_logps()),
+                          ("history_ref_logps", signals.history_ref_logps())):
+        numbers, pairs = history
+        first, second = pairs.unbind(1)
+        parts.append(check_finite(numbers, name)[first] - numbers[second])
+    logps, ref_logps = parts
+    if len(logps) != len(ref_logps):
+        raise ActiveDPOError(f"history_logps has {len(logps)} labelled pairs, history_ref_logps "
+                             f"has {len(ref_logps)}")
+    return beta * (logps - ref_logps)
+
+
+def uncertainty(d: Tensor) -> Tensor:
+    """sqrt(mu (1 - mu)) for mu = sigmoid(d): positive, and accurate however large |d| is."""
+    half = torch.exp(-d.abs() / 2)  # mu (1 - mu) = e^-|d| / (1 + e^-|d|)^2
+    return (half / (1 + half.square())).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def check_finite(values: Tensor, name: str) -> Tensor:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ActiveDPOError(f"{name} of response row {bad[0]} is not finite")
+    return values
+
+
+def few_ulps(values: Tensor) -> Tensor:
+    return 8 * torch.finfo(torch.float64).eps * values.abs()
