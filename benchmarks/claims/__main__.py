@@ -37,7 +37,9 @@ SECONDS_A_RUN = {Task.known_reward: 0.25, Task.reviews: 150.0}  # on one core, d
 def main(
     task: Annotated[list[Task] | None, typer.Option(help="One task only; default: all.")] = None,
     only: Annotated[str, typer.Option(
-        help="Run the experiments whose name contains this text.")] = "",
+        help="Run the experiments whose name contains this text only.")] = "",
+    method: Annotated[list[str] | None, typer.Option(
+        help="Run this method only; may be repeated.")] = None,
     seeds: Annotated[int | None, typer.Option(
         min=2, help="So many seeds of each, if that is fewer than the experiment has.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
@@ -52,7 +54,8 @@ def main(
     known = {t: Results(results / f"{t.name}.json", VERSIONS[t]) for t in of_task}
     for t in task or list(of_task):
         chosen = [e for e in of_task[t] if only in e.name]
-        missing = missing_runs(known[t], chosen, seeds)
+        missing = {at: variant for at, variant in missing_runs(known[t], chosen, seeds).items()
+                   if not method or variant.method in method}
         if not missing:
             continue
         minutes = len(missing) * SECONDS_A_RUN[t] / 60 / workers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from benchmarks.claims.trial_strategies import TRIALS
 ASSETS = Path("activedpo_fast/demo/assets/reviews")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = "all labels"
+KL_SAMPLES = 150  # of the held-out responses
 
 # name: (strategy, options of the selector)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -194,7 +196,7 @@ class Evaluation:
     def _divergence(self, model: PeftModel, responses: list[str]) -> float:
         pool = PreferencePool(
             PoolItem(p.id, p.prompt, (r, f"{r} .")) for p, r in
-            zip(self._prompts, responses, strict=True) if r.strip())
+            zip(self._prompts[:KL_SAMPLES], responses, strict=False) if r.strip())
         tokens = tokenize_pool(pool, self._tokenizer, show_progress=False)
         extractor = FeatureExtractor(model, Sketch("sjlt", 8), verify=False)
         own = extractor.logps(tokens, show_progress=False)
@@ -208,7 +210,9 @@ def quiet() -> None:
     import datasets
     import transformers
 
-    logging.getLogger("activedpo_fast").setLevel(logging.ERROR)
+    for name in ("activedpo_fast", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
