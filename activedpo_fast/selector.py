@@ -54,7 +54,7 @@ class ActiveDPOSelector:
         model: the policy π_θ, a causal LM with trainable linear layers (PEFT LoRA, usually).
         processing_class: its tokenizer.
         strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
-            "adpo_plus", or a `Strategy`.
+            "adpo_plus", "trace", "trace_plus", or a `Strategy`.
         preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
         length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
@@ -128,6 +128,8 @@ class ActiveDPOSelector:
         self._options: dict[str, dict[str, Any]] = {
             "activedpo": {"normalize": defaults["normalize"], **ridge, **given},
             "adpo_plus": {"beta": beta, **ridge, **given},
+            "trace": ridge,
+            "trace_plus": {"beta": beta, **ridge},
             "aplp": {"beta": beta},
             "margin_small": {"beta": beta},
             "margin_large": {"beta": beta},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,7 @@ def greedy_logdet(
     disable = None if show is None else not show
     indices, gains = [], []
     with tqdm(total=n, desc="selecting", unit="pair", disable=disable) as bar:
-        for choice in _choices(scores, n, allowed, ranks):
+        for choice in choices(scores, n, allowed, ranks):
             gains.append(take(choice))
             indices.append(choice.index)
             touched.append(scores.touched)
@@ -163,9 +163,9 @@ def rank_top(
     ranks = None if group is None else Ranks(group, len(scores))
     n = check_n(n, len(scores) if ranks is None else ranks.total)
     eligible = Eligible.everything(len(scores)) if eligible is None else eligible
-    choices = list(_choices(_FixedScores(scores, doubt, eligible), n, eligible, ranks))
-    return Ranking(torch.tensor([choice.index for choice in choices], dtype=torch.int64),
-                   torch.tensor([choice.score for choice in choices], dtype=torch.float64))
+    made = list(choices(_FixedScores(scores, doubt, eligible), n, eligible, ranks))
+    return Ranking(torch.tensor([choice.index for choice in made], dtype=torch.int64),
+                   torch.tensor([choice.score for choice in made], dtype=torch.float64))
 
 
 def add_all(
@@ -190,8 +190,18 @@ def check_n(n: int, available: int) -> int:
     return count
 
 
-def _choices(
-    scores: RunningScores | _FixedScores, n: int, eligible: Eligible, ranks: Ranks | None
+class Scores(Protocol):
+    """What `choices` asks of scores; the caller brings them up to date."""
+
+    def best(self) -> Contenders:
+        """Those that may have the largest value of all that may be picked."""
+
+    def score(self, index: int) -> float:
+        """One candidate's score."""
+
+
+def choices(
+    scores: Scores, n: int, eligible: Eligible, ranks: Ranks | None
 ) -> Iterator[Choice]:
     """What to pick, one after another, as the rules allow; the caller takes it into the scores."""
     taken = 0
@@ -226,7 +236,7 @@ def _choices(
 class _Draw:
     """The candidate that comes first in the random order."""
 
-    def __init__(self, scores: RunningScores | _FixedScores, eligible: Eligible) -> None:
+    def __init__(self, scores: Scores, eligible: Eligible) -> None:
         self._scores, self._eligible = scores, eligible
 
     def offer(self) -> Offer | None:
@@ -248,7 +258,7 @@ class _Draw:
 class _Best:
     """The candidate with the largest value, ties to the lowest index."""
 
-    def __init__(self, scores: RunningScores | _FixedScores, eligible: Eligible) -> None:
+    def __init__(self, scores: Scores, eligible: Eligible) -> None:
         self._scores, self._eligible = scores, eligible
         self._best: Contenders | None = None
 

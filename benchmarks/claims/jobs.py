@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,13 @@ def review_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
             for (seed, _), variant in missing.items()]
 
 
+@functools.cache
+def _rating() -> reviews.Rating:
+    return reviews.Rating()
+
+
 def _with_one_method(seed: int, variant: Variant) -> dict[str, Run]:
     reviews.quiet()
     folder = WORK / "reviews" / f"{variant.key}-{seed}".translate({ord(c): "_" for c in ' |{}":,'})
-    return {variant.key: reviews.run(variant.method, variant.setting, seed, folder)}
+    return {variant.key: reviews.run(variant.method, variant.setting, seed, folder,
+                                     _rating())}

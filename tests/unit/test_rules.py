@@ -155,6 +155,8 @@ STRATEGIES_HERE = {
     "margin_large": make_strategy("margin_large", beta=BETA),
     "margin_small": make_strategy("margin_small", beta=BETA),
     "random": make_strategy("random", seed=4),
+    "trace": make_strategy("trace", lam=LAM),
+    "trace_plus": make_strategy("trace_plus", lam=LAM, beta=BETA, targets=13),
 }
 
 
@@ -181,10 +183,23 @@ def plain_scores(name: str, taken: list[int]) -> torch.Tensor:
     if name == "apo":
         return _forms(_differences("hidden", PAIRS), _differences("history_hidden"), 0.2)
     phi, seen = _differences("gradients", PAIRS), _differences("history_gradients")
-    if name == "adpo_plus":
+    if name.endswith("_plus"):
         phi, seen = ((x.sigmoid() * (1 - x.sigmoid())).sqrt()[:, None] * rows
                      for x, rows in ((d, phi), (seen_d, seen)))
-    return _forms(phi, torch.cat([seen, phi[taken]]), LAM)
+    known = torch.cat([seen, phi[taken]])
+    if not name.startswith("trace"):
+        return _forms(phi, known, LAM)
+    rows = PARTS["gradients"].view(P, M, K)
+    centered = rows - rows.mean(dim=1, keepdim=True)
+    # 21 rows and at most 13 targets: every second prompt.
+    c = centered[::2 if name == "trace_plus" else 1].flatten(0, 1)
+    inverse = (LAM * torch.eye(K, dtype=torch.float64) + known.T @ known).inverse()
+    gains = []
+    for own in phi:
+        after = (LAM * torch.eye(K, dtype=torch.float64) + known.T @ known
+                 + torch.outer(own, own)).inverse()
+        gains.append(((inverse - after) @ (c.T @ c)).trace())
+    return torch.stack(gains)
 
 
 def plain_picks(
@@ -225,7 +240,9 @@ def test_every_strategy_honours_the_rules(
 ) -> None:
     if name == "random":
         given.pop("min_score", None)
-    elif "min_score" in given:  # one that some candidates reach and some do not
+    if name.startswith("trace") and "min_score" in given:
+        given.pop("cost", None)
+    if "min_score" in given:  # one that some candidates reach and some do not
         scores = plain_scores(name, []).sort().values
         place = data.draw(st.integers(0, len(scores) - 2))
         given["min_score"] = float(scores[place:place + 2].mean())
@@ -254,6 +271,12 @@ def test_without_rules_a_strategy_is_as_with_none(name: str) -> None:
     assert free.indices.tolist() == bound.indices.tolist()
     assert free.scores.tolist() == bound.scores.tolist()
     assert len(free.indices) == 5
+
+
+def test_scores_that_may_grow_have_no_least_by_cost() -> None:
+    eligible = PickRules(min_score=0.5, cost="cost").bind(POOL, PAIRS, 2)
+    with pytest.raises(ActiveDPOError, match="min_score and cost do not go together"):
+        STRATEGIES_HERE["trace"].select(TensorSignals(**PARTS), 2, eligible=eligible)
 
 
 def test_random_picks_have_no_score_to_compare() -> None:

@@ -246,7 +246,8 @@ def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
 
 
 def test_options():
-    names = ["activedpo", "random", "apo", "aplp", "margin_small", "margin_large", "adpo_plus"]
+    names = ["activedpo", "random", "apo", "aplp", "margin_small", "margin_large", "adpo_plus",
+             "trace", "trace_plus"]
     assert list(STRATEGIES) == names
     assert STRATEGIES["adpo_plus"]().normalize is None
     assert STRATEGIES["activedpo"].options() == ("lam", "kappa", "normalize")
@@ -259,7 +260,9 @@ def test_options():
                           ("aplp", dict(shortlist=0.5)), ("random", dict(seed=0.5)),
                           ("activedpo", dict(kappa=True)), ("margin_small", dict(beta=0.0)),
                           ("margin_large", dict(beta=-1)), ("adpo_plus", dict(beta=0)),
-                          ("adpo_plus", dict(normalize="l2")), ("adpo_plus", dict(lam=0))):
+                          ("adpo_plus", dict(normalize="l2")), ("adpo_plus", dict(lam=0)),
+                          ("trace", dict(lam=0)), ("trace", dict(targets=0)),
+                          ("trace_plus", dict(beta=-1))):
         with pytest.raises(ActiveDPOError, match=next(iter(options))):
             make_strategy(name, **options)
 

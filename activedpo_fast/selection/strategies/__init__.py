@@ -12,13 +12,14 @@ from activedpo_fast.selection.strategies.apo import Apo
 from activedpo_fast.selection.strategies.base import Strategy
 from activedpo_fast.selection.strategies.margin import MarginLarge, MarginSmall
 from activedpo_fast.selection.strategies.random import Random
+from activedpo_fast.selection.strategies.trace import Trace, TracePlus
 
 __all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
-           "Random", "Strategy", "make_strategy"]
+           "Random", "Strategy", "Trace", "TracePlus", "make_strategy"]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy for strategy in (
-        ActiveDPO, Random, Apo, Aplp, MarginSmall, MarginLarge, AdpoPlus)
+        ActiveDPO, Random, Apo, Aplp, MarginSmall, MarginLarge, AdpoPlus, Trace, TracePlus)
 }
 
 
