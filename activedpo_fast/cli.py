@@ -190,10 +190,11 @@ def select(
         metavar="STORE", help="A store that `activedpo features` has made.")],
     output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
     batch_size: Annotated[int, typer.Option(min=1, help="B, how many pairs.")] = 50,
-    strategy: Annotated[Literal["activedpo", "random"], typer.Option(
+    strategy: Annotated[Literal["activedpo", "trace", "random"], typer.Option(
         help="How they are chosen.")] = "activedpo",
     normalize: Annotated[Literal["response", "pair", "none"], typer.Option(
-        help="What gets unit norm: each response's row, their difference, or nothing.",
+        help="What gets unit norm: each response's row, their difference, or nothing; trace takes "
+        "rows as they are.",
     )] = "response",
     lam: Annotated[float, typer.Option(
         "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,

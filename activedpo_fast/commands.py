@@ -244,6 +244,7 @@ def select_pairs(
         options: dict[str, dict[str, Any]] = {
             "activedpo": {"lam": lam, "kappa": kappa,
                           "normalize": None if normalize == "none" else normalize},
+            "trace": {"lam": lam, "kappa": kappa},
             "random": {"seed": random_seed(seed, pool.fingerprint())},
         }
         chosen = make_strategy(strategy, **options.get(strategy, {}))

@@ -71,9 +71,9 @@ class ActiveDPOSelector:
         chat_template_kwargs: passed to the chat template, as by `tokenize_pool`. Picks remember
             them, and `Selection.to_dataset` gives them to the trainer; give `generate_responses`
             the same.
-        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus): a
-            model, the name of an adapter of `model`, or the weights of its adapter as
-            `activedpo_fast.trl.adapter_state` gives them. Default: the adapter "ref" of a PEFT
+        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus,
+            trace_plus): a model, the name of an adapter of `model`, or the weights of its adapter
+            as `activedpo_fast.trl.adapter_state` gives them. Default: the adapter "ref" of a PEFT
             model that has one, as DPOTrainer makes it, else the base model, all adapters
             disabled. Where DPO goes on from an adapter that SFT has trained, DPOTrainer's
             reference is that adapter: without "ref", pass its weights.

@@ -337,7 +337,7 @@ def test_rows_that_stay_on_disk_give_the_same_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3], "label": 0}])
-    for strategy in ("activedpo", "random"):
+    for strategy in ("activedpo", "trace", "random"):
         argv = ["select", str(store), "--batch-size", "9", "--labelled", str(labels), "--strategy",
                 strategy, "--output"]
         assert main([*argv, str(tmp_path / "memory.jsonl")]) == 0

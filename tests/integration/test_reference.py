@@ -19,7 +19,7 @@ from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 
-NEEDY = ("aplp", "margin_small", "margin_large", "adpo_plus")
+NEEDY = ("aplp", "margin_small", "margin_large", "adpo_plus", "trace_plus")
 POOL = PreferencePool.from_rows(
     {"id": f"item-{n}", "prompt": prompt, "responses": list(responses)}
     for n, (prompt, responses) in enumerate([
