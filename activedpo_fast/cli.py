@@ -280,8 +280,9 @@ Examples:
   activedpo demo --model smollm2 --output runs/smollm2
 """)
 def demo(
-    model: Annotated[Literal["small", "smollm2"], typer.Option(
-        help="The vendored small model, or SmolLM2-135M-Instruct.")] = "small",
+    model: Annotated[Literal["reviews", "small", "smollm2"], typer.Option(
+        help="A small vendored model that finishes reviews; another, or SmolLM2-135M-Instruct, "
+        "that write synopses.")] = "reviews",
     output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path(
         "runs/demo"),
     rounds: Annotated[int | None, typer.Option(
@@ -291,7 +292,7 @@ def demo(
         "--fresh", help="Start over instead of continuing what is in the folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Watch ActiveDPO and random selection side by side, on real text and a real model."""
+    """Watch ActiveDPO beside random selection, on real text and a real model."""
     with _session(quiet):
         _one_process("activedpo demo")
         from activedpo_fast.demo.run import run_demo

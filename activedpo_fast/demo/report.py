@@ -1,27 +1,33 @@
-"""The demo's table and picture."""
+"""The demo's table, picture, and what they can tell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from activedpo_fast._files import atomic_path
+from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards, paired
 from activedpo_fast.loop import RoundRecord
 
 STAGES = ("generate", "features", "select", "label", "train", "evaluate")
+_TOLD_APART = 2.0  # standard errors
 
 
 def table(runs: Mapping[str, Sequence[RoundRecord]]) -> str:
-    """One line a round of each strategy: labels, held-out reward ± its standard error, seconds."""
-    head = ["strategy", "labels", "held-out reward", *(f"{stage} s" for stage in STAGES)]
+    """One line a round of each strategy: labels, held-out reward, gain over the start, seconds."""
+    head = ["strategy", "labels", "held-out reward", "gain over the start",
+            *(f"{stage} s" for stage in STAGES)]
     body = []
     for strategy, records in runs.items():
-        for record in records:
-            reward = f"{record.metrics['reward']:.4f} ± {record.metrics['reward_se']:.4f}"
+        for n, record in enumerate(records):
+            metrics = record.metrics
+            gain = f"{metrics['gain']:+.3f} ± {metrics['gain_se']:.3f}" if n else ""
             seconds = [_seconds(record.seconds.get(stage)) for stage in STAGES]
-            body.append([strategy, str(record.labels_total), reward, *seconds])
+            body.append([strategy, str(record.labels_total), f"{metrics['reward']:.3f}", gain,
+                         *seconds])
         total = [_seconds(_total(records, stage)) for stage in STAGES]
-        body.append([strategy, "", "total", *total])
+        body.append([strategy, "", "", "total", *total])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(head, widths, strict=True)) + " |",
              "|" + "|".join("-" * (w + 2) for w in widths) + "|"]
@@ -30,27 +36,49 @@ def table(runs: Mapping[str, Sequence[RoundRecord]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Mapping[str, Sequence[RoundRecord]], path: Path, title: str) -> None:
-    """Held-out reward against labels, a curve with ±1 standard error for each strategy."""
+def verdict(runs: Mapping[str, Sequence[RoundRecord]], folders: Mapping[str, Path]) -> str:
+    """Sentences: how sure each strategy's gain is, and which strategies this run tells apart."""
+    gains = []
+    for strategy, records in runs.items():
+        last = records[-1].metrics
+        errors = f" ({last['gain'] / last['gain_se']:.1f} standard errors)" if (
+            last["gain_se"] > 0) else ""
+        gains.append(f"{strategy} {last['gain']:+.3f}{errors}")
+    found = [f"After {next(iter(runs.values()))[-1].labels_total} labels, over the start: "
+             f"{', '.join(gains)}."]
+    ends = {name: heldout_rewards(heldout_files(folder)[-1]) for name, folder in folders.items()}
+    for a, b in combinations(ends, 2):
+        difference, error = paired(ends[a], ends[b])
+        apart = abs(difference) > _TOLD_APART * error
+        found.append(f"{a} less {b}: {difference:+.3f} ± {error:.3f}, "
+                     f"{'told apart' if apart else 'not told apart'} by these prompts.")
+    found.append("± is one standard error over the held-out prompts; another seed is other luck "
+                 "in the prompts, responses and labels, which it does not have (docs/evidence.md "
+                 "has several seeds).")
+    return "\n".join(found)
+
+
+def draw(runs: Mapping[str, Sequence[RoundRecord]], path: Path, title: str, unit: str) -> None:
+    """Gain in held-out reward against labels, with the paired standard error, and the start."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for (strategy, records), marker in zip(runs.items(), "osD^v", strict=False):
+    axes.axhline(0, color="gray", linestyle="--", linewidth=1, label="start")
+    for n, (strategy, records) in enumerate(runs.items()):
         labels = [record.labels_total for record in records]
-        reward = [record.metrics["reward"] for record in records]
-        error = [record.metrics["reward_se"] for record in records]
-        line = axes.plot(labels, reward, marker=marker, label=strategy)[0]
-        low = [r - e for r, e in zip(reward, error, strict=True)]
-        high = [r + e for r, e in zip(reward, error, strict=True)]
-        axes.fill_between(labels, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        gain = [record.metrics["gain"] for record in records]
+        error = [record.metrics["gain_se"] for record in records]
+        color = "black" if strategy == "random" else f"C{n}"
+        axes.errorbar(labels, gain, yerr=error, marker="osD^v"[n % 5], capsize=3, label=strategy,
+                      color=color)
     axes.set_xlabel("labels so far")
-    axes.set_ylabel("mean held-out reward (cosine)")
+    axes.set_ylabel(f"gain in held-out reward ({unit})")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(title="band: ± 1 standard error", fontsize=9, title_fontsize=8)
+    axes.legend(title="bars: ± 1 standard error, paired", fontsize=9, title_fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""`activedpo demo`: ActiveDPO and random selection side by side, on real text and a real model."""
+"""`activedpo demo`: ways to select pairs, side by side, on real text and a real model."""
 
 from __future__ import annotations
 
@@ -7,40 +7,62 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activedpo_fast._files import write_atomic
+from activedpo_fast._files import check_folder_target, write_atomic
 from activedpo_fast.data import Prompt
+from activedpo_fast.demo.evaluation import HeldoutReward
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
-from activedpo_fast.demo.report import draw, table
+from activedpo_fast.demo.report import draw, table, verdict
+from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
 from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.generation import respond
-from activedpo_fast.labeling import RewardOracle
+from activedpo_fast.labeling import Reward, RewardOracle
 from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
 from activedpo_fast.processes import require_one_process
 from activedpo_fast.trl import dpo_config
 
-STRATEGIES = ("activedpo", "random")
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class _Task(NamedTuple):
+    """A model's task: the model as it is loaded anew, its prompts and the reward in `unit`."""
+
+    load: Callable[[], Loaded]
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    reward: Reward
+    unit: str
+
+    @classmethod
+    def of(cls, model: str, settings: DemoSettings) -> _Task:
+        if model == "reviews":
+            pool, heldout = (read_review_prompts(split) for split in ("pool", "heldout"))
+            return cls(load_review_model, pool, heldout[: settings.heldout], Rating(),
+                       "rating from −4 to 4")
+        pool, heldout = (read_prompts(split, model, max_words=settings.max_words)
+                         for split in ("pool", "heldout"))
+        return cls(lambda: load_base(model), pool, heldout[: settings.heldout],
+                   SynopsisSimilarity(), "cosine to the true synopsis")
 
 
 def run_demo(
     *,
-    model: str = "small",
+    model: str = "reviews",
     output: str | Path = "runs/demo",
     rounds: int | None = None,
     seed: int = 0,
     fresh: bool = False,
     show_progress: bool | None = None,
 ) -> dict[str, list[RoundRecord]]:
-    """Run both strategies from the same start; print the table and write the picture.
+    """Run all strategies from the same start; print the table and write the picture.
 
     Args:
-        model: "small", the vendored model, or "smollm2".
+        model: "reviews" (5.8 million parameters; finishes reviews), or one that writes synopses:
+            "small" (4.2 million parameters), or "smollm2".
         output: a folder; an interrupted demo continues from what is in it.
         rounds: overrides the number of rounds.
         seed: of everything: adapter, prompts, responses, labels, selection, training.
@@ -52,92 +74,64 @@ def run_demo(
     require_one_process("activedpo demo")
     if model not in SETTINGS:
         raise ActiveDPOError(f"unknown demo model {model!r}; known: {', '.join(SETTINGS)}")
+    check_folder_target(output)
     settings = SETTINGS[model]
     if rounds is not None:
         settings = replace(settings, rounds=rounds)
-    folder = Path(output)
+    folders = {strategy: Path(output) / strategy for strategy in settings.strategies}
     if fresh:
-        for strategy in STRATEGIES:
-            shutil.rmtree(folder / strategy, ignore_errors=True)
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
 
     started = time.perf_counter()
-    similarity = SynopsisSimilarity()
-    pool = read_prompts("pool", model, max_words=settings.max_words)
-    heldout = read_prompts("heldout", model, max_words=settings.max_words)[: settings.heldout]
+    task = _Task.of(model, settings)
     runs: dict[str, list[RoundRecord]] = {}
-    for strategy in STRATEGIES:
+    for strategy, folder in folders.items():
         print(f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels",
               flush=True)
-        runs[strategy] = _run_strategy(
-            strategy, model, settings, pool, heldout, similarity, folder, seed, show_progress
-        )
+        runs[strategy] = _run_strategy(strategy, settings, task, folder, seed, show_progress)
 
-    text = table(runs)
-    write_atomic(folder / "table.md", text + "\n")
-    title = f"{model} model, seed {seed}, {settings.heldout} held-out prompts"
-    draw(runs, folder / "curves.png", title)
-    print(f"\n{text}\n\ntable: {folder / 'table.md'}   picture: {folder / 'curves.png'}   "
+    text, said = table(runs), verdict(runs, folders)
+    write_atomic(Path(output) / "table.md", f"{text}\n\n{said}\n")
+    title = f"{model} model, seed {seed}, {len(task.heldout)} held-out prompts"
+    picture = Path(output) / "curves.png"
+    draw(runs, picture, title, task.unit)
+    print(f"\n{text}\n\n{said}\n\ntable: {Path(output) / 'table.md'}   picture: {picture}   "
           f"{time.perf_counter() - started:.0f} s in all")
     return runs
 
 
 def _run_strategy(
-    strategy: str,
-    model_name: str,
-    settings: DemoSettings,
-    prompts: list[Prompt],
-    heldout: list[Prompt],
-    similarity: SynopsisSimilarity,
-    folder: Path,
-    seed: int,
+    strategy: str, settings: DemoSettings, task: _Task, folder: Path, seed: int,
     show_progress: bool | None,
 ) -> list[RoundRecord]:
-    base, tokenizer = load_base(model_name)
-    run_folder = folder / strategy
-    loop = ActiveDPOLoop(
+    base, tokenizer = task.load()
+    evaluation = HeldoutReward(
+        tokenizer, task.heldout, task.reward, folder, samples=settings.samples,
+        generation=settings.generation, show_progress=show_progress)
+
+    def evaluate(model: object) -> dict[str, float]:
+        metrics = evaluation(model)  # type: ignore[arg-type]
+        if show_progress is not False:
+            print(f"   held-out reward {metrics['reward']:.3f}, over the start "
+                  f"{metrics['gain']:+.3f} ± {metrics['gain_se']:.3f}", flush=True)
+        return metrics
+
+    return ActiveDPOLoop(
         with_fresh_lora(base, settings, seed),
         tokenizer,
-        prompts,
-        RewardOracle(similarity, temperature=settings.temperature, seed=seed),
-        output_dir=run_folder,
-        dpo_args=dpo_config(output_dir=str(run_folder / "trainer"), seed=seed, **settings.dpo),
+        task.prompts,
+        RewardOracle(task.reward, temperature=settings.temperature, seed=seed),
+        output_dir=folder,
+        dpo_args=dpo_config(output_dir=str(folder / "trainer"), seed=seed, **settings.dpo),
         strategy=strategy,
-        selector_options={**settings.selection, "seed": seed},
+        selector_options={**settings.selection, **settings.strategies[strategy], "seed": seed},
         batch_size=settings.batch_size,
         rounds=settings.rounds,
         prompts_per_round=settings.prompts_per_round,
         n_responses=settings.n_responses,
         generation=settings.generation,
-        evaluate=_evaluation(tokenizer, heldout, similarity, settings, show_progress),
+        evaluate=evaluate,
         seed=seed,
         show_progress=show_progress,
-    )
-    return loop.run()
-
-
-def _evaluation(
-    tokenizer: PreTrainedTokenizerBase,
-    heldout: list[Prompt],
-    similarity: SynopsisSimilarity,
-    settings: DemoSettings,
-    show_progress: bool | None,
-) -> Callable[[PeftModel], dict[str, float]]:
-    def evaluate(model: PeftModel) -> dict[str, float]:
-        responses = respond(
-            model,
-            tokenizer,
-            heldout,
-            max_new_tokens=settings.generation["max_new_tokens"],
-            batch_size=settings.generation["batch_size"],
-            show_progress=show_progress,
-        )
-        rewards = np.array(
-            similarity([p.prompt for p in heldout], responses, [p.extra for p in heldout])
-        )
-        reward = float(rewards.mean())
-        error = float(rewards.std(ddof=1) / np.sqrt(len(rewards)))
-        if show_progress is not False:
-            print(f"   held-out reward {reward:.4f} ± {error:.4f}", flush=True)
-        return {"reward": reward, "reward_se": error}
-
-    return evaluate
+    ).run()

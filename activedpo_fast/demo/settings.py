@@ -10,11 +10,12 @@ from typing import Any
 class DemoSettings:
     """Sizes of one demo.
 
-    `max_words` leaves out longer descriptions, `heldout` is the number of prompts of the metric,
-    `temperature` that of the Bradley–Terry labels, in units of the reward (a cosine).
+    `max_words` leaves out longer descriptions, `heldout` is the number of prompts of the metric and
+    `samples` that of responses to each (0: one greedy response), `temperature` that of the
+    Bradley–Terry labels, in units of the reward; `strategies` have their options for the selector.
     """
 
-    max_words: int
+    max_words: int | None
     rounds: int
     batch_size: int
     prompts_per_round: int
@@ -25,11 +26,36 @@ class DemoSettings:
     generation: dict[str, Any]
     selection: dict[str, Any] = field(default_factory=dict)
     temperature: float = 0.05
+    samples: int = 0
+    strategies: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"activedpo": {}, "random": {}})
 
 
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 SETTINGS: dict[str, DemoSettings] = {
+    "reviews": DemoSettings(
+        max_words=None,
+        rounds=3,
+        batch_size=128,
+        prompts_per_round=150,
+        n_responses=3,
+        heldout=300,
+        samples=2,
+        temperature=0.3,  # of ratings from -4 to 4
+        lora={"r": 8, "lora_alpha": 16, "target_modules": _LINEARS},
+        dpo={
+            "beta": 0.1,
+            "learning_rate": 2e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 16,
+            "max_length": 64,
+        },
+        generation={"max_new_tokens": 20, "temperature": 1.0, "batch_size": 300},
+        selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
+        # Normalized by neither: what selects best in docs/evidence.md.
+        strategies={"random": {}, "activedpo": {}},
+    ),
     "small": DemoSettings(
         max_words=45,
         rounds=4,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from activedpo_fast.demo.reviews import Rating
 from benchmarks.claims import known_reward, reviews
 from benchmarks.claims.experiments import Experiment, Variant
 from benchmarks.claims.results import Results, Run
@@ -63,8 +64,8 @@ def review_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
 
 
 @functools.cache
-def _rating() -> reviews.Rating:
-    return reviews.Rating()
+def _rating() -> Rating:
+    return Rating()
 
 
 def _with_one_method(seed: int, variant: Variant) -> dict[str, Run]:

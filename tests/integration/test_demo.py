@@ -1,4 +1,4 @@
-"""The demo in little: one round of both strategies, with each of its language models."""
+"""The demo in little: one round of its strategies, with each of its language models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import numpy
 import pytest
 
 from activedpo_fast import ActiveDPOError
+from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards
 from activedpo_fast.demo.run import run_demo
 from activedpo_fast.demo.settings import SETTINGS
 
@@ -18,7 +20,8 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "model", ["small", pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2])]
+    "model", ["reviews", "small",
+              pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2])]
 )
 def test_one_round(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -30,19 +33,31 @@ def test_one_round(
     runs = run_demo(model=model, output=tmp_path, show_progress=False)
     for strategy, records in runs.items():
         assert [record.labels_total for record in records] == [0, 2], strategy
-        # A synopsis is about its package: cosines of unrelated texts are about 0 to 0.1.
-        assert all(0.15 < record.metrics["reward"] < 1.0 for record in records)
+        # A synopsis is about its package: cosines of unrelated texts are about 0 to 0.1. Ratings
+        # go from -4 to 4, and four sentences may all be bad reviews.
+        low, high = (-3.0, 3.0) if model == "reviews" else (0.15, 1.0)
+        assert all(low < record.metrics["reward"] < high for record in records)
+        start, end = (heldout_rewards(path) for path in heldout_files(tmp_path / strategy))
+        assert len(start) == 4
+        assert records[0].metrics["gain"] == records[0].metrics["gain_se"] == 0
+        assert records[1].metrics["gain"] == pytest.approx((end - start).mean(), abs=1e-5)
+        assert records[1].metrics["gain_se"] == pytest.approx(
+            numpy.std(end - start, ddof=1) / 2, abs=1e-5)
         assert records[1].seconds.keys() == {
             "generate", "features", "select", "label", "train", "evaluate"
         }
-    # Both strategies start from the same model and prompts.
-    assert runs["activedpo"][0].metrics == runs["random"][0].metrics
+    # All strategies start from the same model and prompts.
+    assert all(records[0].metrics == runs["random"][0].metrics for records in runs.values())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+    said = (tmp_path / "table.md").read_text().strip()
+    assert said in capsys.readouterr().out
+    assert "After 2 labels, over the start: " in said
+    pairs = len(runs) * (len(runs) - 1) // 2
+    assert said.count("told apart by these prompts.") == pairs
     # What is done is not done again.
     assert run_demo(model=model, output=tmp_path, show_progress=False) == runs
 
 
 def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ActiveDPOError, match="unknown demo model 'large'; known: small, smollm2"):
+    with pytest.raises(ActiveDPOError, match="unknown demo model 'large'; known: reviews, small, smollm2"):
         run_demo(model="large", output=tmp_path)

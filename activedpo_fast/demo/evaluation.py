@@ -1,0 +1,82 @@
+"""The reward of a model on held-out prompts, and how much it has changed from the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from activedpo_fast._files import read_json, write_atomic
+from activedpo_fast.data import Prompt, Text
+from activedpo_fast.generation import respond
+from activedpo_fast.labeling import Reward
+
+
+class HeldoutReward:
+    """Responses to held-out prompts, always the same prompts and seed, and their mean reward.
+
+    Every call writes the rewards by prompt to `folder`: `heldout-000.json` and so on, the first of
+    them at the start.
+
+    Args:
+        samples: responses to each prompt, sampled at `generation`'s temperature; 0 for one greedy
+            response.
+        generation: `max_new_tokens`, `temperature` and `batch_size`.
+
+    A call returns `reward`, the mean, and `reward_se`, its standard error; `gain`, its difference
+    from the start, and `gain_se`, the standard error of that, paired over the prompts.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], reward: Reward,
+        folder: Path, *, samples: int, generation: dict[str, Any], show_progress: bool | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.prompts = [Prompt(f"{p.id}/{n}", p.prompt, p.extra) for n in range(max(1, samples))
+                        for p in prompts]
+        self._reward = reward
+        self._folder = folder
+        self._repeats = max(1, samples)
+        self._generation = {**generation, "temperature": generation["temperature"] if samples
+                            else 0.0}
+        self._show_progress = show_progress
+        self.responses: list[str] = []
+
+    def __call__(self, model: PeftModel) -> dict[str, float]:
+        self.responses = respond(model, self._tokenizer, self.prompts, seed=1,
+                                 show_progress=self._show_progress, **self._generation)
+        texts: list[Text] = [p.prompt for p in self.prompts]
+        answers: list[Text] = list(self.responses)
+        rewards = np.array(self._reward(texts, answers, [p.extra for p in self.prompts]))
+        mine = rewards.reshape(self._repeats, -1).mean(axis=0)
+        done = heldout_files(self._folder)
+        path = self._folder / f"heldout-{len(done):03d}.json"
+        write_atomic(path, json.dumps(mine.tolist()))
+        gain, error = paired(mine, heldout_rewards(heldout_files(self._folder)[0]))
+        return {"reward": float(mine.mean()), "reward_se": _error(mine),
+                "gain": gain, "gain_se": error}
+
+
+def heldout_files(folder: Path) -> list[Path]:
+    """What the calls of a `HeldoutReward` have left, the first one first."""
+    return sorted(folder.glob("heldout-*.json"))
+
+
+def heldout_rewards(path: Path) -> NDArray[np.float64]:
+    """The mean reward of each prompt's responses."""
+    return np.array(read_json(path), dtype=np.float64)
+
+
+def paired(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """The mean of a - b and its standard error, over prompts."""
+    return float((a - b).mean()), _error(a - b)
+
+
+def _error(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,52 @@
+"""The review task: a small language model is to finish reviews favorably."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from activedpo_fast.data import Prompt, Text
+from activedpo_fast.demo.similarity import SynopsisSimilarity
+
+_ASSETS = Path(__file__).parent / "assets" / "reviews"
+
+
+class Rating:
+    """What people would rate prompt and response together, from -4 (negative) to 4.
+
+    A linear regression from the MiniLM embedding of the sentence to the mean rating of twenty
+    people; `assets/README.md` has its origin and fit. In a real project people take its place.
+    """
+
+    def __init__(self) -> None:
+        tensors = load_file(_ASSETS / "reward.safetensors")
+        self._weights, self._bias = tensors["weights"], tensors["bias"]
+        self._embed = SynopsisSimilarity().embed
+
+    def __call__(self, prompts: Sequence[Text], responses: Sequence[Text],
+                 extras: Sequence[Mapping[str, Any]]) -> list[float]:
+        texts = [f"{p}{r}" for p, r in zip(prompts, responses, strict=True)]
+        return (self._embed(texts) @ self._weights + self._bias).tolist()
+
+
+def load_review_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The vendored model before DPO, float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(_ASSETS / "model", dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(_ASSETS / "model")
+
+
+def read_review_prompts(split: str) -> list[Prompt]:
+    """`pool` or `heldout`: the first four words of review sentences."""
+    rows = pq.read_table(_ASSETS / f"{split}.parquet").to_pylist()
+    return [Prompt(row["id"], row["prompt"]) for row in rows]
