@@ -59,5 +59,5 @@ def test_one_round(
 
 
 def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ActiveDPOError, match="unknown demo model 'large'; known: reviews, small, smollm2"):
+    with pytest.raises(ActiveDPOError, match="model 'large'; known: reviews, small, smollm2"):
         run_demo(model="large", output=tmp_path)
