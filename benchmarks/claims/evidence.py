@@ -48,6 +48,8 @@ def document(
             draw_curves(known, mains, path.with_name(f"evidence_{task}.png"))
         if mains and task == "known_reward":
             draw_bound(known, mains, path.with_name("evidence_bound.png"))
+        if mains and task == "reviews":
+            draw_frontier(known, mains[0], path.with_name("evidence_reviews_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 
@@ -55,14 +57,15 @@ def document(
 def main_table(results: Results, experiment: Experiment) -> str:
     """A line a method: reward on the way, and the comparison with random picks."""
     seeds = _seeds(results, experiment)
-    curves = {v.method: _curves(results, v, seeds) for v in experiment.variants}
+    made = _made(results, experiment)
+    curves = {v.method: _curves(results, v, seeds) for v in made}
     setting = experiment.variants[0].setting
     labels = np.arange(setting.rounds + 1.0) * setting.batch_size
     compared = compare({name: c for name, c in curves.items() if name != EVERYTHING}, RANDOM,
                        labels)
     marks = [int(labels[round(share * setting.rounds)]) for share in (0.2, 0.5, 1.0)]
     rows = []
-    for v in experiment.variants:
+    for v in made:
         runs = [results.runs(v.key)[seed] for seed in seeds]
         mean, error = mean_and_error(curves[v.method])
         rows.append({
@@ -89,7 +92,8 @@ def grid_table(results: Results, experiment: Experiment) -> str:
     random picks in the same row."""
     seeds = _seeds(results, experiment)
     cells: dict[tuple[str, str], str] = {}
-    for v in experiment.variants:
+    made = _made(results, experiment)
+    for v in made:
         own = _curves(results, v, seeds)[:, 1:].mean(axis=1)
         base = _curves(results, experiment.baseline(v.row), seeds)[:, 1:].mean(axis=1)
         cells[v.row, v.column] = f"{own.mean():.3f}"
@@ -97,8 +101,8 @@ def grid_table(results: Results, experiment: Experiment) -> str:
             difference = own - base
             half = 1.96 * difference.std(ddof=1) / np.sqrt(len(seeds))
             cells[v.row, v.column] += f" ({difference.mean():+.3f} ± {half:.3f})"
-    rows = [{"row": row} for row in dict.fromkeys(v.row for v in experiment.variants)]
-    columns = dict.fromkeys(v.column for v in experiment.variants)
+    rows = [{"row": row} for row in dict.fromkeys(v.row for v in made)]
+    columns = dict.fromkeys(v.column for v in made)
     return f"{experiment.title}; {len(seeds)} seeds.\n\n" + table(rows, {
         "": lambda r: r["row"],
         **{c: lambda r, c=c: cells.get((r["row"], c), "–") for c in columns}})
@@ -131,7 +135,7 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
         seeds = _seeds(results, experiment)
         setting = experiment.variants[0].setting
         labels = np.arange(setting.rounds + 1) * setting.batch_size
-        for n, name in enumerate(_DRAWN):
+        for n, name in enumerate(_drawn(results, experiment)):
             variant = next(v for v in experiment.variants if v.method == name)
             mean, error = mean_and_error(_curves(results, variant, seeds))
             plain = name in (RANDOM, EVERYTHING)
@@ -147,12 +151,30 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
     _save(figure, path)
 
 
+def draw_frontier(results: Results, experiment: Experiment, path: Path) -> None:
+    """Held-out reward against the distance from the start, a point a round, means over seeds."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
+    seeds = _seeds(results, experiment)
+    for n, name in enumerate(_drawn(results, experiment)):
+        variant = next(v for v in experiment.variants if v.method == name)
+        runs = [results.runs(variant.key)[seed] for seed in seeds]
+        kl, reward = (np.mean([run[metric] for run in runs], axis=0) for metric in ("kl", "reward"))
+        axes.plot(kl, reward, marker="o", markersize=4, label=name,
+                  color="black" if name == RANDOM else f"C{n}")
+    axes.set(xlabel="KL(policy, start), nats a response", ylabel="held-out reward",
+             title=f"{experiment.title}, {len(seeds)} seeds, a point a round")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    _save(figure, path)
+
+
 def draw_bound(results: Results, mains: Sequence[Experiment], path: Path) -> None:
     """The error of estimated reward differences against their width, both after the last round."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
     for experiment, line in zip(mains, ("-", "--"), strict=False):
-        for variant in experiment.variants:
+        for variant in _made(results, experiment):
             runs = list(results.runs(variant.key).values())
             if "width" not in runs[0]:
                 continue
@@ -175,10 +197,22 @@ def _everything(setting: Any) -> str:
     return f"{EVERYTHING}, {pairs // setting.batch_size} times as many"
 
 
+def _made(results: Results, experiment: Experiment) -> tuple[Variant, ...]:
+    """The variants that have two runs or more; a table may be filled in over several days."""
+    return tuple(v for v in experiment.variants if len(results.runs(v.key)) > 1)
+
+
+def _drawn(results: Results, experiment: Experiment) -> list[str]:
+    made = {v.method for v in _made(results, experiment)}
+    return [name for name in _DRAWN if name in made]
+
+
 def _seeds(results: Results, experiment: Experiment) -> list[int]:
-    """Those that every variant has a run of, and random picks in each row."""
-    keys = {v.key for v in experiment.variants}
-    keys |= {experiment.baseline(v.row).key for v in experiment.variants}
+    """Those that every variant made has a run of, and random picks in each row."""
+    keys = {v.key for v in _made(results, experiment)}
+    keys |= {experiment.baseline(v.row).key for v in _made(results, experiment)}
+    if not keys:
+        return []
     return sorted(set.intersection(*(set(results.runs(key)) for key in keys)))[:experiment.seeds]
 
 

@@ -102,7 +102,7 @@ def _saved(method: NDArray[np.float64], base: NDArray[np.float64],
     reached = np.maximum.accumulate(method)
     needed = _first_at(aim, reached, labels)
     own = _first_at(aim, np.maximum.accumulate(base), labels)
-    return 1 - needed / own
+    return 1 - needed / own if own > 0 else float("nan")  # the baseline has learned nothing
 
 
 def _first_at(aim: float, curve: NDArray[np.float64], labels: NDArray[np.float64]) -> float:

@@ -38,6 +38,7 @@ def test_labels_saved_are_read_off_the_mean_curves() -> None:
     assert labels_saved(base, base, labels, draws).value == 0
     found = labels_saved(base / 2, base, labels, draws)
     assert math.isnan(found.value) and found.low == -math.inf
+    assert math.isnan(labels_saved(twice, -base, labels, draws).value)  # nothing to save
     # A dip on the way back does not hide where a curve first got to.
     dip = np.tile([0.0, 0.5, 0.1, 0.1, 0.1], (6, 1))
     assert labels_saved(dip, base, labels, draws).value == pytest.approx(0.8)
