@@ -298,6 +298,8 @@ def demo(
         from activedpo_fast.demo.run import run_demo
 
         _hush()
+        # That some responses go on with the prompt's last word, which both sides tokenize alike.
+        logging.getLogger("trl").setLevel(logging.ERROR)
         run_demo(model=model, output=output, rounds=rounds, seed=seed, fresh=fresh,
                  show_progress=_progress(quiet))
 
