@@ -42,7 +42,8 @@ def document(
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:
-            make = main_table if experiment in mains else grid_table
+            make = gate_table if experiment.name == "gate" else (
+                main_table if experiment in mains else grid_table)
             found[f"claims: {experiment.name}"] = make(known, experiment)
         if mains:
             draw_curves(known, mains, path.with_name(f"evidence_{task}.png"))
@@ -52,6 +53,22 @@ def document(
             draw_frontier(known, mains[0], path.with_name("evidence_reviews_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
+
+
+def gate_table(results: Results, experiment: Experiment) -> str:
+    """A line a seed: what DPO on everything earns, in paired standard errors over prompts."""
+    (variant,) = experiment.variants
+    rows = [{"seed": seed, **run} for seed, run in sorted(results.runs(variant.key).items())]
+    return f"{experiment.title}.\n\n" + table(rows, {
+        "seed": lambda r: str(r["seed"]),
+        "labels": lambda r: str(r["labels"][-1]),
+        "reward before": lambda r: f"{r['reward'][0]:.3f}",
+        "after": lambda r: f"{r['reward'][-1]:.3f}",
+        "gain": lambda r: f"{r['reward'][-1] - r['reward'][0]:+.3f} ± {r['gain_se'][-1]:.3f}",
+        "standard errors": lambda r: f"{(r['reward'][-1] - r['reward'][0]) / r['gain_se'][-1]:.1f}",
+        "VADER before": lambda r: f"{r['vader'][0]:.3f}",
+        "VADER after": lambda r: f"{r['vader'][-1]:.3f}",
+        "KL": lambda r: f"{r['kl'][-1]:.2f}"})
 
 
 def main_table(results: Results, experiment: Experiment) -> str:
@@ -210,7 +227,8 @@ def _drawn(results: Results, experiment: Experiment) -> list[str]:
 def _seeds(results: Results, experiment: Experiment) -> list[int]:
     """Those that every variant made has a run of, and random picks in each row."""
     keys = {v.key for v in _made(results, experiment)}
-    keys |= {experiment.baseline(v.row).key for v in _made(results, experiment)}
+    if experiment.name != "gate":
+        keys |= {experiment.baseline(v.row).key for v in _made(results, experiment)}
     if not keys:
         return []
     return sorted(set.intersection(*(set(results.runs(key)) for key in keys)))[:experiment.seeds]

@@ -34,7 +34,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Curves that share a table; each is compared with random picks in its row."""
+    """Curves that share a table; each is compared with random picks in its row.
+
+    The one called "gate" has no comparison: it shows that DPO can learn the task.
+    """
 
     name: str
     title: str
@@ -93,4 +96,6 @@ def of_reviews() -> list[Experiment]:
         Variant(f"{rate:g}", method, method, ReviewSetting(learning_rate=rate))
         for rate in (5e-4, 1e-3, 2e-3, 4e-3)
         for method in (RANDOM, "activedpo, none", "trace_plus")))
-    return [main, steps]
+    gate = Experiment("gate", "all pairs of 400 prompts labeled at once", 2, (
+        Variant("", EVERYTHING, EVERYTHING, ReviewSetting(rounds=1, prompts_per_round=400)),))
+    return [gate, main, steps]
