@@ -7,6 +7,7 @@ embedding predicts. Everything else is `ActiveDPOLoop` and TRL's `DPOTrainer`.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -59,12 +60,12 @@ class ReviewSetting:
     """
 
     rounds: int = 6
-    batch_size: int = 32
-    prompts_per_round: int = 100
+    batch_size: int = 64
+    prompts_per_round: int = 128
     n_responses: int = 3
     temperature: float = 0.3
     beta: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     epochs: int = 2
     train_on: str = "all"
     heldout: int = 300
@@ -90,7 +91,8 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
     """All rounds of one method, in `folder`, where an interrupted run goes on.
 
     Returns:
-        "labels" and the metrics of `Evaluation`, each a list: the start first.
+        "labels" and the metrics of `Evaluation`, each a list: the start first; and what `_asked`
+        returns, each a list over the rounds.
     """
     strategy, options = METHODS[method]
     model, tokenizer = load_policy(setting, seed)
@@ -120,7 +122,22 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
     seconds = {name: sum(r.seconds.get(name, 0.0) for r in records) for name in
                ("generate", "features", "select", "label", "train", "evaluate")}
     return {"labels": [r.labels_total for r in records], "seconds": seconds,
-            **{name: [r.metrics[name] for r in records] for name in names}}
+            **{name: [r.metrics[name] for r in records] for name in names},
+            **_asked(folder, rating)}
+
+
+def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:
+    """Of each round's labels: "agreement", the share that prefers the response with the higher
+    rating, and "difference", how far the two ratings are apart on average."""
+    found: dict[str, list[float]] = {"agreement": [], "difference": []}
+    for path in sorted(folder.glob("round-*/labels.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        first, second = (np.array(rating([r["prompt"] for r in rows],
+                                         [r["responses"][n] for r in rows], [])) for n in (0, 1))
+        preferred = np.array([r["label"] == 0 for r in rows])
+        found["agreement"].append(float(((first > second) == preferred).mean()))
+        found["difference"].append(float(np.abs(first - second).mean()))
+    return found
 
 
 class Evaluation:
@@ -153,15 +170,18 @@ class Evaluation:
     def _divergence(
         self, model: PeftModel, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> float:
+        # A pool's items have two different responses: one is another sample for the same prompt.
+        half = len(prompts) // 2
         pool = PreferencePool(
-            PoolItem(p.id, p.prompt, (r, f"{r} .")) for p, r in
-            zip(prompts[:KL_SAMPLES], responses, strict=False) if r.strip())
+            PoolItem(p.id, p.prompt, (r, other)) for p, r, other in
+            list(zip(prompts, responses, responses[half:], strict=False))[:KL_SAMPLES // 2]
+            if r.strip() and other.strip() and r != other)
         tokens = tokenize_pool(pool, self._tokenizer, show_progress=False)
         extractor = FeatureExtractor(model, Sketch("sjlt", 8), verify=False)
         own = extractor.logps(tokens, show_progress=False)
         with model.disable_adapter():
             ref = extractor.logps(tokens, show_progress=False)
-        return float((own - ref)[::2].mean())
+        return float((own - ref).mean())
 
 
 def quiet() -> None:
