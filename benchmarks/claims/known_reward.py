@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from activedpo_fast.features.sketch import Sketch, SketchPlan
 from activedpo_fast.selection.information import InformationMatrix
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
@@ -41,23 +42,34 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "trace": ("trace", {}),
     "trace_plus": ("trace_plus", {"beta": 1.0}),
     "diagonal V": ("diagonal", {}),
+    "V fixed in a batch": ("at_once", {}),
 }
 EVERYTHING = "all labels"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One experiment; the defaults are those of the main comparison."""
+    """One experiment; the defaults are those of the main comparison.
+
+    temperature: of the labels, in units in which differences have spread 2. options: of the
+    strategy, beside METHODS' own. history: what V has of the labeled pairs: their gradients at the
+    "current" parameters, those at which they were labeled ("frozen"), or nothing ("none").
+    proj_dim: numbers to which gradients are sketched; 0 for none. random_share: of each batch,
+    picked at random after the strategy's own picks.
+    """
 
     reward: str = "linear"
     rounds: int = 10
     batch_size: int = 10
     prompts_per_round: int = 100
     n_responses: int = 3
-    temperature: float = 1.0  # of the labels, in units in which differences have spread 2
+    temperature: float = 1.0
     duplicates: float = 0.0
     train_on: str = "all"
-    options: dict[str, Any] = field(default_factory=dict)  # of the strategy, beside METHODS' own
+    options: dict[str, Any] = field(default_factory=dict)
+    history: str = "current"
+    proj_dim: int = 0
+    random_share: float = 0.0
 
 
 class Trace(NamedTuple):
@@ -87,8 +99,7 @@ def run(world: World, method: str, setting: Setting, seed: int) -> Trace:
     theta = torch.zeros(d, dtype=torch.float64)
     chosen: list[Tensor] = []  # [d], features of the preferred less those of the other response
     newest: list[Tensor] = []
-    history: list[tuple[int, int, int]] = []  # prompt, first response, second response
-    known: set[tuple[int, int, int]] = set()
+    history = History([], [])
     order = torch.randperm(len(world.features), generator=_generator(seed, "prompts"))
     reward = []
     right = 0
@@ -99,59 +110,100 @@ def run(world: World, method: str, setting: Setting, seed: int) -> Trace:
         first = t * setting.prompts_per_round
         prompts = order[torch.arange(first, first + setting.prompts_per_round) % len(order)]
         rows = sample(world, theta, prompts, setting.n_responses, _generator(seed, f"round {t}"))
-        pairs = select(world, theta, method, setting, prompts, rows, history, known,
-                       seed + 1000 * t)
+        pairs = select(world, theta, method, setting, prompts, rows, history, seed + 1000 * t)
         newest = []
         for prompt, a, b in pairs:
             better = draw(world, prompt, a, b, setting.temperature, seed)
             difference = world.features[prompt, a] - world.features[prompt, b]
             newest.append(difference if better else -difference)
             right += better == bool(world.reward[prompt, a] > world.reward[prompt, b])
-        history += pairs
-        known.update(pairs)
+        history.add(world, theta, pairs)
         chosen += newest
         theta = fit(torch.stack(chosen if setting.train_on == "all" else newest))
-    return Trace(reward, divergence(world, theta), accuracy(world, theta), right / len(history),
+    return Trace(reward, divergence(world, theta), accuracy(world, theta),
+                 right / len(history.pairs),
                  *bound(world, theta, torch.stack(chosen)))
+
+
+class History(NamedTuple):
+    """The labeled pairs as (prompt, response, response), and the two gradients of each, float64
+    [2, d], at the parameters at which it was picked."""
+
+    pairs: list[tuple[int, int, int]]
+    gradients: list[Tensor]
+
+    def add(self, world: World, theta: Tensor, pairs: list[tuple[int, int, int]]) -> None:
+        """Add those picked at theta."""
+        self.pairs.extend(pairs)
+        self.gradients.extend(gradient(world, theta, *_responses(pairs)).view(len(pairs), 2, -1))
 
 
 def select(
     world: World, theta: Tensor, method: str, setting: Setting, prompts: Tensor, rows: Tensor,
-    history: Sequence[tuple[int, int, int]], known: set[tuple[int, int, int]], seed: int,
+    history: History, seed: int,
 ) -> list[tuple[int, int, int]]:
     """The picks of a round, as (prompt, response, response); `rows` are the responses [n, M]."""
     m = rows.shape[1]
     upper = torch.triu_indices(m, m, offset=1).T
     numbers = torch.arange(rows.numel()).view(rows.shape)
     pairs = numbers[:, upper].flatten(0, 1)
-    prompt_of, response_of = prompts.repeat_interleave(m), rows.flatten()
-    names = [_named(int(prompt_of[a]), int(response_of[a]), int(response_of[b]))
-             for a, b in pairs.tolist()]
-    fresh = torch.tensor([n for n, name in enumerate(names) if name not in known])
+    own = prompts.repeat_interleave(m), rows.flatten()
+    known = set(history.pairs)
+    named = [_named(int(own[0][a]), int(own[1][a]), int(own[1][b])) for a, b in pairs.tolist()]
+    fresh = [n for n, name in enumerate(named) if name not in known]
+    names = [named[n] for n in fresh]
     if method == EVERYTHING:
-        return [names[n] for n in fresh.tolist()]
+        return names
+    signals = signals_of(world, theta, setting, pairs[torch.tensor(fresh)], own, history, m)
     strategy, options = METHODS[method]
     options = {**options, **setting.options}
     if strategy == "random":
         options["seed"] = seed
-    past = torch.tensor(history, dtype=torch.int64).view(-1, 3)
-    past_rows = past[:, [0, 1, 0, 2]].view(-1, 2)  # (prompt, response), two a pair
-    past_pairs = torch.arange(2 * len(past)).view(-1, 2)
-    own, before = (prompt_of, response_of), past_rows.unbind(1)
-    gradients, past_gradients = (gradient(world, theta, *at) for at in (own, before))
-    logps, past_logps = (log_probability(world, theta, *at) for at in (own, before))
-    hidden, past_hidden = (world.features[at] for at in (own, before))
-    uniform, past_uniform = (torch.full_like(x, -math.log(RESPONSES)) for x in (logps, past_logps))
-    signals = TensorSignals(
-        pairs[fresh], torch.arange(len(prompts)).repeat_interleave(m), gradients=gradients,
-        hidden=hidden, logps=BETA * logps, ref_logps=BETA * uniform,
-        history_gradients=(past_gradients, past_pairs), history_hidden=(past_hidden, past_pairs),
-        history_logps=(BETA * past_logps, past_pairs),
-        history_ref_logps=(BETA * past_uniform, past_pairs))
     chosen = TRIALS[strategy](**options) if strategy in TRIALS else make_strategy(
         strategy, **options)
-    ranking = chosen.select(signals, setting.batch_size, show_progress=False)
-    return [names[fresh[n]] for n in ranking.indices.tolist()]
+    at_random = round(setting.random_share * setting.batch_size)
+    picks = chosen.select(signals, setting.batch_size - at_random,
+                          show_progress=False).indices.tolist()
+    if at_random:
+        order = torch.randperm(len(names), generator=_generator(seed, "share")).tolist()
+        picks += [n for n in order if n not in picks][:at_random]
+    return [names[n] for n in picks]
+
+
+def signals_of(
+    world: World, theta: Tensor, setting: Setting, pairs: Tensor, own: tuple[Tensor, Tensor],
+    history: History, m: int,
+) -> TensorSignals:
+    """All that a strategy may look at; `own` are the candidates' prompts and responses, [n]."""
+    labeled = [] if setting.history == "none" else history.pairs
+    past = _responses(labeled)
+    past_pairs = torch.arange(2 * len(labeled)).view(-1, 2)
+    gradients, past_gradients = (gradient(world, theta, *at) for at in (own, past))
+    if setting.history == "frozen" and labeled:
+        past_gradients = torch.cat(history.gradients)
+    if setting.proj_dim:
+        gradients, past_gradients = (
+            sketched(rows, setting.proj_dim) for rows in (gradients, past_gradients))
+    logps, past_logps = (log_probability(world, theta, *at) for at in (own, past))
+    uniform, past_uniform = (torch.full_like(x, -math.log(RESPONSES)) for x in (logps, past_logps))
+    return TensorSignals(
+        pairs, torch.arange(len(own[0]) // m).repeat_interleave(m), gradients=gradients,
+        hidden=world.features[own], logps=BETA * logps, ref_logps=BETA * uniform,
+        history_gradients=(past_gradients, past_pairs),
+        history_hidden=(world.features[past], past_pairs),
+        history_logps=(BETA * past_logps, past_pairs),
+        history_ref_logps=(BETA * past_uniform, past_pairs))
+
+
+def sketched(rows: Tensor, dim: int) -> Tensor:
+    """The library's Rademacher sketch of gradients [n, d], as of one parameter: [n, dim]."""
+    out = torch.zeros(len(rows), dim, dtype=torch.float64)
+    if len(rows):
+        plan = SketchPlan(Sketch("rademacher", dim), [("theta", rows.shape[1:])])
+        numbers = torch.arange(len(rows))
+        plan.add(out, "theta", rows, torch.ones(len(rows), 1, dtype=torch.float64),
+                 torch.stack([numbers, numbers + 1, numbers], dim=1))
+    return out
 
 
 def policy(world: World, theta: Tensor, prompts: Tensor) -> Tensor:
@@ -240,6 +292,13 @@ def bound(world: World, theta: Tensor, chosen: Tensor) -> tuple[list[float], lis
     tenths = width.argsort().tensor_split(10)
     return ([float(error[part].mean()) for part in tenths],
             [float(width[part].mean()) for part in tenths])
+
+
+def _responses(pairs: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Prompt and response of both responses of pairs, int64 [2t] each."""
+    table = torch.tensor(pairs, dtype=torch.int64).view(-1, 3)
+    prompts, responses = table[:, [0, 1, 0, 2]].view(-1, 2).unbind(1)
+    return prompts, responses
 
 
 def _named(prompt: int, a: int, b: int) -> tuple[int, int, int]:

@@ -63,7 +63,23 @@ class Diagonal(Trial):
             seen = seen + squares[picks[-1]]
 
 
-TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal,)}
+@dataclass(frozen=True)
+class AtOnce(Trial):
+    """The largest phi^T V^-1 phi, with V of the labeled pairs: no pick knows of the others."""
+
+    name: ClassVar[str] = "at_once"
+
+    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
+        phi = _differences(_rows(signals.gradients()), signals.pairs)
+        past_rows, past_pairs = signals.history_gradients()
+        past = _differences(_rows(past_rows), past_pairs)
+        v = past.T @ past + self.lam * torch.eye(phi.shape[1], dtype=torch.float64)
+        scores = (phi * torch.linalg.solve(v, phi.T).T).sum(dim=1)
+        while True:
+            yield scores
+
+
+TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce)}
 
 
 def _rows(rows: Any) -> Tensor:

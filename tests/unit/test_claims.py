@@ -112,6 +112,19 @@ def test_a_trial_is_greedy_by_its_definition() -> None:
         v = v + phi[pick].square()
 
 
+def test_a_pick_at_once_knows_nothing_of_the_others() -> None:
+    signals = _signals()
+    picks = TRIALS["at_once"](lam=0.3).select(signals, 6).indices.tolist()
+    rows, (past_rows, past_pairs) = signals.gradients(), signals.history_gradients()
+    assert isinstance(rows, torch.Tensor)
+    v = 0.3 * torch.eye(7, dtype=torch.float64)
+    for a, b in past_pairs.tolist():
+        v += torch.outer(past_rows[a] - past_rows[b], past_rows[a] - past_rows[b])
+    scores = [float((rows[a] - rows[b]) @ torch.linalg.inv(v) @ (rows[a] - rows[b]))
+              for a, b in signals.pairs.tolist()]
+    assert picks == sorted(range(len(scores)), key=lambda n: -scores[n])[:6]
+
+
 def test_equals_are_taken_in_their_order() -> None:
     signals = _signals()
     rows = signals.gradients()
@@ -166,6 +179,44 @@ def test_a_run_learns_and_is_the_same_again(world: World, method: str) -> None:
     assert traces[0].accuracy > 0.5
     if method == EVERYTHING:
         assert traces[0].reward[-1] > 0.9
+
+
+def test_gradients_are_sketched_as_the_library_does() -> None:
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = known_reward.sketched(rows, 4096)
+    torch.testing.assert_close(found @ found.T, rows @ rows.T, atol=1.0, rtol=0.1)
+    assert known_reward.sketched(rows[:0], 8).shape == (0, 8)
+
+
+def test_what_v_has_of_the_history(world: World) -> None:
+    history = known_reward.History([], [])
+    start, now = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    history.add(world, start, [(3, 1, 2), (5, 0, 9)])
+    own = torch.tensor([7, 7]), torch.tensor([4, 6])
+
+    def rows(kind: str) -> torch.Tensor:
+        signals = known_reward.signals_of(world, now, Setting(history=kind),
+                                          torch.tensor([[0, 1]]), own, history, 2)
+        return signals.history_gradients()[0]
+
+    prompts, responses = torch.tensor([3, 3, 5, 5]), torch.tensor([1, 2, 0, 9])
+    for kind, theta in (("current", now), ("frozen", start)):
+        torch.testing.assert_close(
+            rows(kind), known_reward.gradient(world, theta, prompts, responses))
+    assert len(rows("none")) == 0
+
+
+def test_a_share_of_the_picks_is_random(world: World) -> None:
+    picked = {}
+    for share in (0.0, 0.5, 1.0):
+        setting = Setting(batch_size=10, random_share=share)
+        theta, prompts = torch.zeros(6, dtype=torch.float64), torch.arange(20)
+        responses = known_reward.sample(world, theta, prompts, 3, torch.Generator().manual_seed(4))
+        picked[share] = known_reward.select(world, theta, "activedpo, none", setting, prompts,
+                                            responses, known_reward.History([], []), seed=3)
+    assert picked[0.5][:5] == picked[0.0][:5]
+    assert len(set(picked[0.5])) == 10 and picked[0.5][5:] != picked[0.0][5:]
+    assert len(set(picked[1.0]) & set(picked[0.0])) < 10
 
 
 def test_methods_see_the_same_first_responses(world: World) -> None:
