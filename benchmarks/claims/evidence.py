@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from activedpo_fast._files import atomic_path
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment, Variant
 from benchmarks.claims.results import Results
-from benchmarks.claims.statistics import Comparison, compare, mean_and_error
+from benchmarks.claims.statistics import Comparison, Estimate, compare, mean_and_error
 from benchmarks.report import table, write_into
 from benchmarks.selection_paper import Assumptions, paper_round
 
@@ -22,8 +22,9 @@ _DRAWN = (RANDOM, "activedpo, response", "activedpo, none", "adpo_plus", "apo", 
 
 _PAPER_LABELS = 500  # of ten rounds; half of them on average
 
-# Of a run's end: the column's name and how its numbers are written.
+# The column's name and how its numbers are written; see `_summary`.
 _METRICS = {"accuracy": ("ranked right", "{:.1%}"), "agreement": ("labels right", "{:.1%}"),
+            "difference": ("ratings apart", "{:.2f}"),
             "vader": ("VADER", "{:.3f}"), "words": ("words", "{:.1f}"), "kl": ("KL", "{:.2f}")}
 
 
@@ -50,7 +51,7 @@ def document(
         if mains and task == "known_reward":
             draw_bound(known, mains, path.with_name("evidence_bound.png"))
         if mains and task == "reviews":
-            draw_frontier(known, mains[0], path.with_name("evidence_reviews_kl.png"))
+            draw_frontiers(known, mains[0], path.with_name("evidence_reviews_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 
@@ -78,8 +79,9 @@ def main_table(results: Results, experiment: Experiment) -> str:
     curves = {v.method: _curves(results, v, seeds) for v in made}
     setting = experiment.variants[0].setting
     labels = np.arange(setting.rounds + 1.0) * setting.batch_size
+    costs = _costs(results, made, seeds)
     compared = compare({name: c for name, c in curves.items() if name != EVERYTHING}, RANDOM,
-                       labels)
+                       labels, costs)
     marks = [int(labels[round(share * setting.rounds)]) for share in (0.2, 0.5, 1.0)]
     rows = []
     for v in made:
@@ -90,7 +92,7 @@ def main_table(results: Results, experiment: Experiment) -> str:
             "comparison": compared.get(v.method),
             **{f"{n}": f"{mean[n // setting.batch_size]:.3f}" for n in marks[:-1]},
             f"{marks[-1]}": f"{mean[-1]:.3f} ± {error[-1]:.3f}",
-            **{name: float(np.mean([np.ravel(run[name])[-1] for run in runs]))
+            **{name: float(np.mean([_summary(name, run[name]) for run in runs]))
                for name in _METRICS if name in runs[0]}})
     metrics = [name for name in _METRICS if name in rows[0]]
     return f"{len(seeds)} seeds.\n\n" + table(rows, {
@@ -98,7 +100,10 @@ def main_table(results: Results, experiment: Experiment) -> str:
         **{f"{n} labels": lambda r, n=n: r[f"{n}"] for n in marks},
         "area over random": lambda r: _area(r["comparison"]),
         "p, Holm": lambda r: _p(r["comparison"]),
-        "labels saved": lambda r: _saved(r["comparison"]),
+        "labels saved": lambda r: _saved(r["comparison"] and r["comparison"].saved),
+        **({} if costs is None else {
+            "passes": lambda r: f"{costs[r['method']][-1]:.0f}" if r["method"] in costs else "–",
+            "passes saved": lambda r: _saved(r["comparison"] and r["comparison"].cheaper)}),
         **{_METRICS[name][0]: lambda r, name=name: _METRICS[name][1].format(r[name])
            for name in metrics},
     })
@@ -168,21 +173,30 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
     _save(figure, path)
 
 
-def draw_frontier(results: Results, experiment: Experiment, path: Path) -> None:
-    """Held-out reward against the distance from the start, a point a round, means over seeds."""
+def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None:
+    """Held-out reward against the distance from the start and against what a run costs, a point a
+    round, means over seeds."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.2, 4.6), layout="constrained")
     seeds = _seeds(results, experiment)
-    for n, name in enumerate(_drawn(results, experiment)):
-        variant = next(v for v in experiment.variants if v.method == name)
-        runs = [results.runs(variant.key)[seed] for seed in seeds]
-        kl, reward = (np.mean([run[metric] for run in runs], axis=0) for metric in ("kl", "reward"))
-        axes.plot(kl, reward, marker="o", markersize=4, label=name,
-                  color="black" if name == RANDOM else f"C{n}")
-    axes.set(xlabel="KL(policy, start), nats a response", ylabel="held-out reward",
-             title=f"{experiment.title}, {len(seeds)} seeds, a point a round")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    costs = _costs(results, _made(results, experiment), seeds)
+    against = {"kl": "KL(policy, start), nats a response",
+               **({} if costs is None else {"passes": "thousands of forward passes of a token"})}
+    figure, panels = plt.subplots(1, len(against), figsize=(6.2 * len(against), 4.6),
+                                  layout="constrained", squeeze=False)
+    for axes, (metric, label) in zip(panels[0], against.items(), strict=True):
+        for n, name in enumerate(_drawn(results, experiment)):
+            if name == EVERYTHING:
+                continue
+            variant = next(v for v in experiment.variants if v.method == name)
+            runs = [results.runs(variant.key)[seed] for seed in seeds]
+            x, reward = (np.mean([run[what] for run in runs], axis=0)
+                         for what in (metric, "reward"))
+            axes.plot(x, reward, marker="o", markersize=4, label=name,
+                      color="black" if name == RANDOM else f"C{n}")
+        axes.set(xlabel=label, ylabel="held-out reward",
+                 title=f"{experiment.title}, {len(seeds)} seeds, a point a round")
+        axes.grid(alpha=0.3)
+    panels[0][-1].legend(fontsize=9)
     _save(figure, path)
 
 
@@ -239,6 +253,21 @@ def _curves(results: Results, variant: Variant, seeds: Sequence[int]) -> NDArray
     return np.array([runs[seed]["reward"] for seed in seeds])
 
 
+def _summary(name: str, value: Any) -> float:
+    """Of a metric with a number a round: of all labels for what is of labels, or at the end."""
+    return float(np.mean(value) if name in ("agreement", "difference") else np.ravel(value)[-1])
+
+
+def _costs(
+    results: Results, made: Sequence[Variant], seeds: Sequence[int]
+) -> dict[str, NDArray[np.float64]] | None:
+    """Mean passes of each method on the way, where they were counted."""
+    runs = {v.method: [results.runs(v.key)[seed] for seed in seeds] for v in made}
+    if not all("passes" in run for each in runs.values() for run in each):
+        return None
+    return {name: np.mean([run["passes"] for run in each], axis=0) for name, each in runs.items()}
+
+
 def _area(comparison: Comparison | None) -> str:
     if comparison is None:
         return "–"
@@ -252,10 +281,10 @@ def _p(comparison: Comparison | None) -> str:
     return "< 0.001" if comparison.p_holm < 0.001 else f"{comparison.p_holm:.3f}"
 
 
-def _saved(comparison: Comparison | None) -> str:
-    if comparison is None:
+def _saved(share: Estimate | None) -> str:
+    if share is None:
         return "–"
-    value, low, high = comparison.saved
+    value, low, high = share
     if np.isnan(value):
         return "none"
     ends = [f"{end:.0%}" if np.isfinite(end) else "none" for end in (low, high)]

@@ -27,8 +27,10 @@ from activedpo_fast.features.extractor import FeatureExtractor
 from activedpo_fast.features.sketch import Sketch
 from activedpo_fast.labeling import RewardOracle
 from activedpo_fast.loop import ActiveDPOLoop
+from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.tokenization import tokenize_pool
 from activedpo_fast.trl import dpo_config
+from benchmarks.claims.compute import passes
 from benchmarks.claims.trial_strategies import TRIALS
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -91,8 +93,8 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
     """All rounds of one method, in `folder`, where an interrupted run goes on.
 
     Returns:
-        "labels" and the metrics of `Evaluation`, each a list: the start first; and what `_asked`
-        returns, each a list over the rounds.
+        "labels", "passes" (see `compute`) and the metrics of `Evaluation`, each a list: the start
+        first; and what `_asked` returns, each a list over the rounds.
     """
     strategy, options = METHODS[method]
     model, tokenizer = load_policy(setting, seed)
@@ -123,7 +125,15 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
                ("generate", "features", "select", "label", "train", "evaluate")}
     return {"labels": [r.labels_total for r in records], "seconds": seconds,
             **{name: [r.metrics[name] for r in records] for name in names},
+            "passes": passes(folder, tokenizer, requires(method), setting.epochs,
+                             setting.train_on),
             **_asked(folder, rating)}
+
+
+def requires(method: str) -> frozenset[str]:
+    """The signals of a method's strategy."""
+    strategy = METHODS[method][0]
+    return TRIALS[strategy].requires if strategy in TRIALS else STRATEGIES[strategy].requires
 
 
 def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:

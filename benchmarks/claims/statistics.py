@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Curves = NDArray[np.float64]  # [seeds, rounds + 1], the start first
+Axis = NDArray[np.float64]  # [rounds + 1]
 
 _RESAMPLES = 10_000
 _LEVEL = 0.95
@@ -29,21 +30,25 @@ class Comparison(NamedTuple):
     p: two-sided, of the sign-flip test of `area`; p_holm: with Holm's correction.
     saved: share of the baseline's labels that the method does without, for the reward that the
         baseline ends with; negative where it needs more. NaN where it does not get there.
+    cheaper: the same share of the baseline's cost, where costs are known.
     """
 
     area: Estimate
     p: float
     p_holm: float
     saved: Estimate
+    cheaper: Estimate | None
 
 
 def compare(
-    curves: Mapping[str, Curves], baseline: str, labels: NDArray[np.float64], seed: int = 0
+    curves: Mapping[str, Curves], baseline: str, labels: Axis,
+    costs: Mapping[str, Axis] | None = None, seed: int = 0,
 ) -> dict[str, Comparison]:
     """Every method but the baseline; all curves have the same seeds in the same order.
 
     Args:
         labels: [rounds + 1], how many there are at each point; the first is 0.
+        costs: the same for what each method costs.
     """
     generator = np.random.default_rng(seed)
     base = curves[baseline]
@@ -54,22 +59,26 @@ def compare(
     p = {name: _sign_flip(area, signs) for name, area in areas.items()}
     corrected = holm(p)
     return {name: Comparison(_bootstrap(area, draws), p[name], corrected[name],
-                             labels_saved(curves[name], base, labels, draws))
+                             saved(curves[name], base, labels, labels, draws),
+                             None if costs is None else
+                             saved(curves[name], base, costs[name], costs[baseline], draws))
             for name, area in areas.items()}
 
 
-def labels_saved(
-    method: Curves, base: Curves, labels: NDArray[np.float64], draws: NDArray[np.int64]
-) -> Estimate:
-    """1 - (labels with which the mean curve reaches the baseline's end) / (the baseline's labels).
+def saved(method: Curves, base: Curves, own: Axis, its: Axis,
+          draws: NDArray[np.int64]) -> Estimate:
+    """1 - (where the mean curve reaches the baseline's end) / (where the baseline reaches it).
 
     Both are read off the mean curves, made monotone and interpolated; the interval is of the same
     on resampled seeds. A curve that does not get there counts as needing more than all: the value
     is then NaN, and such resamples count as -inf for the lower end.
+
+    Args:
+        own, its: [rounds + 1], the labels or the cost of the method and of the baseline.
     """
-    value = _saved(method.mean(axis=0), base.mean(axis=0), labels)
+    value = _saved(method.mean(axis=0), base.mean(axis=0), own, its)
     means = zip(_resampled(method, draws), _resampled(base, draws), strict=True)
-    found = np.array([_saved(a, b, labels) for a, b in means])
+    found = np.array([_saved(a, b, own, its) for a, b in means])
     found = np.sort(np.where(np.isnan(found), -np.inf, found))
     low, high = (found[int(q * (len(found) - 1))] for q in ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
     return Estimate(value, float(low), float(high))
@@ -96,16 +105,14 @@ def _resampled(curves: Curves, draws: NDArray[np.int64]) -> Curves:
     return resampled
 
 
-def _saved(method: NDArray[np.float64], base: NDArray[np.float64],
-           labels: NDArray[np.float64]) -> float:
+def _saved(method: NDArray[np.float64], base: NDArray[np.float64], own: Axis, its: Axis) -> float:
     aim = np.maximum.accumulate(base)[-1]
-    reached = np.maximum.accumulate(method)
-    needed = _first_at(aim, reached, labels)
-    own = _first_at(aim, np.maximum.accumulate(base), labels)
-    return 1 - needed / own if own > 0 else float("nan")  # the baseline has learned nothing
+    needed = _first_at(aim, np.maximum.accumulate(method), own)
+    usual = _first_at(aim, np.maximum.accumulate(base), its)
+    return 1 - needed / usual if usual > 0 else float("nan")  # the baseline has learned nothing
 
 
-def _first_at(aim: float, curve: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
+def _first_at(aim: float, curve: NDArray[np.float64], labels: Axis) -> float:
     if curve[-1] < aim:
         return float("nan")
     n = int(np.argmax(curve >= aim))

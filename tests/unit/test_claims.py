@@ -17,7 +17,7 @@ from benchmarks.claims.experiments import Experiment, Variant, of_known_reward
 from benchmarks.claims.jobs import missing_runs
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
-from benchmarks.claims.statistics import compare, holm, labels_saved
+from benchmarks.claims.statistics import compare, holm, saved
 from benchmarks.claims.trial_strategies import TRIALS
 from benchmarks.claims.world import RESPONSES, World
 
@@ -34,14 +34,16 @@ def test_labels_saved_are_read_off_the_mean_curves() -> None:
     base = np.tile([0.0, 0.1, 0.2, 0.3, 0.4], (6, 1))
     twice = np.tile([0.0, 0.2, 0.4, 0.41, 0.42], (6, 1))
     draws = np.random.default_rng(0).integers(6, size=(200, 6))
-    assert labels_saved(twice, base, labels, draws) == pytest.approx((0.5, 0.5, 0.5))
-    assert labels_saved(base, base, labels, draws).value == 0
-    found = labels_saved(base / 2, base, labels, draws)
+    assert saved(twice, base, labels, labels, draws) == pytest.approx((0.5, 0.5, 0.5))
+    assert saved(base, base, labels, labels, draws).value == 0
+    found = saved(base / 2, base, labels, labels, draws)
     assert math.isnan(found.value) and found.low == -math.inf
-    assert math.isnan(labels_saved(twice, -base, labels, draws).value)  # nothing to save
+    assert math.isnan(saved(twice, -base, labels, labels, draws).value)  # nothing to save
+    # At three times the price, twice as fast is dearer.
+    assert saved(twice, base, 3 * labels, labels, draws).value == pytest.approx(-0.5)
     # A dip on the way back does not hide where a curve first got to.
     dip = np.tile([0.0, 0.5, 0.1, 0.1, 0.1], (6, 1))
-    assert labels_saved(dip, base, labels, draws).value == pytest.approx(0.8)
+    assert saved(dip, base, labels, labels, draws).value == pytest.approx(0.8)
 
 
 def test_differences_are_paired() -> None:
