@@ -41,7 +41,7 @@ except ImportError:  # its headers alone will do, and torch has them
             self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
-OPTIMISE = ["/O2"] if sys.platform == "win32" else ["-O3"]
+OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
 
 ARCHS = "80;86;89;90a;100;120"
 OBJECTS = Path("build/cuda")  # compiled .cu files, kept from build to build
@@ -51,7 +51,7 @@ cpu = Pybind11Extension(
     sources=sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
-    extra_compile_args=[*OPTIMISE, *OPENMP],
+    extra_compile_args=[*OPTIMIZE, *OPENMP],
     extra_link_args=[] if sys.platform == "win32" else OPENMP,
     # Without a compiler the package still installs; `activedpo env` says what is missing.
     optional=True,
@@ -64,7 +64,7 @@ cuda = Pybind11Extension(
     sources=sorted(glob("csrc/cuda/*.cpp")),
     depends=sorted([*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cu")]),
     cxx_std=17,
-    extra_compile_args=OPTIMISE,
+    extra_compile_args=OPTIMIZE,
     libraries=["cudart_static", "dl", "pthread", "rt"],
     extra_link_args=["-Wl,--exclude-libs,ALL"],
     optional=os.environ.get("ACTIVEDPO_CUDA") != "1",
@@ -122,7 +122,7 @@ class Nvcc:
         command = f"{shlex.join([str(self.path), *options])}\n{self._version}"
         if says.is_file() and says.read_text() == command and not _outdated(target, needs):
             return target, False
-        says.unlink(missing_ok=True)  # what is cut short here is begun anew
+        says.unlink(missing_ok=True)  # what is cut short here is begun again
         self.run(*options, f"--threads={threads}", "-MMD", f"-MF={needs}", f"-o={target}")
         says.write_text(command)
         return target, True

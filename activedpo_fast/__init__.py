@@ -19,41 +19,47 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
-    from activedpo_fast.data import PoolItem, PreferencePool, Prompt
     from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
-    from activedpo_fast.features.extractor import FeatureExtractor
-    from activedpo_fast.features.sketch import Sketch
-    from activedpo_fast.features.store import FeatureStore
-    from activedpo_fast.generation import generate_responses
-    from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
-    from activedpo_fast.selection.information import InformationMatrix
-    from activedpo_fast.selection.result import Pick, Selection, by_preference, read_labels
+    from activedpo_fast.gradients.extractor import FeatureExtractor
+    from activedpo_fast.gradients.sketch import Sketch
+    from activedpo_fast.labels.reading import by_preference, read_labels, read_pending
+    from activedpo_fast.pool.generation import generate_responses
+    from activedpo_fast.pool.items import PoolItem, Prompt
+    from activedpo_fast.pool.pool import PreferencePool
+    from activedpo_fast.selection.information.matrix import InformationMatrix
+    from activedpo_fast.selection.picks_jsonl import Pick
+    from activedpo_fast.selection.result import Selection
     from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selection.strategies import Strategy, make_strategy
     from activedpo_fast.selector import ActiveDPOSelector
+    from activedpo_fast.store.store import FeatureStore
+    from activedpo_fast.training.loop import ActiveDPOLoop, RoundRecord
+    from activedpo_fast.training.trl import selector_settings
 
 # torch and transformers take seconds to import: a name's module is loaded when it is asked for.
 _HOME = {
     "ActiveDPOError": "errors",
-    "ActiveDPOLoop": "loop",
+    "ActiveDPOLoop": "training.loop",
     "ActiveDPOSelector": "selector",
-    "FeatureExtractor": "features.extractor",
-    "FeatureStore": "features.store",
-    "InformationMatrix": "selection.information",
-    "Pick": "selection.result",
+    "FeatureExtractor": "gradients.extractor",
+    "FeatureStore": "store.store",
+    "InformationMatrix": "selection.information.matrix",
+    "Pick": "selection.picks_jsonl",
     "PickRules": "selection.rules",
-    "PoolItem": "data",
-    "PreferencePool": "data",
-    "Prompt": "data",
-    "RoundRecord": "loop",
+    "PoolItem": "pool.items",
+    "PreferencePool": "pool.pool",
+    "Prompt": "pool.items",
+    "RoundRecord": "training.loop",
     "Selection": "selection.result",
-    "Sketch": "features.sketch",
+    "Sketch": "gradients.sketch",
     "Strategy": "selection.strategies",
     "UnsupportedParameterError": "errors",
-    "by_preference": "selection.result",
-    "generate_responses": "generation",
+    "by_preference": "labels.reading",
+    "generate_responses": "pool.generation",
     "make_strategy": "selection.strategies",
-    "read_labels": "selection.result",
+    "read_labels": "labels.reading",
+    "read_pending": "labels.reading",
+    "selector_settings": "training.trl",
 }
 
 __all__ = [
@@ -78,6 +84,8 @@ __all__ = [
     "generate_responses",
     "make_strategy",
     "read_labels",
+    "read_pending",
+    "selector_settings",
 ]
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from activedpo_fast.cli import main
+from activedpo_fast.cli.app import main
 
 sys.exit(main())

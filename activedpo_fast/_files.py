@@ -12,9 +12,11 @@ from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
 
+FilePath = str | os.PathLike[str]
+
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: FilePath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.
 
     A reader sees the old file or the new one, never a part. On an exception the temporary file is
@@ -37,7 +39,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+def write_atomic(path: FilePath, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path`, whole or not at all."""
     content = data.encode() if isinstance(data, str) else data
     with atomic_path(path) as temporary:
@@ -59,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_file_target(path: str | os.PathLike[str] | None) -> None:
+def check_file_target(path: FilePath | None) -> None:
     """Raise `ActiveDPOError` for what cannot become a file, before hours are spent on its content.
 
     None, where no file is wanted, passes.
@@ -72,7 +74,7 @@ def check_file_target(path: str | os.PathLike[str] | None) -> None:
     _check_writable(target, _nearest(target.absolute().parent))
 
 
-def check_folder_target(path: str | os.PathLike[str]) -> None:
+def check_folder_target(path: FilePath) -> None:
     """Raise `ActiveDPOError` for what is not, and cannot become, a folder that files go into."""
     target = Path(path)
     if os.path.exists(target) and not target.is_dir():
@@ -112,3 +114,8 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,9 +4,9 @@
 
 Exact gradient rows (156,160 numbers each) are kept whole and compared with their sketches: inner
 products, the pairs that the greedy selection takes, and the log det that these pairs reach under
-the exact kernel. Two policies are looked at: LoRA at its initialisation (B = 0, everybody's first
+the exact kernel. Two policies are looked at: LoRA at its initialization (B = 0, everybody's first
 round) and after one round of DPO. Adapter, sampled pools and finished parts of the comparison are
-kept in the work folder, so that an interrupted run continues; times are always taken anew.
+kept in the work folder, so that an interrupted run continues; times are always taken again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from activedpo_fast import PreferencePool, Sketch
 from activedpo_fast._files import write_atomic
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
 from activedpo_fast.demo.similarity import SynopsisSimilarity
-from activedpo_fast.generation import generate_responses
-from activedpo_fast.labeling import RewardOracle
-from activedpo_fast.loop import ActiveDPOLoop, draw_prompts
-from activedpo_fast.tokenization import tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.labels import RewardOracle
+from activedpo_fast.pool.generation import generate_responses
+from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.trl import dpo_config
 from benchmarks.fidelity_figures import draw
 from benchmarks.fidelity_measures import (
     CASES,

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from activedpo_fast import FeatureExtractor, PreferencePool, Sketch
 from activedpo_fast.demo.settings import SETTINGS
-from activedpo_fast.features.parameters import trainable_linears
-from activedpo_fast.features.sketch import SketchPlan
+from activedpo_fast.gradients.sketch import SketchPlan
+from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.selection import greedy_logdet
-from activedpo_fast.selection.normalize import Normalize, PairFeatures
-from activedpo_fast.tokenization import TokenizedPool
+from activedpo_fast.selection.pair_features import Normalize, PairFeatures
 
 DEMO = SETTINGS["small"]
 SEED = 0  # of adapter, prompts, responses, labels and training

@@ -9,9 +9,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from activedpo_fast.features import extractor as extractor_module
-from activedpo_fast.features.capture import Capture
-from activedpo_fast.features.parameters import TrainableLinear
+from activedpo_fast.gradients import extractor as extractor_module
+from activedpo_fast.gradients.hooks import Capture
+from activedpo_fast.gradients.trainable import TrainableLinear
 
 
 class OnlyActivations(Capture):

@@ -16,7 +16,7 @@ from benchmarks.gpu_checkout import ROOT
 
 COMMAND = ("setup.py", "build_ext", "--inplace")
 _ALONE = ("import benchmarks.gpu_checkout, json\n"
-          "from activedpo_fast.backends import backends\n"
+          "from activedpo_fast.ops.backends import backends\n"
           "print(json.dumps(backends()))")
 
 

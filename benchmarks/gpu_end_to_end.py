@@ -1,7 +1,7 @@
 """The section "end_to_end" of `benchmarks.gpu`: gradient rows of whole models.
 
 Random weights of known shapes, LoRA adapters as after some training (B is not zero), and pairs of
-responses of summarisation length. `FeatureExtractor` takes the rows as users' code does; the floor
+responses of summarization length. `FeatureExtractor` takes the rows as users' code does; the floor
 is the same passes over the same batches in which nothing is captured.
 """
 
@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from activedpo_fast.features.batching import Layout
+from activedpo_fast.gradients.batches import Layout
 from benchmarks.gpu_cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu_timing import wall_seconds
 
@@ -141,7 +141,7 @@ def build(model: Model, device: str) -> nn.Module:
 
 def pairs(model: Model, tiny: bool) -> Any:
     """Prompts of 300 to 400 tokens with two responses of 30 to 50, as TL;DR has them."""
-    from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse
+    from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
     generator = torch.Generator().manual_seed(0)
 

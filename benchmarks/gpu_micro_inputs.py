@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from activedpo_fast import reference
+from activedpo_fast.ops import reference
 
 _MOST_SIGNS = 1 << 30  # of a dense projection whose result is checked
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activedpo_fast import reference
-from activedpo_fast.backends import backends
-from activedpo_fast.ops import rank_update_
+from activedpo_fast.ops import rank_update_, reference
+from activedpo_fast.ops.backends import backends
 from benchmarks.gpu_cases import Settings, Skip
 from benchmarks.gpu_micro_inputs import Scored, Tokens, Update
 

@@ -77,7 +77,7 @@ def _loop(n: int, k: int, picks: int, settings: Settings, found: Found) -> Recor
 
 
 def _reference(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
-    """The same function with ACTIVEDPO_BACKEND=reference; few picks, as it scores all rows anew."""
+    """The same function with ACTIVEDPO_BACKEND=reference; few picks: all rows are scored."""
     given = problem(n, k, "float32", settings.device)
     with patch.dict(os.environ, {"ACTIVEDPO_BACKEND": "reference"}):
         record = _timed(lambda: ours(given, picks), settings, rounds=1)

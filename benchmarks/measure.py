@@ -28,7 +28,7 @@ def side_by_side(
 ) -> Any:
     """Time `function` with pytest-benchmark, each round right after one of `yardstick`.
 
-    Machines drift; a ratio of neighbours does not. The median of the rounds' ratios goes into the
+    Machines drift; a ratio of neighbors does not. The median of the rounds' ratios goes into the
     benchmark's extra info as "ratio", beside the two medians in seconds.
 
     Returns:
@@ -61,8 +61,8 @@ def peak_memory(function: Callable[[], Any]) -> float | None:
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is taken anew
-        refs.write_text("5")  # the high-water mark starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is taken again
+        refs.write_text("5")  # the high-water mark starts again
     except (OSError, AttributeError):
         return None
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse
+from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
 # Padded. On two cores all batched peers were at least as fast with this as with 2048, bergson's
 # default.
@@ -237,7 +237,7 @@ def _torch_count_sketch(dim: int, k: int) -> Project:
 
 
 def _trak(dim: int, k: int) -> Project:
-    """TRAK's projector for the CPU, its block of columns drawn anew at every call; unscaled."""
+    """TRAK's projector for the CPU, its block of columns drawn again at every call; unscaled."""
     from trak.projectors import BasicProjector, ProjectionType
 
     projector = BasicProjector(grad_dim=dim, proj_dim=k, seed=0,
@@ -353,7 +353,7 @@ def _dattri_logra(model: nn.Module, tokenized: TokenizedPool, k: int | None) -> 
 
     def compute() -> Tensor:
         rows = _Rows(len(tokenized.sequences))
-        # It compiles its compressor for each layer and shape anew, far longer than it then runs.
+        # It compiles its compressor for each layer and shape again, far longer than it then runs.
         with torch.compiler.set_stance("force_eager"):
             for batch in plan:
                 ids, labels = _collate(tokenized, batch)

@@ -142,7 +142,7 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
     ours = [r for r in result["contenders"] + result["lam"] if "ours" in r["contender"]]
     base = ours[0]
     found["selection"] = _at(base) + ".\n\n" + table(ours, {
-        "normalised": _normalized,
+        "normalized": _normalized,
         "λ": lambda r: f"{r['lam']:g}",
         "loop, s": lambda r: _seconds(loops[r["normalize"], r["lam"]]["seconds"]),
         "ours, s": lambda r: _seconds(r["seconds"]),
@@ -193,14 +193,14 @@ def on_disk_table(result: dict[str, Any]) -> str:
     where = result["environment"]
     return (about + _where_and_when(where, where["date"], where["commit"]) + "\n\n"
             + table(result["runs"], {
-                "normalised": lambda r: r["normalize"],
+                "normalized": lambda r: r["normalize"],
                 "seconds": lambda r: f"{r['seconds']:.1f}",
                 "rows looked at after the first scores": lambda r: f"{r['touched']:,}",
                 "peak resident GiB": lambda r: f"{r['peak_gib']:.2f}"}))
 
 
 def _selection_points(records: list[Row]) -> str:
-    """A line a point and normalisation: the loop and ours."""
+    """A line a point and normalization: the loop and ours."""
     key = ("axis", "pairs", "k", "picks", "responses", "normalize", "lam")
     lines = []
     for values in dict.fromkeys(tuple(r[name] for name in key) for r in records):
@@ -213,7 +213,7 @@ def _selection_points(records: list[Row]) -> str:
         "k": lambda r: str(r["k"]),
         "B": lambda r: str(r["picks"]),
         "responses": lambda r: str(r["responses"]),
-        "normalised": _normalized,
+        "normalized": _normalized,
         "loop, s": lambda r: _total(r["loop"]),
         "ours, s": lambda r: _seconds(r["seconds"]),
         "times as fast": lambda r: f"{r['speedup']:.1f}",
@@ -230,7 +230,7 @@ def _paper_table(result: dict[str, Any]) -> str:
     stages = result["paper_round"]["seconds"]
     rest = sum(stages.values())
     point = result["paper"][0]
-    about = (f"{_at(point)}, {point['history']:,} labelled pairs as history. On paper the rest of "
+    about = (f"{_at(point)}, {point['history']:,} labeled pairs as history. On paper the rest of "
              f"the round takes {rest:,.0f} s: "
              + ", ".join(f"{name} {value:,.0f}" for name, value in stages.items()) + ".")
     return about + "\n\n" + table(result["paper"], {

@@ -5,10 +5,10 @@
 Rows of the demo's policy (`selection_pools.py`) are selected from by the library and by what people
 would otherwise use (`selection_peers.py`): at one point by all, and along N, k and B by the library
 and the Sherman-Morrison loop, with fitted exponents. At last a round of the paper's size, with a
-history of labelled pairs, beside what the rest of that round would take (`selection_paper.py`).
+history of labeled pairs, beside what the rest of that round would take (`selection_paper.py`).
 
 Rows and measured points are kept in the work folder, so that an interrupted run continues; a point
-is measured anew when the code of the selection has changed.
+is measured again when the code of the selection has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from activedpo_fast._files import write_atomic
-from activedpo_fast.selection.normalize import Normalize
+from activedpo_fast.selection.pair_features import Normalize
 from benchmarks.fidelity import environment
 from benchmarks.measure import peak_memory, seconds
 from benchmarks.report import selection_tables
@@ -92,7 +92,7 @@ class Plan:
     budget: float
 
     def axes(self) -> dict[str, list[Point]]:
-        """The points of each axis, for one normalisation."""
+        """The points of each axis, for one normalization."""
         return {
             "N": [replace(self.base, pairs=n, responses=RESPONSES) for n in self.pairs],
             "k": [replace(self.base, k=k) for k in self.dims],

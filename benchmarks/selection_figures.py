@@ -28,7 +28,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             who = "ours" if "ours" in line["contender"] else "loop"
             color, style, marker = _STYLES[who, line["normalize"]]
             name = "ours" if who == "ours" else line["contender"]
-            norm = "by response" if line["normalize"] else "not normalised"
+            norm = "by response" if line["normalize"] else "not normalized"
             axes.plot([r[field] for r in own], [r["seconds"] for r in own], color=color,
                       linestyle=style, marker=marker,
                       label=f"{name}, {norm}: {axis}$^{{{line['exponent']:.2f}}}$")

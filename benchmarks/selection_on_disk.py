@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from activedpo_fast._files import atomic_path, write_atomic
-from activedpo_fast.features.stored_rows import StoredRows
-from activedpo_fast.selection.greedy import greedy_logdet
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
+from activedpo_fast.store.rows import StoredRows
 from benchmarks.fidelity import environment
 
 SHARD = 8192
@@ -60,10 +60,10 @@ def main(
     out: Annotated[Path, typer.Option(help="The figures, JSON.")] = Path(
         "benchmarks/results/selection_on_disk.json"),
 ) -> None:
-    """Select from rows on disk, not normalised and normalised, and print time and memory."""
+    """Select from rows on disk, not normalized and normalized, and print time and memory."""
     stored = StoredRows.open(write_rows(work / f"{rows}x{dim}", rows, dim))
     pairs = torch.arange(rows // 2 * 2).view(-1, 2)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     found = []
     for normalize in (None, "response"):
         started = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The round: candidates, labelled pairs and training as in the paper's setting; the rest ours.
+    """The round: candidates, labeled pairs and training as in the paper's setting; the rest ours.
 
     prompt_tokens, response_tokens: about what TL;DR has. epochs: of DPO on all labels so far.
     rate: operations a second that count, dense bfloat16 of one A100 (312e12) at 40 %, for sampling
@@ -25,26 +25,26 @@ class Assumptions:
     weights: float = 6.74e9
     prompts: int = 1_000
     responses: int = 3
-    labelled: int = 2_000
+    labeled: int = 2_000
     batch: int = 50
     prompt_tokens: int = 350
     response_tokens: int = 50
     epochs: int = 1
     peak: float = 312e12
-    utilisation: float = 0.4
+    utilization: float = 0.4
 
 
 def paper_round(assumed: Assumptions = Assumptions()) -> dict[str, Any]:
     """{"assumed": ..., "seconds": {stage: seconds}}, stages as in the ledger of a round."""
     a = assumed
     candidates = _row_passes(a, a.prompts, a.responses)
-    history = _row_passes(a, a.labelled, 2)
+    history = _row_passes(a, a.labeled, 2)
     sampled = a.prompts * (a.prompt_tokens + a.responses * a.response_tokens)
     # Two sequences a pair; forward and back for the policy, forward for the reference.
-    trained = 3 * 2 * (a.labelled + a.batch) * (a.prompt_tokens + a.response_tokens) * a.epochs
+    trained = 3 * 2 * (a.labeled + a.batch) * (a.prompt_tokens + a.response_tokens) * a.epochs
     passes = {"generate": sampled, "gradients": candidates,
-              "gradients of labelled pairs": history, "train": trained}
-    second = a.peak * a.utilisation / (2 * a.weights)  # tokens that pass once, one way
+              "gradients of labeled pairs": history, "train": trained}
+    second = a.peak * a.utilization / (2 * a.weights)  # tokens that pass once, one way
     return {"assumed": asdict(a), "seconds": {k: v / second for k, v in passes.items()}}
 
 

@@ -1,7 +1,7 @@
 """What people would otherwise select pairs with, one function a way, and the float64 definition.
 
 All take the same: gradient rows of responses, pairs of row numbers, and return the picks in order.
-Forming and normalising the features is part of each, in float32 as published code runs. kappa is 1
+Forming and normalizing the features is part of each, in float32 as published code runs. kappa is 1
 throughout, so that V begins as lam I.
 
 What is not here, and why: DPPy (0.3.3) samples DPPs and has no MAP inference, so Chen et al.'s
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.selection import greedy_logdet
-from activedpo_fast.selection.normalize import Normalize, PairFeatures
+from activedpo_fast.selection.pair_features import Normalize, PairFeatures
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import History
 
 
 @dataclass(frozen=True)
 class Problem:
-    """rows float32 [R, k], pairs int64 [N, 2]; history: labelled pairs and their rows."""
+    """rows float32 [R, k], pairs int64 [N, 2]; history: labeled pairs and their rows."""
 
     rows: Tensor
     pairs: Tensor
@@ -47,8 +47,8 @@ class Problem:
         k = phi.shape[1]
         if self.history is None:
             return torch.eye(k, dtype=phi.dtype) / self.lam, phi.square().sum(1) / self.lam
-        labelled = _features(*self.history, self.normalize)
-        v = torch.addmm(self.lam * torch.eye(k, dtype=phi.dtype), labelled.T, labelled)
+        labeled = _features(*self.history, self.normalize)
+        v = torch.addmm(self.lam * torch.eye(k, dtype=phi.dtype), labeled.T, labeled)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(v))
         return inverse, _quadratic(phi, inverse)
 
@@ -86,7 +86,7 @@ def sherman_morrison(problem: Problem, n: int, *, in_place: bool = True) -> Tens
 
 
 def rescore(problem: Problem, n: int) -> Tensor:
-    """V^-1 by Sherman-Morrison, and phi^T V^-1 phi of every candidate anew at every pick."""
+    """V^-1 by Sherman-Morrison, and phi^T V^-1 phi of every candidate again at every pick."""
     phi = problem.features()
     inverse, _ = problem.first_scores(phi)
     left = torch.zeros(len(phi))
@@ -135,7 +135,7 @@ def _greedy_map(diagonal: Tensor, row: Callable[[int], Tensor], n: int) -> Tenso
 
 
 def submodlib(problem: Problem, n: int) -> Tensor:
-    """submodlib's LogDeterminantFunction (C++, after Chen et al.), maximised lazily."""
+    """submodlib's LogDeterminantFunction (C++, after Chen et al.), maximized lazily."""
     from submodlib.functions.logDeterminant import LogDeterminantFunction
 
     phi = problem.features()
@@ -154,7 +154,7 @@ class Contender:
     name: as printed. select(problem, n): the picks, int64 [n].
     few: picks to measure and to extrapolate from, where a whole selection takes too long.
     most_pairs: the largest N at which it is measured (its kernel is N x N numbers).
-    takes_history: whether it can start from labelled pairs.
+    takes_history: whether it can start from labeled pairs.
     """
 
     name: str
@@ -191,8 +191,8 @@ def brute_force(problem: Problem, n: int) -> Tensor:
     phi = _features(problem.rows.double(), problem.pairs, problem.normalize)
     v = problem.lam * torch.eye(phi.shape[1], dtype=torch.float64)
     if problem.history is not None:
-        labelled = _features(problem.history[0].double(), problem.history[1], problem.normalize)
-        v += labelled.T @ labelled
+        labeled = _features(problem.history[0].double(), problem.history[1], problem.normalize)
+        v += labeled.T @ labeled
     left = torch.zeros(len(phi), dtype=torch.float64)
     picks = []
     for _ in range(n):

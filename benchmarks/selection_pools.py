@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast import FeatureExtractor, PreferencePool, Sketch
 from activedpo_fast.demo.language_model import read_prompts
-from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.generation import generate_responses
-from activedpo_fast.loop import draw_prompts
-from activedpo_fast.tokenization import tokenize_pool
+from activedpo_fast.pool.generation import generate_responses
+from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.loop import draw_prompts
 from benchmarks.fidelity import policy
 from benchmarks.fidelity_measures import DEMO, SEED, TOKENS
 
@@ -34,7 +34,7 @@ MAX_LENGTH = 512  # the model's positions: nothing is cut
 
 @dataclass(frozen=True)
 class Rows:
-    """Gradient rows float32 [P * RESPONSES, DIM], prompt by prompt, not normalised."""
+    """Gradient rows float32 [P * RESPONSES, DIM], prompt by prompt, not normalized."""
 
     rows: Tensor
 

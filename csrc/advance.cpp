@@ -273,7 +273,7 @@ class Advance {
     const double reach = c_.reach[i];
     const double first = 1 / (c_.row_divisor[c_.pairs[2 * i]] * c_.pair_divisor[i]);
     const double second = 1 / (c_.row_divisor[c_.pairs[2 * i + 1]] * c_.pair_divisor[i]);
-    // A bound of the score's root that is good enough: taken anew where it is off by much.
+    // A bound of the score's root that is good enough: taken again where it is off by much.
     double bound = score + doubt, root = std::sqrt(bound);
     for (std::int64_t s = c_.version[i]; s < to; ++s) {
       const double f = std::abs(static_cast<double>(at_first[s]) * first -

@@ -1,5 +1,5 @@
 // Python bindings over raw addresses: no libtorch, so one build serves every torch. The caller
-// (activedpo_fast/ops.py) has checked shapes, dtypes and strides, and keeps the tensors alive.
+// (activedpo_fast/ops) has checked shapes, dtypes and strides, and keeps the tensors alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -150,7 +150,7 @@ class GreedyLazy {
                                              std::int64_t oldest) {
     GreedyBounds mine = none();
     const std::int64_t tiles = tiles_of(stop(oldest, count) - oldest);
-    // Neighbours take different candidates and, mostly, the same directions.
+    // Neighbors take different candidates and, mostly, the same directions.
     for (std::int64_t unit = team_.worker(); unit < listed * tiles; unit += team_.workers()) {
       const std::int64_t place = unit % listed, tile = unit / listed;
       const GreedyListed entry = room_.list[place];

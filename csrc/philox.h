@@ -1,6 +1,6 @@
 // Philox4x32-10, a counter-based random number generator: 128 random bits as a pure function of a
 // 128-bit counter and a 64-bit key. J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel
-// Random Numbers: As Easy as 1, 2, 3", SC 2011. activedpo_fast/reference.py has the same function.
+// Random Numbers: As Easy as 1, 2, 3", SC 2011. activedpo_fast/ops/reference.py has the same function.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr std::uint32_t kKroneckerLeftStream = 3;
 constexpr std::uint32_t kKroneckerRightStream = 4;
 constexpr std::uint32_t kSignStreams = 16;  // added to a hash's stream for its signs
 
-// counter[w][lane] is word w of a lane's counter, and afterwards word w of its random block.
+// counter[w][lane] is word w of a lane's counter, and afterward word w of its random block.
 template <int Lanes>
 ACTIVEDPO_INLINE void philox4x32(std::uint32_t (&counter)[4][Lanes], std::uint64_t key) {
   std::uint32_t key_lo = static_cast<std::uint32_t>(key);

@@ -1,5 +1,5 @@
 // The sparse Johnson-Lindenstrauss transform with one non-zero a column (CountSketch), its positions
-// in runs that land on neighbouring buckets. activedpo_fast/reference.py has the definition.
+// in runs that land on neighboring buckets. activedpo_fast/ops/reference.py has the definition.
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
     python examples/torch_loop.py
 
 Three rounds: sample responses, pick pairs, label them, take gradient steps on all labels so far.
-The features of what was labelled earlier are taken anew each round, at the weights of that moment.
+The features of what was labeled earlier are taken again each round, at the weights of that moment.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ examples: list[dict[str, str]] = []
 for step in range(3):
     pool = generate_responses(model, tokenizer, prompts[20 * step : 20 * (step + 1)],
                               n_responses=2, max_new_tokens=24, temperature=0.8, seed=step)
-    picked = selector.select(pool, 8, labelled=history)
+    picked = selector.select(pool, 8, labeled=history)
     history.append(picked)
     examples += picked.to_dataset(synopsis_labels(picked, pool)).to_list()
     model.train()

@@ -11,9 +11,8 @@ from __future__ import annotations
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
-from activedpo_fast import ActiveDPOSelector, generate_responses
+from activedpo_fast import ActiveDPOSelector, generate_responses, selector_settings
 from activedpo_fast.demo import demo_prompts, load_demo_model, synopsis_labels
-from activedpo_fast.trl import selector_settings
 
 model, tokenizer = load_demo_model()
 model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -2,7 +2,7 @@
 
 The words that positions hash to are written to a table, which all rows and segments then read: with
 runs of 16, 0.375 bytes a position, so that a LoRA weight's table stays in the caches. The sketches'
-own kernels are left with two loads a number, most of them of words that a neighbour loads as well.
+own kernels are left with two loads a number, most of them of words that a neighbor loads as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from activedpo_fast.kernels.launching import signed
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant
-from activedpo_fast.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_place
+from activedpo_fast.ops.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_place
 
 _BLOCK = 256
 _SJLT = tl.constexpr(SJLT_STREAM)

@@ -1,7 +1,7 @@
 """Gradients of runs of tokens, tile by tile on tensor cores, each tile straight into its sketch.
 
 A program forms one tile of one segment's gradient in float32, reads the hash of its positions
-(hashes.py) and adds it to the sums with atomics. Positions of a run have neighbouring buckets, so
+(hashes.py) and adds it to the sums with atomics. Positions of a run have neighboring buckets, so
 that a warp's atomics go to a few stretches of 128 bytes. Sums are float64, added in whatever
 order the hardware takes, or integers, whose order does not matter (fixed_point.py).
 
@@ -31,7 +31,7 @@ from activedpo_fast.kernels.hashes import (
 )
 from activedpo_fast.kernels.launching import in_units, on, operand
 from activedpo_fast.kernels.variants import LAUNCH, Variant
-from activedpo_fast.reference import kronecker_sides
+from activedpo_fast.ops.reference import kronecker_sides
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def lora_grad_sketch_kernel(sums, bounds, left, right, segments, table, run_bloc
                           (end - start).to(tl.int32), top, first, rows, columns, left_step,
                           right_step, BM, BN, UNIT, OPERAND)
 
-    # In one dimension, so that neighbouring threads have neighbouring columns.
+    # In one dimension, so that neighboring threads have neighboring columns.
     place = tl.arange(0, BM * BN)
     row, column = top + place // BN, first + place % BN
     mask = (row < rows) & (column < columns)

@@ -15,7 +15,7 @@ LAUNCH = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel in one configuration, as Triton would specialise it at its launch.
+    """One kernel in one configuration, as Triton would specialize it at its launch.
 
     Each module of `MODULES` lists its own in `variants()`; nothing is compiled by making one.
     """

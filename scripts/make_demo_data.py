@@ -3,7 +3,7 @@
 
 The source is the English description index ("Translation-en") of Debian's `main` section. Every
 package there has a long description (our prompt) and a one-line synopsis (our response), both
-written by its maintainer: a small, free summarisation data set.
+written by its maintainer: a small, free summarization data set.
 
 Example:
     python scripts/make_demo_data.py --out activedpo_fast/demo/assets/data
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 MAX_WORDS = 100  # a description is cut, at a sentence or paragraph end, near this length
-MIN_WORDS = 15  # shorter descriptions leave nothing to summarise
+MIN_WORDS = 15  # shorter descriptions leave nothing to summarize
 SHINGLE_WORDS = 4
 MINHASHES, BANDS = 64, 32  # 32 bands of 2 rows: pairs at Jaccard 0.4 are candidates with p > 0.99
 NEAR_DUPLICATE = 0.4  # estimated Jaccard similarity from which two descriptions are "the same"
@@ -233,7 +233,7 @@ def load_entries(index: str, counts: dict[str, int]) -> list[Entry]:
     return [entries[name] for name in sorted(entries)]
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower-case words only, so that punctuation and digits cannot hide a duplicate."""
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
@@ -241,12 +241,12 @@ def normalise(text: str) -> str:
 def synopsis_key(synopsis: str) -> str:
     """The synopsis without the part that tells sister packages apart ("foo - documentation")."""
     head = re.split(r"\s+[-–:]+\s+|\s*\(", synopsis)[0]
-    return normalise(head if len(head.split()) >= 3 else synopsis)
+    return normalize(head if len(head.split()) >= 3 else synopsis)
 
 
 def minhash(text: str, seeds: np.ndarray) -> np.ndarray:
     """A MinHash signature of the word shingles of `text`."""
-    words = normalise(text).split()
+    words = normalize(text).split()
     grams = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)}
     digests = [hashlib.blake2b(g.encode(), digest_size=8).digest() for g in grams or {text}]
     hashes = np.frombuffer(b"".join(digests), dtype=np.uint64)
@@ -282,7 +282,7 @@ def cluster(entries: list[Entry]) -> list[list[int]]:
     first_with: dict[tuple[str, str], int] = {}
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     for i, entry in enumerate(tqdm(entries, desc="clustering", unit="package")):
-        first_sentence = normalise(SENTENCE_END.split(entry.description)[0])
+        first_sentence = normalize(SENTENCE_END.split(entry.description)[0])
         for key in (("synopsis", synopsis_key(entry.synopsis)), ("sentence", first_sentence)):
             clusters.join(first_with.setdefault(key, i), i)
         for band in range(BANDS):

@@ -45,7 +45,7 @@ def write_prompts(sentences: list[review_texts.Sentence], folder: Path) -> dict[
 
 
 def fit(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Weights of the columns of x and, last, of a constant, which is not penalised."""
+    """Weights of the columns of x and, last, of a constant, which is not penalized."""
     ones = torch.ones(len(x), 1, dtype=x.dtype)
     design = torch.cat([x, ones], dim=1)
     ridge = torch.full((design.shape[1],), penalty, dtype=x.dtype)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbors
 
 import pyarrow.parquet as pq
 import tokenizers
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass
 class Phase:
-    """One of the two trainings: what it is called, how long it takes, what it optimises."""
+    """One of the two trainings: what it is called, how long it takes, what it optimizes."""
 
     name: str
     seconds: float

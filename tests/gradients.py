@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from activedpo_fast.tokenization import TokenizedResponse
+from activedpo_fast.pool.tokens import TokenizedResponse
 
 
 def loop_gradients(

@@ -1,4 +1,4 @@
-"""Which kernels the host functions launch, as Triton specialises them, without running any.
+"""Which kernels the host functions launch, as Triton specializes them, without running any.
 
     python -m tests.launches FILE
 

@@ -96,7 +96,7 @@ def tiny_causal_lm(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0,
 
 
 def _spread(model: PreTrainedModel) -> None:
-    """The default initialisation is so small that every token is all but equally likely."""
+    """The default initialization is so small that every token is all but equally likely."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -104,15 +104,15 @@ def _spread(model: PreTrainedModel) -> None:
 
 
 def lora(model: PreTrainedModel, arch: str, *, seed: int = 1, adapter_name: str = "default",
-         randomise: bool = True, **config: Any) -> PeftModel:
-    """Wrap `model` with LoRA; `randomise` gives B ≠ 0, as after some training."""
+         randomize: bool = True, **config: Any) -> PeftModel:
+    """Wrap `model` with LoRA; `randomize` gives B ≠ 0, as after some training."""
     _, _, targets = _SPECS[arch]
     settings: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules=targets,
                                     task_type="CAUSAL_LM", lora_dropout=0.1)
     settings.update(config)
     dtype = next(model.parameters()).dtype
     peft_model = get_peft_model(model, LoraConfig(**settings), adapter_name=adapter_name)
-    if randomise:
+    if randomize:
         torch.manual_seed(seed)
         with torch.no_grad():
             for name, parameter in peft_model.named_parameters():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from activedpo_fast.data import PreferencePool, Prompt
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 
 __all__ = ["demo_prompts", "load_demo_model", "synopsis_labels"]
@@ -25,6 +26,6 @@ def demo_prompts(split: str, model: str = "small") -> list[Prompt]:
 def synopsis_labels(selection: Selection, pool: PreferencePool) -> list[int | None]:
     """Labels by the demo's oracle: which response is closer in meaning to the true synopsis."""
     from activedpo_fast.demo.similarity import SynopsisSimilarity
-    from activedpo_fast.labeling import RewardOracle
+    from activedpo_fast.labels import RewardOracle
 
     return RewardOracle(SynopsisSimilarity(), temperature=0.05, seed=0).label(selection, pool)

@@ -13,9 +13,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import read_json, write_atomic
-from activedpo_fast.data import Prompt, Text
-from activedpo_fast.generation import respond
-from activedpo_fast.labeling import Reward
+from activedpo_fast.labels import Reward
+from activedpo_fast.pool.generation import respond
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.texts import Text
 
 
 class HeldoutReward:

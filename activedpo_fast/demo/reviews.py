@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from activedpo_fast.data import Prompt, Text
 from activedpo_fast.demo.similarity import SynopsisSimilarity
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.texts import Text
 
 _ASSETS = Path(__file__).parent / "assets" / "reviews"
 

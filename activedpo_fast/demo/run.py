@@ -12,24 +12,24 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._files import check_folder_target, write_atomic
-from activedpo_fast.data import Prompt
 from activedpo_fast.demo.evaluation import HeldoutReward
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
 from activedpo_fast.demo.report import draw, table, verdict
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
 from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.demo.similarity import SynopsisSimilarity
+from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labeling import Reward, RewardOracle
-from activedpo_fast.loop import ActiveDPOLoop, RoundRecord
-from activedpo_fast.processes import require_one_process
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.labels import Reward, RewardOracle
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.training.loop import ActiveDPOLoop, RoundRecord
+from activedpo_fast.training.trl import dpo_config
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class _Task(NamedTuple):
-    """A model's task: the model as it is loaded anew, its prompts and the reward in `unit`."""
+    """A model's task: the model as it is freshly loaded, its prompts and the reward in `unit`."""
 
     load: Callable[[], Loaded]
     prompts: list[Prompt]

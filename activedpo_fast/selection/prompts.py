@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from activedpo_fast._texts import Text, canonical_json
-from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.template import own_template_kwargs
+from activedpo_fast.pool.items import PoolItem, Prompt
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import own_template_kwargs
+from activedpo_fast.pool.texts import Text, canonical_json
 
 
 def text_key(text: Text) -> str | bytes:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.items import PoolItem, Prompt
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.prompts import PoolPrompts, name_of, same_prompt
 from activedpo_fast.selection.signals import check_pairs
 

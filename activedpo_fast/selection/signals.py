@@ -12,12 +12,12 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 
 if TYPE_CHECKING:
-    from activedpo_fast.features.stored_rows import StoredRows
+    from activedpo_fast.store.rows import StoredRows
 
 History = tuple[Tensor, Tensor]
-"""Rows of the labelled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2].
+"""Rows of the labeled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2].
 
-Of numbers of a response, such as its log-probability, the rows are float64 [H]. The labelled pairs
+Of numbers of a response, such as its log-probability, the rows are float64 [H]. The labeled pairs
 come in the same order in every history, but their row numbers need not be the same."""
 
 
@@ -40,7 +40,7 @@ class Signals(ABC):
     `requires`. A method that a subclass does not provide raises `ActiveDPOError` naming the signal.
 
     Where several processes select together, each has the signals of its own part of the candidates,
-    numbered from 0, and all have the same histories, of everything that is labelled. A signal then
+    numbered from 0, and all have the same histories, of everything that is labeled. A signal then
     comes to all of them or raises in all.
     """
 
@@ -52,7 +52,7 @@ class Signals(ABC):
     device = torch.device("cpu")
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
-        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalised; floating [R, k].
+        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalized; floating [R, k].
 
         With `relative` they may all be less some row of the same prompt's: what uses only
         differences of a prompt's rows asks for that, as it can be cheaper.
@@ -60,7 +60,7 @@ class Signals(ABC):
         self._missing("gradients")
 
     def history_gradients(self, *, relative: bool = False) -> History:
-        """Gradient rows of the labelled responses at the current parameters; may be empty."""
+        """Gradient rows of the labeled responses at the current parameters; may be empty."""
         self._missing("history_gradients")
 
     def hidden(self) -> Tensor:
@@ -68,7 +68,7 @@ class Signals(ABC):
         self._missing("hidden")
 
     def history_hidden(self) -> History:
-        """Hidden states of the labelled responses at the current parameters; may be empty."""
+        """Hidden states of the labeled responses at the current parameters; may be empty."""
         self._missing("history_hidden")
 
     def logps(self) -> Tensor:
@@ -80,11 +80,11 @@ class Signals(ABC):
         self._missing("ref_logps")
 
     def history_logps(self) -> History:
-        """log pi of the labelled responses at the current parameters; float64 [H], may be empty."""
+        """log pi of the labeled responses at the current parameters; float64 [H], may be empty."""
         self._missing("history_logps")
 
     def history_ref_logps(self) -> History:
-        """log pi_ref of the labelled responses; float64 [H], may be empty."""
+        """log pi_ref of the labeled responses; float64 [H], may be empty."""
         self._missing("history_ref_logps")
 
     def _missing(self, signal: str) -> NoReturn:
@@ -100,9 +100,9 @@ class TensorSignals(Signals):
         prompt_of_row, repeated: see `Signals`.
         gradients: floating [R, k], in memory or `StoredRows`; hidden: floating [R, h].
         logps, ref_logps: floating [R], nats.
-        history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labelled pairs.
+        history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labeled pairs.
         history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same.
-            If no history is given nothing has been labelled, and all are empty. If one is given,
+            If no history is given nothing has been labeled, and all are empty. If one is given,
             asking for another is an error: a history must not be dropped silently.
         lengths: int64 [R], where log-probs are means over so many tokens.
 
@@ -146,9 +146,9 @@ class TensorSignals(Signals):
         for name, history, current in (("history_gradients", history_gradients, gradients),
                                        ("history_hidden", history_hidden, hidden)):
             if history is not None:
-                rows, labelled = history
+                rows, labeled = history
                 _check_matrix(rows, name)
-                check_pairs(labelled, len(rows), name)
+                check_pairs(labeled, len(rows), name)
                 if current is not None and rows.shape[1] != current.shape[1]:
                     raise ActiveDPOError(f"{name} has {rows.shape[1]} columns, "
                                          f"the candidates have {current.shape[1]}")
@@ -219,7 +219,7 @@ class TensorSignals(Signals):
 
 
 def empty_history(rows: Tensor | StoredRows) -> History:
-    """A history without labelled pairs, of the width, dtype and device of `rows` [R, ...]."""
+    """A history without labeled pairs, of the width, dtype and device of `rows` [R, ...]."""
     pairs = torch.empty(0, 2, dtype=torch.int64, device=rows.device)
     return (rows[:0] if isinstance(rows, Tensor) else rows.take(pairs[:, 0])), pairs
 

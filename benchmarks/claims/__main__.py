@@ -30,7 +30,7 @@ class Task(str, Enum):
     reviews = "reviews"
 
 
-VERSIONS = {Task.known_reward: 1, Task.reviews: 2}  # runs of another one are made anew
+VERSIONS = {Task.known_reward: 1, Task.reviews: 2}  # runs of another one are made again
 SECONDS_A_RUN = {Task.known_reward: 0.25, Task.reviews: 300.0}  # on one core, docs/evidence.md
 
 

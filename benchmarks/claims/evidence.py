@@ -135,7 +135,7 @@ def paper_table() -> str:
     rows = []
     for model, weights in (("Llama-2-7B", 6.74e9), ("Gemma-2B", 2.51e9), ("Qwen3-4B", 4.02e9)):
         for data, prompt, response in (("TL;DR", 350, 50), ("WebGPT", 50, 250)):
-            assumed = Assumptions(weights=weights, labelled=_PAPER_LABELS // 2, epochs=4,
+            assumed = Assumptions(weights=weights, labeled=_PAPER_LABELS // 2, epochs=4,
                                   prompt_tokens=prompt, response_tokens=response)
             seconds = paper_round(assumed)["seconds"]
             hours = {name: 10 * value / 3600 for name, value in seconds.items()}
@@ -143,7 +143,7 @@ def paper_table() -> str:
     return table(rows, {
         "ten rounds, hours of one A100": lambda r: f"{r['model']}, {r['data']}",
         "generate": lambda r: f"{r['generate']:.1f}",
-        "gradients": lambda r: f"{r['gradients'] + r['gradients of labelled pairs']:.1f}",
+        "gradients": lambda r: f"{r['gradients'] + r['gradients of labeled pairs']:.1f}",
         "train": lambda r: f"{r['train']:.1f}",
         "together": lambda r: f"{r['all']:.1f}"})
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activedpo_fast.features.sketch import Sketch, SketchPlan
-from activedpo_fast.selection.information import InformationMatrix
+from activedpo_fast.gradients.sketch import Sketch, SketchPlan
+from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from benchmarks.claims.trial_strategies import TRIALS

@@ -20,16 +20,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast.data import PoolItem, PreferencePool, Prompt
 from activedpo_fast.demo.evaluation import HeldoutReward
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.labeling import RewardOracle
-from activedpo_fast.loop import ActiveDPOLoop
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.labels import RewardOracle
+from activedpo_fast.pool.items import PoolItem, Prompt
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES
-from activedpo_fast.tokenization import tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import dpo_config
 from benchmarks.claims.compute import passes
 from benchmarks.claims.trial_strategies import TRIALS
 

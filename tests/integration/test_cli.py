@@ -21,17 +21,18 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from activedpo_fast import commands
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool
-from activedpo_fast.features import extractor
-from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.cli import features as features_command
+from activedpo_fast.cli import select as select_command
+from activedpo_fast.cli.app import main
+from activedpo_fast.gradients import extractor
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.tokenization import tokenize_pool
+from activedpo_fast.store.store import FeatureStore
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -49,7 +50,7 @@ def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     return [
         {"id": f"p{i}", "prompt": words(2, 6) + "?",
          "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
-         "topic": ("law", "maths")[i % 2], "price": 1 + i % 3}
+         "topic": ("law", "math")[i % 2], "price": 1 + i % 3}
         for i in range(n)
     ]
 
@@ -167,7 +168,7 @@ def test_a_complete_store_is_left_alone_but_exported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
-    monkeypatch.setattr(commands, "load_policy", None)  # no model is needed
+    monkeypatch.setattr(features_command, "load_policy", None)  # no model is needed
     export = tmp_path / "features.safetensors"
     argv = [*_features(project, store), "--proj-dim", "64", "--export", str(export)]
     capsys.readouterr()
@@ -239,7 +240,7 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands, "load_policy", None)  # no model is loaded for nothing
+    monkeypatch.setattr(features_command, "load_policy", None)  # no model is loaded for nothing
     file = tmp_path / "file"
     file.write_text("mine")
     _refused(capsys, _features(project, file), f"{file} is a file, not a folder to write to")
@@ -315,10 +316,10 @@ def test_picks_are_those_of_the_selector(
     assert main([*argv, "--output", str(tmp_path / "1.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "1.jsonl"), first)
 
-    second = selector.select(pool, 6, labelled=first, show_progress=False)
+    second = selector.select(pool, 6, labeled=first, show_progress=False)
     labels = _write_jsonl(tmp_path / "labels.jsonl", [
         {**line, "label": 1} for line in _read_jsonl(tmp_path / "1.jsonl")])
-    assert main([*argv, "--labelled", str(labels), "--output", str(tmp_path / "2.jsonl")]) == 0
+    assert main([*argv, "--labeled", str(labels), "--output", str(tmp_path / "2.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "2.jsonl"), second)
 
 
@@ -338,18 +339,18 @@ def test_rows_that_stay_on_disk_give_the_same_file(
 ) -> None:
     labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3], "label": 0}])
     for strategy in ("activedpo", "trace", "random"):
-        argv = ["select", str(store), "--batch-size", "9", "--labelled", str(labels), "--strategy",
+        argv = ["select", str(store), "--batch-size", "9", "--labeled", str(labels), "--strategy",
                 strategy, "--output"]
         assert main([*argv, str(tmp_path / "memory.jsonl")]) == 0
         with monkeypatch.context() as patch:
-            patch.setattr(commands, "_IN_MEMORY_BYTES", 0)
+            patch.setattr(select_command, "_IN_MEMORY_BYTES", 0)
             assert main([*argv, str(tmp_path / "disk.jsonl")]) == 0
         memory, disk = (_read_jsonl(tmp_path / f"{name}.jsonl") for name in ("memory", "disk"))
         assert [line.pop("score") for line in disk] == pytest.approx(
             [line.pop("score") for line in memory], rel=1e-10)
         assert disk == memory
 
-    # The same without a command; nothing is labelled, so the history is made of no row.
+    # The same without a command; nothing is labeled, so the history is made of no row.
     rows = FeatureStore.open(store)
     pool = rows.pool()
     item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
@@ -361,7 +362,7 @@ def test_rows_that_stay_on_disk_give_the_same_file(
     assert rankings[0].indices.tolist() == rankings[1].indices.tolist()
 
 
-def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: Path) -> None:
+def test_labeled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: Path) -> None:
     everything = tmp_path / "all.jsonl"
     select = ["select", str(store), "--batch-size"]
     assert main([*select, "5", "--output", str(everything)]) == 0
@@ -375,7 +376,7 @@ def test_labelled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path:
         {"id": second, "pair": list(other[::-1]), "label": 0},
     ])
     after = tmp_path / "after.jsonl"
-    assert main([*select, "5", "--labelled", str(labels), "--output", str(after)]) == 0
+    assert main([*select, "5", "--labeled", str(labels), "--output", str(after)]) == 0
     lines = _read_jsonl(after)
     picked = [(line["id"], tuple(line["pair"])) for line in lines]
     assert not set(before[:2]) & set(picked)
@@ -394,7 +395,7 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
     for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
         labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, **answer}])
         capsys.readouterr()
-        assert main([*select, "1", "--labelled", str(labels), "--output",
+        assert main([*select, "1", "--labeled", str(labels), "--output",
                      str(tmp_path / "b.jsonl")]) == 0
         pending = f"activedpo: {labels}: 1 of 1 pairs have no label yet: they are not picked again"
         assert (pending in capsys.readouterr().err) == (answer.get("label") is None)
@@ -430,7 +431,7 @@ def test_bad_labels_are_refused_by_line(
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"id": "p1", "pair": [0, 1]}\n' + line + "\n")
     output = tmp_path / "picked.jsonl"
-    _refused(capsys, ["select", str(store), "--labelled", str(labels), "--output", str(output)],
+    _refused(capsys, ["select", str(store), "--labeled", str(labels), "--output", str(output)],
              f"{labels}, line 2", expected)
     assert not output.exists()
 
@@ -446,8 +447,8 @@ def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "rules"), [
     (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
     (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
-    (["--group-by", "topic", "--quota", "law=1", "--quota", "maths=3"],
-     {"group_by": "topic", "quotas": {"law": 1, "maths": 3}}),
+    (["--group-by", "topic", "--quota", "law=1", "--quota", "math=3"],
+     {"group_by": "topic", "quotas": {"law": 1, "math": 3}}),
     (["--min-score", "1.6"], {"min_score": 1.6}),
     (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
     (["--cost", "price"], {"cost": "price"}),
@@ -517,9 +518,9 @@ def test_select_goes_by_the_prompt_and_not_by_the_row(
         {"id": "of another pool", "pair": [1, 0], "label": 1, "prompt": rows[4]["prompt"],
          "responses": rows[4]["responses"][::-1]},
         {"id": "again", "pair": [0, 1], "label": 0}])
-    left = picked("--labelled", str(labels), "--batch-size", "4")
+    left = picked("--labeled", str(labels), "--batch-size", "4")
     assert sorted(left) == ["c1", "c2", "c3", "c5"]
-    assert "of 4 candidate pairs and 2 labelled picked" in capsys.readouterr().out
+    assert "of 4 candidate pairs and 2 labeled picked" in capsys.readouterr().out
     _refused(capsys, [*argv, "--prompt-by", "thread"], "prompt_by: item 'c0' has no 'thread'")
 
 
@@ -582,7 +583,7 @@ def test_run_waits_for_labels_and_goes_on_with_them(
             capsys.readouterr()
             assert main(argv) == 3
             captured = capsys.readouterr()
-            (to_label,) = set((tmp_path / "run" / "labelling").iterdir()) - filled
+            (to_label,) = set((tmp_path / "run" / "labeling").iterdir()) - filled
             message = [line for line in captured.err.splitlines() if str(to_label) in line]
             assert len(message) == 1 and "error" not in message[0] and captured.out == ""
         lines = _read_jsonl(to_label)
@@ -671,7 +672,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     (["selct"], "'select'"),
     (["select", "--output", "x"], "STORE"),
     (["select", "{store}"], "--output"),
-    (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
+    (["select", "{store}", "--output", "{tmp}/x", "--normalize", "pair"], "--normalize"),
     (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
@@ -697,7 +698,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     (["select", "{store}", "--output", "{tmp}"], "is a folder"),
     (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
     (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),
-    (["select", "{store}", "--labelled", "{tmp}/no.jsonl", "--output", "{tmp}/x"], "no such file"),
+    (["select", "{store}", "--labeled", "{tmp}/no.jsonl", "--output", "{tmp}/x"], "no such file"),
     (["features", "{tmp}/none.jsonl", "{m}", "{a}", "{o}"], "none.jsonl"),
     (["features", "{pool}.txt", "{m}", "{a}", "{o}"], "suffix"),
     (["features", "{pool}", "--model={tmp}/none", "{a}", "{o}"], "no such model folder"),
@@ -799,7 +800,7 @@ def test_the_unexpected_keeps_its_traceback(
     def broken(*args: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(commands, "make_selection", broken)
+    monkeypatch.setattr(select_command, "run_selection", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["select", str(store), "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])
 
@@ -828,7 +829,7 @@ def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True,
                               cwd=Path(__file__).parents[2])
 
-    light = process("-c", "import sys; from activedpo_fast.cli import main; main(['--help']); "
+    light = process("-c", "import sys; from activedpo_fast.cli.app import main; main(['--help']); "
                           "sys.exit('torch' in sys.modules)")
     assert light.returncode == 0 and "features" in light.stdout
 
@@ -859,7 +860,7 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     before = picked.read_bytes(), (store / "pool.jsonl").read_bytes()
     capsys.readouterr()
     for more, said in (([str(picked)], "has 2 labels"),
-                       ([str(picked), "--labelled", str(picked)], "is the --labelled file too"),
+                       ([str(picked), "--labeled", str(picked)], "is the --labeled file too"),
                        ([str(store / "pool.jsonl")], "is inside the store")):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from activedpo_fast.data import PreferencePool, Prompt
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
-from activedpo_fast.loop import ActiveDPOLoop, draw_prompts, read_records
+from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.trl import adapter_state, dpo_config
+from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts, read_records
+from activedpo_fast.training.trl import adapter_state, dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair fox dog random choose".split()
@@ -88,7 +89,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Path, tmp_path: Path, monkeypatch: Any, stage: str
 ) -> None:
     """The stage of the second round breaks off; a new process goes on."""
-    import activedpo_fast.loop as module
+    import activedpo_fast.training.loop as module
 
     loop = _loop(tmp_path, evaluate=_metric)
     calls = {"n": 0}

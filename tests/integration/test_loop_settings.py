@@ -15,16 +15,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from activedpo_fast.cli import main
-from activedpo_fast.data import Prompt
+from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.fingerprints import policy_settings
-from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending
-from activedpo_fast.loop import ActiveDPOLoop
-from activedpo_fast.models import load_policy
+from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.models.fingerprints import policy_settings
+from activedpo_fast.models.loading import load_policy
+from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.strategies import Strategy
-from activedpo_fast.trl import adapter_state, dpo_config
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import adapter_state, dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair".split()
@@ -32,9 +32,9 @@ TEXTS = [Prompt(f"p{n}", f"The {word}") for n, word in enumerate(WORDS)]
 CHATS = [Prompt(p.id, [{"role": "user", "content": str(p.prompt)}]) for p in TEXTS]
 
 
-def _policy(base: dict[str, Any] | None = None, randomise: bool = True, seed: int = 1,
+def _policy(base: dict[str, Any] | None = None, randomize: bool = True, seed: int = 1,
             **config: Any) -> PeftModel:
-    return lora(tiny_causal_lm("llama", **(base or {})), "llama", seed=seed, randomise=randomise,
+    return lora(tiny_causal_lm("llama", **(base or {})), "llama", seed=seed, randomize=randomize,
                 **config)
 
 
@@ -85,7 +85,7 @@ def _other_eos(model: PeftModel) -> PeftModel:
     (lambda: _other_eos(_policy()),
      r"base\.generation_config\.eos_token_id \(0, now \[0, 5\]\)"),
     (lambda: _policy(seed=2), r"the adapter differs from .*start/adapter"),
-    (lambda: _policy(randomise=False), r"the adapter differs from .*start/adapter"),
+    (lambda: _policy(randomize=False), r"the adapter differs from .*start/adapter"),
 ])
 def test_another_policy_is_refused(
     run: Path, make: Callable[[], PeftModel], message: str
@@ -137,7 +137,7 @@ def test_the_same_policy_goes_on_whatever_was_done_with_it(tmp_path: Path) -> No
 def test_training_that_breaks_off_leaves_the_weights_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import activedpo_fast.loop as module
+    import activedpo_fast.training.loop as module
 
     model = _policy()
     before = adapter_state(model)
@@ -161,11 +161,11 @@ def test_a_fresh_adapter_goes_on_from_the_one_on_disk(
     """Fresh adapters of two processes differ in A alone, and then the first one's counts."""
     caplog.set_level("INFO", logger="activedpo_fast")
     torch.manual_seed(1)
-    first = _policy(randomise=False)
+    first = _policy(randomize=False)
     _loop(tmp_path, first).run()
     start = load_file(tmp_path / "start" / "adapter" / "adapter_model.safetensors")
     torch.manual_seed(2)
-    second = lora(tiny_causal_lm("llama"), "llama", randomise=False)
+    second = lora(tiny_causal_lm("llama"), "llama", randomize=False)
     with torch.no_grad():
         for name, parameter in second.named_parameters():
             if "lora_A" in name:
@@ -317,7 +317,7 @@ def test_the_adapter_dtype_and_tokenizer_that_are_named_are_settings(
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     for seed, name in enumerate(("adapter", "other")):  # fresh ones, which only differ in A
         torch.manual_seed(seed)
-        policy = lora(tiny_causal_lm("llama"), "llama", randomise=False)
+        policy = lora(tiny_causal_lm("llama"), "llama", randomize=False)
         with torch.no_grad():
             for key, parameter in policy.named_parameters():
                 if "lora_A" in key:

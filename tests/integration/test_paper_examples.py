@@ -15,7 +15,7 @@ import pytest
 import yaml
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from activedpo_fast.cli import main
+from activedpo_fast.cli.app import main
 from tests.models import VOCAB_SIZE, tiny_causal_lm, tiny_tokenizer
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"

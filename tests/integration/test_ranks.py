@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from activedpo_fast.distributed.processes import Processes
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import greedy_logdet, rank_top
-from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.ranks import Ranks
+from activedpo_fast.selection.greedy.logdet import greedy_logdet, rank_top
+from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.rules import Eligible, random_order
 
 PROMPTS, RESPONSES, PAIRS, DIM = 60, 3, 3, 48
@@ -111,14 +111,14 @@ def lose_one(rank, world, group):
     rows, pairs = problem()
     first, last = share(rank, world)
     if rank == world - 1:
-        original = Ranks.share
+        original = Processes.share
 
         def leave(self, *arguments):
             if self._picks == 4:
                 os._exit(0)
             return original(self, *arguments)
 
-        Ranks.share = leave
+        Processes.share = leave
     try:
         greedy_logdet(rows[first * RESPONSES:last * RESPONSES],
                       pairs[first * PAIRS:last * PAIRS] - first * RESPONSES, 10, group=group)

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 
 from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool
-from activedpo_fast.data import Prompt
-from activedpo_fast.labeling import CallableOracle
-from activedpo_fast.loop import ActiveDPOLoop
+from activedpo_fast.labels import CallableOracle
+from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.result import Selection
-from activedpo_fast.trl import adapter_state, dpo_config, load_adapter_state, train_dpo
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import adapter_state, dpo_config, load_adapter_state, train_dpo
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")

@@ -13,12 +13,12 @@ import numpy
 import pytest
 import torch
 
-from activedpo_fast.data import Prompt
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
-from activedpo_fast.labeling import FileOracle, LabelsPending
-from activedpo_fast.loop import ActiveDPOLoop
+from activedpo_fast.labels import FileOracle, LabelsPending
+from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import dpo_config
 from tests.integration.test_trl_round import _snapshot
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 

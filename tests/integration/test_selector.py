@@ -13,8 +13,8 @@ from activedpo_fast import (
     PreferencePool,
     Selection,
 )
+from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES
-from activedpo_fast.tokenization import tokenize_pool
 from tests.gradients import loop_gradients, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def unit_rows(model, tokenizer, pool: PreferencePool) -> torch.Tensor:
 
 
 def brute_force(candidates: torch.Tensor, history: torch.Tensor, n: int):
-    """B times arg max φᵀV⁻¹φ with V inverted anew at each pick."""
+    """B times arg max φᵀV⁻¹φ with V inverted again at each pick."""
     dim = candidates.shape[1]
     v = LAM * torch.eye(dim, dtype=torch.float64) + history.T @ history
     picks, scores = [], []
@@ -87,16 +87,16 @@ def test_select_is_the_plain_greedy(model, tokenizer) -> None:
 def test_history_enters_v_and_is_no_candidate(model, tokenizer) -> None:
     pool, earlier = make_pool(6), make_pool(5, n_responses=2, start=20)
     chooser = selector(model, tokenizer)
-    labelled = [chooser.select(pool, 3), chooser.select(earlier, 4)]
-    second = chooser.select(pool, 5, labelled=labelled)
+    labeled = [chooser.select(pool, 3), chooser.select(earlier, 4)]
+    second = chooser.select(pool, 5, labeled=labeled)
 
     rows, old = unit_rows(model, tokenizer, pool), unit_rows(model, tokenizer, earlier)
     pairs = pool.pairs()
     phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
     taken = [int(((pool.response_offsets[pool.position(p.id)] + torch.tensor(p.pair)) == pairs)
-                 .all(1).nonzero()) for p in labelled[0]]
+                 .all(1).nonzero()) for p in labeled[0]]
     phi_old = torch.stack([old[2 * earlier.position(p.id)] - old[2 * earlier.position(p.id) + 1]
-                           for p in labelled[1]])
+                           for p in labeled[1]])
     left = [i for i in range(len(pairs)) if i not in taken]
     picks, scores = brute_force(phi[left], torch.cat([phi[taken], phi_old]), 5)
     assert [p.score for p in second] == pytest.approx(scores, rel=1e-7)
@@ -109,13 +109,13 @@ def test_history_is_taken_at_the_current_weights(tokenizer) -> None:
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
     pool, earlier = make_pool(6), make_pool(4, n_responses=2, start=20)
     chooser = selector(model, tokenizer)
-    labelled = chooser.select(earlier, 3)
+    labeled = chooser.select(earlier, 3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.mul_(-1.7)
-    again = selector(model, tokenizer).select(pool, 4, labelled=labelled)
-    assert chooser.select(pool, 4, labelled=labelled) == again
+    again = selector(model, tokenizer).select(pool, 4, labeled=labeled)
+    assert chooser.select(pool, 4, labeled=labeled) == again
 
 
 def test_items_that_the_trainer_would_drop_are_no_candidates(model, tokenizer) -> None:
@@ -142,7 +142,7 @@ def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) 
     assert selection == chooser.select(pool, 4)
     assert model.training and flags == [p.requires_grad for p in model.parameters()]
     assert set(chooser.last_timings) == {"features", "select"}
-    later = chooser.select(pool, 4, labelled=selection)
+    later = chooser.select(pool, 4, labeled=selection)
     assert not {(p.id, p.pair) for p in later} & {(p.id, p.pair) for p in selection}
 
 
@@ -152,14 +152,14 @@ def rows_and_logps(model, tokenizer, pool: PreferencePool) -> tuple[torch.Tensor
 
 
 def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
-    """Labelled pairs in the pool and elsewhere, all of them with the current model's weights."""
+    """Labeled pairs in the pool and elsewhere, all of them with the current model's weights."""
     pool, earlier = make_pool(6), make_pool(4, n_responses=2, start=20)
     chooser = selector(model, tokenizer, strategy="adpo_plus")
-    labelled = [chooser.select(pool, 2), chooser.select(earlier, 3)]
+    labeled = [chooser.select(pool, 2), chooser.select(earlier, 3)]
     beta = 20.0  # so that the weights differ
     chooser = ActiveDPOSelector(model, processing_class=tokenizer, strategy="adpo_plus", beta=beta,
                                 sketch="none", lam=LAM)
-    got = chooser.select(pool, 5, labelled=labelled)
+    got = chooser.select(pool, 5, labeled=labeled)
 
     weighted = {}
     for key, whole in (("pool", pool), ("earlier", earlier)):
@@ -178,10 +178,10 @@ def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
                   for p in picks]
         return [int((whole.pairs() == place).all(dim=1).nonzero()) for place in places]
 
-    taken = numbers(pool, labelled[0])
+    taken = numbers(pool, labeled[0])
     left = [i for i in range(len(pool.pairs())) if i not in taken]
     history = torch.cat([weighted["pool"][taken],
-                         weighted["earlier"][numbers(earlier, labelled[1])]])
+                         weighted["earlier"][numbers(earlier, labeled[1])]])
     picks, scores = brute_force(weighted["pool"][left], history, 5)
     assert numbers(pool, got) == [left[i] for i in picks]
     assert [p.score for p in got] == pytest.approx(scores, rel=1e-7)
@@ -248,7 +248,7 @@ def test_options(model, tokenizer) -> None:
     assert plus["default"] == plus["none"] != plus["response"]
     assert len({tuple(p.score for p in s) for s in rows.values()}) == 3
     for wrong in ({"preset": "papers"}, {"strategy": "best"}, {"normalize": "l2"}, {"beta": 0.0},
-                  {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"colour": 1}}):
+                  {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"color": 1}}):
         with pytest.raises(ActiveDPOError):
             ActiveDPOSelector(model, processing_class=tokenizer, **wrong)
 
@@ -282,11 +282,11 @@ def test_what_is_no_pool_or_selection_is_named() -> None:
         with pytest.raises(ActiveDPOError, match="expected a PreferencePool, got .*from_dataset"):
             selector.select(pool, 1)
     pool = PreferencePool.from_rows(rows)
-    for labelled in ("picked.jsonl", [0, 1], 3):
-        with pytest.raises(ActiveDPOError, match="labelled: expected a Selection, .*read_labels"):
-            selector.select(pool, 1, labelled=labelled)
+    for labeled in ("picked.jsonl", [0, 1], 3):
+        with pytest.raises(ActiveDPOError, match="labeled: expected a Selection, .*read_labels"):
+            selector.select(pool, 1, labeled=labeled)
         with pytest.raises(ActiveDPOError, match="asked: expected a Selection"):
-            selector.select(pool, 1, asked=labelled)
+            selector.select(pool, 1, asked=labeled)
 
 
 @pytest.mark.parametrize("strategy", ["aplp", "margin_small", "margin_large", "adpo_plus"])
@@ -295,7 +295,7 @@ def test_rewards_that_are_all_alike_are_told(
 ) -> None:
     rows = [{"prompt": f"The {n}", "responses": [" fox", " dog and fox"]} for n in range(4)]
     pool, line = PreferencePool.from_rows(rows), "every reward difference is 0"
-    fresh = lora(tiny_causal_lm("llama"), "llama", randomise=False)
+    fresh = lora(tiny_causal_lm("llama"), "llama", randomize=False)
     ActiveDPOSelector(fresh, tiny_tokenizer(), strategy=strategy).select(pool, 2)
     assert (line in caplog.text) == (strategy != "adpo_plus")  # which has gradients, too
     caplog.clear()

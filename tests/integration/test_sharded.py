@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool
+from activedpo_fast.cli.app import main
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.features.store import FeatureStore
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.selection.shares import Shares
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.tokenization import tokenize_pool
+from activedpo_fast.store.store import FeatureStore
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORLD = 2
@@ -48,7 +48,7 @@ def make_pool(count: int = 12, start: int = 0) -> PreferencePool:
                       + " far too long" * 9 * (i == 2),
             "responses": [f" {WORDS[(i + 2 * j) % 9]} {WORDS[(i * j + 5) % 9]} {i * j}"
                           for j in range(2 + i % 3)],
-            "topic": ("law", "art", "maths")[i % 3], "price": 1.0 + i % 4,
+            "topic": ("law", "art", "math")[i % 3], "price": 1.0 + i % 4,
         }
         for i in range(start, start + count)
     )
@@ -85,10 +85,10 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
         options = {"normalize": "pair"} if strategy == "adpo_plus" else {}
         own = chooser(model, strategy, **options)
         found[strategy] = own.select(pool, **few)
-        found[f"{strategy}, history"] = own.select(pool, labelled=history, **few)
-        found[f"{strategy}, rules"] = own.select(pool, labelled=one, rules=RULES, **few)
+        found[f"{strategy}, history"] = own.select(pool, labeled=history, **few)
+        found[f"{strategy}, rules"] = own.select(pool, labeled=one, rules=RULES, **few)
     found["all"] = chooser(model).select(pool, 34, group=group)
-    found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labelled=history, **few)
+    found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labeled=history, **few)
     found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
         pool, 3, group=group)
     spread = make_spread_pool()
@@ -99,7 +99,7 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
         own = chooser(model, strategy, strategy_options={"shortlist": 1.0} if strategy == "aplp"
                       else {})
         found[f"{strategy}, spread"] = own.select(
-            spread, 8, rules=PickRules(max_per_prompt=2), labelled=renamed, group=group)
+            spread, 8, rules=PickRules(max_per_prompt=2), labeled=renamed, group=group)
         found[f"{strategy}, by post"] = own.select(
             spread, 8, rules=PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"]),
             group=group)
@@ -134,7 +134,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     rows = [{"id": item.id, "prompt": item.prompt, "responses": item.responses,
              "price": 1.0 + rank} for item in pool]
     attempt("price", pool=PreferencePool.from_rows(rows), rules=PickRules(cost="price"))
-    attempt("labelled", labelled=None if rank else chooser(model).select(pool, 1))
+    attempt("labeled", labeled=None if rank else chooser(model).select(pool, 1))
     attempt("asked", asked=None if rank else chooser(model).select(pool, 1))
     posts = [PreferencePool.from_rows({"id": item.id, "prompt": item.prompt, "post": n % (2 + r),
                                        "responses": item.responses} for n, item in enumerate(pool))
@@ -159,7 +159,7 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     said = {}
     for name, port, options in (("too many", ports[0], ["--batch-size", "999"]),
                                 ("labels", ports[1],
-                                 ["--labelled", str(folder / f"labels-{rank}.jsonl"),
+                                 ["--labeled", str(folder / f"labels-{rank}.jsonl"),
                                   "--batch-size", "3"])):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
@@ -241,7 +241,7 @@ def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
                                      "or more")
         for name, given in (("pool", "pool"), ("n", "n"), ("strategy", "strategy"),
                             ("lam", "strategy"), ("length", "tokenization"), ("rules", "rules"),
-                            ("price", "pool"), ("labelled", "labelled"),
+                            ("price", "pool"), ("labeled", "labeled"),
                             ("asked", "asked"), ("posts", "pool")):
             assert told[name] == (f"process 1 has another {given} than process 0: all must be "
                                   "given the same"), name
@@ -256,7 +256,7 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
     for size in (1, 2, 3, 7, 40):
         parts = []
         for rank in range(size):
-            shares = Shares(None)
+            shares = PoolProcesses(None)
             shares.rank, shares.size = rank, size
             parts.append(shares.part(pool))
         offsets = pool.response_offsets.tolist()
@@ -277,7 +277,7 @@ def test_select_under_torchrun_writes_the_file_of_one_process(
 ) -> None:
     (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 1}\n'
                                            '{"id": "item-11", "pair": [0, 3], "label": 0}\n')
-    argv = ["select", str(store), "--labelled", str(tmp_path / "labels.jsonl"), "--batch-size",
+    argv = ["select", str(store), "--labeled", str(tmp_path / "labels.jsonl"), "--batch-size",
             "10", "--max-per-prompt", "1", "--group-by", "topic", "--quota", "law=2",
             "--random-fraction", "0.2", "--output"]
     capsys.readouterr()

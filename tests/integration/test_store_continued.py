@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from activedpo_fast import commands
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool
+from activedpo_fast.cli import features as features_command
+from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.tokenization import tokenize_pool
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.store.store import FeatureStore
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ def _project(folder: Path, template: str | None = None) -> list[str]:
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     """Run the command until some rows are there."""
-    from activedpo_fast.features import extractor
+    from activedpo_fast.gradients import extractor
 
     real, calls = extractor.gradient_pass, []
 
@@ -97,12 +97,12 @@ def test_columns_are_brought_up_to_date(
     argv = _project(tmp_path)
     if finished:
         assert main(argv) == 0
-        monkeypatch.setattr(commands, "load_policy", None)  # no model is needed
+        monkeypatch.setattr(features_command, "load_policy", None)  # no model is needed
     else:
         _interrupt(monkeypatch, argv)
     rows = {path.name: path.read_bytes() for path in (tmp_path / "store").glob("rows-*")}
     assert rows
-    corrected = [{**row, "tokens": 1.0 if n == 3 else 100.0, "topic": ("law", "maths")[n % 2]}
+    corrected = [{**row, "tokens": 1.0 if n == 3 else 100.0, "topic": ("law", "math")[n % 2]}
                  for n, row in enumerate(ROWS)]
     _write(tmp_path / "pool.jsonl", corrected)
     capsys.readouterr()

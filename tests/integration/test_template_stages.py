@@ -14,19 +14,22 @@ import yaml
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-import activedpo_fast.generation as generation
-from activedpo_fast.cli import main
-from activedpo_fast.config import make_config
-from activedpo_fast.data import PoolItem, PreferencePool, Prompt
+import activedpo_fast.pool.generation as generation
+from activedpo_fast.cli.app import main
+from activedpo_fast.cli.run_file import make_config
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.generation import generate_responses, respond
-from activedpo_fast.labeling import CallableOracle, FileOracle, LabelsPending, RewardModelOracle
-from activedpo_fast.loop import ActiveDPOLoop
-from activedpo_fast.selection.result import Pick, Selection, read_labels
+from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending, RewardModelOracle
+from activedpo_fast.labels.reading import read_labels
+from activedpo_fast.pool.generation import generate_responses, respond
+from activedpo_fast.pool.items import PoolItem, Prompt
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import dpo_config
 from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -236,14 +239,14 @@ def test_history_is_taken_with_the_present_arguments(inside: bool, caplog: Any) 
         PoolItem(f"n{n}", _user(f"What {n}?"), (_assistant("a"), _assistant(f"b {n}")))
         for n in range(4))
     with caplog.at_level(logging.WARNING, "activedpo_fast"):
-        picked = _selector(_THINKING).select(pool, 2, labelled=old)
-    assert "2 of 2 labelled pairs were picked with other chat_template_kwargs" in caplog.text
+        picked = _selector(_THINKING).select(pool, 2, labeled=old)
+    assert "2 of 2 labeled pairs were picked with other chat_template_kwargs" in caplog.text
     made_now = Selection(tuple(
         Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses, dict(_THINKING))
         for p in old), old.strategy)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "activedpo_fast"):
-        expected = _selector(_THINKING).select(pool, 2, labelled=made_now)
+        expected = _selector(_THINKING).select(pool, 2, labeled=made_now)
     assert "other chat_template_kwargs" not in caplog.text
     assert picked == expected
 

@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool
+from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.models import load_policy
+from activedpo_fast.models.loading import load_policy
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selector import ActiveDPOSelector
 from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 

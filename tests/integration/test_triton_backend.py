@@ -17,7 +17,7 @@ from activedpo_fast import (
     ops,
     reference,
 )
-from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
+from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.unit.test_ops import KEY, random
 

@@ -12,10 +12,11 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast.data import PoolItem, PreferencePool
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.tokenization import TokenizedResponse, tokenize_pool
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedResponse, tokenize_pool
 from tests.models import ORIGINAL_LENGTH, lora, tiny_causal_lm, tiny_tokenizer, varying_lm
 
 trl = pytest.importorskip("trl")

@@ -14,7 +14,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.trl import (
+from activedpo_fast.training.trl import (
     adapter_state,
     dpo_config,
     load_adapter_state,
@@ -282,7 +282,7 @@ def test_what_cannot_be_trained_is_one_clear_error(tmp_path: Any) -> None:
     model = _model()
     assert "initial_adapter" in error(model, reference="initial")
     assert "neither" in error(model, reference="first")
-    assert "no labelled pair" in error(model, DATA.select([]))
+    assert "no labeled pair" in error(model, DATA.select([]))
     precompute = _args(tmp_path, precompute_ref_log_probs=True)
     assert "precompute" in error(model, config=precompute, reference="initial",
                                  initial_adapter=adapter_state(model))

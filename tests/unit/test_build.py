@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:  # pytest depends on it there
     import tomli as tomllib
 
-from activedpo_fast import backends
+from activedpo_fast.ops import backends
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from activedpo_fast.config import load_config, make_config
+from activedpo_fast.cli.run_file import load_config, make_config
 from activedpo_fast.errors import ActiveDPOError
 
 

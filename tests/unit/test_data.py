@@ -17,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.pool import PreferencePool
 
 U = [{"role": "user", "content": "Hi"}]
 A = [{"role": "assistant", "content": "Hello"}]

@@ -16,7 +16,7 @@ from activedpo_fast._files import (
     check_readable,
     write_atomic,
 )
-from activedpo_fast.cli import main
+from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
 
 

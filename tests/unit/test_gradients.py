@@ -10,14 +10,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from activedpo_fast import reference
-from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
-from activedpo_fast.features import logprobs
-from activedpo_fast.features.batching import Layout
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch, canonical_name
-from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse, tokenize_pool
+from activedpo_fast.gradients import lm_head as logprobs
+from activedpo_fast.gradients.batches import Layout
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch, canonical_name
+from activedpo_fast.ops import reference
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
 
@@ -297,11 +297,11 @@ def test_bf16_autocast(tokens: TokenizedPool) -> None:
 
 def test_rslora_bias_and_untrained_adapter(tokens: TokenizedPool) -> None:
     model = lora(tiny_causal_lm("llama", torch.float64), "llama", use_rslora=True, lora_bias=True,
-                 randomise=False)
+                 randomize=False)
     expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
     found = extract(model, tokens)
     assert relative_error(found, expected) <= 1e-9
-    # At initialisation B = 0, and so are the gradients of A: exactly.
+    # At initialization B = 0, and so are the gradients of A: exactly.
     offset = 0
     for name, parameter in trainable(model).items():
         block = found[:, offset : offset + parameter.numel()]

@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.stored_rows import StoredRows
-from activedpo_fast.selection import normalize, scores
-from activedpo_fast.selection.greedy import greedy_logdet, rank_top
-from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.normalize import PairFeatures
+from activedpo_fast.ops import scores as score_ops
+from activedpo_fast.selection import pair_features as normalize
+from activedpo_fast.selection.greedy import running_scores as scores
+from activedpo_fast.selection.greedy.logdet import greedy_logdet, rank_top
+from activedpo_fast.selection.greedy.running_scores import RunningScores
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
-from activedpo_fast.selection.scores import RunningScores
+from activedpo_fast.store.rows import StoredRows
 from tests.unit.test_information import exact_scores
 
 NORMALIZE = ("response", "pair", None)
@@ -60,10 +61,10 @@ class Rules(NamedTuple):
         return Eligible(torch.ones(n_pairs, dtype=torch.bool), **self._asdict())
 
 
-def brute_force(phi, labelled, n, ridge, rules=None, tie=1e-11):
-    """Picks, scores and log det V of V = ridge I + labelled + picks, inverted afresh at each."""
+def brute_force(phi, labeled, n, ridge, rules=None, tie=1e-11):
+    """Picks, scores and log det V of V = ridge I + labeled + picks, inverted afresh at each."""
     rules = rules or Rules()
-    v = ridge * torch.eye(phi.shape[1], dtype=torch.float64) + labelled.T @ labelled
+    v = ridge * torch.eye(phi.shape[1], dtype=torch.float64) + labeled.T @ labeled
     cost = [1.0] * len(phi) if rules.inverse_cost is None else rules.inverse_cost.tolist()
     left, indices, scores = list(range(len(phi))), [], []
     while left and len(indices) < n:
@@ -152,13 +153,13 @@ def rules(draw, n_pairs, first, n, typical):
 
 
 @given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
-       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labelled=st.integers(0, 5),
+       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labeled=st.integers(0, 5),
        weighted=st.booleans(), any_pairs=st.booleans(), ruled=st.booleans(),
        batch=st.sampled_from([3, 2048]), data=st.data())
 @settings(max_examples=examples(200), deadline=None)
-def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, log_norm, labelled,
+def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, log_norm, labeled,
                                               weighted, any_pairs, ruled, batch, data):
-    # Norms of one case span two decades, and without normalisation stay where the brute force can
+    # Norms of one case span two decades, and without normalization stay where the brute force can
     # tell candidates apart; the exact test below has the rest.
     log_norm = min(log_norm, 1.0) if how is None else log_norm
     if dtype == torch.float16:
@@ -168,10 +169,10 @@ def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, 
     if any_pairs:
         pairs = random_pairs(len(rows), len(pairs), case["seed"])
     weights = random_weights(len(pairs), case["seed"]) if weighted else None
-    # Labelled rows repeat candidates: they are the same pool, a round later.
-    some = random_pairs(len(rows), labelled, case["seed"] + 1)
-    history = (rows[some.flatten()], torch.arange(2 * labelled).reshape(-1, 2))
-    history_weights = random_weights(labelled, case["seed"] + 1) if weighted else None
+    # Labeled rows repeat candidates: they are the same pool, a round later.
+    some = random_pairs(len(rows), labeled, case["seed"] + 1)
+    history = (rows[some.flatten()], torch.arange(2 * labeled).reshape(-1, 2))
+    history_weights = random_weights(labeled, case["seed"] + 1) if weighted else None
     n = data.draw(st.integers(0, len(pairs)))
 
     phi = plain_features(rows, pairs, how, weights)
@@ -189,8 +190,8 @@ def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, 
             patch.setattr(scores, "_BATCH", batch)
             got = greedy_logdet(
                 rows, pairs, n, lam=10**log_lam, kappa=kappa, normalize=how, weights=weights,
-                history=history if labelled else None, information=information,
-                history_weights=history_weights if labelled else None,
+                history=history if labeled else None, information=information,
+                history_weights=history_weights if labeled else None,
                 eligible=limits.eligible(len(pairs)) if ruled else None)
         assert_same(got, information, expected)
         touched.append(int(got.touched.sum()))

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from activedpo_fast import backends
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection import resident
-from activedpo_fast.selection.greedy import add_all, greedy_logdet
-from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.normalize import PairFeatures
-from activedpo_fast.selection.resident import ResidentProblem, greedy_resident, on_gpu
+from activedpo_fast.ops import backends
+from activedpo_fast.selection.greedy import one_launch as resident
+from activedpo_fast.selection.greedy.logdet import add_all, greedy_logdet
+from activedpo_fast.selection.greedy.one_launch import ResidentProblem, greedy_resident, on_gpu
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
 from tests.unit.test_greedy import (
     NORMALIZE,
@@ -71,11 +71,11 @@ def information_of(features, lam=1.0, kappa=1.0, form="auto"):
 
 
 @given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
-       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labelled=st.integers(0, 5),
+       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labeled=st.integers(0, 5),
        form=st.sampled_from(["auto", "low_rank", "explicit"]), weighted=st.booleans(),
        any_pairs=st.booleans(), ruled=st.booleans(), data=st.data())
 @settings(max_examples=examples(200), deadline=None)
-def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, log_norm, labelled,
+def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, log_norm, labeled,
                                              form, weighted, any_pairs, ruled, data):
     log_norm = min(log_norm, 1.0) if how is None else log_norm
     if dtype == torch.float16:
@@ -85,7 +85,7 @@ def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, l
     if any_pairs:
         pairs = random_pairs(len(rows), len(pairs), case["seed"])
     weights = random_weights(len(pairs), case["seed"]) if weighted else None
-    some = random_pairs(len(rows), labelled, case["seed"] + 1)
+    some = random_pairs(len(rows), labeled, case["seed"] + 1)
     n = data.draw(st.integers(0, len(pairs)))
     lam = 10**log_lam
 
@@ -111,15 +111,15 @@ def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, l
 
 
 @pytest.mark.parametrize("form", ["low_rank", "explicit"])
-@pytest.mark.parametrize("labelled", [0, 7])
+@pytest.mark.parametrize("labeled", [0, 7])
 @pytest.mark.parametrize("lam", [1e-6, 1e-3, 1.0, 1e3])
-def test_every_lambda(lam, labelled, form):
+def test_every_lambda(lam, labeled, form):
     """More than two of its tiles, pieces and rounds: 200 picks, k = 1100, shared rows."""
     generator = torch.Generator().manual_seed(3)
     k = 1100 if form == "low_rank" else 90
     rows = torch.randn(40, k, generator=generator) * torch.rand(40, 1, generator=generator)
     pairs = torch.combinations(torch.arange(40))[:400]
-    v = information_of(PairFeatures(rows[:14], torch.arange(14).reshape(7, 2)[:labelled],
+    v = information_of(PairFeatures(rows[:14], torch.arange(14).reshape(7, 2)[:labeled],
                                     "response"), lam=lam, form=form)
     want = greedy_logdet(rows, pairs, 200, lam=lam, information=copy.deepcopy(v))
     got = on_all_hosts(*everything_with(rows, pairs, "response", v), 200)

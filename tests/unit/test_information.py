@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.information import InformationMatrix
+from activedpo_fast.selection.information.matrix import InformationMatrix
 
 FORMS = ("auto", "low_rank", "explicit")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.information_dense import DenseBase
+from activedpo_fast.selection.information.dense import DenseBase
+from activedpo_fast.selection.information.matrix import InformationMatrix
 from tests.unit.test_information import FORMS, exact_scores, unit_rows
 
 EPS = torch.finfo(torch.float64).eps
@@ -212,7 +212,7 @@ def test_the_drift_is_measured_and_small():
     assert InformationMatrix(24).drift is None
 
 
-def test_a_root_that_has_drifted_is_built_anew():
+def test_a_root_that_has_drifted_is_built_again():
     points, queries = unit_rows(1500, 24), unit_rows(6, 24, seed=2)
     information = InformationMatrix(24, lam=0.1, form="explicit")
     information.add_many(points[:400])

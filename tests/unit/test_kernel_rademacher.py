@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activedpo_fast import reference
+from activedpo_fast.ops import reference
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -12,16 +12,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labeling import (
+from activedpo_fast.labels import (
     CallableOracle,
     FileOracle,
     LabelsPending,
     RewardModelOracle,
     RewardOracle,
 )
-from activedpo_fast.selection.result import Pick, Selection
+from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.result import Selection
 from tests.models import VOCAB_SIZE, tiny_tokenizer
 from tests.state import differences, snapshot
 

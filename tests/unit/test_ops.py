@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from activedpo_fast import backends, ops, reference
+from activedpo_fast import ops
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import backends, reference
 
 KEY = 0x9E3779B97F4A7C15
 OPERATIONS = ["sjlt", "rademacher"]
@@ -264,7 +265,7 @@ def test_reference_stands_in_with_one_warning(monkeypatch, caplog):
     monkeypatch.setattr(backends, "_WHY_NO_CPP", "it was left out; run this")
     monkeypatch.setattr(backends, "_warned", set())
     x = random(2, 40)
-    with caplog.at_level(logging.WARNING, logger="activedpo_fast.backends"):
+    with caplog.at_level(logging.WARNING, logger="activedpo_fast.ops.backends"):
         for operation in OPERATIONS:
             torch.testing.assert_close(sketch(operation, x, KEY, 5), define(operation, x, KEY, 5))
     assert [record.getMessage() for record in caplog.records] == [

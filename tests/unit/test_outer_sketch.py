@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activedpo_fast import ops, reference
+from activedpo_fast import ops
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import reference
 from tests.unit.test_ops import KEY, needs_cpp, random, threads
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
@@ -85,7 +86,7 @@ def test_equals_the_sketch_of_a_ready_gradient(method):
 @pytest.mark.parametrize("method", ops.METHODS)
 @pytest.mark.parametrize(("height", "width", "k", "rows"), [
     (8, 700, 256, 12), (700, 8, 256, 3), (200, 300, 128, 2), (64, 64, 8192, 20)])
-def test_a_row_is_the_same_for_any_threads_and_neighbours(height, width, k, rows, method, dtype):
+def test_a_row_is_the_same_for_any_threads_and_neighbors(height, width, k, rows, method, dtype):
     left, right = random(rows * 9, height).to(dtype), random(rows * 9, width, seed=1).to(dtype)
     starts = torch.arange(rows) * 9
     segments = torch.stack([starts, starts + 7, torch.arange(rows)], dim=1)

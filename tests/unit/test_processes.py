@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool, Prompt
+from activedpo_fast.cli.app import main
+from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.labeling import CallableOracle
-from activedpo_fast.loop import ActiveDPOLoop
-from activedpo_fast.processes import require_one_process
-from activedpo_fast.tokenization import tokenize_pool
-from activedpo_fast.trl import dpo_config
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.labels import CallableOracle
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.trl import dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 ARGV = {

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PickRules, PreferencePool, Selection
-from activedpo_fast.data import Prompt
-from activedpo_fast.labeling.labelled_pairs import read_labelled_pairs
+from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.selection.candidates import candidate_pairs, split_history
+from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.prompts import PoolPrompts, distinct_prompts, same_prompt
-from activedpo_fast.selection.result import Pick
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
-from activedpo_fast.selector import candidate_pairs, split_history
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 
@@ -145,11 +145,11 @@ def test_the_selector_goes_by_texts(strategy: str) -> None:
     renamed = Selection(tuple(replace(pick, id=f"other-{pick.id}", responses=pick.responses[::-1])
                               for pick in first[:2]), strategy)
     texts = {frozenset(pick.responses) for pick in renamed}
-    for given in ({"labelled": renamed}, {"asked": renamed}):
+    for given in ({"labeled": renamed}, {"asked": renamed}):
         later = chooser.select(pool, 4, **given)
         assert not texts & {frozenset(pick.responses) for pick in later}
-    assert (chooser.select(pool, 4, labelled=renamed).picks
-            == chooser.select(pool, 4, labelled=first[:2]).picks)
+    assert (chooser.select(pool, 4, labeled=renamed).picks
+            == chooser.select(pool, 4, labeled=first[:2]).picks)
 
 
 def test_what_is_asked_is_no_candidate_and_not_in_v() -> None:
@@ -161,10 +161,10 @@ def test_what_is_asked_is_no_candidate_and_not_in_v() -> None:
     left = chooser.select(pool, 1, asked=free[1:])
     assert left[0].id == free[0].id and left[0].score == pytest.approx(free[0].score, rel=1e-6)
     alone = chooser.select(pool, 1, asked=free[:8])
-    labelled = chooser.select(pool, 1, labelled=free[:8])
-    assert alone[0].pair == labelled[0].pair == free[8].pair
-    assert labelled[0].score == pytest.approx(free[8].score, rel=1e-4)
-    assert alone[0].score > 1.1 * labelled[0].score  # the first alone is a score in an empty V
+    labeled = chooser.select(pool, 1, labeled=free[:8])
+    assert alone[0].pair == labeled[0].pair == free[8].pair
+    assert labeled[0].score == pytest.approx(free[8].score, rel=1e-4)
+    assert alone[0].score > 1.1 * labeled[0].score  # the first alone is a score in an empty V
 
 
 def test_labels_of_a_file_are_found_by_their_texts(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_labels_of_a_file_are_found_by_their_texts(tmp_path: Path) -> None:
 
     def read(*lines: dict[str, object]) -> list[list[list[int]]]:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return [pairs.tolist() for pairs in read_labelled_pairs(path, pool)]
+        return [pairs.tolist() for pairs in read_labeled_pairs(path, pool)]
 
     line = {"id": "old", "pair": [3, 1], "prompt": "x", "responses": ["c", "b"], "label": 0}
     assert read(line) == [[[7, 6]], []]
@@ -204,7 +204,7 @@ def test_labels_of_a_file_are_of_items_with_the_same_template_arguments(tmp_path
             "id": "old", "pair": [0, 1], "prompt": said("user", "x"), "label": 1,
             "responses": [said("assistant", "a"), said("assistant", "b")],
             "item_chat_template_kwargs": {"think": True}, **changes}))
-        known: list[list[int]] = read_labelled_pairs(path, pool)[0].tolist()
+        known: list[list[int]] = read_labeled_pairs(path, pool)[0].tolist()
         return known
 
     assert read() == read(id="row-1") == [[2, 3]]

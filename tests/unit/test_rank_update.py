@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activedpo_fast import backends
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.ops import rank_update_
-from activedpo_fast.selection.information import InformationMatrix
+from activedpo_fast.ops import backends, rank_update_
+from activedpo_fast.selection.information.matrix import InformationMatrix
 
 # k around the sides of tiles (64) and of the CPU's blocks (512); m around the depth (16).
 SHAPES = [(1, 1), (2, 3), (63, 1), (64, 16), (65, 17), (130, 1), (200, 33), (513, 5), (1030, 40)]

@@ -8,13 +8,9 @@ import numpy
 import pytest
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.result import (
-    Pick,
-    Selection,
-    by_preference,
-    read_labels,
-    read_pending,
-)
+from activedpo_fast.labels.reading import by_preference, read_labels, read_pending
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.result import Selection
 
 STRINGS = Selection((
     Pick("a", (0, 2), 1.5, 0, "Say hi.", ("Hi!", "Ahoy\u2028there")),
@@ -110,7 +106,7 @@ def test_as_pool_has_one_item_a_pick(selection):
         assert (item.prompt, item.responses) == (pick.prompt, pick.responses)
 
 
-def labelled_file(tmp_path, labels, **first_line):
+def labeled_file(tmp_path, labels, **first_line):
     path = tmp_path / "labels.jsonl"
     STRINGS.to_jsonl(path)
     records = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
@@ -122,13 +118,13 @@ def labelled_file(tmp_path, labels, **first_line):
 
 
 def test_read_labels(tmp_path):
-    selection, labels = read_labels(labelled_file(tmp_path, [1, "skip", 0], annotator="ann"))
+    selection, labels = read_labels(labeled_file(tmp_path, [1, "skip", 0], annotator="ann"))
     assert selection.picks == STRINGS.picks and labels == [1, None, 0]
 
 
 def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_path, caplog):
     caplog.set_level("INFO", logger="activedpo_fast")
-    path = labelled_file(tmp_path, [None, "tie", 1.0])  # tables write 1.0 beside null
+    path = labeled_file(tmp_path, [None, "tie", 1.0])  # tables write 1.0 beside null
     selection, labels = read_labels(path)
     assert selection.picks == STRINGS.picks[1:] and labels == [None, 1]
     assert [r.getMessage() for r in caplog.records] == [
@@ -145,18 +141,18 @@ def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_pat
 
 def test_nulls_of_a_file_that_is_all_answered_are_no_preference_and_said(tmp_path, caplog):
     caplog.set_level("INFO", logger="activedpo_fast")
-    path = labelled_file(tmp_path, [None, 0, None])
+    path = labeled_file(tmp_path, [None, 0, None])
     assert read_labels(path, all_answered=True) == (
         Selection(STRINGS.picks, "unknown"), [None, 0, None])
     (record,) = caplog.records
     assert "2 labels are null, which is read as \"skip\"" in record.getMessage()
     caplog.clear()
-    read_labels(labelled_file(tmp_path, ["skip", 0, 1]), all_answered=True)
+    read_labels(labeled_file(tmp_path, ["skip", 0, 1]), all_answered=True)
     assert not caplog.records
 
 
 def test_lines_may_be_reordered_dropped_blank_and_begin_with_a_byte_order_mark(tmp_path):
-    path = labelled_file(tmp_path, [1, "skip", 0])
+    path = labeled_file(tmp_path, [1, "skip", 0])
     lines = path.read_text().split("\n")
     path.write_text("\ufeff" + lines[2] + "\r\n\n" + lines[0] + "\n", newline="")
     selection, labels = read_labels(path)
@@ -164,14 +160,14 @@ def test_lines_may_be_reordered_dropped_blank_and_begin_with_a_byte_order_mark(t
 
 
 def test_the_same_pair_with_other_responses_is_another_round(tmp_path):
-    path = labelled_file(tmp_path, [1, 0, 1], pair=[0, 1])
+    path = labeled_file(tmp_path, [1, 0, 1], pair=[0, 1])
     assert len(Selection.from_jsonl(path)) == 3
 
 
 @pytest.mark.parametrize("label", [2, True, "1", 0.5, [0], "Skip"])
 def test_bad_label_in_a_file(tmp_path, label):
     with pytest.raises(ActiveDPOError, match="line 2: 'label' must be 0, 1, .skip., .tie. or null"):
-        read_labels(labelled_file(tmp_path, [1, label, 0]))
+        read_labels(labeled_file(tmp_path, [1, label, 0]))
 
 
 @pytest.mark.parametrize("change, fault", [
@@ -186,7 +182,7 @@ def test_bad_label_in_a_file(tmp_path, label):
     (dict(responses=["a", [{"role": "assistant", "content": "b"}]]), "'responses'"),
 ])
 def test_bad_field_in_a_file(tmp_path, change, fault):
-    path = labelled_file(tmp_path, [1, 0, 1], **change)
+    path = labeled_file(tmp_path, [1, 0, 1], **change)
     with pytest.raises(ActiveDPOError, match=f"labels.jsonl, line 1: {fault}") as caught:
         Selection.from_jsonl(path)
     assert "\n" not in str(caught.value)

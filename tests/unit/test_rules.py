@@ -1,4 +1,4 @@
-"""The rules of a selection against a list that is searched anew at every pick."""
+"""The rules of a selection against a list that is searched again at every pick."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activedpo_fast import ActiveDPOError, PickRules, PreferencePool
-from activedpo_fast.data import Prompt
+from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.rules import Eligible, random_order, warn_if_fewer
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
@@ -49,11 +49,11 @@ def admitted(pool: PreferencePool, pairs: torch.Tensor, rules: PickRules, taken:
 
 
 pools = st.builds(make_pool, st.lists(st.integers(2, 4), min_size=3, max_size=6),
-                  st.just(["law", "maths", None]), st.just([1.0, 0.5, 4.0]), st.integers(1, 6))
+                  st.just(["law", "math", None]), st.just([1.0, 0.5, 4.0]), st.integers(1, 6))
 options = st.fixed_dictionaries({}, optional={
     "max_per_prompt": st.integers(1, 4),
     "exclude": st.lists(st.sampled_from(["p0", "p1", "p2"]), max_size=2),
-    "quotas": st.dictionaries(st.sampled_from(["law", "maths"]), st.integers(0, 3), min_size=1),
+    "quotas": st.dictionaries(st.sampled_from(["law", "math"]), st.integers(0, 3), min_size=1),
     "random_fraction": st.floats(0, 1),
     "cost": st.just("cost"),
     "min_score": st.floats(-1, 1),
@@ -126,7 +126,7 @@ def test_what_is_not_a_limit_is_bound_too(
 
 P, M, K = 7, 3, 6
 LAM, BETA = 0.1, 0.2
-POOL = make_pool([M] * P, ["law", "maths", None, "maths"], [1.0, 0.3, 2.5])
+POOL = make_pool([M] * P, ["law", "math", None, "math"], [1.0, 0.3, 2.5])
 PAIRS = POOL.pairs()[1:]
 
 
@@ -136,14 +136,14 @@ def _parts() -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    labelled = torch.arange(4).view(2, 2)
+    labeled = torch.arange(4).view(2, 2)
     return dict(
         pairs=PAIRS, item_of_row=torch.arange(P).repeat_interleave(M),
         gradients=normal(P * M, K), hidden=normal(P * M, 4),
         logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
-        history_gradients=(normal(4, K), labelled), history_hidden=(normal(4, 4), labelled),
-        history_logps=(-20 + 3 * normal(4), labelled),
-        history_ref_logps=(-20 + 3 * normal(4), labelled))
+        history_gradients=(normal(4, K), labeled), history_hidden=(normal(4, 4), labeled),
+        history_logps=(-20 + 3 * normal(4), labeled),
+        history_ref_logps=(-20 + 3 * normal(4), labeled))
 
 
 PARTS = _parts()
@@ -235,7 +235,7 @@ def plain_picks(
 @pytest.mark.parametrize("name", list(STRATEGIES_HERE))
 @settings(max_examples=60, deadline=None)
 @given(given=options, data=st.data())
-def test_every_strategy_honours_the_rules(
+def test_every_strategy_honors_the_rules(
     name: str, given: dict[str, Any], data: st.DataObject
 ) -> None:
     if name == "random":
@@ -337,7 +337,7 @@ def test_groups_may_be_numbers_and_ids_too() -> None:
 
 def test_rules_for_a_part_of_the_prompts() -> None:
     prompts = [Prompt(f"p{i}", "x", {"topic": topic})
-               for i, topic in enumerate(["law", "maths", "art"])]
+               for i, topic in enumerate(["law", "math", "art"])]
     rules = PickRules(exclude=["p2", "p0"], group_by="topic", quotas={"law": 1, "art": 2}, seed=3)
     rules.check(prompts)
     assert rules.within(prompts) == rules
@@ -378,8 +378,8 @@ def test_bad_values(given: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"exclude": ["p1", "zz", "yy"]}, "exclude: no item has the id 'yy' (and 1 more)"),
-    ({"group_by": "topic", "quotas": {"law": 1, "Maths": 1}},
-     "quotas: no item's 'topic' is 'Maths'"),
+    ({"group_by": "topic", "quotas": {"law": 1, "Math": 1}},
+     "quotas: no item's 'topic' is 'Math'"),
     ({"group_by": "Topic", "quotas": {"law": 1}}, "group_by: there is no column 'Topic'; the"),
     ({"group_by": "tags", "quotas": {"law": 1}},
      "group_by: 'tags' of item 'p0' must be text, an integer or a boolean, not ['a']"),

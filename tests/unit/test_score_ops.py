@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from activedpo_fast import score_ops
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.stored_rows import StoredRows
-from activedpo_fast.score_ops import ScoreState, advance, pair_lengths
-from activedpo_fast.selection import scores as scores_module
-from activedpo_fast.selection.information import InformationMatrix
-from activedpo_fast.selection.normalize import PairFeatures
+from activedpo_fast.ops import scores as score_ops
+from activedpo_fast.ops.scores import ScoreState, advance, pair_lengths
+from activedpo_fast.selection.greedy import running_scores as scores_module
+from activedpo_fast.selection.greedy.running_scores import RunningScores
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
-from activedpo_fast.selection.scores import RunningScores
+from activedpo_fast.store.rows import StoredRows
 from tests.unit.test_information import exact_scores
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.sketch import Sketch, SketchPlan, canonical_name
+from activedpo_fast.gradients.sketch import Sketch, SketchPlan, canonical_name
 
 SHAPES = [("q.lora_A.weight", torch.Size([4, 30])), ("q.lora_B.weight", torch.Size([25, 4])),
           ("bias", torch.Size([7]))]

@@ -11,15 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from activedpo_fast import commands
-from activedpo_fast.cli import main
-from activedpo_fast.data import PreferencePool
+from activedpo_fast.cli import select as select_command
+from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features import store as store_module
-from activedpo_fast.features.extractor import FeatureExtractor
-from activedpo_fast.features.sketch import Sketch
-from activedpo_fast.features.store import FeatureStore
-from activedpo_fast.tokenization import TokenizedPool, tokenize_pool
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
+from activedpo_fast.store import store as store_module
+from activedpo_fast.store.store import FeatureStore
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 SETTINGS = {"model": "tiny", "sketch": "sjlt", "dim": 32, "beta": 0.1}
@@ -157,9 +157,9 @@ def test_picks_from_disk_are_those_from_memory(
                       '{"id": "3", "pair": [1, 2], "label": 0}\n')
     picks = []
     for limit in (2**30, 0):
-        monkeypatch.setattr(commands, "_IN_MEMORY_BYTES", limit)
-        commands.select_pairs(tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5,
-                              labelled=labels)
+        monkeypatch.setattr(select_command, "_IN_MEMORY_BYTES", limit)
+        select_command.select_pairs(tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5,
+                              labeled=labels)
         picks.append((tmp_path / "picked.jsonl").read_text())
     assert picks[0] == picks[1]
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features import stored_rows
-from activedpo_fast.features.stored_rows import StoredRows
+from activedpo_fast.store import rows as stored_rows
+from activedpo_fast.store.rows import StoredRows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
@@ -95,7 +95,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert _same(rows.take(ids), _loaded(paths)[ids])
 
 
-def test_neighbours_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbors_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = _write(tmp_path, [20, 20], 16, torch.float32)
     real, calls = os.preadv, []
 
@@ -265,7 +265,7 @@ _READ_ALL = """
 import sys
 import torch
 from benchmarks.measure import peak_memory
-from activedpo_fast.features.stored_rows import StoredRows
+from activedpo_fast.store.rows import StoredRows
 
 paths = sys.argv[1:]
 rows = StoredRows.open(paths)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import greedy_logdet
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.signals import Signals, TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 from activedpo_fast.selection.strategies.reward_margins import uncertainty
@@ -24,21 +24,21 @@ def parts():
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     within = torch.combinations(torch.arange(M))
-    labelled = torch.arange(8).reshape(-1, 2)
+    labeled = torch.arange(8).reshape(-1, 2)
     return dict(
         pairs=torch.cat([within + M * p for p in range(P)]),
         item_of_row=torch.arange(P).repeat_interleave(M),
         gradients=normal(P * M, K), hidden=normal(P * M, 5),
         logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
-        history_gradients=(normal(8, K), labelled), history_hidden=(normal(8, 5), labelled),
-        # The same labelled pairs, of rows in another order.
-        history_logps=(-20 + 3 * normal(8), labelled.flip(0)),
-        history_ref_logps=(-20 + 3 * normal(8), labelled),
+        history_gradients=(normal(8, K), labeled), history_hidden=(normal(8, 5), labeled),
+        # The same labeled pairs, of rows in another order.
+        history_logps=(-20 + 3 * normal(8), labeled.flip(0)),
+        history_ref_logps=(-20 + 3 * normal(8), labeled),
     )
 
 
 def _margins(parts, beta):
-    """d of the candidates and of the labelled pairs, written out."""
+    """d of the candidates and of the labeled pairs, written out."""
     answers = []
     for (logps, pairs), (ref, ref_pairs) in (
         ((parts["logps"], parts["pairs"]), (parts["ref_logps"], parts["pairs"])),
@@ -81,8 +81,8 @@ def test_random_draws_each_pair_once_and_depends_on_the_seed_alone(parts):
 def test_apo_takes_the_largest_of_one_fixed_matrix(parts):
     got = make_strategy("apo").select(TensorSignals(**parts), 7)
     z = parts["hidden"][parts["pairs"][:, 0]] - parts["hidden"][parts["pairs"][:, 1]]
-    rows, labelled = parts["history_hidden"]
-    seen = rows[labelled[:, 0]] - rows[labelled[:, 1]]
+    rows, labeled = parts["history_hidden"]
+    seen = rows[labeled[:, 0]] - rows[labeled[:, 1]]
     v = 1e-5 * torch.eye(5, dtype=torch.float64) + seen.T @ seen
     scores = (z * torch.linalg.solve(v, z.T).T).sum(dim=1)
     order = scores.argsort(descending=True)[:7]
@@ -178,10 +178,10 @@ def test_adpo_plus_is_the_greedy_on_weighted_features(parts, normalize):
         mu = torch.tensor([1 / (1 + math.exp(-d)) for d in margins], dtype=torch.float64)
         return (mu * (1 - mu)).sqrt()[:, None] * phi
 
-    d, labelled_d = _margins(parts, 0.3)
+    d, labeled_d = _margins(parts, 0.3)
     phi = weighted(parts["gradients"], parts["pairs"], d)
-    labelled = weighted(*parts["history_gradients"], labelled_d)
-    v = 0.2 / 3.0 * torch.eye(K, dtype=torch.float64) + labelled.T @ labelled
+    labeled = weighted(*parts["history_gradients"], labeled_d)
+    v = 0.2 / 3.0 * torch.eye(K, dtype=torch.float64) + labeled.T @ labeled
     for index, score in zip(got.indices.tolist(), got.scores.tolist(), strict=True):
         scores = (phi * torch.linalg.solve(v, phi.T).T).sum(dim=1)
         assert index == int(scores.argmax())
@@ -203,11 +203,11 @@ def test_adpo_plus_weights_of_sure_pairs_are_tiny_but_right():
 def test_adpo_plus_wants_one_history_of_all_signals(parts):
     numbers, pairs = parts["history_logps"]
     parts["history_logps"] = numbers, pairs[:2]
-    with pytest.raises(ActiveDPOError, match="history_logps has 2 labelled pairs, history_ref"):
+    with pytest.raises(ActiveDPOError, match="history_logps has 2 labeled pairs, history_ref"):
         make_strategy("adpo_plus").select(TensorSignals(**parts), 1)
     numbers, pairs = parts["history_ref_logps"]
     parts["history_ref_logps"] = numbers, pairs[:2]
-    with pytest.raises(ActiveDPOError, match="4 labelled pairs have gradients, but 2"):
+    with pytest.raises(ActiveDPOError, match="4 labeled pairs have gradients, but 2"):
         make_strategy("adpo_plus").select(TensorSignals(**parts), 1)
 
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Prompt, Sketch
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.features.supported import position_limit, require_supported
-from activedpo_fast.generation import generate_responses
-from activedpo_fast.tokenization import TokenizedPool, TokenizedResponse, tokenize_pool
+from activedpo_fast.gradients.supported import position_limit, require_supported
+from activedpo_fast.pool.generation import generate_responses
+from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 

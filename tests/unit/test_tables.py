@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from activedpo_fast.commands import read_prompts
-from activedpo_fast.data import PreferencePool
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.reading import read_prompts
 
 USER = [{"role": "user", "content": "Hi", "name": "Ann"}]
 ROWS = [{"id": n, "prompt": f"p{n}", "responses": ["a", "b"], "n": n} for n in range(4)]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from activedpo_fast.data import PoolItem, PreferencePool
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.tokenization import TokenizedResponse, scored_tokens, tokenize_pool
+from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedResponse, scored_tokens, tokenize_pool
 from tests.models import tiny_tokenizer
 
 EOS = "<|endoftext|>"

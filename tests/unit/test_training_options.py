@@ -10,12 +10,12 @@ import pytest
 from transformers import TrainingArguments
 
 from activedpo_fast import ActiveDPOError
-from activedpo_fast.training_options import DPO_FIELDS, INHERITED
-from activedpo_fast.trl import dpo_config, selector_settings
+from activedpo_fast.training.options import DPO_FIELDS, INHERITED
+from activedpo_fast.training.trl import dpo_config, selector_settings
 
 trl = pytest.importorskip("trl")
 
-_HINT = ("add it to activedpo_fast/training_options.py and docs/trl.md: does it change log π, the "
+_HINT = ("add it to activedpo_fast/training/options.py and docs/trl.md: does it change log π, the "
          "gradients or the selection?")
 
 

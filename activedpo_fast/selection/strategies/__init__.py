@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
@@ -23,8 +24,13 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def make_strategy(name: str, **options: Any) -> Strategy:
+def make_strategy(
+    name: str, *, offered: Mapping[str, Any] | None = None, **options: Any
+) -> Strategy:
     """The strategy called `name`, one of `STRATEGIES`, with its options.
+
+    Args:
+        offered: values for those of its options that have one of these names.
 
     Raises:
         ActiveDPOError: a name or option that is not known, listing those that are; a bad value.
@@ -36,4 +42,5 @@ def make_strategy(name: str, **options: Any) -> Strategy:
         if option not in known:
             raise ActiveDPOError(f"strategy {name!r} has no option {option!r}; "
                                  f"known: {', '.join(known)}")
-    return STRATEGIES[name](**options)
+    fitting = {option: value for option, value in (offered or {}).items() if option in known}
+    return STRATEGIES[name](**{**fitting, **options})

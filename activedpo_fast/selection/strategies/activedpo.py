@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch.distributed as dist
 
-from activedpo_fast.selection.greedy import greedy_logdet
-from activedpo_fast.selection.information import check_positive
-from activedpo_fast.selection.normalize import Normalize, check_normalize
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
+from activedpo_fast.selection.information.matrix import check_positive
+from activedpo_fast.selection.pair_features import Normalize, check_normalize
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
@@ -40,7 +40,7 @@ class ActiveDPO(Strategy):
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         Part.of(signals, n, group)
-        # Only the normalisation by response looks at rows by themselves.
+        # Only the normalization by response looks at rows by themselves.
         relative = self.normalize != "response"
         return greedy_logdet(
             signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch.distributed as dist
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import greedy_logdet
-from activedpo_fast.selection.information import check_positive
-from activedpo_fast.selection.normalize import Normalize, check_normalize
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
+from activedpo_fast.selection.information.matrix import check_positive
+from activedpo_fast.selection.pair_features import Normalize, check_normalize
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
@@ -36,7 +36,7 @@ class AdpoPlus(Strategy):
     Here mu is the current model's and does not change within a batch. So this is ADPO+ where the
     model was trained on labels of all candidates, and ADPO in batches of n where it was trained on
     those so far. Choices of this library: phi is the gradient of the implicit reward, as in
-    `ActiveDPO`, which for a log-linear policy is the paper's beta phi; the labelled pairs, too, are
+    `ActiveDPO`, which for a log-linear policy is the paper's beta phi; the labeled pairs, too, are
     weighted by the current model's mu; gamma is `lam / kappa`. The paper's experiments put an upper
     confidence bound in the place of mu (1 - mu) (its eq. 13), which is left out here.
 
@@ -67,12 +67,12 @@ class AdpoPlus(Strategy):
         rows = signals.gradients(relative=relative)
         history = signals.history_gradients(relative=relative)
         margin, _ = margins(signals, self.beta, part)
-        labelled = history_margins(signals, self.beta)
-        if len(labelled) != len(history[1]):
-            raise ActiveDPOError(f"{len(history[1])} labelled pairs have gradients, but "
-                                 f"{len(labelled)} have log-probabilities")
+        labeled = history_margins(signals, self.beta)
+        if len(labeled) != len(history[1]):
+            raise ActiveDPOError(f"{len(history[1])} labeled pairs have gradients, but "
+                                 f"{len(labeled)} have log-probabilities")
         return greedy_logdet(
             rows, signals.pairs, n, lam=self.lam, kappa=self.kappa, normalize=self.normalize,
-            history=history, weights=uncertainty(margin), history_weights=uncertainty(labelled),
+            history=history, weights=uncertainty(margin), history_weights=uncertainty(labeled),
             eligible=eligible, group=group, device=signals.device, show_progress=show_progress,
         )

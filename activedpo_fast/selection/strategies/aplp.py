@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy import rank_top
-from activedpo_fast.selection.information import check_positive
+from activedpo_fast.selection.greedy.logdet import rank_top
+from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
-from activedpo_fast.selection.shares import Shares
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 from activedpo_fast.selection.strategies.reward_margins import few_ulps, margins, warn_if_alike
@@ -71,7 +71,7 @@ class Aplp(Strategy):
         self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
     ) -> None:
         # A prompt may have items in several processes: all of them look at all prompts.
-        shares = Shares(group)
+        shares = PoolProcesses(group)
         prompt_of_row = _prompt_of_row(signals, shares)
         prompt_of_pair = prompt_of_row[signals.pairs[:, 0]]
         repeated = torch.zeros_like(prompt_of_row) if signals.repeated is None else signals.repeated
@@ -87,7 +87,7 @@ class Aplp(Strategy):
         eligible.left &= torch.isin(prompt_of_pair, prompts[kept])
 
 
-def _prompt_of_row(signals: Signals, shares: Shares) -> Tensor:
+def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:
     """The number of each response's prompt in the whole pool, int64 [R]."""
     if signals.prompt_of_row is not None:
         return signals.prompt_of_row

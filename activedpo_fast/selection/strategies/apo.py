@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from activedpo_fast.selection.greedy import add_all, rank_top
-from activedpo_fast.selection.information import InformationMatrix, check_positive
-from activedpo_fast.selection.normalize import PairFeatures
+from activedpo_fast.selection.greedy.logdet import add_all, rank_top
+from activedpo_fast.selection.information.matrix import InformationMatrix, check_positive
+from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
@@ -23,7 +23,7 @@ class Apo(Strategy):
     """The n largest z^T V^-1 z (Das et al., arXiv 2402.10500).
 
     z = h(x, y_a) - h(x, y_b), h the last layer's hidden state at the last response token;
-    V = ridge * I + sum of z z^T over the labelled pairs. V does not change within the batch: it
+    V = ridge * I + sum of z z^T over the labeled pairs. V does not change within the batch: it
     takes this batch in when it comes back as history. Option: `ridge`. The score is z^T V^-1 z.
     """
 

@@ -9,9 +9,9 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from activedpo_fast.selection.greedy import check_n
+from activedpo_fast.distributed.processes import Processes
+from activedpo_fast.selection.greedy.logdet import check_n
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.ranks import Ranks
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 
@@ -65,7 +65,7 @@ class Part(NamedTuple):
     n: int
     offset: int
     total: int
-    ranks: Ranks | None
+    processes: Processes | None
 
     @classmethod
     def of(cls, signals: Signals, n: int, group: dist.ProcessGroup | None) -> Part:
@@ -73,9 +73,9 @@ class Part(NamedTuple):
         count = len(signals.pairs)
         if group is None:
             return cls(check_n(n, count), 0, count, None)
-        ranks = Ranks(group, count)
-        return cls(check_n(n, ranks.total), ranks.offset, ranks.total, ranks)
+        processes = Processes(group, count)
+        return cls(check_n(n, processes.total), processes.offset, processes.total, processes)
 
     def check(self, compute: Callable[[], Result]) -> Result:
         """What `compute` returns; where it raises in one process, all of them raise."""
-        return compute() if self.ranks is None else self.ranks.check(compute)
+        return compute() if self.processes is None else self.processes.check(compute)

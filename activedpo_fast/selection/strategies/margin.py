@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from activedpo_fast.selection.greedy import rank_top
-from activedpo_fast.selection.information import check_positive
+from activedpo_fast.selection.greedy.logdet import rank_top
+from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals

@@ -37,7 +37,7 @@ def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
 
 
 def history_margins(signals: Signals, beta: float) -> Tensor:
-    """d of every labelled pair, float64 [t]."""
+    """d of every labeled pair, float64 [t]."""
     parts = []
     for name, history in (("history_logps", signals.history_logps()),
                           ("history_ref_logps", signals.history_ref_logps())):
@@ -46,7 +46,7 @@ def history_margins(signals: Signals, beta: float) -> Tensor:
         parts.append(check_finite(numbers, name)[first] - numbers[second])
     logps, ref_logps = parts
     if len(logps) != len(ref_logps):
-        raise ActiveDPOError(f"history_logps has {len(logps)} labelled pairs, history_ref_logps "
+        raise ActiveDPOError(f"history_logps has {len(logps)} labeled pairs, history_ref_logps "
                              f"has {len(ref_logps)}")
     return beta * (logps - ref_logps)
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from activedpo_fast.selection.greedy_trace import greedy_trace
-from activedpo_fast.selection.information import check_positive
+from activedpo_fast.selection.greedy.trace import greedy_trace
+from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals

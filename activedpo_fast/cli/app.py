@@ -1,0 +1,357 @@
+"""The command `activedpo`. What takes long to import is imported inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from activedpo_fast._files import reason_of
+from activedpo_fast.errors import ActiveDPOError
+
+PENDING = 3  # exit code of `run` when labels are awaited from people
+
+# Said by libraries about themselves, at every start, with nothing for a person to do about it.
+_HARMLESS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing` is deprecated",
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
+)
+
+app = typer.Typer(
+    name="activedpo",
+    help="Choose which preference pairs to label next for the model that you are training now.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted. What
+    nobody expected keeps its traceback.
+    """
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args, prog_name="activedpo", standalone_mode=False)
+    except ActiveDPOError as error:
+        return _fail(str(error))
+    except OSError as error:
+        # A file that may not be read or written, a disk that is full.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error.filename or 'writing a file'}: {reason_of(error)}")
+    except Exception as error:
+        # The base class of usage errors moves between versions of typer; this method does not.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return _fail(error.format_message().strip().rstrip(".") + hint)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print("activedpo: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@app.command(epilog="Example:\n\n  activedpo env")
+def env() -> None:
+    """Show versions, devices and which backends are active."""
+    with _session(quiet=False):
+        from activedpo_fast.cli.env import report
+
+        section = None
+        rows = report()
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            if row.section != section:
+                typer.echo(f"{row.section}:")
+                section = row.section
+            typer.echo(f"  {row.name:<{width}}  {row.value}")
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store
+  activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store \\
+      --sketch none --export features.safetensors
+""")
+def features(
+    pool: Annotated[Path, typer.Argument(
+        metavar="POOL", help="Prompts with their responses: .jsonl or .parquet, a folder of such "
+        "files, or one of datasets.save_to_disk.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
+    output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
+    adapter: Annotated[str | None, typer.Option(
+        help="Folder of the LoRA adapter that is being trained.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(
+        help="A GGUF file in the model's folder.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(
+        help="Folder of the tokenizer, or a name on the hub; if not given, the adapter's where its "
+        "folder has one, else the model's.")] = None,
+    sketch: Annotated[Literal["sjlt", "rademacher", "kronecker", "none"], typer.Option(
+        help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
+    proj_dim: Annotated[int, typer.Option(help="k, the numbers in a projected row.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
+    export: Annotated[Path | None, typer.Option(
+        help="Also write all rows as one matrix to this .safetensors file.")] = None,
+    beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
+    length_normalized: Annotated[bool, typer.Option(
+        "--length-normalized", help="Gradients of mean log-probs, for losses of those (ipo, "
+        "sigmoid_norm).")] = False,
+    max_length: Annotated[int, typer.Option(
+        help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
+    truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
+        help="What stays of longer ones, as in DPOConfig.")] = "keep_start",
+    chat_template_kwargs: Annotated[str | None, typer.Option(
+        metavar="JSON", help="Arguments of the chat template, such as "
+        "'{\"enable_thinking\": false}'; those that you train with.")] = None,
+    max_tokens_per_batch: Annotated[int | None, typer.Option(
+        help="Padded tokens in a forward and backward pass; as many as suit the device if not "
+        "given.")] = None,
+    bf16: Annotated[bool, typer.Option(
+        "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it.")] = False,
+    dtype: Annotated[str, typer.Option(
+        help="float32, float64, bfloat16, float16, or auto: the checkpoint's, but float32 for "
+        "half precision on the CPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto.")] = "auto",
+    store_dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(
+        help="Of the stored rows; bfloat16 takes half the room.")] = "float32",
+    no_verify: Annotated[bool, typer.Option(
+        "--no-verify", help="Skip the self-check against autograd.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take the gradient row of every response of a pool.
+
+    The rows are kept in a store, a folder that `activedpo select` reads. An interrupted run is
+    continued by the same command. On a store that is there already, columns of POOL other than the
+    texts are brought up to date.
+    """
+    with _session(quiet):
+        import torch
+
+        _one_process("activedpo features")
+        from activedpo_fast.cli.features import FeatureOptions, take_features
+        from activedpo_fast.gradients.sketch import Sketch
+        from activedpo_fast.pool.template import parse_template_kwargs
+
+        _hush()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        options = FeatureOptions(
+            model=model,
+            adapter=adapter,
+            gguf_file=gguf_file,
+            tokenizer=tokenizer,
+            sketch=Sketch(sketch, None if sketch == "none" else proj_dim, seed),
+            beta=beta,
+            length_normalized=length_normalized,
+            max_length=max_length or None,
+            truncation_mode=truncation_mode,
+            dtype=dtype,
+            device=device,
+            precision="bf16" if bf16 else None,
+            store_dtype=store_dtype,
+            chat_template_kwargs=parse_template_kwargs(chat_template_kwargs),
+        )
+        _say(quiet, take_features(
+            pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,
+            verify=not no_verify, show_progress=_progress(quiet),
+        ))
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo select store --batch-size 50 --output picked.jsonl
+  activedpo select store --batch-size 50 --labeled labels.jsonl --output next.jsonl
+  activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
+  activedpo select store --group-by topic --quota math=20 --quota law=10 --output picked.jsonl
+  activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
+  torchrun --nproc-per-node 4 -m activedpo_fast select store --output picked.jsonl
+""")
+def select(
+    store: Annotated[Path, typer.Argument(
+        metavar="STORE", help="A store that `activedpo features` has made.")],
+    output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="B, how many pairs.")] = 50,
+    strategy: Annotated[Literal["activedpo", "trace", "random"], typer.Option(
+        help="How they are chosen.")] = "activedpo",
+    normalize: Annotated[Literal["response", "pair", "none"], typer.Option(
+        help="What gets unit norm: each response's row, their difference, or nothing; trace takes "
+        "rows as they are.",
+    )] = "response",
+    lam: Annotated[float, typer.Option(
+        "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
+    kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
+    labeled: Annotated[Path | None, typer.Option(
+        help="JSONL file of pairs asked before: they are not picked again, and those with a label "
+        "0 or 1 enter V.",
+    )] = None,
+    max_per_prompt: Annotated[int | None, typer.Option(
+        min=1, help="Most pairs of one prompt among the picks, in whichever rows; pairs labeled "
+        "earlier do not count.")] = None,
+    prompt_by: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool that says which rows are of one prompt; without "
+        "it, those with the same prompt text.")] = None,
+    exclude: Annotated[Path | None, typer.Option(
+        help="File of ids, one a line; nothing is picked of their prompts.")] = None,
+    group_by: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool that names a prompt's group.")] = None,
+    quota: Annotated[list[str] | None, typer.Option(
+        metavar="NAME=N", help="Most pairs of that group; once for each group to limit.")] = None,
+    min_score: Annotated[float | None, typer.Option(
+        help="Pick no pair that scores less, but fewer pairs.")] = None,
+    random_fraction: Annotated[float, typer.Option(
+        min=0, max=1, help="How much of the batch is drawn at random, before the rest.")] = 0.0,
+    cost: Annotated[str | None, typer.Option(
+        metavar="FIELD", help="Column of the pool with the cost of a prompt's label; pairs are "
+        "picked by score / cost.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random picks.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Pick the pairs of a store to label next.
+
+    Started by torchrun, the processes share the store's rows and make one selection together.
+    """
+    with _session(quiet):
+        from activedpo_fast.cli.select import read_rules, select_pairs
+
+        rules = read_rules(
+            max_per_prompt=max_per_prompt, exclude=exclude, group_by=group_by, quotas=quota or [],
+            min_score=min_score, random_fraction=random_fraction, cost=cost, seed=seed,
+            prompt_by=prompt_by,
+        )
+        _say(quiet, select_pairs(
+            store, output, batch_size=batch_size, strategy=strategy, normalize=normalize, lam=lam,
+            kappa=kappa, seed=seed, labeled=labeled, rules=rules,
+            show_progress=_progress(quiet),
+        ))
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo run run.yaml
+  activedpo run examples/run.yaml --quiet
+""")
+def run(
+    config: Annotated[Path, typer.Argument(
+        metavar="CONFIG", help="YAML file; see docs/cli.md, examples/run.yaml.")],
+    quiet: Quiet = False,
+) -> None:
+    """Run the rounds that a YAML file describes.
+
+    A round generates responses, selects pairs, has them labeled and trains. What an earlier run
+    has done is not done again. Exit code 3 means that labels are awaited from people: fill in the
+    file that is named, then run the same command again.
+    """
+    with _session(quiet):
+        _one_process("activedpo run")
+        from activedpo_fast.cli.run import run_rounds
+        from activedpo_fast.cli.run_file import load_config
+        from activedpo_fast.labels import LabelsPending
+
+        _hush()
+        try:
+            _say(quiet, run_rounds(load_config(config), show_progress=_progress(quiet)))
+        except LabelsPending as pending:
+            print(f"activedpo: {pending}", file=sys.stderr)
+            raise typer.Exit(PENDING) from None
+
+
+@app.command(epilog="""\b
+Examples:
+  activedpo demo
+  activedpo demo --model smollm2 --output runs/smollm2
+""")
+def demo(
+    model: Annotated[Literal["reviews", "small", "smollm2"], typer.Option(
+        help="A small vendored model that finishes reviews; another, or SmolLM2-135M-Instruct, "
+        "that write synopses.")] = "reviews",
+    output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path(
+        "runs/demo"),
+    rounds: Annotated[int | None, typer.Option(
+        min=1, help="How many; default: the demo's.")] = None,
+    seed: Seed = 0,
+    fresh: Annotated[bool, typer.Option(
+        "--fresh", help="Start over instead of continuing what is in the folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Watch ActiveDPO beside random selection, on real text and a real model."""
+    with _session(quiet):
+        _one_process("activedpo demo")
+        from activedpo_fast.demo.run import run_demo
+
+        _hush()
+        # That some responses go on with the prompt's last word, which both sides tokenize alike.
+        logging.getLogger("trl").setLevel(logging.ERROR)
+        run_demo(model=model, output=output, rounds=rounds, seed=seed, fresh=fresh,
+                 show_progress=_progress(quiet))
+
+
+# -- shared by the commands ------------------------------------------------------------------------
+
+
+def _one_process(command: str) -> None:
+    """Before other imports: some libraries connect to the processes that a launcher names."""
+    from activedpo_fast.distributed.launcher import require_one_process
+
+    require_one_process(command)
+
+
+def _progress(quiet: bool) -> bool | None:
+    return False if quiet else None
+
+
+def _say(quiet: bool, line: str | None) -> None:
+    if not (quiet or line is None):
+        typer.echo(line)
+
+
+@contextmanager
+def _session(quiet: bool) -> Iterator[None]:
+    """Our own messages on stderr, other libraries' small talk off; Ctrl-C is one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
+    log = logging.getLogger("activedpo_fast")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            for message in _HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    except KeyboardInterrupt:
+        print("activedpo: interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def _hush() -> None:
+    """Switch off the bars and notices of the libraries that a model is loaded and trained with."""
+    from datasets.utils.logging import set_verbosity_error as quiet_datasets
+    from datasets.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    quiet_datasets()
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

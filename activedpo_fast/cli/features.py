@@ -1,0 +1,158 @@
+"""What `activedpo features` does: gradient rows of a pool into a store."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast import __version__
+from activedpo_fast._files import FilePath, check_file_target, check_folder_target
+from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.models.file_fingerprints import (
+    fingerprint_adapter,
+    fingerprint_model,
+    fingerprint_tokenizer,
+)
+from activedpo_fast.models.folders import resolve_source, tokenizer_source
+from activedpo_fast.models.loading import NO_ADAPTER, load_policy, resolve_device, resolve_dtype
+from activedpo_fast.pool.columns import check_json_columns
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import check_template_kwargs
+from activedpo_fast.pool.tokens import TruncationMode, tokenize_pool
+from activedpo_fast.store.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Everything that the gradient rows of a pool depend on, besides the pool itself."""
+
+    model: str
+    adapter: str | None
+    gguf_file: str | None = None
+    tokenizer: str | None = None
+    sketch: Sketch = Sketch()
+    beta: float = 0.1
+    length_normalized: bool = False
+    max_length: int | None = 1024
+    truncation_mode: TruncationMode = "keep_start"
+    dtype: str = "auto"
+    device: str = "auto"
+    precision: str | None = None
+    store_dtype: str = "float32"
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values that tell whether rows in a store are the rows that are asked for.
+
+        `store_dtype` is for `FeatureStore.create`, which puts it among them.
+        The device is not among them: rows differ by rounding between devices, as they do between
+        batch sizes. What "auto" stands for on this one is.
+        """
+        if self.adapter is None:
+            raise ActiveDPOError(NO_ADAPTER)
+        dtype = resolve_dtype(self.model, self.dtype, resolve_device(self.device), self.gguf_file)
+        adapter_fingerprint = fingerprint_adapter(self.adapter)  # it is an adapter's folder
+        tokenizer = tokenizer_source(self.model, self.adapter, self.tokenizer, self.gguf_file)
+        return {
+            "model": str(resolve_source(self.model, self.gguf_file).resolve()),
+            "model_fingerprint": fingerprint_model(self.model, self.gguf_file),
+            "gguf_file": self.gguf_file,
+            "adapter": str(Path(self.adapter).resolve()),
+            "adapter_fingerprint": adapter_fingerprint,
+            "tokenizer": str(tokenizer.folder.resolve()),
+            "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer.folder),
+            "dtype": str(dtype).removeprefix("torch."),
+            "precision": self.precision,
+            "sketch": self.sketch.method,
+            "proj_dim": self.sketch.dim,
+            "seed": self.sketch.seed,
+            "beta": self.beta,
+            "max_length": self.max_length,
+            "truncation_mode": self.truncation_mode,
+            # Absent where there are none, as in stores made before there was such an option.
+            **({"chat_template_kwargs": self.chat_template_kwargs}
+               if self.chat_template_kwargs else {}),
+            "version": __version__,
+            # Only where it is so: stores of sums do not mention it.
+            **({"length_normalized": True} if self.length_normalized else {}),
+        }
+
+
+def take_features(
+    pool_path: FilePath,
+    output: FilePath,
+    options: FeatureOptions,
+    *,
+    export: FilePath | None = None,
+    max_tokens_per_batch: int | None = None,
+    verify: bool = True,
+    show_progress: bool | None = None,
+) -> str:
+    """Fill the feature store at `output`, or finish the one that is there; one line for a person.
+
+    Columns of the pool other than its texts are brought up to date in a store that is there.
+
+    Raises:
+        ActiveDPOError: bad input, or several processes; nothing is written then, unless rows were
+            already being taken.
+    """
+    started = time.perf_counter()
+    require_one_process("activedpo features")
+    check_file_target(export)
+    check_folder_target(output)
+    check_template_kwargs(options.chat_template_kwargs)
+    pool = PreferencePool.load(pool_path)
+    for item in pool:
+        check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
+    settings = options.settings()
+    folder = Path(output)
+    columns = ""
+    store = None
+    if (folder / "manifest.json").exists():
+        # Opening it compares the settings, before a model is loaded for nothing.
+        store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
+        if store.columns_taken:
+            columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
+        if not store.missing_rows():
+            return (f"{folder} is complete already{columns or ': nothing to do'}"
+                    f"{_export(store, export)}")
+
+    model, tokenizer = load_policy(
+        options.model, adapter=options.adapter, gguf_file=options.gguf_file,
+        dtype=settings["dtype"], device=options.device, tokenizer=options.tokenizer,
+    )
+    tokenized = tokenize_pool(
+        pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
+        chat_template_kwargs=options.chat_template_kwargs, show_progress=show_progress,
+    )
+    if len(tokenized.skipped) == len(pool):
+        raise ActiveDPOError(f"every prompt fills --max-length {options.max_length}: there is "
+                             "nothing to score")
+    if store is not None:
+        store.check_tokens(tokenized)
+    extractor = FeatureExtractor(
+        model, options.sketch, beta=options.beta,
+        length_normalized=options.length_normalized, pad_token_id=tokenizer.pad_token_id or 0,
+        max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
+    )
+    extractor.check(tokenized)  # before anything is written
+    if store is None:
+        store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped,
+                                    dtype=options.store_dtype)
+    store.fill(extractor, tokenized, show_progress=show_progress)
+    exported = _export(store, export)
+    left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
+    return (f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
+            f"({time.perf_counter() - started:.1f} s){columns}{exported}")
+
+
+def _export(store: FeatureStore, path: FilePath | None) -> str:
+    if path is None:
+        return ""
+    store.export(path)
+    return f", exported to {path}"

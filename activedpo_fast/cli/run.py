@@ -1,0 +1,98 @@
+"""What `activedpo run` does: the rounds that a YAML file describes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast._files import check_folder_target
+from activedpo_fast.cli.run_file import RunConfig
+from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels import FileOracle, Oracle, RewardModelOracle
+from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
+from activedpo_fast.models.loading import load_policy, load_reward_model
+from activedpo_fast.pool.reading import read_prompts
+from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.training.loop import START, ActiveDPOLoop, RoundRecord
+from activedpo_fast.training.trl import dpo_config, selector_settings
+
+
+def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
+    """Run, or go on with, the rounds that a configuration describes; a table of them.
+
+    Raises:
+        LabelsPending: labels are awaited from people.
+        ActiveDPOError: bad input, or several processes; nothing is written then that was not there.
+    """
+    require_one_process("activedpo run")
+    output = Path(config.output_dir)
+    check_folder_target(output)
+    try:
+        dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
+                                 **config.dpo})
+    except ActiveDPOError:
+        raise
+    except Exception as error:  # files that it names may be missing, packages too old, ...
+        raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
+    try:
+        selector_settings(dpo_args)  # what it refuses is told before a model is loaded
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"dpo: {error}") from error
+    prompts = read_prompts(config.prompts)
+    oracle: Oracle
+    if config.oracle["kind"] == "files":
+        oracle = FileOracle(output / "labeling")
+    else:
+        options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
+        oracle = RewardModelOracle(*load_reward_model(config.oracle["model"], config.device),
+                                   seed=config.seed, show_progress=show_progress, **options)
+    model, tokenizer = load_policy(
+        config.model, adapter=config.adapter, lora=config.lora, dtype=config.dtype,
+        device=config.device, gguf_file=config.gguf_file, seed=config.seed,
+        tokenizer=config.tokenizer,
+    )
+    loop = ActiveDPOLoop(
+        model, tokenizer, prompts, oracle,
+        output_dir=output,
+        dpo_args=dpo_args,
+        strategy=config.strategy or "activedpo",
+        selector_options={"seed": config.seed, **config.selection},
+        generation=config.generation,
+        chat_template_kwargs=config.chat_template_kwargs,
+        rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
+        seed=config.seed,
+        extra_settings=_extra_settings(config),
+        show_progress=show_progress,
+        **config.loop,
+    )
+    return _table(loop.run())
+
+
+def _extra_settings(config: RunConfig) -> dict[str, Any]:
+    """What the loop cannot see in the objects that it is given: the adapter's name, the oracle."""
+    adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
+    oracle = dict(config.oracle)
+    if oracle["kind"] == "reward_model":
+        options = inspect.signature(RewardModelOracle).parameters
+        oracle = {"temperature": options["temperature"].default,
+                  "max_length": options["max_length"].default,
+                  **oracle, "model": fingerprint_model(oracle["model"])}
+        oracle.pop("batch_size", None)
+    return {"adapter": adapter, "oracle": oracle}
+
+
+def _table(records: Sequence[RoundRecord]) -> str:
+    """One line a round: labels so far, and the seconds of its stages."""
+    stages = ("generate", "features", "select", "label", "train")
+    lines = [["round", "labels", *(f"{stage} s" for stage in stages)]]
+    for r in records:
+        seconds = [f"{r.seconds[stage]:.1f}" if stage in r.seconds else "" for stage in stages]
+        lines.append(["start" if r.round == START else str(r.round), str(r.labels_total), *seconds])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,267 @@
+"""The YAML file of `activedpo run`: read and checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from activedpo_fast._files import reason_of
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.template import one_setting
+from activedpo_fast.presets import preset as find_preset
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration. Sections hold what was given, laid over what the preset has.
+
+    Attributes:
+        model, adapter, gguf_file, dtype, device, tokenizer: as in `load_policy`.
+        lora: arguments of `peft.LoraConfig` for a fresh adapter; None where `adapter` is given.
+        prompts: JSONL or Parquet file, or a folder (see `PreferencePool.load`), with `prompt` and,
+            if wanted, `id`.
+        output_dir: the run's folder; a run is continued from it.
+        seed: of everything that is random.
+        strategy: name of the strategy; None for the default.
+        chat_template_kwargs: arguments of the chat template, for all stages. Given in `selection`
+            or `generation`, they are moved here.
+        selection: options of `ActiveDPOSelector`.
+        loop: options of `ActiveDPOLoop`.
+        generation: options of `generate_responses`.
+        rules: options of `PickRules`.
+        dpo: arguments of `trl.DPOConfig`.
+        oracle: `kind` ("files" or "reward_model") and its options.
+    """
+
+    model: str
+    prompts: str
+    output_dir: str
+    oracle: dict[str, Any]
+    preset: str | None = None
+    adapter: str | None = None
+    lora: dict[str, Any] | None = None
+    gguf_file: str | None = None
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    strategy: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
+    loop: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read and check a YAML file.
+
+    Raises:
+        ActiveDPOError: naming the key that is unknown, missing or of a wrong type.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from None
+    except UnicodeDecodeError:
+        raise ActiveDPOError(f"{path}: not UTF-8 text") from None
+    try:
+        given = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not readable"
+        raise ActiveDPOError(f"{path}{line}: broken YAML: {problem}") from None
+    try:
+        return make_config(given)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"{path}: {error}") from None
+
+
+def make_config(given: Any) -> RunConfig:
+    """Check a mapping with the keys of `RunConfig`; see `load_config`."""
+    if not isinstance(given, Mapping):
+        raise ActiveDPOError("expected a mapping of keys to values at the top level")
+    check_keys(given, typing.get_type_hints(RunConfig))
+    for key in ("model", "prompts", "output_dir", "oracle"):
+        if given.get(key) is None:
+            raise ActiveDPOError(f"{key}: missing")
+    values = {key: value for key, value in given.items() if value is not None}
+    for section, known in _sections().items():
+        check_keys(values.get(section, {}), known, section)
+    _check_oracle(values["oracle"])
+    _check_rules(values.get("rules", {}))
+    _move_template_kwargs(values)
+    return RunConfig(**_with_preset(values))
+
+
+def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> None:
+    """Raise ActiveDPOError for a key that is not in `known`, or a value not of the type there."""
+    for key, value in given.items():
+        name = f"{section}.{key}" if section else str(key)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise ActiveDPOError(f"{name}: unknown key; {hint}")
+        if not _fits(value, known[key]) and not (value is None and not section):
+            raise ActiveDPOError(f"{name}: expected {_describe(known[key])}, got {value!r}")
+
+
+# -- what the sections may hold --------------------------------------------------------------------
+
+
+def _sections() -> dict[str, dict[str, Any]]:
+    """The keys and types of each section, from the signatures that their values go to."""
+    from peft import LoraConfig
+
+    from activedpo_fast.pool.generation import generate_responses
+    from activedpo_fast.selection.rules import PickRules
+    from activedpo_fast.selector import ActiveDPOSelector
+    from activedpo_fast.training.loop import ActiveDPOLoop
+    from activedpo_fast.training.trl import dpo_config
+
+    dpo = type(dpo_config())  # trl.DPOConfig, or the error that says how to get it
+    return {
+        "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
+        "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
+        "selection": _options(ActiveDPOSelector.__init__, without={
+            "strategy", "preset", "seed", "ref_model", "beta", "length_normalized", "max_length",
+            "truncation_mode"}),
+        "loop": _options(ActiveDPOLoop.__init__, without={
+            "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
+            "chat_template_kwargs", "evaluate", "seed", "extra_settings", "show_progress"}),
+        "generation": _options(generate_responses, without={
+            "n_responses", "seed", "show_progress"}),
+        "rules": _dataclass_fields(PickRules, without={"seed"}),
+    }
+
+
+def _options(function: Any, without: Collection[str]) -> dict[str, Any]:
+    # The loop's module imports DPOConfig for type checkers only.
+    hints = typing.get_type_hints(function, localns={"DPOConfig": Any})
+    return {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in without
+    }
+
+
+def _dataclass_fields(cls: type, without: Collection[str]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints.get(f.name, Any) for f in fields(cls) if f.init and f.name not in without}
+
+
+def _check_oracle(oracle: Mapping[str, Any]) -> None:
+    from activedpo_fast.labels import RewardModelOracle
+
+    known: dict[str, dict[str, Any]] = {
+        "files": {"kind": str},
+        "reward_model": {"kind": str, "model": str, **_options(
+            RewardModelOracle.__init__, without={"seed", "show_progress"})},
+    }
+    kind = oracle.get("kind")
+    if kind not in known:
+        raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {kind!r}")
+    check_keys(oracle, known[kind], "oracle")
+    if kind == "reward_model" and "model" not in oracle:
+        raise ActiveDPOError("oracle.model: missing, the folder of the reward model")
+
+
+def _check_rules(rules: Mapping[str, Any]) -> None:
+    from activedpo_fast.selection.rules import PickRules
+
+    try:
+        PickRules(**rules)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"rules: {error}") from None
+
+
+def _move_template_kwargs(values: dict[str, Any]) -> None:
+    """Make one setting of those at the top and in the sections, in place."""
+    name = "chat_template_kwargs"
+    given = {name: values.get(name)}
+    for section in ("selection", "generation"):
+        inside = dict(values.get(section, {}))
+        given[f"{section}.{name}"] = inside.pop(name, None)
+        values[section] = inside
+    values[name] = one_setting(given)
+
+
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    if "adapter" in values and "lora" in values:
+        raise ActiveDPOError("adapter, lora: give one of them, not both")
+    if "preset" in values:
+        preset = find_preset(values["preset"])
+        selection = dict(preset.selection)
+        strategy = selection.pop("strategy", None)
+        values = {
+            "strategy": strategy,
+            **values,
+            "selection": {**selection, **values.get("selection", {})},
+            "loop": {**preset.loop, **values.get("loop", {})},
+            "dpo": {**preset.dpo, **values.get("dpo", {})},
+        }
+        if "adapter" not in values:
+            values["lora"] = {**preset.lora, **values.get("lora", {})}
+    if "adapter" not in values and "lora" not in values:
+        raise ActiveDPOError("adapter: missing; give an adapter's folder, or the section lora for "
+                             "a fresh one")
+    return values
+
+
+# -- types -----------------------------------------------------------------------------------------
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` can be of the type `hint`; what is no plain type of YAML is let through."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    plain = origin or hint
+    if plain is type(None):
+        return value is None
+    if plain is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if plain in (bool, str, dict, list):
+        return isinstance(value, plain)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(argument) for argument in arguments)
+    if origin is Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text",
+             dict: "a section of keys", list: "a list", type(None): "null"}
+    return names.get(origin or hint, str(hint))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as people write learning rates.
+
+    YAML 1.1, which PyYAML reads, wants 1.0e-4.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

@@ -1,0 +1,199 @@
+"""What `activedpo select` does: the pairs of a store to label next."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from activedpo_fast._files import FilePath, check_file_target, first_line, reason_of
+from activedpo_fast.distributed.launcher import ONE_PROCESS
+from activedpo_fast.distributed.pool_parts import PoolProcesses
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
+from activedpo_fast.pool.files import jsonl_rows
+from activedpo_fast.selection.candidates import Candidates, pool_text
+from activedpo_fast.selection.rules import PickRules, random_seed
+from activedpo_fast.selection.run import run_selection
+from activedpo_fast.selection.signals import History, TensorSignals
+from activedpo_fast.selection.strategies import make_strategy
+from activedpo_fast.store.rows import StoredRows
+from activedpo_fast.store.store import FeatureStore
+
+_IN_MEMORY_BYTES = 2**30  # gradient rows up to here are loaded, larger ones are read as needed
+
+
+
+def select_pairs(
+    store_path: FilePath,
+    output: FilePath,
+    *,
+    batch_size: int,
+    strategy: str = "activedpo",
+    normalize: str = "response",
+    lam: float = 1.0,
+    kappa: float = 1.0,
+    seed: int = 0,
+    labeled: FilePath | None = None,
+    rules: PickRules | None = None,
+    show_progress: bool | None = None,
+) -> str | None:
+    """Write the pairs of a feature store to label next to `output`; one line for a person.
+
+    `rules` may make them fewer than `batch_size`. Processes that a launcher such as torchrun has
+    started (WORLD_SIZE in the environment) make one selection together, each with its part of the
+    rows; the first of them writes it, and the others return None.
+
+    Raises:
+        ActiveDPOError: bad input, or another process failed; nothing is written then.
+    """
+    started = time.perf_counter()
+    with _launched() as group:
+        processes = PoolProcesses(group)
+
+        def prepare() -> tuple[FeatureStore, Candidates, torch.Tensor]:
+            if processes.rank == 0:
+                check_file_target(output)
+                _check_overwrites_nothing(output, store_path, labeled)
+            store = FeatureStore.open(store_path)
+            pool = store.pool()
+            known = asked = torch.empty(0, 2, dtype=torch.int64)
+            if labeled is not None:
+                known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
+            candidates = Candidates.find(pool, processes, labeled=known, asked=asked,
+                                         skipped=store.manifest["skipped"], rules=rules)
+            return store, candidates, asked
+
+        store, candidates, asked = processes.check(prepare)
+        pool, known = candidates.pool, candidates.labeled
+        if group is not None:
+            settings = (batch_size, strategy, normalize, lam, kappa, seed)
+            processes.require_same({
+                "store": pool_text(pool, rules) + repr(store.manifest),
+                "--labeled": repr((known.tolist(), asked.tolist())),
+                "rules": repr(rules),
+                "settings": repr(settings),
+            })
+        chosen = make_strategy(strategy, offered={
+            "lam": lam, "kappa": kappa, "normalize": None if normalize == "none" else normalize,
+            "seed": random_seed(seed, pool.fingerprint())})
+        found = len(candidates.pairs)
+        if batch_size > found:
+            raise ActiveDPOError(f"--batch-size {batch_size}: there are {found} candidate pairs")
+        rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
+        signals = TensorSignals(candidates.own_pairs, candidates.part.item_of_row(pool),
+                                gradients=rows, history_gradients=history)
+        picked = run_selection(
+            candidates, signals, chosen, batch_size, rules=rules, group=group,
+            chat_template_kwargs=store.manifest["settings"].get("chat_template_kwargs"),
+            show_progress=show_progress)
+        if processes.rank > 0:
+            return None
+        picked.to_jsonl(output)
+    gain = ""
+    if strategy == "activedpo":
+        # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
+        gain = f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
+    labels = f" and {len(known)} labeled" if len(known) else ""
+    return (f"{len(picked)} of {found} candidate pairs{labels} picked by {strategy}{gain}: "
+            f"{output} ({time.perf_counter() - started:.1f} s)")
+
+
+@contextmanager
+def _launched() -> Iterator[dist.ProcessGroup | None]:
+    """The processes that a launcher has started together; None for one that is alone."""
+    size = os.environ.get("WORLD_SIZE", "").strip()
+    if size in ONE_PROCESS:
+        yield None
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise ActiveDPOError(f"WORLD_SIZE is {size}, but the processes cannot be connected (use "
+                             f"torchrun, or unset it): {first_line(error)}") from None
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _read_rows(
+    store: FeatureStore, own: range, known: torch.Tensor
+) -> tuple[torch.Tensor | StoredRows, History]:
+    """The gradient rows numbered `own`, and those of the labeled pairs `known`."""
+    rows = store.rows_on_disk()
+    used, pairs = torch.unique(known, return_inverse=True)
+    mine = rows.select(torch.arange(own.start, own.stop))
+    return _at_hand(mine), (rows.take(used), pairs.view(-1, 2))
+
+
+def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:
+    """The rows themselves where memory is not a question."""
+    return rows.take(torch.arange(len(rows))) if rows.nbytes <= _IN_MEMORY_BYTES else rows
+
+
+def read_rules(
+    *, exclude: FilePath | None = None, quotas: Sequence[str] = (), **others: Any
+) -> PickRules | None:
+    """`PickRules` from what the command line has; None where it has no rule.
+
+    Args:
+        exclude: file with one id a line.
+        quotas: "NAME=N" each.
+        others: the other fields of `PickRules`.
+
+    Raises:
+        ActiveDPOError: naming the option, or the file, at fault.
+    """
+    most: dict[str, int] = {}
+    for text in quotas:
+        name, equals, number = text.rpartition("=")
+        if not (equals and name and number.isascii() and number.isdigit()):
+            raise ActiveDPOError(f"--quota {text}: expected NAME=N, N an integer from 0")
+        if name in most:
+            raise ActiveDPOError(f"--quota {text}: {name!r} has a quota already")
+        most[name] = int(number)
+    rules = PickRules(exclude=[] if exclude is None else _read_ids(exclude), quotas=most, **others)
+    return None if rules == PickRules(seed=rules.seed) else rules
+
+
+def _read_ids(path: FilePath) -> list[str]:
+    """The ids of a file with one a line; blank lines are skipped."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _check_overwrites_nothing(
+    output: FilePath, store_path: FilePath, labeled: FilePath | None
+) -> None:
+    """Refuse to write over what people have made, or what the store is made of."""
+    target = Path(output).resolve()
+    if labeled is not None and target == Path(labeled).resolve():
+        raise ActiveDPOError(f"{output} is the --labeled file too: choose another --output")
+    store = Path(store_path).resolve()
+    if (store / "manifest.json").exists() and target.is_relative_to(store):
+        raise ActiveDPOError(f"{output} is inside the store: choose another --output")
+    if not target.exists():
+        return
+    try:
+        labels = [record.get("label") for _, record in jsonl_rows(target)
+                  if isinstance(record, Mapping)]
+    except ActiveDPOError as error:  # somebody may be editing it
+        raise ActiveDPOError(f"{output} is there and cannot be read: choose another --output, or "
+                             f"move it away ({error})") from None
+    count = sum(label is not None for label in labels)
+    if count:
+        raise ActiveDPOError(f"{output} is there and has {count} labels: choose another --output, "
+                             "or move it away")

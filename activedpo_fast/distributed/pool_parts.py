@@ -1,0 +1,118 @@
+"""A pool shared out to several processes: which part is whose, and what all must have alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from activedpo_fast.distributed.processes import Processes
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
+
+Result = TypeVar("Result")
+
+
+class PoolPart(NamedTuple):
+    """A stretch of a pool: the positions of its items, and the numbers of their response rows."""
+
+    items: range
+    rows: range
+
+    def pairs(self, pairs: Tensor) -> range:
+        """Which of the pool's pairs, int64 [N, 2] in the order of the pool, are of this part."""
+        ends = torch.tensor([self.rows.start, self.rows.stop])
+        return range(*torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist())
+
+    def item_of_row(self, pool: PreferencePool) -> Tensor:
+        """The item of each response row of this part, both counted from its start; int64."""
+        counts = pool.response_offsets.diff()[self.items.start:self.items.stop]
+        return torch.repeat_interleave(torch.arange(len(self.items)), counts)
+
+
+class PoolProcesses:
+    """The processes of a `torch.distributed` group, gloo or NCCL, that share a pool.
+
+    All of them call the same methods in the same order. What is computed of a part alone goes
+    through `check`, so that an error of one process is an error of all.
+
+    Args:
+        group: `dist.group.WORLD` for all processes; None for one that is alone, which has the
+            whole pool.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._processes = None if group is None else Processes(group, 0)
+        self.rank = 0 if self._processes is None else self._processes.rank
+        self.size = 1 if self._processes is None else self._processes.size
+
+    def part(self, pool: PreferencePool) -> PoolPart:
+        """The part of this process: as many responses as the others have, as far as items allow.
+
+        Raises:
+            ActiveDPOError: fewer items than processes.
+        """
+        if len(pool) < self.size:
+            raise ActiveDPOError(f"{self.size} processes cannot share a pool of {len(pool)} "
+                                 "prompts: each needs one or more")
+        offsets = pool.response_offsets
+        bounds = [0]
+        for rank in range(1, self.size):
+            near = int(torch.searchsorted(offsets, pool.n_responses * rank // self.size))
+            bounds.append(min(max(near, bounds[-1] + 1), len(pool) - (self.size - rank)))
+        bounds.append(len(pool))
+        first, end = bounds[self.rank], bounds[self.rank + 1]
+        return PoolPart(range(first, end), range(int(offsets[first]), int(offsets[end])))
+
+    def stretch(self, count: int) -> slice:
+        """The part of this process of `count` things that take equally long; may be empty."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def check(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns, if it succeeds everywhere; it must not talk to the others."""
+        return compute() if self._processes is None else self._processes.check(compute)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, rank after rank; the number may differ, not the shape of one.
+
+        They are sent as float64 and come back in their own dtype, on the CPU where there is more
+        than one process.
+        """
+        if self._processes is None:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        parts = []
+        for owner, count in enumerate(self._processes.sum(counts).tolist()):
+            shape = (count, *rows.shape[1:])
+            if count:
+                mine = rows.to(torch.float64).flatten() if owner == self.rank else None
+                sent = self._processes.share(mine, torch.Size(shape).numel(), owner)
+                parts.append(sent.cpu().to(rows.dtype).view(shape))
+        return torch.cat(parts) if parts else rows.cpu()
+
+    def require_same(
+        self, given: Mapping[str, str], numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Raise `ActiveDPOError`, everywhere, unless all have the same texts and numbers."""
+        if self._processes is None:
+            return
+        mine = torch.tensor([_digest(text) for text in given.values()], dtype=torch.float64)
+        first = self._processes.share(mine if self.rank == 0 else None, len(mine), 0).cpu()
+        differs = torch.zeros(self.size, len(mine), dtype=torch.int64)
+        differs[self.rank] = first != mine
+        table = self._processes.sum(differs.flatten()).view(self.size, -1)
+        for rank, column in table.nonzero().tolist():
+            raise ActiveDPOError(f"process {rank} has another {list(given)[column]} than process "
+                                 "0: all must be given the same")
+        if numbers:
+            self._processes.require_same(dict(numbers))
+
+
+def _digest(text: str) -> int:
+    """48 bits: exact as a float64."""
+    return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=6).digest(), "big")

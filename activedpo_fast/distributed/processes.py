@@ -1,0 +1,164 @@
+"""One selection by several processes: each has a share of the candidates, all get the picks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a process knows of its own best candidates.
+
+    lower: the largest of their values' lower bounds. index, upper, score, group: the candidate of
+    the lowest number among those whose upper bound reaches `lower`; the upper bound of its value,
+    its score, the numbers of its group and prompt. upper_max: the largest upper bound.
+    """
+
+    index: int
+    score: float
+    group: int
+    prompt: int
+    lower: float
+    upper: float
+    upper_max: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that all take: its number in the whole, score, group, prompt and owner."""
+
+    index: int
+    score: float
+    group: int
+    prompt: int
+    owner: int
+
+
+class Processes:
+    """The processes of a `torch.distributed` group, gloo or NCCL, in a selection.
+
+    Candidates are numbered through, rank after rank. A pick costs one gathering of a few numbers
+    and one broadcast of a feature. A process that fails, is lost or does not answer within the
+    group's timeout makes every other one raise: nobody returns a part of the picks.
+
+    Args:
+        group: the process group; `dist.group.WORLD` for all.
+        n_candidates: how many this process has.
+
+    Attributes:
+        rank, size: in the group. offset: the number of this process's first candidate. total: how
+        many candidates there are.
+
+    Raises:
+        ActiveDPOError: a process was lost.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, n_candidates: int) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        nccl = dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
+        self._picks = 0
+        counts = self._gather([float(n_candidates)])[:, 0].long()
+        self.offset = int(counts[:self.rank].sum())
+        self.total = int(counts.sum())
+
+    def require_same(self, settings: dict[str, float]) -> None:
+        """Raise `ActiveDPOError`, on all processes, unless these numbers are the same on all."""
+        table = self._gather(list(map(float, settings.values())))
+        for name, column in zip(settings, table.T.tolist(), strict=True):
+            for rank, value in enumerate(column):
+                if not math.isclose(value, column[0], rel_tol=1e-9, abs_tol=1e-9):
+                    raise ActiveDPOError(f"processes 0 and {rank} have {name} = {column[0]:g} and "
+                                         f"{value:g}: they must agree")
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes, int64 [n]."""
+        return self._gather(numbers.tolist()).sum(dim=0).long()
+
+    def agree(self, make_offer: Callable[[], Offer | None],
+              lowest_from: Callable[[float], Offer | None]) -> Choice | None:
+        """The candidate with the largest value, ties to the lowest number; None if none is left.
+
+        Args:
+            make_offer: this process's offer; None if it has nothing left.
+            lowest_from: of its candidates whose upper bound is at least the given value, the one of
+                the lowest number; None if there is none.
+
+        An exception in `make_offer` is raised here, and told to the others, who raise as well.
+        """
+        table = self._exchange(make_offer)
+        present = [r for r in range(self.size) if table[r] is not None]
+        if not present:
+            return None
+        offers = {r: table[r] for r in present}
+        threshold = max(offer.lower for offer in offers.values())
+        # A process whose first candidate falls short of the others' may have a later one that does
+        # not: only then is there more to ask.
+        if any(offer.upper < threshold <= offer.upper_max for offer in offers.values()):
+            again = self._exchange(lambda: lowest_from(threshold))
+            offers = {r: offer for r, offer in enumerate(again) if offer is not None}
+        reaching = [r for r, offer in offers.items() if offer.upper >= threshold]
+        owner = min(reaching)  # numbers go up with the rank
+        chosen = offers[owner]
+        return Choice(chosen.index, chosen.score, chosen.group, chosen.prompt, owner)
+
+    def share(self, vector: Tensor | None, size: int, owner: int) -> Tensor:
+        """The owner's `vector`, float64 [size], for everybody."""
+        self._picks += 1
+        sent = torch.empty(size, dtype=torch.float64) if vector is None else vector.cpu()
+        sent = sent.to(self._device).contiguous()
+        source = dist.get_global_rank(self._group, owner)
+        self._call(lambda: dist.broadcast(sent, source, group=self._group))
+        return sent
+
+    def check(self, prepare: Callable[[], Any]) -> Any:
+        """What `prepare` returns, if it succeeds everywhere."""
+        result: list[Any] = []
+        self._exchange(lambda: result.append(prepare()))
+        return result[0]
+
+    def _exchange(self, make: Callable[[], Offer | None]) -> list[Any]:
+        error: BaseException | None = None
+        offer = None
+        try:
+            offer = make()
+        except Exception as raised:  # noqa: BLE001 - told to the others first, then raised again
+            error = raised
+        numbers = [0.0] * len(fields(Offer)) if offer is None else list(map(float, astuple(offer)))
+        if offer is not None:
+            numbers[0] += self.offset
+        table = self._gather([float(error is not None), float(offer is not None), *numbers])
+        if error is not None:
+            raise error
+        failed = table[:, 0].nonzero().flatten().tolist()
+        if failed:
+            raise ActiveDPOError(f"process {failed[0]} of {self.size} failed, see its own error; "
+                                 "nothing was selected")
+        return [Offer(int(row[2]), row[3], int(row[4]), int(row[5]), *row[6:]) if row[1] else None
+                for row in table.tolist()]
+
+    def _gather(self, numbers: list[float]) -> Tensor:
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        everybody = list(torch.empty(self.size, len(numbers), dtype=torch.float64,
+                                     device=self._device))
+        self._call(lambda: dist.all_gather(everybody, mine, group=self._group))
+        return torch.stack(everybody).cpu()
+
+    def _call(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # what gloo and NCCL raise, timeouts among it
+            raise ActiveDPOError(
+                f"lost contact with another of the {self.size} processes after {self._picks} "
+                f"picks; nothing was selected") from error

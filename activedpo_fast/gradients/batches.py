@@ -1,0 +1,201 @@
+"""Batches of tokenized responses under a token budget; a prompt's tokens are held once.
+
+A batch has two parts. `prompt_ids` are what the responses of an item have in common, padded on
+the left; `input_ids` are what each response adds, padded on the right. Continued one from the
+other, the tokens of every response are contiguous, so that position ids, sliding windows and ALiBi
+slopes are those of the response alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from os.path import commonprefix
+
+import torch
+
+from activedpo_fast.gradients.positions import LengthClass
+from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
+
+
+class Layout(Enum):
+    """How responses are put into batches. All layouts have the same numbers, where a model can take
+    them; the fastest comes first."""
+
+    SHARED = "a prompt runs once for all of its responses"
+    WHOLE = "every response runs with its prompt"
+    ALONE = "every response runs with its prompt, and no other with it"
+
+    @staticmethod
+    def slowest(*layouts: Layout) -> Layout:
+        """The one that relies on least."""
+        return max(layouts, key=list(Layout).index)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Responses of one item, and how many tokens they share at their beginning.
+
+    Attributes:
+        rows: which responses of the tokenized pool.
+        shared: tokens that are run once for all of them; at least one token of each response, the
+            one before its first scored token, is not among them.
+        own: the most tokens that one of them has beyond these.
+        kind: the length class of every response, and of what they share. A batch has one kind.
+    """
+
+    rows: tuple[int, ...]
+    shared: int
+    own: int
+    kind: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some groups of responses, padded: P prompts of at most L tokens, B responses of T more.
+
+    Attributes:
+        rows: int64 [B], which responses of the tokenized pool these are; groups stay together.
+        group_of: int64 [B], the group (0 .. P-1) of each response, ascending.
+        prompt_ids, prompt_mask: int64 [P, L], padded on the left; L = 0 when nothing is shared.
+        input_ids, attention_mask: int64 [B, T], padded on the right.
+        position_ids: int64 [B, T], counted from the beginning of the prompt.
+        scored: bool [B, T], True where the token's log-prob counts (response tokens; never the
+            first token of a sequence, which nothing predicts, nor the first of `input_ids`).
+    """
+
+    rows: torch.Tensor
+    group_of: torch.Tensor
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    scored: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Model inputs on `device`; `rows` and `group_of` stay on the CPU."""
+        inputs = ("prompt_ids", "prompt_mask", "input_ids", "attention_mask", "position_ids",
+                  "scored")
+        return Batch(self.rows, self.group_of,
+                     **{name: getattr(self, name).to(device) for name in inputs})
+
+
+def group_rows(
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    layout: Layout,
+    length_class: LengthClass | None = None,
+) -> list[Group]:
+    """The responses `rows` by item, in the order in which the items first appear.
+
+    With `Layout.SHARED`, responses of one item share their common beginning, up to the last token
+    before the first scored one of any of them; a response that is alone shares nothing. An item
+    whose responses are of several length classes has a group for each, and nothing is shared where
+    the beginning is of another class than the whole.
+    """
+    by_item: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        length = len(tokenized.sequences[row].input_ids)
+        kind = 0 if length_class is None else length_class(length)
+        item = row if layout is Layout.ALONE else tokenized.item_of(row)
+        by_item.setdefault((item, kind), []).append(row)
+    groups = []
+    for (_, kind), members in by_item.items():
+        group = _group(tokenized.sequences, members, layout is Layout.SHARED)
+        if group.shared and length_class is not None and length_class(group.shared) != kind:
+            group = _group(tokenized.sequences, members, False)
+        groups.append(replace(group, kind=kind))
+    return groups
+
+
+def plan_batches(
+    groups: Sequence[Group], max_tokens: int, *, split: bool
+) -> Iterator[list[Group]]:
+    """Batches of groups in which the padded tokens, P·L + B·T, do not exceed `max_tokens`.
+
+    Groups of like length go together, longest first. A group that exceeds the budget alone is
+    `split` into parts that repeat the prompt, or gets a batch of its own. The plan is a function of
+    the lengths alone.
+    """
+    if split:
+        groups = [part for group in groups for part in _split(group, max_tokens)]
+    # What is shared and what is not needs a prompt pass or none, so the two are kept apart.
+    parts: dict[tuple[bool, int], list[Group]] = {}
+    for group in groups:
+        parts.setdefault((group.shared == 0, group.kind), []).append(group)
+    for _, part in sorted(parts.items()):
+        # Two orders, as either part of the sequences may be the longer one; the better is kept.
+        plans = [
+            list(_fill(sorted(part, key=key), max_tokens))
+            for key in (lambda g: (-g.shared, -g.own), lambda g: (-g.own, -g.shared))
+        ]
+        yield from min(plans, key=lambda plan: sum(padded_tokens(batch) for batch in plan))
+
+
+def padded_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of the batch that `groups` make, padding included: P·L + B·T."""
+    responses = sum(len(group.rows) for group in groups)
+    return (len(groups) * max(group.shared for group in groups)
+            + responses * max(group.own for group in groups))
+
+
+def collate(
+    sequences: Sequence[TokenizedResponse], groups: Sequence[Group], *, pad_token_id: int
+) -> Batch:
+    """Pad the responses of `groups`; `pad_token_id` never influences a result."""
+    rows = [row for group in groups for row in group.rows]
+    shared_of = [group.shared for group in groups for _ in group.rows]
+    length, longest = max(g.shared for g in groups), max(g.own for g in groups)
+    prompt_ids = torch.full((len(groups), length), pad_token_id, dtype=torch.int64)
+    prompt_mask = torch.zeros_like(prompt_ids)
+    for index, group in enumerate(groups):
+        if group.shared:
+            ids = sequences[group.rows[0]].input_ids[: group.shared]
+            prompt_ids[index, length - group.shared :] = torch.tensor(ids)
+            prompt_mask[index, length - group.shared :] = 1
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    scored = torch.zeros_like(input_ids, dtype=torch.bool)
+    for index, (row, shared) in enumerate(zip(rows, shared_of, strict=True)):
+        sequence = sequences[row]
+        count = len(sequence.input_ids) - shared
+        input_ids[index, :count] = torch.tensor(sequence.input_ids[shared:])
+        attention_mask[index, :count] = 1
+        scored[index, max(sequence.completion_start, 1) - shared : count] = True
+    group_of = torch.repeat_interleave(
+        torch.arange(len(groups)), torch.tensor([len(group.rows) for group in groups]))
+    position_ids = torch.tensor(shared_of).unsqueeze(1) + torch.arange(longest)
+    # Padding could lie beyond the last position that a model has an embedding for.
+    position_ids = torch.where(attention_mask.bool(), position_ids, 0)
+    return Batch(torch.tensor(rows), group_of, prompt_ids, prompt_mask, input_ids, attention_mask,
+                 position_ids, scored)
+
+
+def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool) -> Group:
+    members = [sequences[row] for row in rows]
+    shared = 0
+    if share and len(members) > 1:
+        shared = min(min(max(m.completion_start, 1), len(m.input_ids)) - 1 for m in members)
+        # Made for paths, but it compares any sequences.
+        shared = len(commonprefix([member.input_ids[:shared] for member in members]))
+    own = max(len(member.input_ids) for member in members) - shared
+    return Group(tuple(rows), shared, own)
+
+
+def _split(group: Group, max_tokens: int) -> Iterator[Group]:
+    fitting = max(1, (max_tokens - group.shared) // group.own)
+    for start in range(0, len(group.rows), fitting):
+        yield replace(group, rows=group.rows[start : start + fitting])
+
+
+def _fill(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
+    batch: list[Group] = []
+    for group in groups:
+        if batch and padded_tokens([*batch, group]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch

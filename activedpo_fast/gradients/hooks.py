@@ -1,0 +1,181 @@
+"""What a backward pass tells about every trainable linear layer, token by token.
+
+For y = W h the gradient of an objective is Σ_t g_t h_tᵀ, g_t being its gradient at the layer's
+output for token t; a response's own part is the sum over the tokens that only it has. Hooks take h
+on the way forward and g on the way back; autograd computes no weight gradient, and differentiates
+nothing below the lowest trainable layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from activedpo_fast._modes import own_modes
+from activedpo_fast.errors import UnsupportedParameterError
+from activedpo_fast.gradients.own_forward import own_forward
+from activedpo_fast.gradients.positions import fresh_positions
+from activedpo_fast.gradients.sketch import SketchPlan
+from activedpo_fast.gradients.trainable import TrainableLinear, silent_modules
+
+# (layer, h [N, in], g [N, out], segments int64 [S, 3] of (first token, token after the last, row))
+Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
+    """The model's `own_forward`, eval mode, frozen parameters and fresh position embeddings inside;
+    all as it was afterward.
+
+    `.grad` is never touched, as no parameter requires one. Grad mode is on, inference mode and
+    autocast are off, whatever the caller has set. With precision "bf16", matrix products are
+    computed in bfloat16 (autocast).
+    """
+    device = next(model.parameters()).device.type
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with own_modes(device), own_forward(model), fresh_positions(model), autocast:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
+    """float64 where all trainable weights are, else float32."""
+    dtypes = {parameter.dtype for linear in linears for parameter in linear.module.parameters()}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
+    """A consumer that adds the gradients of each layer's parameters to the rows `out`."""
+
+    def consume(
+        linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
+    ) -> None:
+        if linear.weight is not None:
+            # Under autocast h comes as the layer got it, before the cast that g has behind it.
+            dtype = torch.promote_types(h.dtype, g.dtype)
+            h, g = h.to(dtype), g.to(dtype)
+            left, right = (h, g) if linear.transposed else (g, h)
+            plan.add(out, linear.weight, left, right, segments)
+        if linear.bias is not None:
+            plan.add(out, linear.bias, g, g.new_ones(len(g), 1), segments)
+
+    return consume
+
+
+@dataclass
+class Tokens:
+    """The tokens of one forward pass.
+
+    shape: (B, T) of the model's input. segments: which of the B·T tokens, counted row-major, add to
+    which row; may be set again before every backward pass through the same forward pass.
+    """
+
+    shape: tuple[int, int]
+    segments: torch.Tensor
+
+
+class Capture:
+    """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
+
+    Args:
+        linears: the layers. An A matrix whose B is zero everywhere has a gradient of exact zeros
+            (dL/dA h = Bᵀ g): nothing is differentiated through it, and it is never consumed.
+        consume: called once for each use of a layer in each backward pass; a layer's gradient is
+            the sum over the calls. h and g have the dtypes that the model computes with.
+
+    Used as a context manager inside `undisturbed`; forward passes run inside `tokens(...)`.
+    """
+
+    def __init__(self, linears: Sequence[TrainableLinear], consume: Consumer) -> None:
+        self._silent = silent_modules(linears)
+        self.linears = linears
+        self._consume = consume
+        self._tokens: Tokens | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.first_label = linears[0].label
+        self.used = False  # whether any of the layers took part in a forward pass
+
+    def __enter__(self) -> Capture:
+        for linear in self.linears:
+            hook = _cut if id(linear.module) in self._silent else self._forward_hook(linear)
+            self._handles.append(linear.module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def tokens(self, tokens: Tokens) -> Iterator[None]:
+        """Forward passes inside run these tokens."""
+        before, self._tokens = self._tokens, tokens
+        try:
+            yield
+        finally:
+            self._tokens = before
+
+    def _forward_hook(
+        self, linear: TrainableLinear
+    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def take_input(
+            module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> None:
+            tokens = self._tokens
+            if tokens is None or not torch.is_grad_enabled():
+                return
+            self.used = True
+            h = _by_token(linear, inputs[0].detach(), tokens.shape)
+
+            def take(g: torch.Tensor) -> None:
+                self._consume(
+                    linear, h, _by_token(linear, g.detach(), tokens.shape), tokens.segments)
+
+            if output.requires_grad:
+                output.register_hook(take)
+                return
+
+            def take_from_leaf(leaf: torch.Tensor) -> None:
+                assert leaf.grad is not None
+                g, leaf.grad = leaf.grad, None
+                take(g)
+
+            # All parameters are frozen: here is where the graph begins.
+            output.requires_grad_().register_post_accumulate_grad_hook(take_from_leaf)
+
+        return take_input
+
+
+def _cut(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return output.detach()
+
+
+def _by_token(
+    linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    count = shape[0] * shape[1]
+    # Some MLPs flatten batch and time, latent attention (DeepSeek) has a head dimension of one; the
+    # self-check proves the order.
+    given = [size for size in tensor.shape[:-1] if size != 1]
+    if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
+        return tensor.reshape(count, tensor.shape[-1])
+    what = "is a routed expert, which" if "expert" in linear.label else "has an input that"
+    raise UnsupportedParameterError(
+        f"cannot take per-sample gradients of {linear.label!r}: it {what} has not one row for each "
+        f"of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); leave it out of the "
+        "adapter's target_modules"
+    )

@@ -1,0 +1,333 @@
+"""Forward and backward passes over a batch: what is run once, and what once for each response.
+
+Two layouts give the same numbers. `shared`: the prompts run once, the responses continue them, and
+the LM head runs on scored tokens only. Not `shared`: every response is a sequence of its own and
+goes through the whole model as in a training step, which any causal LM can take.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.batches import Batch
+from activedpo_fast.gradients.hooks import Capture, Tokens
+from activedpo_fast.gradients.lm_head import (
+    causal_lm,
+    chunked_logps,
+    language_model_head,
+)
+from activedpo_fast.gradients.prompt_cache import continue_prompts, run_prompts
+from activedpo_fast.ops import reference
+
+
+def gradient_pass(
+    model: nn.Module, batch: Batch, capture: Capture, *, shared: bool, relative: bool,
+    lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the batch forward and back, so that `capture` sees every response's gradient.
+
+    Rows of the captured segments are positions in the batch. Row b receives ∇ log π(y_b|x), or with
+    `relative` ∇ (log π(y_b|x) - log π(y_1|x)), y_1 being the first response of its group, whose own
+    row receives nothing.
+
+    Args:
+        model: inside `undisturbed`, `capture` entered.
+        shared: the layout. A batch that holds prompts apart can only be run in it.
+        lengths: int64 [B], n_b, where log π(y_b|x) / n_b is wanted. Relative rows are then
+            ∇ (n_1/n_b · log π(y_b|x) - log π(y_1|x)); each is still to be divided by `divisors`.
+
+    Returns:
+        log π(y|x), [B], float32 or float64.
+
+    A prompt's tokens run forward once. Back, the tokens of all responses run once, as their
+    gradients cannot mix, and those of a prompt once for each of its rows: M times for M responses,
+    M - 1 times with `relative`.
+    """
+    terms = _terms(batch, relative)
+    weights = torch.ones(len(batch.rows), device=batch.input_ids.device)
+    if relative:
+        if lengths is not None:
+            weights = (divisors(batch, lengths, relative) / lengths).to(weights.device)
+        # The first response counts negatively, in whichever row of its group it is added up.
+        weights[_first_of_group(batch).to(weights.device)] = -1.0
+    responses = Tokens(_shape(batch.input_ids), _response_segments(batch, terms))
+    if not shared:
+        with capture.tokens(responses):
+            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
+        _check_used(capture)
+        (logps * weights).sum().backward()
+        return logps.detach()
+
+    decoder = _decoder(model)
+    prompts = Tokens(_shape(batch.prompt_ids), torch.empty(0, 3, dtype=torch.int64))
+    with capture.tokens(prompts):
+        states = _prompt_states(decoder, batch)
+    continued = _one_for_each_response(states, batch)
+    with capture.tokens(responses):
+        output = _continue(decoder, batch, continued)
+    logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
+    _check_used(capture)
+    if output.last_hidden_state.requires_grad:
+        output.last_hidden_state.backward(gradient)
+    del output, gradient
+    _prompts_back(batch, states, continued, prompts, relative)
+    return logps
+
+
+def divisors(batch: Batch, lengths: torch.Tensor, relative: bool) -> torch.Tensor:
+    """float64 [B]: what the rows of `gradient_pass` are divided by for means of log π.
+
+    The rows, and not the objective: that would only lose bits of small gradients in bf16.
+    """
+    of = lengths[_first_of_group(batch)][batch.group_of] if relative else lengths
+    return of.double()
+
+
+def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
+    """log π(y|x) of every response, [B], without gradients."""
+    with torch.no_grad():
+        if not shared:
+            return whole_model_logps(model, batch)
+        decoder = _decoder(model)
+        output = _continue(
+            decoder, batch, _one_for_each_response(_prompt_states(decoder, batch), batch))
+        return _scored_logps(model, batch, decoder, output, None, None)[0]
+
+
+def whole_model_logps(
+    model: nn.Module, batch: Batch, *, everywhere: bool = False
+) -> torch.Tensor:
+    """log π(y|x) [B] from the model's own logits; part of the autograd graph.
+
+    With `everywhere` the head runs on all tokens, as hooks on it expect.
+    """
+    # The head is needed from the token before the first scored one; what comes earlier in every
+    # sequence of the batch is left out where the model can.
+    scored = batch.scored.any(dim=0).nonzero()
+    length = batch.input_ids.shape[1]
+    first = int(scored[0]) if len(scored) else max(length - 1, 1)
+    kept = length - first + 1
+    inputs = _whole_inputs(batch)
+    can_leave_out = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
+    if can_leave_out and length > 1 and not everywhere:
+        inputs["logits_to_keep"] = kept
+    logits = model(**inputs).logits[:, -kept:-1]
+    logps = reference.response_logps(logits, batch.input_ids[:, first:])
+    return (logps * batch.scored[:, first:]).sum(dim=1)
+
+
+def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
+    """The last layer's hidden state at each response's last token, [B, h], without gradients.
+
+    It is what the LM head reads, after the final norm (`last_hidden_state` of transformers).
+    """
+    with torch.no_grad():
+        if shared:
+            decoder = _decoder(model)
+            states = _prompt_states(decoder, batch)
+            hidden = _continue(
+                decoder, batch, _one_for_each_response(states, batch)).last_hidden_state
+        else:
+            hidden = _what_the_head_reads(model, batch)
+        # Virtual tokens of prompt tuning come before the others.
+        last = batch.attention_mask.sum(dim=1) - 1 + hidden.shape[1] - batch.input_ids.shape[1]
+        return hidden[torch.arange(len(last), device=hidden.device), last]
+
+
+def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The decoder's output for whole sequences, [B, T, h]."""
+    found: list[torch.Tensor] = []
+    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    if decoder is causal_lm(model):
+        return model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
+    handle = decoder.register_forward_hook(
+        lambda module, inputs, output: found.append(output[0]))
+    try:
+        model(**_whole_inputs(batch))
+    finally:
+        handle.remove()
+    return found[-1]
+
+
+def _head_is_captured(model: nn.Module, capture: Capture) -> bool:
+    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return False
+    within = set(map(id, head.modules()))
+    return any(id(linear.module) in within for linear in capture.linears)
+
+
+def _shape(ids: torch.Tensor) -> tuple[int, int]:
+    return ids.shape[0], ids.shape[1]
+
+
+def _first_of_group(batch: Batch) -> torch.Tensor:
+    """int64 [P]: the first response of every group; groups are contiguous."""
+    return torch.searchsorted(batch.group_of, torch.arange(len(batch.prompt_ids)))
+
+
+def _terms(batch: Batch, relative: bool) -> list[tuple[int, int]]:
+    """(response, row) for every response whose tokens count in a row, ordered by response."""
+    if not relative:
+        return [(b, b) for b in range(len(batch.rows))]
+    groups = batch.group_of.tolist()
+    first = _first_of_group(batch).tolist()
+    members: dict[int, list[int]] = {group: [] for group in groups}
+    for b, group in enumerate(groups):
+        members[group].append(b)
+    return [
+        (b, row)
+        for b, group in enumerate(groups)
+        for row in (members[group][1:] if b == first[group] else [b])
+    ]
+
+
+def _response_segments(batch: Batch, terms: list[tuple[int, int]]) -> torch.Tensor:
+    """Which tokens of `input_ids`, counted row-major, count in which row: int64 [S, 3]."""
+    length = batch.input_ids.shape[1]
+    counts = batch.attention_mask.sum(dim=1).tolist()
+    segments: list[list[int]] = []
+    for b, row in sorted(terms, key=lambda term: (term[1], term[0])):
+        start = b * length
+        if segments and segments[-1][2] == row and segments[-1][0] == start - length:
+            # Two responses in a row, one after the other: padding between them has no gradient.
+            segments[-1][1] = start + counts[b]
+        else:
+            segments.append([start, start + counts[b], row])
+    return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The stack of layers of a causal LM, without its head."""
+    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    if decoder is causal_lm(model):
+        raise ActiveDPOError("the model has no decoder apart from its head")
+    return decoder
+
+
+def _prompt_states(decoder: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    if batch.prompt_ids.shape[1] == 0:
+        return []
+    return run_prompts(decoder, batch.prompt_ids, batch.prompt_mask)
+
+
+def _one_for_each_response(states: list[torch.Tensor], batch: Batch) -> list[torch.Tensor]:
+    """Copies of the prompts' keys and values, [B, …], cut from the graph so that each response's
+    gradient arrives at its own."""
+    group_of = batch.group_of.to(batch.input_ids.device)
+    return [
+        state.detach().index_select(0, group_of).requires_grad_(state.requires_grad)
+        for state in states
+    ]
+
+
+def _continue(decoder: nn.Module, batch: Batch, continued: list[torch.Tensor]) -> Any:
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if continued:
+        prompt_mask = batch.prompt_mask[batch.group_of.to(batch.prompt_mask.device)]
+        inputs["attention_mask"] = torch.cat([prompt_mask, batch.attention_mask], dim=1)
+        inputs["past_key_values"] = continue_prompts(continued)
+        inputs["use_cache"] = True
+    return decoder(**inputs)
+
+
+def _scored_logps(
+    model: nn.Module,
+    batch: Batch,
+    decoder: nn.Module,
+    output: Any,
+    weights: torch.Tensor | None,
+    captured: tuple[Capture, list[tuple[int, int]]] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log π(y|x) [B] from hidden states, and the gradient of its weighted sum to them [B, T, h]."""
+    response, position = batch.scored.nonzero(as_tuple=True)
+    hidden = output.last_hidden_state
+    owners = response.tolist()
+
+    def around(start: int, end: int) -> AbstractContextManager[Any]:
+        if captured is None:
+            return nullcontext()
+        capture, terms = captured
+        return capture.tokens(
+            Tokens((1, end - start), _chunk_segments(owners[start:end], terms)))
+
+    with language_model_head(causal_lm(model), decoder, output) as head:
+        logps, gradient = chunked_logps(
+            head,
+            hidden.detach()[response, position - 1],
+            batch.input_ids[response, position],
+            vocabulary=causal_lm(model).config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
+            weights=None if weights is None else weights[response],
+            around=around,
+        )
+    total = logps.new_zeros(len(batch.rows)).index_add_(0, response, logps)
+    if gradient is None:
+        return total, None
+    return total, torch.zeros_like(hidden).index_put_((response, position - 1), gradient)
+
+
+def _chunk_segments(owners: list[int], terms: list[tuple[int, int]]) -> torch.Tensor:
+    """Segments of a chunk of scored tokens, whose responses `owners` are ascending."""
+    found: dict[int, tuple[int, int]] = {}
+    for position, owner in enumerate(owners):
+        found[owner] = (found.get(owner, (position, 0))[0], position + 1)
+    segments = [[*found[b], row] for b, row in terms if b in found]
+    return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
+
+
+def _prompts_back(
+    batch: Batch,
+    states: list[torch.Tensor],
+    continued: list[torch.Tensor],
+    tokens: Tokens,
+    relative: bool,
+) -> None:
+    """The backward passes of the prompts, one for the n-th response of all groups at a time."""
+    arrived = [(state, copy.grad) for state, copy in zip(states, continued, strict=True)
+               if copy.grad is not None]
+    if not arrived:
+        return
+    groups, length = batch.prompt_ids.shape
+    first = _first_of_group(batch)
+    sizes = torch.bincount(batch.group_of, minlength=groups)
+    begins = length - batch.prompt_mask.sum(dim=1).cpu()
+    slots = range(1 if relative else 0, int(sizes.max()))
+    for slot in slots:
+        has = (sizes > slot).nonzero().squeeze(1)
+        response = first[has] + slot
+        tokens.segments = torch.stack(
+            [has * length + begins[has], (has + 1) * length, response], dim=1)
+        gradients = []
+        for state, gradient in arrived:
+            device = gradient.device
+            part = gradient[response.to(device)]
+            if relative:
+                part = part + gradient[first[has].to(device)]
+            gradients.append(torch.zeros_like(state).index_copy_(0, has.to(device), part))
+        torch.autograd.backward(
+            [state for state, _ in arrived], gradients, retain_graph=slot != slots[-1])
+
+
+def _whole_inputs(batch: Batch) -> dict[str, Any]:
+    # Padding is on the right, where the model's own position ids are right.
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
+            "use_cache": False}
+
+
+def _check_used(capture: Capture) -> None:
+    if not capture.used:
+        raise ActiveDPOError(
+            "no trainable layer took part in the model's forward pass (first of them: "
+            f"{capture.first_label!r})"
+        )

@@ -1,0 +1,103 @@
+"""Models whose position embeddings depend on the longest sequence of a call.
+
+RoPE of the types "longrope" (Phi-3, Phi-3.5, Phi-4-mini) and "dynamic" takes its frequencies by the
+longest position of a forward pass, so that log π(y|x) depends on what shares its batch, and with
+"dynamic" also on what ran before. What counts is a sequence by itself in a model that was just
+loaded; a batch gives the same where all of its sequences, and the prompts that they continue, have
+one length class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# The class of a sequence of that many tokens: any two of one class are embedded by the same
+# frequencies.
+LengthClass = Callable[[int], int]
+
+
+def length_class(model: nn.Module) -> LengthClass | None:
+    """How `model` tells lengths apart; None for a model that embeds all of them alike."""
+    thresholds: set[int] = set()
+    dynamic: list[int] = []
+    for module, layer_type, kind in _varying(model):
+        if kind == "dynamic":
+            dynamic.append(module.original_max_seq_len)
+        else:
+            thresholds.add(_parameters(module, layer_type)["original_max_position_embeddings"])
+    if not thresholds and not dynamic:
+        return None
+    first_dynamic = min(dynamic, default=None)
+
+    def classify(length: int) -> int:
+        if first_dynamic is not None and length > first_dynamic:
+            return length  # every length has frequencies of its own
+        return -sum(length > threshold for threshold in thresholds)
+
+    return classify
+
+
+def batch_changes_attention(model: nn.Module) -> bool:
+    """Whether attention keeps a number of keys of a whole batch (Doge's dynamic mask)."""
+    return any(getattr(getattr(module, "config", None), "keep_window_size", None) is not None
+               for module in model.modules())
+
+
+@contextmanager
+def fresh_positions(model: nn.Module) -> Iterator[None]:
+    """Inside, position embeddings begin as in a model that was just loaded; afterward as before.
+
+    "dynamic" keeps the frequencies of the longest sequence so far, for the next ones too.
+    """
+    embeddings = {id(module): module for module, _, _ in _varying(model)}.values()
+    # Buffers are replaced by some forward passes and written to by others.
+    before = [(module, dict(vars(module)), dict(module._buffers),
+               [(buffer, buffer.clone()) for buffer in module._buffers.values()
+                if buffer is not None])
+              for module in embeddings]
+    for module, layer_type, kind in _varying(model):
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if original is not None:
+            now = module._buffers[f"{prefix}inv_freq"]
+            # The original is left behind where it is no buffer.
+            module._buffers[f"{prefix}inv_freq"] = original.clone().to(now.device)
+        if kind == "dynamic":
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    try:
+        yield
+    finally:
+        for module, attributes, buffers, values in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            with torch.no_grad():
+                for buffer, value in values:
+                    buffer.copy_(value)
+
+
+def _varying(model: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
+    """(module, layer type or None, "dynamic" or "longrope") of embeddings that vary by length."""
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        # Models with layers of several kinds have a RoPE for each.
+        types = rope_type if isinstance(rope_type, dict) else {None: rope_type}
+        for layer_type, name in types.items():
+            if not isinstance(name, str):
+                continue
+            if "dynamic" in name:
+                yield module, layer_type, "dynamic"
+            # PhiMoE scales by the length with whatever type it has.
+            elif name == "longrope" or "long_mscale" in _parameters(module, layer_type):
+                yield module, layer_type, "longrope"
+
+
+def _parameters(module: Any, layer_type: str | None) -> dict[str, Any]:
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    return parameters if layer_type is None else parameters.get(layer_type) or {}

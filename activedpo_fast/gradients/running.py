@@ -1,0 +1,84 @@
+"""Batches run one after the other, smaller ones after memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.batches import (
+    Batch,
+    Layout,
+    collate,
+    group_rows,
+    padded_tokens,
+    plan_batches,
+)
+from activedpo_fast.gradients.positions import LengthClass
+from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
+from activedpo_fast.pool.tokens import TokenizedPool
+
+# What is taken of a batch: its rows, int64 [n], then tensors [n, ...] on the CPU.
+Taken = tuple[torch.Tensor, ...]
+# (batch on the device, whether its prompts are shared)
+Take = Callable[[Batch, bool], Taken]
+
+
+def run_batches(
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    take: Take,
+    layout: Layout,
+    budget: TokenBudget,
+    *,
+    length_class: LengthClass | None,
+    pad_token_id: int,
+    title: str = "",
+    show_progress: bool | None = False,
+    whole_items: bool = False,
+) -> Iterator[Taken]:
+    """`take` of every batch of `rows`, planned again with half the tokens when memory ran out.
+
+    Args:
+        length_class: which lengths may share a batch, see `features.positions`.
+        whole_items: all responses of an item that are of one length class are in one batch.
+
+    Raises:
+        ActiveDPOError: not enough memory for the smallest batch.
+    """
+    pending = list(rows)
+    disable = None if show_progress is None else not show_progress
+    shared = layout is Layout.SHARED
+    with tqdm(total=len(rows), desc=title, unit="response", disable=disable) as progress:
+        while pending:
+            groups = group_rows(tokenized, pending, layout, length_class)
+            done: set[int] = set()
+            # Of responses that run alone, none fits with another.
+            tokens = 1 if layout is Layout.ALONE else budget.tokens
+            planned = budget.tokens
+            for members in plan_batches(groups, tokens, split=not whole_items):
+                try:
+                    with budget.batch(padded_tokens(members)):
+                        batch = collate(tokenized.sequences, members, pad_token_id=pad_token_id)
+                        taken = take(batch.to(budget.device), shared)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(members) == 1 and (whole_items or len(members[0].rows) == 1):
+                        raise ActiveDPOError(
+                            f"out of memory for {len(members[0].rows)} responses of one prompt "
+                            f"({padded_tokens(members)} tokens); use a smaller max_length or "
+                            "a device with more memory") from error
+                else:
+                    done.update(batch.rows.tolist())
+                    progress.update(len(batch.rows))
+                    yield taken
+                    if budget.tokens != planned:
+                        break
+                    continue
+                # Outside of the handler, whose traceback holds the batch's tensors.
+                budget.halve(padded_tokens(members))
+                break
+            pending = [row for row in pending if row not in done]

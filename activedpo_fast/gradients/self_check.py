@@ -1,0 +1,284 @@
+"""The self-check: captured gradients against autograd's, on responses of the user's own.
+
+Hooks, shared prompts and batches rely on how a model passes tokens through its layers. A model that
+does it in another way (a weight used without calling its layer, tokens reordered, samples that
+influence each other, positions that are ignored or depend on the longest of the batch) would give
+wrong rows without an error; this finds it before any row is handed out. The responses are those of
+a short, a middling and the longest prompt, in one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.gradients.batches import Batch, Layout, collate, group_rows
+from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into, undisturbed
+from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
+from activedpo_fast.gradients.positions import length_class
+from activedpo_fast.gradients.running import Take, Taken, run_batches
+from activedpo_fast.gradients.sketch import Sketch, SketchPlan
+from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
+from activedpo_fast.gradients.trainable import TrainableLinear
+from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class _Tolerance(NamedTuple):
+    """Errors allowed, far above rounding (the batch and the single sequence are padded
+    differently), far below what a misattributed token gives.
+
+    gradient: of a parameter, relative to its norm; also of hidden states.
+    logp: of log π(y|x), a sum that rounding changes less.
+    """
+
+    gradient: float
+    logp: float
+
+
+# Eager attention has its softmax in float32 also in a float64 model.
+_TOLERANCE = {torch.float64: _Tolerance(1e-5, 1e-6), torch.float32: _Tolerance(1e-3, 3e-5)}
+_LOW_PRECISION_TOLERANCE = _Tolerance(0.25, 0.05)
+
+# With half precision, rounding may be as large as what shared prompts could do wrong. So it is
+# measured: a whole row may be off by so many times what it is off in a batch of whole sequences, or
+# by this.
+_TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
+
+_SLOWER = {
+    Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
+                  "prompt, which is slower (%s)",
+    Layout.ALONE: "%s treats a response in a batch in another way than by itself; every response "
+                  "runs by itself, which is slower (%s)",
+}
+
+
+def gradient_layout(
+    model: nn.Module,
+    linears: Sequence[TrainableLinear],
+    tokenized: TokenizedPool,
+    pad_token_id: int,
+    precision: str | None,
+) -> Layout:
+    """The fastest layout in which captured gradients are right, found out on a few responses.
+
+    A batch of three items, captured in a layout, is compared with one backward pass of autograd
+    through the whole model for each response by itself. If it differs, or the model cannot run it,
+    the next layout is tried.
+
+    Raises:
+        UnsupportedParameterError: naming the first parameter whose gradients differ in any layout.
+    """
+    expected: dict[int, dict[str, torch.Tensor]] = {}
+    for row in _rows_to_check(tokenized):
+        try:
+            expected[row] = _autograd_gradients(
+                model, linears, tokenized, row, pad_token_id, precision)
+        except (RuntimeError, MemoryError) as raised:
+            if not is_out_of_memory(raised) or not expected:
+                raise
+            length = len(tokenized.sequences[row].input_ids)
+        else:
+            continue
+        logger.warning("self-check: there is no memory for autograd on %d tokens; only shorter "
+                       "responses are looked at", length)
+        break
+    if not expected:
+        return Layout.SHARED  # nothing is scored, so that every row is zero
+    shapes = [shape for linear in linears for shape in linear.shapes()]
+    plan = SketchPlan(Sketch("none"), shapes)
+
+    def take(batch: Batch, shared: bool) -> Taken:
+        captured = torch.zeros(len(batch.rows), plan.dim, dtype=row_dtype(linears),
+                               device=batch.input_ids.device)
+        consume = sketch_into(plan, captured)
+        with undisturbed(model, precision), Capture(linears, consume) as capture:
+            gradient_pass(model, batch, capture, shared=shared, relative=False)
+        return batch.rows, captured
+
+    tolerance = _tolerance(model, precision)
+
+    def largest_error(layout: Layout) -> float:
+        """The largest error of a row, relative to its norm, where no parameter's is too large."""
+        errors = [0.0]
+        for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
+            for row, found in zip(rows.tolist(), captured, strict=True):
+                _compare(found, expected[row], shapes, tolerance.gradient)
+                whole = torch.cat([gradient.flatten() for gradient in expected[row].values()])
+                errors.append(float((found - whole).norm() / whole.norm().clamp(min=1e-30)))
+        return max(errors)
+
+    def compare(layout: Layout) -> None:
+        found = largest_error(layout)
+        if layout is Layout.SHARED and tolerance == _LOW_PRECISION_TOLERANCE:
+            rounding = largest_error(Layout.WHOLE)
+            if found > max(_TIMES_ROUNDING * rounding, _LEAST_ROUNDING):
+                raise UnsupportedParameterError(
+                    f"self-check failed: gradients are off by {found:.1e} of their norm, by "
+                    f"{rounding:.1e} where every response runs with its prompt")
+        logger.debug("self-check: %d parameters agree with autograd", len(shapes))
+
+    return _first_that_agrees(model, compare)
+
+
+def forward_layout(
+    model: nn.Module, tokenized: TokenizedPool, pad_token_id: int, precision: str | None
+) -> Layout:
+    """The fastest layout in which log-probs and hidden states are those of responses alone."""
+    rows = _rows_to_check(tokenized)
+    if not rows:
+        return Layout.SHARED
+
+    def take(batch: Batch, shared: bool) -> Taken:
+        with undisturbed(model, precision):
+            logps = logp_pass(model, batch, shared=shared).double()
+            return batch.rows, logps, hidden_pass(model, batch, shared=shared).double()
+
+    def run(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        taken = list(_run(model, tokenized, rows, take, layout, pad_token_id))
+        order = torch.cat([part[0] for part in taken]).argsort()
+        logps, hidden = (torch.cat([part[n].cpu() for part in taken])[order] for n in (1, 2))
+        return logps, hidden
+
+    alone, hidden_alone = run(Layout.ALONE)
+    tolerance = _tolerance(model, precision)
+
+    def compare(layout: Layout) -> None:
+        if layout is Layout.ALONE:
+            return
+        logps, hidden = run(layout)
+        # A response that is all but certain is held to the size of the others.
+        errors = {"log-prob": ((logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
+                               tolerance.logp),
+                  "hidden state": ((hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
+                                   tolerance.gradient)}
+        for name, (error, allowed) in errors.items():
+            # Written so that a NaN does not pass.
+            if not bool((error <= allowed).all()):
+                raise ActiveDPOError(f"its {name} differs by {float(error.max()):.1e}")
+
+    return _first_that_agrees(model, compare)
+
+
+def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> Layout:
+    """The first layout for which `compare` raises nothing."""
+    reason = ""
+    for layout in Layout:
+        try:
+            compare(layout)
+        except Exception as error:  # whatever a model of another kind may raise
+            # Out of the batch, only what differs can get better: all else is the model's own error.
+            if layout is Layout.ALONE or (
+                layout is Layout.WHOLE and not isinstance(error, ActiveDPOError)
+            ):
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+        else:
+            if layout in _SLOWER:
+                logger.warning(_SLOWER[layout], type(model).__name__, reason)
+            return layout
+    raise AssertionError("the last layout returns or raises")
+
+
+def _run(
+    model: nn.Module,
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    take: Take,
+    layout: Layout,
+    pad_token_id: int,
+) -> Iterator[Taken]:
+    """All in one batch, as far as the layout, the model's length classes and memory allow."""
+    budget = TokenBudget(1 << 30, next(model.parameters()).device)
+    return run_batches(tokenized, rows, take, layout, budget, length_class=length_class(model),
+                       pad_token_id=pad_token_id)
+
+
+def _compare(
+    found: torch.Tensor,
+    expected: dict[str, torch.Tensor],
+    shapes: Sequence[tuple[str, torch.Size]],
+    tolerance: float,
+) -> None:
+    """Raise `UnsupportedParameterError` unless a captured row [D] is autograd's."""
+    parts = found.split([math.prod(shape) for _, shape in shapes])
+    captured = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (captured[name] - gradient).norm()
+        # A block that is all but zero is held to the size of the whole gradient.
+        scale = torch.maximum(gradient.norm(), 1e-3 * total)
+        # Written so that a NaN is refused too.
+        if not bool(error <= tolerance * scale):
+            raise UnsupportedParameterError(
+                f"self-check failed: the captured gradient of {name!r} differs from "
+                f"autograd's by {float(error / scale):.1e} of its norm (allowed "
+                f"{tolerance:.0e}); this model cannot be handled, leave the parameter out of "
+                "the adapter"
+            )
+
+
+def _autograd_gradients(
+    model: nn.Module,
+    linears: Sequence[TrainableLinear],
+    tokenized: TokenizedPool,
+    row: int,
+    pad_token_id: int,
+    precision: str | None,
+) -> dict[str, torch.Tensor]:
+    groups = group_rows(tokenized, [row], Layout.ALONE)
+    batch = collate(tokenized.sequences, groups, pad_token_id=pad_token_id)
+    batch = batch.to(next(model.parameters()).device)
+    dtype = row_dtype(linears)
+    parameters = {
+        name: getattr(linear.module, attribute)
+        for linear in linears
+        for name, attribute in ((linear.weight, "weight"), (linear.bias, "bias"))
+        if name is not None
+    }
+    with undisturbed(model, precision):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        logp = whole_model_logps(model, batch)
+        gradients = torch.autograd.grad(logp, list(parameters.values()), allow_unused=True)
+    return {
+        name: (torch.zeros_like(parameter) if gradient is None else gradient).detach().to(dtype)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
+    """Two responses each of the shortest, a middling and the longest item with something to score,
+    the shortest first."""
+    by_item: dict[int, list[int]] = {}
+    for row, sequence in enumerate(tokenized.sequences):
+        if scored_tokens(sequence):
+            by_item.setdefault(tokenized.item_of(row), []).append(row)
+    # The longest response of each, and another one.
+    items = [sorted(rows, key=lambda row: -len(tokenized.sequences[row].input_ids))[:2]
+             for rows in by_item.values()]
+    # Items with several responses first: only they can tell whether a prompt can be shared.
+    items.sort(key=lambda rows: (-len(rows), len(tokenized.sequences[rows[0]].input_ids)))
+    if not items:
+        return []
+    alike = [rows for rows in items if len(rows) == len(items[0])]
+    longest = max(items, key=lambda rows: len(tokenized.sequences[rows[0]].input_ids))
+    chosen: list[list[int]] = []
+    for rows in (alike[0], alike[len(alike) // 2], longest, *items[1:2]):
+        if rows not in chosen and len(chosen) < 3:
+            chosen.append(rows)
+    return [row for rows in chosen for row in rows]
+
+
+def _tolerance(model: nn.Module, precision: str | None) -> _Tolerance:
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if precision is not None or dtypes & {torch.bfloat16, torch.float16}:
+        return _LOW_PRECISION_TOLERANCE
+    return _TOLERANCE[torch.float32 if torch.float32 in dtypes else torch.float64]

@@ -1,0 +1,320 @@
+"""Which models features can be taken of, decided by what they are, before anything runs.
+
+The self-check compares numbers, and two wrong numbers may agree: an encoder that reads the response
+gives the same wrong gradient to hooks and to autograd. What is known to be wrong, or known to fail,
+is refused here in words that say what to do, whatever `verify` is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from peft import (
+    PeftModel,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
+
+_WANTED = "pass a decoder-only causal language model (AutoModelForCausalLM)"
+
+# Wrappers by the name of their class (their packages may be missing), and what to pass instead.
+_WRAPPERS = {
+    "DistributedDataParallel": "pass the model inside it, `.module`",
+    "DataParallel": "pass the model inside it, `.module`",
+    "DeepSpeedEngine": "pass the model inside it, `.module`",
+    "OptimizedModule": "pass the model inside it, `._orig_mod`",
+    "FullyShardedDataParallel": "it holds parts of the weights only: load the whole model",
+}
+_WHOLE = "features need the whole weights in every process: save the model and load it without"
+
+_PEFT_TASKS = (
+    (PeftModelForSeq2SeqLM, "sequence-to-sequence models"),
+    (PeftModelForSequenceClassification, "sequence classifiers"),
+    (PeftModelForTokenClassification, "token classifiers"),
+    (PeftModelForQuestionAnswering, "question answering"),
+)
+_HEADS = {
+    "ForSequenceClassification": "a sequence classifier",
+    "ForTokenClassification": "a token classifier",
+    "ForQuestionAnswering": "a model for question answering",
+    "ForMultipleChoice": "a model for multiple choice",
+    "ForBlockDiffusion": "a diffusion model",
+}
+# In transformers' list of causal LMs, but each token sees those after it.
+_NEVER_CAUSAL = frozenset({"XLNetLMHeadModel", "CpmAntForCausalLM"})
+
+# How modules and buffers are called that have one row for each position (GPT-2, GPT-J, OPT, ...).
+_POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+_POSITION_BUFFERS = ("embed_positions", "pos_encoding")
+
+
+def require_supported(
+    model: nn.Module,
+    tokenized: TokenizedPool | None = None,
+    *,
+    pad_token_id: int = 0,
+    gradients: bool = False,
+) -> None:
+    """Raise unless features of the responses can be taken of `model`.
+
+    Args:
+        tokenized: responses whose tokens have to be within the model's vocabulary and positions.
+        gradients: whether gradients are asked for, not only log-probs or hidden states.
+
+    Raises:
+        ActiveDPOError: the kind of model, where its weights are, tokens that it has no row for.
+        UnsupportedParameterError: an adapter whose per-sample gradients cannot be taken.
+    """
+    _check_wrappers(model)
+    _check_kind(model)
+    _check_activated_lora(model)
+    _check_weights(model)
+    if gradients:
+        _check_gradients(model)
+    _check_tokens(model, tokenized, pad_token_id)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """How many positions the model can compute at all; None where nothing limits it.
+
+    Learned or tabulated absolute positions end (GPT-2, OPT, GPT-J); of rotary ones, `config.
+    max_position_embeddings` only says what the model was trained with.
+    """
+    base = _inner(model)
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "model_type", None) == "mpt":
+        return int(config.max_seq_len)  # ALiBi, but its table has that many columns
+    decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else None
+    if decoder is None:
+        decoder = base
+    limits = [_rows(table) for name, table in decoder.named_modules()
+              if _is_position_table(name, _POSITION_TABLES) and isinstance(table, nn.Embedding)]
+    limits += [len(table) for name, table in decoder.named_buffers()
+               if _is_position_table(name, _POSITION_BUFFERS) and table.dim() == 2]
+    return min(limits, default=None)
+
+
+def known_tokens(model: nn.Module) -> int | None:
+    """How many token ids the model has embeddings for; None where that cannot be told."""
+    base: Any = _inner(model)
+    return _count(base.get_input_embeddings(), "num_embeddings")
+
+
+def _rows(table: nn.Embedding) -> int:
+    # OPT and BART leave the first rows unused, RoBERTa those up to the padding's.
+    offset = getattr(table, "offset", 0)
+    padding = -1 if table.padding_idx is None else table.padding_idx
+    return table.num_embeddings - (offset if isinstance(offset, int) else 0) - (padding + 1)
+
+
+def _is_position_table(path: str, names: tuple[str, ...]) -> bool:
+    # A table with an adapter is inside its PEFT layer.
+    return path.removesuffix(".base_layer").rsplit(".", 1)[-1] in names and not any(
+        part in path for part in ("vision", "visual", "audio", "image"))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name in _class_names(module):
+            what = _WRAPPERS.get(name)
+            # A compiled part of the model runs as it is, only the whole has to be unwrapped.
+            if what is not None and (path == "" or name == "FullyShardedDataParallel"):
+                raise ActiveDPOError(f"{path or 'the model'} is wrapped in {name}: {what}")
+
+
+def _check_kind(model: nn.Module) -> None:
+    base = _inner(model)
+    name = type(base).__name__
+    config: Any = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ActiveDPOError(f"{name} is an encoder-decoder model, whose encoder would read the "
+                             f"response too: {_WANTED}")
+    for peft_class, task in _PEFT_TASKS:
+        if isinstance(model, peft_class):
+            raise ActiveDPOError(f"the adapter is for {task} ({peft_class.__name__}): make it with "
+                                 "task_type='CAUSAL_LM'")
+    if not isinstance(base, PreTrainedModel):
+        return  # a module of the user's own: the self-check tells
+    for ending, what in _HEADS.items():
+        if any(known.endswith(ending) for known in _class_names(base)):
+            raise ActiveDPOError(f"{name} is {what}: {_WANTED}")
+    causal = _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    known = [known for known in _class_names(base)
+             if known in causal or known in _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)]
+    if known and known[0] not in causal:
+        raise ActiveDPOError(f"{name} is a masked language model: {_WANTED}")
+    from_transformers = any(
+        known.__module__.startswith("transformers.models.") for known in type(base).__mro__)
+    if from_transformers and base.get_output_embeddings() is None:
+        raise ActiveDPOError(f"{name} has no language model head: {_WANTED}")
+    reason = _why_not_causal(known[0] if known else name, config)
+    if reason is not None:
+        raise ActiveDPOError(f"{name}: {reason}, so that each token would see those after it, and "
+                             f"log π(y|x) is not defined: {_WANTED}")
+
+
+def _why_not_causal(name: str, config: Any) -> str | None:
+    text = config.get_text_config()
+    if name in _NEVER_CAUSAL:
+        return "it attends to both sides"
+    if getattr(text, "is_causal", True) is False:
+        return "its config says is_causal=False"
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return f"its config says use_bidirectional_attention={text.use_bidirectional_attention!r}"
+    if text.model_type == "xlm" and not text.causal:
+        return "its config says causal=False"
+    encoders = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"} - {"xlm"}
+    if text.model_type in encoders and not getattr(text, "is_decoder", True):
+        return "its config says is_decoder=False"
+    return None
+
+
+def _check_activated_lora(model: nn.Module) -> None:
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and any("ALora" in kind for _, kind in _variants(layer)):
+            raise UnsupportedParameterError(
+                f"{path}: Activated LoRA is not supported, its layers see only the tokens after "
+                "the invocation; train without alora_invocation_tokens")
+
+
+def _check_weights(model: nn.Module) -> None:
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    for name, parameter in model.named_parameters():
+        if distributed is not None and isinstance(parameter, distributed.DTensor):
+            raise ActiveDPOError(f"{name!r} is sharded over processes (a DTensor, of FSDP2 or "
+                                 f"tensor parallelism); {_WHOLE} sharding")
+        if hasattr(parameter, "ds_id"):
+            raise ActiveDPOError(f"{name!r} is a ZeRO-3 shard of DeepSpeed; {_WHOLE} ZeRO-3")
+        if type(parameter).__name__ == "FlatParameter":
+            raise ActiveDPOError(f"{name!r} is a flat parameter of FSDP; {_WHOLE} sharding")
+        if parameter.is_meta:
+            raise ActiveDPOError(
+                f"{name!r} is on the meta device: its weights are offloaded to the CPU or to disk, "
+                "or were never loaded; load the whole model on one device (no device_map that "
+                "offloads), in bfloat16 or quantized if it does not fit")
+        if parameter.numel() == 0:
+            raise ActiveDPOError(f"{name!r} is empty, as the shards of a distributed model are; "
+                                 f"{_WHOLE} sharding")
+
+
+def _check_gradients(model: nn.Module) -> None:
+    tensor_parallel = getattr(_inner(model), "_tp_size", None) or 1
+    if tensor_parallel > 1:
+        raise ActiveDPOError(f"the model is split over {tensor_parallel} processes (tensor "
+                             f"parallelism); {_WHOLE} tp_plan")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ActiveDPOError(f"{name!r} was made inside torch.inference_mode(), where no "
+                                 "gradient can be taken: load the model outside of it")
+    for path, layer in _trained_lora(model):
+        if isinstance(layer, ParamWrapper):
+            raise UnsupportedParameterError(
+                f"{path}.{layer.parameter_name}: LoRA on weights that are not a linear layer's "
+                "(fused experts or a router, PEFT's ParamWrapper) has no exact per-sample "
+                f"gradients here; attention-only target_modules are exact: {_attention(model)}")
+        for adapter, variant in _variants(layer):
+            if "Dora" in variant:
+                raise UnsupportedParameterError(
+                    f"{path}.lora_magnitude_vector.{adapter}: DoRA is not supported: A and B also "
+                    "set the norm of the whole weight, so that a frozen magnitude does not help; "
+                    "train with use_dora=False")
+
+
+def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """LoRA layers of which an active adapter has a trainable weight."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and any(
+            parameter.requires_grad
+            for adapter in layer.active_adapters if adapter in layer.lora_A
+            for parameter in (*layer.lora_A[adapter].parameters(),
+                              *layer.lora_B[adapter].parameters())
+        ):
+            yield path, layer
+
+
+def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
+    for adapter, variant in getattr(layer, "lora_variant", {}).items():
+        if adapter in layer.active_adapters:
+            kind = variant if isinstance(variant, type) else type(variant)
+            yield adapter, kind.__name__
+
+
+def _attention(model: nn.Module) -> str:
+    """The names of the attention's linear layers, as `target_modules` would list them."""
+    names: dict[str, None] = {}
+    for path, module in _inner(model).named_modules():
+        parent, _, name = path.rpartition(".")
+        within = parent.rpartition(".")[2].lower()
+        attention = "attn" in within or "attention" in within
+        if attention and isinstance(module, (nn.Linear, LoraLayer)):
+            names[name] = None
+    return f"target_modules={list(names)}" if names else "the attention's own projections"
+
+
+def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_id: int) -> None:
+    base: Any = _inner(model)
+    if not isinstance(base, PreTrainedModel):
+        return
+    known = known_tokens(base)
+    what = "add the token by model.resize_token_embeddings(len(tokenizer))"
+    if known is not None and not 0 <= pad_token_id < known:
+        raise ActiveDPOError(f"the pad token id {pad_token_id} is beyond the {known} tokens that "
+                             f"the model has embeddings for: {what}, or use another pad token, "
+                             "such as tokenizer.pad_token = tokenizer.eos_token")
+    if tokenized is None or not tokenized.sequences:
+        return
+    predicted = _count(base.get_output_embeddings(), "out_features")
+    limit = position_limit(model)
+    for row, sequence in enumerate(tokenized.sequences):
+        ids = sequence.input_ids
+        where = tokenized.place(row)
+        if limit is not None and len(ids) > limit:
+            raise ActiveDPOError(f"{where} has {len(ids)} tokens with its prompt, and the model "
+                                 f"has {limit} positions: set max_length to {limit} or less, as "
+                                 "for DPOTrainer")
+        if known is not None and ids and not 0 <= min(ids) <= max(ids) < known:
+            token = max(ids) if max(ids) >= known else min(ids)
+            raise ActiveDPOError(f"{where} has the token id {token}, beyond the {known} tokens "
+                                 f"that the model has embeddings for: is it the model's "
+                                 f"tokenizer? {what}")
+        scored = ids[len(ids) - scored_tokens(sequence):]
+        if predicted is not None and scored and max(scored) >= predicted:
+            raise ActiveDPOError(f"{where} has the token id {max(scored)}, beyond the {predicted} "
+                                 f"tokens that the model's head predicts: {what}")
+
+
+def _count(module: Any, attribute: str) -> int | None:
+    """Rows of an embedding or a head, also inside a PEFT layer."""
+    if module is None:
+        return None
+    if hasattr(module, "get_base_layer"):
+        module = module.get_base_layer()
+    count = getattr(module, attribute, None)
+    return count if isinstance(count, int) else None
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    return [known.__name__ for known in type(module).__mro__]
+
+
+def _names(mapping: Mapping[str, str | tuple[str, ...]]) -> set[str]:
+    found: set[str] = set()
+    for names in mapping.values():
+        found.update([names] if isinstance(names, str) else names)
+    return found

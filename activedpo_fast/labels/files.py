@@ -1,0 +1,95 @@
+"""Labels from people, through a JSONL file that they fill in."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast._files import FilePath, write_atomic
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.reading import SKIP, read_label
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import canonical_json
+from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
+from activedpo_fast.selection.result import Selection
+
+
+class LabelsPending(ActiveDPOError):
+    """Labels are awaited; the message says which file to fill in."""
+
+
+class FileOracle:
+    """Writes a selection to be labeled by people, and reads it when they are done.
+
+    `label` writes the picks, best first, one JSON object a line with `"label": null`, and raises
+    `LabelsPending`. People replace each null by 0 or 1, the position in `responses` of the better
+    one, or by "skip" (or "tie") for no preference; null means "not labeled yet". Call `label` with
+    the same selection again (rerun the loop) to go on. A file that is there is never overwritten.
+
+    Args:
+        path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:
+            the file is `to_label-<digest>.jsonl`, the digest being the selection's, and labels are
+            also accepted in a file `labels-<digest>.jsonl` beside it, which goes first. A file
+            serves one selection.
+
+    Raises:
+        LabelsPending: from `label`, while a label is missing.
+        ActiveDPOError: from `label`, naming the line: broken JSON, a changed text, a bad label, a
+            line that is not of this selection; or the pick that has no line.
+    """
+
+    def __init__(self, path: FilePath) -> None:
+        self._path = Path(path)
+
+    def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
+        if not selection:
+            return []
+        to_label, labels = self.paths(selection)
+        source = labels if labels.exists() else to_label
+        if not source.exists():
+            write_atomic(to_label, "".join(pick_line(pick, label=None) for pick in selection))
+            raise LabelsPending(_what_to_do(len(selection), len(selection), to_label))
+        found = _read(source, selection)
+        missing = sum(value is None for value in found)
+        if missing:
+            raise LabelsPending(_what_to_do(missing, len(selection), source))
+        return [None if value == SKIP else int(value) for value in found]
+
+    def paths(self, selection: Selection) -> tuple[Path, Path]:
+        """Where the picks are written to be labeled, and where labels are looked for first."""
+        if self._path.suffix == ".jsonl":
+            return self._path, self._path
+        lines = "".join(pick_line(pick, template=False, label=None) for pick in selection)
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+        return (self._path / f"to_label-{digest}.jsonl", self._path / f"labels-{digest}.jsonl")
+
+
+def _what_to_do(missing: int, total: int, path: Path) -> str:
+    return (f"{missing} of {total} pairs have no label yet: in {path} set each \"label\" to 0 or 1 "
+            f"(the better of \"responses\") or \"{SKIP}\", then run again")
+
+
+def _read(path: Path, selection: Selection) -> list[Any]:
+    """One value a pick: 0, 1, "skip", or None where it is not labeled yet."""
+    # By the texts as well: a selection of several rounds may have an id and pair more than once.
+    position = {_key(pick): n for n, pick in enumerate(selection)}
+    named = {(pick.id, pick.pair) for pick in selection}
+    values: dict[int, Any] = {}
+    for place, pick, record in read_picks(path):
+        n = position.get(_key(pick))
+        if n is None and (pick.id, pick.pair) in named:
+            raise ActiveDPOError(f"{place}: the texts of id {pick.id!r} are not those that were "
+                                 "picked")
+        if n is None:
+            raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is not one of "
+                                 "the picks to label")
+        values[n] = read_label(record, place)
+    for n, pick in enumerate(selection):
+        if n not in values:
+            raise ActiveDPOError(f"{path}: no line for pair {list(pick.pair)} of id {pick.id!r}")
+    return [values[n] for n in range(len(selection))]
+
+
+def _key(pick: Pick) -> bytes:
+    return canonical_json([pick.id, pick.pair, pick.prompt, pick.responses])

@@ -1,0 +1,96 @@
+"""Labels in a file of picks: what people have answered, and what is still open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from activedpo_fast._files import FilePath
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.picks_jsonl import read_picks
+from activedpo_fast.selection.result import Selection
+
+logger = logging.getLogger(__name__)
+
+SKIP = "skip"
+NO_PREFERENCE = (SKIP, "tie")
+LABELS = '0, 1, "skip", "tie" or null (not labeled yet)'
+
+
+def read_labels(
+    path: FilePath, *, strategy: str = "unknown", all_answered: bool = False
+) -> tuple[Selection, list[int | None]]:
+    """Read a `to_jsonl` file to whose lines people added `"label"`: 0, 1, "skip" or "tie".
+
+    Lines may be reordered or left out. Those without a label, or with null, are not labeled yet:
+    they are left out (`read_pending` has them), and the log says how many.
+
+    Args:
+        all_answered: the file is one whose lines have all been answered, where null is an older
+            version's way to write "skip"; it is read so, and the log says that.
+
+    Returns:
+        The picks that are labeled and one label each, as `to_dataset` takes them: None for "skip"
+        and "tie".
+
+    Raises:
+        ActiveDPOError: naming the first line at fault, as `Selection.from_jsonl`, and for another
+            label; no line has a label.
+    """
+    records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
+    missing = sum(label is None for _, label in records)
+    if missing and all_answered:
+        logger.info("%s: %d labels are null, which is read as \"skip\" (no preference), as earlier "
+                    "versions wrote it", path, missing)
+    elif missing == len(records) > 0:
+        raise ActiveDPOError(f"{path}: none of its {missing} lines has a 'label' yet: set it to 0 "
+                             "or 1 (the better of 'responses') or \"skip\"")
+    elif missing:
+        logger.info("%s: %d of %d pairs have no label yet and are left out", path, missing,
+                    len(records))
+        records = [(pick, label) for pick, label in records if label is not None]
+    return (Selection(tuple(pick for pick, _ in records), strategy),
+            [label if isinstance(label, int) else None for _, label in records])
+
+
+def read_pending(path: FilePath, *, strategy: str = "unknown") -> Selection:
+    """The picks of a `to_jsonl` file that are not labeled yet: without `"label"`, or with null.
+
+    Pass them to `ActiveDPOSelector.select` as `asked`, and they are not picked again.
+
+    Raises:
+        ActiveDPOError: as `read_labels`, except that there may be no label at all.
+    """
+    records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
+    return Selection(tuple(pick for pick, label in records if label is None), strategy)
+
+
+def read_label(record: Mapping[str, Any], place: str) -> int | str | None:
+    """The `label` of a line: 0, 1, `SKIP` for no preference, None where it is not labeled yet.
+
+    Raises:
+        ActiveDPOError: anything else, naming `place`.
+    """
+    label = record.get("label")
+    if isinstance(label, str) and label in NO_PREFERENCE:
+        return SKIP
+    # Tables write 1.0 where other lines have null.
+    if isinstance(label, float) and label in (0.0, 1.0):
+        return int(label)
+    if label is None or (type(label) is int and label in (0, 1)):
+        return label
+    raise ActiveDPOError(f"{place}: 'label' must be {LABELS}, not {label!r}")
+
+
+def by_preference(
+    selection: Selection, labels: Sequence[int | None]
+) -> tuple[Selection, Selection]:
+    """The picks with a preference (a label 0 or 1), and those without (None).
+
+    `ActiveDPOSelector.select` takes the former as `labeled` and the latter as `asked`.
+    """
+    pairs = list(zip(selection, labels, strict=True))
+    return (Selection(tuple(pick for pick, label in pairs if label is not None),
+                      selection.strategy),
+            Selection(tuple(pick for pick, label in pairs if label is None), selection.strategy))

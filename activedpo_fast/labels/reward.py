@@ -1,0 +1,89 @@
+"""Labels drawn from a reward by the Bradley-Terry model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import Text
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.result import Selection
+
+
+class Reward(Protocol):
+    """A number a response: the higher, the better."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> Sequence[float]: ...
+
+
+class RewardOracle:
+    """P(a is preferred to b) = σ((r_a − r_b) / temperature) (Bradley and Terry, 1952).
+
+    A draw depends on the seed, the pick's id and the texts of its two responses alone, not on
+    their order, on the other picks or on earlier calls.
+
+    Args:
+        reward: `reward(prompts, responses, extras)`, called once with all responses of a
+            selection: sequences of equal length, two entries a pick. `extras` are the other
+            columns of the pool's items, empty where `label` is given no pool.
+        temperature: in units of the reward. 0 always prefers the higher reward and labels a tie
+            None.
+        seed: of the draws.
+
+    Raises:
+        ActiveDPOError: a negative temperature; from `label`, a wrong number of rewards or one that
+            is not finite.
+    """
+
+    def __init__(self, reward: Reward, *, temperature: float = 1.0, seed: int = 0) -> None:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ActiveDPOError(f"temperature: {temperature} is not a finite number from 0")
+        self._reward = reward
+        self.temperature = temperature
+        self.seed = seed
+
+    def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
+        if not selection:
+            return []
+        prompts = [pick.prompt for pick in selection for _ in pick.responses]
+        responses = [response for pick in selection for response in pick.responses]
+        extras: list[Mapping[str, Any]] = [
+            {} if pool is None else pool[pool.position(pick.id)].extra
+            for pick in selection
+            for _ in pick.responses
+        ]
+        rewards = [float(value) for value in self._reward(prompts, responses, extras)]
+        if len(rewards) != len(responses):
+            raise ActiveDPOError(f"the reward gave {len(rewards)} numbers for {len(responses)} "
+                                 "responses")
+        labels = []
+        for n, pick in enumerate(selection):
+            first, second = rewards[2 * n : 2 * n + 2]
+            for value in (first, second):
+                if not math.isfinite(value):
+                    raise ActiveDPOError(f"the reward of a response to id {pick.id!r} is {value}")
+            labels.append(self._draw(pick, first - second))
+        return labels
+
+    def _draw(self, pick: Pick, advantage: float) -> int | None:
+        if self.temperature == 0:
+            return None if advantage == 0 else int(advantage < 0)
+        # The draw is made for the two texts in a fixed order, whichever way the pick has them.
+        texts = [json.dumps(response, sort_keys=True) for response in pick.responses]
+        swapped = texts[0] > texts[1]
+        key = json.dumps([self.seed, pick.id, *sorted(texts)])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        uniform = (int.from_bytes(digest, "big") >> 11) / 2**53  # in [0, 1)
+        difference = -advantage if swapped else advantage
+        prefer_first = uniform < 0.5 * (1.0 + math.tanh(difference / (2.0 * self.temperature)))
+        return int(prefer_first) if swapped else int(not prefer_first)

@@ -1,0 +1,114 @@
+"""A sequence classifier with one output as the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.hooks import undisturbed
+from activedpo_fast.labels.reward import RewardOracle
+from activedpo_fast.pool.template import check_template_kwargs
+from activedpo_fast.pool.texts import Text
+from activedpo_fast.pool.tokenizers import tokenizer_as_found
+
+
+class RewardModelOracle(RewardOracle):
+    """`RewardOracle` whose reward is a `transformers` model for sequence classification.
+
+    With a chat template, prompt and response are rendered as a conversation (a plain prompt as the
+    user's message). Without one they are encoded as the tokenizer encodes a pair of texts, as
+    DeBERTa reward models expect it; a tokenizer without special tokens joins them.
+
+    Args:
+        model: with one output (`num_labels=1`); it stays where it is and is run in eval mode.
+        temperature, seed: as in `RewardOracle`.
+        batch_size: responses scored at once.
+        chat_template_kwargs: passed to the reward model's own chat template; those of the policy
+            are not for it.
+        max_length: longest input in tokens, the rest is cut as the tokenizer does; None: no limit.
+
+    Raises:
+        ActiveDPOError: a model with several outputs; no padding token, or another one in the
+            model's config than the tokenizer has; chat messages without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        if model.config.num_labels != 1:
+            raise ActiveDPOError(f"a reward model has one output, {type(model).__name__} has "
+                                 f"{model.config.num_labels}")
+        if tokenizer.pad_token_id is None:
+            raise ActiveDPOError("the reward model's tokenizer has no pad_token")
+        if model.config.get_text_config().pad_token_id != tokenizer.pad_token_id:
+            # Decoder models find the last token, whose output is the reward, by this number.
+            raise ActiveDPOError(
+                f"the reward model's config has pad_token_id "
+                f"{model.config.get_text_config().pad_token_id}, its tokenizer has "
+                f"{tokenizer.pad_token_id}"
+            )
+        if batch_size < 1:
+            raise ActiveDPOError(f"batch_size: {batch_size} is below 1")
+        check_template_kwargs(chat_template_kwargs)
+        if chat_template_kwargs and not tokenizer.chat_template:
+            raise ActiveDPOError("chat_template_kwargs: the reward model's tokenizer has no chat "
+                                 "template to pass them to")
+        super().__init__(self._score, temperature=temperature, seed=seed)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._limit: dict[str, Any] = {"truncation": max_length is not None,
+                                       "max_length": max_length}
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._show_progress = show_progress
+
+    def _score(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> list[float]:
+        with tokenizer_as_found(self._tokenizer):
+            encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]["input_ids"]))
+        rewards = [0.0] * len(encoded)
+        disable = None if self._show_progress is None else not self._show_progress
+        with (undisturbed(self._model), torch.no_grad(),
+              tqdm(total=len(encoded), desc="reward", unit="response", disable=disable) as bar):
+            for start in range(0, len(order), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                inputs = self._tokenizer.pad([encoded[n] for n in batch], return_tensors="pt")
+                logits = self._model(**inputs.to(self._model.device)).logits
+                for n, value in zip(batch, logits[:, 0].double().tolist(), strict=True):
+                    rewards[n] = value
+                bar.update(len(batch))
+        return rewards
+
+    def _encode(self, prompt: Text, response: Text) -> Any:
+        if self._tokenizer.chat_template:
+            messages = [*_messages(prompt, "user"), *_messages(response, "assistant")]
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False,
+                                                       **self._template_kwargs)
+            return self._tokenizer(text, add_special_tokens=False, **self._limit)
+        if not (isinstance(prompt, str) and isinstance(response, str)):
+            raise ActiveDPOError("the reward model's tokenizer has no chat template, which chat "
+                                 "messages need")
+        return self._tokenizer(prompt, response, **self._limit)
+
+
+def _messages(text: Text, role: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text

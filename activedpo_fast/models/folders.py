@@ -1,0 +1,114 @@
+"""The folders that models, adapters and tokenizers are read from, on disk or from the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from activedpo_fast._files import FilePath, check_readable, first_line
+from activedpo_fast.errors import ActiveDPOError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What a tokenizer or a model is read from; notes, optimizer states and the like do not count.
+_READ_SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt"})
+
+
+def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
+    """The local folder that `model` is read from; what a hub name stands for is fetched."""
+    folder = Path(model)
+    if folder.is_dir():
+        wanted = "config.json" if gguf_file is None else gguf_file
+        if not (folder / wanted).is_file():
+            hint = (" (it is an adapter: pass it as --adapter, and its base model as --model)"
+                    if (folder / ADAPTER_CONFIG).is_file() else "")
+            raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
+        check_readable(files_read(folder))
+        return folder
+    weights = "*.safetensors" if gguf_file is None else gguf_file
+    return _fetched(model, weights, "model")
+
+
+class TokenizerSource(NamedTuple):
+    """The folder that a tokenizer is read from; it is that of the "model", "adapter" or "given"."""
+
+    whose: str
+    folder: Path
+
+
+def tokenizer_source(
+    model: FilePath, adapter: FilePath | None = None, tokenizer: FilePath | None = None,
+    gguf_file: str | None = None,
+) -> TokenizerSource:
+    """Where `load_policy` reads the tokenizer from, with these arguments.
+
+    Raises:
+        ActiveDPOError: `tokenizer` is no folder with a tokenizer; the adapter's folder has half of
+            one.
+    """
+    if tokenizer is not None:
+        given = Path(tokenizer)
+        if not given.is_dir():
+            return TokenizerSource("given", _fetched(tokenizer, None, "tokenizer"))
+        if not _has_tokenizer(given):
+            raise ActiveDPOError(f"tokenizer: {given} has no tokenizer.json or "
+                                 "tokenizer_config.json in it")
+        return TokenizerSource("given", given)
+    if adapter is not None:
+        folder = Path(adapter)
+        if _has_tokenizer(folder):
+            return TokenizerSource("adapter", folder)
+        lone = next((name for name in ("chat_template.jinja", "chat_template.json")
+                     if (folder / name).is_file()), None)
+        if lone is not None:
+            raise ActiveDPOError(f"adapter {folder} has a {lone} but no tokenizer: give the "
+                                 "tokenizer that it was trained with (--tokenizer DIR)")
+    return TokenizerSource("model", resolve_source(model, gguf_file))
+
+
+def check_adapter_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ActiveDPOError(f"{folder}: no such adapter folder")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise ActiveDPOError(f"{folder} is not an adapter folder: no {name} in it")
+    check_readable(files_read(folder))
+    try:
+        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ActiveDPOError(f"{folder / ADAPTER_CONFIG}: broken JSON: {first_line(error)}"
+                             ) from None
+
+
+def files_read(folder: Path) -> list[Path]:
+    """What a model or tokenizer in `folder` is read from, by name."""
+    return [path for path in sorted(folder.iterdir())
+            if path.suffix in _READ_SUFFIXES and path.is_file()]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _fetched(source: FilePath, weights: str | None, what: str) -> Path:
+    """A snapshot of what is no local folder, if it can be a name on the hub."""
+    folder, name = Path(source), str(source)
+    # A hub name is "name" or "owner/name"; everything else was meant as a path.
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ActiveDPOError(f"{name}: no such {what} folder")
+    return _hub_snapshot(name, weights, what)
+
+
+def _hub_snapshot(name: str, weights: str | None, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [f"*{suffix}" for suffix in _READ_SUFFIXES - {".safetensors", ".gguf"}]
+    if weights is not None:
+        wanted.append(weights)
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ActiveDPOError(f"{name}: no such {what} folder, and the hub does not give a {what} "
+                             f"of this name: {first_line(error)}") from error

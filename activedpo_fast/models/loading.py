@@ -1,0 +1,296 @@
+"""A policy with its tokenizer, from files: base model, LoRA adapter, dtype and device.
+
+Only safetensors and GGUF weights are read, and no code that a checkpoint brings is run.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from activedpo_fast._files import FilePath, first_line
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.folders import (
+    ADAPTER_WEIGHTS,
+    TokenizerSource,
+    check_adapter_folder,
+    resolve_source,
+    tokenizer_source,
+)
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+NO_ADAPTER = ("no adapter: pass --adapter DIR; a fresh LoRA adapter can be made with "
+              "peft.get_peft_model(...).save_pretrained(DIR)")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+
+def load_policy(
+    model: FilePath,
+    *,
+    adapter: FilePath | None = None,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    gguf_file: str | None = None,
+    seed: int = 0,
+    tokenizer: FilePath | None = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The model that is being trained, in eval mode, and its tokenizer.
+
+    The tokenizer is the adapter's where its folder has one, as training tools leave it there, else
+    the base model's; where the adapter's is taken, the log says so.
+
+    Args:
+        model: a folder in transformers' format with safetensors weights, or a name on the hub.
+        adapter: a folder that `PeftModel.save_pretrained` wrote; it is loaded trainable.
+        lora: arguments of `peft.LoraConfig` for a fresh adapter instead.
+        dtype: of the base model's weights: "float32", "float64", "bfloat16", "float16", or "auto",
+            the checkpoint's own (float32 for GGUF), but float32 where a half-precision checkpoint
+            is to run on the CPU.
+        device: "auto" (cuda if there is one, else cpu), or a torch device.
+        gguf_file: name of a GGUF file in `model`, which is dequantized on loading.
+        seed: of the fresh adapter's A matrices.
+        tokenizer: a folder, or a name on the hub, whose tokenizer is taken instead.
+
+    Returns:
+        The PEFT model and the tokenizer; without a pad token it pads with EOS, as TRL has it.
+
+    Raises:
+        ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
+            neither `adapter` nor `lora`, or both; a tokenizer with tokens that the model has no
+            embedding for.
+    """
+    if (adapter is None) == (lora is None):
+        raise ActiveDPOError(
+            "give either an adapter or the settings of a fresh LoRA, not both" if lora is not None
+            else NO_ADAPTER
+        )
+    source = resolve_source(model, gguf_file)
+    if adapter is not None:
+        check_adapter_folder(Path(adapter))
+    on = resolve_device(device)
+    torch_dtype = resolve_dtype(model, dtype, on, gguf_file)
+
+    words = tokenizer_source(model, adapter, tokenizer, gguf_file)
+    loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
+    base = _load_base(source, torch_dtype, gguf_file)
+    if adapter is not None:
+        _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more, too
+    _check_vocabulary(loaded, words, base, source, gguf_file)
+    if adapter is not None:
+        policy = _with_adapter(base, Path(adapter))
+    else:
+        policy = _with_fresh_lora(base, lora or {}, seed)
+    if torch_dtype == torch.float64:
+        policy.double()  # PEFT makes and loads adapters in float32
+    if words.whose == "adapter":
+        logger.info("tokenizer: that of the adapter, %s (set tokenizer to have another)",
+                    words.folder)
+    return policy.to(on).eval(), loaded
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, source: TokenizerSource, base: PreTrainedModel,
+    folder: Path, gguf_file: str | None,
+) -> None:
+    """Refuse tokens beyond the embedding that the base model's own tokenizer does not have.
+
+    Some models come with a tokenizer that has more, for images, say, which no text leads to.
+    """
+    rows = int(cast(Any, base.get_input_embeddings()).weight.shape[0])
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    if not beyond:
+        return
+    used = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+            if token in beyond]
+    if not used and source.whose != "model":
+        own = _load_tokenizer(folder, gguf_file).get_vocab()
+        used = [token for token in beyond if token not in own]
+    if used:
+        token = min(used, key=lambda token: beyond[str(token)])
+        raise ActiveDPOError(
+            f"the tokenizer in {source.folder} does not fit the model: {token!r} has the id "
+            f"{beyond[str(token)]}, the embedding {rows} rows; give a tokenizer that fits "
+            "(--tokenizer DIR), or resize the base model's embedding and save it as the adapter's "
+            "base")
+
+
+def load_reward_model(
+    model: FilePath, device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classification model, in eval mode, and its tokenizer; errors as `load_policy`."""
+    source = resolve_source(model, None)
+    on = resolve_device(device)
+    reward: Any = _load_weights(AutoModelForSequenceClassification, source,
+                                resolve_dtype(model, "auto", on), use_safetensors=True)
+    return reward.to(on).eval(), _load_tokenizer(source, None)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device that `device` names; "auto" is cuda where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ActiveDPOError(f"device {device!r} cannot be used: {first_line(error)}") from None
+    return found
+
+
+def resolve_dtype(
+    model: FilePath, dtype: str, device: torch.device, gguf_file: str | None = None
+) -> torch.dtype:
+    """The dtype that the base model gets on `device`; see `load_policy`. Reads no weights."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            known = ", ".join(["auto", *DTYPES])
+            raise ActiveDPOError(f"unknown dtype {dtype!r}; known: {known}")
+        return DTYPES[dtype]
+    if gguf_file is not None:
+        return torch.float32
+    found = _checkpoint_dtype(resolve_source(model, None))
+    if found in _HALF and device.type == "cpu":
+        logger.info("the checkpoint is %s: loading it as float32, faster and more exact on the CPU "
+                    "(set dtype to have it otherwise)", str(found).removeprefix("torch."))
+        return torch.float32
+    return found
+
+
+def _checkpoint_dtype(folder: Path) -> torch.dtype:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ActiveDPOError(f"{folder} is not a model that can be loaded: {first_line(error)}"
+                             ) from None
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():
+                dtype = tensors.get_slice(name)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
+
+
+def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
+    except Exception as error:  # tokenizer files are parsed by several libraries
+        reason = first_line(error)
+        if reason.endswith(":"):  # a list follows, of ways that transformers knows
+            reason = "none of the files that transformers reads the vocabulary from is in it"
+        raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
+    if gguf_file is None:
+        return _load_weights(AutoModelForCausalLM, folder, dtype, use_safetensors=True)
+    from transformers import GgufConfig
+
+    return _load_weights(AutoModelForCausalLM, folder, dtype, gguf_file=gguf_file,
+                         quantization_config=GgufConfig(dequantize=True))
+
+
+def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    what = ("sequence classification" if auto_class is AutoModelForSequenceClassification
+            else "causal language")
+    try:
+        model, info = auto_class.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ActiveDPOError(f"{folder} is not a {what} model that can be loaded: "
+                             f"{first_line(error)}") from error
+    # transformers fills what is missing with random numbers.
+    missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if missing and "gguf_file" not in options:
+        raise ActiveDPOError(f"{folder} is not a complete {what} model: {missing[0]!r} and "
+                             f"{len(missing) - 1} other weights are missing or do not match")
+    return model
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    try:
+        with warnings.catch_warnings():
+            # It becomes an error below.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+            in_file = set(tensors.keys())
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ActiveDPOError(f"adapter {folder} does not fit the model: {_reason(error)}"
+                             ) from error
+    # PEFT leaves what is missing at its initialization and drops what it has no place for.
+    in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    for who, names in (("its file", in_model - in_file), ("the model", in_file - in_model)):
+        lora = sorted(name for name in names if "lora_" in name)
+        if lora:
+            raise ActiveDPOError(
+                f"adapter {folder} does not fit the model: {who} lacks {lora[0]!r} and "
+                f"{len(lora) - 1} others"
+            )
+    return policy
+
+
+def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
+    """Refuse an adapter that brings an embedding, or a head, of another length than the model's."""
+    own = {id(module): len(cast(Any, module).weight) for module in
+           (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None}
+    rows = {name: own[id(module)] for name, module in base.named_modules() if id(module) in own}
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+            for key in tensors.keys():
+                name = key.removeprefix("base_model.model.").removesuffix(".weight")
+                found = rows.get(name.removesuffix(".base_layer"))
+                shape = tensors.get_slice(key).get_shape()
+                if found is not None and len(shape) == 2 and shape[0] != found:
+                    raise ActiveDPOError(
+                        f"adapter {folder} was trained with a resized embedding: {key!r} has "
+                        f"{shape[0]} rows, the model {found}; resize the base model as in training "
+                        f"(model.resize_token_embeddings({shape[0]})), save it, and pass that "
+                        "folder as the model")
+    except (OSError, SafetensorError) as error:
+        raise ActiveDPOError(f"adapter {folder} cannot be read: {first_line(error)}") from error
+
+
+def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
+    # The names of `LoraConfig`'s arguments are checked by whoever reads them from a person.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
+        except (TypeError, ValueError) as error:
+            raise ActiveDPOError(f"lora: {first_line(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What torch says of a state dict's first fault comes after a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in") else first_line(error)

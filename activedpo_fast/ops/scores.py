@@ -1,0 +1,224 @@
+"""The selection's two operations over all candidates, with the backend that `backends` chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import backends, reference
+
+if TYPE_CHECKING:
+    from activedpo_fast.store.rows import StoredRows
+
+_PAD = 16  # directions are padded with zeros to a multiple of it: csrc/dots.h, kDotAlign
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
+          torch.float16: "float16"}
+_PAIRS_AT_A_TIME = 2**16  # between two looks at the progress bar
+_PRODUCTS_BYTES = 2**30  # up to here products of rows and directions are kept for other pairs
+
+# Error of the product of a row with a direction, over their norms. csrc/dots.h sums 512 products
+# in 16 lanes (8 of float64) before it goes on in float64: 32 (64) roundings, and a few of the rest.
+DOT_ERROR = {torch.float32: 40 * 2.0**-24, torch.float64: 128 * 2.0**-53}
+
+
+@dataclass
+class ScoreState:
+    """Running scores of N pairs of rows, and the directions that lower them: for `advance`.
+
+    With f = phi . w for a pair's feature phi and a direction w, a direction lowers a score by f^2.
+
+    Attributes:
+        rows: [R, k], in memory or `StoredRows`.
+        pairs: int64 [N, 2]; row_divisor: float64 [R]; pair_divisor: float64 [N]; reach: float64
+            [N]; see `PairFeatures`. left: bool [N]; inverse_cost: float64 [N] or None; see
+            `Eligible`.
+        score, doubt, inherited: float64 [N], and version: int32 [N]; see `RunningScores`. A score
+            has seen the first `version` directions.
+        unit: [capacity, at least k], directions over their norms, then zeros; float64 for float64
+            rows and float32 for others, as are the products with rows.
+        norm, error, turn: float64 [capacity]. With e = error * reach a direction adds
+            2 |f| e + e^2 to a doubt; then, with t = turn * sqrt(score + doubt) as they are now, it
+            adds 2 |f| t + t^2 to the doubt. To `inherited` it adds turn times what |f| is at most:
+            |f| + e, or sqrt(score + doubt) as they were.
+        count: directions so far.
+        touched: rows that `advance` has looked at, repeatedly or not.
+
+    All but the rows are on the CPU, contiguous.
+    """
+
+    rows: Tensor | StoredRows
+    pairs: Tensor
+    row_divisor: Tensor
+    pair_divisor: Tensor
+    reach: Tensor
+    left: Tensor
+    inverse_cost: Tensor | None
+    score: Tensor
+    doubt: Tensor
+    inherited: Tensor
+    version: Tensor
+    unit: Tensor
+    norm: Tensor
+    error: Tensor
+    turn: Tensor
+    count: int = 0
+    touched: int = 0
+    cpp: Any = None  # what the C++ backend keeps between calls
+
+    @classmethod
+    def start(
+        cls, rows: Tensor | StoredRows, pairs: Tensor, row_divisor: Tensor, pair_divisor: Tensor,
+        reach: Tensor, left: Tensor, inverse_cost: Tensor | None, score: Tensor, doubt: Tensor,
+        capacity: int,
+    ) -> ScoreState:
+        """Scores that have seen no direction yet, with room for `capacity` of them."""
+        # Not a power of two apart: they would share few lines of a cache.
+        width = (rows.shape[1] + _PAD - 1) // _PAD * _PAD + _PAD
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        norm, error, turn = torch.zeros(3, capacity, dtype=torch.float64)
+        return cls(
+            rows, pairs, row_divisor, pair_divisor, reach, left, inverse_cost, score, doubt,
+            torch.zeros_like(score), torch.zeros(len(score), dtype=torch.int32),
+            torch.zeros(capacity, width, dtype=dtype), norm, error, turn)
+
+    def append(self, w: Tensor, *, error: float, turn: float) -> None:
+        """A further direction w, float64 [k], known to within `error`."""
+        norm = float(torch.linalg.vector_norm(w))
+        if norm > 0:
+            self.unit[self.count, :len(w)] = w / norm
+        self.norm[self.count] = norm
+        self.error[self.count] = error + DOT_ERROR[self.unit.dtype] * norm
+        self.turn[self.count] = turn
+        self.count += 1
+
+
+def advance(state: ScoreState) -> Tensor:
+    """Bring scores up to date until every candidate whose value may be the largest is.
+
+    A value is score (times inverse_cost), known to within doubt (times inverse_cost). Which of the
+    others are brought up to date as well is the backend's affair: the reference does all.
+
+    Returns:
+        int64 [m], ascending: the up-to-date candidates left whose values may be the largest; there
+        is at least one if any candidate is left.
+
+    Raises:
+        ActiveDPOError: a row that cannot be read.
+    """
+    if backends.choose("advance", state.rows.device.type) == "reference":
+        return reference.advance(state)
+    if state.cpp is None:
+        state.cpp = _CppAdvance(state)
+    return state.cpp(state)
+
+
+def pair_lengths(
+    rows: Tensor | StoredRows, pairs: Tensor, *, by_row: bool, show_progress: bool | None = False
+) -> tuple[Tensor, Tensor]:
+    """Norms of rows, and lengths of the differences of pairs of them.
+
+    Args:
+        rows: [R, k], floating, in memory or on disk. pairs: int64 [N, 2] on the CPU.
+        by_row: each row is divided by its norm (if that is not zero) before the difference.
+        show_progress: a bar over the pairs of rows on disk, which are read for the first time here;
+            None shows it on a terminal only.
+
+    Returns:
+        (float64 [R], zero for rows in no pair; float64 [N]), on the CPU. Sums are float64.
+
+    Raises:
+        ActiveDPOError: a row that cannot be read.
+    """
+    if backends.choose("pair_lengths", rows.device.type) == "reference":
+        return reference.pair_lengths(rows, pairs, by_row)
+    rows = _readable(rows)
+    norms = torch.zeros(len(rows), dtype=torch.float64)
+    lengths = torch.empty(len(pairs), dtype=torch.float64)
+    function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
+    source = _row_source(rows)
+    disable = isinstance(rows, Tensor) or (None if show_progress is None else not show_progress)
+    with tqdm(total=len(pairs), desc="reading rows", unit="pair", disable=disable) as bar:
+        done = 0
+        for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
+            unread = function(
+                row_norm=norms.data_ptr(), pair_length=lengths[done:].data_ptr(), rows=source,
+                k=rows.shape[1], pairs=part.data_ptr(), n_pairs=len(part), by_row=by_row,
+                num_threads=torch.get_num_threads())
+            if unread >= 0:
+                raise _unreadable(unread)
+            done += len(part)
+            bar.update(len(part))
+    return norms, lengths
+
+
+class _CppAdvance:
+    """The C++ backend's view of a state, with the workspace that it keeps between calls."""
+
+    def __init__(self, state: ScoreState) -> None:
+        csrc = backends.csrc()
+        self._rows = _readable(state.rows)
+        self._source = _row_source(self._rows)
+        self._advance = getattr(csrc, f"advance_{DTYPES[self._rows.dtype]}")
+        self._candidates = csrc.Candidates(
+            n=len(state.pairs), pairs=state.pairs.data_ptr(),
+            row_divisor=state.row_divisor.data_ptr(), pair_divisor=state.pair_divisor.data_ptr(),
+            reach=state.reach.data_ptr(), left=state.left.data_ptr(),
+            inverse_cost=0 if state.inverse_cost is None else state.inverse_cost.data_ptr(),
+            score=state.score.data_ptr(), doubt=state.doubt.data_ptr(),
+            inherited=state.inherited.data_ptr(), version=state.version.data_ptr())
+        self._directions = csrc.Directions(
+            unit=state.unit.data_ptr(), stride=state.unit.stride(0), norm=state.norm.data_ptr(),
+            error=state.error.data_ptr(), turn=state.turn.data_ptr(), count=0)
+        self._place = torch.full((len(self._rows),), -1, dtype=torch.int32)
+        self._row_version = torch.zeros(len(self._rows), dtype=torch.int32)
+        capacity = len(state.unit)
+        fits = len(self._rows) * capacity * state.unit.element_size() <= _PRODUCTS_BYTES
+        # Not cleared: pages that are never written take no memory.
+        self._products = torch.empty(len(self._rows) * capacity if fits else 0,
+                                     dtype=state.unit.dtype)
+        self._memory = csrc.Memory(
+            products=self._products.data_ptr() if fits else 0, capacity=capacity,
+            row_version=self._row_version.data_ptr(), place=self._place.data_ptr(), margin=0.01,
+            block=0)
+        self._contenders = torch.empty(len(state.pairs), dtype=torch.int64)
+        self._touched = torch.zeros(1, dtype=torch.int64)
+
+    def __call__(self, state: ScoreState) -> Tensor:
+        self._directions.count = state.count
+        found = self._advance(
+            contenders=self._contenders.data_ptr(), touched=self._touched.data_ptr(),
+            rows=self._source, k=self._rows.shape[1], candidates=self._candidates,
+            directions=self._directions, memory=self._memory, num_threads=torch.get_num_threads())
+        if found < 0:
+            raise _unreadable(-1 - found)
+        state.touched = int(self._touched)
+        return self._contenders[:found].clone()
+
+
+def _readable(rows: Tensor | StoredRows) -> Tensor | StoredRows:
+    """Rows as C++ can walk over them: numbers of a row side by side."""
+    if isinstance(rows, Tensor) and rows.stride(1) != 1:
+        return rows.contiguous()
+    return rows
+
+
+def _row_source(rows: Tensor | StoredRows) -> Any:
+    if isinstance(rows, Tensor):
+        size = rows.element_size()
+        return backends.csrc().RowSource(
+            base=rows.data_ptr(), stride=rows.stride(0) * size, descriptors=0, file_of_row=0,
+            offset_of_row=0, row_bytes=rows.shape[1] * size)
+    return backends.csrc().RowSource(
+        base=0, stride=0, descriptors=rows.descriptors.data_ptr(),
+        file_of_row=rows.file_of_row.data_ptr(), offset_of_row=rows.offset_of_row.data_ptr(),
+        row_bytes=rows.row_bytes)
+
+
+def _unreadable(row: int) -> ActiveDPOError:
+    return ActiveDPOError(f"row {row} of the gradient rows on disk cannot be read: was a file of "
+                          "the feature store changed or cut short?")

@@ -1,0 +1,248 @@
+"""Sketches of rows and of gradients that are sums of outer products, added in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import backends, reference
+from activedpo_fast.ops.layout import rows_together
+
+METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
+    """out += S x in place, S the sparse sketch of `reference.sjlt`.
+
+    Args:
+        out: [n, k], 1 <= k < 2^31, float32 or float64.
+        x: [n, D], of out's dtype and device. n = 0 and D = 0 are fine.
+        key: 0 <= key < 2^64, from `Sketch.key`.
+
+    float32 numbers are summed on the CPU in float32 over 32 k positions at a time (32 a bucket, on
+    average) and in float64 beyond, on a GPU in float64 or fixed point. Raises ActiveDPOError on
+    tensors that do not fit.
+    """
+    _check("sjlt_", out, x, key)
+    _sjlt(out, x, _signed(key))
+
+
+def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
+    """out += R x / sqrt(k) in place, R the signs of `reference.rademacher`; arguments as `sjlt_`.
+
+    float32 sums are formed in float32 over a bounded number of positions (32 on the CPU) and in
+    float64 beyond.
+    """
+    _check("rademacher_", out, x, key)
+    _rademacher(out, x, _signed(key))
+
+
+def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                  method: str) -> None:
+    """out[row] += S vec(sum of left_t right_tᵀ over a run of tokens), for every run, in place.
+
+    It is the sketch of each run's gradient, `reference.outer_sketch`, without forming the gradient:
+    no more than a tile of it exists at a time (on a GPU with "rademacher": a slab).
+
+    Args:
+        out: float64 [n, k], 1 <= k < 2^31.
+        left: [N, rows], right: [N, columns], float32, float64, bfloat16 or float16, of one dtype
+            and on out's device. The 16-bit ones are multiplied in float32.
+        segments: int64 [S, 3] on the CPU, of (start, end, row), 0 <= start <= end <= N,
+            0 <= row < n. They may overlap, and may share rows.
+        key: 0 <= key < 2^64, from `Sketch.key`. method: one of METHODS.
+
+    Products are summed over tokens in float32 (float64 for float64) and over segments and calls in
+    float64. The number of threads changes nothing; on a GPU the bits are the same on every run,
+    unless `backends.deterministic` is switched off. Raises ActiveDPOError on tensors that do not
+    fit.
+    """
+    _check_outer(out, left, right, segments, key, method)
+    _outer_sketch(out, left, right, segments, _signed(key), method)
+
+
+# -- as PyTorch knows them: a key is the int64 with its bits ---------------------------------------
+
+
+@torch.library.custom_op("activedpo::sjlt_", mutates_args={"out"})
+def _sjlt(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    _add("sjlt", out, x, key % 2**64)
+
+
+@torch.library.custom_op("activedpo::rademacher_", mutates_args={"out"})
+def _rademacher(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    _add("rademacher", out, x, key % 2**64)
+
+
+@torch.library.custom_op("activedpo::outer_sketch_", mutates_args={"out"})
+def _outer_sketch(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor,
+                  segments: torch.Tensor, key: int, method: str) -> None:
+    _check_segments(segments, left.shape[0], out.shape[0])
+    if left.shape[0] == 0 or len(segments) == 0:
+        return
+    key %= 2**64
+    backend = backends.choose("outer_sketch", out.device.type, left.dtype)
+    if backend == "reference":
+        out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
+        return
+    left, right = (rows_together(x) for x in (left, right))
+    target = rows_together(out)
+    if backend == "triton":
+        _triton_outer(target, left, right, segments, key, method)
+    else:
+        _cpp_outer(target, left, right, segments, key, method)
+    if target is not out:
+        out.copy_(target)
+
+
+@_sjlt.register_fake
+@_rademacher.register_fake
+def _(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
+    pass
+
+
+@_outer_sketch.register_fake
+def _(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, key: int,
+      method: str) -> None:
+    pass
+
+
+# -- what they do ----------------------------------------------------------------------------------
+
+
+def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
+    if x.numel() == 0:
+        return
+    backend = backends.choose(operation, out.device.type, x.dtype)
+    if backend == "reference":
+        function = reference.sjlt if operation == "sjlt" else reference.rademacher
+        out += function(x, key, out.shape[1])
+        return
+    x, target = rows_together(x), rows_together(out)
+    if backend == "triton":
+        _triton_rows(operation, target, x, key)
+    else:
+        getattr(backends.csrc(), f"{operation}_{_DTYPES[x.dtype]}")(
+            out=target.data_ptr(), out_stride=target.stride(0), x=x.data_ptr(),
+            x_stride=x.stride(0), n=x.shape[0], length=x.shape[1], k=out.shape[1], key=key,
+            num_threads=torch.get_num_threads())
+    if target is not out:
+        out.copy_(target)
+
+
+def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
+    if operation == "sjlt":
+        from activedpo_fast.kernels.lora_grad_sketch import sjlt_rows
+
+        sjlt_rows(out, x, key, backends.deterministic())
+    else:
+        from activedpo_fast.kernels.lora_grad_rademacher import rademacher_rows
+
+        rademacher_rows(out, x, key)
+
+
+def _triton_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                  method: str) -> None:
+    if method == "rademacher":
+        from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher
+
+        lora_grad_rademacher(out, left, right, segments, key)
+    else:
+        from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketch
+
+        lora_grad_sketch(out, left, right, segments, key, method, backends.deterministic())
+
+
+def _cpp_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+               method: str) -> None:
+    if left.dtype == torch.float16:
+        left, right = left.float(), right.float()
+    segments = segments.contiguous()
+    sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
+    getattr(backends.csrc(), f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
+        out=out.data_ptr(), out_stride=out.stride(0), left=left.data_ptr(),
+        left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
+        segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
+        columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
+        place=reference.kronecker_place(key, out.shape[1]),
+        num_threads=torch.get_num_threads())
+
+
+def _signed(key: int) -> int:
+    return key - 2**64 if key >= 2**63 else key
+
+
+# -- what they refuse ------------------------------------------------------------------------------
+
+
+def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:
+    for label, tensor in (("out", out), ("x", x)):
+        if not isinstance(tensor, Tensor):
+            raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dim() != 2:
+            raise ActiveDPOError(
+                f"{name}: {label} has shape {tuple(tensor.shape)}, expected two dimensions")
+        if tensor.dtype not in _DTYPES:
+            raise ActiveDPOError(
+                f"{name}: {label} is {tensor.dtype}, expected torch.float32 or torch.float64")
+        if tensor.layout != torch.strided:
+            raise ActiveDPOError(f"{name}: {label} is sparse, expected a dense tensor")
+        if tensor.requires_grad:
+            raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
+    if out.dtype != x.dtype:
+        raise ActiveDPOError(f"{name}: out is {out.dtype} and x is {x.dtype}")
+    if out.device != x.device:
+        raise ActiveDPOError(f"{name}: out is on {out.device} and x on {x.device}")
+    if out.shape[0] != x.shape[0]:
+        raise ActiveDPOError(f"{name}: out has {out.shape[0]} rows and x has {x.shape[0]}")
+    if not 1 <= out.shape[1] < 2 ** 31:
+        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    _check_key(name, key)
+
+
+def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
+                 method: str) -> None:
+    name = "outer_sketch_"
+    if method not in METHODS:
+        raise ActiveDPOError(f"{name}: method is {method!r}; known: {', '.join(METHODS)}")
+    for label, tensor in (("out", out), ("left", left), ("right", right), ("segments", segments)):
+        if not isinstance(tensor, Tensor):
+            raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dim() != 2 or tensor.layout != torch.strided:
+            raise ActiveDPOError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected a "
+                                 "dense matrix")
+        if tensor.requires_grad:
+            raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
+    if out.dtype != torch.float64:
+        raise ActiveDPOError(f"{name}: out is {out.dtype}, expected torch.float64")
+    if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
+        raise ActiveDPOError(f"{name}: left is {left.dtype} and right {right.dtype}, expected "
+                             "both torch.float32, float64, bfloat16 or float16")
+    if not out.device == left.device == right.device:
+        raise ActiveDPOError(f"{name}: out is on {out.device}, left on {left.device} and right on "
+                             f"{right.device}")
+    if left.shape[0] != right.shape[0]:
+        raise ActiveDPOError(f"{name}: left has {left.shape[0]} tokens and right {right.shape[0]}")
+    if left.shape[1] == 0 or right.shape[1] == 0:
+        raise ActiveDPOError(f"{name}: left is {left.shape[1]} wide and right {right.shape[1]}")
+    if not 1 <= out.shape[1] < 2 ** 31:
+        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
+        raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
+                             f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
+    _check_key(name, key)
+
+
+def _check_segments(segments: Tensor, tokens: int, rows: int) -> None:
+    for start, end, row in segments.tolist():
+        if not (0 <= start <= end <= tokens and 0 <= row < rows):
+            raise ActiveDPOError(
+                f"outer_sketch_: a segment lies outside {tokens} tokens and {rows} rows")
+
+
+def _check_key(name: str, key: int) -> None:
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2 ** 64:
+        raise ActiveDPOError(f"{name}: key is {key!r}, expected an integer from 0 to 2^64 - 1")

@@ -1,0 +1,152 @@
+"""The rows of a pool or of prompts: from a file, a folder of files, or a saved data set."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from activedpo_fast._files import FilePath, first_line, reason_of
+from activedpo_fast.errors import ActiveDPOError
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+PlacedRows = Iterator[tuple[str, Any]]
+
+# As the hub names the files of a split: train-00000-of-00003.parquet.
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})")
+
+
+def placed_rows(path: FilePath) -> PlacedRows:
+    """(place, row) of every row, in order; the place is for error messages.
+
+    Args:
+        path: a `.jsonl` or `.parquet` file, in either case of letters, a folder of one kind of
+            them, read in the order of their names, or a folder of `datasets.save_to_disk`.
+
+    Raises:
+        ActiveDPOError: it cannot be read, or is something else, naming what.
+    """
+    source = Path(path)
+    if source.is_dir():
+        dataset = saved_dataset(source)
+        if dataset is not None:
+            return ((f"{source}, row {n}", row)
+                    for n, row in enumerate(dataset.with_format(None), start=1))
+        return (placed for file in _shards(source) for placed in _reader(file)(file))
+    if not source.suffix and not source.exists():
+        raise ActiveDPOError(f"{source}: no such file or folder")
+    return _reader(source)(source)
+
+
+def jsonl_rows(path: Path) -> PlacedRows:
+    """Of one JSONL file; blank lines are skipped."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a string.
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for n, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {n}"
+        try:
+            yield place, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
+        except json.JSONDecodeError as error:
+            raise ActiveDPOError(f"{place}: broken JSON: {error.msg} at column "
+                                 f"{error.colno}") from error
+        except (RecursionError, ValueError) as error:
+            raise ActiveDPOError(f"{place}: broken JSON: {first_line(error)}") from error
+
+
+def parquet_rows(path: Path) -> PlacedRows:
+    """Of one Parquet file; what it lacks or nested tables filled up is null."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open(path, "rb") as file:
+            rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except OSError as error:
+        # Arrow's own read errors are OSErrors too, without an errno.
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
+    return ((f"{path}, row {n}", row) for n, row in enumerate(rows, start=1))
+
+
+def saved_dataset(folder: Path) -> datasets.Dataset | None:
+    """The data set that `datasets.Dataset.save_to_disk` wrote to a folder; None where it did not.
+
+    Raises:
+        ActiveDPOError: it has several splits, or cannot be read.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(file.parent.name for file in folder.glob("*/state.json"))
+        example = f", for instance {folder / splits[0]}" if splits else ""
+        raise ActiveDPOError(f"{folder}: a saved data set with the splits "
+                             f"{', '.join(map(repr, splits))}: give the folder of one of them"
+                             + example)
+    if not (folder / "state.json").is_file():
+        return None
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of files that are missing or broken, each in its own way
+        raise ActiveDPOError(f"{folder}: a saved data set that cannot be read: "
+                             f"{first_line(error)}") from error
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+_READERS: dict[str, Callable[[Path], PlacedRows]] = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
+
+
+def _reader(path: Path) -> Callable[[Path], PlacedRows]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ActiveDPOError(f"{path}: unsupported suffix {path.suffix!r}, expected .jsonl or "
+                             ".parquet, a folder of such files, or one of datasets.save_to_disk")
+    return reader
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a folder that has one kind of them, by name."""
+    if (folder / "manifest.json").is_file() and (folder / "pool.jsonl").is_file():
+        raise ActiveDPOError(f"{folder}: a feature store; its pool is {folder / 'pool.jsonl'}")
+    files = sorted(file for file in folder.iterdir()
+                   if file.suffix.lower() in _READERS and file.name[0] not in "._")
+    kinds = sorted({file.suffix.lower() for file in files})
+    if not files:
+        raise ActiveDPOError(f"{folder}: a folder without .jsonl or .parquet files, and not one of "
+                             "datasets.save_to_disk: give the file, or the folder that has them")
+    if len(kinds) > 1:
+        raise ActiveDPOError(f"{folder}: has .jsonl and .parquet files: give one of them, or a "
+                             "folder of one kind")
+    _check_complete(folder, files)
+    if len(files) > 1:
+        logger.info("%s: %d files, from %s to %s", folder, len(files), files[0].name,
+                    files[-1].name)
+    return files
+
+
+def _check_complete(folder: Path, files: list[Path]) -> None:
+    """Refuse several splits, and a split of which a shard is missing, where the names tell."""
+    named = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
+    splits = sorted({match["split"] for match in named})
+    if len(splits) > 1:
+        raise ActiveDPOError(f"{folder}: has files of the splits {', '.join(map(repr, splits))}: "
+                             "give one file, or a folder of one split")
+    if named and len(named) != (total := int(named[0]["total"])):
+        raise ActiveDPOError(f"{folder}: has {len(named)} of the {total} files of {splits[0]!r}")

@@ -1,0 +1,340 @@
+"""Responses sampled from the model that is being trained, and single ones for evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.hooks import undisturbed
+from activedpo_fast.gradients.supported import (
+    known_tokens,
+    position_limit,
+    require_supported,
+)
+from activedpo_fast.pool.columns import check_json_columns
+from activedpo_fast.pool.items import PoolItem, check_prompts
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
+from activedpo_fast.pool.texts import Text
+from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
+
+logger = logging.getLogger(__name__)
+
+
+class PromptLike(Protocol):
+    """`Prompt` or `PoolItem`: responses that are already there play no part."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> Text: ...
+    @property
+    def extra(self) -> dict[str, Any]: ...
+
+
+@leaves_tokenizer(1)
+def generate_responses(model: PreTrainedModel | PeftModel,
+                       processing_class: PreTrainedTokenizerBase,
+                       prompts: Sequence[PromptLike], *, n_responses: int = 2,
+                       max_new_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
+                       seed: int = 0, batch_size: int = 16, max_attempts: int = 4,
+                       chat_template_kwargs: dict[str, Any] | None = None,
+                       show_progress: bool | None = None) -> PreferencePool:
+    """Sample `n_responses` distinct responses to each prompt from π_θ.
+
+    The distribution is the model's own at `temperature`, cut to `top_p`: other settings of the
+    model's generation config (top-k, repetition penalty and so on) are not applied. A response ends
+    at the tokenizer's or the model's EOS token or after `max_new_tokens`. Plain-text responses keep
+    a space at their beginning, so that prompt + response is the text that the model wrote;
+    chat responses are one assistant message, without white space around it.
+
+    Responses that are empty, or differ only in surrounding white space from another one to the same
+    prompt, are sampled again, in `max_attempts` rounds altogether. Prompts that still lack some are
+    left out; one warning counts them.
+
+    The same model, arguments and machine give the same responses; the state of the global random
+    generators is as before afterward, and so are the model's modes and flags and the tokenizer.
+
+    Args:
+        prompts: `Prompt`s, or a `PreferencePool`. Their ids and extra columns pass to the result.
+        batch_size: sequences generated at once.
+        chat_template_kwargs: passed to the chat template, as by `tokenize_pool`; give those that
+            the selector has. Those in a prompt's own column of this name go before them.
+        show_progress: None shows a bar on a terminal only.
+
+    Raises:
+        ActiveDPOError: no prompts, a malformed prompt or option, no usable tokenizer, a prompt that
+            with `max_new_tokens` exceeds the model's positions (where they end: rotary ones go on,
+            with a warning), token ids that the model lacks, or no prompt with enough responses.
+    """
+    _check_sampling(n_responses, max_attempts, temperature, top_p)
+    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
+                           chat_template_kwargs or {})
+    for n, prompt in enumerate(prompts, start=1):
+        check_json_columns(prompt.extra, f"prompt {n}")  # a pool that is made is one to be written
+
+    # Keyed by the text without surrounding white space, in the order of sampling.
+    found: list[dict[str, str]] = [{} for _ in prompts]
+    with _forked_rng(generator.device, seed):
+        for attempt in range(1, max_attempts + 1):
+            missing = [position for position, texts in enumerate(found)
+                       for _ in range(n_responses - len(texts))]
+            if not missing:
+                break
+            description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
+            sampled = generator.run(missing, description, show_progress, do_sample=True,
+                                    temperature=temperature, top_p=top_p, top_k=0)
+            for position, text in zip(missing, sampled, strict=True):
+                if text.strip():
+                    found[position].setdefault(text.strip(), text)
+
+    items = []
+    for prompt, texts in zip(prompts, found, strict=True):
+        if len(texts) == n_responses:
+            responses = tuple(_as_text(text, prompt.prompt) for text in texts.values())
+            items.append(PoolItem(prompt.id, prompt.prompt, responses, dict(prompt.extra)))
+    if len(items) < len(prompts):
+        logger.warning("%d of %d prompts are left out: fewer than %d distinct responses after %d "
+                       "attempts", len(prompts) - len(items), len(prompts), n_responses,
+                       max_attempts)
+    if not items:
+        raise ActiveDPOError(f"no prompt got {n_responses} distinct responses in {max_attempts} "
+                             "attempts: is the temperature too low, or max_new_tokens?")
+    return PreferencePool(items)
+
+
+def try_generation(model: PreTrainedModel | PeftModel,
+                   processing_class: PreTrainedTokenizerBase, prompts: Sequence[PromptLike], *,
+                   n_responses: int = 2, max_new_tokens: int = 64, temperature: float = 1.0,
+                   top_p: float = 1.0, batch_size: int = 16, max_attempts: int = 4,
+                   chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+    """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
+
+    Returns:
+        The positions of the two prompts with the fewest tokens (of one, if there is but one), which
+        were continued.
+
+    Raises:
+        ActiveDPOError: as `generate_responses`.
+    """
+    _check_sampling(n_responses, max_attempts, temperature, top_p)
+    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
+                           chat_template_kwargs or {})
+    generator.max_new_tokens = min(max_new_tokens, 2)
+    shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
+    with _forked_rng(generator.device, 0):
+        generator.run(shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p,
+                      top_k=0)
+    return shortest
+
+
+@leaves_tokenizer(1)
+def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
+            prompts: Sequence[PromptLike], *, max_new_tokens: int = 64, temperature: float = 0.0,
+            seed: int = 0, batch_size: int = 16,
+            chat_template_kwargs: dict[str, Any] | None = None,
+            show_progress: bool | None = None) -> list[str]:
+    """One text a prompt, in order, possibly empty: to evaluate a model.
+
+    The most likely token at each step at `temperature` 0, a sample from the model's distribution
+    above it. Texts, errors and what is restored are as in `generate_responses`; chat responses are
+    the message's content alone.
+    """
+    if not temperature >= 0:
+        raise ActiveDPOError(f"temperature: {temperature} is below 0")
+    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
+                           chat_template_kwargs or {})
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    with _forked_rng(generator.device, seed):
+        return generator.run(range(len(prompts)), "respond", show_progress, **sampling)
+
+
+class _Generator:
+    """Encoded prompts and the batches that continue them."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
+                 prompts: Sequence[PromptLike], max_new_tokens: int, batch_size: int,
+                 common: Mapping[str, Any]) -> None:
+        _check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_prompts(prompts)
+        check_template_kwargs(common)
+        self.chat = not isinstance(prompts[0].prompt, str)
+        check_tokenizer(tokenizer, chat=self.chat)
+        pad = tokenizer.pad_token_id
+        require_supported(model, pad_token_id=0 if pad is None else pad)
+        self.model = cast(Any, model)
+        # The model whose `generate` and generation config are used.
+        owner = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.owner = cast(PreTrainedModel, owner)
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.device: torch.device = self.model.get_input_embeddings().weight.device
+        self.eos_ids = _eos_ids(self.model, tokenizer)
+        if self.chat:
+            self.prompt_ids = [encode_chat(tokenizer, list(prompt.prompt), prompt.id,
+                                           add_generation_prompt=True,
+                                           **template_kwargs(prompt.extra, common))
+                               for prompt in prompts]
+        else:
+            self.prompt_ids = self._encode_plain([str(prompt.prompt) for prompt in prompts])
+        self._check_lengths(prompts)
+
+    def run(self, positions: Sequence[int], description: str, show_progress: bool | None,
+            **sampling: Any) -> list[str]:
+        """One continuation for each of `positions` (a prompt may be named several times)."""
+        # Longest first: little padding, and memory that does not suffice shows at once.
+        order = sorted(range(len(positions)),
+                       key=lambda n: -len(self.prompt_ids[positions[n]]))
+        texts = [""] * len(positions)
+        disable = None if show_progress is None else not show_progress
+        with (undisturbed(self.model), torch.no_grad(), self._plain_generation_config(),
+              tqdm(total=len(positions), desc=description, unit="response",
+                   disable=disable) as bar):
+            for begin in range(0, len(order), self.batch_size):
+                batch = order[begin:begin + self.batch_size]
+                rows = [self.prompt_ids[positions[n]] for n in batch]
+                for n, row, new in zip(batch, rows, self._continue(rows, sampling), strict=True):
+                    texts[n] = self._decode(row, new)
+                bar.update(len(batch))
+        return texts
+
+    def _continue(self, rows: Sequence[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
+        """The new token ids of each row, up to and without the first EOS."""
+        # Padded on the left by hand: the tokenizer's own padding settings are nobody's business.
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else min(self.eos_ids, default=0)
+        ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(rows):
+            ids[n, length - len(row):] = torch.tensor(row)
+            mask[n, length - len(row):] = 1
+        config = GenerationConfig(max_new_tokens=self.max_new_tokens, num_beams=1, use_cache=True,
+                                  eos_token_id=self.eos_ids or None, pad_token_id=pad, **sampling)
+        output = self.model.generate(input_ids=ids.to(self.device),
+                                     attention_mask=mask.to(self.device),
+                                     generation_config=config)
+        continuations = []
+        for new in output[:, length:].tolist():
+            end = next((n for n, token in enumerate(new) if token in self.eos_ids), len(new))
+            continuations.append(new[:end])
+        return continuations
+
+    def _decode(self, prompt: list[int], new: list[int]) -> str:
+        if self.chat:
+            return self._to_text(new).strip()
+        # SentencePiece tokenizers drop the space before a text's first word: decode the
+        # continuation where it stands.
+        before, whole = self._to_text(prompt), self._to_text(prompt + new)
+        return whole[len(before):] if whole.startswith(before) else self._to_text(new)
+
+    def _to_text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True,
+                                         clean_up_tokenization_spaces=False))
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        encoded = [list(ids) for ids in self.tokenizer(text=texts)["input_ids"]]
+        eos = self.tokenizer.eos_token_id
+        for text, ids in zip(texts, encoded, strict=True):
+            # Some tokenizers end every text with EOS, after which there is nothing to continue.
+            if ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
+                ids.pop()
+        return encoded
+
+    def _check_lengths(self, prompts: Sequence[PromptLike]) -> None:
+        limit, known = position_limit(self.owner), known_tokens(self.owner)
+        for prompt, ids in zip(prompts, self.prompt_ids, strict=True):
+            if not ids:
+                raise ActiveDPOError(f"item {prompt.id!r}: the prompt has no tokens")
+            if known is not None and not 0 <= min(ids) <= max(ids) < known:
+                raise ActiveDPOError(f"item {prompt.id!r}: the prompt has the token id {max(ids)}, "
+                                     f"and the model has embeddings for {known} tokens: is this "
+                                     "the model's tokenizer?")
+            if limit is not None and len(ids) + self.max_new_tokens > limit:
+                raise ActiveDPOError(f"item {prompt.id!r}: {len(ids)} prompt tokens and "
+                                     f"max_new_tokens={self.max_new_tokens} exceed the model's "
+                                     f"{limit} positions")
+        # Rotary positions go on; what the model was trained with is only advice.
+        trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self.prompt_ids)) + self.max_new_tokens
+        if limit is None and trained is not None and longest > trained:
+            logger.warning("up to %d tokens with max_new_tokens=%d: the model was made for %d",
+                           longest, self.max_new_tokens, trained)
+
+    @contextmanager
+    def _plain_generation_config(self) -> Iterator[None]:
+        """Hide the model's own generation config: `generate` would fill in what we leave out.
+
+        A PEFT model's `generate` copies one that was set on itself to the model inside, and leaves
+        a method there.
+        """
+        places = [vars(place) for place in {id(place): place for place in (
+            self.model, getattr(self.model, "base_model", self.model), self.owner)}.values()]
+        names = ("generation_config", "prepare_inputs_for_generation")
+        before = [{name: own[name] for name in names if name in own} for own in places]
+        for own in places:
+            if "generation_config" in own:
+                own["generation_config"] = GenerationConfig()
+        try:
+            yield
+        finally:
+            for own, values in zip(places, before, strict=True):
+                for name in names:
+                    own.pop(name, None)
+                own.update(values)
+
+
+@contextmanager
+def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside, the global generators untouched outside."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    else:
+        # A model spread over devices samples on the last one: fork them all.
+        count = torch.get_device_module(device.type).device_count()
+        with torch.random.fork_rng(devices=range(count), device_type=device.type):
+            torch.manual_seed(seed)
+            yield
+
+
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return sorted(id for id in ids | {tokenizer.eos_token_id} if id is not None)
+
+
+def _as_text(response: str, prompt: Text) -> Text:
+    if isinstance(prompt, str):
+        return response
+    return [{"role": "assistant", "content": response}]
+
+
+def _check_sampling(
+    n_responses: int, max_attempts: int, temperature: float, top_p: float
+) -> None:
+    _check_at_least(2, n_responses=n_responses)
+    _check_at_least(1, max_attempts=max_attempts)
+    if not temperature > 0:
+        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
+    if not 0 < top_p <= 1:
+        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
+
+
+def _check_at_least(least: int, **options: int) -> None:
+    for name, value in options.items():
+        if value < least:
+            raise ActiveDPOError(f"{name}: {value} is below {least}")

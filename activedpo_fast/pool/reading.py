@@ -1,0 +1,125 @@
+"""Rows, as files and data sets have them, to items and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from activedpo_fast._files import FilePath
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.columns import (
+    RESPONSE_COLUMNS,
+    check_columns,
+    check_json_columns,
+    is_absent,
+)
+from activedpo_fast.pool.files import placed_rows
+from activedpo_fast.pool.items import OWN_COLUMNS, PAIR_COLUMNS, PoolItem, Prompt, check_prompts
+from activedpo_fast.pool.texts import check_text, check_texts, content_id, show
+
+
+def item_from_row(row: Any, place: str) -> PoolItem:
+    """Sort the columns of a row; their contents are checked by `check_item`."""
+    if not isinstance(row, Mapping):
+        raise ActiveDPOError(f"{place}: expected an object with named columns, got {show(row)}")
+    given = {name: row[name] for name in OWN_COLUMNS if name in row and not is_absent(row[name])}
+    responses = _responses_of(given, place)
+    if "prompt" not in given:
+        if all(isinstance(response, list) for response in responses):
+            raise ActiveDPOError(f"{place}: no 'prompt': conversations that hold their prompt are "
+                                 "not split; extract it first (for instance with "
+                                 "trl.extract_prompt)")
+        raise ActiveDPOError(f"{place}: missing column 'prompt'{_transcript_hint(responses)}")
+    prompt = plain_text(given["prompt"])
+    texts = tuple(plain_text(response) for response in responses)
+    if "id" not in given:
+        # Not yet checked, so not yet known to be something that can be hashed.
+        check_texts(prompt, texts, place)
+        given["id"] = content_id(prompt, texts)
+    id = id_of(given)
+    extra = {str(name): value for name, value in row.items() if name not in OWN_COLUMNS}
+    return PoolItem(id=id, prompt=prompt, responses=texts, extra=extra)
+
+
+def read_prompts(path: FilePath) -> list[Prompt]:
+    """Prompts from rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+
+    They are read from what pools are read from, see `placed_rows`.
+
+    Raises:
+        ActiveDPOError: naming the row at fault.
+    """
+    prompts = []
+    places = []
+    for place, row in placed_rows(path):
+        check_prompt_row(row, place)
+        prompt, given = plain_text(row["prompt"]), id_of(row)
+        check_text(prompt, "the prompt", place)
+        extra = {name: value for name, value in row.items()
+                 if name not in ("id", "prompt")
+                 and not (name in RESPONSE_COLUMNS and is_absent(value))}
+        check_columns(extra, place, chat=not isinstance(prompt, str), prompts=True)
+        check_json_columns(extra, place)
+        prompts.append(Prompt(content_id(prompt, ()) if given is None else given, prompt, extra))
+        places.append(place)
+    if not prompts:
+        raise ActiveDPOError(f"{path}: no rows")
+    check_prompts(prompts, places)
+    return prompts
+
+
+def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
+    columns = [name for name in ("responses", *PAIR_COLUMNS[0], *PAIR_COLUMNS[1]) if name in given]
+    if columns == ["responses"]:
+        if not isinstance(given["responses"], (list, tuple)):
+            raise ActiveDPOError(f"{place}: 'responses' must be a list of two or more, got "
+                                 f"{show(given['responses'])}")
+        return given["responses"]
+    for pair in PAIR_COLUMNS:
+        if columns == list(pair):
+            return [given[name] for name in pair]
+    if len(columns) == 1:
+        partner = {a: b for pair in PAIR_COLUMNS for a, b in (pair, pair[::-1])}[columns[0]]
+        raise ActiveDPOError(f"{place}: {columns[0]!r} without {partner!r}")
+    if not columns:
+        raise ActiveDPOError(f"{place}: no responses: expected the column 'responses', or 'chosen' "
+                             "and 'rejected', or 'response_a' and 'response_b'")
+    raise ActiveDPOError(f"{place}: the columns {', '.join(map(repr, columns))} together do not "
+                         "say which are the responses")
+
+
+def id_of(row: Mapping[str, Any]) -> Any:
+    """A row's `id`, an integer as text; None without one. What is no id is left to `check_id`."""
+    id = row.get("id")
+    if is_absent(id):
+        return None
+    return str(int(id)) if isinstance(id, Integral) and not isinstance(id, bool) else id
+
+
+def check_prompt_row(row: Any, place: str) -> None:
+    """Raise ActiveDPOError unless it is an object with a `prompt`."""
+    if not isinstance(row, Mapping):
+        raise ActiveDPOError(f"{place}: expected an object with named columns, got {show(row)}")
+    if is_absent(row.get("prompt")):
+        transcripts = [row[name] for name in ("chosen", "rejected") if not is_absent(row.get(name))]
+        raise ActiveDPOError(f"{place}: no 'prompt'{_transcript_hint(transcripts)}")
+
+
+def _transcript_hint(texts: Sequence[Any]) -> str:
+    """What to do with whole transcripts, as Anthropic's HH data has them; empty for others."""
+    turns = ("\n\nHuman:", "\n\nAssistant:")
+    if not texts or not all(isinstance(text, str) and all(turn in text for turn in turns)
+                            for text in texts):
+        return ""
+    return (": the texts are whole transcripts; split each after its last 'Assistant:' into prompt "
+            "and response (trl.extract_prompt takes what two of them have in common as the prompt, "
+            "which may be the first words of the responses too)")
+
+
+def plain_text(value: Any) -> Any:
+    """A copy of chat messages, without keys that a table filled up with null."""
+    if not isinstance(value, list):
+        return value
+    return [{key: entry for key, entry in message.items() if entry is not None}
+            if isinstance(message, Mapping) else message for message in value]

@@ -1,0 +1,251 @@
+"""Token ids of prompts and responses, the same as `trl.DPOTrainer` (TRL 1.16) makes them.
+
+The rules, as TRL's `DPOTrainer._prepare_dataset` and `DataCollatorForPreference` have them:
+
+* Plain text: the response gets the EOS token's text at its end unless it ends in it already; prompt
+  and prompt + response are each tokenized as one string, with the tokenizer's own special tokens.
+* Chat: prompt with `add_generation_prompt=True`, and prompt + response, each through the template.
+* The response starts where the tokens of the prompt and of prompt + response diverge, and for both
+  responses of a pair at the earlier of the two places.
+* A sequence longer than `max_length` loses its end ("keep_start") or its beginning ("keep_end").
+* With "keep_start", a pair whose prompt alone fills `max_length` is left out.
+
+TRL itself is not needed for any of this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
+from activedpo_fast.pool.tokenizers import leaves_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TruncationMode = Literal["keep_start", "keep_end"]
+
+# What `trl.DPOConfig` has when nothing is said.
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_TRUNCATION_MODE: TruncationMode = "keep_start"
+
+_ITEMS_A_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TokenizedResponse:
+    """A prompt with one response, after truncation.
+
+    `input_ids[completion_start:]` belong to the response. The scored tokens are
+    `input_ids[max(completion_start, 1):]`: nothing predicts the first token of a sequence.
+    """
+
+    input_ids: list[int]
+    completion_start: int
+
+
+@dataclass(frozen=True)
+class TokenizedPool:
+    """`sequences`: R tokenized responses in pool order.
+
+    `skipped`: positions of the items that DPOTrainer leaves out because their prompt fills
+    `max_length`. Their sequences stay in the list, with no scored token, to keep the order. Every
+    response of every other item has at least one scored token.
+
+    `items`: the item of each sequence. None: every sequence is an item of its own.
+
+    `ids`: the id of each item, for messages.
+    """
+
+    sequences: list[TokenizedResponse]
+    skipped: list[int]
+    items: list[int] | None = None
+    ids: list[str] | None = None
+
+    def item_of(self, row: int) -> int:
+        """The item that response `row` belongs to."""
+        return row if self.items is None else self.items[row]
+
+    def place(self, row: int) -> str:
+        """Response `row`, as a person would look it up in the pool."""
+        if self.items is None or self.ids is None:
+            return f"response row {row}"
+        item = self.items[row]
+        return f"item {self.ids[item]!r}, response {row - self.items.index(item) + 1}"
+
+
+def scored_tokens(response: TokenizedResponse) -> int:
+    """How many tokens log π(y|x) is a sum over."""
+    return max(0, len(response.input_ids) - max(response.completion_start, 1))
+
+
+def completion_tokens(response: TokenizedResponse) -> int:
+    """What TRL's losses of mean log-probs divide log π(y|x) by: the response's tokens, at least 1.
+
+    They are counted after truncation, and with the first token of a sequence, which is not scored.
+    """
+    return max(1, len(response.input_ids) - response.completion_start)
+
+
+@leaves_tokenizer(1)
+def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBase, *,
+                  max_length: int | None = DEFAULT_MAX_LENGTH,
+                  truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
+                  chat_template_kwargs: dict[str, Any] | None = None,
+                  show_progress: bool | None = None) -> TokenizedPool:
+    """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
+
+    For an item with two responses the result is the trainer's. With more, the responses of the item
+    share the earliest start that any of them has; where tokens merge across the boundary for some
+    of them, or the template renders the prompt differently, the trainer starts a pair of the others
+    later. One warning counts such items.
+
+    Args:
+        max_length: longest sequence in tokens, ≥ 2; None for no limit. TRL's default is 1024.
+        truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there).
+        chat_template_kwargs: passed to the chat template. Those in an item's own column of this
+            name go before them, as TRL passes that column. Plain text has no use for either.
+        show_progress: None shows a bar on a terminal only.
+
+    Raises:
+        ActiveDPOError: no usable tokenizer, no EOS token (plain text), no chat template (chat), a
+            template that refuses a conversation or renders nothing for a response, bad options.
+    """
+    if max_length is not None and not isinstance(max_length, int):
+        raise ActiveDPOError(f"max_length: {max_length!r} is not an integer")
+    if max_length is not None and max_length < 2:
+        raise ActiveDPOError(f"max_length: {max_length} leaves no token to score, 2 is the least")
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise ActiveDPOError(f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor "
+                             "'keep_end'")
+    check_tokenizer(processing_class, chat=pool.is_chat)
+    check_template_kwargs(chat_template_kwargs)
+    if pool.is_chat:
+        encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
+    else:
+        if chat_template_kwargs:
+            logger.warning("chat_template_kwargs have no effect: the texts are plain, not chat "
+                           "messages")
+        encoded = _encode_plain(pool, processing_class)
+
+    sequences: list[TokenizedResponse] = []
+    items: list[int] = []
+    skipped: list[int] = []
+    merged = unequal = cut = 0
+    disable = None if show_progress is None else not show_progress
+    bar = tqdm(zip(pool, encoded, strict=True), total=len(pool), desc="tokenize", unit="prompt",
+               disable=disable)
+    for position, (item, (prompt_ids, full_ids)) in enumerate(bar):
+        starts = [_common_prefix_length(prompt_ids, ids) for ids in full_ids]
+        start = min(starts)
+        merged += start < len(prompt_ids)
+        # With two responses past the earliest start, they form a pair that could start later.
+        unequal += sum(other > start for other in starts) >= 2
+        for n, ids in enumerate(full_ids, start=1):
+            if len(ids) <= max(start, 1):
+                raise ActiveDPOError(f"item {item.id!r}: response {n} adds no token to the prompt "
+                                     "that could be scored")
+            sequences.append(_truncate(ids, start, max_length, truncation_mode))
+            items.append(position)
+        if max_length is not None and truncation_mode == "keep_start" and start >= max_length:
+            skipped.append(position)
+        elif max_length is not None:
+            cut += sum(len(ids) > max_length for ids in full_ids)
+
+    if merged:
+        logger.warning("%d of %d prompts are not tokenized the same alone as with a response "
+                       "(tokens merge at the boundary, or the chat template renders them "
+                       "differently); the response starts where they diverge, as in DPOTrainer",
+                       merged, len(pool))
+    if unequal:
+        logger.warning("%d of %d prompts have three or more responses that start at different "
+                       "tokens; all start at the earliest, while DPOTrainer starts some pairs "
+                       "later", unequal, len(pool))
+    if cut:
+        logger.warning("%d of %d responses are longer than max_length=%d with their prompt and are "
+                       "cut at the %s, as in DPOTrainer", cut, len(sequences), max_length,
+                       "end" if truncation_mode == "keep_start" else "beginning")
+    if skipped:
+        logger.warning("%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
+                       len(skipped), len(pool), max_length)
+    return TokenizedPool(sequences, skipped, items, pool.ids)
+
+
+def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
+    """Raise ActiveDPOError unless this is a text tokenizer with an EOS token or a chat template."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ActiveDPOError(f"processing_class: {type(processing_class).__name__} is a processor "
+                             "for images or sound, which is not supported; pass a tokenizer")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ActiveDPOError("processing_class: expected a transformers tokenizer, got "
+                             f"{type(processing_class).__name__}")
+    if chat and not processing_class.chat_template:
+        raise ActiveDPOError("processing_class: the tokenizer has no chat template, which chat "
+                             "messages need")
+    if not chat and processing_class.eos_token is None:
+        raise ActiveDPOError("processing_class: the tokenizer has no EOS token to end plain-text "
+                             "responses with; set tokenizer.eos_token")
+
+
+def encode_chat(processing_class: PreTrainedTokenizerBase, messages: list[Any], id: str,
+                **template_kwargs: Any) -> list[int]:
+    """Token ids of a conversation; `id` names its item in the error."""
+    try:
+        encoded: Any = processing_class.apply_chat_template(messages, tokenize=True,
+                                                            return_dict=True, **template_kwargs)
+    except Exception as error:  # a template is a program: it can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ActiveDPOError(f"item {id!r}: the chat template failed: {reason}") from error
+    return list(encoded["input_ids"])
+
+
+_Encoded = Iterator[tuple[list[int], list[list[int]]]]
+
+
+def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _Encoded:
+    eos = str(tokenizer.eos_token)
+    for begin in range(0, len(pool), _ITEMS_A_BATCH):
+        items: list[PoolItem] = list(pool[begin:begin + _ITEMS_A_BATCH])
+        texts: list[str] = []
+        for item in items:
+            texts.append(str(item.prompt))
+            for response in item.responses:
+                text = f"{item.prompt}{response}"
+                texts.append(text if str(response).endswith(eos) else text + eos)
+        ids = iter(tokenizer(text=texts)["input_ids"])
+        for item in items:
+            yield next(ids), [next(ids) for _ in item.responses]
+
+
+def _encode_chat(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase,
+                 common: dict[str, Any]) -> _Encoded:
+    for item in pool:
+        messages = list(item.prompt)
+        arguments = template_kwargs(item.extra, common)
+        prompt = encode_chat(tokenizer, messages, item.id, add_generation_prompt=True, **arguments)
+        yield prompt, [encode_chat(tokenizer, [*messages, *response], item.id, **arguments)
+                       for response in item.responses]
+
+
+def _truncate(ids: list[int], start: int, max_length: int | None,
+              mode: TruncationMode) -> TokenizedResponse:
+    if max_length is None or len(ids) <= max_length:
+        return TokenizedResponse(ids, start)
+    if mode == "keep_start":
+        return TokenizedResponse(ids[:max_length], min(start, max_length))
+    return TokenizedResponse(ids[-max_length:], max(0, start - (len(ids) - max_length)))
+
+
+def _common_prefix_length(ids: list[int], others: list[int]) -> int:
+    if others[:len(ids)] == ids:
+        return len(ids)
+    differing = (n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b)
+    return next(differing, len(others))

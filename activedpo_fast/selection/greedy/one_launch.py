@@ -1,0 +1,201 @@
+"""Greedy log-det selection in one go: every pick of a batch by one launch (csrc/greedy.h)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import backends
+from activedpo_fast.ops.scores import DTYPES
+from activedpo_fast.selection.greedy.running_scores import first_scores, root_error
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
+from activedpo_fast.selection.ranking import Ranking
+from activedpo_fast.selection.rules import Eligible, Limit
+
+
+@dataclass
+class ResidentProblem:
+    """GreedyProblem of csrc/greedy.h as tensors on one device; None stands for a null pointer."""
+
+    n_candidates: int
+    dim: int
+    rows: Tensor
+    row_stride: int
+    pairs: Tensor
+    row_divisor: Tensor
+    pair_divisor: Tensor
+    reach: Tensor
+    size: Tensor
+    score: Tensor
+    doubt: Tensor
+    left: Tensor
+    inverse_cost: Tensor | None
+    prompt: Tensor | None
+    prompt_room: Tensor | None
+    group: Tensor | None
+    group_room: Tensor | None
+    min_score: float
+    forced: Tensor
+    n_forced: int
+    root_norm: float
+    root_error: float
+    base: Tensor | None
+    directions: Tensor
+    pulled: Tensor
+    n_before: int
+    rounds: bool
+    n_picks: int
+    picks: Tensor
+    scores: Tensor
+    touched: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, features: PairFeatures, information: InformationMatrix, eligible: Eligible, n: int,
+           show_progress: bool | None = False) -> ResidentProblem:
+        """The problem of n picks from `features`, which are in memory, on `features.device`."""
+        rows, device, n_candidates = features.rows, features.device, len(features)
+        if not isinstance(rows, Tensor):
+            raise ActiveDPOError("rows on disk cannot be selected from in one launch")
+        if n_candidates >= 2**31 or n >= 2**31:
+            raise ActiveDPOError("2^31 candidate pairs or more cannot be selected from in one "
+                                 "launch")
+
+        def placed(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+            # A copy in any case: some of them are changed.
+            return values.to(device, dtype, copy=True).contiguous()
+
+        def limit(given: Limit | None) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if given is None else (
+                placed(given.numbers, torch.int32), placed(given.room, torch.int32))
+
+        def growing(begun: Tensor) -> Tensor:
+            whole = torch.empty(len(begun) + n, features.dim, dtype=torch.float64, device=device)
+            whole[:len(begun)] = begun
+            return whole
+
+        def output(dtype: torch.dtype) -> Tensor:
+            return torch.empty(n, dtype=dtype, device=device)
+
+        rows = rows.detach() if rows.stride(1) == 1 else rows.detach().contiguous()
+        score, doubt = first_scores(features, information, show_progress)
+        (prompt, prompt_room), (group, group_room) = map(limit, eligible.limits())
+        forced = torch.tensor(_draws(eligible, n), dtype=torch.int64)
+        base, directions, pulled = information.factors()
+        cost = eligible.inverse_cost
+        return cls(
+            n_candidates=n_candidates, dim=features.dim, rows=rows, row_stride=rows.stride(0),
+            pairs=placed(features.pairs, torch.int64), row_divisor=placed(features.row_divisor),
+            pair_divisor=placed(features.pair_divisor), reach=placed(features.reach),
+            size=placed(features.size), score=placed(score), doubt=placed(doubt),
+            left=placed(eligible.left, torch.uint8),
+            inverse_cost=None if cost is None else placed(cost),
+            prompt=prompt, prompt_room=prompt_room, group=group, group_room=group_room,
+            min_score=eligible.min_score, forced=placed(forced, torch.int64), n_forced=len(forced),
+            root_norm=math.sqrt(information.kappa / information.lam),
+            root_error=root_error(information),
+            base=None if base is None else base.to(device).contiguous(),
+            directions=growing(directions), pulled=growing(pulled), n_before=len(directions),
+            rounds=information.count > 0, n_picks=n, picks=output(torch.int64),
+            scores=output(torch.float64), touched=output(torch.int64),
+            count=torch.zeros(1, dtype=torch.int64, device=device))
+
+    def run(self, module: ModuleType, **where: int) -> None:
+        """Make the picks by an extension module's `greedy_select_*`, which is told `where`."""
+        dtype = DTYPES[self.rows.dtype]
+        problem = module.GreedyProblem(**{
+            field.name: _address(getattr(self, field.name)) for field in fields(self)})
+        room = torch.empty(getattr(module, f"greedy_bytes_{dtype}")(problem), dtype=torch.uint8,
+                           device=self.rows.device)
+        getattr(module, f"greedy_select_{dtype}")(problem, room=room.data_ptr(), **where)
+
+
+def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows where picks are made of them: on `device` if that is one launch there and it has room.
+
+    What picks need besides is left as much room as the rows take.
+    """
+    if device.type != "cuda" or rows.device == device:
+        return rows
+    if backends.choose("greedy_select", device.type, rows.dtype) != "cuda":
+        return rows
+    free, _ = torch.cuda.mem_get_info(device)
+    return rows.to(device) if 2 * rows.numel() * rows.element_size() < free else rows
+
+
+def greedy_resident(
+    features: PairFeatures,
+    information: InformationMatrix,
+    eligible: Eligible,
+    n: int,
+    run: Callable[[ResidentProblem], None],
+    show_progress: bool | None = False,
+) -> Ranking:
+    """`greedy_logdet` by one launch: the same picks, for features in memory and one process.
+
+    Args:
+        features: the candidates, all of whose tensors are copied to their rows' device but the
+            rows themselves. information: V_0; it is not changed. eligible: it is used up.
+        n: how many picks, 0 to N. Memory on the device: n (20 k + 256) bytes, about, and N times
+            300; k^2 float64 numbers more where `information` is explicit elsewhere.
+        run: makes the picks: `on_gpu`, for rows on a GPU.
+        show_progress: see `first_scores`.
+
+    Raises:
+        ActiveDPOError: rows on disk, a score that is not finite.
+    """
+    problem = ResidentProblem.of(features, information, eligible, n, show_progress)
+    if n > 0:
+        run(problem)
+    count = int(problem.count)
+    picks, scores, touched = (
+        x[:count].cpu() for x in (problem.picks, problem.scores, problem.touched))
+    for index in picks.tolist():
+        eligible.take(index)
+    return Ranking(picks, scores, touched)
+
+
+def on_gpu(problem: ResidentProblem) -> None:
+    """Make the picks on the GPU of the problem's rows, on PyTorch's current stream.
+
+    Raises:
+        ActiveDPOError: the device cannot hold the kernel, or it does not start.
+    """
+    device = problem.rows.device
+    try:
+        problem.run(backends.cuda(), device=device.index,
+                    stream=torch.cuda.current_stream(device).cuda_stream)
+    except RuntimeError as error:
+        raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
+
+
+def _draws(eligible: Eligible, n: int) -> list[int]:
+    """The first picks, where they are random: those that come first in the random order."""
+    count = min(n, eligible.n_random)
+    if count == 0:
+        return []
+    assert eligible.random_order is not None
+    allowed = copy.deepcopy(eligible)
+    drawn: list[int] = []
+    for index in eligible.random_order.argsort().tolist():
+        if len(drawn) == count:
+            break
+        if allowed.left[index]:
+            allowed.take(index)
+            drawn.append(index)
+    return drawn
+
+
+def _address(value: Any) -> Any:
+    if value is None:
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else value

@@ -1,0 +1,204 @@
+"""Scores of all candidates while the batch grows: exact where it matters, lazy elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import scores as score_ops
+from activedpo_fast.selection.greedy.batch_root import BatchRoot, Look
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
+from activedpo_fast.selection.rules import Eligible
+
+_BATCH = 2048  # picks that are kept beside the information matrix
+_STAGES = 2  # u = X_0 phi rounds, and then F u
+
+
+class Contenders(NamedTuple):
+    """Candidates among which the best is, with fresh scores.
+
+    indices: int64 [m], ascending. score, doubt: float64 [m]; the score is right to within doubt.
+    """
+
+    indices: Tensor
+    score: Tensor
+    doubt: Tensor
+
+
+class RunningScores:
+    """phi^T V^-1 phi of every candidate while V takes in one pick after another.
+
+    With X_0 the root of V_0^-1 that `information` keeps, candidates are u = X_0 phi and a batch of
+    picks makes another information matrix, of the u's: V = X_0^-1 (I + sum of u u^T) X_0^-T. A pick
+    lowers every score by (phi . w)^2 with one w, so old scores are upper bounds, and most of them
+    never have to be looked at again (Minoux, "Accelerated greedy algorithms", 1978):
+    `score_ops.advance` brings only those up to date that may be the largest, for many directions w
+    at once.
+
+    These running scores are sums of rounded products (in float32 for rows of up to 32 bits), so
+    each carries a bound of its error, and the few that the bounds leave in the race are computed
+    afresh in float64 from V's root.
+
+    A fresh score has errors too: those of its own rounding, and one that it inherits. Rounding
+    turns the direction that a pick p is absorbed in by an angle of at most e |phi_p| / sqrt(gain),
+    where e bounds the root's rounding. A score s that falls by f^2 to s' is thereby off by at most
+    2 |f| t + t^2 with t = e |phi_p| sqrt(s') / sqrt(1 + gain). Up to a rotation that all candidates
+    share, what is left of u is off by a vector no longer than e |phi_p| |f| / sqrt(1 + gain), and
+    later picks only shorten that: the sum of these lengths is what a fresh root of a score
+    inherits. So near-ties are only called ties where float64 cannot tell.
+
+    Args:
+        features: the candidates. information: V_0; it is not changed.
+        eligible: which candidates are left, and what scores are multiplied with to be compared.
+        n: the most picks there will be.
+        show_progress: a bar over the first scores, where V_0 has points.
+    """
+
+    def __init__(
+        self,
+        features: PairFeatures,
+        information: InformationMatrix,
+        eligible: Eligible,
+        n: int,
+        show_progress: bool | None = False,
+    ) -> None:
+        self._features = features
+        self._information = information
+        self._n = n
+        self._batch = BatchRoot(min(n, _BATCH), features.dim, features.device)
+        self._picks: list[Tensor] = []  # features that are in the batch, if it may become full
+        scale = math.sqrt(information.kappa / information.lam)
+        self._error = root_error(information)
+        self._w_error = self._error * scale
+        self.state = score_ops.ScoreState.start(
+            features.rows, features.pairs, features.row_divisor, features.pair_divisor,
+            features.reach, eligible.left, eligible.inverse_cost,
+            *first_scores(features, information, show_progress), n)
+        self._rounds = information.count > 0  # whether running scores round more than fresh ones
+        self._last: tuple[Tensor, Tensor, Look] | None = None  # indices, features, and their look
+
+    @property
+    def touched(self) -> int:
+        """How many rows have been looked at since the first scores, repeatedly or not."""
+        return self.state.touched
+
+    def best(self) -> Contenders:
+        """The candidates left that may have the largest value, scored afresh."""
+        found = score_ops.advance(self.state)
+        state = self.state
+        # Scores by the identity alone are fresh, and those of zero features always are.
+        if self._rounds and bool((state.score[found] + state.doubt[found] > 0).any()):
+            self.refresh(found)
+        return Contenders(found, state.score[found], state.doubt[found])
+
+    def score(self, index: int) -> float:
+        """One candidate's score, afresh."""
+        # Not by `refresh`: the candidate may be stale, and stay one.
+        phi = self._features.at(torch.tensor([index]))
+        return float(self._batch.look(self._information.whiten(phi)).residual.square().sum())
+
+    def refresh(self, indices: Tensor) -> None:
+        """Compute the scores of `indices` again, from the root of V.
+
+        They are candidates that `advance` has brought up to date, or that are taken next: what the
+        others inherit is not known yet.
+        """
+        state = self.state
+        for part in indices.split(self._features.chunk):
+            phi = self._features.at(part)
+            look = self._batch.look(self._information.whiten(phi))
+            score = look.residual.square().sum(dim=1).cpu()
+            error = self._error * self._features.size[part] + state.inherited[part]
+            state.score[part] = score
+            state.doubt[part] = 2 * score.sqrt() * error + error.square()
+            state.version[part] = state.count
+            self._last = part, phi, look
+
+    def take(self, index: int) -> float:
+        """V <- V + phi phi^T for a candidate; returns phi^T V^-1 phi with V as it was."""
+        if self._last is None or index not in (known := self._last[0].tolist()):
+            known = [index]
+            self.refresh(torch.tensor(known))
+        assert self._last is not None
+        _, phi, look = self._last
+        at = known.index(index)
+        return self._learn(phi[at], look.row(at), float(self._features.size[index]))
+
+    def feature(self, index: int) -> Tensor:
+        """phi of one candidate and what its rounding is relative to, float64 [k + 1]."""
+        phi = self._features.at(torch.tensor([index]))[0]
+        return torch.cat([phi, self._features.size[index, None].to(phi.device)])
+
+    def learn(self, feature: Tensor) -> float:
+        """As `take`, for a candidate that another process may have: its `feature`."""
+        phi = feature[:-1].to(self._features.device)
+        look = self._batch.look(self._information.whiten(phi[None]))
+        return self._learn(phi, look.row(0), float(feature[-1]))
+
+    def _learn(self, phi: Tensor, look: Look, size: float) -> float:
+        gain = self._batch.take(look)
+        w = self._information.pull_back(look.pulled[None])[0] / math.sqrt(1 + gain)
+        share = size / math.sqrt(1 + gain)
+        self.state.append(w, error=self._w_error * share, turn=self._error * share)
+        self._rounds = True
+        self._last = None
+        if self._n > _BATCH:
+            self._picks.append(phi)
+            if self._batch.full:
+                self._fold()
+        return gain
+
+    def _fold(self) -> None:
+        """Begin a new batch on an information matrix that has the picks of this one."""
+        self._information = copy.deepcopy(self._information)
+        self._information.add_many(torch.stack(self._picks))
+        self._error = _STAGES * self._information.error_scale()
+        self._w_error = self._error * math.sqrt(self._information.kappa / self._information.lam)
+        self._batch = BatchRoot(_BATCH, self._features.dim, self._features.device)
+        self._picks = []
+
+
+def root_error(information: InformationMatrix) -> float:
+    """Bound of the rounding of X phi, over |phi|, where picks are added to V = (X^T X)^-1."""
+    # A multiple of the identity adds nothing to the picks' rounding.
+    return (_STAGES if information.count else 1) * information.error_scale()
+
+
+def first_scores(
+    features: PairFeatures, information: InformationMatrix, show_progress: bool | None = False
+) -> tuple[Tensor, Tensor]:
+    """phi^T V^-1 phi of all features, and what it is right to within: float64 [N] each, on the CPU.
+
+    Raises:
+        ActiveDPOError: a score that is not finite.
+    """
+    if information.count == 0:
+        score = information.kappa / information.lam * features.length.square()
+        error = root_error(information) * features.size
+    else:
+        everything = torch.arange(len(features))
+        disable = None if show_progress is None else not show_progress
+        parts = [_first_part(features, information, part) for part in tqdm(
+            everything.split(features.chunk), desc="first scores", disable=disable)]
+        score = torch.cat([features.length[:0], *parts])
+        error = root_error(information) * features.reach
+    if not bool(score.isfinite().all()):
+        raise ActiveDPOError("a feature is too large for its score")
+    return score, 2 * score.sqrt() * error + error.square()
+
+
+def _first_part(features: PairFeatures, information: InformationMatrix, part: Tensor) -> Tensor:
+    """Scores of a stretch of pairs; where rows are shared by several pairs, row by row."""
+    rows, place = features.pairs[part].unique(return_inverse=True)
+    if len(rows) >= len(part):
+        return information.whiten(features.at(part)).square().sum(dim=1).cpu()
+    whitened = information.whiten(features.parts(rows))
+    difference = whitened[place[:, 0]] - whitened[place[:, 1]]
+    return difference.square().sum(dim=1).cpu() / features.pair_divisor[part].square()

@@ -1,0 +1,222 @@
+"""Greedy V-optimal selection: which pairs tell most about what the policy is likely to say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from activedpo_fast.distributed.pool_parts import PoolProcesses
+from activedpo_fast.distributed.processes import Processes
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.greedy.logdet import add_all, check_n, choices
+from activedpo_fast.selection.greedy.running_scores import Contenders, first_scores
+from activedpo_fast.selection.information.matrix import InformationMatrix
+from activedpo_fast.selection.pair_features import PairFeatures
+from activedpo_fast.selection.ranking import Ranking
+from activedpo_fast.selection.rules import Eligible
+from activedpo_fast.selection.signals import History
+
+if TYPE_CHECKING:
+    from activedpo_fast.store.rows import StoredRows
+
+_EPS = torch.finfo(torch.float64).eps
+_CHUNK_BYTES = 2**26  # of float64 numbers that are worked on at once
+
+
+def greedy_trace(
+    rows: Tensor | StoredRows,
+    pairs: Tensor,
+    n: int,
+    item_of_row: Tensor,
+    *,
+    lam: float = 1.0,
+    kappa: float = 1.0,
+    weights: Tensor | None = None,
+    history: History | None = None,
+    history_weights: Tensor | None = None,
+    targets: int = 1024,
+    eligible: Eligible | None = None,
+    group: dist.ProcessGroup | None = None,
+    show_progress: bool | None = None,
+) -> Ranking:
+    """n times: take the pair that lowers tr(I V^-1) most, then V <- V + phi phi^T.
+
+    V as in `greedy_logdet`. I = sum of c c^T over the targets, c = g - (mean g of its item): up to
+    a factor the covariance of g over what the policy says to each prompt, of which the candidates
+    are a sample. So tr(I V^-1) is the variance that is left in the rewards of the policy's own
+    responses (V-optimality, as in arXiv 2606.19607). With u = V^-1 phi a pair lowers it by
+    |C u|^2 / (1 + phi^T u), C [T, k] the targets, which is its score. Gains may grow again when
+    others are picked.
+
+    C V^-1 G^T is kept for all rows G, [T, R] float64, and changed by every pick: time T R and
+    memory 8 T R bytes, beside one reading of the rows for each pick.
+
+    Args:
+        rows, pairs, n, lam, kappa, weights, history, history_weights, eligible, group: as for
+            `greedy_logdet`. Features are not normalized.
+        item_of_row: int64 [R], the item of each row, from 0.
+        targets: at most about so many rows are targets: those of every item, or of every second,
+            third, ... one.
+        show_progress: a bar over the picks; None shows it on terminals only.
+
+    Returns:
+        Ranking; pairs that float64 cannot tell apart in the order of their index.
+
+    Raises:
+        ActiveDPOError: as `greedy_logdet`; targets below 1.
+    """
+    if targets < 1:
+        raise ActiveDPOError(f"targets must be 1 or more, not {targets}")
+    allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
+    if allowed.min_score > -math.inf and allowed.inverse_cost is not None:
+        # Whether a pair scores enough can change with every pick, and so its turn by cost.
+        raise ActiveDPOError("min_score and cost do not go together with the strategies 'trace' "
+                             "and 'trace_plus', whose scores may grow")
+    processes = None if group is None else Processes(group, len(pairs))
+    shares = PoolProcesses(group)
+    n = check_n(n, len(pairs) if processes is None else processes.total)
+
+    def prepare() -> tuple[PairFeatures, InformationMatrix]:
+        features = PairFeatures(rows, pairs, None, weights)
+        v = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=features.device)
+        if history is not None:
+            add_all(v, PairFeatures(*history, None, history_weights))
+        return features, v
+
+    features, v = shares.check(prepare)
+    sizes = shares.gather(torch.tensor([[len(item_of_row), int(item_of_row.max()) + 1
+                                         if len(item_of_row) else 0]]))
+    every = -(-int(sizes[:, 0].sum()) // targets)
+    first = int(sizes[:shares.rank, 1].sum())
+    own = shares.check(lambda: _targets(features, item_of_row, first, every))
+    everyones = shares.gather(own).to(features.device)
+    scores = shares.check(lambda: TraceScores(features, v, everyones, allowed))
+
+    if processes is not None:
+        processes.require_same({
+            "n": n, "k": v.dim, "lam": lam, "kappa": kappa, "log det V": v.logdet(),
+            "random picks": allowed.n_random, "min_score": allowed.min_score})
+    show = False if processes is not None and processes.rank > 0 else show_progress
+    indices, gains = [], []
+    with tqdm(total=n, desc="selecting", unit="pair",
+              disable=None if show is None else not show) as bar:
+        for choice in choices(scores, n, allowed, processes):
+            phi = None
+            if processes is None or choice.owner == processes.rank:
+                offset = 0 if processes is None else processes.offset
+                phi = features.at(torch.tensor([choice.index - offset]))[0]
+            if processes is not None:
+                phi = processes.share(phi, v.dim, choice.owner)
+            assert phi is not None
+            scores.learn(phi.to(features.device))
+            indices.append(choice.index)
+            gains.append(choice.score)
+            bar.update()
+    return Ranking(torch.tensor(indices, dtype=torch.int64),
+                   torch.tensor(gains, dtype=torch.float64))
+
+
+class TraceScores:
+    """|C V^-1 phi|^2 / (1 + phi^T V^-1 phi) of all pairs, brought up to date by each pick.
+
+    Args:
+        information: V before the first pick; it takes the picks in.
+        targets: C, float64 [T, k].
+    """
+
+    def __init__(
+        self, features: PairFeatures, information: InformationMatrix, targets: Tensor,
+        eligible: Eligible,
+    ) -> None:
+        self._features, self._information = features, information
+        self._targets, self._eligible = targets, eligible
+        self._seen = torch.cat([
+            targets @ information.solve(features.parts(part)).T for part in self._parts()
+        ] or [targets.new_zeros(len(targets), 0)], dim=1)  # C V^-1 G^T
+        self._reach = torch.cat([
+            self._difference(self._seen, part).square().sum(dim=0).cpu()
+            for part in self._pairs()] or [features.length[:0]])
+        self._variance, self._variance_error = first_scores(features, information)
+        self._picks = 0
+        # |C V^-1| is at most this: what products with a feature are rounded to.
+        self._size = float(targets.square().sum().sqrt()) * information.kappa / information.lam
+
+    def best(self) -> Contenders:
+        """Those left that may have the largest value."""
+        left = self._eligible.left.nonzero().flatten()
+        score, error = self._scores(left)
+        scale = self._eligible.inverse_cost
+        factor = torch.ones_like(score) if scale is None else scale[left]
+        among = (score + error) * factor >= (((score - error) * factor).max()
+                                             if len(left) else 0.0)
+        return Contenders(left[among], score[among], error[among])
+
+    def score(self, index: int) -> float:
+        """One candidate's score."""
+        return float(self._scores(torch.tensor([index]))[0])
+
+    def learn(self, phi: Tensor) -> None:
+        """V <- V + phi phi^T."""
+        w = self._information.add(phi)  # the variance of x falls by (x . w)^2
+        target = self._targets @ w
+        row = torch.cat([self._features.parts(part) @ w for part in self._parts()]
+                        or [w.new_zeros(0)])
+        along = self._seen.T @ target  # of each row's column, along the change
+        for part in self._pairs():
+            share = self._difference(row, part).cpu()
+            before = self._difference(along, part).cpu()
+            self._reach[part] += share * (share * float(target @ target) - 2 * before)
+            self._variance[part] -= share.square()
+        self._reach.clamp_(min=0)
+        self._variance.clamp_(min=0)
+        self._seen.addr_(target, row, alpha=-1)
+        self._picks += 1
+
+    def _scores(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores, and what they are right to within, float64 each."""
+        reach, variance = self._reach[indices], self._variance[indices]
+        scale = (16 + 4 * math.sqrt(self._features.dim)) * _EPS * (1 + self._picks)
+        error = scale * self._size * self._features.reach[indices]
+        score = reach / (1 + variance)
+        doubt = 2 * reach.sqrt() * error + error.square()
+        return score, doubt / (1 + variance) + score * (
+            self._variance_error[indices] + scale * variance) / (1 + variance)
+
+    def _difference(self, columns: Tensor, numbers: Tensor) -> Tensor:
+        """Of the last dimension's entries of pairs, times the pairs' weights."""
+        first, second = self._features.pairs[numbers].to(columns.device).unbind(1)
+        divisor = self._features.pair_divisor[numbers].to(columns.device)
+        return (columns[..., first] - columns[..., second]) / divisor
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Row numbers, a bounded number at a time."""
+        yield from _split(len(self._features.rows), self._features.dim)
+
+    def _pairs(self) -> Iterator[Tensor]:
+        """Pair numbers, a bounded number at a time."""
+        yield from _split(len(self._features), len(self._targets))
+
+
+def _targets(features: PairFeatures, item_of_row: Tensor, first: int, every: int) -> Tensor:
+    """Rows of each `every`-th item less the mean of their item, float64 [T, k].
+
+    `first` is the number of this process's first item in the whole.
+    """
+    chosen = ((item_of_row + first) % every == 0).nonzero().flatten()
+    rows = features.parts(chosen)
+    items, place = item_of_row[chosen].unique(return_inverse=True)
+    place = place.to(rows.device)
+    sums = rows.new_zeros(len(items), features.dim).index_add_(0, place, rows)
+    return rows - (sums / torch.bincount(place, minlength=len(items))[:, None])[place]
+
+
+def _split(count: int, width: int) -> Iterator[Tensor]:
+    """0..count-1, as many at a time as rows of `width` float64 numbers fit."""
+    if count:
+        yield from torch.arange(count).split(max(1, _CHUNK_BYTES // (8 * max(1, width))))

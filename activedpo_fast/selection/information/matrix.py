@@ -1,0 +1,386 @@
+"""The information matrix of the pairs chosen so far, and its quadratic form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from activedpo_fast._files import FilePath
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.selection.information.dense import DenseBase
+from activedpo_fast.selection.information.file import read_state, write_state
+from activedpo_fast.selection.information.wy_factors import Reflections, Rows
+
+Form = Literal["auto", "low_rank", "explicit"]
+
+_FORMS = ("auto", "low_rank", "explicit")
+_EPS = torch.finfo(torch.float64).eps
+_BLOCK = 256  # rows of one factorization in add_many
+_PENDING = 64  # points that the explicit form gathers before it changes its matrices
+_WATCH = 1024  # points between two measurements of the drift
+_SAME = 1e-6  # relative distance within which remove() takes two points to be the same
+
+
+class InformationMatrix:
+    """V = (lam/kappa) I + sum of phi phi^T, with scores phi^T V^-1 phi (arXiv 2505.19241).
+
+    What is kept is a square root X of the inverse, V^-1 = X^T X, and never V^-1 itself. At first
+    X = sqrt(kappa/lam) I. A new point phi with u = X phi and score s = |u|^2 makes it
+
+        X <- (I - weight u u^T) X,    weight = (1 - 1/sqrt(1 + s)) / s,
+
+    which is the Sherman-Morrison update of X^T X (Potter's square-root filter). The score is a sum
+    of squares, so it cannot be negative, and the digits lost when a direction has been seen before
+    are half of those that the difference (kappa/lam)|phi|^2 - |W phi|^2 loses: the root of a score
+    cancels from sqrt(kappa/lam)|phi|, not the score from (kappa/lam)|phi|^2.
+
+    X = F B, where F = I - D^T T D is the product of the latest changes (`Reflections`), and V is a
+    base A plus the sum over the latest points P [p, k]. The forms differ in the base:
+      * `"low_rank"`: B = sqrt(kappa/lam) I, A = (lam/kappa) I; D and P hold everything since the
+        start. O(t k) a point for t directions: D is read twice. Memory: 2 t k + t^2 numbers, twice
+        that after a doubling of the storage.
+      * `"explicit"`: B and A are [k, k] matrices into which the latest points are folded, 64 at a
+        time. O(k^2) a point: B is read once. Memory: 2 k^2 numbers (1 GiB at k = 8192), and up to
+        6 k^2 for a moment where X is built again from V.
+      * `"auto"`: low rank until more than k/2 directions are kept, explicit from then on (and low
+        rank again when every point has been removed).
+
+    Accuracy: the absolute error of sqrt(score) is a small multiple (`error_scale`) of
+    2.2e-16 * sqrt(kappa/lam) * |phi|. For unit-norm features and lam/kappa from 1e-6 to 1e3 scores
+    are within 1e-11 (relative) of exact arithmetic, exact duplicates included. On top of that,
+    a point that was all but known already (sqrt(score) far below sqrt(kappa/lam) |phi|) is absorbed
+    in a direction that is off by the angle error / sqrt(score), which turns what is left of others.
+
+    Drift: in the explicit form, each 1024 points, `drift` is measured: |X V X^T z - z| / |z| over
+    seeded probe vectors z. V is only as good as its own rounding, which X sees enlarged by |X|^2,
+    up to kappa/lam, while the chain of updates loses about the root of that. So X is built again
+    from V by Cholesky's factorization only when the drift is above both 1e-12 and
+    32 * 2.2e-16 * |V|_F * min(|X|_F^2, kappa/lam) / sqrt(k), which V's rounding cannot explain,
+    and the new X is kept only when it measures better.
+
+    Args:
+        dim: k, the length of a feature.
+        lam, kappa: lambda and kappa of the method, positive.
+        form: see above.
+        device: where the state is; features are moved there.
+
+    All state and all results are float64, whatever the features' dtype.
+
+    Raises:
+        ActiveDPOError: lam, kappa or dim not positive and finite, an unknown form, features of
+            another width or not finite. What is refused leaves the matrix as it was.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        lam: float = 1.0,
+        kappa: float = 1.0,
+        form: Form = "auto",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if dim < 1:
+            raise ActiveDPOError(f"dim must be 1 or more, not {dim}")
+        check_positive("lam", lam)
+        check_positive("kappa", kappa)
+        if form not in _FORMS:
+            raise ActiveDPOError(f"form must be 'auto', 'low_rank' or 'explicit', not {form!r}")
+        self.dim = dim
+        self.lam = lam
+        self.kappa = kappa
+        self.form = form
+        self.device = torch.device(device)
+        self._reset()
+
+    def _reset(self) -> None:
+        """The state without any point."""
+        self.count = 0  # t, the points added and not removed
+        self._log_gain = 0.0  # log det V - log det V_0
+        self._drift: float | None = None
+        self._unwatched = 0  # points since the drift was measured
+        self._base: DenseBase | None = None  # B and A, once the form is explicit
+        self._latest = Reflections(self.dim, self.device)
+        self._points = Rows(self.dim, self.device)
+        if self.form == "explicit":
+            self._fold()
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether X and V are kept as [k, k] matrices now."""
+        return self._base is not None
+
+    @property
+    def drift(self) -> float | None:
+        """The drift last measured; None in the low-rank form and before the first measurement."""
+        return self._drift
+
+    def score(self, phi: Tensor) -> Tensor:
+        """phi^T V^-1 phi of every row: [N, k] -> float64 [N], never negative."""
+        return self.whiten(phi).square().sum(dim=1)
+
+    def solve(self, phi: Tensor) -> Tensor:
+        """V^-1 phi: [k] -> float64 [k], or row by row [N, k] -> [N, k]."""
+        rows = self._checked(phi, phi.ndim if phi.ndim in (1, 2) else 2)
+        return self.pull_back(self.whiten(rows.reshape(-1, self.dim))).reshape(rows.shape)
+
+    def logdet(self) -> float:
+        """log det V."""
+        return self.dim * math.log(self._ridge) + self._log_gain
+
+    def error_scale(self) -> float:
+        """Bound on the error of sqrt(score) of a unit feature formed without error.
+
+        A generous estimate, not a proof: rounding errors of length-k sums grow like sqrt(k).
+        """
+        return (16 + 4 * math.sqrt(self.dim)) * _EPS * self._scale
+
+    def whiten(self, phi: Tensor) -> Tensor:
+        """u = X phi of every row: [m, k] -> float64 [m, k], with |u|^2 the score.
+
+        X is one of many roots of V^-1, and any change of the matrix may put another in its place:
+        u is good until then.
+        """
+        rows = self._checked(phi, 2)
+        return self._latest.apply(self._scale * rows if self._base is None
+                                  else rows @ self._base.root.T)
+
+    def pull_back(self, u: Tensor) -> Tensor:
+        """X^T u of every row: [m, k] -> float64 [m, k]; of u = whiten(phi), it is V^-1 phi."""
+        rows = self._latest.apply_transposed(self._checked(u, 2))
+        return self._scale * rows if self._base is None else rows @ self._base.root
+
+    def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """X = (I - D^T Y) B as (B, D, Y): [k, k] or None for sqrt(kappa/lam) I, and [t, k] twice.
+
+        The WY form of a product of reflections (Bischof and Van Loan, 1987). D and B are views.
+        """
+        latest = self._latest
+        return (None if self._base is None else self._base.root, latest.directions,
+                latest.triangle @ latest.directions)
+
+    def add(self, phi: Tensor) -> Tensor:
+        """V <- V + phi phi^T.
+
+        Args:
+            phi: [k].
+
+        Returns:
+            w = V_before^-1 phi / sqrt(1 + phi^T V_before^-1 phi), float64 [k]. The score of any x
+            falls by (x . w)^2.
+        """
+        phi = self._checked(phi, 1)
+        u = self.whiten(phi[None])[0]
+        score = float(u @ u)
+        if not math.isfinite(score):
+            raise ActiveDPOError("a feature is not finite, or too large for its score")
+        root = math.sqrt(1 + score)
+        pulled = self._latest.push(u, 1 / (root * (1 + root)))  # (1 - 1/root) / score
+        solved = self._scale * pulled if self._base is None else pulled @ self._base.root
+        self._added(phi[None], math.log1p(score))
+        return solved / root
+
+    def add_many(self, phi: Tensor) -> None:
+        """V <- V + sum of phi phi^T over the rows of phi [m, k] (Woodbury, in blocks)."""
+        phi = self._checked(phi, 2)
+        if not bool(torch.isfinite(phi).all()):
+            raise ActiveDPOError("a feature is not finite")
+        for block in phi.split(_BLOCK):
+            # With U = block X^T and U^T = Q R = Q W S P: I + U^T U has the eigenvectors Q W and
+            # values 1 + S^2. Not from the smaller U U^T: it has the squared condition number.
+            q, r = torch.linalg.qr(self.whiten(block).T)
+            w, lengths, _ = torch.linalg.svd(r, full_matrices=False)
+            scores = lengths.square()
+            root = torch.sqrt(1 + scores)
+            weights = scores / (root * (1 + root))  # 1 - 1/root, without cancellation
+            seen = weights > 1e-3 * _EPS  # less changes nothing
+            self._latest.push_many((q @ w[:, seen]).T, weights[seen])
+            self._added(block, float(scores.log1p().sum()))
+
+    def remove(self, phi: Tensor) -> None:
+        """V <- V - phi phi^T: a point that was added is withdrawn.
+
+        In the low-rank form the point is looked up, within 1e-6 of its length and up to its sign,
+        and where a downdate would lose a digit everything is built again from the other points: as
+        accurate as if it had never been added. The explicit form does not know its points. It
+        downdates where that loses no digit or less than the drift allowed (see the class), and
+        else takes X from V by Cholesky's factorization, in O(k^3): scores are then good to about
+        2.2e-16 * |V|_F * kappa/lam.
+
+        Args:
+            phi: [k].
+
+        Raises:
+            ActiveDPOError: the point was not added. The explicit form can only tell when the score
+                of `phi` without it would be above (kappa/lam) |phi|^2, which no V >= (lam/kappa) I
+                has, or when the last point is removed and something else is left.
+        """
+        phi = self._checked(phi, 1)
+        if not bool(torch.isfinite(phi).all()):
+            raise ActiveDPOError("a feature is not finite")
+        if self.count == 0:
+            raise ActiveDPOError("there is no point to remove")
+        if self._base is None:
+            self._remove_known(phi)
+        else:
+            self._remove_explicit(phi, self._base)
+
+    def save(self, path: FilePath) -> None:
+        """Write the state to `path` (safetensors), whole or not at all."""
+        tensors = {"directions": self._latest.directions, "triangle": self._latest.triangle,
+                   "points": self._points.values}
+        if self._base is not None:
+            tensors |= {"base": self._base.root, "v": self._base.symmetric()}
+        values = {"dim": self.dim, "lam": self.lam, "kappa": self.kappa, "form": self.form,
+                  "count": self.count, "log_gain": self._log_gain, "drift": self._drift,
+                  "unwatched": self._unwatched}
+        write_state(path, tensors, values)
+
+    @classmethod
+    def load(
+        cls,
+        path: FilePath,
+        *,
+        dim: int | None = None,
+        lam: float | None = None,
+        kappa: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> InformationMatrix:
+        """Read what `save` wrote; on the same device it continues bit for bit.
+
+        Args:
+            dim, lam, kappa: what the matrix must have; None takes what the file has.
+
+        Raises:
+            ActiveDPOError: no such file, another kind of file, a damaged one, another format, or
+                one made with another dim, lam or kappa.
+        """
+        tensors, values = read_state(path)
+        for name, wanted in (("dim", dim), ("lam", lam), ("kappa", kappa)):
+            if wanted is not None and wanted != values[name]:
+                raise ActiveDPOError(f"{path} was made with {name} = {values[name]}, not {wanted}")
+        information = cls(values["dim"], lam=values["lam"], kappa=values["kappa"], device=device)
+        information._restore(tensors, values)
+        return information
+
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.form = values["form"]
+        self.count = values["count"]
+        self._log_gain = values["log_gain"]
+        self._drift = values["drift"]
+        self._unwatched = values["unwatched"]
+        # Copies, because only those are sure to be aligned as they were.
+        tensors = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
+        self._latest.restore(tensors["directions"], tensors["triangle"])
+        self._points.append(tensors["points"])
+        if "base" in tensors:
+            self._base = DenseBase(tensors["base"], tensors["v"], self._ridge)
+
+    @property
+    def _ridge(self) -> float:
+        return self.lam / self.kappa
+
+    @property
+    def _scale(self) -> float:
+        return math.sqrt(self.kappa / self.lam)
+
+    def _added(self, points: Tensor, log_gain: float) -> None:
+        """Note points [m, k] that X has absorbed already."""
+        self._points.append(points)
+        self.count += len(points)
+        self._log_gain += log_gain
+        self._unwatched += len(points)
+        if self._base is None:
+            if self.form == "auto" and len(self._latest) > self.dim / 2:
+                self._fold()
+        elif len(self._points) >= _PENDING:
+            self._fold()
+            if self._unwatched >= _WATCH:
+                self._watch(self._base)
+
+    def _fold(self) -> None:
+        """Put the latest changes and points into B and A, which makes the form explicit."""
+        points = self._points.values
+        if self._base is None:
+            self._base = DenseBase.of(self._latest, points, self._ridge)
+        else:
+            self._base.fold(self._latest, points)
+        self._latest = Reflections(self.dim, self.device)
+        self._points = Rows(self.dim, self.device)
+
+    def _watch(self, base: DenseBase) -> None:
+        """Measure the drift of what `_fold` left, and build X again where that helps."""
+        self._unwatched = 0
+        self._drift = base.drift()
+        if self._drift > base.drift_bound():
+            rebuilt = base.rebuilt()
+            if rebuilt is not None and (better := rebuilt.drift()) < self._drift:
+                self._base, self._drift, self._log_gain = rebuilt, better, rebuilt.log_gain()
+
+    def _remove_known(self, phi: Tensor) -> None:
+        """`remove` in the low-rank form, which keeps the points."""
+        points = self._points.values
+        distance, index = torch.stack([
+            torch.linalg.vector_norm(points - phi, dim=1),
+            torch.linalg.vector_norm(points + phi, dim=1),
+        ]).amin(dim=0).min(dim=0)
+        if float(distance) > _SAME * float(torch.linalg.vector_norm(phi)):
+            raise ActiveDPOError("the point to remove was not added")
+        phi, rest = points[index], self._points.without(int(index))
+        u = self.whiten(phi[None])[0]
+        score = float(u @ u)
+        if score <= 0.5 and len(self._latest) < 2 * len(rest):  # D must not outgrow P
+            self._downdate(u, score)
+            self._points = Rows(self.dim, self.device)
+            self._points.append(rest)
+            self.count -= 1
+        else:
+            self._reset()
+            self.add_many(rest)
+
+    def _remove_explicit(self, phi: Tensor, base: DenseBase) -> None:
+        """`remove` in the explicit form, which keeps V."""
+        self._fold()
+        u = self.whiten(phi[None])[0]
+        score, length = float(u @ u), float(torch.linalg.vector_norm(phi))
+        error = 2 * math.sqrt(score) * self.error_scale() * length
+        unseen = length**2 / self._ridge  # the score of phi without any point
+        if score > unseen / (1 + unseen) + error + _EPS:
+            raise ActiveDPOError("the point to remove was not added: V would lose its ridge")
+        if self.count == 1:
+            if base.distance_from_ridge(phi) > _SAME * length**2 + 64 * base.rounding():
+                raise ActiveDPOError("the point to remove is not the one that is left")
+            self._reset()
+            return
+        if score <= 0.5 or error < (1 - score) * base.drift_bound():
+            self._downdate(u, score)
+            base.take_back(phi)
+        else:
+            without = base.without(phi)
+            if without is None:
+                raise ActiveDPOError("the point to remove was not added: V would not stay positive")
+            self._base, self._log_gain = without, without.log_gain()
+        self.count -= 1
+
+    def _downdate(self, u: Tensor, score: float) -> None:
+        """X <- (I + g d d^T) X for d = u / |u|, 1 + g = 1/sqrt(1 - score)."""
+        root = math.sqrt(1 - score)
+        self._latest.push(u, -1 / (root * (1 + root)))
+        self._log_gain += math.log1p(-score)
+        self._unwatched += 1
+
+    def _checked(self, phi: Tensor, ndim: int) -> Tensor:
+        if phi.ndim != ndim or phi.shape[-1] != self.dim:
+            wanted = f"[{self.dim}]" if ndim == 1 else f"[N, {self.dim}]"
+            raise ActiveDPOError(f"features must be {wanted}, not {list(phi.shape)}")
+        return phi.detach().to(self.device, torch.float64)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `ActiveDPOError` unless `value` is a positive, finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value > 0):
+        raise ActiveDPOError(f"{name} must be a positive, finite number, not {value!r}")

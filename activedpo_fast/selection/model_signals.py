@@ -1,0 +1,144 @@
+"""Signals that are taken from the model, when a strategy asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.distributed.pool_parts import PoolProcesses
+from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.models.ref_model import RefModel, reference_policy
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.tokens import TokenizedPool
+from activedpo_fast.selection.candidates import Candidates
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.signals import History, Signals
+
+
+class ModelSignals(Signals):
+    """The signals of this process's part of the candidates, and the seconds that they took.
+
+    Those of labeled pairs are taken by all processes together.
+
+    Args:
+        tokens: of this process's part of the pool.
+        elsewhere: labeled picks that are no pairs of the pool.
+        tokenize: makes tokens of their texts.
+        ref_model: see `ActiveDPOSelector`.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        candidates: Candidates,
+        tokens: TokenizedPool,
+        elsewhere: Sequence[Pick],
+        tokenize: Callable[[PreferencePool], TokenizedPool],
+        ref_model: RefModel | None,
+        processes: PoolProcesses,
+        show_progress: bool | None,
+    ) -> None:
+        self._extractor = extractor
+        self._tokens = tokens
+        self._in_pool, self._elsewhere = candidates.labeled, elsewhere
+        self._tokenize = tokenize
+        self._ref_model = ref_model
+        self._processes = processes
+        self._show_progress = show_progress
+        self._cache: dict[str, Any] = {}
+        self.seconds = 0.0
+        self.device = next(extractor.model.parameters()).device
+        self._rows = candidates.part.rows
+        mine = slice(self._rows.start, self._rows.stop)
+        self.pairs = candidates.own_pairs
+        self.item_of_row = candidates.part.item_of_row(candidates.pool)
+        self.lengths = extractor.lengths(tokens)
+        self.prompt_of_row = candidates.prompts.of_row(candidates.pool)[mine]
+        self.repeated = candidates.prompts.repeats()[mine]
+
+    def gradients(self, *, relative: bool = False) -> Tensor:
+        def take() -> Tensor:
+            rows = self._extractor.gradients(
+                self._tokens, relative=relative, show_progress=self._show_progress)
+            self._cache.setdefault("logps", rows.logps)  # they come for free
+            return rows.gradients
+
+        return self._taken(f"gradients {relative=}", take)
+
+    def history_gradients(self, *, relative: bool = False) -> History:
+        def take(tokens: TokenizedPool) -> Tensor:
+            rows = self._extractor.gradients(
+                tokens, relative=relative, show_progress=self._show_progress)
+            self._cache.setdefault("outside logps", rows.logps)
+            return rows.gradients
+
+        return self._once(f"history_gradients {relative=}", lambda: self._history(
+            self.gradients(relative=relative), take))
+
+    def hidden(self) -> Tensor:
+        return self._taken("hidden", lambda: self._extractor.hidden(
+            self._tokens, show_progress=self._show_progress))
+
+    def history_hidden(self) -> History:
+        return self._once("history_hidden", lambda: self._history(
+            self.hidden(),
+            lambda tokens: self._extractor.hidden(tokens, show_progress=self._show_progress)))
+
+    def logps(self) -> Tensor:
+        return self._taken("logps", lambda: self._extractor.logps(
+            self._tokens, show_progress=self._show_progress))
+
+    def history_logps(self) -> History:
+        return self._once("history_logps", lambda: self._history(
+            self.logps(),
+            lambda tokens: self._once("outside logps", lambda: self._extractor.logps(
+                tokens, show_progress=self._show_progress))))
+
+    def ref_logps(self) -> Tensor:
+        return self._taken("ref_logps", lambda: self._reference_logps(self._tokens))
+
+    def history_ref_logps(self) -> History:
+        return self._once("history_ref_logps", lambda: self._history(
+            self.ref_logps(), self._reference_logps))
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        if name not in self._cache:
+            before, started = self.seconds, time.perf_counter()
+            self._cache[name] = compute()
+            # Signals may be taken from within each other: no second is to count twice.
+            self.seconds = before + time.perf_counter() - started
+        return self._cache[name]
+
+    def _taken(self, name: str, compute: Callable[[], Any]) -> Any:
+        """As `_once`, of what each process takes of its own part."""
+        return self._once(name, lambda: self._processes.check(compute))
+
+    def _history(self, rows: Tensor, extract: Callable[[TokenizedPool], Tensor]) -> History:
+        """Rows and pairs of all that is labeled, the same in all processes."""
+        used, pairs_inside = torch.unique(self._in_pool, return_inverse=True)
+        pairs_inside = pairs_inside.view(-1, 2)
+        mine = used[(used >= self._rows.start) & (used < self._rows.stop)] - self._rows.start
+        inside = self._processes.gather(rows[mine])
+        if not self._elsewhere:
+            return inside, pairs_inside
+        tokens = self._taken("outside tokens", self._outside_tokens)
+        outside = self._processes.gather(self._processes.check(
+            lambda: rows[:0] if tokens is None else extract(tokens)))
+        pairs_outside = torch.arange(2 * len(self._elsewhere)).view(-1, 2) + len(inside)
+        return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
+
+    def _outside_tokens(self) -> TokenizedPool | None:
+        """Of this process's stretch of the labeled pairs that are not in the pool, if any."""
+        mine = self._elsewhere[self._processes.stretch(len(self._elsewhere))]
+        if not mine:
+            return None
+        return self._tokenize(Selection(tuple(mine), strategy="history").as_pool())
+
+    def _reference_logps(self, tokens: TokenizedPool) -> Tensor:
+        with reference_policy(self._extractor.model, self._ref_model) as model:
+            return self._extractor.logps(tokens, model=model, show_progress=self._show_progress)

@@ -1,0 +1,157 @@
+"""Response rows as features of pairs: normalized, and never all formed at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import scores as score_ops
+from activedpo_fast.selection.signals import check_pairs
+
+if TYPE_CHECKING:
+    from activedpo_fast.store.rows import StoredRows
+
+Normalize = Literal["response", "pair"] | None
+
+_CHUNK_BYTES = 2**26  # float64 bytes of features that are worked on at once
+# Norms between which products with a unit vector neither overflow nor lose digits in float32.
+_RANGE = (1e-28, 1e30)
+
+
+class PairFeatures:
+    """The features phi of N pairs (a, b) of R response rows g, formed only where they are needed.
+
+    `normalize` says what phi is:
+      * "response": g_a/|g_a| - g_b/|g_b|;
+      * "pair": (g_a - g_b)/|g_a - g_b|;
+      * None: g_a - g_b;
+    times the pair's weight, if there are weights. A row or difference that is zero stays zero.
+
+    Args:
+        rows: [R, k], any floating dtype, in memory or `StoredRows` on disk. They stay as they are
+            stored, but for rows in memory of norms that float32 products cannot take (below 1e-28
+            or above 1e30), which are widened to float64.
+        pairs: int64 [N, 2] of row numbers.
+        weights: float64 [N], not negative and finite; None for 1.
+        show_progress: see `score_ops.pair_lengths`.
+
+    Attributes:
+        rows, pairs: as given (the pairs on the CPU).
+        dim: k. device: of the rows.
+        row_divisor: float64 [R], and pair_divisor: float64 [N]: what rows and then differences are
+            divided by. Like all that follow they are on the CPU.
+        length: float64 [N], |phi|.
+        size: float64 [N], what the rounding of `at` is relative to, 2.2e-16 * size.
+        reach: float64 [N], what the rounding of phi . w from products with rows is relative to:
+            the sum of the two parts' norms, which may be much larger than |phi|.
+
+    Raises:
+        ActiveDPOError: rows that are not finite (by number), pairs that do not fit, an unknown
+            `normalize`, bad weights. Rows that are in no pair are not looked at.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor | StoredRows,
+        pairs: Tensor,
+        normalize: Normalize,
+        weights: Tensor | None = None,
+        show_progress: bool | None = False,
+    ) -> None:
+        check_normalize(normalize)
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise ActiveDPOError(f"rows must be a floating-point matrix [R, k], not {rows.dtype} "
+                                 f"{list(rows.shape)}")
+        check_pairs(pairs, len(rows), "pairs")
+        self.dim = rows.shape[1]
+        self.device = rows.device
+        self.pairs = pairs.cpu().contiguous()
+        by_response = normalize == "response"
+        norms, lengths = score_ops.pair_lengths(
+            rows, self.pairs, by_row=by_response, show_progress=show_progress)
+        _check_finite(norms)
+        if rows.dtype != torch.float64 and not _in_range(norms):
+            if not isinstance(rows, Tensor):
+                raise ActiveDPOError(
+                    f"rows on disk have norms from {float(norms[norms > 0].min()):.3g} to "
+                    f"{float(norms.max()):.3g}: beyond what {rows.dtype} rows can be selected from")
+            rows = rows.to(torch.float64)
+        self.rows = rows
+
+        self.row_divisor = _nonzero(norms) if by_response else torch.ones_like(norms)
+        self.pair_divisor = _nonzero(lengths) if normalize == "pair" else torch.ones_like(lengths)
+        if weights is not None:
+            _check_weights(weights, len(pairs))
+            # A weight of zero makes a zero feature.
+            self.pair_divisor = self.pair_divisor / weights.to("cpu", torch.float64)
+        first, second = self.pairs.unbind(1)
+        part = norms / self.row_divisor
+        self.reach = (part[first] + part[second]) / self.pair_divisor
+        self.length = lengths / self.pair_divisor
+        # Not normalized by row, the difference is one rounding per entry, however small it is.
+        self.size = self.reach if by_response else self.length
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def chunk(self) -> int:
+        """How many features are formed at once."""
+        return max(1, _CHUNK_BYTES // (8 * max(1, self.dim)))
+
+    def at(self, indices: Tensor) -> Tensor:
+        """The features of the pairs numbered `indices`, int64 [m]: float64 [m, k], on `device`."""
+        # Both parts at once: mostly one pair is asked for, and then calls cost more than work.
+        parts = self.parts(self.pairs[indices].flatten()).view(len(indices), 2, self.dim)
+        difference = parts[:, 0] - parts[:, 1]
+        return difference.div_(self.pair_divisor[indices, None].to(self.device))
+
+    def parts(self, numbers: Tensor) -> Tensor:
+        """Rows over their divisors: float64 [m, k], on `device`."""
+        rows = self.rows
+        taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
+        divisor = self.row_divisor[numbers, None].to(self.device)
+        return taken.to(torch.float64, copy=True).div_(divisor)
+
+    def chunks(self, indices: Tensor) -> Iterator[Tensor]:
+        """The features of `indices` in order, a bounded number at a time: float64 [m, k] each."""
+        for part in indices.split(self.chunk):
+            yield self.at(part)
+
+
+def check_normalize(normalize: Normalize) -> None:
+    """Raise `ActiveDPOError` for an unknown way to normalize."""
+    if normalize not in ("response", "pair", None):
+        raise ActiveDPOError(f"normalize must be 'response', 'pair' or None, not {normalize!r}")
+
+
+def _check_finite(norms: Tensor) -> None:
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise ActiveDPOError(
+            f"rows that are not finite: {', '.join(map(str, bad[:10]))}{more} of {len(norms)}"
+        )
+
+
+def _check_weights(weights: Tensor, n_pairs: int) -> None:
+    if weights.shape != (n_pairs,) or not weights.is_floating_point():
+        raise ActiveDPOError(f"weights must be floating [{n_pairs}], not {weights.dtype} "
+                             f"{list(weights.shape)}")
+    bad = (~(weights.isfinite() & (weights >= 0))).nonzero().flatten().tolist()
+    if bad:
+        raise ActiveDPOError(f"weight {bad[0]} is {float(weights[bad[0]])}: weights must be finite "
+                             "and not negative")
+
+
+def _in_range(norms: Tensor) -> bool:
+    used = norms[norms > 0]
+    return not len(used) or bool(used.min() >= _RANGE[0] and used.max() <= _RANGE[1])
+
+
+def _nonzero(sizes: Tensor) -> Tensor:
+    return torch.where(sizes > 0, sizes, 1.0)

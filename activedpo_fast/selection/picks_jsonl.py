@@ -1,0 +1,135 @@
+"""A pick, and its line in a JSONL file: the one writer and the one reader."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast._files import FilePath, reason_of
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.template import check_template_kwargs
+from activedpo_fast.pool.texts import Text
+
+_FIELDS = ("id", "pair", "score", "rank", "prompt", "responses")
+ITEM_TEMPLATE_FIELD = "item_chat_template_kwargs"
+_TEMPLATE_FIELDS = ("chat_template_kwargs", ITEM_TEMPLATE_FIELD)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One pair of responses to label.
+
+    Attributes:
+        id: the item's id in the pool.
+        pair: positions (i, j) of the two responses in the item's `responses`.
+        score: the strategy's score; for `activedpo` the gain phi^T V^-1 phi at the pick.
+        rank: 0 for the first pick.
+        prompt: the item's prompt.
+        responses: the two responses, in the order of `pair`.
+        chat_template_kwargs: arguments of the chat template that the pair was scored with; None for
+            none.
+        item_chat_template_kwargs: those among them that the item has in a column of its own.
+    """
+
+    id: str
+    pair: tuple[int, int]
+    score: float
+    rank: int
+    prompt: Text
+    responses: tuple[Text, Text]
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+    item_chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+
+
+def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
+    """The line of a pick; `more` are further fields. The template's only where there are any."""
+    record = {"id": pick.id, "pair": list(pick.pair), "score": pick.score, "rank": pick.rank,
+              "prompt": pick.prompt, "responses": list(pick.responses),
+              **(template_fields(pick) if template else {}), **more}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
+    """(place in the file, pick, whole record) of every line, in the file's order."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors add a byte order mark
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
+    found: list[tuple[str, Pick, dict[str, Any]]] = []
+    seen: dict[str, int] = {}
+    # split("\n"), not splitlines(): a JSON string may hold U+2028 and the like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ActiveDPOError(f"{place}: broken JSON: {error}") from error
+        pick = _parse_pick(record, place)
+        # The same id and pair with other responses is another round's pick, and not a duplicate.
+        key = json.dumps([pick.id, pick.pair, pick.prompt, pick.responses], sort_keys=True)
+        if key in seen:
+            raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is already on "
+                                 f"line {seen[key]}")
+        seen[key] = number
+        found.append((place, pick, record))
+    return found
+
+
+def template_fields(pick: Pick) -> dict[str, Any]:
+    """What a line of JSONL says about the pick's chat template; empty where there is nothing."""
+    values = {name: getattr(pick, name) for name in _TEMPLATE_FIELDS}
+    return {name: value for name, value in values.items() if value}
+
+
+def _parse_pick(record: Any, place: str) -> Pick:
+    if not isinstance(record, dict):
+        raise ActiveDPOError(f"{place}: not a JSON object")
+    missing = [field for field in _FIELDS if field not in record]
+    if missing:
+        raise ActiveDPOError(f"{place}: no {', '.join(repr(field) for field in missing)}")
+    if not isinstance(record["id"], str):
+        raise ActiveDPOError(f"{place}: 'id' must be a string")
+    pair = record["pair"]
+    if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(i) for i in pair)
+            and pair[0] != pair[1]):
+        raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
+    score = record["score"]
+    # An integer of JSON may be too large for a float; only the comparison is safe.
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e308:
+        raise ActiveDPOError(f"{place}: 'score' must be a finite number")
+    if not _is_count(record["rank"]):
+        raise ActiveDPOError(f"{place}: 'rank' must be an integer from 0")
+    prompt, responses = record["prompt"], record["responses"]
+    if not _is_text(prompt):
+        raise ActiveDPOError(f"{place}: 'prompt' must be a string or a list of chat messages")
+    if not (isinstance(responses, list) and len(responses) == 2
+            and all(_is_text(r) and isinstance(r, str) == isinstance(prompt, str)
+                    for r in responses)):
+        raise ActiveDPOError(
+            f"{place}: 'responses' must be two texts of the prompt's kind (string or messages)"
+        )
+    for name in _TEMPLATE_FIELDS:
+        check_template_kwargs(record.get(name), f"{place}: {name!r}")
+    return Pick(record["id"], (pair[0], pair[1]), float(score), record["rank"], prompt,
+                (responses[0], responses[1]), *map(record.get, _TEMPLATE_FIELDS))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in value
+    )

@@ -1,0 +1,80 @@
+"""The one way from candidates to picks: rules, strategy, and the picks that its ranking names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import own_template_kwargs, template_kwargs
+from activedpo_fast.selection.candidates import Candidates
+from activedpo_fast.selection.greedy.logdet import check_n
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.ranking import Ranking
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.rules import PickRules, warn_if_fewer
+from activedpo_fast.selection.signals import Signals
+from activedpo_fast.selection.strategies import Strategy
+
+logger = logging.getLogger(__name__)
+
+
+def run_selection(
+    candidates: Candidates, signals: Signals, strategy: Strategy, n: int, *,
+    rules: PickRules | None = None, fewer_ok: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+) -> Selection:
+    """The n candidates that the strategy picks under the rules, best first.
+
+    Args:
+        signals: of this process's part of the candidates.
+        fewer_ok: take all candidates where there are fewer than n.
+        chat_template_kwargs: those that the whole pool was tokenized with; the picks remember them.
+        group: the processes that select together; all return the same.
+
+    Raises:
+        ActiveDPOError: fewer than n candidates; rules that do not fit the pool or leave no
+            candidate; what the strategy raises.
+    """
+    first = group is None or dist.get_rank(group) == 0
+    found = len(candidates.pairs)
+    if fewer_ok and isinstance(n, int) and found < n:
+        if first:
+            logger.warning("%d pairs are picked instead of %d: there are no other candidates",
+                           found, n)
+        n = found
+    n = check_n(n, found)
+    eligible = None
+    if rules is not None:
+        eligible = rules.bind(candidates.pool, candidates.pairs, n)
+        if group is not None:
+            eligible = eligible.part(candidates.mine.start, candidates.mine.stop)
+    ranking = strategy.select(signals, n, eligible=eligible, group=group,
+                              show_progress=show_progress)
+    if eligible is not None and first:
+        warn_if_fewer(len(ranking.indices), n, eligible)
+    return selection_of(candidates.pool, candidates.pairs, ranking, strategy.name,
+                        chat_template_kwargs)
+
+
+def selection_of(
+    pool: PreferencePool, pairs: Tensor, ranking: Ranking, strategy: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Selection:
+    """The picks that a ranking of candidate `pairs` stands for."""
+    picks = []
+    for rank, (index, score) in enumerate(
+        zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)
+    ):
+        (position, first), (_, second) = (pool.locate(row) for row in pairs[index].tolist())
+        item = pool[position]
+        arguments = template_kwargs(item.extra, chat_template_kwargs) if pool.is_chat else None
+        own = own_template_kwargs(item.extra) if pool.is_chat else None
+        picks.append(Pick(item.id, (first, second), score, rank, item.prompt,
+                          (item.responses[first], item.responses[second]), arguments or None, own))
+    return Selection(tuple(picks), strategy)

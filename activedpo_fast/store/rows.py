@@ -1,0 +1,348 @@
+"""Gradient rows that stay on disk and are read when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activedpo_fast._files import FilePath
+from activedpo_fast.errors import ActiveDPOError
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors has the same
+_BUFFERS_PER_READ = 1024  # IOV_MAX of Linux and macOS
+_ROWS_AT_ONCE = 2**16  # sorted and read together; bounds the bookkeeping for short rows
+
+
+class StoredRows:
+    """A matrix [R, k] in safetensors files, of which only what is asked for is in memory.
+
+    Rows are read with `preadv` into fresh tensors, not mapped: mapped pages would count as resident
+    memory. Reading is thread-safe and, as no file position is used, safe after a fork.
+
+    Made by `open`. The files stay open until this object and all that were made of it by `select`
+    are closed or collected.
+
+    Attributes:
+        shape: (R, k).
+        dtype: float16, bfloat16, float32 or float64.
+        device: always the CPU.
+        row_bytes: bytes of a row; nbytes: of all of them.
+        file_of_row: int32 [R], which of `descriptors` has the row.
+        offset_of_row: int64 [R], the byte in that file at which the row begins. These three stay
+            the same tensors, so that C++ can have their addresses.
+    """
+
+    ndim = 2
+    device = torch.device("cpu")
+
+    def __init__(
+        self, files: _Files, file_of_row: Tensor, offset_of_row: Tensor, dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._files: _Files | None = files
+        self._descriptors = torch.tensor(files.descriptors, dtype=torch.int32)
+        self.file_of_row = file_of_row
+        self.offset_of_row = offset_of_row
+        self.shape = (len(file_of_row), dim)
+        self.dtype = dtype
+        self.row_bytes = dim * dtype.itemsize
+
+    @classmethod
+    def open(
+        cls,
+        paths: Sequence[FilePath],
+        tensor: str = "gradients",
+        order: Tensor | None = None,
+    ) -> StoredRows:
+        """The rows of the matrices called `tensor` in safetensors files.
+
+        Args:
+            paths: one or more; all of their matrices have the same k and dtype.
+            order: int64 [R], which row of the files, one after the other, each row is; default: as
+                they come.
+
+        Raises:
+            ActiveDPOError: a file that cannot be read, is no whole safetensors file, has no such
+                floating-point matrix, or one of another k or dtype; row numbers that do not fit.
+        """
+        files = _Files()
+        try:
+            layouts = [_read_layout(files.open(Path(path)), tensor) for path in paths]
+        except BaseException:
+            files.close()
+            raise
+        if not layouts:
+            raise ActiveDPOError("there are no files to read rows from")
+        first = layouts[0]
+        for path, layout in zip(files.paths, layouts, strict=True):
+            if (layout.dim, layout.dtype) != (first.dim, first.dtype):
+                raise ActiveDPOError(
+                    f"{path} has rows of {layout.dim} {_name(layout.dtype)} numbers, "
+                    f"{files.paths[0]} of {first.dim} {_name(first.dtype)}")
+        counts = torch.tensor([layout.rows for layout in layouts])
+        row_bytes = first.dim * first.dtype.itemsize
+        rows = cls(
+            files,
+            torch.repeat_interleave(torch.arange(len(layouts), dtype=torch.int32), counts),
+            torch.cat([layout.begin + row_bytes * torch.arange(layout.rows) for layout in layouts]),
+            first.dim,
+            first.dtype,
+        )
+        return rows if order is None else rows.select(order)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * self.row_bytes
+
+    @property
+    def descriptors(self) -> Tensor:
+        """int32 [n_files], open file descriptors; for use while this object is open and alive."""
+        self._open_files()
+        return self._descriptors
+
+    def take(self, ids: Tensor) -> Tensor:
+        """The rows numbered `ids`, int64 [m], in that order: [m, k] in the stored dtype.
+
+        Raises:
+            ActiveDPOError: a number that is no row; a file that cannot be read or was cut short.
+        """
+        files = self._open_files()
+        numbers = self._checked(ids)
+        taken = torch.empty(len(numbers), self.shape[1], dtype=self.dtype)
+        for start in range(0, len(numbers), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            self._read(files, numbers[part], taken[part])
+        return taken
+
+    def chunks(self, rows_per_chunk: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order, at most `rows_per_chunk` at a time: (number of the first, [m, k])."""
+        if rows_per_chunk < 1:
+            raise ActiveDPOError(f"rows_per_chunk must be 1 or more, not {rows_per_chunk}")
+        for start in range(0, len(self), rows_per_chunk):
+            yield start, self.take(torch.arange(start, min(start + rows_per_chunk, len(self))))
+
+    def select(self, ids: Tensor) -> StoredRows:
+        """The rows numbered `ids`, int64 [m], as stored rows of the same open files."""
+        numbers = torch.from_numpy(self._checked(ids))
+        return StoredRows(self._open_files(), self.file_of_row[numbers],
+                          self.offset_of_row[numbers], self.shape[1], self.dtype)
+
+    def close(self) -> None:
+        """Let go of the files; more than once is fine."""
+        self._files = None
+
+    def __enter__(self) -> StoredRows:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("StoredRows cannot be pickled or copied: open the files again instead")
+
+    def __repr__(self) -> str:
+        return f"StoredRows(shape={self.shape}, dtype={self.dtype})"
+
+    def _open_files(self) -> _Files:
+        if self._files is None:
+            raise ActiveDPOError("these stored rows have been closed")
+        return self._files
+
+    def _checked(self, ids: Tensor) -> np.ndarray:
+        if ids.ndim != 1 or ids.dtype != torch.int64:
+            raise ActiveDPOError(f"row numbers must be int64 [m], not {ids.dtype} "
+                                 f"{list(ids.shape)}")
+        numbers = ids.cpu().numpy()
+        outside = numbers[(numbers < 0) | (numbers >= len(self))]
+        if len(outside):
+            raise ActiveDPOError(f"there is no row {outside[0]}, only {len(self)} rows")
+        return numbers
+
+    def _read(self, files: _Files, numbers: np.ndarray, taken: Tensor) -> None:
+        """Read the rows `numbers`, one or more, to `taken`."""
+        # In the order in which they lie on disk: what is adjacent there is read at once.
+        file, offset = self.file_of_row.numpy()[numbers], self.offset_of_row.numpy()[numbers]
+        order = np.lexsort((offset, file))
+        file, offset = file[order], offset[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (np.diff(file) != 0) | (np.diff(offset) != 0)
+        target = order[new]
+        self._read_sorted(files, file[new], offset[new], target, taken)
+        if len(target) < len(order):
+            source = target[np.cumsum(new) - 1]
+            taken[torch.from_numpy(order[~new])] = taken[torch.from_numpy(source[~new])]
+
+    def _read_sorted(
+        self, files: _Files, file: np.ndarray, offset: np.ndarray, target: np.ndarray,
+        taken: Tensor,
+    ) -> None:
+        """Read different rows, sorted by file and offset, to the rows `target` of `taken`."""
+        size = self.row_bytes
+        memory = memoryview(taken.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+        # A run is adjacent on disk; a piece of it is adjacent in memory, too.
+        starts_run = np.ones(len(target), dtype=bool)
+        starts_run[1:] = (np.diff(file) != 0) | (np.diff(offset) != size)
+        starts_piece = starts_run.copy()
+        starts_piece[1:] |= np.diff(target) != 1
+        pieces = np.flatnonzero(starts_piece)
+        begins = size * target[pieces]
+        ends = begins + size * np.diff(pieces, append=len(target))
+        buffers = [memory[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+        runs = np.flatnonzero(starts_run)
+        lengths = size * np.diff(runs, append=len(target))
+        places = list(zip(file[runs].tolist(), offset[runs].tolist(), lengths.tolist(),
+                          strict=True))
+        if len(places) > 1:
+            # A disk that is asked for many places at once may be more than twice as fast.
+            for number, position, length in places:
+                files.announce(number, position, length)
+        of_run = pairwise([*np.searchsorted(pieces, runs).tolist(), len(pieces)])
+        for (number, position, _), (a, b) in zip(places, of_run, strict=True):
+            files.read(number, position, buffers[a:b])
+
+
+class _Files:
+    """Files that are open for reading, closed when this object is collected."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.descriptors: list[int] = []
+        self.close = weakref.finalize(self, _close, self.descriptors)
+
+    def open(self, path: Path) -> _File:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            self.paths.append(path)
+            self.descriptors.append(descriptor)
+            status = os.fstat(descriptor)
+        except OSError as error:
+            raise ActiveDPOError(f"{path} cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise ActiveDPOError(f"{path} cannot be read: not a file")
+        return _File(self, len(self.paths) - 1, status.st_size)
+
+    def announce(self, number: int, offset: int, count: int) -> None:
+        """Have the system begin to read what will be read soon, where it can be told."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self.descriptors[number], offset, count, os.POSIX_FADV_WILLNEED)
+
+    def read(self, number: int, offset: int, buffers: list[memoryview]) -> None:
+        """Fill `buffers`, one after the other, with what begins at `offset` of a file."""
+        done = 0
+        while done < len(buffers):
+            try:
+                count = os.preadv(self.descriptors[number],
+                                  buffers[done : done + _BUFFERS_PER_READ], offset)
+            except OSError as error:
+                raise ActiveDPOError(
+                    f"{self.paths[number]} cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise ActiveDPOError(f"{self.paths[number]} has been cut short: it ends at byte "
+                                     f"{offset}, within its rows")
+            offset += count
+            while done < len(buffers) and count >= len(buffers[done]):
+                count -= len(buffers[done])
+                done += 1
+            if count:
+                buffers[done] = buffers[done][count:]
+
+
+def _close(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+class _File(NamedTuple):
+    files: _Files
+    number: int
+    size: int
+
+    @property
+    def path(self) -> Path:
+        return self.files.paths[self.number]
+
+    def read(self, offset: int, count: int) -> bytes:
+        content = bytearray(count)
+        self.files.read(self.number, offset, [memoryview(content)])
+        return bytes(content)
+
+
+class _Layout(NamedTuple):
+    """Where a matrix lies in a file: its rows one after the other from the byte `begin` on."""
+
+    begin: int
+    rows: int
+    dim: int
+    dtype: torch.dtype
+
+
+def _read_layout(file: _File, tensor: str) -> _Layout:
+    """Find a matrix in a safetensors file, trusting nothing that the file says.
+
+    The format: the header's length as a little-endian uint64, the header in JSON, the data.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ActiveDPOError(f"{file.path} is not a whole safetensors file of rows: {why}")
+
+    if file.size < 8:
+        refuse(f"it has {file.size} bytes")
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if not 0 < length <= min(file.size - 8, _HEADER_LIMIT):
+        refuse(f"a header of {length} bytes in a file of {file.size}")
+    try:
+        header = json.loads(file.read(8, length).decode("utf-8"))
+    except (ValueError, RecursionError):
+        refuse("its header is not JSON")
+    entry = header.get(tensor) if isinstance(header, dict) else None
+    if not isinstance(entry, dict):
+        refuse(f"no tensor {tensor!r} in it")
+    dtype = _DTYPES.get(str(entry.get("dtype")))
+    if dtype is None:
+        refuse(f"{tensor!r} has the dtype {short(entry.get('dtype'))}, not one of "
+               f"{', '.join(_DTYPES)}")
+    shape, offsets = _two_sizes(entry.get("shape")), _two_sizes(entry.get("data_offsets"))
+    if shape is None or shape[1] == 0:
+        refuse(f"{tensor!r} has the shape {short(entry.get('shape'))}, not that of rows")
+    if offsets is None or offsets[1] - offsets[0] != shape[0] * shape[1] * dtype.itemsize:
+        refuse(f"{tensor!r} has the shape {list(shape)} and the data offsets "
+               f"{short(entry.get('data_offsets'))}")
+    begin = 8 + length
+    if begin + offsets[1] > file.size:
+        refuse(f"{tensor!r} ends at byte {begin + offsets[1]} of {file.size}")
+    return _Layout(begin + offsets[0], shape[0], shape[1], dtype)
+
+
+def _two_sizes(value: Any) -> tuple[int, int] | None:
+    """Two numbers of a header, if they are sizes; none of them leaves the range of int64."""
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    if not all(type(number) is int and 0 <= number < 2**63 for number in value):
+        return None
+    return value[0], value[1]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

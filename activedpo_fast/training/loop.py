@@ -1,0 +1,519 @@
+"""`ActiveDPOLoop`: rounds of generate, select, label and train, with their state on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from activedpo_fast._files import read_json, write_atomic, write_json
+from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels import Oracle
+from activedpo_fast.labels.reading import SKIP, by_preference, read_labels
+from activedpo_fast.models.fingerprints import is_untrained, policy_settings
+from activedpo_fast.pool.columns import check_json_columns
+from activedpo_fast.pool.generation import generate_responses
+from activedpo_fast.pool.items import Prompt, check_prompts
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import one_setting, own_template_kwargs
+from activedpo_fast.selection.picks_jsonl import pick_line
+from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.strategies import STRATEGIES, Strategy
+from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.training.rehearsal import rehearse
+from activedpo_fast.training.resuming import check_settings, write_settings
+from activedpo_fast.training.trl import (
+    adapter_state,
+    load_adapter_state,
+    selector_settings,
+    train_dpo,
+)
+
+if TYPE_CHECKING:
+    from trl import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+START = -1
+
+
+@dataclass
+class RoundRecord:
+    """What a round cost and what it led to.
+
+    Attributes:
+        round: 0, 1, ...; -1 for the record of the start, before any label.
+        labels_total: labels so far, this round's among them, without "no preference".
+        metrics: of `evaluate`, after this round's training.
+        seconds: by stage: generate, features, select, label, train, evaluate.
+        strategy: that made this round's selection.
+    """
+
+    round: int
+    labels_total: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    strategy: str = ""
+
+
+class ActiveDPOLoop:
+    """Rounds of active DPO: sample responses, pick pairs, have them labeled, train, repeat.
+
+    Everything is written under `output_dir` as it comes about: `config.json`, `start/` and
+    `round-000/` with `pool.jsonl`, `picked.jsonl`, `labels.jsonl`, `adapter/` and `record.json`.
+    `run` continues at the first stage that is not complete, with the results of a run that was
+    never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
+    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised,
+    and a setting may change while nothing on disk depends on it: `dpo_args`, say, until the first
+    round was trained. The base model (weights, dtype, config, EOS ids), the LoRA configuration and
+    the tokenizer have to be those that the run began with. The adapter has to have the weights of
+    `start/` or of a round; it may also be fresh (B = 0), if that of `start/` is. Every adapter that
+    is written has the tokenizer beside it.
+
+    Before a run begins, or goes on with changed settings, it is rehearsed: all prompts are encoded,
+    and dummy pairs are generated, selected and trained on for one step (see
+    `activedpo_fast.training.rehearsal`). What cannot work is refused then, and nothing is written.
+
+    Args:
+        model: a PEFT model, adapter "default". Its weights are the policy's start.
+        prompts: each round takes `prompts_per_round` of them in a seeded order, going on where the
+            last round ended and around. Prompts whose pairs were labeled are offered again only
+            where all others do not suffice; a warning says so. Prompts with the same text are one
+            (see `PickRules.prompt_by`): it is offered as the first of them.
+        oracle: see `activedpo_fast.labels`. A `LabelsPending` from it passes through `run`. A
+            round in which no pair gets a preference is not trained on: its adapter is that before.
+        dpo_args: see `activedpo_fast.training.trl.dpo_config`; the same in each round.
+        strategy, selector_options: for `ActiveDPOSelector`, which takes a `Strategy`, too. beta,
+            max_length, truncation_mode and length_normalized are those of `dpo_args` unless given
+            (see `selector_settings`, which also refuses what selection cannot follow); ref_model is
+            the loop's.
+        batch_size: pairs labeled a round (B).
+        n_responses, generation: for `generate_responses`.
+        chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
+            training. They may also be in `selector_options` or `generation`, if all that are given
+            agree.
+        rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are
+            those of `prompts`. Prompts to exclude get no responses. A round that the rules leave no
+            pair, or none that reaches `min_score`, ends the run with an error.
+        train_on: "all" labels so far or the "newest" round's. *The paper does not state it.*
+        start_from: each round trains from the "initial" adapter or from the "current" one. *The
+            paper does not state it.*
+        reference: π_ref, the "initial" policy or that at the start of the "round" (the weights that
+            training starts from). *The paper does not state it.* Strategies that need π_ref select
+            by the same one. With "round" and `start_from="current"` that is the policy itself when
+            it selects, and all reward differences are 0.
+        evaluate: metrics of the model, taken before the first round and after each.
+        seed: of the order of prompts and, with the round's number, of the responses.
+        extra_settings: JSON values that the run depends on and the loop cannot see, those of the
+            oracle, say; they are compared with the other settings when a run is resumed.
+
+    Raises:
+        ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
+            settings, or with another model, adapter or tokenizer (naming the first difference that
+            matters), where a launcher has started several processes, errors of the rehearsal, which
+            begin with the section at fault, and of the stages.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        oracle: Oracle,
+        *,
+        output_dir: str | Path,
+        dpo_args: DPOConfig,
+        strategy: str | Strategy = "activedpo",
+        selector_options: dict[str, Any] | None = None,
+        batch_size: int = 50,
+        rounds: int = 5,
+        prompts_per_round: int = 1000,
+        n_responses: int = 3,
+        generation: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        rules: PickRules | None = None,
+        train_on: Literal["all", "newest"] = "all",
+        start_from: Literal["initial", "current"] = "initial",
+        reference: Literal["initial", "round"] = "initial",
+        evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
+        seed: int = 0,
+        extra_settings: Mapping[str, Any] | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("rounds", rounds),
+                            ("prompts_per_round", prompts_per_round)):
+            if value < 1:
+                raise ActiveDPOError(f"{name}: {value} is below 1")
+        for name, choice, known in (("train_on", train_on, ("all", "newest")),
+                                    ("start_from", start_from, ("initial", "current")),
+                                    ("reference", reference, ("initial", "round"))):
+            if choice not in known:
+                raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
+        check_prompts(prompts)
+        for n, prompt in enumerate(prompts, start=1):
+            check_json_columns(prompt.extra, f"prompt {n}")
+        excluded: set[str] = set()
+        if rules is not None:
+            rules.check(prompts)
+            excluded.update(rules.excluded(prompts))
+        self.model = model
+        self.processing_class = processing_class
+        self.prompts = list(prompts)
+        self._prompt_by = None if rules is None else rules.prompt_by
+        distinct = distinct_prompts(self.prompts, self._prompt_by)
+        if len(distinct) < len(self.prompts):
+            logger.info("%d of %d prompts repeat the text of an earlier one: it is offered once, "
+                        "as the first", len(self.prompts) - len(distinct), len(self.prompts))
+        self._offered = [prompt for prompt in distinct if prompt.id not in excluded]
+        if not self._offered:
+            raise ActiveDPOError("exclude: no prompt is left")
+        self.oracle = oracle
+        self.output_dir = Path(output_dir)
+        self.dpo_args = dpo_args
+        self.batch_size = batch_size
+        self.rounds = rounds
+        self.prompts_per_round = prompts_per_round
+        self.generation = {"n_responses": n_responses, **(generation or {})}
+        self.rules = rules
+        self.train_on = train_on
+        self.start_from = start_from
+        self.reference = reference
+        self.evaluate = evaluate
+        self.seed = seed
+        self.show_progress = show_progress
+        self.strategy = strategy if isinstance(strategy, str) else strategy.name
+        options = {**selector_settings(dpo_args), **(selector_options or {})}
+        if "ref_model" in options:
+            raise ActiveDPOError("selector_options: 'ref_model' is what the loop trains against; "
+                                 "set reference instead")
+        self.chat_template_kwargs = one_setting({
+            "chat_template_kwargs": chat_template_kwargs,
+            "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
+            "generation.chat_template_kwargs": self.generation.pop("chat_template_kwargs", None),
+        })
+        self.selector = ActiveDPOSelector(
+            model, processing_class=processing_class, strategy=strategy,
+            chat_template_kwargs=self.chat_template_kwargs, **options)
+        if ((reference, start_from) == ("round", "current")
+                and "ref_logps" in (STRATEGIES[strategy] if isinstance(strategy, str)
+                                    else strategy).requires):
+            logger.warning("strategy %r compares the policy with the reference, which are the same "
+                           "when it selects: reference is 'round' and start_from 'current', so "
+                           "every reward difference is 0", self.strategy)
+        self._settings = _plain({
+            "model": getattr(model.get_base_model().config, "_name_or_path", ""),
+            "strategy": (strategy if isinstance(strategy, str) else
+                         {"name": strategy.name, **vars(strategy)}),
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "selector_options": options,
+            "batch_size": batch_size,
+            "prompts_per_round": prompts_per_round,
+            "prompts": _digest([_identity(p) for p in self.prompts]),
+            "generation": self.generation,
+            "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
+            "train_on": train_on,
+            "start_from": start_from,
+            "reference": reference,
+            "seed": seed,
+            "dpo": {name: value for name, value in dpo_args.to_dict().items()
+                    if name not in ("output_dir", "logging_dir", "run_name")}
+            | {"pad_token": dpo_args.pad_token},  # `to_dict` hides it as if it were a secret
+            "extra_settings": dict(extra_settings or {}),
+        })
+
+    def run(self) -> list[RoundRecord]:
+        """Run what is not on disk yet; the records of the start and of all rounds."""
+        require_one_process("ActiveDPOLoop.run")
+        if "strftime_now" in str(self.processing_class.chat_template):
+            logger.warning("the chat template uses the current date: rounds of other days have "
+                           "other prompts")
+        settings = self._settings | policy_settings(self.model, self.processing_class)
+        mended = check_settings(self.output_dir, settings)
+        start = self.output_dir / "start"
+        begun = (start / "adapter").exists()
+        if begun:
+            self._check_adapter(start)
+        elif any(self.output_dir.glob("round-*/adapter")):
+            raise ActiveDPOError(f"{start / 'adapter'} is gone, from which the rounds of "
+                                 f"{self.output_dir} go on: put it back, or use another output_dir")
+        if mended or not (self._folder(0) / "pool.jsonl").exists():
+            self._rehearse()  # before anything is written
+        write_settings(self.output_dir, settings, mended)
+        if not begun:
+            _save_adapter(self.model, self.processing_class, start / "adapter")
+        self._initial = _read_adapter(start)
+        self._load(start)
+        records = [self._record(start, START, 0)]
+        history: list[tuple[Selection, list[int | None]]] = []
+        for t in range(self.rounds):
+            folder = self._folder(t)
+            history.append(self._labels(t, folder, history))
+            self._train(folder, self._folder(t - 1) if t else start, history)
+            self._load(folder)
+            total = sum(label is not None for _, labels in history for label in labels)
+            records.append(self._record(folder, t, total))
+        return records
+
+    # -- stages: each does nothing but read where its result is on disk --------------------------
+
+    def _labels(
+        self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
+    ) -> tuple[Selection, list[int | None]]:
+        path = folder / "labels.jsonl"
+        if not path.exists():
+            pool = self._pool(t, folder, history)
+            picked = self._picked(folder, pool, history)
+            with _timed(folder, "label"):
+                labels = self.oracle.label(picked, pool)
+            picked.to_dataset(labels)  # checks them
+            _write_labels(path, picked, labels)
+        return read_labels(path, strategy=self.strategy, all_answered=True)
+
+    def _pool(
+        self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
+    ) -> PreferencePool:
+        path = folder / "pool.jsonl"
+        if not path.exists():
+            asked = same_prompt(self.prompts, {p.id for picks, _ in history for p in picks},
+                                self._prompt_by)
+            prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
+            seed = int(_digest([self.seed, t])[:12], 16)
+            with _timed(folder, "generate"):
+                pool = generate_responses(self.model, self.processing_class, prompts, seed=seed,
+                                          chat_template_kwargs=self.chat_template_kwargs,
+                                          show_progress=self.show_progress, **self.generation)
+            pool.to_jsonl(path)
+        # Read back in any case: an interrupted run then sees what an uninterrupted one does.
+        return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
+
+    def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
+        """The pool with the columns that its prompts have now: rules and oracles read them."""
+        columns = {prompt.id: _plain(prompt.extra) for prompt in self.prompts}
+        changed = sorted({
+            name for item in pool for extra in [columns.get(item.id, item.extra)]
+            for name in {**item.extra, **extra} if item.extra.get(name) != extra.get(name)})
+        if not changed:
+            return pool
+        logger.info("%s: columns of the prompts have changed and are read as they are now: %s",
+                    folder.name, ", ".join(changed))
+        return PreferencePool(replace(item, extra=columns.get(item.id, item.extra))
+                              for item in pool)
+
+    def _picked(
+        self, folder: Path, pool: PreferencePool,
+        history: list[tuple[Selection, list[int | None]]],
+    ) -> Selection:
+        path = folder / "picked.jsonl"
+        if not path.exists():
+            split = [by_preference(*past) for past in history]
+            rules = self.rules and self.rules.within(pool)
+            self.selector.ref_model = self._reference_weights()
+            picked = self.selector.select(
+                pool, self.batch_size, labeled=[with_one for with_one, _ in split],
+                asked=[without for _, without in split], rules=rules, fewer_ok=True,
+                show_progress=self.show_progress)
+            if not picked:
+                raise ActiveDPOError(f"{folder.name}: no pair is left to pick, or none reaches "
+                                     "min_score: nothing to label")
+            _add_seconds(folder, self.selector.last_timings)
+            picked.to_jsonl(path)
+        return Selection.from_jsonl(path, strategy=self.strategy)
+
+    def _train(
+        self, folder: Path, before: Path, history: list[tuple[Selection, list[int | None]]]
+    ) -> None:
+        if (folder / "adapter").exists():
+            return
+        newest = history[-1][1]
+        if all(label is None for label in newest):
+            logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
+                        "on, and the adapter stays as it was", folder.name, len(newest))
+            self._load(before)
+            _save_adapter(self.model, self.processing_class, folder / "adapter")
+            return
+        used = history if self.train_on == "all" else history[-1:]
+        picks = Selection(tuple(p for selection, _ in used for p in selection), self.strategy)
+        dataset = picks.to_dataset([label for _, labels in used for label in labels])
+        if self.start_from == "initial":
+            load_adapter_state(self.model, self._initial)
+        else:
+            self._load(before)
+        try:
+            with _timed(folder, "train"):
+                train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
+                          reference=self.reference, initial_adapter=self._initial,
+                          show_progress=self.show_progress)
+        except BaseException:
+            self._load(before)  # not half trained: `run` may be called again with this model
+            raise
+        _save_adapter(self.model, self.processing_class, folder / "adapter")
+
+    def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
+        path = folder / "record.json"
+        if not path.exists():
+            metrics: dict[str, float] = {}
+            with _timed(folder, "evaluate"):
+                if self.evaluate is not None:
+                    metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
+            record = RoundRecord(t, labels_total, metrics, _read_seconds(folder), self.strategy)
+            write_json(path, asdict(record))
+        return RoundRecord(**read_json(path))
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _reference_weights(self) -> Mapping[str, torch.Tensor]:
+        """Of the adapter with which the model is π_ref in this round's training."""
+        if "initial" in (self.reference, self.start_from):
+            return self._initial
+        return adapter_state(self.model)
+
+    def _folder(self, t: int) -> Path:
+        return self.output_dir / f"round-{t:03d}"
+
+    def _load(self, folder: Path) -> None:
+        load_adapter_state(self.model, _read_adapter(folder))
+
+    def _check_adapter(self, start: Path) -> None:
+        """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
+        own = adapter_state(self.model)
+        rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
+        for folder in (start, *(adapter.parent for adapter in rounds)):
+            found = _read_adapter(folder)
+            if found.keys() == own.keys() and all(
+                torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
+            ):
+                return
+            if folder == start and is_untrained(found) and is_untrained(own):
+                logger.info("going on from the fresh adapter in %s, not from the one in memory",
+                            folder / "adapter")
+                return
+        raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
+                             f"differs from {start / 'adapter'}, which the run began with; use "
+                             "another output_dir, or the same adapter")
+
+    def _rehearse(self) -> None:
+        n_responses = self.generation["n_responses"]
+        prompts = min(self.prompts_per_round, len(self._offered))
+        pairs = prompts * n_responses * (n_responses - 1) // 2
+        if n_responses > 1 and pairs < self.batch_size:
+            raise ActiveDPOError(f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
+                                 f"{prompts} prompts with {n_responses} responses have {pairs}")
+        options = {name: value for name, value in self.generation.items() if name != "n_responses"}
+        options["chat_template_kwargs"] = self.chat_template_kwargs
+        rehearse(self.model, self.processing_class, self._offered, self.selector, self.dpo_args,
+                 reference=self.reference, batch_size=self.batch_size, n_responses=n_responses,
+                 generation=options)
+
+
+def read_records(output_dir: str | Path) -> list[RoundRecord]:
+    """The records of the start and of the complete rounds of a run, in order."""
+    folder = Path(output_dir)
+    paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
+    records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
+    if not records:
+        raise ActiveDPOError(f"{folder}: no records of a run")
+    return records
+
+
+def draw_prompts(
+    prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
+) -> list[Prompt]:
+    """The prompts of round t: up to `n` distinct ones, those in `asked` last.
+
+    The order is a permutation that depends on `seed`, entered at t·n and followed around.
+    """
+    order = list(prompts)
+    random.Random(seed).shuffle(order)
+    first = t * n % len(order)
+    order = order[first:] + order[:first]
+    fresh = [prompt for prompt in order if prompt.id not in asked]
+    if len(fresh) < min(n, len(order)):
+        logger.warning("round %d: only %d prompts were not labeled yet; %d others are offered "
+                       "again", t, len(fresh), min(n, len(order)) - len(fresh))
+    return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
+
+
+def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
+    write_atomic(path, "".join(pick_line(pick, label=SKIP if label is None else label)
+                               for pick, label in zip(picked, labels, strict=True)))
+
+
+def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained` of both into a temporary folder that is then renamed.
+
+    Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(".adapter-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    try:
+        model.save_pretrained(str(temporary), selected_adapters=["default"],
+                              save_embedding_layers=False)
+        tokenizer.save_pretrained(str(temporary))
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that `_save_adapter` wrote to a folder's `adapter/`, on the CPU."""
+    path = folder / "adapter" / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ActiveDPOError(f"{path} is gone, which the run goes on from: put it back, or use "
+                             "another output_dir")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ActiveDPOError(f"{path} cannot be read ({error}): put it back, or use another "
+                             "output_dir") from None
+
+
+@contextmanager
+def _timed(folder: Path, stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    _add_seconds(folder, {stage: time.perf_counter() - started})
+
+
+def _add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
+    write_json(folder / "seconds.json", {**_read_seconds(folder), **seconds})
+
+
+def _read_seconds(folder: Path) -> dict[str, float]:
+    path = folder / "seconds.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _identity(prompt: Prompt) -> list[Any]:
+    """What the tokens of a prompt depend on, and its id."""
+    own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
+    return [prompt.id, prompt.prompt, *([] if own is None else [own])]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON gives it back; objects (a reference model, say) by the name of their type."""
+    return json.loads(json.dumps(value, default=lambda other: type(other).__name__))

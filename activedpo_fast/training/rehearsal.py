@@ -1,0 +1,267 @@
+"""A run's stages on dummy pairs, so that settings that cannot work are refused before it starts.
+
+Labels from people come first and training last: without this, settings that `DPOTrainer` refuses
+would be found when the first round is labeled already.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import numpy
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.gradients.token_budget import is_out_of_memory
+from activedpo_fast.pool.generation import try_generation
+from activedpo_fast.pool.items import PoolItem, Prompt
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import Text
+from activedpo_fast.selection.result import Selection
+from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.training.trl import Reference, adapter_state, dpo_config, train_dpo
+
+if TYPE_CHECKING:
+    from trl import DPOConfig
+
+logger = logging.getLogger(__name__)
+
+_RESPONSES = ("Yes, it is.", "No, that is not quite right.")
+_LONGEST_REASON = 500
+
+
+def rehearse(
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    selector: ActiveDPOSelector,
+    dpo_args: DPOConfig,
+    *,
+    reference: Reference,
+    batch_size: int,
+    n_responses: int,
+    generation: Mapping[str, Any],
+) -> None:
+    """Generate, select and train once on dummy pairs, with the settings of a run.
+
+    All prompts are encoded, and two tokens are sampled after the two shortest. With dummy responses
+    these make a pool, of which one pair is selected, and `batch_size` pairs, with which a
+    `DPOTrainer` takes its first step. Nothing is reported, pushed to the Hub or written, except to
+    a temporary folder. Afterward everything is as it was, bit for bit: weights, buffers, flags,
+    modes, hooks and configs of the model, its device, the tokenizer, and the global random
+    generators.
+
+    Args:
+        prompts: all that the run may offer.
+        batch_size: pairs in a round.
+        n_responses, generation: for `generate_responses`.
+
+    Raises:
+        ActiveDPOError: a stage fails. The message begins with the section of the settings at
+            fault, and the setting where that is known.
+    """
+    started = time.perf_counter()
+    with _unchanged(model), _quiet():
+        shortest = _generate(model, processing_class, prompts, n_responses, generation)
+        pool = PreferencePool(
+            PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
+            for prompt in shortest)
+        twin = copy_selector(selector)
+        twin.ref_model = adapter_state(model)  # as in the first round
+        picked = _select(twin, pool, dpo_args)
+        _train(model, processing_class, picked, dpo_args, reference, batch_size)
+    logger.info("rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
+                time.perf_counter() - started)
+
+
+def _generate(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],
+    n_responses: int, generation: Mapping[str, Any],
+) -> list[Prompt]:
+    """The two prompts with the fewest tokens."""
+    try:
+        shortest = try_generation(model, tokenizer, prompts, n_responses=n_responses, **generation)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"generation: {error}") from error
+    return [prompts[n] for n in shortest]
+
+
+def _dummies(prompt: Text) -> tuple[Text, ...]:
+    if isinstance(prompt, str):
+        return tuple(f" {text}" for text in _RESPONSES)
+    return tuple([{"role": "assistant", "content": text}] for text in _RESPONSES)
+
+
+def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConfig) -> Selection:
+    """The pairs that the trainer would not leave out."""
+    try:
+        skipped = selector.tokenize(pool, show_progress=False).skipped
+        if len(skipped) == len(pool):
+            raise ActiveDPOError(f"even the shortest prompt fills dpo.max_length="
+                                 f"{dpo_args.max_length}, which leaves nothing to train on")
+        return selector.select(pool, len(pool) - len(skipped), show_progress=False)
+    except UnsupportedParameterError as error:
+        raise UnsupportedParameterError(f"adapter or lora: {error}") from error
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"selection: {error}") from error
+
+
+def copy_selector(selector: ActiveDPOSelector) -> ActiveDPOSelector:
+    """A selector of the same model and settings, which remembers what it learns by itself.
+
+    What the self-check finds on dummy responses says nothing of the run's own.
+    """
+    twin = copy.copy(selector)
+    twin.extractor = copy.copy(selector.extractor)
+    for owner in (twin, twin.extractor):
+        for name, value in vars(owner).items():
+            if isinstance(value, (dict, list, set, WeakKeyDictionary, WeakSet)):
+                setattr(owner, name, copy.copy(value))
+    twin.strategy = copy.deepcopy(selector.strategy)
+    return twin
+
+
+def _train(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, picked: Selection, dpo_args: DPOConfig,
+    reference: Reference, batch_size: int,
+) -> None:
+    # As many pairs as a round has: the schedule and the last batch depend on their number.
+    picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
+    dataset = Selection(picks, picked.strategy).to_dataset([n % 2 for n in range(batch_size)])
+    with tempfile.TemporaryDirectory(prefix="activedpo-") as folder:
+        args = copy.copy(dpo_args)
+        args.output_dir = folder
+        args.push_to_hub = False
+        args.report_to = []
+        try:
+            _check_reports(dpo_args)
+            metrics = train_dpo(model, tokenizer, dataset, args, reference=reference,
+                                initial_adapter=adapter_state(model), callbacks=[_OneStep()],
+                                show_progress=False)
+        except Exception as error:  # any library that a trainer calls may have raised it
+            raise ActiveDPOError(_describe(error, dpo_args)) from error
+    if metrics["steps"] == 0:
+        raise ActiveDPOError(
+            f"dpo: no training step is taken on the {batch_size} pairs of a round (loop.batch_size)"
+            "; look at per_device_train_batch_size with dataloader_drop_last, max_steps and "
+            "num_train_epochs")
+
+
+class _OneStep(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def _check_reports(dpo_args: DPOConfig) -> None:
+    """Raise what the trainer would where a package to report to is missing."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(dpo_args.report_to):
+            callback()
+    except Exception as error:
+        raise ActiveDPOError(f"report_to: {error}") from error
+
+
+def _describe(error: Exception, dpo_args: DPOConfig) -> str:
+    """One line: the section, the setting where the message tells which, the reason."""
+    if is_out_of_memory(error):
+        return ("dpo: one training step on short responses runs out of memory: lower "
+                "per_device_train_batch_size (and raise gradient_accumulation_steps), or switch on "
+                "gradient_checkpointing")
+    reason = " ".join(str(error).split())
+    if isinstance(error, (LookupError, AttributeError, TypeError)) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]} ..."
+    if "target_modules" in reason:
+        return f"lora.target_modules: {reason}"
+    given = _given(dpo_args)
+    # In the order of the message: trainers name the setting at fault before the remedy.
+    words = re.findall(r"\w+", reason)
+    named = next((word for word in words if word in given), None) or next(
+        (name for name, value in given.items()
+         if any(isinstance(text, str) and text in words
+                for text in (value if isinstance(value, list) else [value]))), None)
+    if named is not None:
+        return f"dpo.{named}: {reason.removeprefix(f'{named}: ')}"
+    return f"dpo: {reason} (given in dpo: {', '.join(given)})"
+
+
+def _given(dpo_args: DPOConfig) -> dict[str, Any]:
+    """The fields that are not as `dpo_config` has them when nothing is said."""
+    usual = dpo_config()
+    return {field.name: value for field in fields(dpo_args) if field.name != "output_dir"
+            and (value := getattr(dpo_args, field.name)) != getattr(usual, field.name, None)}
+
+
+# -- what a rehearsal leaves -----------------------------------------------------------------------
+
+
+@contextmanager
+def _unchanged(model: PeftModel) -> Iterator[None]:
+    """Put back weights, buffers and device of the model, and the global random state."""
+    parameters = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    device = next(model.parameters()).device
+    with _global_state():
+        try:
+            yield
+        finally:
+            if next(model.parameters()).device != device:
+                model.to(device)  # type: ignore[arg-type]
+            for module, before in buffers:
+                module._buffers.clear()
+                module._buffers.update(before)
+            with torch.no_grad():
+                for parameter, value in parameters:
+                    parameter.copy_(value)
+
+
+@contextmanager
+def _global_state() -> Iterator[None]:
+    """The random generators as before, and what `full_determinism` sets: switches, variables."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = range(torch.accelerator.device_count()) if accelerator else []
+    variables = dict(os.environ)
+    python, arrays = random.getstate(), numpy.random.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with torch.random.fork_rng(devices=devices,
+                               device_type=accelerator.type if accelerator else "cuda"):
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - variables.keys():
+                del os.environ[name]
+            os.environ.update(variables)
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of ours about dummy pairs: those that matter come again with the real ones."""
+    log = logging.getLogger("activedpo_fast")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

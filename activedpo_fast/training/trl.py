@@ -1,0 +1,369 @@
+"""One round of DPO by TRL's own `DPOTrainer`, after which the model is as before but trained."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+
+from activedpo_fast._modes import in_own_modes
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.training.options import check_training_options, trains_mean_logps
+
+if TYPE_CHECKING:
+    import datasets
+    from trl import DPOConfig
+
+Reference = Literal["initial", "round"]
+
+_ADAPTER = "default"  # TRL 1.16 copies the adapter of this name ...
+_REFERENCE = "ref"  # ... to one of this name, which is π_ref
+
+
+def dpo_config(**overrides: Any) -> DPOConfig:
+    """A `trl.DPOConfig` for short rounds: nothing saved, reported or printed by the trainer.
+
+    TRL's defaults apply to all else, but for: no gradient checkpointing (rounds are on small LoRA
+    batches; switch it on for large models), and `use_cpu` with `bf16=False` where there is no
+    accelerator. Everything can be overridden by name.
+    """
+    _, config_class = _trl()
+    settings: dict[str, Any] = {
+        "output_dir": "trainer_output",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    if not torch.accelerator.is_available():
+        settings |= {"use_cpu": True, "bf16": False}
+    settings |= overrides
+    try:
+        with warnings.catch_warnings():
+            # Said of TRL's own default, too: transformers has renamed the option.
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            return config_class(**settings)
+    except TypeError as error:
+        raise ActiveDPOError(f"DPOConfig: {error}") from error
+
+
+def selector_settings(args: DPOConfig) -> dict[str, Any]:
+    """Options for `ActiveDPOSelector`, so that it looks at what the trainer trains.
+
+    The same tokens, β, and for losses of mean log-probs `length_normalized`. Every field of
+    DPOConfig is in `activedpo_fast.training.options` and docs/trl.md.
+
+    Raises:
+        ActiveDPOError: a field that selection cannot follow (`ld_alpha`, another f-divergence,
+            `sync_ref_model`, loss types that disagree), named with its value.
+    """
+    check_training_options(args)
+    return {
+        "beta": args.beta,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        # Only where it is so: runs of other losses do not mention it.
+        **({"length_normalized": True} if trains_mean_logps(args) else {}),
+    }
+
+
+def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's weights, by PEFT's names without the adapter's.
+
+    Raises:
+        ActiveDPOError: an adapter whose weights PEFT does not give, only what an encoder of prompts
+            makes of them (P-tuning, prefix tuning with a projection): they could not be put back.
+    """
+    _check_gives_weights(model, adapter_name)
+    # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
+    state = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def load_adapter_state(
+    model: PeftModel, state: Mapping[str, torch.Tensor], *, adapter_name: str = _ADAPTER
+) -> None:
+    """Copy weights of `adapter_state` into an adapter of the model.
+
+    Raises:
+        ActiveDPOError: other names or shapes than the adapter has, or as `adapter_state`.
+    """
+    _check_gives_weights(model, adapter_name)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    differing = sorted(own.keys() ^ state.keys()) or [
+        name for name in sorted(own) if own[name].shape != state[name].shape
+    ]
+    if differing:
+        raise ActiveDPOError(f"the adapter weights do not fit the model: {differing[0]!r} differs")
+    set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
+
+
+def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
+    config: Any = model.peft_config.get(adapter_name)
+    if getattr(config, "is_prompt_learning", False) and (
+        config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
+    ):
+        raise ActiveDPOError(f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
+                             "its prompt by an encoder, whose weights cannot be copied and put "
+                             "back; use prompt tuning or LoRA")
+
+
+@in_own_modes
+@leaves_tokenizer(1)
+def train_dpo(
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    dataset: datasets.Dataset,
+    args: DPOConfig,
+    *,
+    reference: Reference = "initial",
+    initial_adapter: Mapping[str, torch.Tensor] | None = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    show_progress: bool | None = None,
+) -> dict[str, float]:
+    """Train the adapter "default" of `model` in place by `trl.DPOTrainer`.
+
+    Afterward, also after an exception, the model has what it had before (adapters, flags, modes,
+    hooks, dropout, configs, buffers, `forward`), `.grad` is None everywhere, and only the adapter's
+    weights differ, in the dtype that they had. (TRL itself trains the adapter of a 4- or 8-bit
+    model in bfloat16.) The model stays on the trainer's device. The trainer seeds the global random
+    generators with `args.seed`, and they are left so.
+
+    Args:
+        dataset: prompt, chosen, rejected, as `Selection.to_dataset` gives it.
+        reference: π_ref. "initial": the model with `initial_adapter`; "round": the model as it is
+            at the call.
+        initial_adapter: `adapter_state(model)` taken before the first round; for "initial".
+        callbacks: for the trainer.
+        show_progress: a bar over the optimizer's steps; None: on a terminal only.
+
+    Returns:
+        "loss" (mean over the training), "steps", "pairs" trained on (without those that the trainer
+        leaves out because their prompt fills max_length), "seconds".
+
+    Raises:
+        ActiveDPOError: TRL is missing; no PEFT model, another active adapter than "default", an
+            adapter called "ref"; no pair to train on; options that do not go together.
+    """
+    trainer_class, _ = _trl()
+    _check(model, dataset, args, reference, initial_adapter)
+    started = time.perf_counter()
+    with _restored(model, processing_class), _quiet_datasets():
+        with _plain_initialization(model):
+            trainer = trainer_class(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or ()), _Bar(show_progress)],
+            )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        pairs = len(cast(Any, trainer.train_dataset))
+        if pairs == 0:
+            raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
+                                 f"{args.max_length}")
+        if args.dataloader_drop_last and pairs < args.train_batch_size:
+            raise ActiveDPOError(f"dataloader_drop_last=True leaves out the only batch, of {pairs} "
+                                 "pairs: per_device_train_batch_size is "
+                                 f"{args.per_device_train_batch_size}")
+        _set_reference(model, args, initial_adapter if reference == "initial" else None)
+        output = trainer.train()
+    return {
+        "loss": float(output.training_loss),
+        "steps": output.global_step,
+        "pairs": pairs,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _trl() -> tuple[Any, Any]:
+    try:
+        from trl import DPOConfig, DPOTrainer
+    except ImportError as error:
+        raise ActiveDPOError(
+            f"training needs TRL: pip install activedpo-fast[trl] ({error})"
+        ) from error
+    return DPOTrainer, DPOConfig
+
+
+def _check(
+    model: Any,
+    dataset: datasets.Dataset,
+    args: DPOConfig,
+    reference: str,
+    initial_adapter: Mapping[str, torch.Tensor] | None,
+) -> None:
+    if not isinstance(model, PeftModel):
+        raise ActiveDPOError(f"model: expected a PEFT model, got {type(model).__name__}")
+    if model.active_adapters != [_ADAPTER]:
+        raise ActiveDPOError(f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
+                             f"TRL trains the one called {_ADAPTER!r}, alone")
+    if _REFERENCE in model.peft_config:
+        raise ActiveDPOError(f"the model has an adapter called {_REFERENCE!r}, the name that TRL "
+                             "gives to the reference; delete or rename it")
+    if reference not in ("initial", "round"):
+        raise ActiveDPOError(f"reference: {reference!r} is neither 'initial' nor 'round'")
+    if reference == "initial" and initial_adapter is None:
+        raise ActiveDPOError("reference='initial' needs initial_adapter=adapter_state(model), "
+                             "taken before the first round")
+    if reference == "initial" and args.precompute_ref_log_probs:
+        # TRL computes them while the trainer is made, from the policy as it then is.
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'"
+                             ": set it to False, or reference to 'round'")
+    if len(dataset) == 0:
+        raise ActiveDPOError("no labeled pair to train on")
+
+
+@contextmanager
+def _plain_initialization(model: PeftModel) -> Iterator[None]:
+    """For the trainer's adapter "ref", which gets a copy of the weights anyway.
+
+    Initializations such as PiSSA and OLoRA take what they put into an adapter out of the base
+    model's weights, and "ref" has the configuration of "default".
+    """
+    config: Any = model.peft_config[_ADAPTER]
+    given = getattr(config, "init_lora_weights", True)
+    try:
+        if given is not True:
+            config.init_lora_weights = True
+        yield
+    finally:
+        if given is not True:
+            config.init_lora_weights = given
+
+
+def _set_reference(
+    model: PeftModel, args: DPOConfig, weights: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Give the trainer's adapter "ref" these weights, or those of the adapter as it is.
+
+    TRL 1.16 copies parameters with ".default." in their names, which leaves out those of IA³, LoHa,
+    VeRA and of LoRA on embeddings.
+    """
+    wanted = adapter_state(model) if weights is None else weights
+    copied = adapter_state(model, adapter_name=_REFERENCE)
+    load_adapter_state(model, wanted, adapter_name=_REFERENCE)
+    if args.precompute_ref_log_probs and not all(
+        torch.equal(copied[name], weight.to(copied[name].device))
+        for name, weight in wanted.items()
+    ):
+        raise ActiveDPOError("precompute_ref_log_probs=True does not go with this adapter, which "
+                             "TRL copies in part only; leave it out")
+
+
+@contextmanager
+def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Undo what the trainer does to the model's modules, flags, adapters and configs."""
+    modules = [(module, _attributes(module)) for module in model.modules()]
+    # Rotary embeddings replace their frequencies when a sequence is longer than any before.
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.dtype)
+             for parameter in model.parameters()]
+    base = model.get_base_model()
+    configs = {id(c): (c, dict(vars(c))) for c in (
+        base.config, cast(Any, base.config).get_text_config(),
+        getattr(base, "generation_config", None)) if c is not None}
+    pad_token = tokenizer.pad_token
+    try:
+        yield
+    finally:
+        if _REFERENCE in model.peft_config:
+            model.delete_adapter(_REFERENCE)
+        for module, before in modules:
+            _set_attributes(module, before)
+        for module, before in buffers:
+            _set_buffers(module, before)
+        for parameter, flag, dtype in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+            if flag and parameter.dtype != dtype:
+                # TRL trains the adapter of a 4- or 8-bit model in bfloat16.
+                parameter.data = parameter.data.to(dtype)
+        for config, values in configs.values():
+            vars(config).clear()
+            vars(config).update(values)
+        if tokenizer.pad_token != pad_token:
+            tokenizer.pad_token = pad_token
+
+
+# Held by reference: their members are changed in place, and the adapter "ref" leaves them again.
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The module's own attributes; its hooks (dictionaries that are added to) are copied."""
+    return {
+        name: value.copy() if "_hooks" in name and isinstance(value, (dict, list)) else value
+        for name, value in vars(module).items()
+        if name not in _REGISTRIES
+    }
+
+
+def _set_attributes(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
+    own = vars(module)
+    for name in own.keys() - before.keys() - set(_REGISTRIES):
+        del own[name]
+    for name, value in before.items():
+        if "_hooks" in name and isinstance(value, dict):
+            # The same dictionary: handles of hooks refer to it.
+            own[name].clear()
+            own[name].update(value)
+        else:
+            own[name] = value
+
+
+def _set_buffers(module: torch.nn.Module, before: Mapping[str, torch.Tensor | None]) -> None:
+    """The buffers of `before`, on the devices that the trainer has moved them to."""
+    for name, buffer in before.items():
+        now = module._buffers.get(name)
+        if buffer is not None and now is not None:
+            buffer = buffer.to(now.device)
+        module._buffers[name] = buffer
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    import datasets
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+class _Bar(TrainerCallback):
+    """One bar over the steps, with the last loss that was logged."""
+
+    def __init__(self, show_progress: bool | None) -> None:
+        self._disable = None if show_progress is None else not show_progress
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, desc="train", unit="step",
+                             disable=self._disable)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix_str(f"loss {float(logs['loss']):.4f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
