@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from activedpo_fast.gradients.extractor import FeatureExtractor
     from activedpo_fast.gradients.sketch import Sketch
     from activedpo_fast.labels.reading import by_preference, read_labels, read_pending
-    from activedpo_fast.pool.generation import generate_responses
     from activedpo_fast.pool.items import PoolItem, Prompt
     from activedpo_fast.pool.pool import PreferencePool
     from activedpo_fast.selection.information.matrix import InformationMatrix
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
     from activedpo_fast.selection.strategies import Strategy, make_strategy
     from activedpo_fast.selector import ActiveDPOSelector
     from activedpo_fast.store.store import FeatureStore
-    from activedpo_fast.training.loop import ActiveDPOLoop, RoundRecord
+    from activedpo_fast.training.generation import generate_responses
+    from activedpo_fast.training.loop import ActiveDPOLoop
+    from activedpo_fast.training.run_folder import RoundRecord
     from activedpo_fast.training.trl import selector_settings
 
 # torch and transformers take seconds to import: a name's module is loaded when it is asked for.
@@ -49,13 +50,13 @@ _HOME = {
     "PoolItem": "pool.items",
     "PreferencePool": "pool.pool",
     "Prompt": "pool.items",
-    "RoundRecord": "training.loop",
+    "RoundRecord": "training.run_folder",
     "Selection": "selection.result",
     "Sketch": "gradients.sketch",
     "Strategy": "selection.strategies",
     "UnsupportedParameterError": "errors",
     "by_preference": "labels.reading",
-    "generate_responses": "pool.generation",
+    "generate_responses": "training.generation",
     "make_strategy": "selection.strategies",
     "read_labels": "labels.reading",
     "read_pending": "labels.reading",

@@ -74,7 +74,7 @@ class ActiveDPOSelector:
             the same.
         ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus,
             trace_plus): a model, the name of an adapter of `model`, or the weights of its adapter
-            as `activedpo_fast.training.trl.adapter_state` gives them. Default: the adapter "ref"
+            as `activedpo_fast.models.adapters.adapter_state` gives them. Default: the adapter "ref"
             of a PEFT model that has one, as DPOTrainer makes it, else the base model, all adapters
             disabled. Where DPO goes on from an adapter that SFT has trained, DPOTrainer's
             reference is that adapter: without "ref", pass its weights.

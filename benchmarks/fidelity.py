@@ -32,8 +32,8 @@ from activedpo_fast._files import write_atomic
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.labels import RewardOracle
-from activedpo_fast.pool.generation import generate_responses
 from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
 from activedpo_fast.training.trl import dpo_config
 from benchmarks.fidelity_figures import draw

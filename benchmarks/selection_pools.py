@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast import FeatureExtractor, PreferencePool, Sketch
 from activedpo_fast.demo.language_model import read_prompts
-from activedpo_fast.pool.generation import generate_responses
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.loop import draw_prompts
 from benchmarks.fidelity import policy
 from benchmarks.fidelity_measures import DEMO, SEED, TOKENS

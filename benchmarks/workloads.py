@@ -17,8 +17,8 @@ from torch import nn
 from activedpo_fast import FeatureExtractor, Sketch
 from activedpo_fast.demo.language_model import load_base, read_prompts
 from activedpo_fast.demo.settings import SETTINGS
-from activedpo_fast.pool.generation import generate_responses
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
+from activedpo_fast.training.generation import generate_responses
 from benchmarks.measure import seconds
 
 

@@ -16,7 +16,8 @@ from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerp
 from activedpo_fast.models.loading import load_policy, load_reward_model
 from activedpo_fast.pool.reading import read_prompts
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.training.loop import START, ActiveDPOLoop, RoundRecord
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.run_folder import START, RoundRecord
 from activedpo_fast.training.trl import dpo_config, selector_settings
 
 

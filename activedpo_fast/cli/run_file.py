@@ -124,9 +124,9 @@ def _sections() -> dict[str, dict[str, Any]]:
     """The keys and types of each section, from the signatures that their values go to."""
     from peft import LoraConfig
 
-    from activedpo_fast.pool.generation import generate_responses
     from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selector import ActiveDPOSelector
+    from activedpo_fast.training.generation import generate_responses
     from activedpo_fast.training.loop import ActiveDPOLoop
     from activedpo_fast.training.trl import dpo_config
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import read_json, write_atomic
 from activedpo_fast.labels import Reward
-from activedpo_fast.pool.generation import respond
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.texts import Text
+from activedpo_fast.training.generation import respond
 
 
 class HeldoutReward:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from activedpo_fast._files import atomic_path
 from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards, paired
-from activedpo_fast.training.loop import RoundRecord
+from activedpo_fast.training.run_folder import RoundRecord
 
 STAGES = ("generate", "features", "select", "label", "train", "evaluate")
 _TOLD_APART = 2.0  # standard errors

@@ -22,7 +22,8 @@ from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Reward, RewardOracle
 from activedpo_fast.pool.items import Prompt
-from activedpo_fast.training.loop import ActiveDPOLoop, RoundRecord
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.run_folder import RoundRecord
 from activedpo_fast.training.trl import dpo_config
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]

@@ -15,7 +15,7 @@ from os.path import commonprefix
 
 import torch
 
-from activedpo_fast.gradients.positions import LengthClass
+from activedpo_fast.models.positions import LengthClass
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
 

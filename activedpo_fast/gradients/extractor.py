@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
-from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into, undisturbed
+from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into
 from activedpo_fast.gradients.lm_head import causal_lm
 from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
-from activedpo_fast.gradients.positions import LengthClass, batch_changes_attention, length_class
 from activedpo_fast.gradients.running import Take, Taken, run_batches
 from activedpo_fast.gradients.self_check import forward_layout, gradient_layout
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.models.positions import LengthClass, batch_changes_attention, length_class
+from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
 
 logger = logging.getLogger(__name__)

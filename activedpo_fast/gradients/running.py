@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import (
@@ -16,9 +15,10 @@ from activedpo_fast.gradients.batches import (
     padded_tokens,
     plan_batches,
 )
-from activedpo_fast.gradients.positions import LengthClass
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
+from activedpo_fast.models.positions import LengthClass
 from activedpo_fast.pool.tokens import TokenizedPool
+from activedpo_fast.progress import progress_bar
 
 # What is taken of a batch: its rows, int64 [n], then tensors [n, ...] on the CPU.
 Taken = tuple[torch.Tensor, ...]
@@ -49,9 +49,8 @@ def run_batches(
         ActiveDPOError: not enough memory for the smallest batch.
     """
     pending = list(rows)
-    disable = None if show_progress is None else not show_progress
     shared = layout is Layout.SHARED
-    with tqdm(total=len(rows), desc=title, unit="response", disable=disable) as progress:
+    with progress_bar(show_progress, total=len(rows), desc=title, unit="response") as progress:
         while pending:
             groups = group_rows(tokenized, pending, layout, length_class)
             done: set[int] = set()

@@ -19,13 +19,14 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import Batch, Layout, collate, group_rows
-from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into, undisturbed
+from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into
 from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
-from activedpo_fast.gradients.positions import length_class
 from activedpo_fast.gradients.running import Take, Taken, run_batches
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
 from activedpo_fast.gradients.trainable import TrainableLinear
+from activedpo_fast.models.positions import length_class
+from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 logger = logging.getLogger(__name__)

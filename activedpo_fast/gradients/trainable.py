@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.sketch import canonical_name
+from activedpo_fast.models.adapters import adapter_parameters, tuner_layers
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,10 @@ def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[
     return module, attribute
 
 
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield path, module
-
-
 def _readers(model: nn.Module) -> dict[int, tuple[nn.Module, ...]]:
     """The B matrices by the id of their A, for every LoRA layer of every adapter."""
     found: dict[int, tuple[nn.Module, ...]] = {}
-    for _, layer in _tuner_layers(model):
+    for _, layer in tuner_layers(model):
         if isinstance(layer, LoraLayer):
             for adapter, a in layer.lora_A.items():
                 if adapter in layer.lora_B:
@@ -137,7 +131,7 @@ def _readers(model: nn.Module) -> dict[int, tuple[nn.Module, ...]]:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    for path, layer in _tuner_layers(model):
+    for path, layer in tuner_layers(model):
         if layer.merged:
             raise ActiveDPOError(
                 f"adapter {layer.merged_adapters[0]!r} is merged into {path}: call "
@@ -149,19 +143,6 @@ def _check_adapters(model: nn.Module) -> None:
 
 def _active_adapters(model: nn.Module) -> frozenset[str]:
     names: set[str] = set()
-    for _, layer in _tuner_layers(model):
+    for _, layer in tuner_layers(model):
         names.update(layer.active_adapters)
     return frozenset(names)
-
-
-def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
-    """Ids of the parameters of all adapters, or of those that are not active."""
-    found: set[int] = set()
-    for _, layer in _tuner_layers(model):
-        for group in layer.adapter_layer_names:
-            for adapter, content in getattr(layer, group, {}).items():
-                if inactive and adapter in layer.active_adapters:
-                    continue
-                parameters = content.parameters() if isinstance(content, nn.Module) else [content]
-                found.update(id(parameter) for parameter in parameters)
-    return found

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.hooks import undisturbed
 from activedpo_fast.labels.reward import RewardOracle
+from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.template import check_template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import tokenizer_as_found
+from activedpo_fast.progress import progress_bar
 
 
 class RewardModelOracle(RewardOracle):
@@ -86,9 +86,9 @@ class RewardModelOracle(RewardOracle):
             encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]["input_ids"]))
         rewards = [0.0] * len(encoded)
-        disable = None if self._show_progress is None else not self._show_progress
         with (undisturbed(self._model), torch.no_grad(),
-              tqdm(total=len(encoded), desc="reward", unit="response", disable=disable) as bar):
+              progress_bar(self._show_progress, total=len(encoded), desc="reward",
+                           unit="response") as bar):
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
                 inputs = self._tokenizer.pad([encoded[n] for n in batch], return_tensors="pt")

@@ -12,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.hooks import undisturbed
-from activedpo_fast.gradients.trainable import adapter_parameters
-from activedpo_fast.training.trl import adapter_state, load_adapter_state
+from activedpo_fast.models.adapters import adapter_parameters, adapter_state, load_adapter_state
+from activedpo_fast.models.undisturbed import undisturbed
 
 RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
 """A model, the name of an adapter of the policy, or weights of its adapter (`adapter_state`)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -160,9 +161,9 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
     if backend == "triton" and device == "cpu" and kernels.interpreted():
         return _has_not(backend, dtype) or kernels.why_not() or (
             "" if forced == "triton" else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton")
-    return (_elsewhere(backend, device) or _has_not(backend, dtype)
-            or {"cpp": lambda: _WHY_NO_CPP, "cuda": _why_no_cuda,
-                "triton": kernels.why_not}[backend]())
+    reasons: dict[str, Callable[[], str]] = {
+        "cpp": lambda: _WHY_NO_CPP, "cuda": _why_no_cuda, "triton": kernels.why_not}
+    return _elsewhere(backend, device) or _has_not(backend, dtype) or reasons[backend]()
 
 
 @cache

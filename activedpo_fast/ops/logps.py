@@ -49,7 +49,9 @@ def _response_logp_grad(logits: torch.Tensor, targets: torch.Tensor,
         return reference.response_logp_grad(logits, targets, weights)
     from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
 
-    return kernel(rows_together(logits), targets, weights)
+    logps, gradient = kernel(rows_together(logits), targets, weights)
+    assert gradient is not None
+    return logps, gradient
 
 
 @_response_logps.register_fake

@@ -257,7 +257,7 @@ def rank_update_(v: Tensor, points: Tensor, alpha: float) -> None:
 
 
 def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-    """See `score_ops.pair_lengths`."""
+    """See `ops.scores.pair_lengths`."""
     norms = torch.zeros(len(rows), dtype=torch.float64)
     used = pairs.unique()
     for part in used.split(_rows_at_a_time(rows)):
@@ -272,7 +272,7 @@ def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor
 
 
 def advance(state: Any) -> Tensor:
-    """See `score_ops.advance`: every candidate left sees every direction."""
+    """See `ops.scores.advance`: every candidate left sees every direction."""
     stale = (state.left & (state.version < state.count)).nonzero().flatten()
     used = state.pairs[stale].unique()
     start = int(state.version[stale].min()) if len(stale) else state.count

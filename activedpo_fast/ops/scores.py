@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends, reference
+from activedpo_fast.progress import progress_bar
 
 if TYPE_CHECKING:
     from activedpo_fast.store.rows import StoredRows
@@ -141,8 +141,8 @@ def pair_lengths(
     lengths = torch.empty(len(pairs), dtype=torch.float64)
     function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
     source = _row_source(rows)
-    disable = isinstance(rows, Tensor) or (None if show_progress is None else not show_progress)
-    with tqdm(total=len(pairs), desc="reading rows", unit="pair", disable=disable) as bar:
+    show = False if isinstance(rows, Tensor) else show_progress
+    with progress_bar(show, total=len(pairs), desc="reading rows", unit="pair") as bar:
         done = 0
         for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
             unread = function(

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from activedpo_fast.errors import ActiveDPOError
@@ -28,6 +27,7 @@ from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,8 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     items: list[int] = []
     skipped: list[int] = []
     merged = unequal = cut = 0
-    disable = None if show_progress is None else not show_progress
-    bar = tqdm(zip(pool, encoded, strict=True), total=len(pool), desc="tokenize", unit="prompt",
-               disable=disable)
+    bar = progress_bar(show_progress, zip(pool, encoded, strict=True), total=len(pool),
+                       desc="tokenize", unit="prompt")
     for position, (item, (prompt_ids, full_ids)) in enumerate(bar):
         starts = [_common_prefix_length(prompt_ids, ids) for ids in full_ids]
         start = min(starts)

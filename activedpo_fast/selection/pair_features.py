@@ -37,7 +37,7 @@ class PairFeatures:
             or above 1e30), which are widened to float64.
         pairs: int64 [N, 2] of row numbers.
         weights: float64 [N], not negative and finite; None for 1.
-        show_progress: see `score_ops.pair_lengths`.
+        show_progress: see `ops.scores.pair_lengths`.
 
     Attributes:
         rows, pairs: as given (the pairs on the CPU).

@@ -6,73 +6,50 @@ import hashlib
 import json
 import logging
 import random
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import read_json, write_atomic, write_json
+from activedpo_fast._files import read_json, write_json
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
-from activedpo_fast.labels.reading import SKIP, by_preference, read_labels
+from activedpo_fast.labels.reading import by_preference, read_labels
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.fingerprints import is_untrained, policy_settings
 from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.generation import generate_responses
 from activedpo_fast.pool.items import Prompt, check_prompts
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import one_setting, own_template_kwargs
-from activedpo_fast.selection.picks_jsonl import pick_line
 from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.rehearsal import rehearse
 from activedpo_fast.training.resuming import check_settings, write_settings
-from activedpo_fast.training.trl import (
-    adapter_state,
-    load_adapter_state,
-    selector_settings,
-    train_dpo,
+from activedpo_fast.training.run_folder import (
+    START,
+    RoundRecord,
+    add_seconds,
+    read_adapter,
+    read_seconds,
+    save_adapter,
+    timed,
+    write_labels,
 )
+from activedpo_fast.training.trl import selector_settings, train_dpo
 
 if TYPE_CHECKING:
     from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
-
-START = -1
-
-
-@dataclass
-class RoundRecord:
-    """What a round cost and what it led to.
-
-    Attributes:
-        round: 0, 1, ...; -1 for the record of the start, before any label.
-        labels_total: labels so far, this round's among them, without "no preference".
-        metrics: of `evaluate`, after this round's training.
-        seconds: by stage: generate, features, select, label, train, evaluate.
-        strategy: that made this round's selection.
-    """
-
-    round: int
-    labels_total: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    strategy: str = ""
-
 
 class ActiveDPOLoop:
     """Rounds of active DPO: sample responses, pick pairs, have them labeled, train, repeat.
@@ -258,8 +235,8 @@ class ActiveDPOLoop:
             self._rehearse()  # before anything is written
         write_settings(self.output_dir, settings, mended)
         if not begun:
-            _save_adapter(self.model, self.processing_class, start / "adapter")
-        self._initial = _read_adapter(start)
+            save_adapter(self.model, self.processing_class, start / "adapter")
+        self._initial = read_adapter(start)
         self._load(start)
         records = [self._record(start, START, 0)]
         history: list[tuple[Selection, list[int | None]]] = []
@@ -281,10 +258,10 @@ class ActiveDPOLoop:
         if not path.exists():
             pool = self._pool(t, folder, history)
             picked = self._picked(folder, pool, history)
-            with _timed(folder, "label"):
+            with timed(folder, "label"):
                 labels = self.oracle.label(picked, pool)
             picked.to_dataset(labels)  # checks them
-            _write_labels(path, picked, labels)
+            write_labels(path, picked, labels)
         return read_labels(path, strategy=self.strategy, all_answered=True)
 
     def _pool(
@@ -296,7 +273,7 @@ class ActiveDPOLoop:
                                 self._prompt_by)
             prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
             seed = int(_digest([self.seed, t])[:12], 16)
-            with _timed(folder, "generate"):
+            with timed(folder, "generate"):
                 pool = generate_responses(self.model, self.processing_class, prompts, seed=seed,
                                           chat_template_kwargs=self.chat_template_kwargs,
                                           show_progress=self.show_progress, **self.generation)
@@ -333,7 +310,7 @@ class ActiveDPOLoop:
             if not picked:
                 raise ActiveDPOError(f"{folder.name}: no pair is left to pick, or none reaches "
                                      "min_score: nothing to label")
-            _add_seconds(folder, self.selector.last_timings)
+            add_seconds(folder, self.selector.last_timings)
             picked.to_jsonl(path)
         return Selection.from_jsonl(path, strategy=self.strategy)
 
@@ -347,7 +324,7 @@ class ActiveDPOLoop:
             logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
                         "on, and the adapter stays as it was", folder.name, len(newest))
             self._load(before)
-            _save_adapter(self.model, self.processing_class, folder / "adapter")
+            save_adapter(self.model, self.processing_class, folder / "adapter")
             return
         used = history if self.train_on == "all" else history[-1:]
         picks = Selection(tuple(p for selection, _ in used for p in selection), self.strategy)
@@ -357,23 +334,23 @@ class ActiveDPOLoop:
         else:
             self._load(before)
         try:
-            with _timed(folder, "train"):
+            with timed(folder, "train"):
                 train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
                           reference=self.reference, initial_adapter=self._initial,
                           show_progress=self.show_progress)
         except BaseException:
             self._load(before)  # not half trained: `run` may be called again with this model
             raise
-        _save_adapter(self.model, self.processing_class, folder / "adapter")
+        save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
         path = folder / "record.json"
         if not path.exists():
             metrics: dict[str, float] = {}
-            with _timed(folder, "evaluate"):
+            with timed(folder, "evaluate"):
                 if self.evaluate is not None:
                     metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
-            record = RoundRecord(t, labels_total, metrics, _read_seconds(folder), self.strategy)
+            record = RoundRecord(t, labels_total, metrics, read_seconds(folder), self.strategy)
             write_json(path, asdict(record))
         return RoundRecord(**read_json(path))
 
@@ -389,14 +366,14 @@ class ActiveDPOLoop:
         return self.output_dir / f"round-{t:03d}"
 
     def _load(self, folder: Path) -> None:
-        load_adapter_state(self.model, _read_adapter(folder))
+        load_adapter_state(self.model, read_adapter(folder))
 
     def _check_adapter(self, start: Path) -> None:
         """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
         own = adapter_state(self.model)
         rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
         for folder in (start, *(adapter.parent for adapter in rounds)):
-            found = _read_adapter(folder)
+            found = read_adapter(folder)
             if found.keys() == own.keys() and all(
                 torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
             ):
@@ -423,16 +400,6 @@ class ActiveDPOLoop:
                  generation=options)
 
 
-def read_records(output_dir: str | Path) -> list[RoundRecord]:
-    """The records of the start and of the complete rounds of a run, in order."""
-    folder = Path(output_dir)
-    paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
-    records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
-    if not records:
-        raise ActiveDPOError(f"{folder}: no records of a run")
-    return records
-
-
 def draw_prompts(
     prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
 ) -> list[Prompt]:
@@ -449,59 +416,6 @@ def draw_prompts(
         logger.warning("round %d: only %d prompts were not labeled yet; %d others are offered "
                        "again", t, len(fresh), min(n, len(order)) - len(fresh))
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
-
-
-def _write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
-    write_atomic(path, "".join(pick_line(pick, label=SKIP if label is None else label)
-                               for pick, label in zip(picked, labels, strict=True)))
-
-
-def _save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`save_pretrained` of both into a temporary folder that is then renamed.
-
-    Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".adapter-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
-    try:
-        model.save_pretrained(str(temporary), selected_adapters=["default"],
-                              save_embedding_layers=False)
-        tokenizer.save_pretrained(str(temporary))
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that `_save_adapter` wrote to a folder's `adapter/`, on the CPU."""
-    path = folder / "adapter" / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ActiveDPOError(f"{path} is gone, which the run goes on from: put it back, or use "
-                             "another output_dir")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ActiveDPOError(f"{path} cannot be read ({error}): put it back, or use another "
-                             "output_dir") from None
-
-
-@contextmanager
-def _timed(folder: Path, stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    _add_seconds(folder, {stage: time.perf_counter() - started})
-
-
-def _add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    write_json(folder / "seconds.json", {**_read_seconds(folder), **seconds})
-
-
-def _read_seconds(folder: Path) -> dict[str, float]:
-    path = folder / "seconds.json"
-    return read_json(path) if path.exists() else {}
 
 
 def _identity(prompt: Prompt) -> list[Any]:

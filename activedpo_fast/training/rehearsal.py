@@ -26,13 +26,14 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.token_budget import is_out_of_memory
-from activedpo_fast.pool.generation import try_generation
+from activedpo_fast.models.adapters import adapter_state
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.training.trl import Reference, adapter_state, dpo_config, train_dpo
+from activedpo_fast.training.generation import try_generation
+from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
     from trl import DPOConfig

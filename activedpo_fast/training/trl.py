@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
-from tqdm.auto import tqdm
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.progress import progress_bar
 from activedpo_fast.training.options import check_training_options, trains_mean_logps
 
 if TYPE_CHECKING:
@@ -73,48 +74,6 @@ def selector_settings(args: DPOConfig) -> dict[str, Any]:
         # Only where it is so: runs of other losses do not mention it.
         **({"length_normalized": True} if trains_mean_logps(args) else {}),
     }
-
-
-def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
-    """A copy of an adapter's weights, by PEFT's names without the adapter's.
-
-    Raises:
-        ActiveDPOError: an adapter whose weights PEFT does not give, only what an encoder of prompts
-            makes of them (P-tuning, prefix tuning with a projection): they could not be put back.
-    """
-    _check_gives_weights(model, adapter_name)
-    # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
-    state = get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=False)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def load_adapter_state(
-    model: PeftModel, state: Mapping[str, torch.Tensor], *, adapter_name: str = _ADAPTER
-) -> None:
-    """Copy weights of `adapter_state` into an adapter of the model.
-
-    Raises:
-        ActiveDPOError: other names or shapes than the adapter has, or as `adapter_state`.
-    """
-    _check_gives_weights(model, adapter_name)
-    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    differing = sorted(own.keys() ^ state.keys()) or [
-        name for name in sorted(own) if own[name].shape != state[name].shape
-    ]
-    if differing:
-        raise ActiveDPOError(f"the adapter weights do not fit the model: {differing[0]!r} differs")
-    set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
-
-
-def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
-    config: Any = model.peft_config.get(adapter_name)
-    if getattr(config, "is_prompt_learning", False) and (
-        config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
-    ):
-        raise ActiveDPOError(f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
-                             "its prompt by an encoder, whose weights cannot be copied and put "
-                             "back; use prompt tuning or LoRA")
 
 
 @in_own_modes
@@ -348,13 +307,13 @@ class _Bar(TrainerCallback):
     """One bar over the steps, with the last loss that was logged."""
 
     def __init__(self, show_progress: bool | None) -> None:
-        self._disable = None if show_progress is None else not show_progress
+        self._show_progress = show_progress
         self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, desc="train", unit="step",
-                             disable=self._disable)
+            self._bar = progress_bar(self._show_progress, total=state.max_steps, desc="train",
+                                     unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

@@ -11,9 +11,10 @@ from datasets import Dataset
 
 from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Prompt, Sketch
 from activedpo_fast.gradients.self_check import _TOLERANCE
-from activedpo_fast.pool.generation import respond
+from activedpo_fast.models.adapters import adapter_state
 from activedpo_fast.pool.tokens import tokenize_pool
-from activedpo_fast.training.trl import adapter_state, dpo_config, train_dpo
+from activedpo_fast.training.generation import respond
+from activedpo_fast.training.trl import dpo_config, train_dpo
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.state import differences, snapshot

@@ -20,14 +20,10 @@ from activedpo_fast import (
 )
 from activedpo_fast.gradients.batches import Layout
 from activedpo_fast.gradients.extractor import FeatureExtractor
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.ref_model import check_ref_model, reference_policy
 from activedpo_fast.pool.tokens import tokenize_pool
-from activedpo_fast.training.trl import (
-    adapter_state,
-    dpo_config,
-    load_adapter_state,
-    selector_settings,
-)
+from activedpo_fast.training.trl import dpo_config, selector_settings
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.models.adapters import adapter_state
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts, read_records
-from activedpo_fast.training.trl import adapter_state, dpo_config
+from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.run_folder import read_records
+from activedpo_fast.training.trl import dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair fox dog random choose".split()

@@ -18,13 +18,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
+from activedpo_fast.models.adapters import adapter_state
 from activedpo_fast.models.fingerprints import policy_settings
 from activedpo_fast.models.loading import load_policy
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.training.loop import ActiveDPOLoop
-from activedpo_fast.training.trl import adapter_state, dpo_config
+from activedpo_fast.training.trl import dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair".split()

@@ -15,14 +15,10 @@ from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool
 from activedpo_fast.cli.app import main
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.pool.tokens import scored_tokens, tokenize_pool
 from activedpo_fast.training.options import _MEANS, _SUMS
-from activedpo_fast.training.trl import (
-    adapter_state,
-    dpo_config,
-    load_adapter_state,
-    selector_settings,
-)
+from activedpo_fast.training.trl import dpo_config, selector_settings
 from tests.gradients import relative_error, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 

@@ -11,10 +11,11 @@ from datasets import Dataset
 
 from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool
 from activedpo_fast.labels import CallableOracle
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.training.loop import ActiveDPOLoop
-from activedpo_fast.training.trl import adapter_state, dpo_config, load_adapter_state, train_dpo
+from activedpo_fast.training.trl import dpo_config, train_dpo
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")

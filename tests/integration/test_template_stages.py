@@ -14,13 +14,12 @@ import yaml
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-import activedpo_fast.pool.generation as generation
+import activedpo_fast.training.generation as generation
 from activedpo_fast.cli.app import main
 from activedpo_fast.cli.run_file import make_config
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending, RewardModelOracle
 from activedpo_fast.labels.reading import read_labels
-from activedpo_fast.pool.generation import generate_responses, respond
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
@@ -28,6 +27,7 @@ from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.generation import generate_responses, respond
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer

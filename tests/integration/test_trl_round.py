@@ -14,13 +14,8 @@ from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.training.trl import (
-    adapter_state,
-    dpo_config,
-    load_adapter_state,
-    selector_settings,
-    train_dpo,
-)
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state
+from activedpo_fast.training.trl import dpo_config, selector_settings, train_dpo
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 DATA = Dataset.from_dict({

@@ -13,8 +13,8 @@ from peft import PeftModel
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Layout, group_rows, plan_batches
 from activedpo_fast.gradients.extractor import FeatureExtractor
-from activedpo_fast.gradients.positions import fresh_positions, length_class
 from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.models.positions import fresh_positions, length_class
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from tests.gradients import loop_gradients, relative_error, trainable

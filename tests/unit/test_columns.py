@@ -19,13 +19,13 @@ from datasets import Dataset, Features, Image, List, Value
 from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle
-from activedpo_fast.pool import generation
 from activedpo_fast.pool.columns import DATA_COLUMNS, MESSAGE_KEYS, DataColumn
-from activedpo_fast.pool.generation import generate_responses, respond
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.reading import read_prompts
 from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.training import generation
+from activedpo_fast.training.generation import generate_responses, respond
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer

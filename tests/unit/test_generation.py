@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.generation import generate_responses, respond
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.training.generation import generate_responses, respond
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{n}", text, {"reference": n}) for n, text in enumerate(

@@ -14,8 +14,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 
 from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Prompt, Sketch
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.generation import generate_responses, respond
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
+from activedpo_fast.training.generation import generate_responses, respond
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.state import differences, snapshot

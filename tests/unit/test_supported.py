@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Prompt, Sketch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import position_limit, require_supported
-from activedpo_fast.pool.generation import generate_responses
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
+from activedpo_fast.training.generation import generate_responses
 from tests.gradients import loop_gradients, relative_error, trainable
 from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from activedpo_fast.distributed.processes import Choice, Offer, Processes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
+from activedpo_fast.progress import progress_bar
 from activedpo_fast.selection.greedy.one_launch import at_its_place, greedy_resident, on_gpu
 from activedpo_fast.selection.greedy.running_scores import Contenders, RunningScores
 from activedpo_fast.selection.information.matrix import InformationMatrix
@@ -132,9 +132,8 @@ def greedy_logdet(
         return scores.learn(feature)
 
     touched = [0]
-    disable = None if show is None else not show
     indices, gains = [], []
-    with tqdm(total=n, desc="selecting", unit="pair", disable=disable) as bar:
+    with progress_bar(show, total=n, desc="selecting", unit="pair") as bar:
         for choice in choices(scores, n, allowed, processes):
             gains.append(take(choice))
             indices.append(choice.index)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import scores as score_ops
+from activedpo_fast.progress import progress_bar
 from activedpo_fast.selection.greedy.batch_root import BatchRoot, Look
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
@@ -39,7 +39,7 @@ class RunningScores:
     picks makes another information matrix, of the u's: V = X_0^-1 (I + sum of u u^T) X_0^-T. A pick
     lowers every score by (phi . w)^2 with one w, so old scores are upper bounds, and most of them
     never have to be looked at again (Minoux, "Accelerated greedy algorithms", 1978):
-    `score_ops.advance` brings only those up to date that may be the largest, for many directions w
+    `ops.scores.advance` brings only those up to date that may be the largest, for many directions w
     at once.
 
     These running scores are sums of rounded products (in float32 for rows of up to 32 bits), so
@@ -184,9 +184,9 @@ def first_scores(
         error = root_error(information) * features.size
     else:
         everything = torch.arange(len(features))
-        disable = None if show_progress is None else not show_progress
-        parts = [_first_part(features, information, part) for part in tqdm(
-            everything.split(features.chunk), desc="first scores", disable=disable)]
+        chunks = everything.split(features.chunk)
+        parts = [_first_part(features, information, part) for part in progress_bar(
+            show_progress, chunks, total=len(chunks), desc="first scores", unit="chunk")]
         score = torch.cat([features.length[:0], *parts])
         error = root_error(information) * features.reach
     if not bool(score.isfinite().all()):

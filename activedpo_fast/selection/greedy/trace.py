@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.distributed.processes import Processes
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.progress import progress_bar
 from activedpo_fast.selection.greedy.logdet import add_all, check_n, choices
 from activedpo_fast.selection.greedy.running_scores import Contenders, first_scores
 from activedpo_fast.selection.information.matrix import InformationMatrix
@@ -104,8 +104,7 @@ def greedy_trace(
             "random picks": allowed.n_random, "min_score": allowed.min_score})
     show = False if processes is not None and processes.rank > 0 else show_progress
     indices, gains = [], []
-    with tqdm(total=n, desc="selecting", unit="pair",
-              disable=None if show is None else not show) as bar:
+    with progress_bar(show, total=n, desc="selecting", unit="pair") as bar:
         for choice in choices(scores, n, allowed, processes):
             phi = None
             if processes is None or choice.owner == processes.rank:

@@ -9,16 +9,15 @@ from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.hooks import undisturbed
 from activedpo_fast.gradients.supported import (
     known_tokens,
     position_limit,
     require_supported,
 )
+from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import PoolItem, check_prompts
 from activedpo_fast.pool.pool import PreferencePool
@@ -26,6 +25,7 @@ from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
+from activedpo_fast.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +198,9 @@ class _Generator:
         order = sorted(range(len(positions)),
                        key=lambda n: -len(self.prompt_ids[positions[n]]))
         texts = [""] * len(positions)
-        disable = None if show_progress is None else not show_progress
         with (undisturbed(self.model), torch.no_grad(), self._plain_generation_config(),
-              tqdm(total=len(positions), desc=description, unit="response",
-                   disable=disable) as bar):
+              progress_bar(show_progress, total=len(positions), desc=description,
+                           unit="response") as bar):
             for begin in range(0, len(order), self.batch_size):
                 batch = order[begin:begin + self.batch_size]
                 rows = [self.prompt_ids[positions[n]] for n in batch]

@@ -1,0 +1,76 @@
+"""The weights of a PEFT adapter: taken, put back, and told from the base model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from activedpo_fast.errors import ActiveDPOError
+
+_ADAPTER = "default"  # the name that PEFT gives the first adapter
+
+
+def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
+    """A copy of an adapter's weights, by PEFT's names without the adapter's.
+
+    Raises:
+        ActiveDPOError: an adapter whose weights PEFT does not give, only what an encoder of prompts
+            makes of them (P-tuning, prefix tuning with a projection): they could not be put back.
+    """
+    _check_gives_weights(model, adapter_name)
+    # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
+    state = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def load_adapter_state(
+    model: PeftModel, state: Mapping[str, torch.Tensor], *, adapter_name: str = _ADAPTER
+) -> None:
+    """Copy weights of `adapter_state` into an adapter of the model.
+
+    Raises:
+        ActiveDPOError: other names or shapes than the adapter has, or as `adapter_state`.
+    """
+    _check_gives_weights(model, adapter_name)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    differing = sorted(own.keys() ^ state.keys()) or [
+        name for name in sorted(own) if own[name].shape != state[name].shape
+    ]
+    if differing:
+        raise ActiveDPOError(f"the adapter weights do not fit the model: {differing[0]!r} differs")
+    set_peft_model_state_dict(model, dict(state), adapter_name=adapter_name)
+
+
+def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
+    """Ids of the parameters of all adapters, or of those that are not active."""
+    found: set[int] = set()
+    for _, layer in tuner_layers(model):
+        for group in layer.adapter_layer_names:
+            for adapter, content in getattr(layer, group, {}).items():
+                if inactive and adapter in layer.active_adapters:
+                    continue
+                parameters = content.parameters() if isinstance(content, nn.Module) else [content]
+                found.update(id(parameter) for parameter in parameters)
+    return found
+
+
+def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield path, module
+
+
+def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
+    config: Any = model.peft_config.get(adapter_name)
+    if getattr(config, "is_prompt_learning", False) and (
+        config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
+    ):
+        raise ActiveDPOError(f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
+                             "its prompt by an encoder, whose weights cannot be copied and put "
+                             "back; use prompt tuning or LoRA")

@@ -1,0 +1,39 @@
+"""A model as its file has it while its numbers are taken, and as it was found afterward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from activedpo_fast._modes import own_modes
+from activedpo_fast.models.own_forward import own_forward
+from activedpo_fast.models.positions import fresh_positions
+
+
+@contextmanager
+def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
+    """The model's `own_forward`, eval mode, frozen parameters and fresh position embeddings inside;
+    all as it was afterward.
+
+    `.grad` is never touched, as no parameter requires one. Grad mode is on, inference mode and
+    autocast are off, whatever the caller has set. With precision "bf16", matrix products are
+    computed in bfloat16 (autocast).
+    """
+    device = next(model.parameters()).device.type
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with own_modes(device), own_forward(model), fresh_positions(model), autocast:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
