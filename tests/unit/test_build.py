@@ -262,7 +262,8 @@ def test_wheel_holds_the_package_and_no_other_top_level_name(tmp_path):
     (wheel,) = tmp_path.glob("activedpo_fast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"activedpo_fast"}
-    for path in ("kernels/__init__.py", "py.typed", "ops/sketch.py", "gradients/sketch.py", "demo/assets/"):
+    for path in ("kernels/__init__.py", "py.typed", "ops/sketch.py", "gradients/sketch.py",
+                 "demo/assets/"):
         assert any(name.startswith(f"activedpo_fast/{path}") for name in names), path
     assert any(name.startswith("activedpo_fast/_csrc") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -40,15 +40,6 @@ class DenseBase:
         changes.times_(self.root)
         rank_update_(self.v, points)
 
-    def take_back(self, phi: Tensor) -> None:
-        """V <- V - phi phi^T, in place; X stays."""
-        rank_update_(self.v, phi[None], -1)
-
-    def symmetric(self) -> Tensor:
-        """V as a full matrix, a copy."""
-        lower = self.v.tril()
-        return lower + lower.tril(-1).T
-
     def rounding(self) -> float:
         """The error of V itself, roughly: 2.2e-16 |V|_F."""
         return _EPS * _norm(self.v)
@@ -78,21 +69,8 @@ class DenseBase:
         root = torch.linalg.solve_triangular(factor, identity, upper=False)
         return DenseBase(root, self.v, self.ridge)
 
-    def without(self, phi: Tensor) -> DenseBase | None:
-        """V - phi phi^T and an X built from it; None where that is not positive definite."""
-        left = DenseBase(self.root, self.v.clone(), self.ridge)
-        left.take_back(phi)
-        return left.rebuilt()
-
-    def distance_from_ridge(self, phi: Tensor) -> float:
-        """|V - phi phi^T - ridge I|_F."""
-        left = self.v.clone()
-        rank_update_(left, phi[None], -1)
-        left.diagonal().sub_(self.ridge)
-        return _norm(left)
-
     def log_gain(self) -> float:
-        """log det V - log det ridge I, where X is triangular (`rebuilt`, `without`)."""
+        """log det V - log det ridge I, where X is triangular (`rebuilt`)."""
         return -2 * float((self.root.diagonal() * math.sqrt(self.ridge)).log().sum())
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information.dense import DenseBase
-from activedpo_fast.selection.information.file import read_state, write_state
 from activedpo_fast.selection.information.wy_factors import Reflections, Rows
 
 Form = Literal["auto", "low_rank", "explicit"]
@@ -21,7 +19,6 @@ _EPS = torch.finfo(torch.float64).eps
 _BLOCK = 256  # rows of one factorization in add_many
 _PENDING = 64  # points that the explicit form gathers before it changes its matrices
 _WATCH = 1024  # points between two measurements of the drift
-_SAME = 1e-6  # relative distance within which remove() takes two points to be the same
 
 
 class InformationMatrix:
@@ -45,8 +42,7 @@ class InformationMatrix:
       * `"explicit"`: B and A are [k, k] matrices into which the latest points are folded, 64 at a
         time. O(k^2) a point: B is read once. Memory: 2 k^2 numbers (1 GiB at k = 8192), and up to
         6 k^2 for a moment where X is built again from V.
-      * `"auto"`: low rank until more than k/2 directions are kept, explicit from then on (and low
-        rank again when every point has been removed).
+      * `"auto"`: low rank until more than k/2 directions are kept, explicit from then on.
 
     Accuracy: the absolute error of sqrt(score) is a small multiple (`error_scale`) of
     2.2e-16 * sqrt(kappa/lam) * |phi|. For unit-norm features and lam/kappa from 1e-6 to 1e3 scores
@@ -94,11 +90,7 @@ class InformationMatrix:
         self.kappa = kappa
         self.form = form
         self.device = torch.device(device)
-        self._reset()
-
-    def _reset(self) -> None:
-        """The state without any point."""
-        self.count = 0  # t, the points added and not removed
+        self.count = 0  # t, the points added
         self._log_gain = 0.0  # log det V - log det V_0
         self._drift: float | None = None
         self._unwatched = 0  # points since the drift was measured
@@ -200,85 +192,6 @@ class InformationMatrix:
             self._latest.push_many((q @ w[:, seen]).T, weights[seen])
             self._added(block, float(scores.log1p().sum()))
 
-    def remove(self, phi: Tensor) -> None:
-        """V <- V - phi phi^T: a point that was added is withdrawn.
-
-        In the low-rank form the point is looked up, within 1e-6 of its length and up to its sign,
-        and where a downdate would lose a digit everything is built again from the other points: as
-        accurate as if it had never been added. The explicit form does not know its points. It
-        downdates where that loses no digit or less than the drift allowed (see the class), and
-        else takes X from V by Cholesky's factorization, in O(k^3): scores are then good to about
-        2.2e-16 * |V|_F * kappa/lam.
-
-        Args:
-            phi: [k].
-
-        Raises:
-            ActiveDPOError: the point was not added. The explicit form can only tell when the score
-                of `phi` without it would be above (kappa/lam) |phi|^2, which no V >= (lam/kappa) I
-                has, or when the last point is removed and something else is left.
-        """
-        phi = self._checked(phi, 1)
-        if not bool(torch.isfinite(phi).all()):
-            raise ActiveDPOError("a feature is not finite")
-        if self.count == 0:
-            raise ActiveDPOError("there is no point to remove")
-        if self._base is None:
-            self._remove_known(phi)
-        else:
-            self._remove_explicit(phi, self._base)
-
-    def save(self, path: FilePath) -> None:
-        """Write the state to `path` (safetensors), whole or not at all."""
-        tensors = {"directions": self._latest.directions, "triangle": self._latest.triangle,
-                   "points": self._points.values}
-        if self._base is not None:
-            tensors |= {"base": self._base.root, "v": self._base.symmetric()}
-        values = {"dim": self.dim, "lam": self.lam, "kappa": self.kappa, "form": self.form,
-                  "count": self.count, "log_gain": self._log_gain, "drift": self._drift,
-                  "unwatched": self._unwatched}
-        write_state(path, tensors, values)
-
-    @classmethod
-    def load(
-        cls,
-        path: FilePath,
-        *,
-        dim: int | None = None,
-        lam: float | None = None,
-        kappa: float | None = None,
-        device: torch.device | str = "cpu",
-    ) -> InformationMatrix:
-        """Read what `save` wrote; on the same device it continues bit for bit.
-
-        Args:
-            dim, lam, kappa: what the matrix must have; None takes what the file has.
-
-        Raises:
-            ActiveDPOError: no such file, another kind of file, a damaged one, another format, or
-                one made with another dim, lam or kappa.
-        """
-        tensors, values = read_state(path)
-        for name, wanted in (("dim", dim), ("lam", lam), ("kappa", kappa)):
-            if wanted is not None and wanted != values[name]:
-                raise ActiveDPOError(f"{path} was made with {name} = {values[name]}, not {wanted}")
-        information = cls(values["dim"], lam=values["lam"], kappa=values["kappa"], device=device)
-        information._restore(tensors, values)
-        return information
-
-    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.form = values["form"]
-        self.count = values["count"]
-        self._log_gain = values["log_gain"]
-        self._drift = values["drift"]
-        self._unwatched = values["unwatched"]
-        # Copies, because only those are sure to be aligned as they were.
-        tensors = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}
-        self._latest.restore(tensors["directions"], tensors["triangle"])
-        self._points.append(tensors["points"])
-        if "base" in tensors:
-            self._base = DenseBase(tensors["base"], tensors["v"], self._ridge)
-
     @property
     def _ridge(self) -> float:
         return self.lam / self.kappa
@@ -319,58 +232,6 @@ class InformationMatrix:
             rebuilt = base.rebuilt()
             if rebuilt is not None and (better := rebuilt.drift()) < self._drift:
                 self._base, self._drift, self._log_gain = rebuilt, better, rebuilt.log_gain()
-
-    def _remove_known(self, phi: Tensor) -> None:
-        """`remove` in the low-rank form, which keeps the points."""
-        points = self._points.values
-        distance, index = torch.stack([
-            torch.linalg.vector_norm(points - phi, dim=1),
-            torch.linalg.vector_norm(points + phi, dim=1),
-        ]).amin(dim=0).min(dim=0)
-        if float(distance) > _SAME * float(torch.linalg.vector_norm(phi)):
-            raise ActiveDPOError("the point to remove was not added")
-        phi, rest = points[index], self._points.without(int(index))
-        u = self.whiten(phi[None])[0]
-        score = float(u @ u)
-        if score <= 0.5 and len(self._latest) < 2 * len(rest):  # D must not outgrow P
-            self._downdate(u, score)
-            self._points = Rows(self.dim, self.device)
-            self._points.append(rest)
-            self.count -= 1
-        else:
-            self._reset()
-            self.add_many(rest)
-
-    def _remove_explicit(self, phi: Tensor, base: DenseBase) -> None:
-        """`remove` in the explicit form, which keeps V."""
-        self._fold()
-        u = self.whiten(phi[None])[0]
-        score, length = float(u @ u), float(torch.linalg.vector_norm(phi))
-        error = 2 * math.sqrt(score) * self.error_scale() * length
-        unseen = length**2 / self._ridge  # the score of phi without any point
-        if score > unseen / (1 + unseen) + error + _EPS:
-            raise ActiveDPOError("the point to remove was not added: V would lose its ridge")
-        if self.count == 1:
-            if base.distance_from_ridge(phi) > _SAME * length**2 + 64 * base.rounding():
-                raise ActiveDPOError("the point to remove is not the one that is left")
-            self._reset()
-            return
-        if score <= 0.5 or error < (1 - score) * base.drift_bound():
-            self._downdate(u, score)
-            base.take_back(phi)
-        else:
-            without = base.without(phi)
-            if without is None:
-                raise ActiveDPOError("the point to remove was not added: V would not stay positive")
-            self._base, self._log_gain = without, without.log_gain()
-        self.count -= 1
-
-    def _downdate(self, u: Tensor, score: float) -> None:
-        """X <- (I + g d d^T) X for d = u / |u|, 1 + g = 1/sqrt(1 - score)."""
-        root = math.sqrt(1 - score)
-        self._latest.push(u, -1 / (root * (1 + root)))
-        self._log_gain += math.log1p(-score)
-        self._unwatched += 1
 
     def _checked(self, phi: Tensor, ndim: int) -> Tensor:
         if phi.ndim != ndim or phi.shape[-1] != self.dim:

@@ -33,10 +33,6 @@ class Rows:
         self._storage[self._n : end] = rows
         self._n = end
 
-    def without(self, index: int) -> Tensor:
-        """A copy of the rows with one left out: [n - 1, width]."""
-        return torch.cat([self.values[:index], self.values[index + 1 :]])
-
 
 class Reflections:
     """F = (I - D_t) ... (I - D_1), each D_j symmetric, kept as F = I - D^T T D.
@@ -105,12 +101,6 @@ class Reflections:
         """matrix <- F matrix, in place: [k, k]."""
         matrix.addmm_(self.directions.T, self.triangle @ (self.directions @ matrix), alpha=-1)
 
-    def restore(self, directions: Tensor, triangle: Tensor) -> None:
-        """Put in the D and T of an earlier product; this one must be empty."""
-        self._rows.append(directions)
-        self._grow()
-        self.triangle.copy_(triangle)
-
     def _append(self, directions: Tensor, below: Tensor, diagonal: Tensor) -> None:
         t = len(self)
         self._rows.append(directions)
@@ -127,5 +117,5 @@ class Reflections:
 
 
 def _capacity(n: int) -> int:
-    """The power of two that n rows are kept in: of n alone, so that a loaded state has the same."""
+    """The power of two that n rows are kept in."""
     return max(_FIRST, 1 << (n - 1).bit_length())
