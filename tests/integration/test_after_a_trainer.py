@@ -15,9 +15,9 @@ from activedpo_fast.models.adapters import adapter_state
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.generation import respond
 from activedpo_fast.training.trl import dpo_config, train_dpo
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
-from tests.state import differences, snapshot
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.state import differences, snapshot
 
 trl = pytest.importorskip("trl")
 

@@ -33,8 +33,8 @@ from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 _WORDS = "label prefer model align choose respond sketch brown fox lazy dog people".split()
 

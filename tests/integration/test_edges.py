@@ -24,8 +24,8 @@ from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.ref_model import check_ref_model, reference_policy
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.trl import dpo_config, selector_settings
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 EXACT = Sketch("none")
 POOL = PreferencePool.from_rows([

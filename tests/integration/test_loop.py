@@ -22,7 +22,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
 from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair fox dog random choose".split()
 PROMPTS = [Prompt(f"p{n}", f"The {word}", {"n": n}) for n, word in enumerate(WORDS)]

@@ -19,8 +19,8 @@ from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.pool.tokens import scored_tokens, tokenize_pool
 from activedpo_fast.training.options import _MEANS, _SUMS
 from activedpo_fast.training.trl import dpo_config, selector_settings
-from tests.gradients import relative_error, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.gradients import relative_error, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 

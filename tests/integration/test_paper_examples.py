@@ -16,7 +16,7 @@ import yaml
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from activedpo_fast.cli.app import main
-from tests.models import VOCAB_SIZE, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import VOCAB_SIZE, tiny_causal_lm, tiny_tokenizer
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 ARCHITECTURES = {"meta-llama/Llama-2-7b-hf": "llama", "google/gemma-2b": "gemma",

@@ -16,7 +16,7 @@ from activedpo_fast.pool.items import Prompt
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config, train_dpo
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 

@@ -20,7 +20,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from tests.integration.test_trl_round import _snapshot
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair fox dog".split()
 PROMPTS = [Prompt(f"p{n}", f"The {word}") for n, word in enumerate(WORDS)]

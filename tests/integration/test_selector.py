@@ -15,8 +15,8 @@ from activedpo_fast import (
 )
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES
-from tests.gradients import loop_gradients, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.gradients import loop_gradients, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 BETA, LAM = 0.3, 0.01
 

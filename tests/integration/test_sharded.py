@@ -30,7 +30,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORLD = 2
 WORDS = ["sketch", "label", "fox", "dog", "model", "prompt", "choose", "less", "quick"]

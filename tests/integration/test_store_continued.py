@@ -16,7 +16,7 @@ from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"id": f"p{n}", "prompt": f"label {n}?", "responses": [f" fox {n}", " dog", " a" * (n + 1)],

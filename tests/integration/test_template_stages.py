@@ -30,7 +30,7 @@ from activedpo_fast.store.store import FeatureStore
 from activedpo_fast.training.generation import generate_responses, respond
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 

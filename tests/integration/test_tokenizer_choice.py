@@ -17,7 +17,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.loading import load_policy
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selector import ActiveDPOSelector
-from tests.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 ROWS = [{"id": f"p{n}", "prompt": f"label {n}?", "responses": [f" fox {n}", " dog"]}
         for n in range(4)]

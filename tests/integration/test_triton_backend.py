@@ -18,8 +18,8 @@ from activedpo_fast import (
     reference,
 )
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
-from tests.unit.test_ops import KEY, random
+from tests.ops.test_ops import KEY, random
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 pytest.importorskip("triton")
 # What the padding of blocks holds is multiplied as well, and thrown away.

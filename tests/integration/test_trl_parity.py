@@ -17,7 +17,7 @@ from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedResponse, tokenize_pool
-from tests.models import ORIGINAL_LENGTH, lora, tiny_causal_lm, tiny_tokenizer, varying_lm
+from tests.support.models import ORIGINAL_LENGTH, lora, tiny_causal_lm, tiny_tokenizer, varying_lm
 
 trl = pytest.importorskip("trl")
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.training.trl import dpo_config, selector_settings, train_dpo
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 DATA = Dataset.from_dict({
     "id": list("abcd"),

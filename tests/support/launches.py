@@ -1,6 +1,6 @@
 """Which kernels the host functions launch, as Triton specializes them, without running any.
 
-    python -m tests.launches FILE
+    python -m tests.support.launches FILE
 
 calls every function of the kernels on tensors of many shapes and writes JSON: what is wrong with a
 launch, the launches that are no variant of activedpo_fast.kernels.variants, and the variants that

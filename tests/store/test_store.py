@@ -20,7 +20,7 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.store import store as store_module
 from activedpo_fast.store.store import FeatureStore
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 SETTINGS = {"model": "tiny", "sketch": "sjlt", "dim": 32, "beta": 0.1}
 

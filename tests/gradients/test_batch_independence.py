@@ -17,8 +17,8 @@ from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.models.positions import fresh_positions, length_class
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import (
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import (
     ORIGINAL_LENGTH,
     VARYING,
     lora,

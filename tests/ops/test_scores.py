@@ -22,7 +22,7 @@ from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.store.rows import StoredRows
-from tests.unit.test_information import exact_scores
+from tests.selection.test_information import exact_scores
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BACKENDS = ["cpp", "reference"]

@@ -18,8 +18,8 @@ from activedpo_fast.gradients.sketch import Sketch, canonical_name
 from activedpo_fast.ops import reference
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
 
 EXACT = Sketch("none", None)
 

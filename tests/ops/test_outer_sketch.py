@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from activedpo_fast import ops
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import reference
-from tests.unit.test_ops import KEY, needs_cpp, random, threads
+from tests.ops.test_ops import KEY, needs_cpp, random, threads
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 SHAPES = [(1, 1, 1), (1, 500, 64), (500, 1, 64), (3, 7, 5), (8, 256, 64), (256, 8, 8192),

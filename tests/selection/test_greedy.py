@@ -23,7 +23,7 @@ from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.store.rows import StoredRows
-from tests.unit.test_information import exact_scores
+from tests.selection.test_information import exact_scores
 
 NORMALIZE = ("response", "pair", None)
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from activedpo_fast import ops  # noqa: E402
 from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketch, sjlt_rows  # noqa: E402
 from activedpo_fast.ops import reference  # noqa: E402
-from tests.unit.test_ops import KEY, random  # noqa: E402
+from tests.ops.test_ops import KEY, random  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ["sjlt", "kronecker"]

@@ -18,7 +18,7 @@ from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 ARGV = {
     "features": ["{tmp}/no.jsonl", "--model={tmp}/no", "--adapter={tmp}/no", "--output={tmp}/s"],

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from activedpo_fast import ops
 from activedpo_fast.ops import reference
-from tests.unit.test_ops import KEY, random
+from tests.ops.test_ops import KEY, random
 
 SEGMENTS = torch.tensor([[0, 4, 1], [4, 9, 0]])
 SIGNED = KEY - 2**64

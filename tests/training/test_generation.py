@@ -14,7 +14,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.training.generation import generate_responses, respond
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{n}", text, {"reference": n}) for n, text in enumerate(
     ["The quick", "What is a sketch? ", "A", "people prefer one of them " * 4, "TL;DR:"])]

@@ -17,7 +17,7 @@ from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.prompts import PoolPrompts, distinct_prompts, same_prompt
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 
 def said(role: str, content: str, swap: bool = False) -> list[dict[str, str]]:

@@ -16,9 +16,9 @@ from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from activedpo_fast.training.generation import generate_responses, respond
-from tests.gradients import loop_gradients, relative_error, trainable
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
-from tests.state import differences, snapshot
+from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.state import differences, snapshot
 
 TOKENIZER = tiny_tokenizer()
 # As many a tokenizer.json has it; a call without truncation switches it off.

@@ -77,7 +77,7 @@ def test_nothing_else_is_a_problem(rows: Rows) -> None:
 
 def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
     """On every shape: types, constants, alignments, warps and stages are those of a variant."""
-    ran = compiling(tmp_path, "tests.launches", str(tmp_path / "found.json"))
+    ran = compiling(tmp_path, "tests.support.launches", str(tmp_path / "found.json"))
     assert ran.returncode == 0, ran.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["launches"] > 1000
@@ -87,7 +87,7 @@ def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
-    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--module", "tests.bad_kernels",
+    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--module", "tests.support.bad_kernels",
                     "--arch", "80", "--json", str(tmp_path / "found.json"))
     assert ran.returncode == 1, ran.stdout
     assert "6 binaries, 4 with problems" in ran.stdout

@@ -10,7 +10,7 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information.dense import DenseBase
 from activedpo_fast.selection.information.matrix import InformationMatrix
-from tests.unit.test_information import FORMS, exact_scores, unit_rows
+from tests.selection.test_information import FORMS, exact_scores, unit_rows
 
 EPS = torch.finfo(torch.float64).eps
 

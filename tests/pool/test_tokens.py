@@ -11,7 +11,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedResponse, scored_tokens, tokenize_pool
-from tests.models import tiny_tokenizer
+from tests.support.models import tiny_tokenizer
 
 EOS = "<|endoftext|>"
 

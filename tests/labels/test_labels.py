@@ -24,8 +24,8 @@ from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
-from tests.models import VOCAB_SIZE, tiny_tokenizer
-from tests.state import differences, snapshot
+from tests.support.models import VOCAB_SIZE, tiny_tokenizer
+from tests.support.state import differences, snapshot
 
 
 def _selection(n: int = 4, responses: tuple[str, str] = (" good", " bad")) -> Selection:

@@ -28,7 +28,7 @@ from activedpo_fast.training import generation
 from activedpo_fast.training.generation import generate_responses, respond
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from tests.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 pytest.importorskip("trl")
 from trl import DPOConfig, DPOTrainer, data_utils  # noqa: E402

@@ -18,7 +18,7 @@ from activedpo_fast.selection.greedy.one_launch import ResidentProblem, greedy_r
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
-from tests.unit.test_greedy import (
+from tests.selection.test_greedy import (
     NORMALIZE,
     brute_force,
     cases,
