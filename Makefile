@@ -75,7 +75,7 @@ claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes
 
 gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; GPU="--out X --only micro"
 	$(BIN)/python -m benchmarks.gpu $(or $(GPU),--out benchmarks/results)
-	$(BIN)/python -m benchmarks.gpu_tables --write
+	$(BIN)/python -m benchmarks.gpu.tables --write
 
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
 

@@ -16,7 +16,7 @@ import torch
 
 from activedpo_fast.errors import ActiveDPOError
 from benchmarks.report import describe_run, tables
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.rows.workloads import WORKLOADS, Workload
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 

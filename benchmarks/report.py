@@ -185,7 +185,7 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
 
 
 def on_disk_table(result: dict[str, Any]) -> str:
-    """Markdown of the figures of `selection_on_disk.py`."""
+    """Markdown of the figures of `selection/on_disk.py`."""
     about = (f"{result['rows']:,} rows × {result['k']:,} numbers in {result['dtype']}, "
              f"{result['gib']:.1f} GiB on disk; {result['pairs']:,} pairs, {result['picks']} "
              "picks. Reading them all once in PyTorch, right after: "

@@ -14,7 +14,7 @@ from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment, Varian
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import Comparison, Estimate, compare, mean_and_error
 from benchmarks.report import table, write_into
-from benchmarks.selection_paper import Assumptions, paper_round
+from benchmarks.selection.paper import Assumptions, paper_round
 
 _DRAWN = (RANDOM, "activedpo, response", "activedpo, none", "adpo_plus", "apo", "margin_large",
           "trace_plus", EVERYTHING)

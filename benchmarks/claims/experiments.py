@@ -80,12 +80,13 @@ def of_known_reward() -> list[Experiment]:
     found.append(_grid("newest", "training on all labels, or on the newest round's only; B = 20", [
         (which, method, replace(base, train_on=which, batch_size=20))
         for which in ("all", "newest") for method in ABLATED]))
-    shares = [("usual", {}), ("history frozen", {"history": "frozen"}),
-              ("no history", {"history": "none"}),
-              *((f"k = {k}", {"proj_dim": k}) for k in (32, 16, 8, 4))]
+    histories: list[tuple[str, dict[str, Any]]] = [
+        ("usual", {}), ("history frozen", {"history": "frozen"}),
+        ("no history", {"history": "none"}),
+        *((f"k = {k}", {"proj_dim": k}) for k in (32, 16, 8, 4))]
     found.append(_grid("features", "what V has of the labeled pairs; gradients (64 numbers) "
                        "sketched to k", [
-        (row, method, replace(base, **options)) for row, options in shares
+        (row, method, replace(base, **options)) for row, options in histories
         for method in ("activedpo, none", "activedpo, response", "adpo_plus", "trace_plus")]))
     found.append(_grid("share", "share of each batch that is picked at random", [
         (f"{share:.0%}", method, replace(base, random_share=share))

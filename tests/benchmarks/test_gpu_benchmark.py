@@ -15,13 +15,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import gpu, gpu_aims, gpu_tables
-from benchmarks.gpu import file_name
-from benchmarks.gpu_cases import SECTIONS, Case, Settings, Skip
-from benchmarks.gpu_section import measure, read_state, without_paths
-from benchmarks.gpu_tests import run_file
-from benchmarks.gpu_watch import Child, run
-from benchmarks.gpu_wheels import unpack
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import aims as gpu_aims
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu.__main__ import file_name
+from benchmarks.gpu.cases import SECTIONS, Case, Settings, Skip
+from benchmarks.gpu.gpu_tests import run_file
+from benchmarks.gpu.section import measure, read_state, without_paths
+from benchmarks.gpu.watch import Child, run
+from benchmarks.gpu.wheels import unpack
 from benchmarks.report import write_into
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +104,7 @@ def test_documents_have_the_tables_of_the_committed_runs():
     found = gpu_tables.tables(gpu_tables.load())
     for document in gpu_tables.DOCUMENTS:
         text = document.read_text()
-        assert write_into(text, found) == text, "run `python -m benchmarks.gpu_tables --write`"
+        assert write_into(text, found) == text, "run `python -m benchmarks.gpu.tables --write`"
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert all(f"<!-- benchmark: {name} -->" in page for name in found)
 
@@ -235,7 +237,7 @@ def test_a_section_that_cannot_begin_says_so_once(tmp_path):
 
 
 def test_a_section_ends_at_its_deadline(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.gpu_watch._GRACE", 0.0)
+    monkeypatch.setattr("benchmarks.gpu.watch._GRACE", 0.0)
     # Long enough that the process has begun with what hangs, however slow the machine is just now.
     started = time.monotonic()
     (tmp_path / "before").mkdir()
@@ -246,7 +248,7 @@ def test_a_section_ends_at_its_deadline(tmp_path, monkeypatch):
     assert found["hangs"]["traceback"].startswith("ended")
 
 
-# In two parts: `benchmarks.gpu_tests` finds files with such tests by these words.
+# In two parts: `benchmarks.gpu.gpu_tests` finds files with such tests by these words.
 MARK = "pytestmark = pytest.mark." + "gpu\n"
 
 
@@ -291,7 +293,7 @@ def test_wheels_of_what_is_not_installed_are_unpacked(tmp_path):
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the package's sources are not here")
 def test_the_kernels_are_importable_from_a_checkout_that_is_not_installed(tmp_path):
     """-S: without site-packages, so without an installation; the package needs none so far."""
-    code = ("import benchmarks.gpu_checkout\n"
+    code = ("import benchmarks.gpu.checkout\n"
             "import activedpo_fast.kernels as kernels\n"
             "print(kernels.__file__)")
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True,

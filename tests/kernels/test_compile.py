@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernel_resources import ARCHS, LIMITS, Resources
+from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, Resources
 
 triton = pytest.importorskip("triton")
 
@@ -40,7 +40,7 @@ def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """What one architecture's binaries take."""
     folder = tmp_path_factory.mktemp("compiled")
-    ran = compiling(folder, "benchmarks.kernel_resources", "--arch", str(request.param),
+    ran = compiling(folder, "benchmarks.gpu.kernel_resources", "--arch", str(request.param),
                     "--json", str(folder / "found.json"))
     assert ran.returncode in (0, 1), ran.stdout
     return json.loads((folder / "found.json").read_text())["kernels"]
@@ -87,8 +87,9 @@ def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
-    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--module", "tests.support.bad_kernels",
-                    "--arch", "80", "--json", str(tmp_path / "found.json"))
+    ran = compiling(tmp_path, "benchmarks.gpu.kernel_resources", "--module",
+                    "tests.support.bad_kernels", "--arch", "80", "--json",
+                    str(tmp_path / "found.json"))
     assert ran.returncode == 1, ran.stdout
     assert "6 binaries, 4 with problems" in ran.stdout
     rows = json.loads((tmp_path / "found.json").read_text())["kernels"]
@@ -122,7 +123,7 @@ def test_resident_warps(registers: int, shared: int, warps: int) -> None:
 
 
 def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path: Path) -> None:
-    ran = compiling(tmp_path, "benchmarks.kernel_resources", "--arch", "75")
+    ran = compiling(tmp_path, "benchmarks.gpu.kernel_resources", "--arch", "75")
     assert ran.returncode == 2
     assert ran.stdout.startswith("error: no limits are known of sm_75")
     assert ran.stdout.count("\n") == 1

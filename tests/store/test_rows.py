@@ -264,7 +264,7 @@ def test_the_header_of_these_tests_is_a_good_one(tmp_path: Path) -> None:
 _READ_ALL = """
 import sys
 import torch
-from benchmarks.measure import peak_memory
+from benchmarks.rows.measure import peak_memory
 from activedpo_fast.store.rows import StoredRows
 
 paths = sys.argv[1:]

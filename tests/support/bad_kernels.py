@@ -1,4 +1,4 @@
-"""Kernels that benchmarks.kernel_resources has to find fault with, and one that is right."""
+"""Kernels that benchmarks.gpu.kernel_resources has to find fault with, and one that is right."""
 
 from __future__ import annotations
 

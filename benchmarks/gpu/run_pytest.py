@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import benchmarks.gpu_checkout  # noqa: F401  (first: it makes the kernels importable)
+import benchmarks.gpu.checkout  # noqa: F401  (first: it makes the kernels importable)
 
 # isort: split
 import json

@@ -1,6 +1,6 @@
 """A pool bigger than memory: how long a selection from disk takes, and how much memory it holds.
 
-    python -m benchmarks.selection_on_disk --help
+    python -m benchmarks.selection.on_disk --help
 
 Writes rows of random numbers with norms that differ from row to row (the norms of gradients do),
 two responses a prompt, as `activedpo features` writes its shards; they stay in the work folder.
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from activedpo_fast._files import atomic_path, write_atomic
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.store.rows import StoredRows
-from benchmarks.fidelity import environment
+from benchmarks.fidelity.__main__ import environment
 
 SHARD = 8192
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +37,8 @@ from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.fidelity_figures import draw
-from benchmarks.fidelity_measures import (
+from benchmarks.fidelity.figures import draw
+from benchmarks.fidelity.measures import (
     CASES,
     CRITERIA,
     DEMO,
@@ -64,9 +65,9 @@ from benchmarks.fidelity_measures import (
     sketch_rows,
     sketches_of,
 )
-from benchmarks.measure import seconds
 from benchmarks.report import describe_run, fidelity_tables
-from benchmarks.workloads import PlainForward
+from benchmarks.rows.measure import seconds
+from benchmarks.rows.workloads import PlainForward
 
 
 def prepare(name: str, n_prompts: int, folder: Path) -> Case:
@@ -189,7 +190,7 @@ def time_sketches(case: Case) -> list[Record]:
     turns = [(n, extractor) for _ in range(ROUNDS) for n, extractor in enumerate(extractors)]
     for n, extractor in tqdm(turns, desc="times", disable=None):
         taken[n].append((seconds(forward), seconds(
-            lambda extractor=extractor: extractor.gradients(tokens, show_progress=False))))
+            partial(extractor.gradients, tokens, show_progress=False))))
     return [{
         "case": case.name, "sketch": sketch.method, "k": sketch.dim,
         "responses": len(tokens.sequences),
@@ -203,10 +204,10 @@ def time_sketches(case: Case) -> list[Record]:
 def environment() -> Record:
     """Where and with what the figures were made."""
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True,
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parents[2], text=True,
                               capture_output=True, check=False).stdout.strip()
 
-    changed = bool(git("status", "--porcelain", "--", "../activedpo_fast", "../csrc"))
+    changed = bool(git("status", "--porcelain", "--", "activedpo_fast", "csrc"))
     return {**describe_run(), "date": date.today().isoformat(),
             "commit": git("rev-parse", "HEAD"), "uncommitted_changes": changed}
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from activedpo_fast._files import write_atomic
-from benchmarks.gpu_cases import Found
-from benchmarks.gpu_checkout import ROOT
+from benchmarks.gpu.cases import Found
+from benchmarks.gpu.checkout import ROOT
 
 _POLL = 0.2
 _GRACE = 5.0  # seconds beyond the deadline for a case that is about to end
@@ -39,7 +39,7 @@ def section_process(name: str, folder: Path, device: str, deadline: float, tiny:
                     environment: Mapping[str, str]) -> Child:
     """The process that measures a section; `folder` takes its files."""
     state = folder / f"{name}.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_section", name, str(state), device,
+    command = [sys.executable, "-m", "benchmarks.gpu.section", name, str(state), device,
                str(deadline), *(["--tiny"] if tiny else [])]
     return Child(command, environment, state, folder / f"{name}.log")
 

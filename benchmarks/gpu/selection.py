@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_cases import Case, Found, Record, Settings
-from benchmarks.gpu_micro_peers import require
-from benchmarks.gpu_timing import wall_seconds
-from benchmarks.selection_peers import Problem, ours, sherman_morrison
+from benchmarks.gpu.cases import Case, Found, Record, Settings
+from benchmarks.gpu.micro_peers import require
+from benchmarks.gpu.timing import wall_seconds
+from benchmarks.selection.peers import Problem, ours, sherman_morrison
 
 RESPONSES = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

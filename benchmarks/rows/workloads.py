@@ -19,7 +19,7 @@ from activedpo_fast.demo.language_model import load_base, read_prompts
 from activedpo_fast.demo.settings import SETTINGS
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from activedpo_fast.training.generation import generate_responses
-from benchmarks.measure import seconds
+from benchmarks.rows.measure import seconds
 
 
 @dataclass
@@ -108,9 +108,9 @@ def small_llama() -> Workload:
 
 def demo() -> Workload:
     """The demo's model and a pool as the demo samples it: short prompts, three responses each."""
-    model, tokenizer = load_base("small")
+    base, tokenizer = load_base("small")
     settings = SETTINGS["small"]
-    model = with_trained_lora(model, settings.lora["target_modules"])
+    model = with_trained_lora(base, settings.lora["target_modules"])
     prompts = read_prompts("pool", max_words=settings.max_words)[:50]
     with model.disable_adapter():
         pool = generate_responses(model, tokenizer, prompts, n_responses=settings.n_responses,
@@ -120,8 +120,8 @@ def demo() -> Workload:
 
 def smollm2() -> Workload:
     """SmolLM2-135M-Instruct on a small sample, with the demo's adapter."""
-    model, tokenizer = load_base("smollm2")
-    model = with_trained_lora(model, SETTINGS["smollm2"].lora["target_modules"])
+    base, tokenizer = load_base("smollm2")
+    model = with_trained_lora(base, SETTINGS["smollm2"].lora["target_modules"])
     return Workload("SmolLM2-135M", model, summaries(tokenizer, "smollm2", 2), rounds=3)
 
 

@@ -23,8 +23,8 @@ from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.loop import draw_prompts
-from benchmarks.fidelity import policy
-from benchmarks.fidelity_measures import DEMO, SEED, TOKENS
+from benchmarks.fidelity.__main__ import policy
+from benchmarks.fidelity.measures import DEMO, SEED, TOKENS
 
 RESPONSES = 8  # a prompt
 DIM = 8192

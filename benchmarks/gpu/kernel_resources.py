@@ -1,8 +1,8 @@
 """What the Triton kernels take of a GPU, found by compiling them on a machine that needs none.
 
-    python -m benchmarks.kernel_resources                  every kernel for sm_80, sm_90, sm_100
-    python -m benchmarks.kernel_resources --arch 90 --json resources.json
-    python -m benchmarks.kernel_resources --module activedpo_fast.kernels.lora_grad_sketch
+    python -m benchmarks.gpu.kernel_resources                  every kernel for sm_80, sm_90, sm_100
+    python -m benchmarks.gpu.kernel_resources --arch 90 --json resources.json
+    python -m benchmarks.gpu.kernel_resources --module activedpo_fast.kernels.lora_grad_sketch
 
 Every variant of activedpo_fast.kernels.variants is compiled as at its launch, and cuobjdump, which
 is inside Triton's package, reads the binary. Columns: registers a thread; bytes of stack a thread

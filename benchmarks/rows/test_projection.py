@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from activedpo_fast import ops
-from benchmarks.measure import errors, side_by_side
-from benchmarks.peers import PROJECTION_PEERS, ProjectionPeer, title
+from benchmarks.rows.measure import errors, side_by_side
+from benchmarks.rows.peers import PROJECTION_PEERS, ProjectionPeer, title
 
 N, D, K, KEY = 8, 1_000_000, 4096, 12345
 

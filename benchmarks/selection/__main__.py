@@ -2,10 +2,10 @@
 
     python -m benchmarks.selection --help
 
-Rows of the demo's policy (`selection_pools.py`) are selected from by the library and by what people
-would otherwise use (`selection_peers.py`): at one point by all, and along N, k and B by the library
+Rows of the demo's policy (`pools.py`) are selected from by the library and by what people
+would otherwise use (`peers.py`): at one point by all, and along N, k and B by the library
 and the Sherman-Morrison loop, with fitted exponents. At last a round of the paper's size, with a
-history of labeled pairs, beside what the rest of that round would take (`selection_paper.py`).
+history of labeled pairs, beside what the rest of that round would take (`paper.py`).
 
 Rows and measured points are kept in the work folder, so that an interrupted run continues; a point
 is measured again when the code of the selection has changed.
@@ -20,6 +20,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,12 +34,12 @@ from tqdm.auto import tqdm
 
 from activedpo_fast._files import write_atomic
 from activedpo_fast.selection.pair_features import Normalize
-from benchmarks.fidelity import environment
-from benchmarks.measure import peak_memory, seconds
+from benchmarks.fidelity.__main__ import environment
 from benchmarks.report import selection_tables
-from benchmarks.selection_figures import draw
-from benchmarks.selection_paper import paper_round
-from benchmarks.selection_peers import (
+from benchmarks.rows.measure import peak_memory, seconds
+from benchmarks.selection.figures import draw
+from benchmarks.selection.paper import paper_round
+from benchmarks.selection.peers import (
     OURS,
     SHERMAN_MORRISON,
     Contender,
@@ -48,7 +49,7 @@ from benchmarks.selection_peers import (
     logdet,
     rank,
 )
-from benchmarks.selection_pools import PARTS, RESPONSES, Rows, load
+from benchmarks.selection.pools import PARTS, RESPONSES, Rows, load
 
 Record = dict[str, Any]
 ROUNDS = 5
@@ -170,8 +171,8 @@ class Points:
                 "common": len(set(picks.tolist()) & set(ranking.indices.tolist())),
                 "logdet_ratio": logdet(problem, picks) / reference
                 if len(picks) == point.picks else None,
-                "peak_mib": peak_memory(
-                    lambda c=times.contender: c.select(problem, c.few or point.picks))
+                "peak_mib": peak_memory(partial(
+                    times.contender.select, problem, times.contender.few or point.picks))
                 if memory else None,
             })
         touched = getattr(ranking, "touched", None)
@@ -275,9 +276,9 @@ def exponent(records: Sequence[Record], axis: str, contender: str) -> float:
 
 def _digest_of_code() -> str:
     """A digest of everything that the times depend on, but for the machine."""
-    root = Path(__file__).parents[1]
-    patterns = ("activedpo_fast/selection/*.py", "activedpo_fast/*ops.py", "csrc/*",
-                *(f"benchmarks/selection{part}.py" for part in ("", "_peers", "_pools")))
+    root = Path(__file__).parents[2]
+    patterns = ("activedpo_fast/selection/**/*.py", "activedpo_fast/ops/*.py", "csrc/**/*.*",
+                *(f"benchmarks/selection/{part}.py" for part in ("__main__", "peers", "pools")))
     files = [file for pattern in patterns for file in root.glob(pattern)]
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from activedpo_fast import FeatureExtractor, Sketch
-from benchmarks.floor import without_capture
-from benchmarks.measure import errors, peak_memory, side_by_side
-from benchmarks.peers import ROWS_PEERS, RowsPeer, title
-from benchmarks.workloads import PlainForward, Workload
+from benchmarks.rows.floor import without_capture
+from benchmarks.rows.measure import errors, peak_memory, side_by_side
+from benchmarks.rows.peers import ROWS_PEERS, RowsPeer, title
+from benchmarks.rows.workloads import PlainForward, Workload
 
 OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kronecker", "response"),
         ("rademacher", "pair"), ("rademacher", "response")]

@@ -3,13 +3,13 @@
     python -m benchmarks.gpu --help
 
 It needs a checkout, torch with CUDA and Triton; nothing is installed. Each section of
-`gpu_cases.SECTIONS` runs in processes of its own (`gpu_watch.py`, `gpu_section.py`), and what it
+`cases.SECTIONS` runs in processes of its own (`watch.py`, `section.py`), and what it
 found is written after every case.
 """
 
 from __future__ import annotations
 
-import benchmarks.gpu_checkout  # noqa: F401  (first: it makes the kernels importable)
+import benchmarks.gpu.checkout  # noqa: F401  (first: it makes the kernels importable)
 
 # isort: split
 import datetime
@@ -31,13 +31,13 @@ import torch
 import typer
 
 from activedpo_fast._files import write_atomic
-from benchmarks.gpu_aims import aims
-from benchmarks.gpu_cases import SECTIONS, Found
-from benchmarks.gpu_checkout import ROOT
-from benchmarks.gpu_section import without_paths
-from benchmarks.gpu_tables import summary
-from benchmarks.gpu_watch import run, section_process
-from benchmarks.gpu_wheels import unpack
+from benchmarks.gpu.aims import aims
+from benchmarks.gpu.cases import SECTIONS, Found
+from benchmarks.gpu.checkout import ROOT
+from benchmarks.gpu.section import without_paths
+from benchmarks.gpu.tables import summary
+from benchmarks.gpu.watch import run, section_process
+from benchmarks.gpu.wheels import unpack
 
 RESERVE = 10.0  # seconds kept for the end
 PACKAGES = ("torch", "triton", "transformers", "peft")
@@ -100,7 +100,8 @@ def measure(names: list[str], result: Result, path: Path, device: str, tiny: boo
         for name in names:
             started = time.time()
             deadline = min(end, started + 60 * minutes * SECTIONS[name].share)
-            section = result["sections"][name] = {"title": SECTIONS[name].title, "cases": {}}
+            section: Result = {"title": SECTIONS[name].title, "cases": {}}
+            result["sections"][name] = section
             print(f"{name}: {SECTIONS[name].title}, until {max(0.0, deadline - started):.0f} s",
                   file=sys.stderr, flush=True)
 

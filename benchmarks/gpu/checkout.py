@@ -11,7 +11,7 @@ from pathlib import Path
 
 import activedpo_fast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 if importlib.util.find_spec("activedpo_fast.kernels") is None:
     activedpo_fast.__path__.append(str(ROOT))

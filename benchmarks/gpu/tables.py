@@ -1,7 +1,7 @@
 """Tables of `benchmarks.gpu`: a short one for the end of a run, and those of the documentation.
 
-    python -m benchmarks.gpu_tables             print the tables of benchmarks/results/gpu_*.json
-    python -m benchmarks.gpu_tables --write     put them into the documents
+    python -m benchmarks.gpu.tables             print the tables of benchmarks/results/gpu_*.json
+    python -m benchmarks.gpu.tables --write     put them into the documents
 
 Places in the documents are marked as `report.py` says. Where no GPU has run it yet, a table says
 so; a dry run is never shown as a result.
@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.report import table, write_into
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "docs" / "gpu.md", ROOT / "README.md")
 NONE = "not yet run on a GPU"

@@ -63,9 +63,9 @@ class Section:
 
 
 SECTIONS = {
-    "build": Section("extensions built in place", "benchmarks.gpu_build", 0.35),
-    "tests": Section("tests marked gpu", "benchmarks.gpu_tests", 0.30),
-    "micro": Section("kernels beside floors and peers", "benchmarks.gpu_micro", 0.25),
-    "selection": Section("selection", "benchmarks.gpu_selection", 0.15),
-    "end_to_end": Section("gradient rows of whole models", "benchmarks.gpu_end_to_end", 1.0),
+    "build": Section("extensions built in place", "benchmarks.gpu.build", 0.35),
+    "tests": Section("tests marked gpu", "benchmarks.gpu.gpu_tests", 0.30),
+    "micro": Section("kernels beside floors and peers", "benchmarks.gpu.micro", 0.25),
+    "selection": Section("selection", "benchmarks.gpu.selection", 0.15),
+    "end_to_end": Section("gradient rows of whole models", "benchmarks.gpu.end_to_end", 1.0),
 }

@@ -214,7 +214,7 @@ def _opacus_gradients(model: nn.Module, tokenized: TokenizedPool) -> Gradients:
         for rows in _plan(tokenized, dim):
             ids, labels = _collate(tokenized, rows)
             _log_likelihood(sampled(input_ids=ids, use_cache=False).logits, labels).backward()
-            found = [p.grad_sample.flatten(1) for p in _trainable(copied).values()]
+            found = [vars(p)["grad_sample"].flatten(1) for p in _trainable(copied).values()]
             yield rows, torch.cat(found, dim=1)
             sampled.zero_grad(set_to_none=True)
 

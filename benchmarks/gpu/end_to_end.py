@@ -16,11 +16,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from activedpo_fast.gradients.batches import Layout
-from benchmarks.gpu_cases import Case, Found, Record, Settings, Skip
-from benchmarks.gpu_timing import wall_seconds
+from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
+from benchmarks.gpu.timing import wall_seconds
 
 # (method, ACTIVEDPO_DETERMINISTIC)
 METHODS = (("sjlt", "1"), ("sjlt", "0"), ("kronecker", "1"), ("rademacher", "1"))
@@ -77,7 +78,7 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
     import peft  # noqa: F401  (its absence is this case's reason)
 
     from activedpo_fast import FeatureExtractor, Sketch
-    from benchmarks.floor import without_capture
+    from benchmarks.rows.floor import without_capture
 
     if settings.device == "cuda":
         free, total = (n / _GIB for n in torch.cuda.mem_get_info())
@@ -114,7 +115,7 @@ def title(method: str, deterministic: str) -> str:
     return method if deterministic == "1" else f"{method}, any order"
 
 
-def build(model: Model, device: str) -> nn.Module:
+def build(model: Model, device: str) -> PeftModel:
     """The model with its adapter, in bfloat16 on the device, drawn there."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -124,8 +125,9 @@ def build(model: Model, device: str) -> nn.Module:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            base = LlamaForCausalLM(LlamaConfig(**model.config, max_position_embeddings=2048,
-                                                attn_implementation="sdpa"))
+            options: dict[str, Any] = {**model.config, "max_position_embeddings": 2048,
+                                       "attn_implementation": "sdpa"}
+            base = LlamaForCausalLM(LlamaConfig(**options))
             config = LoraConfig(r=model.rank, lora_alpha=2 * model.rank, target_modules=TARGETS,
                                 task_type="CAUSAL_LM")
             policy = get_peft_model(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import Record, Settings
+from benchmarks.gpu.cases import Record, Settings
 
 REPEATS, WARM_UP = 21, 3
 _BEYOND_CACHE = 3  # inputs that are rotated are so many times the L2 cache together

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_cases import Case, Found, Record, Settings, Skip
-from benchmarks.gpu_checkout import ROOT
+from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
+from benchmarks.gpu.checkout import ROOT
 
 COMMAND = ("setup.py", "build_ext", "--inplace")
-_ALONE = ("import benchmarks.gpu_checkout, json\n"
+_ALONE = ("import benchmarks.gpu.checkout, json\n"
           "from activedpo_fast.ops.backends import backends\n"
           "print(json.dumps(backends()))")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from activedpo_fast._files import atomic_path
-from benchmarks.fidelity_measures import CASES, DIMS, METHODS, Record
+from benchmarks.fidelity.measures import CASES, DIMS, METHODS, Record
 
 
 def draw(result: Record, path: Path) -> None:

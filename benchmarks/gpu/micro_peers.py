@@ -1,6 +1,6 @@
 """The kernels of the library, and what people would otherwise use, one function a way.
 
-Each takes inputs of `gpu_micro_inputs.py` and gives a call to be timed. Tables of buckets and
+Each takes inputs of `micro_inputs.py` and gives a call to be timed. Tables of buckets and
 signs, and inputs padded to one length, are made before, at no charge to the peer.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from activedpo_fast.ops import rank_update_, reference
 from activedpo_fast.ops.backends import backends
-from benchmarks.gpu_cases import Settings, Skip
-from benchmarks.gpu_micro_inputs import Scored, Tokens, Update
+from benchmarks.gpu.cases import Settings, Skip
+from benchmarks.gpu.micro_inputs import Scored, Tokens, Update
 
 Call = Callable[[], Any]
 PIECES = 2.0  # bfloat16 numbers that ours makes of one of a gradient's, for bfloat16 inputs

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks import gpu_micro_peers as peers
-from benchmarks.gpu_cases import Case, Found, Record, Settings, Skip
-from benchmarks.gpu_micro_inputs import Gradients, Logits, Matrix
-from benchmarks.gpu_timing import (
+from benchmarks.gpu import micro_peers as peers
+from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
+from benchmarks.gpu.micro_inputs import Gradients, Logits, Matrix
+from benchmarks.gpu.timing import (
     Timer,
     copy_bandwidth,
     input_sets,

@@ -15,8 +15,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_cases import Case, Found, Record, Settings
-from benchmarks.gpu_checkout import ROOT
+from benchmarks.gpu.cases import Case, Found, Record, Settings
+from benchmarks.gpu.checkout import ROOT
 
 _MARK = "pytest.mark.gpu"
 _LIMIT = 120.0  # of a file
@@ -42,7 +42,7 @@ def run_file(file: Path, limit: float, collect_only: bool = False) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "reports"
         command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "gpu", "-p",
-                   "benchmarks.gpu_pytest", "-p", "no:cacheprovider", "--tb=short",
+                   "benchmarks.gpu.run_pytest", "-p", "no:cacheprovider", "--tb=short",
                    *(["--collect-only"] if collect_only else [])]
         try:
             done = subprocess.run(command, cwd=ROOT, env={**os.environ, "GPU_REPORTS": str(log)},

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.gpu_cases import Found, Record
-from benchmarks.gpu_end_to_end import title
-from benchmarks.gpu_selection import LOOP
+from benchmarks.gpu.cases import Found, Record
+from benchmarks.gpu.end_to_end import title
+from benchmarks.gpu.selection import LOOP
 
 OVERHEAD, RATE, SECONDS, SPEEDUP = 0.03, 0.5, 0.3, 10.0
 

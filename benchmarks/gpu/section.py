@@ -1,6 +1,6 @@
 """Measures the cases of one section of `benchmarks.gpu`, in a process of its own.
 
-    python -m benchmarks.gpu_section NAME STATE DEVICE DEADLINE [--tiny]
+    python -m benchmarks.gpu.section NAME STATE DEVICE DEADLINE [--tiny]
 
 STATE, a JSON file, has a record of every case that was begun, and is replaced after each. Started
 again, the process goes on with the cases that have none: a kernel that has broken the device, or
@@ -9,7 +9,7 @@ that does not return, costs its own case only.
 
 from __future__ import annotations
 
-import benchmarks.gpu_checkout  # noqa: F401  (first: it makes the kernels importable)
+import benchmarks.gpu.checkout  # noqa: F401  (first: it makes the kernels importable)
 
 # isort: split
 import gc
@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 from activedpo_fast._files import write_atomic
-from benchmarks.gpu_cases import SECTIONS, Case, Found, Record, Settings, Skip
-from benchmarks.gpu_checkout import ROOT
+from benchmarks.gpu.cases import SECTIONS, Case, Found, Record, Settings, Skip
+from benchmarks.gpu.checkout import ROOT
 
 BROKEN = 3  # exit status: the device answers no more, the rest wants another process
 
