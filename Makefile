@@ -36,9 +36,10 @@ PACKAGE := $(VENV)/.stamp-package
 SMOLLM2 := $(VENV)/.stamp-smollm2
 PEERS := $(VENV)/.stamp-peers
 VADER := $(VENV)/.stamp-vader
+DOCS := $(VENV)/.stamp-docs
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help env demo test test-slow lint bench fidelity selection claims gpu-check smollm2 wheel \
+.PHONY: help env demo test test-slow lint bench fidelity selection claims docs gpu-check smollm2 wheel \
   clean
 .DEFAULT_GOAL := help
 
@@ -72,6 +73,9 @@ selection: $(PEERS)  ## the selection beside its peers: tables and docs/selectio
 
 claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes from the results here
 	$(BIN)/python -m benchmarks.claims --workers $(or $(WORKERS),2) $(CLAIMS)
+
+docs: $(DOCS)  ## the pages of docs/ with the API reference, into build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; GPU="--out X --only micro"
 	$(BIN)/python -m benchmarks.gpu $(or $(GPU),--out benchmarks/results)
@@ -121,6 +125,10 @@ $(SMOLLM2): $(PACKAGE)
 # The second metric of the review task.
 $(VADER): $(PACKAGE)
 	@$(INSTALL) vaderSentiment
+	@touch $@
+
+$(DOCS): $(PACKAGE)
+	@$(INSTALL) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 # What the benchmarks compare with. bergson and dattri ask for much that is for GPUs or for audio and
