@@ -118,4 +118,5 @@ def _umask() -> int:
 
 def first_line(error: BaseException) -> str:
     """Of its message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

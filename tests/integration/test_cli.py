@@ -672,7 +672,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     (["selct"], "'select'"),
     (["select", "--output", "x"], "STORE"),
     (["select", "{store}"], "--output"),
-    (["select", "{store}", "--output", "{tmp}/x", "--normalize", "pair"], "--normalize"),
+    (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
     (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
     (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
@@ -797,7 +797,7 @@ def test_quiet_says_nothing(
 def test_the_unexpected_keeps_its_traceback(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(select_command, "run_selection", broken)

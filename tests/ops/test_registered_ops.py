@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from activedpo_fast import ops
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import reference
 from tests.ops.test_ops import KEY, random
 
@@ -91,7 +92,7 @@ def test_log_probs_and_their_gradient_are_autograds(dtype):
 def test_bad_logits_are_one_clear_error(change, message):
     scores, targets, weights = logits()
     given = {"scores": scores, "targets": targets, "weights": weights, **change}
-    with pytest.raises(ops.ActiveDPOError) as caught:
+    with pytest.raises(ActiveDPOError) as caught:
         ops.response_logp_grad(*given.values())
     assert message in str(caught.value)
 
