@@ -1,13 +1,14 @@
-"""The C++ and CUDA extensions and the folder mapping; everything else is in pyproject.toml.
+"""Build the C++ and CUDA extensions; set the folder mapping. The rest is in pyproject.toml.
 
-ACTIVEDPO_CUDA        "1": not building activedpo_fast._cuda is an error; "0": it is left out;
-                      not set: it is built where nvcc is, and without it the rest is installed.
-ACTIVEDPO_CUDA_ARCHS  GPU architectures, default "80;86;89;90a;100;120"; of the default, those
-                      that nvcc knows. PTX of the highest is added, for later GPUs.
+ACTIVEDPO_CUDA        "1": failing to build activedpo_fast._cuda is an error; "0": skip it;
+                      unset: build it if there is nvcc, otherwise install the rest without it.
+ACTIVEDPO_CUDA_ARCHS  GPU architectures, default "80;86;89;90a;100;120"; architectures of the
+                      default that nvcc does not know are skipped. PTX of the highest is added,
+                      for later GPUs.
 ACTIVEDPO_PYBIND11_INCLUDE
-                      a folder with pybind11's headers, where the package is not installed.
-CUDACXX, CUDA_HOME    where nvcc is; else it is looked for on PATH, and in NVIDIA's packages
-                      (`pip install "cuda-toolkit[nvcc,cudart]"`) in the Python that builds.
+                      folder with pybind11's headers, if the package is not installed.
+CUDACXX, CUDA_HOME    location of nvcc; otherwise it is searched on PATH and in NVIDIA's packages
+                      (`pip install "cuda-toolkit[nvcc,cudart]"`) of the Python that builds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from setuptools.errors import CompileError
 
 try:
     from pybind11.setup_helpers import Pybind11Extension
-except ImportError:  # its headers alone will do, and torch has them
+except ImportError:  # its headers are enough, and torch ships them
     if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
         raise
 
     class Pybind11Extension(Extension):
-        """The little of pybind11's own that is needed here."""
+        """The parts of pybind11's class that are needed here."""
 
         def __init__(self, *args, cxx_std: int, **options) -> None:
             super().__init__(*args, language="c++", **options)
@@ -53,12 +54,12 @@ cpu = Pybind11Extension(
     cxx_std=17,
     extra_compile_args=[*OPTIMIZE, *OPENMP],
     extra_link_args=[] if sys.platform == "win32" else OPENMP,
-    # Without a compiler the package still installs; `activedpo env` says what is missing.
+    # Without a compiler the package still installs; `activedpo env` reports what is missing.
     optional=True,
 )
 
-# Its .cu files are compiled by nvcc (BuildExtension) and linked as objects. The CUDA runtime comes
-# along (libcudart_static.a), and looks for the driver when it is first called, not when imported.
+# Its .cu files are compiled by nvcc (BuildExtension) and linked as objects. The CUDA runtime is
+# linked in (libcudart_static.a) and looks for the driver on the first call, not at import.
 cuda = Pybind11Extension(
     "activedpo_fast._cuda",
     sources=sorted(glob("csrc/cuda/*.cpp")),
@@ -87,7 +88,7 @@ class Nvcc:
 
     @classmethod
     def find(cls) -> Nvcc | None:
-        """The compiler of the environment; None where there is none."""
+        """Return the compiler of the environment; None if there is none."""
         for variable, below in (("CUDACXX", ""), ("CUDA_HOME", "/bin/nvcc")):
             if named := os.environ.get(variable):
                 path = shutil.which(named + below)
@@ -102,7 +103,7 @@ class Nvcc:
         return None
 
     def run(self, *arguments: str) -> str:
-        """What it prints. Raises CompileError with that, where it fails."""
+        """Run nvcc and return its output. Raises CompileError with the output if it fails."""
         command = [str(self.path), *arguments]
         try:
             done = subprocess.run(command, text=True, stdout=subprocess.PIPE,
@@ -114,7 +115,7 @@ class Nvcc:
         return done.stdout
 
     def compile(self, source: Path, threads: int, host: str) -> tuple[Path, bool]:
-        """The object of a .cu file, and whether it had to be compiled: it may be there already."""
+        """Return the object of a .cu file, and whether it was compiled: it may already exist."""
         target = OBJECTS / f"{source.stem}.o"
         needs, says = target.with_suffix(".d"), target.with_suffix(".txt")
         options = ["-c", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
@@ -122,18 +123,18 @@ class Nvcc:
         command = f"{shlex.join([str(self.path), *options])}\n{self._version}"
         if says.is_file() and says.read_text() == command and not _outdated(target, needs):
             return target, False
-        says.unlink(missing_ok=True)  # what is cut short here is begun again
+        says.unlink(missing_ok=True)  # so that an interrupted compilation is started again
         self.run(*options, f"--threads={threads}", "-MMD", f"-MF={needs}", f"-o={target}")
         says.write_text(command)
         return target, True
 
     def _code(self) -> list[str]:
-        ptx = self.archs[-1].rstrip("af")  # of 90a, PTX would serve no later GPU
+        ptx = self.archs[-1].rstrip("af")  # PTX of 90a would not run on later GPUs
         return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs),
                 f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
 
     def _folders(self) -> tuple[list[str], list[str]]:
-        # Asked for, because what is on the PATH may be a script that calls another one.
+        # Ask nvcc, because the one on PATH may be a script that calls another one.
         said = self.run("--dryrun", "-c", "-x", "cu", os.devnull)
         lines = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES|TOP)= *(.*?) *$", said, re.MULTILINE))
         if not {"INCLUDES", "LIBRARIES", "TOP"} <= lines.keys():
@@ -141,7 +142,7 @@ class Nvcc:
         top = Path(lines["TOP"]).resolve()
         flags = shlex.split(lines["INCLUDES"]) + shlex.split(lines["LIBRARIES"])
         return ([flag[2:] for flag in flags if flag.startswith("-I")],
-                # pip's packages have lib/ where nvcc says lib64/.
+                # pip's packages have lib/ but nvcc reports lib64/.
                 [flag[2:] for flag in flags if flag.startswith("-L")] + [str(top / "lib")])
 
     def _archs(self) -> list[str]:
@@ -161,7 +162,7 @@ class Nvcc:
 
 
 class BuildExtension(build_ext):
-    """Builds what it can, and says plainly what a failure means."""
+    """Build what is possible, and explain failures."""
 
     def build_extension(self, ext) -> None:
         try:
@@ -170,8 +171,8 @@ class BuildExtension(build_ext):
             super().build_extension(ext)
         except Exception as error:
             if ext is cuda:
-                hint = ("On GPUs activedpo_fast works without it, with fewer kernels of its own; "
-                        "ACTIVEDPO_CUDA=0 does not try to build it.")
+                hint = ("activedpo_fast works on GPUs without it, with fewer custom kernels; "
+                        "ACTIVEDPO_CUDA=0 skips building it.")
             else:
                 hint = ("activedpo_fast works without it, on the slower PyTorch reference; for "
                         "the C++ kernels install a C++17 compiler with OpenMP (for instance g++) "
@@ -180,7 +181,7 @@ class BuildExtension(build_ext):
             raise
 
     def _add_cuda_objects(self, ext) -> bool:
-        """Compile the .cu files; False, and a line that says why, where that is not to be done."""
+        """Compile the .cu files; return False, and print why, if they are not to be compiled."""
         wanted = os.environ.get("ACTIVEDPO_CUDA") or "auto"
         if wanted not in ("auto", "0", "1"):
             raise CompileError(f"ACTIVEDPO_CUDA is {wanted!r}; it can be 0, 1 or not set")
@@ -201,7 +202,7 @@ class BuildExtension(build_ext):
         OBJECTS.mkdir(parents=True, exist_ok=True)
         print(f"{ext.name}: {len(sources)} CUDA files for {' '.join(nvcc.archs)} by {nvcc.path}")
         host = self.compiler.compiler_cxx[0]
-        # Several files, and of each several architectures: files differ in what they take.
+        # Parallel over files and, within a file, over architectures: compile times differ.
         with ThreadPoolExecutor(cores) as pool:
             compiled = list(pool.map(lambda source: nvcc.compile(source, cores, host), sources))
         ext.extra_objects = [str(target) for target, _ in compiled]
@@ -212,12 +213,12 @@ class BuildExtension(build_ext):
         return True
 
     def _forget(self, ext) -> None:
-        """Remove what an earlier build left: it would be installed as if it were of this one."""
+        """Remove the file of an earlier build: it would be installed as if this build made it."""
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
 
 def _outdated(target: Path, needs: Path) -> bool:
-    """Whether an object is older than a file that its list of needs, as make reads it, names."""
+    """Return whether an object is older than a file in its make-style dependency list."""
     if not (target.is_file() and needs.is_file()):
         return True
     named = needs.read_text().replace("\\\n", " ").partition(" : ")[2]

@@ -14,11 +14,11 @@ namespace activedpo {
 namespace {
 
 constexpr std::int64_t kSmallestBlock = 4;
-// Of the directions that a candidate waits for it sees at least so many, or a part of them, before
-// its bound is looked at again: often it need not see the others.
+// A candidate's bound is checked again after at least this many of its pending directions, or this
+// part of them: often it does not need the others.
 constexpr std::int64_t kSmallestStep = 64;
 constexpr std::int64_t kStepPart = 2;
-constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;  // multiplications of one thread
+constexpr std::int64_t kSerialProducts = std::int64_t{1} << 19;  // multiplications for one thread
 constexpr std::int64_t kProducts = std::int64_t{1} << 21;  // inner products kept at a time
 
 struct Bound {
@@ -38,7 +38,7 @@ class Advance {
         dots_room_(num_threads, kDotScratch),
         row_room_(num_threads, rows.in_memory() ? 0 : kDotRows * rows.row_bytes) {}
 
-  // See advance(); the row that could not be read is in `unread`.
+  // See advance(); `unread` is set to the row that could not be read.
   std::int64_t run(std::int64_t* contenders, Memory* memory) {
     double best = -std::numeric_limits<double>::infinity(), top = 0;
     std::vector<std::int64_t> up_to_date;
@@ -54,11 +54,11 @@ class Advance {
     double cut = std::max(best, top * (1 - memory->margin));
     std::vector<Bound> heap = stale_above(cut);
     std::int64_t block = std::max(memory->block, kSmallestBlock);
-    std::vector<double> bounds;  // of the candidates that were moved, before they were
+    std::vector<double> bounds;  // of the advanced candidates, before they were advanced
     while (unread < 0) {
       if (heap.empty() || heap.front().upper < best) {
         if (cut <= best || cut <= 0) break;
-        // Nothing above the cut is left to look at: go down.
+        // No candidate above the cut is left: lower the cut.
         memory->margin = std::min(1.0, 2 * memory->margin);
         cut = std::max(best, cut * (1 - memory->margin));
         heap = stale_above(cut);
@@ -84,7 +84,7 @@ class Advance {
       }
       block = std::max(block, static_cast<std::int64_t>(bounds.size()));
     }
-    // Those that had to be moved, whatever the order: the next pick will be much alike.
+    // Candidates that had to be advanced in any order: the next pick will be similar.
     const auto needed = std::count_if(bounds.begin(), bounds.end(),
                                       [best](double bound) { return bound >= best; });
     memory->block = (memory->block + needed) / 2;
@@ -119,14 +119,14 @@ class Advance {
     return heap;
   }
 
-  // Up to which direction a candidate goes next.
+  // Returns the direction up to which a candidate is advanced next.
   std::int64_t next_stop(std::int64_t i) const {
     const std::int64_t waiting = d_.count - c_.version[i];
     return c_.version[i] + std::min(waiting, std::max(kSmallestStep, waiting / kStepPart));
   }
 
   void move_on(const std::vector<std::int64_t>& batch) {
-    // The more directions a pair waits for, the fewer pairs are worked on at a time.
+    // The more directions pairs have pending, the fewer pairs are processed at a time.
     std::size_t begin = 0;
     while (begin < batch.size() && unread < 0) {
       std::int32_t oldest = static_cast<std::int32_t>(d_.count);
@@ -148,17 +148,17 @@ class Advance {
     std::int64_t row;
     std::int64_t from, to;
     std::int64_t start, end;  // the directions that its panel is multiplied with
-    std::int64_t first;       // where the product with `start` is in products_
+    std::int64_t first;       // index of the product with `start` in products_
   };
 
   void apply(const std::int64_t* batch, std::int64_t count) {
     std::vector<Task> tasks = rows_of(batch, count);
-    // Rows that wait for about as many directions are multiplied together.
+    // Rows with about the same number of pending directions are multiplied together.
     std::sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
       return a.from != b.from ? a.from < b.from : a.row < b.row;
     });
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
-    // Panels of one size, as many for each thread.
+    // Panels of equal size, the same number for each thread.
     const std::int64_t rounds = (n_tasks + kDotRows * threads_ - 1) / (kDotRows * threads_);
     const std::int64_t shares = std::max<std::int64_t>(1, rounds * threads_);
     panel_ = std::clamp<std::int64_t>((n_tasks + shares - 1) / shares, 4, kDotRows);
@@ -193,7 +193,7 @@ class Advance {
     std::vector<Task> tasks;
     for (std::int64_t j = 0; j < count; ++j) {
       const std::int64_t i = batch[j];
-      if (c_.score[i] + c_.doubt[i] == 0) continue;  // a zero feature stays one
+      if (c_.score[i] + c_.doubt[i] == 0) continue;  // a zero feature stays zero
       const std::int64_t to = next_stop(i);
       for (int side = 0; side < 2; ++side) {
         const std::int64_t row = c_.pairs[2 * i + side];
@@ -212,11 +212,11 @@ class Advance {
     return tasks;
   }
 
-  // `room`: how many inner products that is.
+  // `room`: the number of inner products.
   void multiply(const std::vector<Task>& tasks, std::int64_t room) {
     const auto n_tasks = static_cast<std::int64_t>(tasks.size());
     const std::int64_t panels = (n_tasks + panel_ - 1) / panel_;
-    // A few products are made sooner than a second thread comes.
+    // A few products take less time than waking a second thread.
     const bool worth_it = panels > 1 && room * k_ > kSerialProducts;
 #pragma omp parallel for schedule(dynamic) num_threads(threads_) if (worth_it)
     for (std::int64_t p = 0; p < panels; ++p) {
@@ -266,14 +266,14 @@ class Advance {
     }
   }
 
-  // The score after the directions before `to`.
+  // Updates the score for the directions before `to`.
   template <typename P>
   void lower_score(std::int64_t i, const P* at_first, const P* at_second, std::int64_t to) {
     double score = c_.score[i], doubt = c_.doubt[i], inherited = c_.inherited[i];
     const double reach = c_.reach[i];
     const double first = 1 / (c_.row_divisor[c_.pairs[2 * i]] * c_.pair_divisor[i]);
     const double second = 1 / (c_.row_divisor[c_.pairs[2 * i + 1]] * c_.pair_divisor[i]);
-    // A bound of the score's root that is good enough: taken again where it is off by much.
+    // A good enough bound on the score's root: recomputed when it is far off.
     double bound = score + doubt, root = std::sqrt(bound);
     for (std::int64_t s = c_.version[i]; s < to; ++s) {
       const double f = std::abs(static_cast<double>(at_first[s]) * first -
@@ -302,7 +302,7 @@ class Advance {
   const Memory& m_;
   const int threads_;
   std::vector<double> products_;
-  std::int64_t panel_ = kDotRows;  // rows that a thread multiplies at a time
+  std::int64_t panel_ = kDotRows;  // rows a thread multiplies at a time
   Scratch<S> dots_room_;
   Scratch<char> row_room_;
 };

@@ -1,4 +1,4 @@
-// The parts of the extension module that have a file of bindings of their own.
+// The parts of the extension module whose bindings are in separate files.
 #pragma once
 
 #include <pybind11/pybind11.h>

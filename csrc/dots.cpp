@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = 4;
-constexpr std::int64_t kFew = 32;  // directions up to which rows are read one after the other
+constexpr std::int64_t kFew = 32;  // up to this many directions, rows are read in small tiles
 
 // The sum of a vector's numbers, halves first.
 template <typename S, typename Vector>
@@ -60,7 +60,7 @@ ACTIVEDPO_INLINE void add_tile(double* sums, std::int64_t n_w, std::int64_t n_ro
   }
 }
 
-// A stretch of a row in the precision that is summed in, padded with zeros to whole vectors.
+// Returns part of a row in the precision used for sums, zero-padded to whole vectors.
 template <typename T, typename S>
 ACTIVEDPO_INLINE const S* stretch(S* room, const T* source, std::int64_t count) {
   const std::int64_t padded = (count + kDotAlign - 1) / kDotAlign * kDotAlign;
@@ -77,7 +77,7 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
                                std::int64_t k, const S* w, std::int64_t w_stride, std::int64_t n_w,
                                S* room) {
   std::fill(out, out + n_rows * n_w, 0.0);
-  // With few directions the rows' bytes are what costs: a tile of rows is read to its end.
+  // With few directions, reading the rows dominates: each tile of rows is read to its end.
   const std::int64_t step = n_w <= kFew ? kTileRows : kDotRows;
   for (std::int64_t first = 0; first < n_rows; first += step) {
     const std::int64_t here = std::min(step, n_rows - first);
@@ -86,7 +86,7 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
       const std::int64_t padded = (count + kDotAlign - 1) / kDotAlign * kDotAlign;
       const S* part[kDotRows];
       for (std::int64_t r = 0; r < kDotRows; ++r) {
-        // The last tile is filled up with the last row.
+        // The last tile is padded with the last row.
         part[r] = r < here ? stretch(room + r * kDotBlock, rows[first + r] + c, count)
                            : part[here - 1];
       }

@@ -1,4 +1,4 @@
-// Inner products of a few rows with many directions: the bulk of a selection's arithmetic.
+// Inner products of a few rows with many directions: most of a selection's arithmetic.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 namespace activedpo {
 
-constexpr int kDotRows = 16;     // rows that are multiplied at a time
-constexpr int kDotBlock = 512;   // numbers that are summed in the storage's precision
-constexpr int kDotAlign = 16;    // directions are padded with zeros to a multiple of it
+constexpr int kDotRows = 16;     // rows multiplied at a time
+constexpr int kDotBlock = 512;   // numbers summed in Sum<T>'s precision
+constexpr int kDotAlign = 16;    // directions are zero-padded to a multiple of this
 
 constexpr std::int64_t kDotScratch = std::int64_t{kDotRows} * kDotBlock;
 
-// out[r * n_w + s] = rows[r] . w[s] for r < n_rows <= kDotRows and s < n_w, sums of kDotBlock
-// products in Sum<T> and then in float64. The error of a product is at most
+// out[r * n_w + s] = rows[r] . w[s] for r < n_rows <= kDotRows and s < n_w. Each kDotBlock products
+// are summed in Sum<T>, these sums in float64. The error of a product is at most
 // (kDotBlock / lanes + 6) u |row| |w_s| with u = 2^-24 and 16 lanes (2^-53 and 8 for double), the
-// rounding of products and of w to Sum<T> included. It does not depend on the other rows and directions.
+// including the rounding of products and of w to Sum<T>. It is independent of other rows and w's.
 template <typename T>
 void dots(double* out, const T* const* rows, std::int64_t n_rows, std::int64_t k,
           const typename Sum<T>::Type* w, std::int64_t w_stride, std::int64_t n_w,

@@ -1,21 +1,21 @@
-// Greedy log-det selection in one go: all picks of a batch by one grid of threads, which on a GPU
-// stays resident (cuda/greedy.cu). This file has what goes in and out, and the room to work in;
-// greedy_select.h has the loop over picks, greedy_lazy.h and greedy_root.h what a pick is made of.
-// The policy and its bounds of errors are those of selection/scores.py and advance.cpp.
+// Greedy log-det selection in one launch: one grid of threads makes all picks of a batch; on a GPU
+// it stays resident (cuda/greedy.cu). This file defines inputs, outputs and workspace;
+// greedy_select.h has the loop over picks, greedy_lazy.h and greedy_root.h the parts of a pick.
+// The policy and its error bounds are those of running_scores.py and advance.cpp.
 //
-// All of it is written for a `Grid`, of which cuda/greedy.cu has the GPU's and greedy_host.cpp one
-// of CPU threads, for the tests:
+// The code is written for a `Grid`: cuda/greedy.cu has the GPU's, and greedy_host.cpp has one of
+// CPU threads, for the tests:
 //   kLanes, kGroups     lanes of a group (a warp), groups of a block
-//   lane(), group()     which one this is; block(), blocks() likewise, of the grid
-//   barrier()           for the whole grid; what was written before it can be read after it
+//   lane(), group()     this thread's lane and group; block(), blocks() likewise, in the grid
+//   barrier()           for the whole grid; writes before it are visible after it
 //   block_barrier()     the same for a block
-//   sum(x), max(x)      over a group's lanes; all of them get it
-//   from(x, lane)       one lane's x, for all of its group
-//   add(counter, n)     counter += n, atomically; returns what it was
-//   last_of(n, counter) whether this call is the n-th; what callers before wrote can be read then
-//   product(x, y)       x * y, rounded: not fused with what is done to it
-//   widen(x)            a stored number in the precision that is summed in
-//   shared()            a GreedyShared of the block's own
+//   sum(x), max(x)      over a group's lanes; all of them get the result
+//   from(x, lane)       one lane's x, for its whole group
+//   add(counter, n)     counter += n, atomically; returns the old value
+//   last_of(n, counter) whether this call is the n-th; writes of earlier callers are then visible
+//   product(x, y)       x * y, rounded: not fused with later operations
+//   widen(x)            a stored number in the precision used for sums
+//   shared()            the block's GreedyShared
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@ namespace activedpo {
 
 // V^-1 = X^T X for X = F B. B is `base` or root_norm I, and F = I - D^T Y (the WY form of C. Bischof
 // and C. Van Loan, "The WY representation for products of Householder matrices", 1987) with D in
-// `directions` and Y in `pulled`. A pick of phi with r = X phi makes F into (I - weight r r^T) F,
+// `directions` and Y in `pulled`. A pick of phi with r = X phi replaces F by (I - weight r r^T) F,
 // which appends r to D and weight F^T r to Y.
 struct GreedyProblem {
   // The candidates: see PairFeatures.
@@ -40,16 +40,16 @@ struct GreedyProblem {
   std::int64_t row_stride;    // in numbers
   const std::int64_t* pairs;  // [n_candidates, 2]
   const double* row_divisor;  // [R]
-  const double* pair_divisor;  // [n_candidates], as all that follows
+  const double* pair_divisor;  // [n_candidates], like the arrays below
   const double* reach;
   const double* size;
-  double* score;  // in: the first scores, right to within `doubt`
+  double* score;  // in: the first scores, with errors of at most `doubt`
   double* doubt;
 
-  // What may be picked: what is left, of prompts and groups that have room. It is changed.
+  // Candidates that may be picked: those left, of prompts and groups with room. Updated in place.
   std::uint8_t* left;
   const double* inverse_cost;   // or null: values are score * inverse_cost
-  const std::int32_t* prompt;   // or null, and so `group`, which may be -1: of no group
+  const std::int32_t* prompt;   // or null, like `group`, whose entries may be -1: no group
   std::int32_t* prompt_room;
   const std::int32_t* group;
   std::int32_t* group_room;
@@ -58,39 +58,39 @@ struct GreedyProblem {
   std::int64_t n_forced;
 
   // V^-1 before the picks.
-  double root_norm;     // sqrt(kappa / lam), the norm of X at most
-  double root_error;    // of |X phi|, over the feature's size
+  double root_norm;     // sqrt(kappa / lam), a bound on the norm of X
+  double root_error;    // error of |X phi|, over the feature's size
   const double* base;   // [dim, dim], or null
   double* directions;   // [n_before + n_picks, dim], with n_before rows filled in
   double* pulled;       // likewise
   std::int64_t n_before;
-  bool rounds;          // whether first scores round more than fresh ones
+  bool rounds;          // whether first scores have larger rounding errors than fresh ones
 
-  // Out: `count` picks, n_picks of them if there are so many.
+  // Out: `count` picks, n_picks if enough candidates can be picked.
   std::int64_t n_picks;
   std::int64_t* picks;
   double* scores;
-  std::int64_t* touched;  // rows looked at for each pick, repeatedly or not
+  std::int64_t* touched;  // rows read for each pick, counting repeats
   std::int64_t* count;
 };
 
 constexpr int kGreedyMaxBlocks = 1024;
-constexpr int kGreedySlots = 8;      // contenders that are scored afresh at a time
+constexpr int kGreedySlots = 8;      // contenders rescored at a time
 constexpr int kGreedyColumns = 64;   // numbers of a vector that a block forms at a time
 constexpr int kGreedyPiece = 1024;   // numbers of a vector that a group multiplies at a time
 constexpr int kGreedyTile = 16;      // directions that a candidate is multiplied with at a time
-constexpr int kGreedyTiles = 8;      // and so many times before its bound is looked at again
-constexpr int kGreedyRun = 32;       // products that a lane sums in the storage's precision
+constexpr int kGreedyTiles = 8;      // tiles before a candidate's bound is checked again
+constexpr int kGreedyRun = 32;       // products that a lane sums in S's precision
 
 // Error of the product of a feature with a direction, over the feature's reach and the direction's
-// norm: kGreedyRun roundings, and a few of the feature's and the direction's numbers.
+// norm: kGreedyRun roundings, plus a few of the feature's and the direction's numbers.
 template <typename S>
 constexpr double kGreedyDotError =
     (kGreedyRun + 8) * static_cast<double>(std::numeric_limits<S>::epsilon()) / 2;
 
 constexpr double kGreedyInfinity = std::numeric_limits<double>::infinity();
 
-// A phase is a function of its own, with registers of its own and one copy of its instructions.
+// A phase is a separate function, with its own registers and one copy of its instructions.
 // Arrays whose loops are unrolled stay in registers.
 #ifdef __CUDACC__
 #define ACTIVEDPO_PHASE __host__ __device__ __noinline__
@@ -105,11 +105,11 @@ struct GreedyListed {
   std::int32_t version;
 };
 
-// What the threads tell each other: the largest of each.
+// Bounds that threads exchange; they keep the largest of each.
 struct GreedyBounds {
   double best;    // lower bound of the values that are up to date
-  double top;     // upper bound of the others; -1 where there are none
-  double oldest;  // minus the least version of those listed
+  double top;     // upper bound of the others; -1 if there are none
+  double oldest;  // minus the smallest version of those listed
 };
 
 template <int Groups>
@@ -121,32 +121,32 @@ struct GreedyShared {
   double doubt[kGreedySlots];
 };
 
-// Views of one piece of memory that need not be cleared.
+// Views of one block of memory, which need not be cleared.
 template <typename S>
 struct GreedyRoom {
   std::int64_t capacity;  // of D and Y
-  std::int64_t pieces;    // of a vector: kGreedyPiece numbers, or what is left
-  std::int64_t chunks;    // of a vector: kGreedyColumns numbers, or what is left
+  std::int64_t pieces;    // per vector: kGreedyPiece numbers each, or the rest
+  std::int64_t chunks;    // per vector: kGreedyColumns numbers each, or the rest
 
   GreedyBounds* bounds;   // [2, kGreedyMaxBlocks]
   std::int32_t* counters;  // [3], lengths of lists
-  double* inherited;       // [n_candidates]; see selection/scores.py
-  std::int32_t* version;   // [n_candidates], how many directions a score has seen
+  double* inherited;       // [n_candidates]; see running_scores.py
+  std::int32_t* version;   // [n_candidates], number of directions a score has seen
   GreedyListed* list;      // [n_candidates]
-  double* parts;           // [n_candidates, kGreedyTiles, 3], what tiles do to a listed score
-  std::int32_t* arrived;   // [n_candidates], tiles of it that are done
-  S* unit;                 // [n_picks + kGreedyTile, dim], directions w over `norm`
-  double* norm;            // [n_picks], a bound of |w|
-  double* error;           // [n_picks], bound of the error of phi . w for a pair with reach 1
-  double* turn;            // [n_picks]; see selection/scores.py
+  double* parts;           // [n_candidates, kGreedyTiles, 3], changes of a listed score by tiles
+  std::int32_t* arrived;   // [n_candidates], its finished tiles
+  S* unit;                 // [n_picks + kGreedyTile, dim], directions w divided by `norm`
+  double* norm;            // [n_picks], a bound on |w|
+  double* error;           // [n_picks], bound on the error of phi . w for a pair with reach 1
+  double* turn;            // [n_picks]; see running_scores.py
   double* residual;        // [kGreedySlots, dim], r of contenders
-  double* whitened;        // [kGreedySlots, dim], B phi of contenders; with `base` only
-  double* solved;          // [dim], F^T r of the pick; with `base` only
+  double* whitened;        // [kGreedySlots, dim], B phi of contenders; only with `base`
+  double* solved;          // [dim], F^T r of the pick; only with `base`
   double* dots;            // [kGreedySlots, capacity, pieces]
   double* lengths;         // [kGreedySlots, chunks], parts of |r|^2
   double* w_lengths;       // [chunks], parts of |w|^2
 
-  // Lays the arrays out from `memory` on; returns how many bytes that takes.
+  // Lays out the arrays from `memory` on; returns the number of bytes used.
   std::size_t lay_out(const GreedyProblem& p, char* memory) {
     capacity = p.n_before + p.n_picks;
     pieces = (p.dim + kGreedyPiece - 1) / kGreedyPiece;

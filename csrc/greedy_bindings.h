@@ -1,4 +1,4 @@
-// What both extension modules show of a greedy selection: its problem, as addresses and numbers.
+// Bindings of a greedy selection in both extension modules: its problem, as addresses and numbers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -69,7 +69,7 @@ inline void bind_greedy_problem(pybind11::module_& module) {
            py::arg("touched"), py::arg("count"));
 }
 
-// greedy_bytes_<dtype>(problem): how much room the selection works in.
+// greedy_bytes_<dtype>(problem): size of the selection's workspace in bytes.
 template <typename T>
 void bind_greedy_bytes(pybind11::module_& module, const char* name) {
   module.def(name, [](const GreedyProblem& problem) {

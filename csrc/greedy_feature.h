@@ -21,15 +21,15 @@ class GreedyFeature {
     over_ = 1 / p.pair_divisor[candidate];
   }
 
-  // phi[j]. Nothing is fused: the difference of two rows that are the same is zero.
+  // phi[j]. Nothing is fused, so the difference of two equal rows is zero.
   ACTIVEDPO_HOST_DEVICE double operator[](std::int64_t j) const {
     const double first = Grid::product(Grid::widen(first_[j]), over_first_);
     const double second = Grid::product(Grid::widen(second_[j]), over_second_);
     return (first - second) * over_;
   }
 
-  // phi / scale in the precision that products are summed in. For scale = reach its parts' norms
-  // are 1 together, whatever the rows' are.
+  // phi / scale in the precision that products are summed in. For scale = reach, the norms of its
+  // parts add up to 1, whatever the rows' norms.
   class Scaled {
    public:
     ACTIVEDPO_HOST_DEVICE Scaled(const GreedyFeature& feature, double scale)

@@ -1,4 +1,4 @@
-// The greedy selection of greedy.h by CPU threads: the GPU's code and its phases, for the tests.
+// The greedy selection of greedy.h on CPU threads: the GPU's code and its phases, for the tests.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -42,7 +42,7 @@ class Meeting {
   std::condition_variable all_here_;
 };
 
-// A thread for every lane. Lanes of a group meet to tell each other their numbers.
+// One thread per lane. Lanes of a group meet to exchange their numbers.
 template <int Lanes, int Groups>
 struct HostBlock {
   struct Group {

@@ -1,5 +1,5 @@
-// Running scores, brought up to date where they may be the largest: advance.cpp for a grid of
-// threads. Old scores are upper bounds, because scores only fall.
+// Running scores, brought up to date if they may be the largest: advance.cpp for a grid of threads.
+// Old scores are upper bounds, because scores only fall.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ class GreedyLazy {
                                    const GreedyRoom<S>& room)
       : team_(team), p_(problem), room_(room) {}
 
-  // The thread's part of the room, before anything else. A barrier has to follow.
+  // Clears the thread's part of the workspace. Call it first; a barrier must follow.
   ACTIVEDPO_HOST_DEVICE void clear() {
     for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
       room_.inherited[i] = 0;
@@ -32,7 +32,7 @@ class GreedyLazy {
     }
   }
 
-  // The bounds of the thread's part of the candidates, after `count` directions.
+  // Returns the bounds of the thread's part of the candidates, after `count` directions.
   ACTIVEDPO_PHASE GreedyBounds scan(std::int64_t count) const {
     GreedyBounds mine = none();
     for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
@@ -41,9 +41,9 @@ class GreedyLazy {
     return mine;
   }
 
-  // Brings candidates up to date until every one whose value may be the largest is, and returns
-  // the largest lower bound. `bounds` are those of all candidates, `looked` grows by the number of
-  // rows that are looked at.
+  // Brings candidates up to date until every one whose value may be the largest is up to date, and
+  // returns the largest lower bound. `bounds` are those of all candidates. Adds the number of rows
+  // read to `looked`.
   ACTIVEDPO_HOST_DEVICE double bring_up_to_date(std::int64_t count, GreedyBounds bounds,
                                                 std::int64_t* looked) {
     const double highest = bounds.top;
@@ -61,7 +61,7 @@ class GreedyLazy {
       const GreedyBounds moved = team_.exchange(advance(count, listed, oldest));
       bounds = {std::fmax(bounds.best, moved.best), std::fmax(bounds.top, moved.top), 0};
     }
-    // What would have been the right margin: the next pick will be much alike.
+    // The margin that would have been right: the next pick will be similar.
     if (highest > 0) {
       margin_ = std::fmin(1.0, std::fmax(kLeastMargin, 1 - bounds.best / highest));
     }
@@ -69,7 +69,7 @@ class GreedyLazy {
   }
 
   // Lists the up-to-date candidates whose values may be the largest, in any order. Returns their
-  // number; `any` says whether one of them is not zero for certain.
+  // number; `any` is set to whether one of them is not certainly zero.
   ACTIVEDPO_PHASE std::int64_t contenders(std::int64_t count, double best, bool* any) {
     std::int32_t* const counter = new_list();
     GreedyBounds mine = none();
@@ -114,8 +114,8 @@ class GreedyLazy {
     }
   }
 
-  // The counter of a new list. There are three: one is in use, of the one before a thread may
-  // still read the length, and the next is set to zero meanwhile.
+  // Returns the counter of a new list. There are three counters: one is in use, a thread may still
+  // be reading the previous one, and the next one is set to zero meanwhile.
   ACTIVEDPO_HOST_DEVICE std::int32_t* new_list() {
     list_ = (list_ + 1) % 3;
     if (team_.thread() == 0) room_.counters[(list_ + 1) % 3] = 0;
@@ -144,8 +144,8 @@ class GreedyLazy {
     return mine;
   }
 
-  // Moves the candidates listed on, by so many directions as are looked at in one go. A tile of
-  // directions is a group's; who finishes the last tile of a candidate changes its score.
+  // Advances the listed candidates by as many directions as are processed at once. Each group takes
+  // a tile of directions; the one that finishes a candidate's last tile updates its score.
   ACTIVEDPO_PHASE GreedyBounds advance(std::int64_t count, std::int64_t listed,
                                              std::int64_t oldest) {
     GreedyBounds mine = none();
@@ -177,8 +177,8 @@ class GreedyLazy {
     return (directions + kGreedyTile - 1) / kGreedyTile;
   }
 
-  // What n <= kGreedyTile directions from `from` on do to a candidate, into `parts`: what its score
-  // loses, and what its doubt and what it inherits gain.
+  // Writes the effect of n <= kGreedyTile directions from `from` on a candidate to `parts`: the
+  // decrease of its score, and the increases of its doubt and its inherited error.
   ACTIVEDPO_HOST_DEVICE void see(std::int64_t i, std::int64_t from, std::int64_t n,
                                  double* parts) const {
     if (n <= 2) {
@@ -198,7 +198,7 @@ class GreedyLazy {
     double dots[Width];
     multiply<Width>(dots, typename GreedyFeature<T, Grid>::Scaled({p_, i}, reach), from);
     if (team_.grid.lane() != 0) return;
-    // Meanwhile the score's root is at most this.
+    // A bound on the score's root during these directions.
     const double root = std::sqrt(p_.score[i] + p_.doubt[i]);
     double lost = 0, doubt = 0, inherited = 0;
     ACTIVEDPO_UNROLL
@@ -216,8 +216,8 @@ class GreedyLazy {
     parts[2] = inherited;
   }
 
-  // Inner products of a feature with `Width` directions. (The rows after the last direction are
-  // read as well, and what comes of them is not used.)
+  // Inner products of a feature with `Width` directions. (Rows after the last direction are read
+  // too; their results are not used.)
   template <int Width, class Feature>
   ACTIVEDPO_HOST_DEVICE void multiply(double (&dots)[Width], const Feature& feature,
                                       std::int64_t from) const {
@@ -257,7 +257,7 @@ class GreedyLazy {
   GreedyTeam<Grid>& team_;
   const GreedyProblem& p_;
   const GreedyRoom<S>& room_;
-  double margin_ = 0.01;  // below the largest bound, relative to it: what is looked at first
+  double margin_ = 0.01;  // bounds within this of the largest, relatively, are considered first
   int list_ = 0;
 };
 

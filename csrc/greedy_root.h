@@ -1,4 +1,4 @@
-// Scores afresh, from the root X = F B of V^-1 in float64, and what a pick does to it (greedy.h).
+// Fresh scores, from the root X = F B of V^-1 in float64, and its update by a pick (greedy.h).
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace activedpo {
 
-// Up to kGreedySlots candidates: a stretch of a list, or a single one.
+// Up to kGreedySlots candidates: part of a list, or a single one.
 struct GreedyBatch {
   const GreedyListed* list;
   std::int64_t single;
@@ -30,8 +30,8 @@ class GreedyRoot {
                                    const GreedyRoom<S>& room)
       : team_(team), p_(problem), room_(room) {}
 
-  // Scores candidates afresh after `count` picks; then their scores and doubts are in the block's
-  // shared memory, and a barrier later in the candidates'.
+  // Rescores candidates after `count` picks. Their scores and doubts are then in the block's shared
+  // memory, and after the next barrier also in the candidates' arrays.
   ACTIVEDPO_PHASE void look(const GreedyBatch& batch, std::int64_t count) {
     const std::int64_t n = p_.n_before + count;
     if (p_.base != nullptr) {
@@ -52,8 +52,8 @@ class GreedyRoot {
     measure(batch);
   }
 
-  // Takes a candidate that was looked at into the root, as pick number `count`. First `onto`, a
-  // barrier, then `learn`, a barrier, then `settle`.
+  // Adds a candidate passed to `look` to the root, as pick number `count`: `onto`, a barrier,
+  // `learn`, a barrier, `settle`.
   ACTIVEDPO_PHASE void onto(std::int64_t slot, std::int64_t count) {
     const double* const r = room_.residual + slot * p_.dim;
     dots(1, p_.directions, p_.n_before + count, [&](std::int64_t) { return r; });
@@ -63,7 +63,7 @@ class GreedyRoot {
     const std::int64_t n = p_.n_before + count;
     const double root = std::sqrt(1 + gain);
     const double weight = 1 / (root * (1 + root));  // (1 - 1/root) / gain
-    // |w| is at most this, because |F^T r| <= |r|.
+    // A bound on |w|, because |F^T r| <= |r|.
     const double norm = p_.root_norm * std::sqrt(gain) / root;
     const double over = norm > 0 ? 1 / norm : 0;
     const double* const r = room_.residual + slot * p_.dim;
@@ -94,7 +94,7 @@ class GreedyRoot {
         [&](std::int64_t, std::int64_t s) { return room_.solved[s]; },
         [&](std::int64_t, std::int64_t j, double sum) { return keep(j, sum / root); });
   }
-  // What only the whole of w tells: the rounding of products with it.
+  // Adds the rounding error of products with w, which requires all of w.
   ACTIVEDPO_HOST_DEVICE void settle(std::int64_t count) {
     if (team_.worker() != 0) return;
     const double square = total(room_.w_lengths);
@@ -139,7 +139,7 @@ class GreedyRoot {
     }
   }
 
-  // Inner products of vectors with the first n rows of a matrix, piece by piece.
+  // Computes inner products of vectors with the first n rows of a matrix, piece by piece.
   template <class Vector>
   ACTIVEDPO_HOST_DEVICE void dots(std::int64_t vectors, const double* matrix, std::int64_t n,
                                   const Vector& vector) {
@@ -179,9 +179,9 @@ class GreedyRoot {
     return sum;
   }
 
-  // use(slot, j, sum over s < n of coefficient(slot, s) * matrix[s][j]) for every number j of
-  // `vectors` vectors. A block has kGreedyColumns of them at a time, each of its groups a part of
-  // the rows; what `use` returns is summed into `lengths`.
+  // Calls use(slot, j, sum over s < n of coefficient(slot, s) * matrix[s][j]) for every number j of
+  // `vectors` vectors. A block handles kGreedyColumns numbers at a time, each of its groups a part
+  // of the rows. The values that `use` returns are summed into `lengths`.
   template <class Coefficient, class Use>
   ACTIVEDPO_HOST_DEVICE void columns(double* lengths, std::int64_t vectors, const double* matrix,
                                      std::int64_t n, const Coefficient& coefficient,

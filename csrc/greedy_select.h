@@ -34,7 +34,7 @@ class GreedySelect {
         if (choice.candidate < 0) break;
         if (choice.score < p_.min_score) {
           if (p_.inverse_cost == nullptr) break;
-          // One that costs more may score more. This one will not: scores only fall.
+          // A costlier one may have a higher score. This one will not: scores only fall.
           if (team_.thread() == 0) p_.left[choice.candidate] = 0;
           team_.grid.barrier();
           bounds = team_.exchange(lazy_.scan(count_));
@@ -53,19 +53,19 @@ class GreedySelect {
 
  private:
   struct Choice {
-    std::int64_t candidate;  // -1: there is none left
+    std::int64_t candidate;  // -1: none left
     double score;
-    std::int64_t slot;  // where its residual is; -1: nowhere
+    std::int64_t slot;  // of its residual; -1: none
   };
 
-  // The candidate with the largest value; of those that cannot be told apart, the first.
+  // Returns the candidate with the largest value; the first one if several cannot be told apart.
   ACTIVEDPO_HOST_DEVICE Choice choose(double best) {
     bool any = false;
     const std::int64_t found = lazy_.contenders(count_, best, &any);
     if (found == 0) return {-1, 0, -1};
     GreedyBatch batch{nullptr, -1, 0};
     std::int64_t begin = found;  // of the batch in the list
-    // The first scores are fresh, unless they round more; those of zero features always are.
+    // First scores are fresh, unless they round more; those of zero features always are.
     if (any && (p_.rounds || count_ > 0)) {
       for (begin = 0;; begin += kGreedySlots) {
         const std::int64_t size = found - begin < kGreedySlots ? found - begin : kGreedySlots;
@@ -79,7 +79,7 @@ class GreedySelect {
       least = std::fmax(least, lazy_.value(i, score - doubt));
     });
     least = team_.block_max(least);
-    double first = -kGreedyInfinity;  // minus its number
+    double first = -kGreedyInfinity;  // minus the candidate's number
     each(found, begin, [&](std::int64_t i, double score, double doubt) {
       if (lazy_.value(i, score + doubt) >= least) first = std::fmax(first, -static_cast<double>(i));
     });
@@ -92,8 +92,8 @@ class GreedySelect {
     return {candidate, p_.score[candidate], -1};
   }
 
-  // f(candidate, score, doubt) for the contenders listed, each by one thread of every block. Those
-  // from `begin` on were looked at last.
+  // Calls f(candidate, score, doubt) for the listed contenders, each by one thread of every block.
+  // Those from `begin` on were in the last `look`.
   template <typename F>
   ACTIVEDPO_HOST_DEVICE void each(std::int64_t found, std::int64_t begin, const F& f) {
     const auto& shared = team_.grid.shared();
@@ -107,7 +107,7 @@ class GreedySelect {
     }
   }
 
-  // Takes a candidate that was looked at; returns the bounds of what is left.
+  // Picks a candidate that was passed to `look`; returns the bounds of those left.
   ACTIVEDPO_HOST_DEVICE GreedyBounds take(const Choice& choice, std::int64_t looked) {
     const double gain = team_.grid.shared().score[choice.slot];
     root_.onto(choice.slot, count_);

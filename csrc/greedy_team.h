@@ -1,4 +1,4 @@
-// What the threads of a greedy selection do together, over a Grid (see greedy.h).
+// Collective operations of a greedy selection's threads, on a Grid (see greedy.h).
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ class GreedyTeam {
   ACTIVEDPO_HOST_DEVICE std::int64_t threads() const {
     return std::int64_t{grid.blocks()} * kThreads;
   }
-  // Groups are numbered through, too.
+  // Groups are numbered consecutively, too.
   ACTIVEDPO_HOST_DEVICE std::int64_t worker() const {
     return std::int64_t{grid.block()} * Grid::kGroups + grid.group();
   }
@@ -30,13 +30,13 @@ class GreedyTeam {
     return std::int64_t{grid.blocks()} * Grid::kGroups;
   }
 
-  // The largest of all threads' bounds, for all of them. It is a barrier of the grid.
+  // Returns the largest of all threads' bounds to all of them. This is a barrier of the grid.
   ACTIVEDPO_PHASE GreedyBounds exchange(GreedyBounds mine) {
     auto& shared = grid.shared();
     mine = max(mine);
     if (grid.lane() == 0) shared.bounds[grid.group()] = mine;
     grid.block_barrier();
-    // Two buffers: who is late still reads the one before.
+    // Two buffers: a late thread may still be reading the previous one.
     GreedyBounds* const all = bounds_ + turn_ * kGreedyMaxBlocks;
     turn_ ^= 1;
     if (thread_of_block() == 0) {
@@ -48,7 +48,7 @@ class GreedyTeam {
     return max(mine);
   }
 
-  // The largest of a block's threads, for all of them.
+  // Returns the largest value of a block's threads to all of them.
   ACTIVEDPO_HOST_DEVICE double block_max(double mine) {
     auto& shared = grid.shared();
     mine = grid.max(mine);

@@ -1,4 +1,4 @@
-// Functions that GPU kernels are made of and that the ordinary suite runs on the CPU.
+// Marks functions that are used in GPU kernels and that the regular tests run on the CPU.
 #pragma once
 
 #ifdef __CUDACC__

@@ -11,7 +11,7 @@ namespace activedpo {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr std::int64_t kKept = 16;       // rows read from files that a thread keeps
+constexpr std::int64_t kKept = 16;       // rows from files that a thread caches
 constexpr std::int64_t kPairsAtATime = 64;
 
 ACTIVEDPO_INLINE double lane_sum(const double (&lane)[kLanes]) {
@@ -37,7 +37,7 @@ ACTIVEDPO_INLINE double square_of(const T* x, std::int64_t k) {
   return lane_sum(lane);
 }
 
-// Divided, not multiplied by reciprocals: a fused multiply-subtract would not be zero for equal rows.
+// Divide, do not multiply by reciprocals: a fused multiply-subtract of equal rows is not zero.
 template <bool Divide, typename T>
 ACTIVEDPO_INLINE double square_of_difference(const T* x, double x_divisor, const T* y,
                                              double y_divisor, std::int64_t k) {
@@ -73,7 +73,7 @@ ACTIVEDPO_SQUARES(BFloat16)
 ACTIVEDPO_SQUARES(Half)
 #undef ACTIVEDPO_SQUARES
 
-// The rows that a thread looked at last, with their norms.
+// The rows that a thread read last, with their norms.
 template <typename T>
 class Reader {
  public:
@@ -84,8 +84,8 @@ class Reader {
     const T* numbers;
     double norm;
   };
-  // Numbers are null if the row could not be read. They stay where they are until another row is
-  // read into their place; `beside` is a row whose place is not to be taken.
+  // Numbers are null if the row could not be read. They stay valid until another row is read into
+  // their place; the place of row `beside` is not reused.
   Row operator()(std::int64_t row, std::int64_t beside = -1) {
     if (row == beside) return known_[row % kKept];
     const bool taken = beside >= 0 && row % kKept == beside % kKept;
@@ -132,7 +132,7 @@ std::int64_t lengths(double* row_norm, double* pair_length, const RowSource& row
         unread = first.numbers == nullptr ? a : b;
         break;
       }
-      // Threads that share a row write the same.
+      // Threads that share a row write the same value.
       row_norm[a] = first.norm;
       row_norm[b] = second.norm;
       pair_length[i] = std::sqrt(square_between(

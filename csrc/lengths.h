@@ -7,7 +7,7 @@
 
 namespace activedpo {
 
-// row_norm[r] = |row r| for every row that is in a pair (others are left alone), and
+// row_norm[r] = |row r| for every row that is in a pair (others are unchanged), and
 // pair_length[i] = |a / divisor(a) - b / divisor(b)| for pair i = (a, b), where a row's divisor is its
 // norm (1 if that is zero) with `by_row` and 1 without. Sums do not depend on threads or neighbors.
 // Returns -1, or the number of a row that could not be read.

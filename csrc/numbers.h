@@ -1,4 +1,4 @@
-// Numbers as they are stored, and as they are computed with.
+// Number types for storage and for computation.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Half {
   std::uint16_t bits;
 };
 
-// What products of T are summed in.
+// The type that products of T are summed in.
 template <typename T>
 struct Sum {
   using Type = T;
@@ -36,8 +36,8 @@ ACTIVEDPO_INLINE float widened(BFloat16 x) {
   return value;
 }
 ACTIVEDPO_INLINE float widened(Half x) {
-  // Exponent and mantissa moved to their places, then the exponent's bias mended by a product, which
-  // also makes normal numbers of subnormal ones. Infinities and NaN get float's largest exponent.
+  // Move exponent and mantissa into place, then correct the exponent's bias by a multiplication,
+  // which also normalizes subnormal numbers. Infinities and NaN get float's largest exponent.
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
   std::uint32_t bits = magnitude;
   float value;

@@ -15,9 +15,9 @@ namespace activedpo {
 
 namespace {
 
-constexpr std::int64_t kSlab = 4096;  // numbers of a gradient that are projected densely at a time
+constexpr std::int64_t kSlab = 4096;  // numbers of a gradient projected densely at a time
 
-// The segments of one row, in the order in which they came.
+// The segments of one row, in their original order.
 struct Row {
   const Segment* first;
   const Segment* last;
@@ -75,8 +75,8 @@ void form_tile(S* tile, const OuterSketch<T>& o, const Row& row, const Part& par
   }
 }
 
-// The n-th of `parts` parts, cut at multiples of 32: between rows where there are many, which leaves
-// parts that are read along memory, else across the longer side.
+// Returns the n-th of `parts` parts, split at multiples of 32: between rows if there are many, so
+// that parts are contiguous in memory, else along the longer side.
 Part nth_part(const Part& whole, std::int64_t n, std::int64_t parts) {
   const bool wide =
       whole.height() < parts * kProductNarrow && whole.width() >= whole.height();
@@ -125,8 +125,8 @@ void OuterSketch<T>::sjlt() const {
   }
 }
 
-// A slab of every row's gradient is formed, and projected for all rows at once: the signs are drawn
-// once for the whole batch.
+// Forms a slab of every row's gradient and projects it for all rows at once: signs are drawn once
+// for the whole batch.
 template <typename T>
 void OuterSketch<T>::rademacher() const {
   using S = typename Sum<T>::Type;
@@ -183,13 +183,13 @@ void OuterSketch<T>::rademacher() const {
 
 namespace {
 
-// Where the positions of one side go, and with which sign.
+// Buckets and signs of the positions of one side.
 template <typename S>
 struct Side {
   std::vector<std::int32_t> bucket;
   std::vector<S> sign;
   std::int64_t buckets;
-  bool identity;  // it keeps its length, and positions are their own buckets
+  bool identity;  // the side keeps its length, and positions are buckets
 
   Side(std::int64_t length, std::int64_t buckets, std::uint32_t stream, std::uint64_t key)
       : buckets(buckets), identity(buckets == length) {
@@ -215,7 +215,7 @@ ACTIVEDPO_INLINE void add_side(S* target, const Side<S>& side, const T* x, std::
   for (std::int64_t p = 0; p < count; ++p) target[bucket[p]] += sign[p] * factor * widened(x[p]);
 }
 
-// projected[t] = one side of each of some tokens in its buckets.
+// projected[t] = one side of token t in its buckets.
 template <typename T, typename S>
 void project_tokens(S* projected, const Side<S>& side, const T* x, std::int64_t stride,
                     std::int64_t length, std::int64_t tokens) {
@@ -236,7 +236,7 @@ void OuterSketch<T>::kronecker() const {
   const Side<S> left_side(height, a, kKroneckerLeftStream, key);
   const Side<S> right_side(width, b, kKroneckerRightStream, key);
   const std::int64_t run = std::gcd(k, kSjltRun), runs = k / run;
-  // Tokens whose sides are projected at a time: 128 KiB of them, in float32.
+  // Tokens whose sides are projected at a time: 128 KiB in float32.
   const std::int64_t step = std::clamp<std::int64_t>(32768 / (a + b), 8, kProductTokens);
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, count));
   Scratch<S> scratch(threads, kTile + kProductScratch + a * b + step * (a + b));
@@ -251,7 +251,7 @@ void OuterSketch<T>::kronecker() const {
     std::fill(sketch, sketch + a * b, S(0));
     for (const Segment* s = row.first; s != row.last; ++s) {
       if ((s->end - s->begin) * (height + width) >= height * width) {
-        // A gradient with fewer numbers than its tokens: formed first, and projected once.
+        // If the gradient has fewer numbers than its tokens, form it first and project it once.
         for_each_tile(Part{0, height, 0, width}, [&](const Part& part) {
           form_tile(tile, *this, Row{s, s + 1}, part, tile + kTile);
           for (std::int64_t i = 0; i < part.height(); ++i) {

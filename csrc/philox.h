@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-// One wheel for every x86-64: the marked functions are compiled for several instruction sets, and
-// the loader picks one. Random bits and sketches of a gradient are the same on each of them (see
-// rademacher.cpp); products, where multiply-adds are fused on some, agree to rounding.
+// One wheel serves every x86-64: the marked functions are compiled for several instruction sets,
+// and the loader picks one. Random bits and sketches of a gradient are the same on all of them (see
+// rademacher.cpp). Products agree to rounding, because some sets fuse multiply-adds.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define ACTIVEDPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -17,14 +17,14 @@
 
 namespace activedpo {
 
-// The last counter word tells the uses apart, so that they never share bits.
+// The last counter word distinguishes the uses, so that they never share bits.
 constexpr std::uint32_t kSjltStream = 1;
 constexpr std::uint32_t kRademacherStream = 2;
 constexpr std::uint32_t kKroneckerLeftStream = 3;
 constexpr std::uint32_t kKroneckerRightStream = 4;
 constexpr std::uint32_t kSignStreams = 16;  // added to a hash's stream for its signs
 
-// counter[w][lane] is word w of a lane's counter, and afterward word w of its random block.
+// counter[w][lane] is word w of a lane's counter on entry, and word w of its random block on exit.
 template <int Lanes>
 ACTIVEDPO_INLINE void philox4x32(std::uint32_t (&counter)[4][Lanes], std::uint64_t key) {
   std::uint32_t key_lo = static_cast<std::uint32_t>(key);

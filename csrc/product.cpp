@@ -8,14 +8,14 @@ namespace activedpo {
 
 namespace {
 
-constexpr int kRows = 8;  // of the register block; its columns are two vectors of 64 bytes
+constexpr int kRows = 8;  // rows of the register block; its columns are two 64-byte vectors
 constexpr std::int64_t kFewTokens = 16;
 
-// Panels of `panel` columns, each with its tokens one after the other; zeros fill the last one.
+// Packs panels of `panel` columns, each with its tokens one after another; zeros pad the last one.
 template <typename T, typename S>
 ACTIVEDPO_INLINE void pack(S* packed, const T* x, std::int64_t stride, std::int64_t columns,
                            std::int64_t tokens, std::int64_t panel) {
-  // Token by token, as they lie in memory.
+  // Token by token, in memory order.
   for (std::int64_t t = 0; t < tokens; ++t) {
     const T* source = x + t * stride;
     for (std::int64_t first = 0; first < columns; first += panel) {
@@ -31,7 +31,7 @@ ACTIVEDPO_INLINE void pack(S* packed, const T* x, std::int64_t stride, std::int6
 template <typename S>
 ACTIVEDPO_INLINE void multiply(S* sums, std::int64_t sums_stride, const S* narrow, const S* wide,
                                std::int64_t stride, std::int64_t tokens) {
-  // Only as aligned as a number: `wide` may be a row of the caller's.
+  // Aligned only like a single number: `wide` may be one of the caller's rows.
   typedef S Vector __attribute__((vector_size(64), may_alias, aligned(sizeof(S))));
   constexpr int width = 64 / sizeof(S);
   Vector a[kRows][2];
@@ -55,7 +55,7 @@ ACTIVEDPO_INLINE void multiply(S* sums, std::int64_t sums_stride, const S* narro
   }
 }
 
-// Where panels of wide columns begin, and how far apart their tokens are.
+// The start of the panels of wide columns, and the steps between panels and between tokens.
 template <typename S>
 struct Panels {
   const S* first;
@@ -67,7 +67,7 @@ ACTIVEDPO_INLINE Panels<S> in_place(const S* wide, std::int64_t stride, std::int
   return {wide, panel, stride};
 }
 ACTIVEDPO_INLINE Panels<float> in_place(const BFloat16*, std::int64_t, std::int64_t) {
-  return {nullptr, 0, 0};  // never asked for: bfloat16 is widened as it is packed
+  return {nullptr, 0, 0};  // never used: bfloat16 is widened when it is packed
 }
 
 // block[r * row_step + c * column_step] += sum over t of narrow[t, r] wide[t, c].
@@ -81,13 +81,13 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
   S* packed_narrow = packed_wide + kProductTokens * kProductWide;
   const std::int64_t padded_rows = (rows + kRows - 1) / kRows * kRows;
   const std::int64_t padded_columns = (columns + kColumns - 1) / kColumns * kColumns;
-  // Register blocks go straight to the block where they fit.
+  // Register blocks are added directly to the block if they fit.
   const bool fits = column_step == 1 && row_step == columns && rows == padded_rows &&
                     columns == padded_columns;
   S* sums = fits ? block : packed_narrow + kProductTokens * kProductNarrow;
   if (!fits) std::fill(sums, sums + padded_rows * padded_columns, S(0));
-  // Numbers that serve one register block only are read where they are, a few tokens at a time, so
-  // that memory is read in its order.
+  // Numbers used by only one register block are read in place, a few tokens at a time, so that
+  // memory is read in order.
   const bool direct = sizeof(T) == sizeof(S) && rows <= kRows && columns == padded_columns;
   const std::int64_t step = direct ? kFewTokens : kProductTokens;
   for (std::int64_t t = 0; t < tokens; t += step) {
@@ -115,7 +115,7 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
 
 }  // namespace
 
-// The vectors of a register block lie along the longer side.
+// The vectors of a register block run along the longer side.
 #define ACTIVEDPO_ADD_PRODUCT(T)                                                                  \
   ACTIVEDPO_CLONES                                                                                \
   void add_product_of(Sum<T>::Type* block, const T* left, std::int64_t left_stride,               \

@@ -25,7 +25,7 @@ struct alignas(64) Tile {
 
 static_assert(kPositions % kLanes == 0, "a tile is made of whole Philox batches");
 
-// +1 where the bit is clear and -1 where it is set, written as bits: only the sign bit differs.
+// +1 if the bit is clear and -1 if it is set, written as bits: only the sign bit differs.
 template <typename T>
 struct One;
 template <>
@@ -59,9 +59,9 @@ ACTIVEDPO_INLINE void fill_signs(Tile<T>& tile, std::uint64_t first, std::uint32
   }
 }
 
-// sums[i, c] += sum over the tile's positions of sign * x[i, p]. The inner sum, over 32 positions at
-// most, is in T and starts from zero, the outer one in float64: float32 rounding does not grow with
-// the length of the row. Products by a sign are exact, so a fused multiply-add changes nothing.
+// sums[i, c] += sum over the tile's positions of sign * x[i, p]. The inner sum, over at most 32
+// positions, is in T and starts from zero; the outer sum is in float64: float32 rounding does not
+// grow with the row's length. Products with a sign are exact, so fused multiply-adds do not matter.
 template <typename T>
 ACTIVEDPO_INLINE void add_tile(double* sums, const Tile<T>& tile, const T* x, std::int64_t x_stride,
                                std::int64_t n, std::int64_t positions) {
@@ -107,13 +107,13 @@ ACTIVEDPO_PROJECT_COLUMNS(float)
 ACTIVEDPO_PROJECT_COLUMNS(double)
 #undef ACTIVEDPO_PROJECT_COLUMNS
 
-// One thread makes 128 columns of all rows: the signs are generated once for the whole batch.
+// One thread computes 128 columns of all rows: signs are generated once for the whole batch.
 template <typename T>
 void rademacher(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stride, std::int64_t n,
                 std::int64_t length, std::int64_t k, std::uint64_t key, int num_threads) {
   if (n == 0 || length == 0) return;
   const std::int64_t column_blocks = (k + kColumns - 1) / kColumns;
-  // A thread is worth waking for some millions of operations.
+  // Waking a thread pays off from a few million operations on.
   const double work = static_cast<double>(n) * static_cast<double>(length) * static_cast<double>(k);
   const int threads = static_cast<int>(std::min<double>(
       std::min<std::int64_t>(num_threads, column_blocks), 1.0 + work / (1 << 22)));

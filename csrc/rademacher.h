@@ -15,7 +15,7 @@ void rademacher_columns(double* sums, const T* x, std::int64_t x_stride, std::in
                         std::uint64_t key);
 
 // out[i, j] += sum_p sign(p, j) * x[i, p] / sqrt(k) for n rows of `length` numbers and j < k.
-// Rows are contiguous, `*_stride` numbers apart. sign depends on (key, p, j) alone, and the result
+// Rows are contiguous, `*_stride` numbers apart. sign depends only on (key, p, j), and the result
 // does not depend on num_threads.
 template <typename T>
 void rademacher(T* out, std::int64_t out_stride, const T* x, std::int64_t x_stride, std::int64_t n,

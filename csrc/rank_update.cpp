@@ -1,4 +1,4 @@
-// The GPU's rank_update on the CPU, for the tests: its tiles and threads one after another.
+// The GPU's rank_update on the CPU, for the tests: tiles and threads one after another.
 #include "rank_update.h"
 
 #include <pybind11/pybind11.h>
@@ -23,7 +23,7 @@ void run_tile(const RankUpdate& update, std::int64_t tile) {
     threads.emplace_back(update, tile, thread);
     old.push_back(threads.back().read());
   }
-  // A loop over threads ends where the GPU's threads wait for each other.
+  // Each loop over threads ends at a barrier of the GPU's threads.
   for (std::int64_t first = 0; first < update.m; first += RankTile::kDepth) {
     for (const auto& thread : threads) thread.fill(room.get(), first);
     for (int i = 0; i < RankTile::kThreads; ++i) threads[i].add(&sums[i], *room, first);

@@ -1,6 +1,6 @@
-// V <- V + alpha * sum of p p^T over the points, on and below the diagonal of V: what one thread of
-// one tile does. cuda/rank_update.cu runs it on a GPU; rank_update.cpp runs the same functions on
-// the CPU, thread after thread, for the tests.
+// V <- V + alpha * sum of p p^T over the points, on and below the diagonal of V: the work of one
+// thread of one tile. cuda/rank_update.cu runs it on a GPU; rank_update.cpp runs the same functions
+// on the CPU, thread after thread, for the tests.
 #pragma once
 
 #include <cmath>
@@ -21,13 +21,13 @@ struct RankUpdate {
 };
 
 // A tile of 64 x 64 numbers of V has 16 x 16 threads. Thread (y, x) has 4 x 4 of them: rows 4y to
-// 4y + 3, columns x, x + 16, x + 32 and x + 48. So half a warp reads 128 bytes side by side.
+// 4y + 3, columns x, x + 16, x + 32 and x + 48. So half a warp reads 128 contiguous bytes.
 class RankTile {
  public:
   static constexpr int kThreads = 256;
-  static constexpr int kDepth = 16;  // points in the room at a time
+  static constexpr int kDepth = 16;  // points in `Room` at a time
 
-  // Shared by the threads of a tile: the points' numbers at its rows and at its columns.
+  // Shared by the threads of a tile: the points' numbers for its rows and its columns.
   struct alignas(16) Room {
     double rows[kDepth][64];
     double columns[kDepth][64];
@@ -51,7 +51,7 @@ class RankTile {
     column_ = (tile - i * (i + 1) / 2) * kSide;
   }
 
-  // The thread's numbers of V. Asked for first, so that they arrive while sums are formed.
+  // Reads the thread's numbers of V. Called first, so that they arrive while sums are formed.
   ACTIVEDPO_HOST_DEVICE Numbers read() const {
     Numbers old{};
     each([&](int i, int j, double* v) { old.at[i][j] = *v; });
@@ -62,7 +62,7 @@ class RankTile {
     each([&](int i, int j, double* v) { *v = old.at[i][j] + update_.alpha * sums.at[i][j]; });
   }
 
-  // The thread's part of points first, first + 1, ... into the room; zeros beyond k.
+  // Copies the thread's part of points first, first + 1, ... to the room; zeros beyond k.
   ACTIVEDPO_HOST_DEVICE void fill(Room* room, std::int64_t first) const {
     const int at = thread_ % kSide;
     for (int depth = thread_ / kSide; depth < kDepth; depth += kThreads / kSide) {
@@ -73,7 +73,7 @@ class RankTile {
     }
   }
 
-  // The products of the points in the room, added to the thread's sums.
+  // Adds the products of the points in the room to the thread's sums.
   ACTIVEDPO_HOST_DEVICE void add(Numbers* sums, const Room& room, std::int64_t first) const {
     const int x = thread_ % 16, y = thread_ / 16;
     const auto left = update_.m - first;
@@ -91,7 +91,7 @@ class RankTile {
  private:
   static constexpr int kSide = 64;
 
-  // Calls f(i, j, where) for the thread's numbers on and below the diagonal.
+  // Calls f(i, j, address) for the thread's numbers on and below the diagonal.
   template <typename F>
   ACTIVEDPO_HOST_DEVICE void each(const F& f) const {
     const int x = thread_ % 16, y = thread_ / 16;
@@ -106,7 +106,7 @@ class RankTile {
 
   const RankUpdate& update_;
   int thread_;
-  std::int64_t row_, column_;  // the tile's first
+  std::int64_t row_, column_;  // first row and column of the tile
 };
 
 }  // namespace activedpo

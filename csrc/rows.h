@@ -1,4 +1,4 @@
-// Gradient rows as they are stored: in memory, or in files that they are read from when needed.
+// Storage of gradient rows: in memory, or in files that are read when needed.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace activedpo {
 
 struct RowSource {
-  const char* base;  // rows in memory, `stride` bytes apart; null where they are in files
+  const char* base;  // rows in memory, `stride` bytes apart; null if they are in files
   std::int64_t stride;
   const std::int32_t* descriptors;  // of the files, open for reading
   const std::int32_t* file_of_row;
@@ -21,7 +21,7 @@ struct RowSource {
 
   bool in_memory() const { return base != nullptr; }
 
-  // Where the row lies, after it was read into `room` if it is in a file; null if that failed.
+  // Returns the row's address, after reading it into `room` if it is in a file; null on failure.
   const char* get(std::int64_t row, char* room) const {
     if (in_memory()) return base + row * stride;
 #ifdef _WIN32

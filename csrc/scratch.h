@@ -1,4 +1,4 @@
-// Room for threads to work in.
+// Scratch memory for threads.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ inline int thread_number() {
 #endif
 }
 
-// 64-byte aligned room for every thread, taken before threads start: an exception must not leave a
-// parallel region. What is in it at first is not defined: clearing it would cost more than many a
-// call.
+// 64-byte aligned memory for every thread, allocated before threads start: an exception must not
+// leave a parallel region. It is uninitialized: clearing it would take longer than the work of many
+// calls.
 template <typename T>
 class Scratch {
  public:

@@ -1,4 +1,4 @@
-// Bindings of what the selection calls: rows, lengths of pairs, running scores.
+// Bindings for the selection: rows, lengths of pairs, running scores.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

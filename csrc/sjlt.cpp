@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kLanes = 16;  // Philox blocks at a time
 constexpr std::int64_t kWords = 4 * kLanes;
-// Positions that bits are drawn for at a time; the signs of so many are one group of blocks.
+// Positions whose bits are drawn at a time; their signs are one group of blocks.
 constexpr std::int64_t kGroup = 32 * kWords;
-// Numbers a bucket, on average, that are summed in float32 before they are added to float64 sums:
-// half the memory traffic, and rounding does not grow with the length of the row.
+// Numbers per bucket, on average, summed in float32 before they are added to float64 sums: half
+// the memory traffic, and rounding does not grow with the length of the row.
 constexpr std::int64_t kShort = 32;
 
 // words[i] = word i mod 4 of block i / 4, for kWords words from `first`, a multiple of 4.
@@ -55,14 +55,14 @@ ACTIVEDPO_INLINE double with_sign(double x, std::uint32_t negative) {
   return x;
 }
 
-// A whole run of 16: target[(bucket & 15) ^ l] += sign(l) x[l], target being the first of the 16
-// buckets that `bucket` is one of; bit first + l of `signs` is set where sign(l) is negative.
+// Adds a whole run of 16: target[(bucket & 15) ^ l] += sign(l) x[l]. target is the first of the 16
+// buckets that include `bucket`; bit first + l of `signs` is set if sign(l) is negative.
 template <typename A>
 ACTIVEDPO_INLINE void add_run(A* target, const float* x, std::uint32_t bucket, std::uint32_t signs,
                               std::uint32_t first) {
   typedef float Floats __attribute__((vector_size(32)));
   typedef std::uint32_t Bits __attribute__((vector_size(32)));
-  // As aligned as a number: `x` may be a row of the caller's.
+  // Aligned only like a single number: `x` may be one of the caller's rows.
   typedef Bits Input __attribute__((aligned(4), may_alias));
   typedef A Sums __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
   const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -70,7 +70,7 @@ ACTIVEDPO_INLINE void add_run(A* target, const float* x, std::uint32_t bucket, s
   for (std::uint32_t half = 0; half < 2; ++half) {
     const Bits flips = ((signs + Bits{}) << (31 - first - 8 * half - lanes)) & 0x80000000u;
     const Bits flipped = *reinterpret_cast<const Input*>(x + 8 * half) ^ flips;
-#if defined(__clang__)  // it has no shuffle by a variable
+#if defined(__clang__)  // Clang has no shuffle by a variable
     Bits moved;
     for (int l = 0; l < 8; ++l) moved[l] = flipped[from[l]];
 #else
@@ -89,7 +89,7 @@ ACTIVEDPO_INLINE void add_run(A* target, const double* x, std::uint32_t bucket, 
   }
 }
 
-// The two runs of each of `words` sign words.
+// Adds the two runs of each of `words` sign words.
 template <typename A, typename T>
 ACTIVEDPO_INLINE void add_two_runs(A* sums, const T* x, const std::uint32_t* buckets,
                                    const std::uint32_t* signs, std::size_t words) {

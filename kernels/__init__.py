@@ -1,16 +1,16 @@
 """The GPU kernels in Triton, installed as `activedpo_fast.kernels`.
 
-    philox                 random bits, made in registers
-    hashes                 buckets and signs of positions, drawn once a call
-    launching              what the host functions have in common
+    philox                 random bits, generated in registers
+    hashes                 buckets and signs of positions, drawn once per call
+    launching              helpers shared by the host functions
     fixed_point            sums that are the same in any order of additions
-    lora_grad_sketch       gradients tile by tile into their sparse sketch or Kronecker sketch
-    lora_grad_rademacher   gradients tile by tile into their dense sign projection
-    response_logp_grad     log-probabilities of responses and their gradient at the LM head
-    variants               what is compiled ahead of time
+    lora_grad_sketch       sparse or Kronecker sketches of gradients, tile by tile
+    lora_grad_rademacher   dense sign projections of gradients, slab by slab
+    response_logp_grad     log-probs of responses and their gradient at the LM head
+    variants               the kernel variants to compile ahead of time
 
-`activedpo_fast.ops` calls them for tensors on a GPU. Each module imports Triton; this one does not,
-and says whether they can be imported.
+`activedpo_fast.ops` calls them for tensors on a GPU. Each module imports Triton. This one does not;
+it reports whether they can be imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from importlib.util import find_spec
 
 
 def why_not() -> str:
-    """Why the kernels cannot be used here, in one sentence; empty where they can."""
+    """Return why the kernels cannot be used here, in one sentence; empty if they can."""
     if find_spec("triton") is None:
         return ("Triton is not installed; torch's CUDA builds for Linux bring it, and so does "
                 "pip install activedpo-fast[gpu]")
@@ -28,5 +28,5 @@ def why_not() -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as the tests do."""
+    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as in the tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -1,12 +1,12 @@
-"""Sums of float32 numbers that come out the same in any order: integer multiples of a power of two.
+"""Sums of float32 numbers that are the same in any order: integer multiples of a power of two.
 
 A row of sums is int64, in units of 2^-e. e comes from a bound on the row's sums, so that they fit
 in 62 bits: the rounding of a number is about 2^-62 of the bound. Integers are added by atomics,
-whose order then does not matter. A row's bound is a float64 kept as its bits, whose order is that
-of the numbers, so that the largest is found by atomics as well.
+whose order then does not matter. A row's bound is a float64 stored as its bits. They sort like the
+numbers, so atomics find the largest bound too.
 
-`bounds` is int64 [n, 2]: the largest of a row's bounds, and how many it has. A bound that is
-infinite or not a number makes the row NaN.
+`bounds` is int64 [n, 2]: the largest of a row's bounds, and the number of bounds. An infinite or
+NaN bound makes the row NaN.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INFINITE = tl.constexpr(0x7FF << 52)
 
 @triton.jit
 def raise_bound(bounds, row, bound):
-    """One more bound (float64) of a row."""
+    """Add a bound (float64) to a row."""
     bits = bound.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF  # without the sign of a NaN
     tl.atomic_max(bounds + 2 * row, bits, sem="relaxed")
     tl.atomic_add(bounds + 2 * row + 1, 1, sem="relaxed")
@@ -32,7 +32,7 @@ def raise_bound(bounds, row, bound):
 
 @triton.jit
 def add_numbers(target, bucket, values, mask, bounds, row, FIXED: tl.constexpr):
-    """target[bucket] += values (float32 [m]), in fixed point of the row's unit or in float64."""
+    """target[bucket] += values (float32 [m]), in fixed point with the row's unit or in float64."""
     if FIXED:
         finite = tl.abs(values) < float("inf")
         unit = _power_of_two(_exponent(bounds, row))
@@ -47,7 +47,7 @@ def add_numbers(target, bucket, values, mask, bounds, row, FIXED: tl.constexpr):
 
 @triton.jit
 def _exponent(bounds, row):
-    """e, so that the row's bound times 2^e is below 2^62."""
+    """Return e such that the row's bound times 2^e is below 2^62."""
     bound = tl.load(bounds + 2 * row).to(tl.float64, bitcast=True) * tl.load(
         bounds + 2 * row + 1).to(tl.float64)
     e = 61 - ((bound.to(tl.int64, bitcast=True) >> 52 & 0x7FF) - 1023)
@@ -61,7 +61,7 @@ def _power_of_two(e):
 
 @triton.jit(do_not_specialize=["out", "sums", "bounds", "out_stride", "k"])
 def finish_kernel(out, sums, bounds, out_stride: tl.int64, k: tl.int64, BLOCK: tl.constexpr):
-    """out [n, k] += sums times their rows' units; rows without a bound are left alone."""
+    """out [n, k] += sums times their rows' units; rows without a bound are unchanged."""
     out_stride, k = out_stride.to(tl.int64), k.to(tl.int64)
     tiles = tl.cdiv(k, BLOCK)
     row = tl.program_id(0) // tiles
@@ -78,7 +78,7 @@ def finish_kernel(out, sums, bounds, out_stride: tl.int64, k: tl.int64, BLOCK: t
 
 
 def zero_sums(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 zeros: sums [n, k] and bounds [n, 2]."""
+    """Return int64 zeros: sums [n, k] and bounds [n, 2]."""
     both = torch.zeros(n * (k + 2), dtype=torch.int64, device=device)
     return both[:n * k].view(n, k), both[n * k:].view(n, 2)
 

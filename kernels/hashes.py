@@ -1,8 +1,8 @@
-"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once a call.
+"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per call.
 
-The words that positions hash to are written to a table, which all rows and segments then read: with
-runs of 16, 0.375 bytes a position, so that a LoRA weight's table stays in the caches. The sketches'
-own kernels are left with two loads a number, most of them of words that a neighbor loads as well.
+The words that positions hash to are written to a table that all rows and segments read. With runs
+of 16, it has 0.375 bytes per position, so a LoRA weight's table stays in the caches. The sketch
+kernels then need two loads per number, mostly of words that a neighbor loads too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SIGNS = tl.constexpr(SIGNS)
 
 @triton.jit
 def _words(block, stream, key):
-    """The words of Philox blocks of streams: int64 [n] each; uint32 [n]."""
+    """Return the words of Philox blocks of streams: int64 [n] each; uint32 [n]."""
     return philox4x32((block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32),
                       tl.zeros_like(block).to(tl.uint32), stream.to(tl.uint32), key)
 
 
 @triton.jit
 def _word(index, stream, key):
-    """Word index mod 4 of block index // 4."""
+    """Return word index mod 4 of block index // 4."""
     w0, w1, w2, w3 = _words(index >> 2, stream, key)
     low = tl.where((index & 1) == 0, w0, w1)
     high = tl.where((index & 1) == 0, w2, w3)
@@ -44,14 +44,14 @@ def _word(index, stream, key):
 
 @triton.jit
 def _bucket(word, buckets):
-    """floor(word buckets / 2^32), int32."""
+    """Return floor(word buckets / 2^32), int32."""
     return ((word.to(tl.uint64) * buckets.to(tl.uint64)) >> 32).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["key", "k", "run_blocks", "blocks"])
 def draw_positions_kernel(table, key: tl.int64, k: tl.int32, run_blocks: tl.int64,
                           blocks: tl.int64, BLOCK: tl.constexpr):
-    """table, int32 [4 blocks]: runs' buckets from run_blocks blocks, and signs from the others."""
+    """Fill table, int32 [4 blocks]: runs' buckets from run_blocks blocks, signs from the others."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     of_run = index < run_blocks
     w0, w1, w2, w3 = _words(tl.where(of_run, index, index - run_blocks),
@@ -64,9 +64,9 @@ def draw_positions_kernel(table, key: tl.int64, k: tl.int32, run_blocks: tl.int6
 
 @triton.jit
 def position_hash(table, run_blocks, position, mask, run_log2):
-    """Bucket (int32) and whether the sign is negative (bool) of positions, int64 of any shape.
+    """Return bucket (int32) and whether the sign is negative (bool) of positions (int64).
 
-    table: as `draw_positions_kernel` left it.
+    Positions have any shape. table: as filled by `draw_positions_kernel`.
     """
     bucket = tl.load(table + (position >> run_log2), mask=mask, other=0)
     bucket ^= (position & ((1 << run_log2) - 1)).to(tl.int32)
@@ -81,10 +81,10 @@ def draw_sides_kernel(table, key: tl.int64, k: tl.int32, run_log2: tl.int32, row
                       columns: tl.int32, left_buckets: tl.int32, right_buckets: tl.int32,
                       left_log2: tl.int32, right_log2: tl.int32, first_run: tl.int64,
                       run_stride: tl.int64, BLOCK: tl.constexpr):
-    """table, int64 [rows + columns]: a run, and above it a lane, plus 16 with a negative sign.
+    """Fill table, int64 [rows + columns]: a run, and above it a lane, plus 16 if negative.
 
-    Place left right_buckets + right of the matrix of `reference.kronecker` is a sum of a row's and
-    a column's place, and so are, but for a carry, its lane and its run among those of the buckets.
+    Place left right_buckets + right of the matrix of `reference.kronecker` is the sum of a row's
+    and a column's place. So are, except for a carry, its lane and its run among the buckets' runs.
     """
     key, first_run, run_stride = key.to(tl.int64), first_run.to(tl.int64), run_stride.to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -106,9 +106,9 @@ def draw_sides_kernel(table, key: tl.int64, k: tl.int32, run_log2: tl.int32, row
 
 @triton.jit
 def side_hash(table, row, column, mask, rows, k, run_log2, run_stride):
-    """Bucket (int32) and whether the sign is negative (bool) of a gradient's entries.
+    """Return bucket (int32) and whether the sign is negative (bool) of a gradient's entries.
 
-    row, column: int32 of one shape. table: as `draw_sides_kernel` left it.
+    row, column: int32 of one shape. table: as filled by `draw_sides_kernel`.
     """
     one = tl.load(table + row, mask=mask, other=0)
     other = tl.load(table + rows + column, mask=mask, other=0)
@@ -122,18 +122,18 @@ def side_hash(table, row, column, mask, rows, k, run_log2, run_stride):
 
 @triton.jit
 def _wrapped(x, y, limit):
-    """(x + y) mod limit of numbers below it, within 31 bits."""
+    """Return (x + y) mod limit for numbers below limit, within 31 bits."""
     beyond = x - (limit - y)
     return tl.where(beyond < 0, beyond + limit, beyond)
 
 
 def run_log2(buckets: int) -> int:
-    """log2 of W = gcd(buckets, 16)."""
+    """Return log2 of W = gcd(buckets, 16)."""
     return math.gcd(buckets, RUN).bit_length() - 1
 
 
 def position_table(positions: int, key: int, k: int, device: torch.device) -> tuple[Tensor, int]:
-    """The table of positions 0 .. positions-1 for `position_hash`, and its blocks of runs."""
+    """Return the table of positions 0 .. positions-1 for `position_hash`, and its run blocks."""
     run_blocks = triton.cdiv(positions, 4 << run_log2(k))
     blocks = run_blocks + triton.cdiv(positions, 128)
     table = torch.empty(4 * blocks, dtype=torch.int32, device=device)
@@ -144,7 +144,7 @@ def position_table(positions: int, key: int, k: int, device: torch.device) -> tu
 
 def side_table(rows: int, columns: int, sides: tuple[int, int], key: int, k: int,
                device: torch.device) -> tuple[Tensor, int]:
-    """The table for `side_hash`, and the stride that it needs as well."""
+    """Return the table and the stride for `side_hash`."""
     first_run, run_stride = kronecker_place(key, k)
     table = torch.empty(rows + columns, dtype=torch.int64, device=device)
     draw_sides_kernel[(triton.cdiv(rows + columns, _BLOCK),)](

@@ -1,27 +1,27 @@
-"""Gradients of runs of tokens, and ready rows, projected by random signs (Triton).
+"""Projection by random signs of gradients of token runs, and of existing rows (Triton).
 
 The matrix is that of `reference.rademacher`: its bits are functions of where they are used, so they
 are the same as on the CPU and on every GPU.
 
-To project n rows costs n D k multiply-adds and D k random signs; to form their gradients costs a
-small part of that, once. So the work goes in slabs, a part of every row's gradient at a time:
+Projecting n rows costs n D k multiply-adds and D k random signs; forming their gradients costs a
+small part of that, once. So the work proceeds in slabs, a part of every row's gradient at a time:
 
 1. `form_slab_kernel` forms it in float32 and writes it as a sum of bfloat16 pieces.
-2. `project_slab_kernel` multiplies it by signs made in registers. A program has 128 columns of the
-   matrix, which are one Philox block a position, for up to 128 rows. The signs are the left operand
-   of its `tl.dot`s, in the layout that tensor cores take from registers: in the code compiled for
-   Hopper only their random bits, 16 bytes a position, pass through shared memory.
+2. `project_slab_kernel` multiplies it by signs generated in registers. A program has 128 columns of
+   the matrix, one Philox block per position, for up to 128 rows. The signs are the left operand of
+   its `tl.dot`s, in the layout that tensor cores read from registers: in the code compiled for
+   Hopper, only their random bits, 16 bytes per position, pass through shared memory.
 3. `add_partials_kernel` adds the programs' sums to `out` in float64, always in the same order.
 
-Nothing is added atomically: the same input gives the same bits on every run of one kind of GPU.
+There are no atomic adds: the same input gives the same bits on every run of one kind of GPU.
 
-Accuracy. bfloat16 has float32's exponents, so pieces of small numbers lose nothing that pieces of
-large ones keep: three of them hold float32's 24 bits, two hold 17, which is enough where left and
-right are bfloat16 or float16. A sign is exact, and so is its product with a piece. Tensor cores do
-not round their sums to nearest but cut them off (H. Ootomo, R. Yokota, "Recovering single precision
+Accuracy. bfloat16 has float32's exponents, so pieces of small numbers are as accurate as pieces of
+large ones: three of them hold float32's 24 bits, two hold 17, which is enough if left and right
+are bfloat16 or float16. A sign is exact, and so is its product with a piece. Tensor cores truncate
+their sums instead of rounding them to nearest (H. Ootomo, R. Yokota, "Recovering single precision
 accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022), so they
-sum over 128 positions at most; these sums are added in float32, over a few thousand positions, and
-from there on in float64.
+sum over 128 positions at most. These sums are added in float32 over a few thousand positions, and
+in float64 beyond that.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from activedpo_fast.kernels.philox import random_words
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
 _STREAM = tl.constexpr(2)  # reference.RADEMACHER_STREAM
-_COLUMNS = 128  # of the matrix a program: a Philox block
+_COLUMNS = 128  # columns of the matrix per program: a Philox block
 _SLAB_BYTES = 1 << 26
-_ROWS = 1024  # rows that share a slab; beyond that nothing is gained
+_ROWS = 1024  # rows that share a slab; more would gain nothing
 _TOKENS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}  # multiplied at a time
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
 def _store_pieces(at, x, piece_stride, mask, PIECES: tl.constexpr):
-    """x, float32, as bfloat16 pieces whose sum it is, one every piece_stride numbers."""
+    """Store x, float32, as bfloat16 pieces that sum to it, piece_stride numbers apart."""
     for piece in tl.static_range(PIECES):
         part = x.to(tl.bfloat16)
         tl.store(at + piece * piece_stride, part, mask=mask)
@@ -67,11 +67,11 @@ def form_slab_kernel(slab, row_blocks: tl.int64, piece_blocks: tl.int64, plan, p
                      width: tl.int32, length: tl.int32, tiles: tl.int32, tiles_across: tl.int32,
                      A: tl.constexpr, B: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr,
                      PIECES: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr):
-    """A tile [A, B] of one row's part of a slab, a part of `height` rows of `width` numbers.
+    """Form a tile [A, B] of one row's part of a slab, a part of `height` rows of `width` numbers.
 
-    It starts at row 16 `top` and column 16 `begin` of the gradient; beyond the part or the
-    gradient, up to `length` numbers, zeros are written. Rows of left and right lie so many steps
-    of UNIT numbers apart, and end with whole ones.
+    It starts at row 16 `top` and column 16 `begin` of the gradient. Beyond the part or the
+    gradient, up to `length` numbers, zeros are written. Rows of left and right are left_step and
+    right_step units of UNIT numbers apart, and consist of whole units.
     """
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -105,7 +105,7 @@ def form_slab_kernel(slab, row_blocks: tl.int64, piece_blocks: tl.int64, plan, p
 def copy_slab_kernel(slab, row_blocks: tl.int64, piece_blocks: tl.int64, x, x_stride: tl.int64,
                      begin: tl.int64, columns: tl.int64, length: tl.int32, tiles: tl.int32,
                      B: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr):
-    """Numbers begin.. of one row of x, and zeros up to `length` numbers."""
+    """Copy numbers begin.. of one row of x, then zeros up to `length` numbers."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     i = (tl.program_id(0) % tiles) * B + tl.arange(0, B)
     position = begin.to(tl.int64) + i
@@ -116,10 +116,10 @@ def copy_slab_kernel(slab, row_blocks: tl.int64, piece_blocks: tl.int64, x, x_st
 
 @triton.jit
 def _signs(position, column_block, key, POSITIONS: tl.constexpr):
-    """The signs of 128 columns at some positions, bfloat16 [128, POSITIONS].
+    """Return the signs of 128 columns at some positions, bfloat16 [128, POSITIONS].
 
-    Two positions side by side share a 32-bit register, so that a shift and a mask make two signs:
-    the bits are brought together first, while they are few.
+    Two adjacent positions share a 32-bit register, so that a shift and a mask produce two signs.
+    The bits are paired first, while there are few of them.
     """
     word0, word1, word2, word3 = random_words(position, column_block, _STREAM, key)
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
@@ -142,8 +142,8 @@ def project_slab_kernel(partials, slab, row_blocks: tl.int64, piece_blocks: tl.i
                         BLOCK: tl.constexpr, OPERAND: tl.constexpr):
     """partials[split, column, row] = the split's positions of ROWS rows times their signs.
 
-    The slab has `blocks` blocks of numbers, `chunk` of them a split. Every `run` of them are side
-    by side in the gradient, from position `first` on, and the next run `pitch` further.
+    The slab has `blocks` blocks of numbers, `chunk` per split. Each run of `run` blocks is
+    contiguous in the gradient; the first starts at position `first`, the next `pitch` later.
     """
     key, first, pitch = key.to(tl.int64), first.to(tl.int64), pitch.to(tl.int64)
     split = tl.program_id(1)
@@ -170,9 +170,9 @@ def project_slab_kernel(partials, slab, row_blocks: tl.int64, piece_blocks: tl.i
 def add_partials_kernel(out, out_stride: tl.int64, plan, rows: tl.int32, k: tl.int32, partials,
                         row_groups: tl.int64, split_groups: tl.int64, splits: tl.int32,
                         K: tl.constexpr, ROWS: tl.constexpr):
-    """out[plan[row]] += the sum of all splits over sqrt(k).
+    """out[plan[row]] += the sum of all splits, divided by sqrt(k).
 
-    A column of partials has row_groups * ROWS numbers, a split split_groups * ROWS.
+    A column of partials has row_groups * ROWS numbers; a split has split_groups * ROWS.
     """
     column = tl.program_id(0) * K + tl.arange(0, K)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -195,7 +195,7 @@ _COPIED, _ADDED = 1024, (64, 32)  # blocks of copy_slab_kernel and add_partials_
 
 @dataclass(frozen=True)
 class Tile:
-    """A configuration of `project_slab_kernel`: so many rows, and positions at a time."""
+    """A configuration of `project_slab_kernel`: number of rows, and of positions at a time."""
 
     rows: int
     warps: int
@@ -203,25 +203,25 @@ class Tile:
     block: int = 128
 
     def shared(self, pieces: int) -> int:
-        """Bytes of shared memory that it needs at most: numbers, and random bits."""
+        """Return the maximum bytes of shared memory it needs: numbers and random bits."""
         return 2 * self.stages * pieces * self.rows * self.block + 16 * self.block
 
 
-# Of two and of three pieces. All but the last need no more than 99 KiB of shared memory, which
-# every GPU from sm_80 on has.
+# For two and three pieces. All except the last need at most 99 KiB of shared memory, which every
+# GPU from sm_80 on has.
 TILES = {2: (Tile(32, 4, 3), Tile(64, 8, 3), Tile(128, 8, 2)),
          3: (Tile(32, 4, 3), Tile(64, 8, 2), Tile(128, 8, 2))}
 GRADIENT_TILES = ((16, 128), (128, 16), (64, 64))  # of form_slab_kernel: wide, tall, square
 
 
 def tile_for(rows: int, pieces: int, shared: int) -> Tile:
-    """The tile for a number of rows, on a GPU that gives a block so many bytes of shared memory."""
+    """Return the tile for a number of rows, on a GPU with `shared` bytes of shared memory."""
     fitting = [tile for tile in TILES[pieces] if tile.shared(pieces) <= shared]
     return next((tile for tile in fitting if tile.rows >= rows), fitting[-1])
 
 
 def gradient_tile_for(rows: int, columns: int) -> tuple[int, int]:
-    """The tile of a [rows, columns] gradient, whose short side is a LoRA rank."""
+    """Return the tile of a [rows, columns] gradient, whose short side is a LoRA rank."""
     wide, tall, square = GRADIENT_TILES
     if min(rows, columns) > 16:
         return square
@@ -230,20 +230,20 @@ def gradient_tile_for(rows: int, columns: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a slab holds of a gradient, from row `top` and column `begin` on."""
+    """The part of a gradient in a slab, starting at row `top` and column `begin`."""
 
     top: int
     height: int
     begin: int
-    width: int  # may reach beyond the gradient
+    width: int  # may extend beyond the gradient
     whole: bool  # whole rows, flattened and then padded to whole blocks; else each row is padded
 
 
 def _parts(rows: int, columns: int, positions: int, block: int) -> Iterator[_Part]:
-    """Cuts a gradient into parts of at most `positions` numbers, padded to blocks.
+    """Split a gradient into parts of at most `positions` numbers, padded to blocks.
 
-    A part has many rows where it can, as tokens are read again for every part. All parts start at
-    multiples of 16.
+    Parts have many rows if possible, because tokens are read again for every part. All parts start
+    at multiples of 16.
     """
     most = max(16, min(256, positions // block // 16 * 16))
     if min(rows, most) * columns <= positions:
@@ -259,7 +259,7 @@ def _parts(rows: int, columns: int, positions: int, block: int) -> Iterator[_Par
 
 
 def _even(length: int, most: int, multiple: int) -> int:
-    """A size of parts of a length, a multiple, at most `most`, and about the same for all."""
+    """Return a part size that splits `length` evenly: a multiple of `multiple`, at most `most`."""
     count = triton.cdiv(length, most // multiple * multiple)
     return triton.cdiv(triton.cdiv(length, count), multiple) * multiple
 
@@ -267,7 +267,7 @@ def _even(length: int, most: int, multiple: int) -> int:
 class _Projection:
     """The projection of some rows of `length` numbers, slab by slab, added to rows of `out`.
 
-    plan: int64 on the device; it begins with the rows' numbers in out.
+    plan: int64 on the device; it starts with the row numbers in out.
     """
 
     def __init__(self, out: Tensor, plan: Tensor, rows: int, length: int, pieces: int,
@@ -279,7 +279,7 @@ class _Projection:
         self.grid_rows = triton.cdiv(rows, self.tile.rows)
         padded_rows = self.grid_rows * self.tile.rows
         self.grid_columns = triton.cdiv(out.shape[1], _COLUMNS)
-        # Four programs a processor fill it evenly, whether it runs one or two of them at a time.
+        # Four programs per multiprocessor fill it evenly, whether it runs one or two at a time.
         self.splits = max(1, 4 * processors // (self.grid_columns * self.grid_rows))
         block = self.tile.block
         most = min(self.splits * 8192, _SLAB_BYTES // (2 * pieces * padded_rows))
@@ -292,7 +292,7 @@ class _Projection:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of rows and of pieces of the slab, in blocks."""
+        """Strides of rows and of pieces of the slab, in blocks."""
         block = self.tile.block
         return self.slab.stride(1) // block, self.slab.stride(0) // block
 
@@ -300,7 +300,7 @@ class _Projection:
         return triton.cdiv(length, self.tile.block) * self.tile.block
 
     def add(self, first: int, pitch: int, run: int, length: int) -> None:
-        """Projects the slab: runs of `run` of its `length` numbers, one every `pitch` positions."""
+        """Project the slab's `length` numbers: runs of `run` numbers, `pitch` positions apart."""
         tile = self.tile
         blocks = length // tile.block
         chunk = triton.cdiv(blocks, self.splits)
@@ -328,7 +328,7 @@ def lora_grad_rademacher(out: Tensor, left: Tensor, right: Tensor, segments: Ten
         segments: int64 [S, 3] on the CPU, of (start, end, row); they may overlap and share rows.
         key: 0 <= key < 2^64.
 
-    Nothing is checked here and nothing waits for the GPU. Definition: `reference.outer_sketch`.
+    Arguments are not checked, and nothing waits for the GPU. Definition: `reference.outer_sketch`.
     """
     segments = segments[segments[:, 1] > segments[:, 0]]
     segments = segments[torch.sort(segments[:, 2], stable=True).indices]
@@ -353,7 +353,7 @@ def _add_gradients(out: Tensor, left: Tensor, right: Tensor, numbers: Tensor, fi
     a, b = gradient_tile_for(rows, columns)
     for part in _parts(rows, columns, projection.positions, projection.tile.block):
         length = projection.padded(part.height * part.width)
-        # Rows that hold nothing but the padding of whole rows count too.
+        # Rows that contain only the padding of whole rows count too.
         across = triton.cdiv(part.width, b)
         tiles = triton.cdiv(triton.cdiv(length, part.width), a) * across
         form_slab_kernel[(tiles * count,)](
@@ -372,8 +372,8 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
         out: float32 [n, k], unit column stride. x: float32 [n, D], likewise, on out's device.
         key: 0 <= key < 2^64.
 
-    The sums are formed beside out and added to it once. Nothing is checked here and nothing waits
-    for the GPU. Definition: `reference.rademacher`.
+    The sums are formed separately and added to out once. Arguments are not checked, and nothing
+    waits for the GPU. Definition: `reference.rademacher`.
     """
     if x.numel() == 0:
         return
@@ -395,7 +395,7 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
 
 
 def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and processors; in the interpreter those of an H100."""
+    """Return shared memory per block in bytes, and multiprocessors; an H100's if interpreted."""
     if device.type != "cuda":
         return 232448, 132
     limits = torch.cuda.get_device_properties(device)

@@ -1,9 +1,9 @@
-"""Gradients of runs of tokens, tile by tile on tensor cores, each tile straight into its sketch.
+"""Sketches of gradients of token runs, formed tile by tile on tensor cores.
 
 A program forms one tile of one segment's gradient in float32, reads the hash of its positions
 (hashes.py) and adds it to the sums with atomics. Positions of a run have neighboring buckets, so
-that a warp's atomics go to a few stretches of 128 bytes. Sums are float64, added in whatever
-order the hardware takes, or integers, whose order does not matter (fixed_point.py).
+a warp's atomics go to a few 128-byte segments. Sums are float64, added in whatever order the
+hardware chooses, or integers, whose order does not matter (fixed_point.py).
 
 These kernels compile for GPUs and are tested in Triton's interpreter.
 """
@@ -36,27 +36,27 @@ from activedpo_fast.ops.reference import kronecker_sides
 
 @dataclass(frozen=True)
 class Tile:
-    """The part of a gradient that a program forms, from 64 bytes of tokens at a time."""
+    """The part of a gradient that a program forms, 64 bytes of tokens at a time."""
 
     rows: int
     columns: int
-    warps: int = 8  # eight numbers a thread
+    warps: int = 8  # eight numbers per thread
     stages: int = 3
 
 
-# Wide, tall (their columns are all of the gradient's) and square.
+# Wide, tall (with all of the gradient's columns) and square.
 TILES = (Tile(16, 128), Tile(32, 64), Tile(128, 16), Tile(64, 32), Tile(64, 64, warps=16))
-# That a thread may have: ptxas spills a few to come below a round number where it is not told.
+# Maximum per thread. Without it, ptxas spills a few registers to stay below a round number.
 REGISTERS = 80
-READY_BLOCK = 1024  # positions of ready rows whose hash is drawn at a time
-READY_GROUP = 8  # ready rows that use it
-CHUNK = 1 << 16  # numbers of a ready row that a bound is taken of
+READY_BLOCK = 1024  # positions of existing rows whose hash is read at a time
+READY_GROUP = 8  # existing rows that share it
+CHUNK = 1 << 16  # numbers of an existing row per bound
 _GRID = 2 ** 31 - 1  # programs in a launch
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def tile_for(rows: int, columns: int) -> Tile:
-    """The tile of a [rows, columns] gradient. It depends on nothing else, as bits depend on it."""
+    """Return the tile of a [rows, columns] gradient: by shape only, because bits depend on it."""
     wide16, wide32, tall16, tall32, square = TILES
     if columns < rows and columns <= 32:
         return tall16 if columns <= 16 else tall32
@@ -68,10 +68,10 @@ def tile_for(rows: int, columns: int) -> Tile:
 @triton.jit
 def _gradient_tile(left, right, length, top, first, rows, columns, left_step, right_step,
                    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, OPERAND: tl.constexpr):
-    """Sum of left_t right_tᵀ over `length` tokens, its rows from `top` and columns from `first` on.
+    """Return rows from `top` and columns from `first` of left_t right_tᵀ, summed over the tokens.
 
-    Rows of left and right are padded to whole units of 16 bytes (UNIT numbers), and lie
-    left_step and right_step units apart. OPERAND: what they are multiplied in.
+    Rows of left and right are padded to whole units of 16 bytes (UNIT numbers), and are
+    left_step and right_step units apart. OPERAND: the type they are multiplied in.
     """
     BK: tl.constexpr = 4 * UNIT
     token = tl.arange(0, BK)
@@ -100,7 +100,7 @@ def lora_grad_sketch_kernel(sums, bounds, left, right, segments, table, run_bloc
                             sums_stride: tl.int64, KRONECKER: tl.constexpr, FIXED: tl.constexpr,
                             BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
                             OPERAND: tl.constexpr):
-    """The tiles of all segments' gradients, one a program.
+    """Add the tiles of all segments' gradients to their sketches, one tile per program.
 
     sums: float64, or int64 with `bounds` (FIXED). table: of positions, or of sides (KRONECKER).
     """
@@ -134,14 +134,14 @@ def lora_grad_sketch_kernel(sums, bounds, left, right, segments, table, run_bloc
 @triton.jit
 def _squared_norms(x, step, width, token, tokens, UNIT: tl.constexpr, BT: tl.constexpr,
                    BC: tl.constexpr):
-    """Squared norms, float64 [BT], of rows of x; squares are taken of numbers around one."""
+    """Return squared norms, float64 [BT], of rows of x; numbers are scaled to about one first."""
     at = x + token.to(tl.int64)[:, None] * (step * UNIT) + tl.arange(0, BC)[None, :]
     total = tl.zeros([BT], tl.float64)
     for first in range(0, width, BC):
         mask = (token < tokens)[:, None] & (
             first + tl.arange(0, BC) < tl.cdiv(width, UNIT) * UNIT)[None, :]
         part = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        # The power of two below the largest, from 2^-120 to 2^120, by its exponent's bits.
+        # The power of two below the largest, from 2^-120 to 2^120, from its exponent bits.
         largest = tl.max(tl.abs(part), 1).to(tl.int32, bitcast=True) & 0x7F800000
         largest = tl.minimum(tl.maximum(largest, 7 << 23), 247 << 23)
         part *= (0x7F000000 - largest).to(tl.float32, bitcast=True)[:, None]
@@ -166,7 +166,7 @@ def token_norms_kernel(norms, left, right, tokens: tl.int64, rows: tl.int32, col
 @triton.jit(do_not_specialize=["bounds", "segments", "rows", "columns"])
 def segment_bounds_kernel(bounds, norms, segments, rows: tl.int32, columns: tl.int32,
                           BT: tl.constexpr):
-    """The bound of each segment's numbers: a gradient's sum of absolute values, wherever they go.
+    """Bound each segment's numbers by the gradient's sum of absolute values, whatever the buckets.
 
     It is at most sqrt(rows columns) times the gradient's norm (Cauchy-Schwarz).
     """
@@ -185,7 +185,7 @@ def segment_bounds_kernel(bounds, norms, segments, rows: tl.int32, columns: tl.i
 @triton.jit(do_not_specialize=["bounds", "x", "length", "x_stride"])
 def ready_bounds_kernel(bounds, x, length: tl.int64, x_stride: tl.int64, CHUNK: tl.constexpr,
                         BLOCK: tl.constexpr):
-    """A bound of each CHUNK numbers of each row: their sum of absolute values."""
+    """Bound each CHUNK numbers of each row by their sum of absolute values."""
     length, x_stride = length.to(tl.int64), x_stride.to(tl.int64)
     chunks = tl.cdiv(length, CHUNK)
     row = tl.program_id(0) // chunks
@@ -203,7 +203,7 @@ def ready_bounds_kernel(bounds, x, length: tl.int64, x_stride: tl.int64, CHUNK: 
 def sjlt_rows_kernel(sums, bounds, x, table, run_blocks: tl.int64, n: tl.int32, length: tl.int64,
                      k: tl.int32, x_stride: tl.int64, run_log2: tl.int32, FIXED: tl.constexpr,
                      GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK positions of GROUP rows of x into sums [n, k]; their hash is read once."""
+    """Add BLOCK positions of GROUP rows of x to sums [n, k]; their hash is read once."""
     length, x_stride = length.to(tl.int64), x_stride.to(tl.int64)
     blocks = tl.cdiv(length, BLOCK)
     origin = tl.program_id(0) % blocks * BLOCK
@@ -224,13 +224,13 @@ def lora_grad_sketch(out: Tensor, left: Tensor, right: Tensor, segments: Tensor,
     Args:
         out: float64 [n, k], its rows contiguous.
         left, right: [N, rows], [N, columns], float32, bfloat16 or float16, their rows contiguous,
-            on out's device. Products are summed in float32; rows that do not lie on 16 bytes, or
-            are no whole number of them, are copied first.
+            on out's device. Products are summed in float32. Rows that are not 16-byte aligned, or
+            not a multiple of 16 bytes long, are copied first.
         segments: int64 [S, 3] on the CPU. key: 0 <= key < 2^64. method: "sjlt" or "kronecker".
-        deterministic: the same bits on every run, whatever rows and segments come along and in
-            which order; a row with a number that is not finite (or overflows float32) is NaN.
-            It costs one more reading of left and right, and n k int64 numbers. Otherwise the
-            order of additions, and with it the last bits, is the hardware's.
+        deterministic: the same bits on every run, whatever the other rows and segments and their
+            order; a row with a number that is not finite (or overflows float32) becomes NaN.
+            This costs another read of left and right, and n k int64 numbers. Otherwise the
+            hardware determines the order of additions, and with it the last bits.
     """
     tokens, rows, columns = len(left), left.shape[1], right.shape[1]
     n, k = out.shape
@@ -301,7 +301,7 @@ def sjlt_rows(out: Tensor, x: Tensor, key: int, deterministic: bool) -> None:
 
 
 def variants() -> list[Variant]:
-    """Every kernel that this module launches, in every configuration."""
+    """Return every kernel that this module launches, in every configuration."""
     found = []
     for dtype, name in _DTYPES.items():
         unit = 16 // dtype.itemsize
@@ -345,16 +345,16 @@ def _variant(kernel: Any, name: str, pointers: dict[str, str], constants: dict[s
     return Variant(kernel, name, signature, constants, warps, stages, aligned, registers)
 
 
-# The segments copied last: all layers of a backward pass come with the same ones.
+# The segments copied last: all layers of a backward pass use the same ones.
 _copied: tuple[weakref.ref[Tensor], Any, Tensor] | None = None
 
 
 def _segments_on(segments: Tensor, device: torch.device) -> Tensor:
-    """Segments on the device, copied without waiting for it."""
+    """Return the segments on the device, copied without waiting for it."""
     global _copied
     if device.type != "cuda":
         return segments.contiguous()
-    if segments.is_inference():  # it does not tell when it is changed
+    if segments.is_inference():  # it does not track changes
         return segments.contiguous().pin_memory().to(device, non_blocking=True)
     state = segments._version, device, torch.cuda.current_stream(device)
     if _copied is not None and _copied[0]() is segments and _copied[1] == state:

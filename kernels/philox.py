@@ -1,4 +1,4 @@
-"""Philox4x32-10 on the GPU: the random bits of `reference.philox4x32`, made in registers."""
+"""Philox4x32-10 on the GPU: the random bits of `reference.philox4x32`, generated in registers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, key):
-    """Random words of counters (c0, c1, c2, c3): uint32 blocks of one shape; key: int64.
+    """Return random words of counters (c0, c1, c2, c3): uint32 blocks of one shape; key: int64.
 
-    Returns four uint32 blocks, equal bit for bit to the CPU's and the reference's.
+    The four uint32 blocks are bitwise equal to the CPU's and the reference's.
     """
     key_lo = (key & 0xFFFFFFFF).to(tl.uint32)
     key_hi = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -28,13 +28,13 @@ def philox4x32(c0, c1, c2, c3, key):
 
 @triton.jit
 def wrapping_add(x, constant: tl.constexpr):
-    """x + constant modulo 2^32 (in 64 bits, as the interpreter calls a wrap an overflow)."""
+    """Return x + constant modulo 2^32 (in 64 bits: the interpreter reports a wrap as overflow)."""
     return ((x.to(tl.uint64) + constant) & 0xFFFFFFFF).to(tl.uint32)
 
 
 @triton.jit
 def random_words(block, column, stream: tl.constexpr, key):
-    """Words 0..3 of Philox blocks; block: int64, column: int64 or int32, of one shape."""
+    """Return words 0..3 of Philox blocks; block: int64, column: int64 or int32, of one shape."""
     zero = tl.zeros_like(block)
     return philox4x32((block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32),
                       (column + zero).to(tl.uint32), (zero + stream).to(tl.uint32), key)

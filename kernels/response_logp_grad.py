@@ -1,19 +1,19 @@
 """log π of scored tokens and the gradient of their weighted sum at the logits (Triton).
 
-One program a token reads its row of logits twice: once for the largest logit and the sum of
-exponentials, and once, from the end so that it meets what caches still hold, to write the gradient
-in the logits' own dtype. No float32 copy of the logits is made, where PyTorch makes several.
+One program per token reads its row of logits twice: once for the largest logit and the sum of
+exponentials, and once to write the gradient in the logits' dtype. The second pass starts at the
+end, which the caches still hold. No float32 copy of the logits is made; PyTorch makes several.
 
-The gradient goes to a tensor of its own. Liger-Kernel's cross entropy (linkedin/Liger-Kernel,
-ops/cross_entropy.py) writes it over the logits instead, which saves a tensor of this size; here
-autograd may have kept the logits, as the output of a tanh for one.
+The gradient goes to a separate tensor. Liger-Kernel's cross entropy (linkedin/Liger-Kernel,
+ops/cross_entropy.py) overwrites the logits instead, which saves a tensor of this size. Here
+autograd may have saved the logits, for instance as the output of a tanh.
 
-Why not Liger's fused linear cross entropy (ops/fused_linear_cross_entropy.py), which makes the
-logits too: it multiplies by a weight matrix that it is given, with a bias and a soft cap if there
-are any. Adapters on the head, and whatever else a model does there, would be left out; here the
-model's own head runs. Asked for the losses of single tokens (reduction="none") it forms the logits
-once for them and again for the gradient, when it hears their weights, which here are known from the
-start. And it reads the number of scored tokens back from the GPU, which makes the program wait.
+Why not Liger's fused linear cross entropy (ops/fused_linear_cross_entropy.py), which computes the
+logits too: it multiplies by a given weight matrix, with an optional bias and soft cap. Adapters on
+the head, and anything else a model does there, would be left out; here the model's own head runs.
+For per-token losses (reduction="none"), it forms the logits once for the losses and again for the
+gradient, when it receives their weights, which here are known from the start. And it reads the
+number of scored tokens back from the GPU, which makes the program wait.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @triton.jit
 def _exponentials(x, largest):
-    """exp(x - largest), and 0 for a logit of -infinity also where there is no larger one."""
+    """Return exp(x - largest), and 0 for a logit of -infinity even if there is no larger one."""
     return tl.exp(x - tl.where(largest == float("-inf"), 0.0, largest))
 
 
@@ -43,13 +43,13 @@ def _exponentials(x, largest):
 def response_logp_grad_kernel(logps, grad, logits, logits_step: tl.int64, grad_step: tl.int64,
                               targets, weights, vocabulary: tl.int32, UNIT: tl.constexpr,
                               BLOCK: tl.constexpr):
-    """One token. Rows of logits and of grad (None: no gradient) are made of UNIT numbers each."""
+    """Process one token. Rows of logits and grad (None: no gradient) have whole units of UNIT."""
     token = tl.program_id(0).to(tl.int64)
     logits += token * logits_step * UNIT
-    length = tl.cdiv(vocabulary, UNIT) * UNIT  # the compiler sees that it is a multiple
+    length = tl.cdiv(vocabulary, UNIT) * UNIT  # tells the compiler that it is a multiple
     i = tl.arange(0, BLOCK)
     blocks = tl.cdiv(length, BLOCK)
-    # Each place of a block has its own running maximum and sum, which meet at the end.
+    # Each place of a block has its own running maximum and sum, combined at the end.
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     for block in range(blocks):
@@ -77,18 +77,18 @@ def response_logp_grad_kernel(logps, grad, logits, logits_step: tl.int64, grad_s
 
 def response_logp_grad(logits: Tensor, targets: Tensor,
                        weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits)[target] of each token, and ∂ Σ weight · logp / ∂ logits.
+    """Return log softmax(logits)[target] of each token, and ∂ Σ weight · logp / ∂ logits.
 
     Args:
-        logits: [n, V], float32, bfloat16 or float16, unit column stride; -infinity is a logit.
+        logits: [n, V], float32, bfloat16 or float16, unit column stride; -infinity is allowed.
         targets: int64 [n], 0 <= target < V. weights: float32 [n], or None for no gradient.
 
     Returns:
         The log-probs, float32 [n], and the gradient [n, V] in logits' dtype, weight times one-hot
         minus softmax (None without weights). A NaN among a token's logits makes its log-prob NaN.
 
-    Sums are formed in float32. Nothing is checked here and nothing waits for the GPU. Definition:
-    `reference.response_logp_grad`.
+    Sums are formed in float32. Arguments are not checked, and nothing waits for the GPU.
+    Definition: `reference.response_logp_grad`.
     """
     n, vocabulary = logits.shape
     logps = torch.empty(n, dtype=torch.float32, device=logits.device)
@@ -107,16 +107,16 @@ def response_logp_grad(logits: Tensor, targets: Tensor,
 
 
 def _unit(logits: Tensor) -> int:
-    """Numbers that rows are made of: 16 bytes of them, read and written at a time, or one."""
+    """Return the unit of a row in numbers, read and written at a time: 16 bytes, or one number."""
     unit = 16 // logits.element_size()
     aligned = logits.shape[1] % unit == logits.stride(0) % unit == logits.data_ptr() % 16 == 0
     return unit if aligned else 1
 
 
 def variants() -> list[Variant]:
-    """Every configuration of the kernel; rows that are not whole units may begin anywhere."""
+    """Return every configuration of the kernel; rows of partial units may start anywhere."""
     found = []
-    rows = {"": True, " any V": True, " anywhere": False}  # whether the first is on 16 bytes
+    rows = {"": True, " any V": True, " anywhere": False}  # whether the first is 16-byte aligned
     for (dtype, name), (kind, aligned), wanted in product(
             _NAMES.items(), rows.items(), (True, False)):
         unit = 16 // dtype.itemsize if not kind else 1

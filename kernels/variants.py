@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: every kernel in every configuration of its launches."""
+"""Variants to compile ahead of time: every kernel in every configuration of its launches."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 MODULES = ("lora_grad_sketch", "lora_grad_rademacher", "response_logp_grad")
-# Options of every launch, beside num_warps and num_stages. Without fusion a product is rounded
-# before it is added, as on the CPU and in the interpreter, and whatever the default of a Triton is
-# (3.10 changes it). tl.dot is not affected.
+# Options of every launch, besides num_warps and num_stages. Without fusion, a product is rounded
+# before it is added, as on the CPU and in the interpreter, for any default of Triton (3.10 changes
+# it). tl.dot is not affected.
 LAUNCH = {"enable_fp_fusion": False}
 
 
@@ -17,23 +17,23 @@ LAUNCH = {"enable_fp_fusion": False}
 class Variant:
     """One kernel in one configuration, as Triton would specialize it at its launch.
 
-    Each module of `MODULES` lists its own in `variants()`; nothing is compiled by making one.
+    Each module of `MODULES` lists its own in `variants()`. Creating a variant compiles nothing.
     """
 
     kernel: Any  # the function under @triton.jit
-    name: str  # says kernel and configuration: "lora_grad_sketch sjlt bf16 64x128x32"
+    name: str  # kernel and configuration: "lora_grad_sketch sjlt bf16 64x128x32"
     signature: dict[str, str]  # every argument, in order: "*bf16", "i64", "i32", "constexpr"
     constants: dict[str, Any]  # the values of the "constexpr" arguments
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()  # pointers and integers divisible by 16
-    maxnreg: int | None = None  # registers a thread may have; None: as ptxas thinks best
+    maxnreg: int | None = None  # maximum registers per thread; None: chosen by ptxas
 
 
 def all_variants() -> list[Variant]:
-    """The variants of every kernel module, in the order of `MODULES`.
+    """Return the variants of every kernel module, in the order of `MODULES`.
 
-    Imports Triton. Raises ValueError where two variants share a name.
+    Imports Triton. Raises ValueError if two variants share a name.
     """
     variants = [variant for module in MODULES
                 for variant in import_module(f"{__package__}.{module}").variants()]

@@ -1,8 +1,9 @@
-"""One function per operation on tensors, registered with PyTorch as torch.ops.activedpo.
+"""Tensor operations, one function each, registered with PyTorch as torch.ops.activedpo.
 
-Each checks its arguments, takes the backend that `backends.choose` names, and adds nothing to it.
-The selection's operations on whole candidate sets are in `scores`. As registered operations they
-go through torch.compile unbroken (under `fullgraph`, too), and FakeTensors know their shapes.
+Each function checks its arguments and calls the backend that `backends.choose` returns, no more.
+The selection's operations on whole candidate sets are in `scores`. As registered operations, they
+go through torch.compile without graph breaks (even with `fullgraph`), and FakeTensors know their
+shapes.
 """
 
 from activedpo_fast.ops.logps import response_logp_grad, response_logps

@@ -1,11 +1,10 @@
-"""Which backend serves an operation; nothing else chooses one.
+"""The choice of the backend for an operation, made only here.
 
 Backends, in the order in which `auto` prefers them: `cuda` (csrc/cuda/) and `triton` (kernels/) for
 tensors on NVIDIA GPUs, `cpp` (csrc/) for tensors on the CPU, `reference` (reference.py) for any
-device and dtype. The environment variable ACTIVEDPO_BACKEND (auto, or one of these) forces one: of
-the operations that it has, none is done by another, and where it cannot serve a tensor there is an
-error. ACTIVEDPO_DETERMINISTIC=0 lets Triton's sketches be added up in any order; see
-`deterministic`.
+device and dtype. The environment variable ACTIVEDPO_BACKEND (auto, or one of these) forces one: all
+operations that it has then use it, and a tensor that it cannot serve is an error.
+ACTIVEDPO_DETERMINISTIC=0 lets Triton's sketches be summed in any order; see `deterministic`.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
-# What each operation has besides the reference, and where it is asked for.
+# The backends of each operation besides the reference.
 _FASTER = {
     "sjlt": ("triton", "cpp"),
     "rademacher": ("triton", "cpp"),
@@ -58,14 +57,15 @@ _FASTER = {
 }
 OPERATIONS = tuple(_FASTER)
 DEVICES = ("cpu", "cuda")
-_ON_GPU_ALONE = {"greedy_select"}  # elsewhere it is a loop over `advance`
+_ON_GPU_ALONE = {"greedy_select"}  # on the CPU it is a loop over `advance`
 _warned: set[str] = set()
 
 
 def choose(operation: str, device: str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that serves an operation's tensors on a device ("cpu", "cuda").
+    """Return the backend that serves an operation's tensors on a device ("cpu", "cuda").
 
-    Raises ActiveDPOError when ACTIVEDPO_BACKEND names one that has the operation and cannot.
+    Raises ActiveDPOError if ACTIVEDPO_BACKEND names a backend that has the operation but cannot
+    serve the tensors.
     """
     forced = _forced()
     if forced == "reference":
@@ -88,10 +88,11 @@ def choose(operation: str, device: str, dtype: torch.dtype = torch.float32) -> s
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
-    """What serves each operation: {operation: {"cpu" | "cuda": {backend: status}}}.
+    """Return the backends of each operation: {operation: {"cpu" | "cuda": {backend: status}}}.
 
-    A status is "active", or why the backend is not: it cannot serve the device, is not built, or
-    another one goes before it. Raises ActiveDPOError when ACTIVEDPO_BACKEND names no backend.
+    A status is "active" or the reason why the backend is not active: it cannot serve the device, is
+    not built, or another one has priority. Raises ActiveDPOError if ACTIVEDPO_BACKEND names an
+    unknown backend.
     """
     forced = _forced()
 
@@ -116,19 +117,19 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def csrc() -> ModuleType:
-    """The C++ extension; to be called only where `choose` says "cpp"."""
+    """Return the C++ extension; call it only if `choose` returns "cpp"."""
     assert _csrc is not None
     return _csrc
 
 
 def cuda() -> ModuleType:
-    """The CUDA extension; to be called only where `choose` says "cuda"."""
+    """Return the CUDA extension; call it only if `choose` returns "cuda"."""
     assert _cuda is not None
     return _cuda
 
 
 def about_cuda() -> str:
-    """What the CUDA extension was built for, and why it cannot run here if it cannot."""
+    """Describe what the CUDA extension was built for, and why it cannot run here if it cannot."""
     if _cuda is None:
         return _WHY_NO_CUDA
     built = f"built with CUDA {_cuda.runtime_version} for {_cuda.architectures}"
@@ -136,9 +137,9 @@ def about_cuda() -> str:
 
 
 def deterministic() -> bool:
-    """Whether sketches on a GPU are to have the same bits on every run (the default).
+    """Return whether sketches on a GPU must have the same bits on every run (the default).
 
-    ACTIVEDPO_DETERMINISTIC=0 gives that up for fewer launches: float64 sums in whatever order.
+    ACTIVEDPO_DETERMINISTIC=0 gives this up for fewer launches: float64 sums in any order.
     """
     value = os.environ.get("ACTIVEDPO_DETERMINISTIC") or "1"
     if value not in ("0", "1"):
@@ -155,7 +156,7 @@ def _forced() -> str:
 
 
 def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
-    """Why `backend` cannot serve an operation that it has; empty where it can."""
+    """Return why `backend` cannot serve an operation that it has; empty if it can."""
     if backend == "reference":
         return ""
     if backend == "triton" and device == "cpu" and kernels.interpreted():
@@ -168,7 +169,7 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
 
 @cache
 def _why_no_cuda() -> str:
-    """Why the CUDA extension cannot run here: not built, no driver, an old one, no code for it."""
+    """Return why the CUDA extension cannot run here (not built, driver, GPU); empty if it can."""
     return _WHY_NO_CUDA if _cuda is None else _cuda.problem()
 
 

@@ -1,4 +1,4 @@
-"""Tensors as the compiled code takes them."""
+"""Tensor layouts that the compiled code accepts."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """x, or a copy of it, whose rows are contiguous."""
+    """Return x, or a copy of it if its rows are not contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Log-probs of targets, and their gradient to the logits."""
+"""Log-probs of targets, and their gradient with respect to the logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from activedpo_fast.ops.layout import rows_together
 
 
 def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target]; see `response_logp_grad`, which gives the gradient too."""
+    """Return log softmax(logits)[target]; see `response_logp_grad`, which adds the gradient."""
     _check_logits("response_logps", logits, {"targets": targets})
     return _response_logps(logits, targets)
 
@@ -19,7 +19,7 @@ def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
 def response_logp_grad(
     logits: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits)[target] and the gradient of its weighted sum to the logits.
+    """Return log softmax(logits)[target] and the logits' gradient of its weighted sum.
 
     Args:
         logits: [n, V], floating. targets: int64 [n], 0 <= target < V. weights: float32 [n], or
@@ -27,7 +27,7 @@ def response_logp_grad(
 
     Returns:
         float32 [n] (float64 for float64 logits), and weight * (one-hot - softmax), [n, V] in the
-        logits' dtype. On a GPU nothing else of n V numbers is formed.
+        logits' dtype. On a GPU no other tensor of n V numbers is allocated.
     """
     _check_logits("response_logp_grad", logits, {"targets": targets, "weights": weights})
     return _response_logp_grad(logits, targets, weights.to(reference.sum_dtype(logits.dtype)))

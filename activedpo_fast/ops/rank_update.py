@@ -1,4 +1,4 @@
-"""A symmetric matrix and the outer products of some points."""
+"""Rank update: add outer products of points to a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from activedpo_fast.ops.layout import rows_together
 def rank_update_(v: Tensor, points: Tensor, alpha: float = 1.0) -> None:
     """V <- V + alpha * sum of p p^T over the points, in place, on and below V's diagonal.
 
-    V is a symmetric matrix of which only that part is kept: what is above the diagonal is not read,
-    and what it is afterward is not said (a GPU leaves it as it is). Each number is read and
-    written once, whatever m is.
+    V is a symmetric matrix of which only that part is stored: entries above the diagonal are not
+    read, and are undefined afterward (a GPU leaves them unchanged). Each number is read and written
+    once, for any m.
 
     Args:
-        v: float64 [k, k], its rows contiguous; they may be apart.
+        v: float64 [k, k]; each row is contiguous, with any stride between rows.
         points: float64 [m, k], on v's device.
 
     Raises:

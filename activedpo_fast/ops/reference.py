@@ -1,9 +1,9 @@
-"""The definition of every operation, short and in PyTorch; each backend is tested against it.
+"""The definition of every operation in plain PyTorch; each backend is tested against it.
 
-Random bits are those of Philox4x32-10 (J. K. Salmon et al., "Parallel Random Numbers: As Easy as
-1, 2, 3", SC 2011). The counter is (block, low word; block, high word; column block; stream), the
-key 64 bits long: every bit is a pure function of where it is used. Integers are int64 tensors that
-hold unsigned 32-bit values.
+Random bits come from Philox4x32-10 (J. K. Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
+3", SC 2011). The counter is (block, low word; block, high word; column block; stream) and the key
+has 64 bits: every bit is a pure function of where it is used. Integers are int64 tensors that hold
+unsigned 32-bit values.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SJLT_STREAM = 1
 RADEMACHER_STREAM = 2
 KRONECKER_STREAMS = (3, 4, 5)  # left side, right side, places
 SIGNS = 16  # added to the stream of a hash's buckets: the stream of its signs
-RUN = 16  # positions in a row that share a draw of the bucket, where the buckets allow it
+RUN = 16  # consecutive positions that share a draw of the bucket, if the buckets allow it
 
 _MASK = 0xFFFFFFFF
-# Bounds on memory, of no effect on values: numbers in a chunk's largest tensor, and in the
-# gradients that are formed at a time.
+# Memory limits, with no effect on values: numbers in a chunk's largest tensor, and in the gradients
+# formed at a time.
 _TILE = 1 << 20
 _GRADIENTS = 1 << 26
 _V_ROWS = 512
@@ -31,7 +31,7 @@ _V_ROWS = 512
 
 def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
                key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random words of counters (c0, c1, c2, c3): int64 tensors of one shape, values below 2^32."""
+    """Return random words of counters (c0, c1, c2, c3): int64 of one shape, values below 2^32."""
     key_lo, key_hi = key & _MASK, key >> 32
     for _ in range(10):
         a_hi, a_lo = _multiply(c0, 0xD2511F53)
@@ -44,13 +44,13 @@ def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
 def sjlt_hash(
     positions: Tensor, key: int, k: int, stream: int = SJLT_STREAM
 ) -> tuple[Tensor, Tensor]:
-    """Bucket (0..k-1) and sign (+1, -1) of each position, both int64.
+    """Return bucket (0..k-1) and sign (+1, -1) of each position, both int64.
 
     Positions come in runs of W = gcd(k, 16). Position p = W r + l has the bucket u xor l, where
     u = floor(word k / 2^32) with word r mod 4 of Philox block r // 4; its sign is bit p mod 32
-    (set: -1) of word (p // 32) mod 4 of block p // 128 of the stream of signs. So a run lands on W
-    buckets side by side, each position on one of its own, and two positions of different runs
-    meet with probability 1/k.
+    (set: -1) of word (p // 32) mod 4 of block p // 128 of the stream of signs. So a run covers W
+    adjacent buckets, one position in each, and two positions of different runs collide with
+    probability 1/k.
     """
     width = math.gcd(k, RUN)
     run = positions // width
@@ -60,7 +60,7 @@ def sjlt_hash(
 
 
 def rademacher_signs(positions: Tensor, columns: Tensor, key: int) -> Tensor:
-    """Signs (+1, -1), int64 [positions, columns], of the matrix that `rademacher` projects with.
+    """Return signs (+1, -1), int64 [positions, columns], of the projection matrix of `rademacher`.
 
     Entry (p, j) is bit j mod 32 (set: -1) of word (j // 32) mod 4 of Philox block p of column block
     j // 128.
@@ -73,15 +73,15 @@ def rademacher_signs(positions: Tensor, columns: Tensor, key: int) -> Tensor:
 
 
 def sjlt(x: Tensor, key: int, k: int) -> Tensor:
-    """Sparse Johnson-Lindenstrauss sketch, one non-zero a column (CountSketch): [n, D] -> [n, k].
+    """Sparse Johnson-Lindenstrauss sketch, one non-zero per column (CountSketch): [n, D] -> [n, k].
 
     out[i, j] = sum of sign(p) x[i, p] over the positions p with bucket(p) = j, so that
-    E<Sx, Sy> = <x, y>. With independent signs the variance depends on nothing but how often two
-    positions meet: 1/k, or never within a run, so that it is the CountSketch's or a little less.
+    E<Sx, Sy> = <x, y>. With independent signs, the variance depends only on how often two positions
+    collide: with probability 1/k, or never within a run, so it is CountSketch's or slightly less.
     Summed in float64, returned in x's dtype. Source: Charikar, Chen, Farach-Colton, "Finding
     frequent items in data streams" (ICALP 2002); Kane and Nelson, "Sparser Johnson-Lindenstrauss
-    transforms" (JACM 2014). Runs that keep together, for the sake of the memory system, are in the
-    spirit of FlashSketch's block permutations (arXiv 2602.06071).
+    transforms" (JACM 2014). Keeping runs together, for memory locality, is in the spirit of
+    FlashSketch's block permutations (arXiv 2602.06071).
     """
     n, length = x.shape
     out = torch.zeros(n, k, dtype=torch.float64, device=x.device)
@@ -113,9 +113,9 @@ def rademacher(x: Tensor, key: int, k: int) -> Tensor:
 
 
 def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
-    """Numbers a and b, a b <= k, that the sides of a [rows, columns] gradient are projected to.
+    """Return sizes a and b, a b <= k, to project the sides of a [rows, columns] gradient to.
 
-    A side that is not longer than sqrt(k) keeps its length, as both do where k has room.
+    A side no longer than sqrt(k) keeps its length; both sides do if rows * columns <= k.
     """
     if rows * columns <= k:
         return rows, columns
@@ -129,12 +129,13 @@ def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
 
 @lru_cache(4096)
 def kronecker_place(key: int, k: int) -> tuple[int, int]:
-    """(first, stride): where a matrix's runs go among k / W, those of W = gcd(k, 16) buckets.
+    """Return (first, stride), which place a matrix's runs among the k / W runs of buckets.
 
-    Run r goes to (first + r stride) mod (k / W). With words w_0, w_1, ... of the blocks 0, 1, ...
-    of the stream of places, first = floor(w_0 k / W / 2^32), and stride is the first of the same
-    multiples of w_1, w_2, ... that has no divisor in common with k / W: no two runs of a matrix
-    meet, and those of two matrices meet here and there, not in one long overlap or none.
+    A run has W = gcd(k, 16) buckets. Run r goes to (first + r stride) mod (k / W). With words w_0,
+    w_1, ... of the blocks 0, 1, ... of the stream of places, first = floor(w_0 k / W / 2^32), and
+    stride is the first of the same multiples of w_1, w_2, ... that is coprime to k / W. So no two
+    runs of a matrix collide, and collisions between the runs of two matrices are scattered, not
+    one long overlap or none.
     """
     runs = k // math.gcd(k, RUN)
     block = 0
@@ -150,12 +151,12 @@ def kronecker_place(key: int, k: int) -> tuple[int, int]:
 
 
 def kronecker(x: Tensor, key: int, k: int) -> Tensor:
-    """Both sides of a gradient sketched by themselves: [n, rows, columns] -> [n, k].
+    """Sketch both sides of a gradient separately: [n, rows, columns] -> [n, k].
 
     With (a, b) = kronecker_sides(rows, columns, k), entry (p, q) is added, with the product of two
     signs, to place left(p) b + right(q) of a matrix of a b numbers, whose runs `kronecker_place`
-    lays over the buckets. left and right are the hashes of `sjlt_hash` into a and b buckets, or the
-    position itself on a side that keeps its length. As a gradient is a sum of outer products g hᵀ,
+    maps to the buckets. left and right are the hashes of `sjlt_hash` into a and b buckets, or the
+    position itself on a side that keeps its length. A gradient is a sum of outer products g hᵀ, so
     g and h can be projected before they are multiplied.
     Summed in float64, returned in x's dtype. Source of the idea: LoGra, Choe et al.,
     arXiv 2405.13954; here with sparse projections.
@@ -177,7 +178,7 @@ def kronecker(x: Tensor, key: int, k: int) -> Tensor:
 
 def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int, n: int,
                  method: str) -> Tensor:
-    """Sketches of the gradients sum_t left_t right_tᵀ of runs of tokens: float64 [n, k].
+    """Return sketches of the gradients sum_t left_t right_tᵀ of runs of tokens: float64 [n, k].
 
     Args:
         left: [N, rows], right: [N, columns]. segments: int64 [S, 3] of (start, end, row): the
@@ -207,14 +208,14 @@ def _side_hash(length: int, buckets: int, key: int, stream: int,
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit product, by halves of b: int64 has 63 bits for it."""
+    """Return the high and low words of the 64-bit product, by halves of b (int64 has 63 bits)."""
     low = a * (b & 0xFFFF)
     middle = a * (b >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def _word(block: Tensor, index: Tensor, stream: int, key: int) -> Tensor:
-    """Word `index` (0..3) of each block of a stream."""
+    """Return word `index` (0..3) of each block of a stream."""
     words = torch.stack(_words(block, 0, stream, key))
     return words.gather(0, index.unsqueeze(0)).squeeze(0)
 
@@ -244,13 +245,13 @@ def response_logp_grad(
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of a floating dtype are summed in: float32, or float64 for float64."""
+    """Return the dtype that a floating dtype is summed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rank_update_(v: Tensor, points: Tensor, alpha: float) -> None:
-    """See `ops.rank_update_`: some rows of V at a time, which is what the CPU does too."""
-    # More rows would go further above the diagonal, fewer make slower products.
+    """See `ops.rank_update_`. Works on some rows of V at a time; the CPU uses this too."""
+    # More rows would go further above the diagonal; fewer make products slower.
     for end in range(_V_ROWS, len(v) + _V_ROWS, _V_ROWS):
         rows = slice(end - _V_ROWS, end)
         v[rows, :end].addmm_(points[:, rows].T, points[:, :end], alpha=alpha)

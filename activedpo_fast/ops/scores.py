@@ -1,4 +1,4 @@
-"""The selection's two operations over all candidates, with the backend that `backends` chooses."""
+"""The selection's two operations on all candidates, on the backend that `backends` chooses."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from activedpo_fast.progress import progress_bar
 if TYPE_CHECKING:
     from activedpo_fast.store.rows import StoredRows
 
-_PAD = 16  # directions are padded with zeros to a multiple of it: csrc/dots.h, kDotAlign
+_PAD = 16  # directions are zero-padded to a multiple of this: csrc/dots.h, kDotAlign
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
           torch.float16: "float16"}
-_PAIRS_AT_A_TIME = 2**16  # between two looks at the progress bar
-_PRODUCTS_BYTES = 2**30  # up to here products of rows and directions are kept for other pairs
+_PAIRS_AT_A_TIME = 2**16  # between two updates of the progress bar
+_PRODUCTS_BYTES = 2**30  # up to this size, products of rows and directions are cached
 
 # Error of the product of a row with a direction, over their norms. csrc/dots.h sums 512 products
-# in 16 lanes (8 of float64) before it goes on in float64: 32 (64) roundings, and a few of the rest.
+# in 16 lanes (8 for float64) and adds these sums in float64: 32 (64) roundings, plus a few others.
 DOT_ERROR = {torch.float32: 40 * 2.0**-24, torch.float64: 128 * 2.0**-53}
 
 
 @dataclass
 class ScoreState:
-    """Running scores of N pairs of rows, and the directions that lower them: for `advance`.
+    """Running scores of N pairs of rows, and the directions that lower them; used by `advance`.
 
     With f = phi . w for a pair's feature phi and a direction w, a direction lowers a score by f^2.
 
@@ -39,16 +39,16 @@ class ScoreState:
             `Eligible`.
         score, doubt, inherited: float64 [N], and version: int32 [N]; see `RunningScores`. A score
             has seen the first `version` directions.
-        unit: [capacity, at least k], directions over their norms, then zeros; float64 for float64
-            rows and float32 for others, as are the products with rows.
-        norm, error, turn: float64 [capacity]. With e = error * reach a direction adds
-            2 |f| e + e^2 to a doubt; then, with t = turn * sqrt(score + doubt) as they are now, it
-            adds 2 |f| t + t^2 to the doubt. To `inherited` it adds turn times what |f| is at most:
-            |f| + e, or sqrt(score + doubt) as they were.
-        count: directions so far.
-        touched: rows that `advance` has looked at, repeatedly or not.
+        unit: [capacity, at least k], directions divided by their norms, then zeros; float64 for
+            float64 rows and float32 for others, as are the products with rows.
+        norm, error, turn: float64 [capacity]. With e = error * reach, a direction adds
+            2 |f| e + e^2 to a doubt; then, with t = turn * sqrt(score + doubt) after that, it
+            adds 2 |f| t + t^2 to the doubt. To `inherited` it adds turn times the upper bound of
+            |f|: the smaller of |f| + e and the previous sqrt(score + doubt).
+        count: number of directions so far.
+        touched: number of rows that `advance` has read, counting repeats.
 
-    All but the rows are on the CPU, contiguous.
+    Everything except the rows is contiguous and on the CPU.
     """
 
     rows: Tensor | StoredRows
@@ -68,7 +68,7 @@ class ScoreState:
     turn: Tensor
     count: int = 0
     touched: int = 0
-    cpp: Any = None  # what the C++ backend keeps between calls
+    cpp: Any = None  # state that the C++ backend keeps between calls
 
     @classmethod
     def start(
@@ -76,8 +76,8 @@ class ScoreState:
         reach: Tensor, left: Tensor, inverse_cost: Tensor | None, score: Tensor, doubt: Tensor,
         capacity: int,
     ) -> ScoreState:
-        """Scores that have seen no direction yet, with room for `capacity` of them."""
-        # Not a power of two apart: they would share few lines of a cache.
+        """Return scores that have seen no direction yet, with room for `capacity` directions."""
+        # Avoid a power-of-two stride between directions: they would share few cache lines.
         width = (rows.shape[1] + _PAD - 1) // _PAD * _PAD + _PAD
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         norm, error, turn = torch.zeros(3, capacity, dtype=torch.float64)
@@ -87,7 +87,7 @@ class ScoreState:
             torch.zeros(capacity, width, dtype=dtype), norm, error, turn)
 
     def append(self, w: Tensor, *, error: float, turn: float) -> None:
-        """A further direction w, float64 [k], known to within `error`."""
+        """Append a direction w, float64 [k], known to within `error`."""
         norm = float(torch.linalg.vector_norm(w))
         if norm > 0:
             self.unit[self.count, :len(w)] = w / norm
@@ -98,10 +98,10 @@ class ScoreState:
 
 
 def advance(state: ScoreState) -> Tensor:
-    """Bring scores up to date until every candidate whose value may be the largest is.
+    """Bring scores up to date until every candidate whose value may be the largest is up to date.
 
-    A value is score (times inverse_cost), known to within doubt (times inverse_cost). Which of the
-    others are brought up to date as well is the backend's affair: the reference does all.
+    A value is score (times inverse_cost), known to within doubt (times inverse_cost). The backend
+    decides which other candidates to bring up to date as well: the reference does all.
 
     Returns:
         int64 [m], ascending: the up-to-date candidates left whose values may be the largest; there
@@ -120,11 +120,11 @@ def advance(state: ScoreState) -> Tensor:
 def pair_lengths(
     rows: Tensor | StoredRows, pairs: Tensor, *, by_row: bool, show_progress: bool | None = False
 ) -> tuple[Tensor, Tensor]:
-    """Norms of rows, and lengths of the differences of pairs of them.
+    """Return norms of rows, and lengths of the differences of pairs of them.
 
     Args:
         rows: [R, k], floating, in memory or on disk. pairs: int64 [N, 2] on the CPU.
-        by_row: each row is divided by its norm (if that is not zero) before the difference.
+        by_row: divide each row by its norm (unless zero) before taking the difference.
         show_progress: a bar over the pairs of rows on disk, which are read for the first time here;
             None shows it on a terminal only.
 
@@ -157,7 +157,7 @@ def pair_lengths(
 
 
 class _CppAdvance:
-    """The C++ backend's view of a state, with the workspace that it keeps between calls."""
+    """The C++ backend's view of a state, with its workspace between calls."""
 
     def __init__(self, state: ScoreState) -> None:
         csrc = backends.csrc()
@@ -178,7 +178,7 @@ class _CppAdvance:
         self._row_version = torch.zeros(len(self._rows), dtype=torch.int32)
         capacity = len(state.unit)
         fits = len(self._rows) * capacity * state.unit.element_size() <= _PRODUCTS_BYTES
-        # Not cleared: pages that are never written take no memory.
+        # Not cleared: pages that are never written use no memory.
         self._products = torch.empty(len(self._rows) * capacity if fits else 0,
                                      dtype=state.unit.dtype)
         self._memory = csrc.Memory(
@@ -201,7 +201,7 @@ class _CppAdvance:
 
 
 def _readable(rows: Tensor | StoredRows) -> Tensor | StoredRows:
-    """Rows as C++ can walk over them: numbers of a row side by side."""
+    """Return rows in a layout that C++ can read: the numbers of a row are contiguous."""
     if isinstance(rows, Tensor) and rows.stride(1) != 1:
         return rows.contiguous()
     return rows

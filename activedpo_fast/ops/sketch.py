@@ -22,9 +22,9 @@ def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
         x: [n, D], of out's dtype and device. n = 0 and D = 0 are fine.
         key: 0 <= key < 2^64, from `Sketch.key`.
 
-    float32 numbers are summed on the CPU in float32 over 32 k positions at a time (32 a bucket, on
-    average) and in float64 beyond, on a GPU in float64 or fixed point. Raises ActiveDPOError on
-    tensors that do not fit.
+    float32 numbers are summed on the CPU in float32 over 32 k positions at a time (32 per bucket,
+    on average) and in float64 beyond that; on a GPU, in float64 or fixed point. Raises
+    ActiveDPOError if the tensors do not fit.
     """
     _check("sjlt_", out, x, key)
     _sjlt(out, x, _signed(key))
@@ -33,8 +33,8 @@ def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
 def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
     """out += R x / sqrt(k) in place, R the signs of `reference.rademacher`; arguments as `sjlt_`.
 
-    float32 sums are formed in float32 over a bounded number of positions (32 on the CPU) and in
-    float64 beyond.
+    float32 numbers are summed in float32 over a bounded number of positions (32 on the CPU) and in
+    float64 beyond that.
     """
     _check("rademacher_", out, x, key)
     _rademacher(out, x, _signed(key))
@@ -44,27 +44,27 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
                   method: str) -> None:
     """out[row] += S vec(sum of left_t right_tᵀ over a run of tokens), for every run, in place.
 
-    It is the sketch of each run's gradient, `reference.outer_sketch`, without forming the gradient:
-    no more than a tile of it exists at a time (on a GPU with "rademacher": a slab).
+    This sketches each run's gradient, as `reference.outer_sketch`, without forming the gradient:
+    only a tile of it exists at a time (on a GPU with "rademacher": a slab).
 
     Args:
         out: float64 [n, k], 1 <= k < 2^31.
         left: [N, rows], right: [N, columns], float32, float64, bfloat16 or float16, of one dtype
-            and on out's device. The 16-bit ones are multiplied in float32.
+            and on out's device. 16-bit tensors are multiplied in float32.
         segments: int64 [S, 3] on the CPU, of (start, end, row), 0 <= start <= end <= N,
             0 <= row < n. They may overlap, and may share rows.
         key: 0 <= key < 2^64, from `Sketch.key`. method: one of METHODS.
 
     Products are summed over tokens in float32 (float64 for float64) and over segments and calls in
-    float64. The number of threads changes nothing; on a GPU the bits are the same on every run,
-    unless `backends.deterministic` is switched off. Raises ActiveDPOError on tensors that do not
+    float64. The result does not depend on the number of threads; on a GPU the bits are the same on
+    every run, unless `backends.deterministic` is off. Raises ActiveDPOError if the tensors do not
     fit.
     """
     _check_outer(out, left, right, segments, key, method)
     _outer_sketch(out, left, right, segments, _signed(key), method)
 
 
-# -- as PyTorch knows them: a key is the int64 with its bits ---------------------------------------
+# -- registration with PyTorch: a key is passed as the int64 with the same bits --------------------
 
 
 @torch.library.custom_op("activedpo::sjlt_", mutates_args={"out"})
@@ -110,7 +110,7 @@ def _(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, segments: torc
     pass
 
 
-# -- what they do ----------------------------------------------------------------------------------
+# -- implementation --------------------------------------------------------------------------------
 
 
 def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
@@ -175,7 +175,7 @@ def _signed(key: int) -> int:
     return key - 2**64 if key >= 2**63 else key
 
 
-# -- what they refuse ------------------------------------------------------------------------------
+# -- argument checks -------------------------------------------------------------------------------
 
 
 def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:

@@ -1,4 +1,4 @@
-"""Which pairs to label next: the criterion, the strategies and their answer."""
+"""Select the pairs to label next: the criterion, the strategies and the resulting selection."""
 
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.information.matrix import InformationMatrix

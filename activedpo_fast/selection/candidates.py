@@ -1,4 +1,4 @@
-"""The pairs of a pool that may be picked, what is labeled already, and which part is whose."""
+"""Candidate pairs of a pool, the labeled pairs, and each process's part of the pool."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a selection from a pool starts from, the same in all processes except `part`.
+    """The starting point of a selection from a pool; the same in all processes except `part`.
 
     Attributes:
         pairs: int64 [N, 2], row numbers of the pairs that may be picked.
         labeled: int64 [t, 2], row numbers of the pairs of the pool that have a preference.
-        prompts: which items of the pool are of one prompt.
-        part: this process's stretch of the pool; all of it, where it is alone.
+        prompts: which items of the pool share a prompt.
+        part: this process's part of the pool; the whole pool if there is only one process.
     """
 
     pool: PreferencePool
@@ -40,12 +40,12 @@ class Candidates:
         cls, pool: PreferencePool, processes: PoolProcesses, *, labeled: Tensor, asked: Tensor,
         skipped: Sequence[int], rules: PickRules | None,
     ) -> Candidates:
-        """All pairs except those that are known, have been asked before, or are of skipped items.
+        """Return all pairs except those labeled, asked before, or of skipped items.
 
         Args:
             labeled, asked: int64 [., 2], row numbers of pairs with and without a preference.
             skipped: positions of items that DPOTrainer would drop.
-            rules: its `prompt_by` says what one prompt is.
+            rules: `prompt_by` defines which items share a prompt.
         """
         prompts = PoolPrompts.of(pool, None if rules is None else rules.prompt_by)
         pairs = candidate_pairs(pool, torch.cat([labeled, asked]), skipped, prompts,
@@ -54,12 +54,12 @@ class Candidates:
 
     @property
     def mine(self) -> range:
-        """Which of `pairs` are of this process's part."""
+        """The range of `pairs` that belongs to this process's part."""
         return self.part.pairs(self.pairs)
 
     @property
     def own_pairs(self) -> Tensor:
-        """Those pairs, numbered from the part's first row."""
+        """The pairs of `mine`, with rows numbered from the part's first row."""
         return self.pairs[self.mine.start:self.mine.stop] - self.part.rows.start
 
 
@@ -67,15 +67,15 @@ def candidate_pairs(
     pool: PreferencePool, known: Tensor, skipped: Sequence[int],
     prompts: PoolPrompts | None = None, *, log: bool = True,
 ) -> Tensor:
-    """All pairs of `pool` except the known ones and those of skipped items; int64 [N, 2].
+    """Return all pairs of `pool` except known ones and those of skipped items; int64 [N, 2].
 
-    A pair whose prompt and responses several items have is there once, as that of the first item;
-    the log says how many are left out for that.
+    If several items have the same prompt and responses, the pair is included once, from the first
+    item; the number of pairs left out for this reason is logged.
 
     Args:
         known: int64 [t, 2], pairs of row numbers in either order.
         skipped: positions of items.
-        prompts: of `pool`; by its texts if not given.
+        prompts: of `pool`; derived from its texts if not given.
     """
     prompts = PoolPrompts.of(pool) if prompts is None else prompts
     pairs = pool.pairs()
@@ -97,9 +97,9 @@ def candidate_pairs(
 
 
 def split_history(pool: PreferencePool, history: Sequence[Pick]) -> tuple[Tensor, list[Pick]]:
-    """Labeled picks that are pairs of `pool`, as int64 [t, 2] row numbers, and all the others.
+    """Split labeled picks into pairs of `pool`, as int64 [t, 2] row numbers, and all others.
 
-    A pick is a pair of the item that has its texts: that with its id or else the first.
+    A pick belongs to the item that has its texts: the item with its id, or else the first match.
     """
     inside: list[list[int]] = []
     elsewhere: list[Pick] = []
@@ -115,7 +115,7 @@ def split_history(pool: PreferencePool, history: Sequence[Pick]) -> tuple[Tensor
 
 
 def pool_text(pool: PreferencePool, rules: PickRules | None) -> str:
-    """A text that two pools share only if a selection by these rules cannot tell them apart."""
+    """Return a text that is equal for two pools only if these rules cannot tell them apart."""
     columns = [] if rules is None else [
         c for c in (rules.group_by, rules.cost, rules.prompt_by) if c is not None]
     return repr((pool.fingerprint(), [[item.extra.get(c) for c in columns] for item in pool]

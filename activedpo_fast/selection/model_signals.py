@@ -1,4 +1,4 @@
-"""Signals that are taken from the model, when a strategy asks for them."""
+"""Signals computed with the model when a strategy asks for them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from activedpo_fast.selection.signals import History, Signals
 
 
 class ModelSignals(Signals):
-    """The signals of this process's part of the candidates, and the seconds that they took.
+    """The signals of this process's part of the candidates, and the seconds they took.
 
-    Those of labeled pairs are taken by all processes together.
+    Signals of labeled pairs are computed by all processes together.
 
     Args:
         tokens: of this process's part of the pool.
-        elsewhere: labeled picks that are no pairs of the pool.
-        tokenize: makes tokens of their texts.
+        elsewhere: labeled picks that are not pairs of the pool.
+        tokenize: tokenizes the texts of `elsewhere`.
         ref_model: see `ActiveDPOSelector`.
     """
 
@@ -110,16 +110,16 @@ class ModelSignals(Signals):
         if name not in self._cache:
             before, started = self.seconds, time.perf_counter()
             self._cache[name] = compute()
-            # Signals may be taken from within each other: no second is to count twice.
+            # Computing one signal may compute another: do not count its time twice.
             self.seconds = before + time.perf_counter() - started
         return self._cache[name]
 
     def _taken(self, name: str, compute: Callable[[], Any]) -> Any:
-        """As `_once`, of what each process takes of its own part."""
+        """Like `_once`, for values that each process computes for its own part."""
         return self._once(name, lambda: self._processes.check(compute))
 
     def _history(self, rows: Tensor, extract: Callable[[TokenizedPool], Tensor]) -> History:
-        """Rows and pairs of all that is labeled, the same in all processes."""
+        """Return rows and pairs of all labeled pairs, the same in all processes."""
         used, pairs_inside = torch.unique(self._in_pool, return_inverse=True)
         pairs_inside = pairs_inside.view(-1, 2)
         mine = used[(used >= self._rows.start) & (used < self._rows.stop)] - self._rows.start
@@ -133,7 +133,7 @@ class ModelSignals(Signals):
         return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
 
     def _outside_tokens(self) -> TokenizedPool | None:
-        """Of this process's stretch of the labeled pairs that are not in the pool, if any."""
+        """Tokenize this process's share of the labeled pairs that are not in the pool, if any."""
         mine = self._elsewhere[self._processes.stretch(len(self._elsewhere))]
         if not mine:
             return None

@@ -1,4 +1,4 @@
-"""Response rows as features of pairs: normalized, and never all formed at once."""
+"""Features of pairs, computed from response rows: normalized, and never all formed at once."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 Normalize = Literal["response", "pair"] | None
 
-_CHUNK_BYTES = 2**26  # float64 bytes of features that are worked on at once
-# Norms between which products with a unit vector neither overflow nor lose digits in float32.
+_CHUNK_BYTES = 2**26  # bytes of float64 features processed at once
+# Range of norms whose products with a unit vector neither overflow nor lose digits in float32.
 _RANGE = (1e-28, 1e30)
 
 
 class PairFeatures:
-    """The features phi of N pairs (a, b) of R response rows g, formed only where they are needed.
+    """The features phi of N pairs (a, b) of R response rows g, formed only when needed.
 
-    `normalize` says what phi is:
+    `normalize` defines phi:
       * "response": g_a/|g_a| - g_b/|g_b|;
       * "pair": (g_a - g_b)/|g_a - g_b|;
       * None: g_a - g_b;
-    times the pair's weight, if there are weights. A row or difference that is zero stays zero.
+    times the pair's weight, if weights are given. A zero row or difference stays zero.
 
     Args:
-        rows: [R, k], any floating dtype, in memory or `StoredRows` on disk. They stay as they are
-            stored, but for rows in memory of norms that float32 products cannot take (below 1e-28
-            or above 1e30), which are widened to float64.
+        rows: [R, k], any floating dtype, in memory or `StoredRows` on disk. They are kept as
+            stored, except rows in memory whose norms are out of range for float32 products (below
+            1e-28 or above 1e30): those are widened to float64.
         pairs: int64 [N, 2] of row numbers.
         weights: float64 [N], not negative and finite; None for 1.
         show_progress: see `ops.scores.pair_lengths`.
@@ -42,16 +42,16 @@ class PairFeatures:
     Attributes:
         rows, pairs: as given (the pairs on the CPU).
         dim: k. device: of the rows.
-        row_divisor: float64 [R], and pair_divisor: float64 [N]: what rows and then differences are
-            divided by. Like all that follow they are on the CPU.
+        row_divisor: float64 [R], and pair_divisor: float64 [N]: divisors of the rows and then of
+            their differences. Like all attributes below, they are on the CPU.
         length: float64 [N], |phi|.
-        size: float64 [N], what the rounding of `at` is relative to, 2.2e-16 * size.
-        reach: float64 [N], what the rounding of phi . w from products with rows is relative to:
-            the sum of the two parts' norms, which may be much larger than |phi|.
+        size: float64 [N], the scale of the rounding error of `at`, which is 2.2e-16 * size.
+        reach: float64 [N], the scale of the rounding error of phi . w computed from products with
+            rows: the sum of the two parts' norms, which may be much larger than |phi|.
 
     Raises:
-        ActiveDPOError: rows that are not finite (by number), pairs that do not fit, an unknown
-            `normalize`, bad weights. Rows that are in no pair are not looked at.
+        ActiveDPOError: rows that are not finite (listed by number), pairs that do not fit, an
+            unknown `normalize`, bad weights. Rows that are in no pair are not checked.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PairFeatures:
             if not isinstance(rows, Tensor):
                 raise ActiveDPOError(
                     f"rows on disk have norms from {float(norms[norms > 0].min()):.3g} to "
-                    f"{float(norms.max()):.3g}: beyond what {rows.dtype} rows can be selected from")
+                    f"{float(norms.max()):.3g}: out of range for selection from {rows.dtype} rows")
             rows = rows.to(torch.float64)
         self.rows = rows
 
@@ -100,31 +100,31 @@ class PairFeatures:
 
     @property
     def chunk(self) -> int:
-        """How many features are formed at once."""
+        """The number of features formed at once."""
         return max(1, _CHUNK_BYTES // (8 * max(1, self.dim)))
 
     def at(self, indices: Tensor) -> Tensor:
-        """The features of the pairs numbered `indices`, int64 [m]: float64 [m, k], on `device`."""
-        # Both parts at once: mostly one pair is asked for, and then calls cost more than work.
+        """Return the features of pairs `indices`, int64 [m]: float64 [m, k], on `device`."""
+        # Both parts at once: usually one pair is asked for, and calls then cost more than work.
         parts = self.parts(self.pairs[indices].flatten()).view(len(indices), 2, self.dim)
         difference = parts[:, 0] - parts[:, 1]
         return difference.div_(self.pair_divisor[indices, None].to(self.device))
 
     def parts(self, numbers: Tensor) -> Tensor:
-        """Rows over their divisors: float64 [m, k], on `device`."""
+        """Return rows divided by their divisors: float64 [m, k], on `device`."""
         rows = self.rows
         taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
         divisor = self.row_divisor[numbers, None].to(self.device)
         return taken.to(torch.float64, copy=True).div_(divisor)
 
     def chunks(self, indices: Tensor) -> Iterator[Tensor]:
-        """The features of `indices` in order, a bounded number at a time: float64 [m, k] each."""
+        """Yield the features of `indices` in order, a bounded number at a time: float64 [m, k]."""
         for part in indices.split(self.chunk):
             yield self.at(part)
 
 
 def check_normalize(normalize: Normalize) -> None:
-    """Raise `ActiveDPOError` for an unknown way to normalize."""
+    """Raise `ActiveDPOError` for an unknown `normalize`."""
     if normalize not in ("response", "pair", None):
         raise ActiveDPOError(f"normalize must be 'response', 'pair' or None, not {normalize!r}")
 

@@ -1,4 +1,4 @@
-"""A pick, and its line in a JSONL file: the one writer and the one reader."""
+"""Picks, and the only writer and reader of their JSONL lines."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Pick:
         rank: 0 for the first pick.
         prompt: the item's prompt.
         responses: the two responses, in the order of `pair`.
-        chat_template_kwargs: arguments of the chat template that the pair was scored with; None for
-            none.
-        item_chat_template_kwargs: those among them that the item has in a column of its own.
+        chat_template_kwargs: chat template arguments that the pair was scored with; None for none.
+        item_chat_template_kwargs: those of them that come from the item's own column.
     """
 
     id: str
@@ -44,7 +43,7 @@ class Pick:
 
 
 def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
-    """The line of a pick; `more` are further fields. The template's only where there are any."""
+    """Return the line of a pick; `more` are extra fields. Template fields only if there are any."""
     record = {"id": pick.id, "pair": list(pick.pair), "score": pick.score, "rank": pick.rank,
               "prompt": pick.prompt, "responses": list(pick.responses),
               **(template_fields(pick) if template else {}), **more}
@@ -52,7 +51,7 @@ def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
 
 
 def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
-    """(place in the file, pick, whole record) of every line, in the file's order."""
+    """Return (place in the file, pick, whole record) for every line, in file order."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors add a byte order mark
     except OSError as error:
@@ -71,7 +70,7 @@ def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise ActiveDPOError(f"{place}: broken JSON: {error}") from error
         pick = _parse_pick(record, place)
-        # The same id and pair with other responses is another round's pick, and not a duplicate.
+        # The same id and pair with other responses is another round's pick, not a duplicate.
         key = json.dumps([pick.id, pick.pair, pick.prompt, pick.responses], sort_keys=True)
         if key in seen:
             raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is already on "
@@ -82,7 +81,7 @@ def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
 
 
 def template_fields(pick: Pick) -> dict[str, Any]:
-    """What a line of JSONL says about the pick's chat template; empty where there is nothing."""
+    """Return the chat template fields of a pick's JSONL line; empty if there are none."""
     values = {name: getattr(pick, name) for name in _TEMPLATE_FIELDS}
     return {name: value for name, value in values.items() if value}
 
@@ -100,7 +99,7 @@ def _parse_pick(record: Any, place: str) -> Pick:
             and pair[0] != pair[1]):
         raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
     score = record["score"]
-    # An integer of JSON may be too large for a float; only the comparison is safe.
+    # A JSON integer may be too large for a float; only the comparison is safe.
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e308:
         raise ActiveDPOError(f"{place}: 'score' must be a finite number")
     if not _is_count(record["rank"]):

@@ -1,4 +1,4 @@
-"""What counts as one prompt and as one pair: several rows of a pool may have the same texts."""
+"""Identity of prompts and pairs: several rows of a pool may have the same texts."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from activedpo_fast.pool.texts import Text, canonical_json
 
 
 def text_key(text: Text) -> str | bytes:
-    """Equal for equal texts; chat messages by their canonical JSON."""
+    """Return a key that is equal for equal texts; chat messages by their canonical JSON."""
     return text if isinstance(text, str) else canonical_json(text)
 
 
 def name_of(value: Any) -> str | None:
-    """A column's value as a name: text, or an integer or boolean as JSON writes it; else None."""
+    """Return a column's value as a name: text, or an integer or boolean as in JSON; else None."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, (str, int)) else None
 
 
 def prompt_key(item: PoolItem | Prompt, prompt_by: str | None) -> str | bytes:
-    """Equal for items of one prompt: the same text, or the same value in the column `prompt_by`.
+    """Return a key equal for items of one prompt: by text, or by value in the column `prompt_by`.
 
     Raises:
         ActiveDPOError: an item without the column, or with a value that cannot be a name.
     """
     if prompt_by is None:
-        # With chat messages, a row's own arguments of the template are part of its text.
+        # With chat messages, a row's own template arguments are part of its text.
         own = None if isinstance(item.prompt, str) else own_template_kwargs(item.extra)
         return canonical_json([item.prompt, own]) if own else text_key(item.prompt)
     value = item.extra.get(prompt_by)
-    if value is None or value != value:  # tables mark what is missing by NaN
+    if value is None or value != value:  # tables mark missing values by NaN
         raise ActiveDPOError(f"prompt_by: item {item.id!r} has no {prompt_by!r}")
     name = name_of(value)
     if name is None:
@@ -50,7 +50,7 @@ def prompt_key(item: PoolItem | Prompt, prompt_by: str | None) -> str | bytes:
 
 
 def distinct_prompts(prompts: Sequence[Prompt], prompt_by: str | None) -> list[Prompt]:
-    """The prompts, in order, without those that repeat the text (and the column) of another."""
+    """Return the prompts in order, without those that repeat another's text (and column)."""
     seen = {(prompt_key(prompt, prompt_by), text_key(prompt.prompt)): prompt
             for prompt in reversed(prompts)}
     first = {prompt.id for prompt in seen.values()}
@@ -60,9 +60,9 @@ def distinct_prompts(prompts: Sequence[Prompt], prompt_by: str | None) -> list[P
 def same_prompt(
     items: Iterable[PoolItem | Prompt], ids: Collection[str], prompt_by: str | None
 ) -> set[str]:
-    """The ids of all items that are of the prompt of one with an id of `ids`."""
+    """Return the ids of all items that share a prompt with an item in `ids`."""
     if not ids and prompt_by is None:
-        return set()  # a column is looked at in any case: every item must have it
+        return set()  # a column is always checked: every item must have it
     keys = {item.id: prompt_key(item, prompt_by) for item in items}
     known = {keys[id] for id in ids if id in keys}
     return {id for id, key in keys.items() if key in known}
@@ -70,12 +70,13 @@ def same_prompt(
 
 @dataclass(frozen=True)
 class PoolPrompts:
-    """Which items of a pool are of one prompt, and which of their responses are the same.
+    """Which items of a pool share a prompt, and which of their responses are the same.
 
     Attributes:
-        of_item: int64 [P], the number of each item's prompt; they are numbered from 0 in the order
-            in which they first come.
-        first_row: int64 [R], for each response row the first one with the same prompt and response.
+        of_item: int64 [P], the number of each item's prompt; prompts are numbered from 0 in order
+            of first appearance.
+        first_row: int64 [R], for each response row, the first row with the same prompt and
+            response.
     """
 
     of_item: Tensor
@@ -83,7 +84,7 @@ class PoolPrompts:
 
     @classmethod
     def of(cls, pool: PreferencePool, prompt_by: str | None = None) -> PoolPrompts:
-        """Those of `pool`; see `prompt_key` for `prompt_by` and errors."""
+        """Return the prompts of `pool`; see `prompt_key` for `prompt_by` and errors."""
         numbers: dict[str | bytes, int] = {}
         of_item = [numbers.setdefault(prompt_key(item, prompt_by), len(numbers)) for item in pool]
         first_row = torch.arange(pool.n_responses)
@@ -97,28 +98,28 @@ class PoolPrompts:
         return cls(torch.tensor(of_item), first_row)
 
     def pair_codes(self, pairs: Tensor) -> Tensor:
-        """A number for each pair of rows, int64 [N, 2] to [N], equal for equal texts."""
+        """Return a number for each pair of rows, int64 [N, 2] to [N], equal for equal texts."""
         rows = self.first_row[pairs]
         return rows.amin(dim=1) * len(self.first_row) + rows.amax(dim=1)
 
     def of_row(self, pool: PreferencePool) -> Tensor:
-        """The number of each response row's prompt, int64 [R]."""
+        """Return the number of each response row's prompt, int64 [R]."""
         return torch.repeat_interleave(self.of_item, pool.response_offsets.diff())
 
     def repeats(self) -> Tensor:
-        """Which rows have the prompt and response of an earlier one, bool [R]."""
+        """Return which rows repeat an earlier row's prompt and response, bool [R]."""
         return self.first_row != torch.arange(len(self.first_row))
 
 
 def first_of_each(codes: Tensor) -> Tensor:
-    """bool [N]: whether no earlier one of the codes [N] is the same."""
+    """Return bool [N]: whether no earlier code in codes [N] is equal."""
     order = codes.argsort(stable=True)
     again = torch.zeros(len(codes), dtype=torch.bool)
     again[order[1:]] = codes[order].diff() == 0
     return ~again
 
 
-_ANY: dict[str, Any] = {}  # whatever arguments of the template an item has
+_ANY: dict[str, Any] = {}  # matches any template arguments of an item
 
 
 class PairFinder:
@@ -134,10 +135,10 @@ class PairFinder:
         self, id: str, prompt: Text, responses: Sequence[Text],
         own: dict[str, Any] | None = _ANY,
     ) -> list[int] | None:
-        """The rows of two responses to `prompt` in one item: that called `id`, or else the first.
+        """Return the rows of two responses to `prompt` in one item: item `id`, or else the first.
 
-        None where no item has both. `own` are the arguments of the chat template that the item has
-        to have itself; by default it does not matter which.
+        Return None if no item has both. `own` are the chat template arguments that the item itself
+        must have; by default, any match.
         """
         with_id = self._by_id.get(id)
         found = None if with_id is None else self._rows_in(with_id, prompt, responses, own)

@@ -1,4 +1,4 @@
-"""What a strategy answers: candidate pairs, best first."""
+"""The result of a strategy: candidate pairs, best first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 class Ranking(NamedTuple):
     """Chosen candidate pairs, best first.
 
-    indices: int64 [n] into the pairs. scores: float64 [n], as they were at the pick.
-    touched: int64 [n], rows that were looked at for each pick (repeatedly or not), after the first
-        scores, which take every row once; None where a strategy does not keep scores.
+    indices: int64 [n] into the pairs. scores: float64 [n], at the time of the pick.
+    touched: int64 [n], rows read for each pick (counting repeats), after the first scores, which
+        read every row once; None if a strategy does not keep scores.
     """
 
     indices: Tensor

@@ -1,4 +1,4 @@
-"""The answer of a selection: which pairs to label, as a file for people and a dataset for DPO."""
+"""The result of a selection: the pairs to label, as a file for people and a dataset for DPO."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Selection(Sequence[Pick]):
         return iter(self.picks)
 
     def to_jsonl(self, path: FilePath) -> None:
-        """Write one line a pick: id, pair, score, rank, prompt, responses. Whole or not at all.
+        """Write one line per pick: id, pair, score, rank, prompt, responses. The write is atomic.
 
         Picks that have them also get `chat_template_kwargs` and `item_chat_template_kwargs`.
-        People add `"label"` to a line: 0 or 1, the position in `responses` of the one that they
-        prefer, or "skip" (or "tie") for no preference. A line without a label, or with null, is not
+        People add `"label"` to a line: 0 or 1, the position in `responses` of the response they
+        prefer, or "skip" (or "tie") for no preference. A line whose label is missing or null is not
         labeled yet. `read_labels` reads the file back.
 
         Raises:
@@ -60,29 +60,29 @@ class Selection(Sequence[Pick]):
 
     @classmethod
     def from_jsonl(cls, path: FilePath, *, strategy: str = "unknown") -> Selection:
-        """Read a file of `to_jsonl`. Labels and other added columns are left aside.
+        """Read a file written by `to_jsonl`. Labels and other added columns are ignored.
 
-        The lines do not say which strategy made them; pass `strategy` if it matters.
+        The lines do not record the strategy; pass `strategy` if it matters.
 
         Raises:
-            ActiveDPOError: naming the first line at fault (not JSON, a field missing or of the
-                wrong type, the same pair twice).
+            ActiveDPOError: naming the first bad line (not JSON, a field missing or of the wrong
+                type, the same pair twice).
         """
         return cls(tuple(pick for _, pick, _ in read_picks(path)), strategy)
 
     def to_dataset(self, labels: Sequence[int | None]) -> datasets.Dataset:
-        """The labeled pairs as `trl.DPOTrainer` reads them: id, prompt, chosen, rejected.
+        """Return the labeled pairs as `trl.DPOTrainer` reads them: id, prompt, chosen, rejected.
 
-        Where picks have arguments of the chat template there is also `chat_template_kwargs`, so
-        that the trainer's tokens are those that were scored.
+        If picks have chat template arguments, there is also a column `chat_template_kwargs`, so
+        that the trainer's tokens are the ones that were scored.
 
         Args:
-            labels: one a pick; 0 or 1, the position in `pick.responses` of the preferred response,
-                or None for no preference: that pick is left out. (In a file, no preference is
-                "skip" or "tie"; see `read_labels`.)
+            labels: one per pick; 0 or 1, the position in `pick.responses` of the preferred
+                response, or None for no preference: that pick is left out. (In a file, no
+                preference is "skip" or "tie"; see `read_labels`.)
 
         Raises:
-            ActiveDPOError: a wrong number of labels, or another value (booleans too), or plain
+            ActiveDPOError: a wrong number of labels, any other value (including booleans), or plain
                 strings and chat messages in one selection.
         """
         import datasets  # slow to import, and needed only here
@@ -116,9 +116,9 @@ class Selection(Sequence[Pick]):
         return datasets.Dataset.from_dict(columns, features=features)
 
     def as_pool(self) -> PreferencePool:
-        """A pool with one two-response item a pick, in order, for the features of the history.
+        """Return a pool with one two-response item per pick, in order, for history features.
 
-        The same prompt may have been picked more than once, and ids of a pool are unique, so the
+        The same prompt may have been picked more than once, but ids in a pool are unique, so the
         item of pick number p has the id `"<id>#<p>"`.
         """
         return PreferencePool(
@@ -130,10 +130,10 @@ class Selection(Sequence[Pick]):
 
 
 def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Types for the columns whose objects have unlike keys.
+    """Return types for the columns whose objects differ in their keys.
 
-    As a table of Arrow, each object would have all keys, those that it lacks as null, which a
-    template can tell from a key that is not there.
+    In an Arrow table each object would have all keys, with null for those it lacks. A template can
+    tell null from a missing key.
     """
     import datasets
 
@@ -151,7 +151,7 @@ def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
 def check_label(label: Any, place: str) -> int | None:
     if label is None:
         return None
-    # `True == 1`: a column of booleans must not pass for preferences. Integral lets numpy's in.
+    # `True == 1`: a column of booleans must not pass for preferences. Integral admits NumPy's.
     if isinstance(label, Integral) and not isinstance(label, bool) and label in (0, 1):
         return int(label)
     raise ActiveDPOError(f"{place} must be 0, 1 or null (None), not {label!r}")

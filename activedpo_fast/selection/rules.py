@@ -1,4 +1,4 @@
-"""What may be picked: limits per prompt and group, excluded prompts, costs, random picks."""
+"""Rules for picks: limits per prompt and group, excluded prompts, costs, random picks."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PickRules:
-    """What a selection has to observe, whatever the strategy.
+    """Rules that a selection follows, whatever the strategy.
 
     Args:
-        max_per_prompt: at most so many pairs of one prompt in this selection, whichever rows of the
-            pool they are in. Pairs labeled earlier do not count.
-        exclude: ids of rows of whose prompts nothing is picked, in other rows either.
+        max_per_prompt: the maximum number of pairs of one prompt in this selection, whichever rows
+            of the pool they are in. Pairs labeled earlier do not count.
+        exclude: ids of rows whose prompts are excluded, in all other rows too.
         group_by: the field of an item's `extra` that names its group: text, an integer or a
-            boolean (these two as JSON writes them). An item without it is in no group.
-        quotas: the most pairs to take of each group named, 0 or more. Others are not limited.
-        min_score: no pair that scores less is picked by the criterion; fewer pairs than were asked
-            for come back then, and the log says so.
-        random_fraction: of n picks, round(random_fraction * n) are drawn at random, uniformly from
-            what the rules admit. They are drawn first, so that the criterion knows of them, and
-            `min_score` and `cost` do not apply to them.
+            boolean (the latter two as in JSON). An item without it is in no group.
+        quotas: the maximum number of pairs per named group, 0 or more. Others are not limited.
+        min_score: the criterion picks no pair with a lower score. This may return fewer pairs than
+            requested, which is logged.
+        random_fraction: of n picks, round(random_fraction * n) are drawn uniformly at random from
+            the pairs that the rules allow. They are drawn first, so that the criterion takes them
+            into account; `min_score` and `cost` do not apply to them.
         cost: the field of an item's `extra` with the cost of a label, a positive number. The
-            criterion then picks the largest score / cost. Scores are given, and compared with
-            `min_score`, as they are without costs.
-        prompt_by: the field of an item's `extra` that says which items are of one prompt: those
+            criterion then picks the largest score / cost. Scores are returned, and compared with
+            `min_score`, without the cost.
+        prompt_by: the field of an item's `extra` that defines which items share a prompt: those
             with the same text, integer or boolean in it. By default, those with the same prompt
-            text. Labeled pairs of one prompt, too, are told by it.
-        seed: of the random picks. Another pool has other draws.
+            text. It also decides which labeled pairs share a prompt.
+        seed: of the random picks. Different pools get different draws.
 
     Raises:
-        ActiveDPOError: a value of another kind or out of range, naming the rule.
+        ActiveDPOError: a value of the wrong type or out of range, naming the rule.
     """
 
     max_per_prompt: int | None = None
@@ -85,9 +85,9 @@ class PickRules:
     def check(self, items: Collection[PoolItem | Prompt]) -> None:
         """Raise `ActiveDPOError` unless the rules fit these items.
 
-        That is: every id to exclude is one of theirs, every quota is of a group that one of them
-        is in, each of them says of which prompt it is, where `prompt_by` is given, and each that is
-        not excluded has a cost, where costs matter.
+        That is: every excluded id is an id of an item; every quota's group has an item; with
+        `prompt_by`, every item names its prompt; with `cost`, every item that is not excluded has
+        a cost.
         """
         ids = {item.id for item in items}
         unknown = [id for id in self.exclude if id not in ids]
@@ -110,11 +110,11 @@ class PickRules:
                     _cost(item, self.cost)
 
     def excluded(self, items: Iterable[PoolItem | Prompt]) -> set[str]:
-        """The ids of all items that are of a prompt to exclude."""
+        """Return the ids of all items whose prompt is excluded."""
         return same_prompt(items, self.exclude, self.prompt_by)
 
     def within(self, items: Iterable[PoolItem | Prompt]) -> PickRules:
-        """The same rules for only some of the items: without the ids and groups of the others."""
+        """Return the rules for a subset of the items, without the ids and groups of the others."""
         listed = list(items)
         ids = {item.id for item in listed}
         quotas: Mapping[str, int] = {}
@@ -126,16 +126,16 @@ class PickRules:
             group_by=self.group_by if quotas else None)
 
     def bind(self, pool: PreferencePool, pairs: Tensor, n: int) -> Eligible:
-        """What the rules come to for the candidates of one selection.
+        """Apply the rules to the candidates of one selection.
 
         Args:
-            pool: of whose items the pairs are.
+            pool: the pool that the pairs come from.
             pairs: int64 [N, 2] of row numbers.
-            n: how many are to be picked.
+            n: the number of pairs to pick.
 
         Raises:
-            ActiveDPOError: rules that do not fit the pool (see `check`), or that leave none of the
-                candidates, though some are asked for.
+            ActiveDPOError: rules that do not fit the pool (see `check`), or that leave no candidate
+                although n > 0.
         """
         check_pairs(pairs, pool.n_responses, "pairs")
         self.check(pool)
@@ -172,26 +172,26 @@ class PickRules:
 
 
 class Limit(NamedTuple):
-    """numbers: int64 [N], what each candidate is of, -1 for nothing that has a limit; room: int64,
-    how many more may be taken of each number."""
+    """numbers: int64 [N], each candidate's prompt or group, -1 for one without a limit; room:
+    int64, how many more may be taken of each number."""
 
     numbers: Tensor
     room: Tensor
 
 
 class Eligible:
-    """Which of N candidates may still be picked, and by what order.
+    """Which of N candidates may still be picked, and how they are ordered.
 
     Attributes:
         left: bool [N] on the CPU; candidates that may still be picked. Updated in place.
-        inverse_cost: float64 [N], what scores are multiplied with before they are compared with
-            each other; None where costs do not matter.
-        min_score: no pick may score less, whatever it costs; -inf where there is no limit.
-        n_random: how many picks, the first ones, are random: those left of the lowest
+        inverse_cost: float64 [N], the factor that scores are multiplied by before they are compared
+            with each other; None without costs.
+        min_score: no pick may score less, whatever its cost; -inf for no limit.
+        n_random: the number of random picks, which come first: the candidates left with the lowest
             `random_order`.
         random_order: int64 [N], each candidate's rank in a permutation; None if n_random is 0.
 
-    `PickRules.bind` makes it. It is used up by one selection.
+    Created by `PickRules.bind`. One selection uses it up.
     """
 
     def __init__(
@@ -209,10 +209,10 @@ class Eligible:
     ) -> None:
         """
         Args:
-            prompt: int64 [N], the number of each candidate's prompt, in the whole pool where
-                several processes select; None where there is no limit.
-            max_per_prompt: how many may be taken of each.
-            group: int64 [N], the group of each candidate or -1; None where there is no limit.
+            prompt: int64 [N], the number of each candidate's prompt, in the whole pool if several
+                processes select together; None for no limit.
+            max_per_prompt: how many may be taken of each prompt.
+            group: int64 [N], the group of each candidate or -1; None for no limit.
             room: how many may be taken of each group.
         """
         self.left = left.contiguous()
@@ -224,7 +224,7 @@ class Eligible:
         self._max_per_prompt = max_per_prompt
         self._taken: dict[int, int] = {}  # of each prompt
         if prompt is not None:
-            # The candidates by prompt: closing one must not look at all the others.
+            # Candidates sorted by prompt, so that closing one prompt does not scan the others.
             self._by_prompt = prompt.argsort(stable=True)
             self._end = prompt.bincount().cumsum(0)
         self._group = group
@@ -235,14 +235,14 @@ class Eligible:
 
     @classmethod
     def everything(cls, n_candidates: int) -> Eligible:
-        """No rules: every candidate may be picked."""
+        """Return an `Eligible` without rules: every candidate may be picked."""
         return cls(torch.ones(n_candidates, dtype=torch.bool))
 
     def part(self, start: int, end: int) -> Eligible:
-        """The same rules for the candidates from `start` to before `end`, before any pick.
+        """Return the same rules for candidates `start` to `end` (exclusive), before any pick.
 
-        How much room prompts and groups have left is counted by every part: tell it of picks that
-        another one makes (`taken_elsewhere`).
+        Each part counts how much room prompts and groups have left, so it must be informed of
+        picks made by other parts (`taken_elsewhere`).
         """
 
         def cut(values: Tensor | None) -> Tensor | None:
@@ -255,7 +255,7 @@ class Eligible:
             room=self._room)
 
     def take(self, index: int) -> int:
-        """Candidate `index` is picked: it, and what it makes full, may not be picked any more.
+        """Record the pick of candidate `index`: close it, and its prompt and group if now full.
 
         Returns:
             The number of its group, -1 if it is in none that has a quota.
@@ -266,7 +266,7 @@ class Eligible:
         return group
 
     def limits(self) -> tuple[Limit | None, Limit | None]:
-        """How many candidates of each prompt, and of each group, may still be taken."""
+        """Return how many candidates of each prompt, and of each group, may still be taken."""
         by_prompt = by_group = None
         if self._prompt is not None:
             room = torch.full((len(self._end),), self._max_per_prompt)
@@ -279,16 +279,16 @@ class Eligible:
         return by_prompt, by_group
 
     def group_of(self, index: int) -> int:
-        """The number of a candidate's group, -1 if it is in none that has a quota."""
+        """Return the number of a candidate's group, -1 if it is in none that has a quota."""
         return -1 if self._group is None else int(self._group[index])
 
     def prompt_of(self, index: int) -> int:
-        """The number of a candidate's prompt, -1 if prompts have no limit."""
+        """Return the number of a candidate's prompt, -1 if prompts have no limit."""
         return -1 if self._prompt is None else int(self._prompt[index])
 
     def taken_elsewhere(self, group: int, prompt: int = -1) -> None:
-        """One of group number `group` and prompt number `prompt` (-1: of none) was picked, by
-        another process for instance."""
+        """Record a pick of group number `group` and prompt number `prompt` (-1: none), for instance
+        one made by another process."""
         if prompt >= 0 and self._prompt is not None:
             self._taken[prompt] = self._taken.get(prompt, 0) + 1
             if self._taken[prompt] >= self._max_per_prompt and prompt < len(self._end):
@@ -306,19 +306,19 @@ class Eligible:
 
 
 def random_order(n_candidates: int, seed: int) -> Tensor:
-    """Each candidate's rank in the permutation that `seed` stands for; int64 [N]."""
+    """Return each candidate's rank in the permutation given by `seed`; int64 [N]."""
     drawn = torch.randperm(n_candidates, generator=torch.Generator().manual_seed(seed))
     return drawn.argsort()
 
 
 def random_seed(seed: int, pool_fingerprint: str) -> int:
-    """The seed of random picks from a pool: another draw for another pool."""
+    """Return the seed of random picks from a pool: different pools get different draws."""
     text = f"{seed}/{pool_fingerprint}".encode()
     return int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
 
 
 def warn_if_fewer(picked: int, n: int, eligible: Eligible) -> None:
-    """One line in the log where `picked`, the number of picks, is less than n."""
+    """Log a warning if `picked`, the number of picks, is less than n."""
     if picked < n:
         least = eligible.min_score
         which = "" if least == -math.inf else f" that scores {least} or more"
@@ -326,16 +326,16 @@ def warn_if_fewer(picked: int, n: int, eligible: Eligible) -> None:
                        which)
 
 
-# -- what the rules' values may be -----------------------------------------------------------------
+# -- validation of the rules' values ---------------------------------------------------------------
 
 
 def _ids(given: Any) -> tuple[str, ...]:
-    """Distinct ids in a fixed order; integers as a pool has them, as text."""
+    """Return the distinct ids in a fixed order; integers as text, as in a pool."""
     if isinstance(given, (str, Mapping)) or not isinstance(given, Collection):
         raise ActiveDPOError(f"exclude must be a list of ids, not {given!r}")
     for id in given:
         if isinstance(id, bool) or not isinstance(id, (str, int)):
-            raise ActiveDPOError(f"exclude must be a list of ids, and {id!r} is none")
+            raise ActiveDPOError(f"exclude must be a list of ids; {id!r} is not an id")
     return tuple(sorted({str(id) for id in given}))
 
 
@@ -346,7 +346,7 @@ def _quotas(given: Any) -> dict[str, int]:
     for key, most in given.items():
         name = name_of(key)
         if name is None:
-            raise ActiveDPOError(f"quotas: {key!r} is no group: a text, an integer or a boolean")
+            raise ActiveDPOError(f"quotas: {key!r} is not a group (text, integer or boolean)")
         if not _is_count(most, least=0):
             raise ActiveDPOError(f"quotas: {name!r} must have an integer from 0, not {most!r}")
         quotas[name] = most
@@ -354,9 +354,9 @@ def _quotas(given: Any) -> dict[str, int]:
 
 
 def _group(item: PoolItem | Prompt, name: str) -> str | None:
-    """The item's group, or None for an item without."""
+    """Return the item's group, or None if it has none."""
     value = item.extra.get(name)
-    if value is None or value != value:  # tables mark what is missing by NaN
+    if value is None or value != value:  # tables mark missing values by NaN
         return None
     group = name_of(value)
     if group is None:
@@ -369,7 +369,7 @@ def _cost(item: PoolItem | Prompt, name: str) -> float:
     if item.extra.get(name) is None:
         raise ActiveDPOError(f"cost: item {item.id!r} has no {name!r}")
     value = item.extra[name]
-    # 1 / cost has to be a number too, which it is not for the very smallest.
+    # 1 / cost must be finite too, which it is not for the smallest floats.
     if not (_is_number(value) and float(value) > 0 and _is_number(1 / float(value))):
         raise ActiveDPOError(f"cost: {name!r} of item {item.id!r} must be a positive number, not "
                              f"{value!r}")
@@ -381,7 +381,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a real number that a float can hold."""
+    """Return whether `value` is a real number that a float can hold."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The one way from candidates to picks: rules, strategy, and the picks that its ranking names."""
+"""The path from candidates to picks: apply rules, run the strategy, build the picks."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def run_selection(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
 ) -> Selection:
-    """The n candidates that the strategy picks under the rules, best first.
+    """Return the n candidates that the strategy picks under the rules, best first.
 
     Args:
         signals: of this process's part of the candidates.
-        fewer_ok: take all candidates where there are fewer than n.
-        chat_template_kwargs: those that the whole pool was tokenized with; the picks remember them.
-        group: the processes that select together; all return the same.
+        fewer_ok: take all candidates if there are fewer than n.
+        chat_template_kwargs: those that the whole pool was tokenized with; stored in the picks.
+        group: the processes that select together; all return the same result.
 
     Raises:
         ActiveDPOError: fewer than n candidates; rules that do not fit the pool or leave no
-            candidate; what the strategy raises.
+            candidate; any error of the strategy.
     """
     first = group is None or dist.get_rank(group) == 0
     found = len(candidates.pairs)
@@ -66,7 +66,7 @@ def selection_of(
     pool: PreferencePool, pairs: Tensor, ranking: Ranking, strategy: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Selection:
-    """The picks that a ranking of candidate `pairs` stands for."""
+    """Return the picks described by a ranking of candidate `pairs`."""
     picks = []
     for rank, (index, score) in enumerate(
         zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What a strategy may look at: one number or one row per response, computed only when asked for."""
+"""Inputs of a strategy: one number or one row per response, computed only when asked for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 History = tuple[Tensor, Tensor]
 """Rows of the labeled responses, [H, k] floating, and their pairs of row numbers, int64 [t, 2].
 
-Of numbers of a response, such as its log-probability, the rows are float64 [H]. The labeled pairs
-come in the same order in every history, but their row numbers need not be the same."""
+For a signal with one number per response, such as a log-prob, the rows are float64 [H]. The labeled
+pairs are in the same order in every history, but their row numbers may differ."""
 
 
 class Signals(ABC):
@@ -27,21 +27,21 @@ class Signals(ABC):
     Attributes:
         pairs: int64 [N, 2], the rows (a, b) of each candidate pair; ties are broken by this order.
         item_of_row: int64 [R], the item (its position in the pool) each response belongs to.
-        prompt_of_row: int64 [R], the number of each response's prompt, where several items may have
-            one prompt: in the order in which prompts first come in the pool, and the same in all
-            processes. None where every item has a prompt of its own.
-        repeated: bool [R], which responses an earlier item of the same prompt has as well; None
-            for none.
-        lengths: int64 [R], the tokens of each response, where log-probs and gradients are divided
-            by them (the implicit reward is then of means); None where they are not.
-        device: where the model is; picks are made there if that is better (`greedy_logdet`).
+        prompt_of_row: int64 [R], the number of each response's prompt, if several items may share a
+            prompt: prompts are numbered in order of first appearance in the pool, the same in all
+            processes. None if every item has a different prompt.
+        repeated: bool [R], responses that an earlier item of the same prompt also has; None for
+            none.
+        lengths: int64 [R], the number of tokens of each response, if log-probs and gradients are
+            divided by it (the implicit reward is then based on means); None if they are not.
+        device: the model's device; picks are made there if that is better (`greedy_logdet`).
 
-    Every method may be expensive (a model is run), so a strategy calls only those that it
+    Every method may be expensive (it runs a model), so a strategy calls only those that it
     `requires`. A method that a subclass does not provide raises `ActiveDPOError` naming the signal.
 
-    Where several processes select together, each has the signals of its own part of the candidates,
-    numbered from 0, and all have the same histories, of everything that is labeled. A signal then
-    comes to all of them or raises in all.
+    If several processes select together, each has the signals of its own part of the candidates,
+    numbered from 0, and all have the same histories, covering all labeled pairs. A signal is then
+    returned in all processes or raises in all of them.
     """
 
     pairs: Tensor
@@ -52,39 +52,39 @@ class Signals(ABC):
     device = torch.device("cpu")
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
-        """Rows g(x, y) = beta * grad log pi(y|x), projected, not normalized; floating [R, k].
+        """Return rows g(x, y) = beta * grad log pi(y|x), projected, unnormalized; floating [R, k].
 
-        With `relative` they may all be less some row of the same prompt's: what uses only
-        differences of a prompt's rows asks for that, as it can be cheaper.
+        With `relative`, some row of the same prompt may be subtracted from all of the prompt's
+        rows. Callers that use only differences within a prompt ask for this: it can be cheaper.
         """
         self._missing("gradients")
 
     def history_gradients(self, *, relative: bool = False) -> History:
-        """Gradient rows of the labeled responses at the current parameters; may be empty."""
+        """Return gradient rows of the labeled responses at the current parameters; may be empty."""
         self._missing("history_gradients")
 
     def hidden(self) -> Tensor:
-        """Last layer's hidden state at the last token of each response; floating [R, h]."""
+        """Return the last layer's hidden state at each response's last token; floating [R, h]."""
         self._missing("hidden")
 
     def history_hidden(self) -> History:
-        """Hidden states of the labeled responses at the current parameters; may be empty."""
+        """Return hidden states of the labeled responses at the current parameters; may be empty."""
         self._missing("history_hidden")
 
     def logps(self) -> Tensor:
-        """log pi(y|x) in nats, summed over the scored tokens; float64 [R]. See `lengths`."""
+        """Return log pi(y|x) in nats, summed over the scored tokens; float64 [R]. See `lengths`."""
         self._missing("logps")
 
     def ref_logps(self) -> Tensor:
-        """log pi_ref(y|x) in nats, summed over the scored tokens; float64 [R]. See `lengths`."""
+        """Return log pi_ref(y|x) in nats, summed over scored tokens; float64 [R]. See `lengths`."""
         self._missing("ref_logps")
 
     def history_logps(self) -> History:
-        """log pi of the labeled responses at the current parameters; float64 [H], may be empty."""
+        """Return current log pi of the labeled responses; float64 [H], may be empty."""
         self._missing("history_logps")
 
     def history_ref_logps(self) -> History:
-        """log pi_ref of the labeled responses; float64 [H], may be empty."""
+        """Return log pi_ref of the labeled responses; float64 [H], may be empty."""
         self._missing("history_ref_logps")
 
     def _missing(self, signal: str) -> NoReturn:
@@ -92,7 +92,7 @@ class Signals(ABC):
 
 
 class TensorSignals(Signals):
-    """Signals that are already there as tensors, for instance read from a feature store.
+    """Signals that already exist as tensors, for instance read from a feature store.
 
     Args:
         pairs: int64 [N, 2], candidate pairs of rows.
@@ -101,10 +101,10 @@ class TensorSignals(Signals):
         gradients: floating [R, k], in memory or `StoredRows`; hidden: floating [R, h].
         logps, ref_logps: floating [R], nats.
         history_gradients, history_hidden: (rows [H, k], pairs int64 [t, 2]) of the labeled pairs.
-        history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same.
-            If no history is given nothing has been labeled, and all are empty. If one is given,
-            asking for another is an error: a history must not be dropped silently.
-        lengths: int64 [R], where log-probs are means over so many tokens.
+        history_logps, history_ref_logps: (numbers [H], pairs int64 [t, 2]) of the same pairs.
+            If no history is given, nothing has been labeled and all histories are empty. If any is
+            given, asking for a missing one is an error: a history must not be dropped silently.
+        lengths: int64 [R], if log-probs are means over that many tokens.
 
     Raises:
         ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
@@ -219,7 +219,7 @@ class TensorSignals(Signals):
 
 
 def empty_history(rows: Tensor | StoredRows) -> History:
-    """A history without labeled pairs, of the width, dtype and device of `rows` [R, ...]."""
+    """Return a history without labeled pairs, with width, dtype and device of `rows` [R, ...]."""
     pairs = torch.empty(0, 2, dtype=torch.int64, device=rows.device)
     return (rows[:0] if isinstance(rows, Tensor) else rows.take(pairs[:, 0])), pairs
 

@@ -1,5 +1,5 @@
-// Python bindings of the GPU's operations over raw addresses and streams: no libtorch, so one build
-// serves every torch. The caller has checked shapes, dtypes and strides, and keeps the tensors
+// Python bindings of the GPU operations with raw addresses and streams: no libtorch, so one build
+// works with every torch. The caller has checked shapes, dtypes and strides, and keeps the tensors
 // alive until the stream is done with them.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
@@ -21,8 +21,8 @@ std::string version(int number) {  // 13000 -> "13.0"
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// Whether there is code for a compute capability: machine code serves later minor versions of its
-// major one, that of 90a no other, and the highest architecture's PTX all that come after it.
+// Whether there is code for a compute capability. Machine code also serves later minor versions of
+// its major one (that of 90a does not); the highest architecture's PTX serves all later versions.
 bool serves(int major, int minor) {
   const int wanted = 10 * major + minor;
   int highest = 0;
@@ -36,7 +36,7 @@ bool serves(int major, int minor) {
   return highest <= wanted;
 }
 
-// Why no device can run this build; empty where one can.
+// Returns why no device can run this build; empty if one can.
 std::string unserved(int devices) {
   std::string found;
   for (int device = 0; device < devices; ++device) {
@@ -52,7 +52,7 @@ std::string unserved(int devices) {
          ", and the compute capability here is " + found;
 }
 
-// Why nothing can run here; empty where something can.
+// Returns why no device can be used here; empty if one can.
 std::string problem() {
   int devices = 0, driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);

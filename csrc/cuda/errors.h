@@ -15,13 +15,13 @@ inline std::string described(cudaError_t status) {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // it is told here, not again by the next launch
+  static_cast<void>(cudaGetLastError());  // clear it, or the next launch reports it again
   throw std::runtime_error(std::string(what) + " failed: " + described(status));
 }
 
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
-// Makes a device the current one, and the one before current again.
+// Makes a device current, and restores the previous one on destruction.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

@@ -1,4 +1,4 @@
-// The grid that ../greedy.h is run by: warps are its groups, and all blocks are resident.
+// The GPU grid for ../greedy.h: its groups are warps, and all blocks are resident.
 #include "greedy.h"
 
 #include <cooperative_groups.h>
@@ -17,7 +17,7 @@ namespace activedpo {
 namespace {
 
 constexpr int kThreads = 256;
-// On a multiprocessor: more hide more of the memory's latency, but blocks wait for each other.
+// Per multiprocessor: more blocks hide more memory latency, but blocks wait for each other.
 constexpr int kBlocksAtOnce = 2;
 
 class DeviceGrid {

@@ -1,4 +1,4 @@
-// The greedy selection of ../greedy.h by a resident grid.
+// The greedy selection of ../greedy.h on a resident grid.
 #pragma once
 
 #include "../greedy.h"
@@ -6,9 +6,9 @@
 
 namespace activedpo {
 
-// Starts the selection on the stream given, without waiting for it. `room`: as many bytes of the
-// device as GreedyRoom::lay_out says, with any content; all addresses are the device's. Throws what
-// errors.h says, also where the device cannot hold a grid whose blocks wait for each other.
+// Starts the selection on the given stream, without waiting for it. `room`: device memory of the
+// size that GreedyRoom::lay_out returns, uninitialized; all addresses are device addresses. Throws
+// as in errors.h, also if the device cannot hold a grid whose blocks wait for each other.
 template <typename T>
 void greedy_select(const GreedyProblem& problem, char* room, const Target& target);
 

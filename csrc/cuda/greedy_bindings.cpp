@@ -1,4 +1,4 @@
-// The greedy selection on a GPU, as module _cuda shows it.
+// Bindings of the greedy selection on a GPU in module _cuda.
 #include "../greedy_bindings.h"
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// The operations as they are started on a GPU: on the stream given, without waiting for it. They
-// throw what errors.h says.
+// Launches of the operations on a GPU: on the given stream, without waiting for it. They throw as
+// in errors.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// A symmetric matrix changed by points, on and below its diagonal: each number of V is read and
+// Rank update of a symmetric matrix, on and below its diagonal: each number of V is read and
 // written once.
 #include "rank_update.h"
 
@@ -9,7 +9,7 @@ namespace activedpo {
 
 namespace {
 
-constexpr int kTilesAtOnce = 2;  // on a multiprocessor: as many as its registers suffice for
+constexpr int kTilesAtOnce = 2;  // per multiprocessor: as many as its registers allow
 
 __global__ void __launch_bounds__(RankTile::kThreads, kTilesAtOnce)
     rank_update_kernel(const RankUpdate update) {

@@ -275,7 +275,7 @@ def test_without_rules_a_strategy_is_as_with_none(name: str) -> None:
 
 def test_scores_that_may_grow_have_no_least_by_cost() -> None:
     eligible = PickRules(min_score=0.5, cost="cost").bind(POOL, PAIRS, 2)
-    with pytest.raises(ActiveDPOError, match="min_score and cost do not go together"):
+    with pytest.raises(ActiveDPOError, match="min_score and cost cannot be combined"):
         STRATEGIES_HERE["trace"].select(TensorSignals(**PARTS), 2, eligible=eligible)
 
 
@@ -353,14 +353,14 @@ def test_rules_for_a_part_of_the_prompts() -> None:
     ({"exclude": "p1"}, "exclude must be a list of ids, not 'p1'"),
     ({"exclude": {"p1": 1}}, "exclude must be a list"),
     ({"exclude": 3}, "exclude must be a list"),
-    ({"exclude": ["p1", None]}, "None is none"),
+    ({"exclude": ["p1", None]}, "None is not an id"),
     ({"group_by": "topic"}, "quotas missing"),
     ({"quotas": {"law": 1}}, "group_by missing"),
     ({"group_by": 3, "quotas": {"law": 1}}, "group_by must be the name of a field, not 3"),
     ({"group_by": "topic", "quotas": ["law"]}, "quotas must map"),
     ({"group_by": "topic", "quotas": {"law": -1}}, "quotas: 'law' must have an integer from 0"),
     ({"group_by": "topic", "quotas": {"law": 1.5}}, "integer from 0, not 1.5"),
-    ({"group_by": "topic", "quotas": {1.5: 1}}, "quotas: 1.5 is no group"),
+    ({"group_by": "topic", "quotas": {1.5: 1}}, "quotas: 1.5 is not a group"),
     ({"min_score": math.inf}, "min_score must be a finite number, not inf"),
     ({"min_score": "1"}, "min_score"),
     ({"random_fraction": 1.01}, "random_fraction must be a number from 0 to 1, not 1.01"),

@@ -1,4 +1,4 @@
-"""What the picks of a batch have made of V's root, kept so that a pick reads it twice."""
+"""The change of V's root by the picks of a batch, stored so that a pick reads it only twice."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MUCH = 0.1  # of |u|^2, from where on F u has all but a digit of u's
+_MUCH = 0.1  # fraction of |u|^2 above which F u has all of u's digits except one
 
 
 class Look(NamedTuple):
-    """m vectors u seen through the root F, where V = X_0^-1 (F^T F)^-1 X_0^-T and u = X_0 phi.
+    """F applied to m vectors u, where V = X_0^-1 (F^T F)^-1 X_0^-T and u = X_0 phi.
 
     residual: F u, [m, k], whose squared length is the score. pulled: F^T F u, [m, k].
     onto: D F u, and mixed: T^T D F u, [m, t]; see `BatchRoot`.
@@ -24,20 +24,20 @@ class Look(NamedTuple):
     mixed: Tensor
 
     def row(self, at: int) -> Look:
-        """One of the m, without its dimension."""
+        """Return one of the m vectors' values, without the first dimension."""
         return Look(*(x[at] for x in self))
 
 
 class BatchRoot:
-    """F = (I - e_t r_t r_t^T) ... (I - e_1 r_1 r_1^T), one factor a pick, as F = I - D^T T D.
+    """F = (I - e_t r_t r_t^T) ... (I - e_1 r_1 r_1^T), one factor per pick, as F = I - D^T T D.
 
     D [t, k] has the residuals r of the picks and T [t, t] is lower triangular (the compact WY form
-    of products of reflections). D D^T is kept as well: with it F u and F^T F u come of two
-    readings of D instead of four, which is most of what a pick costs besides looking at candidates.
+    of products of reflections). D D^T is stored too: with it, F u and F^T F u take two reads of D
+    instead of four. Reading D is most of the cost of a pick besides scanning candidates.
 
     Args:
-        capacity: how many picks there is room for. dim: k. Memory: capacity (k + 2 capacity)
-        float64 numbers.
+        capacity: the maximum number of picks. dim: k. Memory: capacity (k + 2 capacity) float64
+        numbers.
     """
 
     def __init__(self, capacity: int, dim: int, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class BatchRoot:
         return self._t == len(self._directions)
 
     def look(self, u: Tensor) -> Look:
-        """F u and what a pick of it needs, for every row u: [m, k]."""
+        """Return F u and the other values a pick needs, for every row u: [m, k]."""
         t, m = self._t, len(u)
         if t == 0:
             nothing = u.new_empty(m, 0)
@@ -73,7 +73,7 @@ class BatchRoot:
             changes = torch.cat([change, mixed]) @ directions
             residual = u - changes[:m]
             return Look(residual, residual - changes[m:], onto, mixed)
-        # Where little is left of u, D F u is to be that of F u as it was rounded.
+        # If little is left of u, D F u must be computed from F u as rounded.
         residual = u - change @ directions
         onto = residual @ directions.T
         mixed = onto @ triangle
@@ -83,7 +83,7 @@ class BatchRoot:
         """F <- (I - e r r^T) F for r = F u of one vector, so that V grows by phi phi^T.
 
         Returns:
-            The score |r|^2, before.
+            The score |r|^2 before the update.
         """
         t = self._t
         score = float(look.residual @ look.residual)

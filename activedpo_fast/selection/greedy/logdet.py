@@ -1,4 +1,4 @@
-"""Greedy log-det selection: which pairs tell most about the reward, taken one after another."""
+"""Greedy log-det selection: the pairs most informative about the reward, one after another."""
 
 from __future__ import annotations
 
@@ -44,39 +44,39 @@ def greedy_logdet(
     device: torch.device | None = None,
     show_progress: bool | None = None,
 ) -> Ranking:
-    """n times: take the pair with the largest phi^T V^-1 phi, then V <- V + phi phi^T.
+    """Repeat n times: take the pair with the largest phi^T V^-1 phi, then V <- V + phi phi^T.
 
-    The criterion and batch rule of ActiveDPO (arXiv 2505.19241): V begins as (lam/kappa) I plus
-    phi phi^T of the labeled pairs. Each gain log(1 + score) is the growth of log det V.
+    The criterion and batch rule of ActiveDPO (arXiv 2505.19241): V starts as (lam/kappa) I plus
+    phi phi^T of the labeled pairs. Each gain log(1 + score) is the increase of log det V.
 
-    The picks are those of the plain algorithm, which computes every score for every pick, but most
-    rows are looked at a few times only: see `RunningScores`.
+    The picks are the same as those of the plain algorithm, which computes every score for every
+    pick, but most rows are read only a few times: see `RunningScores`.
 
     Args:
         rows: [R, k] gradient rows of the responses, any floating dtype; in memory, or `StoredRows`
             that stay on disk.
         pairs: int64 [N, 2], candidate pairs of rows.
-        n: how many, 0 to N.
+        n: number of picks, 0 to N.
         lam, kappa: positive.
-        normalize, weights: how a feature is made of two rows, see `PairFeatures`.
-        history: (rows [H, k], pairs int64 [t, 2]) that are labeled already, normalized alike, with
-            `history_weights` float64 [t].
-        information: V to start from (before `history`) in place of (lam/kappa) I; its own lam and
-            kappa must be those given. It is updated in place.
-        eligible: what may be picked and how scores are compared; see `PickRules.bind`. Fewer than n
-            pairs come back if it leaves no more.
+        normalize, weights: how a feature is computed from two rows, see `PairFeatures`.
+        history: (rows [H, k], pairs int64 [t, 2]) that are already labeled, normalized the same
+            way, with `history_weights` float64 [t].
+        information: V to start from (before `history`) in place of (lam/kappa) I; its lam and kappa
+            must equal those given. It is updated in place.
+        eligible: which candidates may be picked and how scores are compared; see `PickRules.bind`.
+            Fewer than n pairs come back if it leaves no more.
         group: processes that make one selection together, each with its share of the rows and
-            pairs (and of `eligible`), and with the same of everything else. Candidates are numbered
-            through, rank after rank, and all get the picks that one process with all the
-            candidates would make.
-        device: a GPU that rows in memory are taken to first, if it can make all picks in one launch
+            pairs (and of `eligible`); all other arguments are the same in all of them. Candidates
+            are numbered consecutively, rank after rank, and all processes get the picks that one
+            process with all the candidates would make.
+        device: a GPU that rows in memory are moved to first, if it can make all picks in one launch
             and has room for them; not with `group`.
         show_progress: bars over first scores and picks; None shows them on terminals only.
 
     Returns:
-        Ranking with the scores at the time of each pick (never increasing, but for rounding and
-        rules). Pairs whose values are equal as far as float64 can tell (duplicates among them) are
-        taken in the order of their index; pairs with a zero feature come last.
+        Ranking with the scores at the time of each pick (never increasing, except for rounding and
+        rules). Pairs whose values are equal as far as float64 can tell (including duplicates) are
+        taken in index order; pairs with a zero feature come last.
 
     Raises:
         ActiveDPOError: n outside 0..N, rows that are not finite, shapes that do not fit; another
@@ -154,11 +154,11 @@ def rank_top(
     eligible: Eligible | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Ranking:
-    """The n largest of scores [N], which are known to within `doubt` [N]; ties to the lowest index.
+    """Return the n largest of scores [N], each known to within `doubt` [N]; ties by lowest index.
 
-    A tie is what `doubt` cannot tell from the largest that is left. With `eligible` what is
-    compared is score * inverse_cost, and its rules hold; fewer than n may come back then. `group`
-    as for `greedy_logdet`.
+    Candidates that `doubt` cannot tell from the largest one left are tied. With `eligible`, the
+    compared value is score * inverse_cost and its rules apply; fewer than n may come back then.
+    `group` as for `greedy_logdet`.
     """
     processes = None if group is None else Processes(group, len(scores))
     n = check_n(n, len(scores) if processes is None else processes.total)
@@ -177,7 +177,7 @@ def add_all(
 
 
 def check_n(n: int, available: int) -> int:
-    """n as an int; `ActiveDPOError` unless it is an integer from 0 to the number available."""
+    """Return n as an int; raise `ActiveDPOError` unless it is an integer from 0 to `available`."""
     try:
         count = operator.index(None if isinstance(n, bool) else n)  # type: ignore[arg-type]
     except TypeError:
@@ -191,19 +191,19 @@ def check_n(n: int, available: int) -> int:
 
 
 class Scores(Protocol):
-    """What `choices` asks of scores; the caller brings them up to date."""
+    """The interface that `choices` needs from scores; the caller keeps them up to date."""
 
     def best(self) -> Contenders:
-        """Those that may have the largest value of all that may be picked."""
+        """Return the candidates that may have the largest value of all that may be picked."""
 
     def score(self, index: int) -> float:
-        """One candidate's score."""
+        """Return one candidate's score."""
 
 
 def choices(
     scores: Scores, n: int, eligible: Eligible, processes: Processes | None
 ) -> Iterator[Choice]:
-    """What to pick, one after another, as the rules allow; the caller takes it into the scores."""
+    """Yield the picks, one after another, as the rules allow; the caller updates the scores."""
     taken = 0
     while taken < n:
         drawn = taken < eligible.n_random
@@ -221,7 +221,7 @@ def choices(
         if not drawn and choice.score < eligible.min_score:
             if eligible.inverse_cost is None:
                 return
-            # One that costs more may score more. This one will not: scores only fall.
+            # A costlier one may have a higher score. This one will not: scores only fall.
             if mine:
                 eligible.left[index] = False
             continue
@@ -270,7 +270,7 @@ class _Best:
         return None if self._best is None else self._first_of(self._best, value)
 
     def _first_of(self, best: Contenders, least: float = -math.inf) -> Offer | None:
-        """An offer of those that may be the best and whose upper bound is at least `least`."""
+        """Offer the first one that may be the best and whose upper bound is at least `least`."""
         indices = best.indices.tolist()
         scale = self._eligible.inverse_cost
         factor = [1.0] * len(indices) if scale is None else scale[best.indices].tolist()
@@ -289,14 +289,14 @@ class _Best:
 
 
 class _FixedScores:
-    """Scores that no pick changes."""
+    """Scores that picks do not change."""
 
     def __init__(self, scores: Tensor, doubt: Tensor, eligible: Eligible) -> None:
         self._score, self._doubt = scores.cpu(), doubt.cpu()
         self._eligible = eligible
 
     def best(self) -> Contenders:
-        """Those left that may have the largest value."""
+        """Return the candidates left that may have the largest value."""
         left = self._eligible.left.nonzero().flatten()
         scale = self._eligible.inverse_cost
         score, doubt = self._score[left], self._doubt[left]

@@ -1,4 +1,4 @@
-"""Greedy log-det selection in one go: every pick of a batch by one launch (csrc/greedy.h)."""
+"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy.h)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ResidentProblem:
     @classmethod
     def of(cls, features: PairFeatures, information: InformationMatrix, eligible: Eligible, n: int,
            show_progress: bool | None = False) -> ResidentProblem:
-        """The problem of n picks from `features`, which are in memory, on `features.device`."""
+        """Return the problem of n picks from `features`, in memory, on `features.device`."""
         rows, device, n_candidates = features.rows, features.device, len(features)
         if not isinstance(rows, Tensor):
             raise ActiveDPOError("rows on disk cannot be selected from in one launch")
@@ -71,7 +71,7 @@ class ResidentProblem:
                                  "launch")
 
         def placed(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-            # A copy in any case: some of them are changed.
+            # Always a copy: some of them are changed.
             return values.to(device, dtype, copy=True).contiguous()
 
         def limit(given: Limit | None) -> tuple[Tensor | None, Tensor | None]:
@@ -110,7 +110,7 @@ class ResidentProblem:
             count=torch.zeros(1, dtype=torch.int64, device=device))
 
     def run(self, module: ModuleType, **where: int) -> None:
-        """Make the picks by an extension module's `greedy_select_*`, which is told `where`."""
+        """Make the picks by an extension module's `greedy_select_*`, called with `where`."""
         dtype = DTYPES[self.rows.dtype]
         problem = module.GreedyProblem(**{
             field.name: _address(getattr(self, field.name)) for field in fields(self)})
@@ -120,9 +120,9 @@ class ResidentProblem:
 
 
 def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows where picks are made of them: on `device` if that is one launch there and it has room.
+    """Return rows on `device` if all picks take one launch there and it has room, else unchanged.
 
-    What picks need besides is left as much room as the rows take.
+    As much memory as the rows take is left free for the other data of the picks.
     """
     if device.type != "cuda" or rows.device == device:
         return rows
@@ -140,13 +140,13 @@ def greedy_resident(
     run: Callable[[ResidentProblem], None],
     show_progress: bool | None = False,
 ) -> Ranking:
-    """`greedy_logdet` by one launch: the same picks, for features in memory and one process.
+    """Run `greedy_logdet` in one launch: the same picks, for features in memory and one process.
 
     Args:
-        features: the candidates, all of whose tensors are copied to their rows' device but the
-            rows themselves. information: V_0; it is not changed. eligible: it is used up.
-        n: how many picks, 0 to N. Memory on the device: n (20 k + 256) bytes, about, and N times
-            300; k^2 float64 numbers more where `information` is explicit elsewhere.
+        features: the candidates. All their tensors except the rows are copied to the rows' device.
+            information: V_0; it is not changed. eligible: it is used up.
+        n: number of picks, 0 to N. Memory on the device: about n (20 k + 256) + 300 N bytes; plus
+            k^2 float64 numbers if `information` is explicit and on another device.
         run: makes the picks: `on_gpu`, for rows on a GPU.
         show_progress: see `first_scores`.
 
@@ -168,7 +168,7 @@ def on_gpu(problem: ResidentProblem) -> None:
     """Make the picks on the GPU of the problem's rows, on PyTorch's current stream.
 
     Raises:
-        ActiveDPOError: the device cannot hold the kernel, or it does not start.
+        ActiveDPOError: the kernel does not fit the device or does not start.
     """
     device = problem.rows.device
     try:
@@ -179,7 +179,7 @@ def on_gpu(problem: ResidentProblem) -> None:
 
 
 def _draws(eligible: Eligible, n: int) -> list[int]:
-    """The first picks, where they are random: those that come first in the random order."""
+    """Return the random picks: the candidates that come first in the random order."""
     count = min(n, eligible.n_random)
     if count == 0:
         return []

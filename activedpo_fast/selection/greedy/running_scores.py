@@ -1,4 +1,4 @@
-"""Scores of all candidates while the batch grows: exact where it matters, lazy elsewhere."""
+"""Scores of all candidates while the batch grows: exact for contenders, lazy for the others."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.rules import Eligible
 
-_BATCH = 2048  # picks that are kept beside the information matrix
-_STAGES = 2  # u = X_0 phi rounds, and then F u
+_BATCH = 2048  # picks that are kept outside the information matrix
+_STAGES = 2  # both u = X_0 phi and F u round
 
 
 class Contenders(NamedTuple):
-    """Candidates among which the best is, with fresh scores.
+    """Candidates that include the best one, with fresh scores.
 
-    indices: int64 [m], ascending. score, doubt: float64 [m]; the score is right to within doubt.
+    indices: int64 [m], ascending. score, doubt: float64 [m]; the score's error is at most doubt.
     """
 
     indices: Tensor
@@ -33,32 +33,31 @@ class Contenders(NamedTuple):
 
 
 class RunningScores:
-    """phi^T V^-1 phi of every candidate while V takes in one pick after another.
+    """phi^T V^-1 phi of every candidate as picks are added to V one after another.
 
-    With X_0 the root of V_0^-1 that `information` keeps, candidates are u = X_0 phi and a batch of
-    picks makes another information matrix, of the u's: V = X_0^-1 (I + sum of u u^T) X_0^-T. A pick
-    lowers every score by (phi . w)^2 with one w, so old scores are upper bounds, and most of them
-    never have to be looked at again (Minoux, "Accelerated greedy algorithms", 1978):
-    `ops.scores.advance` brings only those up to date that may be the largest, for many directions w
-    at once.
+    With X_0 the root of V_0^-1 stored in `information`, candidates are u = X_0 phi, and a batch of
+    picks forms an information matrix of the u's: V = X_0^-1 (I + sum of u u^T) X_0^-T. A pick
+    lowers every score by (phi . w)^2 with the same w, so old scores are upper bounds, and most of
+    them never need to be updated (Minoux, "Accelerated greedy algorithms", 1978):
+    `ops.scores.advance` updates only those that may be the largest, for many directions w at once.
 
     These running scores are sums of rounded products (in float32 for rows of up to 32 bits), so
-    each carries a bound of its error, and the few that the bounds leave in the race are computed
-    afresh in float64 from V's root.
+    each carries a bound on its error. The few that the bounds cannot rule out are recomputed in
+    float64 from V's root.
 
-    A fresh score has errors too: those of its own rounding, and one that it inherits. Rounding
-    turns the direction that a pick p is absorbed in by an angle of at most e |phi_p| / sqrt(gain),
-    where e bounds the root's rounding. A score s that falls by f^2 to s' is thereby off by at most
+    A fresh score has errors too: its own rounding, and an inherited error. Rounding rotates the
+    direction that absorbs a pick p: the angle is at most e |phi_p| / sqrt(gain), where e bounds the
+    root's rounding. A score s that falls by f^2 to s' is therefore off by at most
     2 |f| t + t^2 with t = e |phi_p| sqrt(s') / sqrt(1 + gain). Up to a rotation that all candidates
-    share, what is left of u is off by a vector no longer than e |phi_p| |f| / sqrt(1 + gain), and
-    later picks only shorten that: the sum of these lengths is what a fresh root of a score
-    inherits. So near-ties are only called ties where float64 cannot tell.
+    share, the residual of u is off by a vector no longer than e |phi_p| |f| / sqrt(1 + gain), and
+    later picks only shorten that vector. The sum of these lengths is the inherited error of a fresh
+    score's root. So near-ties count as ties only if float64 cannot tell them apart.
 
     Args:
         features: the candidates. information: V_0; it is not changed.
-        eligible: which candidates are left, and what scores are multiplied with to be compared.
-        n: the most picks there will be.
-        show_progress: a bar over the first scores, where V_0 has points.
+        eligible: which candidates are left, and the factors for comparing scores.
+        n: the maximum number of picks.
+        show_progress: a bar over the first scores, if V_0 has points.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class RunningScores:
         self._information = information
         self._n = n
         self._batch = BatchRoot(min(n, _BATCH), features.dim, features.device)
-        self._picks: list[Tensor] = []  # features that are in the batch, if it may become full
+        self._picks: list[Tensor] = []  # features in the batch, if it may become full
         scale = math.sqrt(information.kappa / information.lam)
         self._error = root_error(information)
         self._w_error = self._error * scale
@@ -86,29 +85,29 @@ class RunningScores:
 
     @property
     def touched(self) -> int:
-        """How many rows have been looked at since the first scores, repeatedly or not."""
+        """Number of rows read since the first scores, counting repeats."""
         return self.state.touched
 
     def best(self) -> Contenders:
-        """The candidates left that may have the largest value, scored afresh."""
+        """Return the candidates left that may have the largest value, with fresh scores."""
         found = score_ops.advance(self.state)
         state = self.state
-        # Scores by the identity alone are fresh, and those of zero features always are.
+        # If V is a multiple of I, scores are fresh; those of zero features always are.
         if self._rounds and bool((state.score[found] + state.doubt[found] > 0).any()):
             self.refresh(found)
         return Contenders(found, state.score[found], state.doubt[found])
 
     def score(self, index: int) -> float:
-        """One candidate's score, afresh."""
-        # Not by `refresh`: the candidate may be stale, and stay one.
+        """Return one candidate's score, computed from scratch."""
+        # Not by `refresh`: the candidate may be stale, and must remain so.
         phi = self._features.at(torch.tensor([index]))
         return float(self._batch.look(self._information.whiten(phi)).residual.square().sum())
 
     def refresh(self, indices: Tensor) -> None:
-        """Compute the scores of `indices` again, from the root of V.
+        """Recompute the scores of `indices` from the root of V.
 
-        They are candidates that `advance` has brought up to date, or that are taken next: what the
-        others inherit is not known yet.
+        They must be candidates that `advance` has brought up to date, or that are picked next: the
+        inherited errors of the others are not known yet.
         """
         state = self.state
         for part in indices.split(self._features.chunk):
@@ -122,7 +121,7 @@ class RunningScores:
             self._last = part, phi, look
 
     def take(self, index: int) -> float:
-        """V <- V + phi phi^T for a candidate; returns phi^T V^-1 phi with V as it was."""
+        """V <- V + phi phi^T for a candidate; return phi^T V^-1 phi with the old V."""
         if self._last is None or index not in (known := self._last[0].tolist()):
             known = [index]
             self.refresh(torch.tensor(known))
@@ -132,12 +131,12 @@ class RunningScores:
         return self._learn(phi[at], look.row(at), float(self._features.size[index]))
 
     def feature(self, index: int) -> Tensor:
-        """phi of one candidate and what its rounding is relative to, float64 [k + 1]."""
+        """Return phi of one candidate and the scale of its rounding error, float64 [k + 1]."""
         phi = self._features.at(torch.tensor([index]))[0]
         return torch.cat([phi, self._features.size[index, None].to(phi.device)])
 
     def learn(self, feature: Tensor) -> float:
-        """As `take`, for a candidate that another process may have: its `feature`."""
+        """Like `take`, for a candidate given by its `feature`; it may be another process's."""
         phi = feature[:-1].to(self._features.device)
         look = self._batch.look(self._information.whiten(phi[None]))
         return self._learn(phi, look.row(0), float(feature[-1]))
@@ -156,7 +155,7 @@ class RunningScores:
         return gain
 
     def _fold(self) -> None:
-        """Begin a new batch on an information matrix that has the picks of this one."""
+        """Add the picks of this batch to the information matrix and start a new batch."""
         self._information = copy.deepcopy(self._information)
         self._information.add_many(torch.stack(self._picks))
         self._error = _STAGES * self._information.error_scale()
@@ -166,15 +165,15 @@ class RunningScores:
 
 
 def root_error(information: InformationMatrix) -> float:
-    """Bound of the rounding of X phi, over |phi|, where picks are added to V = (X^T X)^-1."""
-    # A multiple of the identity adds nothing to the picks' rounding.
+    """Return a bound on the rounding of X phi, over |phi|, as picks are added to V = (X^T X)^-1."""
+    # A multiple of the identity does not add to the picks' rounding.
     return (_STAGES if information.count else 1) * information.error_scale()
 
 
 def first_scores(
     features: PairFeatures, information: InformationMatrix, show_progress: bool | None = False
 ) -> tuple[Tensor, Tensor]:
-    """phi^T V^-1 phi of all features, and what it is right to within: float64 [N] each, on the CPU.
+    """Return phi^T V^-1 phi of all features and its error bounds: float64 [N] each, on the CPU.
 
     Raises:
         ActiveDPOError: a score that is not finite.
@@ -190,12 +189,12 @@ def first_scores(
         score = torch.cat([features.length[:0], *parts])
         error = root_error(information) * features.reach
     if not bool(score.isfinite().all()):
-        raise ActiveDPOError("a feature is too large for its score")
+        raise ActiveDPOError("a feature is too large: its score overflows")
     return score, 2 * score.sqrt() * error + error.square()
 
 
 def _first_part(features: PairFeatures, information: InformationMatrix, part: Tensor) -> Tensor:
-    """Scores of a stretch of pairs; where rows are shared by several pairs, row by row."""
+    """Return the scores of some pairs; if several pairs share rows, whiten row by row."""
     rows, place = features.pairs[part].unique(return_inverse=True)
     if len(rows) >= len(part):
         return information.whiten(features.at(part)).square().sum(dim=1).cpu()

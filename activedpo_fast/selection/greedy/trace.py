@@ -1,4 +1,4 @@
-"""Greedy V-optimal selection: which pairs tell most about what the policy is likely to say."""
+"""Greedy V-optimal selection: the pairs most informative about the policy's likely responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from activedpo_fast.store.rows import StoredRows
 
 _EPS = torch.finfo(torch.float64).eps
-_CHUNK_BYTES = 2**26  # of float64 numbers that are worked on at once
+_CHUNK_BYTES = 2**26  # bytes of float64 numbers processed at once
 
 
 def greedy_trace(
@@ -45,28 +45,28 @@ def greedy_trace(
     group: dist.ProcessGroup | None = None,
     show_progress: bool | None = None,
 ) -> Ranking:
-    """n times: take the pair that lowers tr(I V^-1) most, then V <- V + phi phi^T.
+    """Repeat n times: take the pair that lowers tr(I V^-1) most, then V <- V + phi phi^T.
 
     V as in `greedy_logdet`. I = sum of c c^T over the targets, c = g - (mean g of its item): up to
-    a factor the covariance of g over what the policy says to each prompt, of which the candidates
-    are a sample. So tr(I V^-1) is the variance that is left in the rewards of the policy's own
-    responses (V-optimality, as in arXiv 2606.19607). With u = V^-1 phi a pair lowers it by
-    |C u|^2 / (1 + phi^T u), C [T, k] the targets, which is its score. Gains may grow again when
-    others are picked.
+    a factor, the covariance of g over the policy's responses to each prompt, of which the
+    candidates are a sample. So tr(I V^-1) is the remaining variance in the rewards of the policy's
+    own responses (V-optimality, as in arXiv 2606.19607). With u = V^-1 phi, a pair lowers it by
+    |C u|^2 / (1 + phi^T u), which is its score; C [T, k] are the targets. Gains may increase again
+    when other pairs are picked.
 
-    C V^-1 G^T is kept for all rows G, [T, R] float64, and changed by every pick: time T R and
-    memory 8 T R bytes, beside one reading of the rows for each pick.
+    C V^-1 G^T is stored for all rows G, [T, R] float64, and every pick updates it: time T R and
+    memory 8 T R bytes, plus one read of the rows per pick.
 
     Args:
         rows, pairs, n, lam, kappa, weights, history, history_weights, eligible, group: as for
             `greedy_logdet`. Features are not normalized.
         item_of_row: int64 [R], the item of each row, from 0.
-        targets: at most about so many rows are targets: those of every item, or of every second,
-            third, ... one.
+        targets: the approximate maximum number of target rows: those of every item, or of every
+            second, third, ... item.
         show_progress: a bar over the picks; None shows it on terminals only.
 
     Returns:
-        Ranking; pairs that float64 cannot tell apart in the order of their index.
+        Ranking; pairs that float64 cannot tell apart are in index order.
 
     Raises:
         ActiveDPOError: as `greedy_logdet`; targets below 1.
@@ -75,9 +75,9 @@ def greedy_trace(
         raise ActiveDPOError(f"targets must be 1 or more, not {targets}")
     allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
     if allowed.min_score > -math.inf and allowed.inverse_cost is not None:
-        # Whether a pair scores enough can change with every pick, and so its turn by cost.
-        raise ActiveDPOError("min_score and cost do not go together with the strategies 'trace' "
-                             "and 'trace_plus', whose scores may grow")
+        # Each pick can change whether a pair reaches min_score, and so the order by cost.
+        raise ActiveDPOError("min_score and cost cannot be combined for the strategies 'trace' and "
+                             "'trace_plus', whose scores may increase")
     processes = None if group is None else Processes(group, len(pairs))
     shares = PoolProcesses(group)
     n = check_n(n, len(pairs) if processes is None else processes.total)
@@ -122,10 +122,10 @@ def greedy_trace(
 
 
 class TraceScores:
-    """|C V^-1 phi|^2 / (1 + phi^T V^-1 phi) of all pairs, brought up to date by each pick.
+    """|C V^-1 phi|^2 / (1 + phi^T V^-1 phi) of all pairs, updated by each pick.
 
     Args:
-        information: V before the first pick; it takes the picks in.
+        information: V before the first pick; the picks are added to it.
         targets: C, float64 [T, k].
     """
 
@@ -143,11 +143,11 @@ class TraceScores:
             for part in self._pairs()] or [features.length[:0]])
         self._variance, self._variance_error = first_scores(features, information)
         self._picks = 0
-        # |C V^-1| is at most this: what products with a feature are rounded to.
+        # Bound on |C V^-1|: the scale of the rounding error of products with a feature.
         self._size = float(targets.square().sum().sqrt()) * information.kappa / information.lam
 
     def best(self) -> Contenders:
-        """Those left that may have the largest value."""
+        """Return the candidates left that may have the largest value."""
         left = self._eligible.left.nonzero().flatten()
         score, error = self._scores(left)
         scale = self._eligible.inverse_cost
@@ -157,7 +157,7 @@ class TraceScores:
         return Contenders(left[among], score[among], error[among])
 
     def score(self, index: int) -> float:
-        """One candidate's score."""
+        """Return one candidate's score."""
         return float(self._scores(torch.tensor([index]))[0])
 
     def learn(self, phi: Tensor) -> None:
@@ -166,7 +166,7 @@ class TraceScores:
         target = self._targets @ w
         row = torch.cat([self._features.parts(part) @ w for part in self._parts()]
                         or [w.new_zeros(0)])
-        along = self._seen.T @ target  # of each row's column, along the change
+        along = self._seen.T @ target  # component of each row's column along the change
         for part in self._pairs():
             share = self._difference(row, part).cpu()
             before = self._difference(along, part).cpu()
@@ -178,7 +178,7 @@ class TraceScores:
         self._picks += 1
 
     def _scores(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores, and what they are right to within, float64 each."""
+        """Return scores and bounds on their errors, float64 each."""
         reach, variance = self._reach[indices], self._variance[indices]
         scale = (16 + 4 * math.sqrt(self._features.dim)) * _EPS * (1 + self._picks)
         error = scale * self._size * self._features.reach[indices]
@@ -188,24 +188,24 @@ class TraceScores:
             self._variance_error[indices] + scale * variance) / (1 + variance)
 
     def _difference(self, columns: Tensor, numbers: Tensor) -> Tensor:
-        """Of the last dimension's entries of pairs, times the pairs' weights."""
+        """Return differences of pairs along the last dimension, times the pairs' weights."""
         first, second = self._features.pairs[numbers].to(columns.device).unbind(1)
         divisor = self._features.pair_divisor[numbers].to(columns.device)
         return (columns[..., first] - columns[..., second]) / divisor
 
     def _parts(self) -> Iterator[Tensor]:
-        """Row numbers, a bounded number at a time."""
+        """Yield row numbers, a bounded number at a time."""
         yield from _split(len(self._features.rows), self._features.dim)
 
     def _pairs(self) -> Iterator[Tensor]:
-        """Pair numbers, a bounded number at a time."""
+        """Yield pair numbers, a bounded number at a time."""
         yield from _split(len(self._features), len(self._targets))
 
 
 def _targets(features: PairFeatures, item_of_row: Tensor, first: int, every: int) -> Tensor:
-    """Rows of each `every`-th item less the mean of their item, float64 [T, k].
+    """Return rows of each `every`-th item minus the mean of their item, float64 [T, k].
 
-    `first` is the number of this process's first item in the whole.
+    `first` is the number of this process's first item among those of all processes.
     """
     chosen = ((item_of_row + first) % every == 0).nonzero().flatten()
     rows = features.parts(chosen)
@@ -216,6 +216,6 @@ def _targets(features: PairFeatures, item_of_row: Tensor, first: int, every: int
 
 
 def _split(count: int, width: int) -> Iterator[Tensor]:
-    """0..count-1, as many at a time as rows of `width` float64 numbers fit."""
+    """Yield 0..count-1 in chunks for which rows of `width` float64 numbers fit."""
     if count:
         yield from torch.arange(count).split(max(1, _CHUNK_BYTES // (8 * max(1, width))))

@@ -1,4 +1,4 @@
-"""The matrices X and V of an information matrix in its explicit form."""
+"""The matrices X and V of an information matrix in explicit form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DenseBase:
 
     Attributes:
         root: X.
-        v: V, on and below its diagonal; what is above is never read.
+        v: V, on and below its diagonal; entries above it are never read.
         ridge: lam/kappa.
     """
 
@@ -30,7 +30,7 @@ class DenseBase:
 
     @classmethod
     def of(cls, changes: Reflections, points: Tensor, ridge: float) -> DenseBase:
-        """X = changes / sqrt(ridge), V = ridge I + sum over the points [p, k]."""
+        """Return X = changes / sqrt(ridge) and V = ridge I + sum over the points [p, k]."""
         v = torch.eye(points.shape[1], dtype=points.dtype, device=points.device).mul_(ridge)
         rank_update_(v, points)
         return cls(changes.dense().div_(math.sqrt(ridge)), v, ridge)
@@ -41,16 +41,16 @@ class DenseBase:
         rank_update_(self.v, points)
 
     def rounding(self) -> float:
-        """The error of V itself, roughly: 2.2e-16 |V|_F."""
+        """Return the rough rounding error of V: 2.2e-16 |V|_F."""
         return _EPS * _norm(self.v)
 
     def drift_bound(self) -> float:
-        """The drift above which X is at fault and not V's rounding as X sees it; generous."""
+        """Return a generous bound on the drift that V's rounding, amplified by X, can explain."""
         enlarged = min(float(torch.linalg.matrix_norm(self.root)) ** 2, 1 / self.ridge)  # |X|_2^2
         return max(1e-12, 32 * self.rounding() * enlarged / math.sqrt(len(self.v)))
 
     def drift(self) -> float:
-        """|X V X^T z - z| / |z| over seeded normal vectors z."""
+        """Return |X V X^T z - z| / |z| over seeded normal vectors z."""
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(_PROBES, len(self.v), generator=generator, dtype=self.v.dtype)
         z = z.to(self.v.device)
@@ -61,7 +61,7 @@ class DenseBase:
         return float(torch.linalg.vector_norm(error) / torch.linalg.vector_norm(z))
 
     def rebuilt(self) -> DenseBase | None:
-        """The same V with X = L^-1 from V = L L^T; None where V is not positive definite."""
+        """Return the same V with X = L^-1 from V = L L^T; None if V is not positive definite."""
         factor, failed = torch.linalg.cholesky_ex(self.v)  # reads the lower triangle
         if int(failed):
             return None
@@ -70,11 +70,11 @@ class DenseBase:
         return DenseBase(root, self.v, self.ridge)
 
     def log_gain(self) -> float:
-        """log det V - log det ridge I, where X is triangular (`rebuilt`)."""
+        """Return log det V - log det ridge I, for triangular X (`rebuilt`)."""
         return -2 * float((self.root.diagonal() * math.sqrt(self.ridge)).log().sum())
 
 
 def _norm(v: Tensor) -> float:
-    """The Frobenius norm of a symmetric matrix, from what is on and below its diagonal."""
+    """Return the Frobenius norm of a symmetric matrix, from entries on and below its diagonal."""
     below = float(torch.linalg.matrix_norm(v.tril(-1)))
     return math.hypot(math.sqrt(2) * below, float(torch.linalg.vector_norm(v.diagonal())))

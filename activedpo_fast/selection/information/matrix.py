@@ -1,4 +1,4 @@
-"""The information matrix of the pairs chosen so far, and its quadratic form."""
+"""The information matrix of the pairs chosen so far, and scores from it."""
 
 from __future__ import annotations
 
@@ -17,57 +17,58 @@ Form = Literal["auto", "low_rank", "explicit"]
 _FORMS = ("auto", "low_rank", "explicit")
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK = 256  # rows of one factorization in add_many
-_PENDING = 64  # points that the explicit form gathers before it changes its matrices
+_PENDING = 64  # points that the explicit form collects before it updates its matrices
 _WATCH = 1024  # points between two measurements of the drift
 
 
 class InformationMatrix:
     """V = (lam/kappa) I + sum of phi phi^T, with scores phi^T V^-1 phi (arXiv 2505.19241).
 
-    What is kept is a square root X of the inverse, V^-1 = X^T X, and never V^-1 itself. At first
-    X = sqrt(kappa/lam) I. A new point phi with u = X phi and score s = |u|^2 makes it
+    The class stores a square root X of the inverse, V^-1 = X^T X, never V^-1 itself. Initially
+    X = sqrt(kappa/lam) I. A new point phi with u = X phi and score s = |u|^2 updates it:
 
         X <- (I - weight u u^T) X,    weight = (1 - 1/sqrt(1 + s)) / s,
 
-    which is the Sherman-Morrison update of X^T X (Potter's square-root filter). The score is a sum
-    of squares, so it cannot be negative, and the digits lost when a direction has been seen before
-    are half of those that the difference (kappa/lam)|phi|^2 - |W phi|^2 loses: the root of a score
-    cancels from sqrt(kappa/lam)|phi|, not the score from (kappa/lam)|phi|^2.
+    This is the Sherman-Morrison update of X^T X (Potter's square-root filter). The score is a sum
+    of squares, so it cannot be negative. In directions seen before, it loses half as many digits as
+    the difference (kappa/lam)|phi|^2 - |W phi|^2 does: the cancellation is in the root of the
+    score, from sqrt(kappa/lam)|phi|, not in the score, from (kappa/lam)|phi|^2.
 
     X = F B, where F = I - D^T T D is the product of the latest changes (`Reflections`), and V is a
     base A plus the sum over the latest points P [p, k]. The forms differ in the base:
       * `"low_rank"`: B = sqrt(kappa/lam) I, A = (lam/kappa) I; D and P hold everything since the
-        start. O(t k) a point for t directions: D is read twice. Memory: 2 t k + t^2 numbers, twice
-        that after a doubling of the storage.
+        start. O(t k) per point for t directions: D is read twice. Memory: 2 t k + t^2 numbers,
+        twice that after the storage doubles.
       * `"explicit"`: B and A are [k, k] matrices into which the latest points are folded, 64 at a
-        time. O(k^2) a point: B is read once. Memory: 2 k^2 numbers (1 GiB at k = 8192), and up to
-        6 k^2 for a moment where X is built again from V.
+        time. O(k^2) per point: B is read once. Memory: 2 k^2 numbers (1 GiB at k = 8192), and
+        briefly up to 6 k^2 when X is rebuilt from V.
       * `"auto"`: low rank until more than k/2 directions are kept, explicit from then on.
 
     Accuracy: the absolute error of sqrt(score) is a small multiple (`error_scale`) of
     2.2e-16 * sqrt(kappa/lam) * |phi|. For unit-norm features and lam/kappa from 1e-6 to 1e3 scores
-    are within 1e-11 (relative) of exact arithmetic, exact duplicates included. On top of that,
-    a point that was all but known already (sqrt(score) far below sqrt(kappa/lam) |phi|) is absorbed
-    in a direction that is off by the angle error / sqrt(score), which turns what is left of others.
+    are within 1e-11 (relative) of exact arithmetic, including exact duplicates. In addition, a
+    point that was almost known (sqrt(score) far below sqrt(kappa/lam) |phi|) is absorbed in a
+    direction that is off by the angle error / sqrt(score), which rotates the residuals of other
+    points.
 
-    Drift: in the explicit form, each 1024 points, `drift` is measured: |X V X^T z - z| / |z| over
-    seeded probe vectors z. V is only as good as its own rounding, which X sees enlarged by |X|^2,
-    up to kappa/lam, while the chain of updates loses about the root of that. So X is built again
-    from V by Cholesky's factorization only when the drift is above both 1e-12 and
-    32 * 2.2e-16 * |V|_F * min(|X|_F^2, kappa/lam) / sqrt(k), which V's rounding cannot explain,
-    and the new X is kept only when it measures better.
+    Drift: in the explicit form, `drift` is measured every 1024 points: |X V X^T z - z| / |z| over
+    seeded probe vectors z. V has its own rounding error, which X amplifies by |X|^2, up to
+    kappa/lam, while the chain of updates loses about the root of that. So X is rebuilt from V by
+    Cholesky factorization only if the drift is above both 1e-12 and
+    32 * 2.2e-16 * |V|_F * min(|X|_F^2, kappa/lam) / sqrt(k), which V's rounding cannot explain.
+    The new X is kept only if its measured drift is lower.
 
     Args:
         dim: k, the length of a feature.
         lam, kappa: lambda and kappa of the method, positive.
         form: see above.
-        device: where the state is; features are moved there.
+        device: the device of the state; features are moved there.
 
     All state and all results are float64, whatever the features' dtype.
 
     Raises:
         ActiveDPOError: lam, kappa or dim not positive and finite, an unknown form, features of
-            another width or not finite. What is refused leaves the matrix as it was.
+            another width or not finite. The matrix is then unchanged.
     """
 
     def __init__(
@@ -102,53 +103,54 @@ class InformationMatrix:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether X and V are kept as [k, k] matrices now."""
+        """Whether X and V are currently stored as [k, k] matrices."""
         return self._base is not None
 
     @property
     def drift(self) -> float | None:
-        """The drift last measured; None in the low-rank form and before the first measurement."""
+        """The last measured drift; None in the low-rank form and before the first measurement."""
         return self._drift
 
     def score(self, phi: Tensor) -> Tensor:
-        """phi^T V^-1 phi of every row: [N, k] -> float64 [N], never negative."""
+        """Return phi^T V^-1 phi of every row: [N, k] -> float64 [N], never negative."""
         return self.whiten(phi).square().sum(dim=1)
 
     def solve(self, phi: Tensor) -> Tensor:
-        """V^-1 phi: [k] -> float64 [k], or row by row [N, k] -> [N, k]."""
+        """Return V^-1 phi: [k] -> float64 [k], or row by row [N, k] -> [N, k]."""
         rows = self._checked(phi, phi.ndim if phi.ndim in (1, 2) else 2)
         return self.pull_back(self.whiten(rows.reshape(-1, self.dim))).reshape(rows.shape)
 
     def logdet(self) -> float:
-        """log det V."""
+        """Return log det V."""
         return self.dim * math.log(self._ridge) + self._log_gain
 
     def error_scale(self) -> float:
-        """Bound on the error of sqrt(score) of a unit feature formed without error.
+        """Return a bound on the error of sqrt(score) for a unit feature formed without error.
 
         A generous estimate, not a proof: rounding errors of length-k sums grow like sqrt(k).
         """
         return (16 + 4 * math.sqrt(self.dim)) * _EPS * self._scale
 
     def whiten(self, phi: Tensor) -> Tensor:
-        """u = X phi of every row: [m, k] -> float64 [m, k], with |u|^2 the score.
+        """Return u = X phi of every row: [m, k] -> float64 [m, k]; |u|^2 is the score.
 
-        X is one of many roots of V^-1, and any change of the matrix may put another in its place:
-        u is good until then.
+        X is one of many roots of V^-1, and any change of the matrix may replace it by another: u is
+        valid until then.
         """
         rows = self._checked(phi, 2)
         return self._latest.apply(self._scale * rows if self._base is None
                                   else rows @ self._base.root.T)
 
     def pull_back(self, u: Tensor) -> Tensor:
-        """X^T u of every row: [m, k] -> float64 [m, k]; of u = whiten(phi), it is V^-1 phi."""
+        """Return X^T u of every row: [m, k] -> float64 [m, k]; V^-1 phi for u = whiten(phi)."""
         rows = self._latest.apply_transposed(self._checked(u, 2))
         return self._scale * rows if self._base is None else rows @ self._base.root
 
     def factors(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """X = (I - D^T Y) B as (B, D, Y): [k, k] or None for sqrt(kappa/lam) I, and [t, k] twice.
+        """Return X = (I - D^T Y) B as (B, D, Y).
 
-        The WY form of a product of reflections (Bischof and Van Loan, 1987). D and B are views.
+        B is [k, k], or None for sqrt(kappa/lam) I; D and Y are [t, k]. This is the WY form of a
+        product of reflections (Bischof and Van Loan, 1987). D and B are views.
         """
         latest = self._latest
         return (None if self._base is None else self._base.root, latest.directions,
@@ -168,7 +170,7 @@ class InformationMatrix:
         u = self.whiten(phi[None])[0]
         score = float(u @ u)
         if not math.isfinite(score):
-            raise ActiveDPOError("a feature is not finite, or too large for its score")
+            raise ActiveDPOError("a feature is not finite, or so large that its score overflows")
         root = math.sqrt(1 + score)
         pulled = self._latest.push(u, 1 / (root * (1 + root)))  # (1 - 1/root) / score
         solved = self._scale * pulled if self._base is None else pulled @ self._base.root
@@ -182,13 +184,13 @@ class InformationMatrix:
             raise ActiveDPOError("a feature is not finite")
         for block in phi.split(_BLOCK):
             # With U = block X^T and U^T = Q R = Q W S P: I + U^T U has the eigenvectors Q W and
-            # values 1 + S^2. Not from the smaller U U^T: it has the squared condition number.
+            # values 1 + S^2. Do not use the smaller U U^T: it squares the condition number.
             q, r = torch.linalg.qr(self.whiten(block).T)
             w, lengths, _ = torch.linalg.svd(r, full_matrices=False)
             scores = lengths.square()
             root = torch.sqrt(1 + scores)
             weights = scores / (root * (1 + root))  # 1 - 1/root, without cancellation
-            seen = weights > 1e-3 * _EPS  # less changes nothing
+            seen = weights > 1e-3 * _EPS  # smaller weights change nothing
             self._latest.push_many((q @ w[:, seen]).T, weights[seen])
             self._added(block, float(scores.log1p().sum()))
 
@@ -201,7 +203,7 @@ class InformationMatrix:
         return math.sqrt(self.kappa / self.lam)
 
     def _added(self, points: Tensor, log_gain: float) -> None:
-        """Note points [m, k] that X has absorbed already."""
+        """Record points [m, k] that X has already absorbed."""
         self._points.append(points)
         self.count += len(points)
         self._log_gain += log_gain
@@ -215,7 +217,7 @@ class InformationMatrix:
                 self._watch(self._base)
 
     def _fold(self) -> None:
-        """Put the latest changes and points into B and A, which makes the form explicit."""
+        """Fold the latest changes and points into B and A; the form is explicit from then on."""
         points = self._points.values
         if self._base is None:
             self._base = DenseBase.of(self._latest, points, self._ridge)
@@ -225,7 +227,7 @@ class InformationMatrix:
         self._points = Rows(self.dim, self.device)
 
     def _watch(self, base: DenseBase) -> None:
-        """Measure the drift of what `_fold` left, and build X again where that helps."""
+        """Measure the drift after `_fold`, and rebuild X if that helps."""
         self._unwatched = 0
         self._drift = base.drift()
         if self._drift > base.drift_bound():

@@ -1,4 +1,4 @@
-"""Products of rank-one changes of the identity, and the growing storage they are kept in."""
+"""Products of rank-one changes of the identity, and their growing storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FIRST = 8  # rows of the first storage
 
 
 class Rows:
-    """A float64 matrix [n, width] that grows by rows; storage doubles, so a row costs one copy."""
+    """A float64 matrix [n, width] that grows by rows. Storage doubles, so a row costs one copy."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._storage = torch.empty(0, width, dtype=torch.float64, device=device)
@@ -35,11 +35,11 @@ class Rows:
 
 
 class Reflections:
-    """F = (I - D_t) ... (I - D_1), each D_j symmetric, kept as F = I - D^T T D.
+    """F = (I - D_t) ... (I - D_1), each D_j symmetric, stored as F = I - D^T T D.
 
-    D [t, k] holds directions and T [t, t] is lower triangular, as products of Householder
-    reflections are kept in QR (the compact WY form). Memory: t k + t^2 numbers, up to four times
-    as many while storage is doubled.
+    D [t, k] holds directions and T [t, t] is lower triangular, like products of Householder
+    reflections in QR (the compact WY form). Memory: t k + t^2 numbers, up to four times as many
+    while the storage doubles.
     """
 
     def __init__(self, dim: int, device: torch.device) -> None:
@@ -60,13 +60,13 @@ class Reflections:
         return self._storage[: len(self), : len(self)]
 
     def apply(self, rows: Tensor) -> Tensor:
-        """F x for every row x: [N, k] -> [N, k]."""
+        """Return F x for every row x: [N, k] -> [N, k]."""
         if len(self) == 0:
             return rows
         return rows - (rows @ self.directions.T) @ self.triangle.T @ self.directions
 
     def apply_transposed(self, rows: Tensor) -> Tensor:
-        """F^T x for every row x: [N, k] -> [N, k]."""
+        """Return F^T x for every row x: [N, k] -> [N, k]."""
         if len(self) == 0:
             return rows
         return rows - (rows @ self.directions.T) @ self.triangle @ self.directions
@@ -78,8 +78,8 @@ class Reflections:
             u: [k].
 
         Returns:
-            F^T u [k] of the F before. D u serves it and the new row of T, so that D is read twice
-            in all.
+            F^T u [k] for the old F. D u is used for it and for the new row of T, so D is read only
+            twice in total.
         """
         mixed = (self.directions @ u) @ self.triangle  # T^T D u
         pulled = u - mixed @ self.directions
@@ -92,7 +92,7 @@ class Reflections:
         self._append(directions, -weights[:, None] * mixed, weights)
 
     def dense(self) -> Tensor:
-        """F as a matrix [k, k]."""
+        """Return F as a matrix [k, k]."""
         d = self.directions
         identity = torch.eye(d.shape[1], dtype=d.dtype, device=d.device)
         return identity.addmm_(d.T, self.triangle @ d, alpha=-1)
@@ -109,7 +109,7 @@ class Reflections:
         self.triangle.diagonal()[t:] = diagonal
 
     def _grow(self) -> None:
-        """Make room for a T as long as D; what is above its diagonal stays zero."""
+        """Make room for a T as long as D; entries above its diagonal stay zero."""
         old = self._storage
         if len(self) > len(old):
             self._storage = old.new_zeros(_capacity(len(self)), _capacity(len(self)))
@@ -117,5 +117,5 @@ class Reflections:
 
 
 def _capacity(n: int) -> int:
-    """The power of two that n rows are kept in."""
+    """Return the storage size for n rows, a power of two."""
     return max(_FIRST, 1 << (n - 1).bit_length())

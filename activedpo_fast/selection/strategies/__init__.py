@@ -1,4 +1,4 @@
-"""Strategies: ways to choose n candidate pairs, behind one interface, one file each."""
+"""Strategies: ways to choose n candidate pairs. They share one interface, one file each."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ STRATEGIES: dict[str, type[Strategy]] = {
 def make_strategy(
     name: str, *, offered: Mapping[str, Any] | None = None, **options: Any
 ) -> Strategy:
-    """The strategy called `name`, one of `STRATEGIES`, with its options.
+    """Return the strategy called `name`, one of `STRATEGIES`, with its options.
 
     Args:
-        offered: values for those of its options that have one of these names.
+        offered: values by option name; names that are not options of the strategy are ignored.
 
     Raises:
-        ActiveDPOError: a name or option that is not known, listing those that are; a bad value.
+        ActiveDPOError: an unknown name or option, listing the known ones; a bad value.
     """
     if name not in STRATEGIES:
         raise ActiveDPOError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")

@@ -20,7 +20,7 @@ from activedpo_fast.selection.strategies.base import Part, Strategy
 class ActiveDPO(Strategy):
     """Greedy log-det over gradients of the implicit reward (Lin et al., arXiv 2505.19241).
 
-    Options: `lam`, `kappa` (lambda and kappa; the value of lambda is not known from the paper) and
+    Options: `lam`, `kappa` (lambda and kappa; the paper does not give the value of lambda) and
     `normalize` ("response", "pair" or None). The score is phi^T V^-1 phi at the pick.
     """
 
@@ -40,7 +40,7 @@ class ActiveDPO(Strategy):
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         Part.of(signals, n, group)
-        # Only the normalization by response looks at rows by themselves.
+        # Only the normalization by response needs individual rows, not just differences.
         relative = self.normalize != "response"
         return greedy_logdet(
             signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,

@@ -29,16 +29,16 @@ class AdpoPlus(Strategy):
     From the paper: the Hessian of the DPO loss of a log-linear policy is the sum over the pairs of
     v v^T with v = sqrt(mu (1 - mu)) beta phi (Lemma 1), mu = sigmoid(d) the probability that the
     first response is preferred and d as in `MarginSmall`. With V = gamma I + sum of v v^T, the pair
-    with the largest v^T V^-1 v is taken, n times over (Algorithms 1 and 2). mu comes from a
-    plug-in estimate of the policy: in ADPO from the labels so far, in ADPO+ once and for all from
-    labels that all candidates already have. phi is a difference of embeddings, the last layer's.
+    with the largest v^T V^-1 v is taken, n times (Algorithms 1 and 2). mu comes from a plug-in
+    estimate of the policy: in ADPO from the labels so far, in ADPO+ computed once from labels that
+    all candidates already have. phi is a difference of last-layer embeddings.
 
-    Here mu is the current model's and does not change within a batch. So this is ADPO+ where the
-    model was trained on labels of all candidates, and ADPO in batches of n where it was trained on
-    those so far. Choices of this library: phi is the gradient of the implicit reward, as in
-    `ActiveDPO`, which for a log-linear policy is the paper's beta phi; the labeled pairs, too, are
-    weighted by the current model's mu; gamma is `lam / kappa`. The paper's experiments put an upper
-    confidence bound in the place of mu (1 - mu) (its eq. 13), which is left out here.
+    Here mu is the current model's and does not change within a batch. So this is ADPO+ if the
+    model was trained on labels of all candidates, and ADPO in batches of n if it was trained on the
+    labels so far. Choices of this library: phi is the gradient of the implicit reward, as in
+    `ActiveDPO`, which for a log-linear policy is the paper's beta phi; labeled pairs are also
+    weighted by the current model's mu; gamma is `lam / kappa`. The paper's experiments replace
+    mu (1 - mu) by an upper confidence bound (its eq. 13), which is left out here.
 
     Options: `lam`, `kappa`, `normalize` ("response", "pair" or None) as in `ActiveDPO`, and `beta`,
     the temperature of DPO. The score is v^T V^-1 v at the pick.
@@ -63,7 +63,7 @@ class AdpoPlus(Strategy):
     ) -> Ranking:
         part = Part.of(signals, n, group)
         relative = self.normalize != "response"
-        # The gradients first: log-probabilities may come with them for free.
+        # Gradients first: log-probs may come with them for free.
         rows = signals.gradients(relative=relative)
         history = signals.history_gradients(relative=relative)
         margin, _ = margins(signals, self.beta, part)

@@ -25,18 +25,19 @@ from activedpo_fast.selection.strategies.reward_margins import few_ulps, margins
 class Aplp(Strategy):
     """Uncertain prompts, then confident pairs (Muldrew et al., arXiv 2402.08114).
 
-    1. The predictive entropy of a prompt is estimated from its M distinct responses, in whichever
-       items they are, H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n)
-       prompts with the largest stay (of those with a candidate pair; all, if there are fewer).
+    1. The predictive entropy of a prompt is estimated from its M distinct responses, whichever
+       items they are in: H(x) = -(1/M) sum of log pi(y_m | x), in nats. The ceil(shortlist * n)
+       prompts with the largest entropy are kept (of those with a candidate pair; all, if fewer).
     2. Of all their pairs, the n with the largest |d| are taken, where
        d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)).
 
-    The source has two responses, so one pair, a prompt. With more, several pairs of one prompt may
-    be taken. Options: `beta`, the temperature of DPO, and `shortlist`, at least 1, prompts kept for
-    each pair asked for. The default of `shortlist` is a choice of this library. The score is |d|.
+    The source has two responses, so one pair, per prompt. With more, several pairs of one prompt
+    may be taken. Options: `beta`, the temperature of DPO, and `shortlist`, at least 1, the number
+    of prompts kept per pair asked for. The default of `shortlist` is a choice of this library. The
+    score is |d|.
 
-    Under rules, the shortlist is of prompts with a pair that may be picked, and the rules hold
-    within it: where they use it up, fewer pairs come back. Random picks are from all prompts.
+    With rules, the shortlist contains only prompts with a pair that may be picked, and the rules
+    apply within it: if it is exhausted, fewer pairs come back. Random picks are from all prompts.
     """
 
     name: ClassVar[str] = "aplp"
@@ -70,7 +71,7 @@ class Aplp(Strategy):
     def _close_all_but_the_shortlist(
         self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
     ) -> None:
-        # A prompt may have items in several processes: all of them look at all prompts.
+        # A prompt may have items in several processes, so every process considers all prompts.
         shares = PoolProcesses(group)
         prompt_of_row = _prompt_of_row(signals, shares)
         prompt_of_pair = prompt_of_row[signals.pairs[:, 0]]
@@ -82,13 +83,13 @@ class Aplp(Strategy):
         entropy = _entropy(shares.gather(logps)[once], shares.gather(prompt_of_row)[once])
         prompts = shares.gather(prompt_of_pair[eligible.left].unique()).unique()
         keep = min(len(prompts), math.ceil(self.shortlist * n))
-        # `prompts` go up: ties keep the pool's order.
+        # `prompts` is ascending, so ties keep the pool's order.
         kept = rank_top(entropy[prompts], few_ulps(entropy[prompts]), keep).indices
         eligible.left &= torch.isin(prompt_of_pair, prompts[kept])
 
 
 def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:
-    """The number of each response's prompt in the whole pool, int64 [R]."""
+    """Return the number of each response's prompt in the whole pool, int64 [R]."""
     if signals.prompt_of_row is not None:
         return signals.prompt_of_row
     own = signals.item_of_row
@@ -97,7 +98,7 @@ def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:
 
 
 def _entropy(logps: Tensor, prompt_of_row: Tensor) -> Tensor:
-    """-(mean of log pi over the prompt's responses), float64 [P]; prompts without rows give nan."""
+    """Return -(mean of log pi over a prompt's responses), float64 [P]; NaN if it has no rows."""
     n_prompts = int(prompt_of_row.max()) + 1 if len(prompt_of_row) else 0
     total = logps.new_zeros(n_prompts).index_add_(0, prompt_of_row, logps)
     return -total / torch.bincount(prompt_of_row, minlength=n_prompts)

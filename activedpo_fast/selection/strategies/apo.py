@@ -1,4 +1,4 @@
-"""APO: the largest uncertainty of differences of hidden states."""
+"""APO: the pairs whose hidden-state difference has the largest uncertainty."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Apo(Strategy):
     """The n largest z^T V^-1 z (Das et al., arXiv 2402.10500).
 
     z = h(x, y_a) - h(x, y_b), h the last layer's hidden state at the last response token;
-    V = ridge * I + sum of z z^T over the labeled pairs. V does not change within the batch: it
-    takes this batch in when it comes back as history. Option: `ridge`. The score is z^T V^-1 z.
+    V = ridge * I + sum of z z^T over the labeled pairs. V does not change within the batch; the
+    batch enters V once it comes back as history. Option: `ridge`. The score is z^T V^-1 z.
     """
 
     name: ClassVar[str] = "apo"

@@ -1,4 +1,4 @@
-"""What a strategy is, and the candidates of the process that it runs in."""
+"""The strategy interface, and this process's part of the candidates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Strategy(ABC):
     """A way to choose pairs. Subclasses are dataclasses whose fields are their options.
 
     Attributes:
-        name: what `make_strategy` knows it by.
-        requires: the signals it asks for, of "gradients", "hidden", "logps", "ref_logps", some of
+        name: its name in `make_strategy`.
+        requires: the signals it uses, from "gradients", "hidden", "logps", "ref_logps", some of
             them with their history.
     """
 
@@ -35,14 +35,14 @@ class Strategy(ABC):
         self, signals: Signals, n: int, *, eligible: Eligible | None = None,
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
-        """The n candidate pairs to label, best first; ties to the lowest index.
+        """Return the n candidate pairs to label, best first; ties go to the lowest index.
 
         Args:
             eligible: which candidates may be picked (see `PickRules.bind`); all, by default. It is
-                used up. There may be fewer picks than n then. Random ones come first.
+                used up. With it, there may be fewer than n picks. Random picks come first.
             group: processes that select together, each with the signals (and `eligible`) of its
-                part of the candidates: whole items, numbered through rank after rank. All get
-                the ranking that one process with all of them would.
+                part of the candidates: whole items, numbered consecutively, rank after rank. All
+                get the ranking that one process with all the candidates would get.
 
         Raises:
             ActiveDPOError: n is not an integer from 0 to the number of candidate pairs, or a signal
@@ -51,15 +51,15 @@ class Strategy(ABC):
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """Names of the options that `make_strategy` takes for this strategy."""
+        """Return the names of the options that `make_strategy` accepts for this strategy."""
         return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]
 
 
 class Part(NamedTuple):
-    """This process's part of the candidates: all of them, where it is alone.
+    """This process's part of the candidates: all of them if there is only one process.
 
-    n: how many are to be picked of all. offset: the number of its first candidate. total: how many
-    all have.
+    n: how many to pick in total. offset: the number of this process's first candidate. total: the
+    number of candidates of all processes.
     """
 
     n: int
@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, signals: Signals, n: int, group: dist.ProcessGroup | None) -> Part:
-        """Counts the candidates, and refuses a bad n before signals are taken at great expense."""
+        """Count the candidates, and reject a bad n before expensive signals are computed."""
         count = len(signals.pairs)
         if group is None:
             return cls(check_n(n, count), 0, count, None)
@@ -77,5 +77,5 @@ class Part(NamedTuple):
         return cls(check_n(n, processes.total), processes.offset, processes.total, processes)
 
     def check(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns; where it raises in one process, all of them raise."""
+        """Return `compute()`; if it raises in one process, all of them raise."""
         return compute() if self.processes is None else self.processes.check(compute)

@@ -1,4 +1,4 @@
-"""The pairs of whose preference the implicit reward is surest, or least sure."""
+"""Pairs whose preference the implicit reward is most, or least, certain of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from activedpo_fast.selection.strategies.reward_margins import few_ulps, margins
 
 @dataclass(frozen=True)
 class _Margin(Strategy):
-    """Pairs by the size of d = beta * the difference of log pi - log pi_ref."""
+    """Base of strategies that rank pairs by d = beta * the difference of log pi - log pi_ref."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"logps", "ref_logps"})
     beta: float = 0.1
@@ -30,7 +30,7 @@ class _Margin(Strategy):
 
 @dataclass(frozen=True)
 class MarginLarge(_Margin):
-    """The n pairs with the largest |d|, of whose preference the implicit reward is surest.
+    """The n pairs with the largest |d|, whose preference the implicit reward is most certain of.
 
     d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)): the second step of `Aplp`
     alone. Option: `beta`, the temperature of DPO. The score is |d|.
@@ -49,12 +49,12 @@ class MarginLarge(_Margin):
 
 @dataclass(frozen=True)
 class MarginSmall(_Margin):
-    """The n pairs with the smallest |d|, of whose preference the implicit reward is least sure.
+    """The n pairs with the smallest |d|, whose preference the implicit reward is least certain of.
 
     d = beta * ((log pi - log pi_ref)(y_a) - (log pi - log pi_ref)(y_b)), so that sigmoid(d) is the
     model's probability that y_a is preferred. Option: `beta`, the temperature of DPO. The score is
-    sigmoid(-|d|), the probability of the less likely preference, at most 1/2; of pairs with |d|
-    above 700, for which that is 0 in float64, the lowest index comes first.
+    sigmoid(-|d|), the probability of the less likely preference, at most 1/2. For |d| above 700 it
+    is 0 in float64; such pairs come in order of index.
     """
 
     name: ClassVar[str] = "margin_small"
@@ -65,7 +65,7 @@ class MarginSmall(_Margin):
     ) -> Ranking:
         margin, doubt = margins(signals, self.beta, Part.of(signals, n, group))
         warn_if_alike(margin, doubt)
-        # A positive score, and not -|d|, so that dividing it by a cost lowers it.
+        # A positive score, not -|d|, so that dividing it by a larger cost lowers it.
         scores = torch.sigmoid(-margin.abs())
         doubt = scores * (1 - scores) * doubt + few_ulps(scores)
         return rank_top(scores, doubt, n, eligible, group)

@@ -20,9 +20,9 @@ from activedpo_fast.selection.strategies.base import Part, Strategy
 class Random(Strategy):
     """Pairs drawn uniformly without replacement. Every score is 0.0: there is no criterion.
 
-    Option: `seed`. The same seed and number of candidates give the same pairs, so a loop takes
-    another seed each round. A smaller n gives the first of the same draws. Under rules, the pairs
-    that they forbid are passed over; costs have no influence, and a `min_score` above 0 is refused.
+    Option: `seed`. The same seed and number of candidates give the same pairs, so a loop uses a new
+    seed each round. A smaller n gives the first n of the same draws. With rules, forbidden pairs
+    are skipped; costs have no effect, and a `min_score` above 0 is an error.
     """
 
     name: ClassVar[str] = "random"

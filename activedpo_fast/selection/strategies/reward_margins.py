@@ -1,4 +1,4 @@
-"""The implicit reward's differences: what strategies that need pi_ref look at."""
+"""Differences of the implicit reward, for strategies that need pi_ref."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def margins(signals: Signals, beta: float, part: Part) -> tuple[Tensor, Tensor]:
-    """d of every candidate pair and a bound on its rounding error, both float64 [N]."""
+    """Return d of every candidate pair and a bound on its rounding error, both float64 [N]."""
     logps, ref_logps = signals.logps(), signals.ref_logps()
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -30,14 +30,14 @@ def margins(signals: Signals, beta: float, part: Part) -> tuple[Tensor, Tensor]:
 
 
 def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
-    """One line of the log where the policy is its reference, as before any training."""
+    """Log a warning if the policy equals its reference, as before any training."""
     if len(margins) and bool((margins.abs() <= error_bound).all()):
-        logger.warning("every reward difference is 0, as before any training: pairs are not told "
-                       "apart by it, and the first of the pool are taken")
+        logger.warning("every reward difference is 0, as before any training: it does not rank the "
+                       "pairs, so the first ones in the pool are picked")
 
 
 def history_margins(signals: Signals, beta: float) -> Tensor:
-    """d of every labeled pair, float64 [t]."""
+    """Return d of every labeled pair, float64 [t]."""
     parts = []
     for name, history in (("history_logps", signals.history_logps()),
                           ("history_ref_logps", signals.history_ref_logps())):
@@ -52,7 +52,7 @@ def history_margins(signals: Signals, beta: float) -> Tensor:
 
 
 def uncertainty(d: Tensor) -> Tensor:
-    """sqrt(mu (1 - mu)) for mu = sigmoid(d): positive, and accurate however large |d| is."""
+    """Return sqrt(mu (1 - mu)) for mu = sigmoid(d): positive, and accurate for any |d|."""
     half = torch.exp(-d.abs() / 2)  # mu (1 - mu) = e^-|d| / (1 + e^-|d|)^2
     return (half / (1 + half.square())).clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -1,4 +1,4 @@
-"""V-optimal design: the pairs that tell most about what the policy itself is likely to say."""
+"""V-optimal design: the pairs most informative about the policy's own likely responses."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from activedpo_fast.selection.strategies.reward_margins import (
 
 @dataclass(frozen=True)
 class Trace(Strategy):
-    """The pairs that lower tr(I V^-1) most, one after another (V-optimality).
+    """Greedy choice of the pairs that lower tr(I V^-1) most (V-optimality).
 
     V is that of `ActiveDPO` without normalization, and I the covariance of the gradients g over the
     policy's own responses to each prompt, of which the candidates are a sample: see `greedy_trace`.
-    `ActiveDPO` lowers the volume of what is not known, in all directions alike; this lowers what
-    is not known about the rewards of what the policy says. "Which Pairs to Compare" (arXiv
-    2606.19607) derives the criterion for DPO.
+    `ActiveDPO` reduces the volume of the uncertainty, in all directions equally; this strategy
+    reduces the uncertainty about the rewards of the policy's own responses. "Which Pairs to
+    Compare" (arXiv 2606.19607) derives the criterion for DPO.
 
-    Options: `lam` and `kappa` as in `ActiveDPO`; `targets`, the most rows that I is made of. The
-    score is how much tr(I V^-1) falls at the pick.
+    Options: `lam` and `kappa` as in `ActiveDPO`; `targets`, the maximum number of rows in I. The
+    score is the decrease of tr(I V^-1) at the pick.
     """
 
     name: ClassVar[str] = "trace"
@@ -51,7 +51,7 @@ class Trace(Strategy):
         group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
-        # The gradients first: log-probabilities may come with them for free.
+        # Gradients first: log-probs may come with them for free.
         rows = signals.gradients(relative=True)
         history = signals.history_gradients(relative=True)
         weights, history_weights = self._weights(signals, part)
@@ -62,7 +62,7 @@ class Trace(Strategy):
         )
 
     def _weights(self, signals: Signals, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """Of the candidates' features, float64 [N], and of the labeled pairs', [t]."""
+        """Return feature weights of the candidates, float64 [N], and of the labeled pairs, [t]."""
         return None, None
 
 
@@ -71,7 +71,7 @@ class TracePlus(Trace):
     """`Trace` with the features of `AdpoPlus`: phi times sqrt(mu (1 - mu)).
 
     mu is the current model's probability that the first response is preferred. A label that the
-    model can foretell tells little.
+    model can predict adds little information.
 
     Options: those of `Trace`, and `beta`, the temperature of DPO.
     """
