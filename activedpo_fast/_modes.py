@@ -1,4 +1,4 @@
-"""What the caller has switched on in PyTorch and must not change a number here."""
+"""Isolation from the caller's PyTorch modes, so that they do not change the results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 @contextmanager
 def own_modes(device: str = "cpu") -> Iterator[None]:
-    """Inside, no autocast, inference mode or default device of the caller's, and grad mode on.
+    """Disable the caller's autocast, inference mode and default device; turn grad mode on.
 
     Autocast would round the products of features and of V to bfloat16; tensors made in inference
     mode cannot take part in a backward pass.
 
     Args:
-        device: a device type whose autocast is switched off, besides those of the CPU and of the
-            accelerator that is there.
+        device: a device type whose autocast is turned off, in addition to the CPU's and the
+            available accelerator's.
     """
     with ExitStack() as stack:
         for kind in dict.fromkeys(("cpu", device, *_accelerators())):
@@ -37,7 +37,7 @@ def own_modes(device: str = "cpu") -> Iterator[None]:
 
 
 def in_own_modes(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` runs in `own_modes`; a generator function does at each of its steps."""
+    """Run `function` in `own_modes`; for a generator function, each of its steps."""
     if not inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -49,7 +49,7 @@ def in_own_modes(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def steps(*args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
-        # Never held over a `yield`: whoever iterates goes on in modes of their own.
+        # Never held across a `yield`: the consumer continues in its own modes.
         generator = function(*args, **kwargs)
         while True:
             with own_modes():

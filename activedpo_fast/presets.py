@@ -1,4 +1,4 @@
-"""Settings taken from a paper, each with what it sets and what the paper leaves open."""
+"""Presets: settings taken from a paper, with notes on what the paper leaves open."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
         # Lin et al., ActiveDPO, arXiv 2505.19241. Not stated in what we could read: beta, lam, the
-        # kind of sketch, rounds, train_on, reference, start_from; our own defaults apply to them.
+        # kind of sketch, rounds, train_on, reference, start_from; for these our defaults apply.
         # "response" is the most plausible reading of the text, not a quotation from it.
         selection={"strategy": "activedpo", "proj_dim": 8192, "normalize": "response"},
-        # Target modules: inferred from LESS (arXiv 2402.04333), whose set-up the paper follows.
+        # Target modules: inferred from LESS (arXiv 2402.04333), whose setup the paper follows.
         lora={
             "r": 128,
             "lora_alpha": 512,
@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`; an `ActiveDPOError` lists the known ones."""
+    """Return the preset called `name`. If unknown, an `ActiveDPOError` lists the known ones."""
     try:
         return PRESETS[name]
     except KeyError:

@@ -1,4 +1,4 @@
-"""The one progress bar."""
+"""The progress bar that all stages use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tqdm.auto import tqdm
 def progress_bar(
     show: bool | None, iterable: Iterable[Any] | None = None, *, total: int, desc: str, unit: str
 ) -> tqdm[Any]:
-    """A tqdm bar; `show` is True, False, or None for terminals only. It leaves what it shows."""
+    """Return a tqdm bar that stays on screen; `show`: True, False, or None for terminals only."""
     return tqdm(iterable, total=total, desc=desc, unit=unit,
                 disable=None if show is None else not show)

@@ -1,4 +1,4 @@
-"""`ActiveDPOSelector`: from a model and a pool to the pairs to label next."""
+"""`ActiveDPOSelector`: given a model and a pool, pick the pairs to label next."""
 
 from __future__ import annotations
 
@@ -42,47 +42,47 @@ Labeled = Selection | Sequence[Selection]
 
 
 class ActiveDPOSelector:
-    """Chooses the pairs of a pool whose labels tell most about the model that is being trained.
+    """Choose the pairs of a pool whose labels are most informative for the model in training.
 
         selector = ActiveDPOSelector(model, processing_class=tokenizer)
         picked = selector.select(pool, 50)
         dataset = picked.to_dataset(labels)        # ready for trl.DPOTrainer
 
-    Every call to `select` looks at the model's weights as they are then. The model is left as it
-    was found.
+    Every call to `select` uses the model's current weights and leaves the model unchanged.
 
     Args:
-        model: the policy π_θ, a causal LM with trainable linear layers (PEFT LoRA, usually).
+        model: the policy π_θ, a causal LM with trainable linear layers (usually PEFT LoRA).
         processing_class: its tokenizer.
         strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
             "adpo_plus", "trace", "trace_plus", or a `Strategy`.
-        preset: "paper" takes the settings of arXiv 2505.19241; an option given here wins over it.
+        preset: "paper" uses the settings of arXiv 2505.19241; options given here override it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
         length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
-            a response's tokens, which some losses train (TRL's "ipo" and "sigmoid_norm";
-            `selector_settings` looks at `loss_type`).
+            a response's tokens, as some losses train it (TRL's "ipo" and "sigmoid_norm";
+            `selector_settings` checks `loss_type`).
         sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
         proj_dim: k, the number of columns of a sketched row; default 8192.
-        seed: of the sketch and of the strategy "random".
-        normalize: "response" (default; each gradient to unit norm before the difference), "pair"
-            (the difference to unit norm) or "none" (also None; the default of "adpo_plus").
+        seed: for the sketch and the strategy "random".
+        normalize: "response" (default; scale each gradient to unit norm before the difference),
+            "pair" (scale the difference to unit norm) or "none" (also None; the default of
+            "adpo_plus").
         lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
-        max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; give those that you
+        max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; pass the values you
             train with (`selector_settings` reads them from a DPOConfig).
-        chat_template_kwargs: passed to the chat template, as by `tokenize_pool`. Picks remember
-            them, and `Selection.to_dataset` gives them to the trainer; give `generate_responses`
-            the same.
-        ref_model: π_ref where a strategy needs it (aplp, margin_small, margin_large, adpo_plus,
-            trace_plus): a model, the name of an adapter of `model`, or the weights of its adapter
-            as `activedpo_fast.models.adapters.adapter_state` gives them. Default: the adapter "ref"
-            of a PEFT model that has one, as DPOTrainer makes it, else the base model, all adapters
-            disabled. Where DPO goes on from an adapter that SFT has trained, DPOTrainer's
-            reference is that adapter: without "ref", pass its weights.
-        strategy_options: further options of the strategy (see `make_strategy`).
+        chat_template_kwargs: passed to the chat template, as in `tokenize_pool`. Picks keep
+            them, and `Selection.to_dataset` passes them to the trainer; give `generate_responses`
+            the same ones.
+        ref_model: π_ref for the strategies that need it (aplp, margin_small, margin_large,
+            adpo_plus, trace_plus): a model, the name of an adapter of `model`, or the weights of
+            its adapter as returned by `activedpo_fast.models.adapters.adapter_state`. Default: the
+            adapter "ref" of a PEFT model that has one (DPOTrainer creates it), else the base model
+            with all adapters disabled. If DPO continues from an adapter trained by SFT,
+            DPOTrainer's reference is that adapter: without "ref", pass its weights.
+        strategy_options: more options for the strategy (see `make_strategy`).
         max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
 
     Raises:
-        ActiveDPOError: an option that is unknown or out of range.
+        ActiveDPOError: an option is unknown or out of range.
 
     Source: Lin et al., ActiveDPO, arXiv 2505.19241; see docs/method.md.
     """
@@ -146,8 +146,7 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        # An unknown name or option, or a model that will not do, is better told now than after an
-        # hour.
+        # Report an unknown name or option, or an unsupported model, now rather than after an hour.
         needed = getattr(self._make_strategy(""), "requires", ())
         require_supported(model, gradients="gradients" in needed,
                           pad_token_id=self.extractor.pad_token_id)
@@ -171,39 +170,38 @@ class ActiveDPOSelector:
 
         Args:
             pool: prompts with two or more responses each.
-            n: how many pairs.
-            labeled: the pairs that have a preference, one earlier `Selection` or several (see
-                `by_preference`: pairs without one are `asked`). Their features are taken again at
-                the model's current weights and enter V, with the selector's own
-                `chat_template_kwargs` (a line of the log says so where the picks have others); a
-                pair of `pool` that is among them is no candidate. It is among them if its prompt
-                (see `PickRules.prompt_by`) and its two responses are the same, in either order and
-                under whatever id.
+            n: the number of pairs.
+            labeled: the pairs that have a preference: one or more earlier `Selection`s (see
+                `by_preference`; pairs without a preference are `asked`). Their features are
+                recomputed at the model's current weights, with the selector's own
+                `chat_template_kwargs`, and enter V. If the picks have different
+                `chat_template_kwargs`, this is logged. A pair of `pool` that is among them is not
+                a candidate. Two pairs are the same if the prompt (see `PickRules.prompt_by`) and
+                the two responses are the same, in either order and under any id.
             asked: pairs that were asked before and have no preference: out for labeling, or
-                answered by "skip". They are no candidates either, and do not enter V. See
+                answered by "skip". They are not candidates either, and do not enter V. See
                 `by_preference` and `read_pending`.
-            rules: what the picks have to observe besides. There may then be fewer than n, which
-                the log says.
-            fewer_ok: pick all candidates where there are fewer than n, with one line of the log.
+            rules: further constraints on the picks. With rules there may be fewer than n picks;
+                this is logged.
+            fewer_ok: if there are fewer than n candidates, pick them all and log it.
             group: the processes that select together: pass `torch.distributed.group.WORLD` under
-                torchrun or `accelerate launch`. Each has the same model (not wrapped in DDP, whose
-                `.module` it is) and calls `select` with the same arguments; each takes the
-                features of its own stretch of the pool and of the labeled pairs, and all return
-                the selection that one process would. They wait for the slowest, so the group's
-                timeout has to be longer than features of one part may take. Default: this process
-                selects alone, under torchrun too, where every process then does the whole work.
-            show_progress: True, False, or None for a bar on terminals only; the first process of a
-                group alone shows it.
+                torchrun or `accelerate launch`. Each has the same model (not wrapped in DDP; pass
+                DDP's `.module`) and calls `select` with the same arguments. Each computes the
+                features of its own part of the pool and of the labeled pairs, and all return the
+                selection that one process would. They wait for the slowest, so the group's timeout
+                has to be longer than the features of one part may take. Default: this process
+                selects alone. Under torchrun, every process then does all of the work.
+            show_progress: True, False, or None for a bar on terminals only. In a group, only the
+                first process shows it.
 
         Returns:
             The picks. `last_timings` then has the seconds spent in "features" and in "select".
 
         Raises:
             ActiveDPOError: fewer than n candidates (before any rule, without `fewer_ok`); rules
-                that do not fit the pool or leave no candidate; a pool or model that cannot be
-                handled; another process of the group failed, was lost, or has other arguments,
-                settings or weights. All
-                processes raise then.
+                that do not fit the pool or leave no candidate; an unsupported pool or model;
+                another process of the group failed, was lost, or has different arguments,
+                settings or weights. All processes raise in that case.
         """
         if not isinstance(pool, PreferencePool):
             raise ActiveDPOError(
@@ -241,7 +239,7 @@ class ActiveDPOSelector:
         return picked
 
     def tokenize(self, pool: PreferencePool, *, show_progress: bool | None = None) -> TokenizedPool:
-        """The tokens that features are taken of; the same as DPOTrainer trains on."""
+        """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
         return tokenize_pool(
             pool, self.processing_class, show_progress=show_progress, **self._tokenization
         )
@@ -256,7 +254,7 @@ class ActiveDPOSelector:
         self, processes: PoolProcesses, pool: PreferencePool, n: int, history: list[Pick],
         undecided: list[Pick], rules: PickRules | None, strategy: Strategy,
     ) -> None:
-        """Raise `ActiveDPOError` unless all processes were given the same."""
+        """Raise `ActiveDPOError` unless all processes were given the same input."""
         options = {name: value for name, value in vars(strategy).items()
                    if isinstance(value, (str, int, float, type(None)))}
         extractor = self.extractor
@@ -284,7 +282,7 @@ class ActiveDPOSelector:
 def _tell_of_other_arguments(
     history: Sequence[Pick], common: Mapping[str, Any] | None
 ) -> None:
-    """Log how many labeled chat pairs were picked with other arguments of the template."""
+    """Log how many labeled chat pairs were picked with different chat template arguments."""
     other = sum(
         (pick.chat_template_kwargs or {}) != {**(common or {}),
                                               **(pick.item_chat_template_kwargs or {})}
@@ -292,12 +290,12 @@ def _tell_of_other_arguments(
     )
     if other:
         logger.warning("%d of %d labeled pairs were picked with other chat_template_kwargs: their "
-                       "features are taken with the selector's; their to_dataset keeps the others",
+                       "features use the selector's; their to_dataset keeps their own",
                        other, len(history))
 
 
 def _norm(model: PreTrainedModel | PeftModel) -> float:
-    """Of all trainable weights together."""
+    """Return the norm of all trainable weights together."""
     norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).cpu()
              for p in model.parameters() if p.requires_grad]
     return float(torch.stack(norms).norm()) if norms else 0.0

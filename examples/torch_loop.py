@@ -1,9 +1,9 @@
-"""ActiveDPO in a hand-written DPO loop: no trainer, only torch, transformers and PEFT.
+"""ActiveDPO in a hand-written DPO loop: no trainer, just torch, transformers and PEFT.
 
     python examples/torch_loop.py
 
 Three rounds: sample responses, pick pairs, label them, take gradient steps on all labels so far.
-The features of what was labeled earlier are taken again each round, at the weights of that moment.
+The features of earlier labeled pairs are computed again each round, at the current weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ selector = ActiveDPOSelector(model, processing_class=tokenizer, beta=BETA)
 
 
 def logp(prompt: str, response: str) -> torch.Tensor:
-    """log π(response | prompt), the end-of-text token included."""
+    """Return log π(response | prompt), including the end-of-text token."""
     start = len(tokenizer(prompt)["input_ids"])
     ids = tokenizer(prompt + response + tokenizer.eos_token, return_tensors="pt")["input_ids"]
     log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)

@@ -2,8 +2,8 @@
 
     python examples/trl_dpo.py
 
-It trains the demo's small model for one round. What is about ActiveDPO stands between the two
-rulers; the rest is what a DPO script has anyway.
+It trains the demo's small model for one round. The ActiveDPO part is between the two rulers; the
+rest is an ordinary DPO script.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ args = DPOConfig(
     save_strategy="no", logging_steps=2,
 )
 
-# A pool is prompts with two or more responses: your own files (PreferencePool.load), a
-# datasets.Dataset (PreferencePool.from_dataset), or responses sampled from the model, as here.
+# A pool has prompts with two or more responses each: from your own files (PreferencePool.load), a
+# datasets.Dataset (PreferencePool.from_dataset), or sampled from the model, as here.
 pool = generate_responses(model, tokenizer, demo_prompts("pool")[:40], n_responses=3,
                           max_new_tokens=24, temperature=0.8, seed=0)
 

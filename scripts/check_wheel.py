@@ -1,6 +1,6 @@
-"""What a CUDA wheel has to have in it, and what it must not need. Part of `make wheel`.
+"""Check what a CUDA wheel contains, and that it needs no other libraries. Part of `make wheel`.
 
-Needs pyelftools, which comes with auditwheel, and no torch.
+Needs pyelftools, which comes with auditwheel, but not torch.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-# Libraries that every Linux of the wheel's tag has, and the one that torch brings.
+# Libraries that every Linux system of the wheel's tag has, and libgomp, which torch ships.
 ALLOWED = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|ld-linux-.*)\.so.*"
                      r"|libgomp\.so\.1")
 
 
 def needed(data: bytes) -> list[str]:
-    """The shared libraries that an ELF file names."""
+    """Return the shared libraries that an ELF file needs."""
     section = ELFFile(io.BytesIO(data)).get_section_by_name(".dynamic")
     return [tag.needed for tag in section.iter_tags("DT_NEEDED")]
 
 
 def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
-    """What is wrong with a wheel that was built from a tree."""
+    """List what is wrong with a wheel that was built from a tree."""
     found = []
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
@@ -50,13 +50,13 @@ def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--tree", type=Path, required=True, help="what it was built from")
+    parser.add_argument("--tree", type=Path, required=True, help="the tree it was built from")
     arguments = parser.parse_args()
     print(f"{arguments.wheel.name}: {arguments.wheel.stat().st_size / 1e6:.1f} MB")
     with zipfile.ZipFile(arguments.wheel) as wheel:
         found = problems(wheel, arguments.tree)
     if found:
-        sys.exit("\n".join(["the wheel is not as it should be:", *found]))
+        sys.exit("\n".join(["the wheel has problems:", *found]))
 
 
 if __name__ == "__main__":

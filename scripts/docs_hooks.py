@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: pages that live at the top of the repository, and links to files in it."""
+"""Hooks of mkdocs.yml: pages from the top of the repository, and links to files in it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)\s]+)\)")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages from the top of the repository, with links as seen from docs/."""
+    """Add the pages from the top of the repository, with links relative to docs/."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        # The rest is as seen from the top: one folder up from docs/.
+        # Other links are relative to the top: one folder up from docs/.
         text = re.sub(r"\]\((?!https?:|#|docs/)", "](../", text).replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Point links to those pages at them, and leave only the text of links to other files."""
+    """Point links to those pages at them, and reduce links to other files to their text."""
     def rewritten(match: re.Match[str]) -> str:
         target, _, anchor = match["target"].partition("#")
         if not target.startswith("../"):

@@ -3,7 +3,7 @@
 
 The source is the English description index ("Translation-en") of Debian's `main` section. Every
 package there has a long description (our prompt) and a one-line synopsis (our response), both
-written by its maintainer: a small, free summarization data set.
+written by its maintainer. Together they are a small, free summarization data set.
 
 Example:
     python scripts/make_demo_data.py --out activedpo_fast/demo/assets/data
@@ -30,11 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-MAX_WORDS = 100  # a description is cut, at a sentence or paragraph end, near this length
+MAX_WORDS = 100  # a description is cut near this length, at the end of a sentence or paragraph
 MIN_WORDS = 15  # shorter descriptions leave nothing to summarize
 SHINGLE_WORDS = 4
 MINHASHES, BANDS = 64, 32  # 32 bands of 2 rows: pairs at Jaccard 0.4 are candidates with p > 0.99
-NEAR_DUPLICATE = 0.4  # estimated Jaccard similarity from which two descriptions are "the same"
+NEAR_DUPLICATE = 0.4  # estimated Jaccard similarity at which two descriptions are "the same"
 HOLDOUT, POOL = 500, 4000
 
 # Packages whose text describes packaging, not software, or repeats another package's text.
@@ -80,7 +80,7 @@ class Entry:
 
 
 def fetch_index(folder: Path) -> Path:
-    """Let apt download (and verify) the English description index into `folder`."""
+    """Have apt download (and verify) the English description index into `folder`."""
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
     folder.chmod(0o755)
@@ -95,7 +95,7 @@ def fetch_index(folder: Path) -> Path:
 
 
 def read_index(path: Path) -> str:
-    """The index as text; apt's own helper knows every compression apt uses."""
+    """Read the index as text; apt's own helper knows every compression that apt uses."""
     if path.suffix in {"", ".txt"} or path.name.endswith("Translation-en"):
         return path.read_text(encoding="utf-8")
     command = ["/usr/lib/apt/apt-helper", "cat-file", str(path)]
@@ -123,12 +123,12 @@ def parse_stanzas(index: str) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def plain(text: str) -> str:
-    """Typographic quotes and dashes as ASCII, runs of whitespace as one space."""
+    """Replace typographic quotes and dashes by ASCII, and runs of whitespace by one space."""
     return " ".join(text.translate(PLAIN_CHARACTERS).split())
 
 
 def paragraphs(lines: Iterable[str]) -> list[str]:
-    """Running-text paragraphs: lists and verbatim lines (indented by rule) are left out."""
+    """Return the running-text paragraphs, without lists and verbatim (indented) lines."""
     result: list[str] = []
     current: list[str] = []
     for line in [*lines, "."]:
@@ -143,7 +143,7 @@ def paragraphs(lines: Iterable[str]) -> list[str]:
 
 
 def cut(texts: list[str], limit: int = MAX_WORDS) -> str:
-    """Whole paragraphs, then whole sentences, up to about `limit` words."""
+    """Keep whole paragraphs, then whole sentences, up to about `limit` words."""
     kept, used = [], 0
     for text in texts:
         sentences = []
@@ -163,30 +163,30 @@ def cut(texts: list[str], limit: int = MAX_WORDS) -> str:
 
 
 def is_boilerplate(text: str, first: bool) -> bool:
-    """Says what the package holds, not what the software does.
+    """Return whether a paragraph says what the package holds, not what the software does.
 
-    Further down "This package contains ..." only tells sister packages apart; as the opening it
-    may be the one real description, so there it must also speak of headers, documentation etc.
+    Further down, "This package contains ..." only distinguishes sister packages. As the opening it
+    may be the only real description, so there it must also mention headers, documentation etc.
     """
     return bool(BOILERPLATE.match(text)) and (not first or bool(PACKAGING_WORDS.search(text)))
 
 
 def clean_description(lines: list[str]) -> str:
-    """The part of a long description that tells what the software is ("" when there is none)."""
+    """Return the part of a long description that says what the software is, or ""."""
     texts = [t for t in paragraphs(lines) if len(t.split()) >= 4 and "://" not in t]
     texts = [t for i, t in enumerate(texts) if not is_boilerplate(t, first=i == 0)]
-    # A paragraph that only announces a (dropped) list would end in mid-air.
+    # Drop a final sentence that only introduces a list, since lists are dropped.
     texts = [t if not t.endswith(":") else " ".join(SENTENCE_END.split(t)[:-1]) for t in texts]
     return cut([t for t in texts if t])
 
 
 def clean_synopsis(text: str) -> str:
-    """The synopsis with plain whitespace and no closing full stop."""
+    """Return the synopsis with plain whitespace and no final period."""
     return plain(text).rstrip(".")
 
 
 def mostly_english(text: str) -> bool:
-    """Plain ASCII nearly throughout, with the usual share of short English function words."""
+    """Return whether a text is almost all ASCII and has enough short English function words."""
     ascii_share = sum(c.isascii() for c in text) / len(text)
     words = re.findall(r"[a-z]+", text.lower())
     common = {"the", "a", "an", "of", "and", "to", "for", "is", "in", "with", "that", "it", "or"}
@@ -194,7 +194,7 @@ def mostly_english(text: str) -> bool:
 
 
 def rejection(package: str, synopsis: str, lines: list[str], description: str) -> str:
-    """The name of the first filter a package fails, or "" when it is kept."""
+    """Return the name of the first filter that a package fails, or "" if it is kept."""
     if SKIPPED_NAME.search(package):
         return "name (debug, kernel, task, language data)"
     if SKIPPED_TEXT.search(synopsis) or SKIPPED_TEXT.search(" ".join(lines)[:400]):
@@ -213,7 +213,7 @@ def rejection(package: str, synopsis: str, lines: list[str], description: str) -
 
 
 def load_entries(index: str, counts: dict[str, int]) -> list[Entry]:
-    """Parse and filter; `counts` receives the number left after each filter."""
+    """Parse and filter; `counts` receives the number of packages before, dropped and after."""
     stanzas = list(parse_stanzas(index))
     counts["raw packages"] = len(stanzas)
     entries: dict[str, Entry] = {}
@@ -234,18 +234,18 @@ def load_entries(index: str, counts: dict[str, int]) -> list[Entry]:
 
 
 def normalize(text: str) -> str:
-    """Lower-case words only, so that punctuation and digits cannot hide a duplicate."""
+    """Keep lowercase words only, so that punctuation and digits cannot hide a duplicate."""
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
 def synopsis_key(synopsis: str) -> str:
-    """The synopsis without the part that tells sister packages apart ("foo - documentation")."""
+    """Return the synopsis without the part that distinguishes sister packages ("foo - docs")."""
     head = re.split(r"\s+[-–:]+\s+|\s*\(", synopsis)[0]
     return normalize(head if len(head.split()) >= 3 else synopsis)
 
 
 def minhash(text: str, seeds: np.ndarray) -> np.ndarray:
-    """A MinHash signature of the word shingles of `text`."""
+    """Return a MinHash signature of the word shingles of `text`."""
     words = normalize(text).split()
     grams = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)}
     digests = [hashlib.blake2b(g.encode(), digest_size=8).digest() for g in grams or {text}]
@@ -300,12 +300,12 @@ def cluster(entries: list[Entry]) -> list[list[int]]:
 
 
 def representative(group: list[Entry]) -> Entry:
-    """The package most likely to be described as a whole: no -dev or -doc, shortest name."""
+    """Pick the package most likely to describe the whole: no -dev or -doc, shortest name."""
     return min(group, key=lambda e: (bool(AUXILIARY_NAME.search(e.id)), len(e.id), e.id))
 
 
 def split(entries: list[Entry], seed: int) -> dict[str, list[Entry]]:
-    """A seeded split; every entry stands for a whole cluster, so no split can leak."""
+    """Split with a seed; every entry represents a whole cluster, so no split can leak."""
     shuffled = sorted(entries, key=lambda e: e.id)
     random.Random(seed).shuffle(shuffled)
     return {
@@ -316,13 +316,13 @@ def split(entries: list[Entry], seed: int) -> dict[str, list[Entry]]:
 
 
 def write_split(path: Path, entries: list[Entry]) -> None:
-    """One Parquet file with the columns id, description, synopsis."""
+    """Write one Parquet file with the columns id, description, synopsis."""
     columns = {name: [getattr(e, name) for e in entries] for name in Entry.__annotations__}
     pq.write_table(pa.table(columns), path, compression="zstd", compression_level=19)
 
 
 def release_of(index_path: Path) -> tuple[str, str]:
-    """Codename and date of the release, from apt's names and its Release file beside the index."""
+    """Return the release's codename and date, from apt's file names and its Release file."""
     match = re.match(r"(.*_dists_([a-z-]+))_", index_path.name)
     if not match:
         return "unknown", "unknown"
@@ -335,7 +335,7 @@ def release_of(index_path: Path) -> tuple[str, str]:
 
 
 def build(index_path: Path, out: Path, seed: int) -> dict[str, object]:
-    """Everything from the index file to the three Parquet files and counts.json."""
+    """Build the three Parquet files and counts.json from the index file."""
     stages: dict[str, int] = {}
     entries = load_entries(read_index(index_path), stages)
     groups = cluster(entries)
@@ -359,15 +359,15 @@ def build(index_path: Path, out: Path, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--index",
         type=Path,
-        help="a Translation-en index, plain or compressed; without it apt fetches the one of "
-        "this machine's Debian release",
+        help="a Translation-en index, plain or compressed; by default apt fetches that of this "
+        "machine's Debian release",
     )
     parser.add_argument(
         "--out",
@@ -375,7 +375,7 @@ def main() -> None:
         default=Path("activedpo_fast/demo/assets/data"),
         help="folder to write to (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="split seed (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         index_path = args.index or fetch_index(Path(folder))

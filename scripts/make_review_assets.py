@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make the prompts and the reward of the review task: everything but the language model.
+"""Make the prompts and the reward of the review task: everything except the language model.
 
 Prompts are the first four words of review sentences. The reward is a ridge regression from the
-MiniLM embedding of a sentence to the mean of twenty people's ratings of it, from -4 to 4; its fit
-on held-out reviews is written beside it.
+MiniLM embedding of a sentence to the mean of twenty people's ratings of it, from -4 to 4. Its fit
+on held-out reviews is written to the same folder.
 
 Example:
     python scripts/make_review_assets.py
@@ -28,7 +28,7 @@ PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def write_prompts(sentences: list[review_texts.Sentence], folder: Path) -> dict[str, int]:
-    """`pool.parquet` and `heldout.parquet`: id and prompt, every prompt once over both."""
+    """Write `pool.parquet` and `heldout.parquet`: id and prompt, every prompt once over both."""
     seen: set[str] = set()
     counts = {}
     for name, heldout in (("pool", False), ("heldout", True)):
@@ -45,7 +45,7 @@ def write_prompts(sentences: list[review_texts.Sentence], folder: Path) -> dict[
 
 
 def fit(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Weights of the columns of x and, last, of a constant, which is not penalized."""
+    """Return weights of the columns of x and, last, of a constant, which is not penalized."""
     ones = torch.ones(len(x), 1, dtype=x.dtype)
     design = torch.cat([x, ones], dim=1)
     ridge = torch.full((design.shape[1],), penalty, dtype=x.dtype)
@@ -54,18 +54,18 @@ def fit(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
 
 
 def r_squared(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> float:
-    """Of the regression's prediction."""
+    """Return R² of the regression's prediction."""
     error = y - (x @ weights[:-1] + weights[-1])
     return float(1 - error.square().sum() / (y - y.mean()).square().sum())
 
 
 def write_reward(sentences: list[review_texts.Sentence], folder: Path) -> dict[str, object]:
-    """`reward.safetensors` with `weights` [384] and `bias`, and how well it does."""
+    """Write `reward.safetensors` with `weights` [384] and `bias`; return how well it fits."""
     embedded = SynopsisSimilarity().embed([s.text for s in sentences]).double()
     rating = torch.tensor([s.rating for s in sentences], dtype=torch.float64)
     heldout = torch.tensor([s.heldout for s in sentences])
     x, y = embedded[~heldout], rating[~heldout]
-    inner = torch.arange(len(x)) % 5 == 0  # chooses the penalty
+    inner = torch.arange(len(x)) % 5 == 0  # for choosing the penalty
     penalty = max(PENALTIES, key=lambda p: r_squared(x[inner], y[inner],
                                                      fit(x[~inner], y[~inner], p)))
     weights = fit(x, y, penalty)
@@ -79,12 +79,12 @@ def write_reward(sentences: list[review_texts.Sentence], folder: Path) -> dict[s
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS / "reviews", help="folder to write to")
     parser.add_argument("--texts", type=Path, default=Path("runs/reviews"),
-                        help="where the texts are downloaded to")
+                        help="folder to download the texts to")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     folder = review_texts.fetch(args.texts)

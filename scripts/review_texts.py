@@ -1,8 +1,8 @@
 """Review sentences with the mean of twenty people's ratings, from the source of vaderSentiment.
 
 Hutto and Gilbert (ICWSM 2014) had film and product reviews rated sentence by sentence, from -4
-(extremely negative) to 4. The texts stay in that package (MIT license); `fetch` gets its source
-distribution from PyPI.
+(extremely negative) to 4. The texts are not copied from that package (MIT license); `fetch`
+downloads its source distribution from PyPI.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Sentence:
 
     @property
     def heldout(self) -> bool:
-        """Whether it is of the held-out split, with all sentences of its review."""
+        """Whether it is in the held-out split, as all sentences of its review then are."""
         return int(hashlib.sha256(self.whole.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
 
 
 def fetch(folder: Path) -> Path:
-    """The folder with the four files of texts, below `folder`; downloaded if it is not there."""
+    """Return the folder with the four text files, below `folder`; download it if missing."""
     texts = folder / "hutto_ICWSM_2014"
     if (texts / f"{OTHERS[-1]}_GroundTruth.txt").exists():
         return texts
@@ -60,7 +60,7 @@ def fetch(folder: Path) -> Path:
 
 
 def read(texts: Path, name: str) -> list[Sentence]:
-    """One of the files, in its order; sentences of fewer than six words are left out."""
+    """Read one of the files, in order; sentences of fewer than six words are left out."""
     found = []
     content = (texts / f"{name}_GroundTruth.txt").read_text(encoding="utf-8")
     for line in content.splitlines():
@@ -73,7 +73,7 @@ def read(texts: Path, name: str) -> list[Sentence]:
 
 
 def clean(text: str) -> str:
-    """Plain quotes, single spaces, a full stop where a sentence has none."""
+    """Make quotes plain and spaces single, and add a missing final period."""
     text = text.replace("''", '"').replace("``", '"')
     text = re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r"\s+", " ", text).strip())
     return text if text[-1] in '.!?"\')' else f"{text}."

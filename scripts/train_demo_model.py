@@ -4,8 +4,8 @@
 A byte-level BPE tokenizer and a 4-million-parameter Llama are trained on the train split of the
 demo data: first on whole texts (description, "TL;DR:", synopsis), then, as supervised
 fine-tuning, on the synopsis alone. Both phases run for a given time rather than a number of
-steps, so a slow machine yields a weaker model, not a later one. A run that was interrupted
-continues from its last checkpoint when the same command is given again.
+steps, so a slow machine gives a weaker model, not a later one. The same command continues an
+interrupted run from its last checkpoint.
 
 Example:
     python scripts/train_demo_model.py train --minutes 41 --sft-minutes 8
@@ -46,8 +46,8 @@ from transformers import (
 ASSETS = Path("activedpo_fast/demo/assets")
 END, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY, POSITIONS, IGNORED = 4096, 512, -100
-UNKNOWN = 1  # the padding token's id, in the place of an input token that is hidden
-CHUNK = 2048  # texts sorted by length together; small enough to keep the batches random
+UNKNOWN = 1  # the padding token's id, which replaces hidden input tokens
+CHUNK = 2048  # number of texts sorted by length together; small, to keep the batches random
 TEMPERATURE, NEW_TOKENS = 0.7, 40
 
 
@@ -61,7 +61,7 @@ class Example:
 
 @dataclass
 class Progress:
-    """Where a training phase stands; saved with every checkpoint."""
+    """The progress of a training phase, saved with every checkpoint."""
 
     step: int = 0
     epoch: int = 0
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass
 class Phase:
-    """One of the two trainings: what it is called, how long it takes, what it optimizes."""
+    """One of the two training phases: its name, its duration, and what it optimizes."""
 
     name: str
     seconds: float
@@ -84,22 +84,22 @@ class Phase:
 
 
 def prompt_of(row: dict[str, str]) -> str:
-    """The text the model is given."""
+    """Return the text that the model is given."""
     return f"{row['description']}\n\nTL;DR:"
 
 
 def response_of(row: dict[str, str]) -> str:
-    """The text the model is to write; the leading space keeps the prompt's tokens as they are."""
+    """Return the target text; its leading space leaves the prompt's tokens unchanged."""
     return f" {row['synopsis']}{END}"
 
 
 def read_split(name: str) -> list[dict[str, str]]:
-    """One split of the demo data."""
+    """Read one split of the demo data."""
     return pq.read_table(ASSETS / "data" / f"{name}.parquet").to_pylist()
 
 
 def train_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, and decoding gives it back unchanged."""
+    """Train byte-level BPE: any text can be encoded, and decoding returns it unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -121,7 +121,7 @@ def train_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> list[Example]:
-    """Encode every text, asserting what the demo relies on: prefixes and round trips hold."""
+    """Encode every text, and assert what the demo relies on: prefixes and round trips hold."""
     prompts = tokenizer([prompt_of(row) for row in rows])["input_ids"]
     texts = [prompt_of(row) + response_of(row) for row in rows]
     examples = []
@@ -134,7 +134,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> 
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
-    """An untrained Llama in the proportions usual at this size."""
+    """Return an untrained Llama in the usual proportions for this size."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -152,7 +152,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> L
 
 
 def collate(batch: list[Example], response_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs padded on the right, and at every position the token to predict there.
+    """Return inputs padded on the right, and the token to predict at every position.
 
     The padding needs no attention mask: it comes last, and attention is causal.
     """
@@ -168,7 +168,7 @@ def collate(batch: list[Example], response_only: bool) -> tuple[torch.Tensor, to
 
 
 def batches(examples: list[Example], size: int, rng: random.Random) -> list[list[Example]]:
-    """One epoch in random batches of texts of like length, each of at most `size` tokens."""
+    """Return an epoch's random batches of texts of similar length, at most `size` tokens each."""
     shuffled = rng.sample(examples, len(examples))
     result: list[list[Example]] = []
     for start in range(0, len(shuffled), CHUNK):
@@ -184,7 +184,7 @@ def batches(examples: list[Example], size: int, rng: random.Random) -> list[list
 
 
 def mean_loss(model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy per predicted token; logits are computed only where there is a target."""
+    """Return cross-entropy per predicted token; logits are computed only where targets exist."""
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
     wanted = targets != IGNORED
     return F.cross_entropy(model.lm_head(hidden[wanted]).float(), targets[wanted])
@@ -192,9 +192,9 @@ def mean_loss(model: LlamaForCausalLM, inputs: torch.Tensor, targets: torch.Tens
 
 @torch.no_grad()
 def heldout_loss(model: LlamaForCausalLM, examples: list[Example]) -> dict[str, float]:
-    """Mean loss per token in full precision, over all tokens and over the responses' alone."""
+    """Return mean loss per token in full precision, over all tokens and over responses alone."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # loss and count of all, then of the responses
+    sums = torch.zeros(4, dtype=torch.float64)  # loss and count of all tokens, then of responses
     for batch in batches(examples, 4096, random.Random(0)):
         inputs, targets = collate(batch, response_only=False)
         logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
@@ -208,7 +208,7 @@ def heldout_loss(model: LlamaForCausalLM, examples: list[Example]) -> dict[str, 
 
 
 def optimizers(model: LlamaForCausalLM, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW, or for the weight matrices Muon, which learns more from each of few tokens."""
+    """Return AdamW, or Muon for the weight matrices, which learns more from few tokens."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     betas = (0.9, 0.95)
@@ -225,14 +225,14 @@ def optimizers(model: LlamaForCausalLM, muon: bool) -> list[torch.optim.Optimize
 
 
 def learning_rate(done: float, peak: float) -> float:
-    """Linear warm-up over the first 2 % of the time, then a cosine down to 2 % of the peak."""
+    """Linear warm-up over the first 2% of the time, then a cosine down to 2% of the peak."""
     if done < 0.02:
         return peak * max(done, 0.0005) / 0.02
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 def save_atomically(content: object, path: Path) -> None:
-    """Never leave half a checkpoint behind."""
+    """Save without ever leaving a partial checkpoint behind."""
     partial = path.with_suffix(".partial")
     torch.save(content, partial)
     partial.replace(path)
@@ -241,7 +241,7 @@ def save_atomically(content: object, path: Path) -> None:
 def endless(
     examples: list[Example], size: int, seed: int, progress: Progress
 ) -> Iterator[list[Example]]:
-    """Batches of epoch after epoch, from where `progress` stands."""
+    """Yield batches, epoch after epoch, starting from `progress`."""
     while True:
         epoch = batches(examples, size, random.Random(f"{seed}/{progress.epoch}"))
         while progress.batch < len(epoch):
@@ -345,17 +345,17 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes for the owner alone
+        path.chmod(0o644)  # safetensors writes files that only the owner can read
 
 
 def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The exported model in float32, and its tokenizer, from disk alone."""
+    """Load the exported model in float32, and its tokenizer, from disk only."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def report(phase: Phase, progress: Progress, examples: list[Example]) -> dict[str, object]:
-    """What training.json says of one phase."""
+    """Return the entry of one phase in training.json."""
     epoch_tokens = sum(len(e.ids) - 1 for e in examples)
     return {
         "seconds": round(progress.seconds),
@@ -425,7 +425,7 @@ def train(args: argparse.Namespace) -> None:
 def generate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, sample: bool
 ) -> str:
-    """One response, greedy or sampled at TEMPERATURE."""
+    """Generate one response, greedy or sampled at TEMPERATURE."""
     options = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0} if sample else {}
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
@@ -439,7 +439,7 @@ def generate(
 
 
 def samples(args: argparse.Namespace) -> None:
-    """Write held-out samples, picked by the seed alone, as Markdown."""
+    """Write held-out samples, chosen only by the seed, as Markdown."""
     torch.set_num_threads(args.threads)
     model, tokenizer = load(args.out)
     rows = random.Random(args.seed).sample(read_split("heldout"), args.number)
@@ -463,25 +463,25 @@ def samples(args: argparse.Namespace) -> None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The two commands and their options."""
+    """Define the two commands and their options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, default=ASSETS / "model", help="the model's folder")
-    shared.add_argument("--seed", type=int, default=0, help="of everything random")
+    shared.add_argument("--seed", type=int, default=0, help="seed of everything random")
     shared.add_argument("--threads", type=int, default=2, help="CPU threads")
 
     training = commands.add_parser(
         "train",
-        help="train, or continue to train, the model",
+        help="train the model, or continue training it",
         parents=[shared],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     training.add_argument("--work", type=Path, default=Path("runs/demo_model"), help="checkpoints")
-    training.add_argument("--minutes", type=float, default=41.0, help="of pretraining")
-    training.add_argument("--sft-minutes", type=float, default=8.0, help="of fine-tuning")
+    training.add_argument("--minutes", type=float, default=41.0, help="minutes of pretraining")
+    training.add_argument("--sft-minutes", type=float, default=8.0, help="minutes of fine-tuning")
     training.add_argument("--lr", type=float, default=3e-3, help="peak rate of pretraining")
     training.add_argument("--sft-lr", type=float, default=5e-4, help="peak rate of fine-tuning")
     training.add_argument("--batch-tokens", type=int, default=6144, help="tokens in a batch")
@@ -489,10 +489,10 @@ def command_line() -> argparse.ArgumentParser:
     training.add_argument("--layers", type=int, default=4, help="layers")
     training.add_argument("--every", type=int, default=150, help="steps between checkpoints")
     training.add_argument(
-        "--muon", action=argparse.BooleanOptionalAction, default=True, help="else AdamW alone"
+        "--muon", action=argparse.BooleanOptionalAction, default=True, help="otherwise only AdamW"
     )
     training.add_argument("--token-dropout", type=float, default=0.0,
-                          help="share of the input tokens that are hidden")
+                          help="share of input tokens that are hidden")
     training.set_defaults(run=train)
     sampling = commands.add_parser(
         "samples",
@@ -501,13 +501,13 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     sampling.add_argument("path", type=Path, help="the Markdown file to write")
-    sampling.add_argument("--number", type=int, default=10, help="of samples")
+    sampling.add_argument("--number", type=int, default=10, help="number of samples")
     sampling.set_defaults(run=samples)
     return parser
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     args = command_line().parse_args()
     args.run(args)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Train the language model of review sentences, on a CPU, in about half an hour.
 
-It starts from the demo's model of package descriptions: two layers that do nothing yet are added,
-and a vocabulary of its own is learned, each new token beginning as the mean of the old tokens that
-spell it. Then it is trained on a mixture of reviews, editorials, tweets and package descriptions,
-and last on the reviews alone, of which the checkpoint with the least held-out loss is kept. There
+It starts from the demo's model of package descriptions. Two layers that do nothing yet are added,
+and a new vocabulary is learned; each new token starts as the mean of the old tokens that spell it.
+The model is then trained on a mixture of reviews, editorials, tweets and package descriptions, and
+last on the reviews alone; the checkpoint of that phase with the lowest held-out loss is kept. There
 are only 375,000 tokens of reviews: without hidden input tokens, and with more time, the held-out
-loss rises again. An interrupted run continues when the same command is given again.
+loss rises again. The same command continues an interrupted run.
 
 Example:
     python scripts/train_review_model.py --minutes 18 --reviews-minutes 5
@@ -48,13 +48,13 @@ from transformers import (
 )
 
 PROMPT_WORDS = 4
-MIXTURE = {"reviews": 2, "others": 1}  # times in an epoch of the mixture, beside descriptions once
+MIXTURE = {"reviews": 2, "others": 1}  # repeats per epoch of the mixture; descriptions appear once
 DESCRIPTIONS = 9000
-ADDED_AFTER = (1, 3)  # layers, counted from 0, that a new one follows
+ADDED_AFTER = (1, 3)  # layers, counted from 0, after which a new one is added
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of its own, so that reviews take fewer tokens."""
+    """Train a separate byte-level BPE, so that reviews take fewer tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -67,7 +67,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The demo's model with two more layers, which add nothing yet, and the new vocabulary."""
+    """Return the demo's model with two more layers, which add nothing yet, and the new tokens."""
     old, old_tokenizer = load(ASSETS / "model")
     layers = len(old.model.layers)
     model = LlamaForCausalLM(LlamaConfig.from_dict({
@@ -97,7 +97,7 @@ def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def example(tokenizer: PreTrainedTokenizerFast, text: str, prompt: str) -> Example:
-    """A text that starts with `prompt`, whose tokens the rest has to leave as they are."""
+    """Encode a text that starts with `prompt`; the rest must not change the prompt's tokens."""
     ids = tokenizer(text + END)["input_ids"][:POSITIONS]
     start = tokenizer(prompt)["input_ids"]
     assert ids[: len(start)] == start, f"the response changes the prompt's tokens: {text!r}"
@@ -105,12 +105,12 @@ def example(tokenizer: PreTrainedTokenizerFast, text: str, prompt: str) -> Examp
 
 
 def prompt_of(text: str) -> str:
-    """The first words, without the space that follows."""
+    """Return the first words, without the space that follows."""
     return " ".join(text.split()[:PROMPT_WORDS])
 
 
 def train(args: argparse.Namespace) -> None:
-    """Tokenizer, both phases, export."""
+    """Train the tokenizer, run both phases, and export."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -169,23 +169,23 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS / "reviews" / "model",
                         help="the model's folder")
     parser.add_argument("--texts", type=Path, default=Path("runs/reviews"),
-                        help="where the texts are downloaded to")
+                        help="folder to download the texts to")
     parser.add_argument("--work", type=Path, default=Path("runs/review_model"), help="checkpoints")
-    parser.add_argument("--minutes", type=float, default=18.0, help="of the mixture")
-    parser.add_argument("--reviews-minutes", type=float, default=5.0, help="of reviews alone")
+    parser.add_argument("--minutes", type=float, default=18.0, help="minutes on the mixture")
+    parser.add_argument("--reviews-minutes", type=float, default=5.0, help="minutes on reviews")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of the mixture")
     parser.add_argument("--reviews-lr", type=float, default=2e-4, help="peak rate of reviews alone")
     parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens in a batch")
     parser.add_argument("--token-dropout", type=float, default=0.15,
-                        help="share of the input tokens that are hidden, against overfitting")
+                        help="share of input tokens that are hidden, against overfitting")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.set_defaults(muon=True)
     train(parser.parse_args())

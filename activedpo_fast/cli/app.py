@@ -1,4 +1,4 @@
-"""The command `activedpo`. What takes long to import is imported inside the commands."""
+"""The command `activedpo`. Slow imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import typer
 from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError
 
-PENDING = 3  # exit code of `run` when labels are awaited from people
+PENDING = 3  # exit code of `run` when it waits for labels from people
 
-# Said by libraries about themselves, at every start, with nothing for a person to do about it.
+# Warnings that libraries print at every start and that users can do nothing about.
 _HARMLESS = (
     "`is_gradient_checkpointing` is deprecated",
     "`gradient_checkpointing` is deprecated",
@@ -27,21 +27,21 @@ _HARMLESS = (
 
 app = typer.Typer(
     name="activedpo",
-    help="Choose which preference pairs to label next for the model that you are training now.",
+    help="Choose which preference pairs to label next, for the model that you are training now.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted. What
-    nobody expected keeps its traceback.
+    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted.
+    Unexpected exceptions keep their traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = typer.main.get_command(app)
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ActiveDPOError as error:
         return _fail(str(error))
     except OSError as error:
-        # A file that may not be read or written, a disk that is full.
+        # No permission to read or write a file, or a full disk.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(f"{error.filename or 'writing a file'}: {reason_of(error)}")
     except Exception as error:
-        # The base class of usage errors moves between versions of typer; this method does not.
+        # The base class of usage errors differs between versions of typer; this method does not.
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
@@ -94,7 +94,7 @@ Examples:
 def features(
     pool: Annotated[Path, typer.Argument(
         metavar="POOL", help="Prompts with their responses: .jsonl or .parquet, a folder of such "
-        "files, or one of datasets.save_to_disk.")],
+        "files, or a folder of datasets.save_to_disk.")],
     model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
     output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
     adapter: Annotated[str | None, typer.Option(
@@ -102,46 +102,46 @@ def features(
     gguf_file: Annotated[str | None, typer.Option(
         help="A GGUF file in the model's folder.")] = None,
     tokenizer: Annotated[str | None, typer.Option(
-        help="Folder of the tokenizer, or a name on the hub; if not given, the adapter's where its "
-        "folder has one, else the model's.")] = None,
+        help="Folder of the tokenizer, or a name on the hub. Default: the adapter's if its folder "
+        "has one, else the model's.")] = None,
     sketch: Annotated[Literal["sjlt", "rademacher", "kronecker", "none"], typer.Option(
         help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
-    proj_dim: Annotated[int, typer.Option(help="k, the numbers in a projected row.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
+    proj_dim: Annotated[int, typer.Option(help="k, the length of a projected row.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
     export: Annotated[Path | None, typer.Option(
         help="Also write all rows as one matrix to this .safetensors file.")] = None,
     beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
     length_normalized: Annotated[bool, typer.Option(
-        "--length-normalized", help="Gradients of mean log-probs, for losses of those (ipo, "
+        "--length-normalized", help="Gradients of mean log-probs, for losses that use them (ipo, "
         "sigmoid_norm).")] = False,
     max_length: Annotated[int, typer.Option(
         help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
     truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
-        help="What stays of longer ones, as in DPOConfig.")] = "keep_start",
+        help="Which end of longer sequences is kept, as in DPOConfig.")] = "keep_start",
     chat_template_kwargs: Annotated[str | None, typer.Option(
         metavar="JSON", help="Arguments of the chat template, such as "
-        "'{\"enable_thinking\": false}'; those that you train with.")] = None,
+        "'{\"enable_thinking\": false}'; use those that you train with.")] = None,
     max_tokens_per_batch: Annotated[int | None, typer.Option(
-        help="Padded tokens in a forward and backward pass; as many as suit the device if not "
-        "given.")] = None,
+        help="Padded tokens in a forward and backward pass. Default: as many as suit the "
+        "device.")] = None,
     bf16: Annotated[bool, typer.Option(
         "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it.")] = False,
     dtype: Annotated[str, typer.Option(
-        help="float32, float64, bfloat16, float16, or auto: the checkpoint's, but float32 for "
+        help="float32, float64, bfloat16, float16, or auto: the checkpoint's, except float32 for "
         "half precision on the CPU.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto.")] = "auto",
     store_dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(
-        help="Of the stored rows; bfloat16 takes half the room.")] = "float32",
+        help="Dtype of the stored rows; bfloat16 takes half the space.")] = "float32",
     no_verify: Annotated[bool, typer.Option(
         "--no-verify", help="Skip the self-check against autograd.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take the gradient row of every response of a pool.
+    """Compute the gradient row of every response of a pool.
 
-    The rows are kept in a store, a folder that `activedpo select` reads. An interrupted run is
-    continued by the same command. On a store that is there already, columns of POOL other than the
-    texts are brought up to date.
+    The rows are kept in a store, a folder that `activedpo select` reads. The same command
+    continues an interrupted run. In an existing store, columns of POOL other than the texts are
+    updated.
     """
     with _session(quiet):
         import torch
@@ -187,47 +187,47 @@ Examples:
 """)
 def select(
     store: Annotated[Path, typer.Argument(
-        metavar="STORE", help="A store that `activedpo features` has made.")],
+        metavar="STORE", help="A store that `activedpo features` wrote.")],
     output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="B, how many pairs.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="B, the number of pairs.")] = 50,
     strategy: Annotated[Literal["activedpo", "trace", "random"], typer.Option(
-        help="How they are chosen.")] = "activedpo",
+        help="How pairs are chosen.")] = "activedpo",
     normalize: Annotated[Literal["response", "pair", "none"], typer.Option(
-        help="What gets unit norm: each response's row, their difference, or nothing; trace takes "
-        "rows as they are.",
+        help="What is scaled to unit norm: each response's row, their difference, or nothing; "
+        "trace uses rows as they are.",
     )] = "response",
     lam: Annotated[float, typer.Option(
         "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
     kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
     labeled: Annotated[Path | None, typer.Option(
-        help="JSONL file of pairs asked before: they are not picked again, and those with a label "
+        help="JSONL file of pairs asked before: they are not picked again, and those with label "
         "0 or 1 enter V.",
     )] = None,
     max_per_prompt: Annotated[int | None, typer.Option(
-        min=1, help="Most pairs of one prompt among the picks, in whichever rows; pairs labeled "
-        "earlier do not count.")] = None,
+        min=1, help="Most pairs of one prompt among the picks, whichever rows they are in; pairs "
+        "labeled earlier do not count.")] = None,
     prompt_by: Annotated[str | None, typer.Option(
-        metavar="FIELD", help="Column of the pool that says which rows are of one prompt; without "
-        "it, those with the same prompt text.")] = None,
+        metavar="FIELD", help="Column of the pool that says which rows belong to one prompt. "
+        "Default: rows with the same prompt text.")] = None,
     exclude: Annotated[Path | None, typer.Option(
-        help="File of ids, one a line; nothing is picked of their prompts.")] = None,
+        help="File of ids, one per line; no pairs of their prompts are picked.")] = None,
     group_by: Annotated[str | None, typer.Option(
         metavar="FIELD", help="Column of the pool that names a prompt's group.")] = None,
     quota: Annotated[list[str] | None, typer.Option(
-        metavar="NAME=N", help="Most pairs of that group; once for each group to limit.")] = None,
+        metavar="NAME=N", help="Most pairs of that group; repeat for each group to limit.")] = None,
     min_score: Annotated[float | None, typer.Option(
-        help="Pick no pair that scores less, but fewer pairs.")] = None,
+        help="Pick no pair that scores less, even if that leaves fewer pairs.")] = None,
     random_fraction: Annotated[float, typer.Option(
-        min=0, max=1, help="How much of the batch is drawn at random, before the rest.")] = 0.0,
+        min=0, max=1, help="Share of the batch that is drawn at random, before the rest.")] = 0.0,
     cost: Annotated[str | None, typer.Option(
         metavar="FIELD", help="Column of the pool with the cost of a prompt's label; pairs are "
         "picked by score / cost.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the random picks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random picks.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Pick the pairs of a store to label next.
 
-    Started by torchrun, the processes share the store's rows and make one selection together.
+    Under torchrun, the processes share the store's rows and make one selection together.
     """
     with _session(quiet):
         from activedpo_fast.cli.select import read_rules, select_pairs
@@ -256,9 +256,9 @@ def run(
 ) -> None:
     """Run the rounds that a YAML file describes.
 
-    A round generates responses, selects pairs, has them labeled and trains. What an earlier run
-    has done is not done again. Exit code 3 means that labels are awaited from people: fill in the
-    file that is named, then run the same command again.
+    A round generates responses, selects pairs, has them labeled and trains. Work that an earlier
+    run finished is not repeated. Exit code 3 means that the run waits for labels from people: fill
+    in the file that it names, then run the same command again.
     """
     with _session(quiet):
         _one_process("activedpo run")
@@ -281,24 +281,25 @@ Examples:
 """)
 def demo(
     model: Annotated[Literal["reviews", "small", "smollm2"], typer.Option(
-        help="A small vendored model that finishes reviews; another, or SmolLM2-135M-Instruct, "
-        "that write synopses.")] = "reviews",
-    output: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path(
+        help="reviews: a small vendored model that finishes reviews. small (also vendored) and "
+        "smollm2 (SmolLM2-135M-Instruct) write synopses.")] = "reviews",
+    output: Annotated[Path, typer.Option(help="Folder for all output.")] = Path(
         "runs/demo"),
     rounds: Annotated[int | None, typer.Option(
-        min=1, help="How many; default: the demo's.")] = None,
+        min=1, help="Number of rounds; default: the demo's.")] = None,
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option(
-        "--fresh", help="Start over instead of continuing what is in the folder.")] = False,
+        "--fresh", help="Start over instead of continuing the run in the folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Watch ActiveDPO beside random selection, on real text and a real model."""
+    """Run ActiveDPO and random selection side by side, on real text and a real model."""
     with _session(quiet):
         _one_process("activedpo demo")
         from activedpo_fast.demo.run import run_demo
 
         _hush()
-        # That some responses go on with the prompt's last word, which both sides tokenize alike.
+        # Warns that some responses continue the prompt's last word; TRL and this library tokenize
+        # these the same.
         logging.getLogger("trl").setLevel(logging.ERROR)
         run_demo(model=model, output=output, rounds=rounds, seed=seed, fresh=fresh,
                  show_progress=_progress(quiet))
@@ -308,7 +309,7 @@ def demo(
 
 
 def _one_process(command: str) -> None:
-    """Before other imports: some libraries connect to the processes that a launcher names."""
+    """Refuse several processes. Call it before other imports: some libraries connect on import."""
     from activedpo_fast.distributed.launcher import require_one_process
 
     require_one_process(command)
@@ -325,7 +326,7 @@ def _say(quiet: bool, line: str | None) -> None:
 
 @contextmanager
 def _session(quiet: bool) -> Iterator[None]:
-    """Our own messages on stderr, other libraries' small talk off; Ctrl-C is one line."""
+    """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
     log = logging.getLogger("activedpo_fast")
@@ -346,7 +347,7 @@ def _session(quiet: bool) -> Iterator[None]:
 
 
 def _hush() -> None:
-    """Switch off the bars and notices of the libraries that a model is loaded and trained with."""
+    """Turn off progress bars and routine messages of the libraries that load and train models."""
     from datasets.utils.logging import set_verbosity_error as quiet_datasets
     from datasets.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging

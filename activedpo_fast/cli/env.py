@@ -1,4 +1,4 @@
-"""What this installation has and what of it is in use: the answer of `activedpo env`."""
+"""The report of `activedpo env`: what is installed, and what is in use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from activedpo_fast import __version__
 
-# name -> how to get it; None: it is required and pip has put it there
+# name -> how to get it; None: required, so pip installs it
 _PACKAGES: dict[str, str | None] = {
     "torch": None,
     "transformers": None,
@@ -26,7 +26,7 @@ _PACKAGES: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: what it belongs to, what it is about, and what was found."""
+    """One line of the report: its section, its subject, and what was found."""
 
     section: str
     name: str
@@ -34,7 +34,7 @@ class Row:
 
 
 def report() -> list[Row]:
-    """Versions, devices, and for each operation the backend in use and why not the others.
+    """Return versions, devices, and for each operation its backend and why not the others.
 
     Raises:
         ActiveDPOError: ACTIVEDPO_BACKEND names no backend.
@@ -98,7 +98,7 @@ def _version(distribution: str) -> str | None:
     if distribution == "torch":
         import torch
 
-        return torch.__version__  # with its build, as "+cu130"
+        return torch.__version__  # with its build, such as "+cu130"
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What `activedpo features` does: gradient rows of a pool into a store."""
+"""The command `activedpo features`: writes the gradient rows of a pool to a store."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from activedpo_fast.store.store import FeatureStore
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """Everything that the gradient rows of a pool depend on, besides the pool itself."""
+    """Everything that the gradient rows of a pool depend on, except the pool itself."""
 
     model: str
     adapter: str | None
@@ -47,16 +47,16 @@ class FeatureOptions:
     chat_template_kwargs: dict[str, Any] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """JSON values that tell whether rows in a store are the rows that are asked for.
+        """Return JSON values that identify the rows; a store's must equal those of the options.
 
-        `store_dtype` is for `FeatureStore.create`, which puts it among them.
-        The device is not among them: rows differ by rounding between devices, as they do between
-        batch sizes. What "auto" stands for on this one is.
+        `store_dtype` is not included; `FeatureStore.create` adds it. Neither is the device: rows
+        differ by rounding between devices, as they do between batch sizes. The dtype that "auto"
+        means on this device is included.
         """
         if self.adapter is None:
             raise ActiveDPOError(NO_ADAPTER)
         dtype = resolve_dtype(self.model, self.dtype, resolve_device(self.device), self.gguf_file)
-        adapter_fingerprint = fingerprint_adapter(self.adapter)  # it is an adapter's folder
+        adapter_fingerprint = fingerprint_adapter(self.adapter)  # checks that it is an adapter
         tokenizer = tokenizer_source(self.model, self.adapter, self.tokenizer, self.gguf_file)
         return {
             "model": str(resolve_source(self.model, self.gguf_file).resolve()),
@@ -74,11 +74,11 @@ class FeatureOptions:
             "beta": self.beta,
             "max_length": self.max_length,
             "truncation_mode": self.truncation_mode,
-            # Absent where there are none, as in stores made before there was such an option.
+            # Absent if there are none, as in stores made before this option existed.
             **({"chat_template_kwargs": self.chat_template_kwargs}
                if self.chat_template_kwargs else {}),
             "version": __version__,
-            # Only where it is so: stores of sums do not mention it.
+            # Only if true: stores of sums do not have the key.
             **({"length_normalized": True} if self.length_normalized else {}),
         }
 
@@ -93,13 +93,13 @@ def take_features(
     verify: bool = True,
     show_progress: bool | None = None,
 ) -> str:
-    """Fill the feature store at `output`, or finish the one that is there; one line for a person.
+    """Create the feature store at `output`, or finish an existing one; return a one-line summary.
 
-    Columns of the pool other than its texts are brought up to date in a store that is there.
+    In an existing store, columns of the pool other than its texts are updated.
 
     Raises:
-        ActiveDPOError: bad input, or several processes; nothing is written then, unless rows were
-            already being taken.
+        ActiveDPOError: bad input, or several processes. Nothing is written then, unless rows were
+            already being computed.
     """
     started = time.perf_counter()
     require_one_process("activedpo features")
@@ -114,7 +114,7 @@ def take_features(
     columns = ""
     store = None
     if (folder / "manifest.json").exists():
-        # Opening it compares the settings, before a model is loaded for nothing.
+        # Opening it compares the settings before a model is loaded.
         store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
         if store.columns_taken:
             columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"

@@ -1,4 +1,4 @@
-"""What `activedpo run` does: the rounds that a YAML file describes."""
+"""The command `activedpo run`: runs the rounds that a YAML file describes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from activedpo_fast.training.trl import dpo_config, selector_settings
 
 
 def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
-    """Run, or go on with, the rounds that a configuration describes; a table of them.
+    """Run or continue the rounds that a configuration describes, and return a table of them.
 
     Raises:
-        LabelsPending: labels are awaited from people.
-        ActiveDPOError: bad input, or several processes; nothing is written then that was not there.
+        LabelsPending: the run waits for labels from people.
+        ActiveDPOError: bad input, or several processes; nothing new is written then.
     """
     require_one_process("activedpo run")
     output = Path(config.output_dir)
@@ -36,10 +36,10 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
                                  **config.dpo})
     except ActiveDPOError:
         raise
-    except Exception as error:  # files that it names may be missing, packages too old, ...
+    except Exception as error:  # missing files, packages too old, ...
         raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
     try:
-        selector_settings(dpo_args)  # what it refuses is told before a model is loaded
+        selector_settings(dpo_args)  # refuses settings before a model is loaded
     except ActiveDPOError as error:
         raise ActiveDPOError(f"dpo: {error}") from error
     prompts = read_prompts(config.prompts)
@@ -73,7 +73,7 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
 
 
 def _extra_settings(config: RunConfig) -> dict[str, Any]:
-    """What the loop cannot see in the objects that it is given: the adapter's name, the oracle."""
+    """Return what the loop's own arguments do not show: the given adapter, and the oracle."""
     adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
     oracle = dict(config.oracle)
     if oracle["kind"] == "reward_model":
@@ -86,7 +86,7 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _table(records: Sequence[RoundRecord]) -> str:
-    """One line a round: labels so far, and the seconds of its stages."""
+    """Format one line per round: labels so far, and the seconds of its stages."""
     stages = ("generate", "features", "select", "label", "train")
     lines = [["round", "labels", *(f"{stage} s" for stage in stages)]]
     for r in records:

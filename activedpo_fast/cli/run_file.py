@@ -1,4 +1,4 @@
-"""The YAML file of `activedpo run`: read and checked key by key."""
+"""The YAML file of `activedpo run`, read and checked key by key."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from activedpo_fast.presets import preset as find_preset
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked configuration. Sections hold what was given, laid over what the preset has.
+    """A checked configuration. Sections hold the given values on top of the preset's.
 
     Attributes:
         model, adapter, gguf_file, dtype, device, tokenizer: as in `load_policy`.
-        lora: arguments of `peft.LoraConfig` for a fresh adapter; None where `adapter` is given.
-        prompts: JSONL or Parquet file, or a folder (see `PreferencePool.load`), with `prompt` and,
-            if wanted, `id`.
-        output_dir: the run's folder; a run is continued from it.
-        seed: of everything that is random.
+        lora: arguments of `peft.LoraConfig` for a fresh adapter; None if `adapter` is given.
+        prompts: JSONL or Parquet file, or a folder (see `PreferencePool.load`), with `prompt` and
+            an optional `id`.
+        output_dir: the run's folder, from which a run continues.
+        seed: seed of everything random.
         strategy: name of the strategy; None for the default.
-        chat_template_kwargs: arguments of the chat template, for all stages. Given in `selection`
-            or `generation`, they are moved here.
+        chat_template_kwargs: arguments of the chat template, for all stages. If given in
+            `selection` or `generation`, they are moved here.
         selection: options of `ActiveDPOSelector`.
         loop: options of `ActiveDPOLoop`.
         generation: options of `generate_responses`.
@@ -67,7 +67,7 @@ def load_config(path: str | Path) -> RunConfig:
     """Read and check a YAML file.
 
     Raises:
-        ActiveDPOError: naming the key that is unknown, missing or of a wrong type.
+        ActiveDPOError: names the key that is unknown, missing or of the wrong type.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -106,7 +106,7 @@ def make_config(given: Any) -> RunConfig:
 
 
 def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> None:
-    """Raise ActiveDPOError for a key that is not in `known`, or a value not of the type there."""
+    """Raise ActiveDPOError for a key not in `known`, or a value that is not of its type there."""
     for key, value in given.items():
         name = f"{section}.{key}" if section else str(key)
         if key not in known:
@@ -121,7 +121,7 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
 
 
 def _sections() -> dict[str, dict[str, Any]]:
-    """The keys and types of each section, from the signatures that their values go to."""
+    """Return the keys and types of each section, from the signatures that receive the values."""
     from peft import LoraConfig
 
     from activedpo_fast.selection.rules import PickRules
@@ -130,7 +130,7 @@ def _sections() -> dict[str, dict[str, Any]]:
     from activedpo_fast.training.loop import ActiveDPOLoop
     from activedpo_fast.training.trl import dpo_config
 
-    dpo = type(dpo_config())  # trl.DPOConfig, or the error that says how to get it
+    dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
         "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
@@ -187,7 +187,7 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
 
 
 def _move_template_kwargs(values: dict[str, Any]) -> None:
-    """Make one setting of those at the top and in the sections, in place."""
+    """Merge the settings at the top level and in the sections into one, in place."""
     name = "chat_template_kwargs"
     given = {name: values.get(name)}
     for section in ("selection", "generation"):
@@ -223,7 +223,7 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` can be of the type `hint`; what is no plain type of YAML is let through."""
+    """Return whether `value` can be of the type `hint`; types that YAML does not have pass."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
@@ -255,7 +255,7 @@ def _describe(hint: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, as people write learning rates.
 
-    YAML 1.1, which PyYAML reads, wants 1.0e-4.
+    YAML 1.1, which PyYAML reads, requires 1.0e-4.
     """
 
 

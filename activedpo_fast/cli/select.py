@@ -1,4 +1,4 @@
-"""What `activedpo select` does: the pairs of a store to label next."""
+"""The command `activedpo select`: picks the pairs of a store to label next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.store.rows import StoredRows
 from activedpo_fast.store.store import FeatureStore
 
-_IN_MEMORY_BYTES = 2**30  # gradient rows up to here are loaded, larger ones are read as needed
+_IN_MEMORY_BYTES = 2**30  # up to this size gradient rows are loaded; beyond it, read as needed
 
 
 
@@ -45,11 +45,11 @@ def select_pairs(
     rules: PickRules | None = None,
     show_progress: bool | None = None,
 ) -> str | None:
-    """Write the pairs of a feature store to label next to `output`; one line for a person.
+    """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
-    `rules` may make them fewer than `batch_size`. Processes that a launcher such as torchrun has
-    started (WORLD_SIZE in the environment) make one selection together, each with its part of the
-    rows; the first of them writes it, and the others return None.
+    `rules` may leave fewer than `batch_size` pairs. Processes started by a launcher such as
+    torchrun (WORLD_SIZE in the environment) make one selection together, each with its part of the
+    rows. The first process writes it, and the others return None.
 
     Raises:
         ActiveDPOError: bad input, or another process failed; nothing is written then.
@@ -99,7 +99,7 @@ def select_pairs(
         picked.to_jsonl(output)
     gain = ""
     if strategy == "activedpo":
-        # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ), pick by pick
+        # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ) at each pick
         gain = f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
     labels = f" and {len(known)} labeled" if len(known) else ""
     return (f"{len(picked)} of {found} candidate pairs{labels} picked by {strategy}{gain}: "
@@ -108,7 +108,7 @@ def select_pairs(
 
 @contextmanager
 def _launched() -> Iterator[dist.ProcessGroup | None]:
-    """The processes that a launcher has started together; None for one that is alone."""
+    """Yield the group of processes that a launcher started; None for a single process."""
     size = os.environ.get("WORLD_SIZE", "").strip()
     if size in ONE_PROCESS:
         yield None
@@ -127,7 +127,7 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
 def _read_rows(
     store: FeatureStore, own: range, known: torch.Tensor
 ) -> tuple[torch.Tensor | StoredRows, History]:
-    """The gradient rows numbered `own`, and those of the labeled pairs `known`."""
+    """Return the gradient rows numbered `own`, and those of the labeled pairs `known`."""
     rows = store.rows_on_disk()
     used, pairs = torch.unique(known, return_inverse=True)
     mine = rows.select(torch.arange(own.start, own.stop))
@@ -135,22 +135,22 @@ def _read_rows(
 
 
 def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:
-    """The rows themselves where memory is not a question."""
+    """Load the rows if they are small enough for memory."""
     return rows.take(torch.arange(len(rows))) if rows.nbytes <= _IN_MEMORY_BYTES else rows
 
 
 def read_rules(
     *, exclude: FilePath | None = None, quotas: Sequence[str] = (), **others: Any
 ) -> PickRules | None:
-    """`PickRules` from what the command line has; None where it has no rule.
+    """Return the `PickRules` of the command line; None if it has no rule.
 
     Args:
-        exclude: file with one id a line.
+        exclude: file with one id per line.
         quotas: "NAME=N" each.
         others: the other fields of `PickRules`.
 
     Raises:
-        ActiveDPOError: naming the option, or the file, at fault.
+        ActiveDPOError: names the option or file at fault.
     """
     most: dict[str, int] = {}
     for text in quotas:
@@ -165,7 +165,7 @@ def read_rules(
 
 
 def _read_ids(path: FilePath) -> list[str]:
-    """The ids of a file with one a line; blank lines are skipped."""
+    """Read the ids of a file with one per line; blank lines are skipped."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -178,7 +178,7 @@ def _read_ids(path: FilePath) -> list[str]:
 def _check_overwrites_nothing(
     output: FilePath, store_path: FilePath, labeled: FilePath | None
 ) -> None:
-    """Refuse to write over what people have made, or what the store is made of."""
+    """Refuse to overwrite people's labels or files of the store."""
     target = Path(output).resolve()
     if labeled is not None and target == Path(labeled).resolve():
         raise ActiveDPOError(f"{output} is the --labeled file too: choose another --output")
@@ -191,9 +191,9 @@ def _check_overwrites_nothing(
         labels = [record.get("label") for _, record in jsonl_rows(target)
                   if isinstance(record, Mapping)]
     except ActiveDPOError as error:  # somebody may be editing it
-        raise ActiveDPOError(f"{output} is there and cannot be read: choose another --output, or "
+        raise ActiveDPOError(f"{output} exists and cannot be read: choose another --output, or "
                              f"move it away ({error})") from None
     count = sum(label is not None for label in labels)
     if count:
-        raise ActiveDPOError(f"{output} is there and has {count} labels: choose another --output, "
+        raise ActiveDPOError(f"{output} exists and has {count} labels: choose another --output, "
                              "or move it away")

@@ -1,4 +1,4 @@
-"""The demo: real text, a real language model, and what the examples need of them."""
+"""The demo: real text, a real language model, and the functions that the examples use."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["demo_prompts", "load_demo_model", "synopsis_labels"]
 
 
 def load_demo_model(name: str = "small"):  # type: ignore[no-untyped-def]
-    """The demo's language model before DPO, and its tokenizer: "small" or "smollm2"."""
+    """Load the demo's language model before DPO, and its tokenizer: "small" or "smollm2"."""
     from activedpo_fast.demo.language_model import load_base
 
     return load_base(name)
 
 
 def demo_prompts(split: str, model: str = "small") -> list[Prompt]:
-    """The prompts of a split ("train", "pool", "heldout"), the true synopsis in `extra`."""
+    """Read the prompts of a split ("train", "pool", "heldout"), true synopses in `extra`."""
     from activedpo_fast.demo.language_model import read_prompts
 
     return read_prompts(split, model)
 
 
 def synopsis_labels(selection: Selection, pool: PreferencePool) -> list[int | None]:
-    """Labels by the demo's oracle: which response is closer in meaning to the true synopsis."""
+    """Label by the demo's oracle: which response is closer in meaning to the true synopsis."""
     from activedpo_fast.demo.similarity import SynopsisSimilarity
     from activedpo_fast.labels import RewardOracle
 

@@ -1,4 +1,4 @@
-"""The reward of a model on held-out prompts, and how much it has changed from the start."""
+"""The reward of a model on held-out prompts, and its change from the start."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from activedpo_fast.training.generation import respond
 
 
 class HeldoutReward:
-    """Responses to held-out prompts, always the same prompts and seed, and their mean reward.
+    """Mean reward of responses to held-out prompts, with the same prompts and seed every time.
 
-    Every call writes the rewards by prompt to `folder`: `heldout-000.json` and so on, the first of
-    them at the start.
+    Every call writes the rewards by prompt to `folder`: `heldout-000.json` and so on, the first
+    file at the start.
 
     Args:
         samples: responses to each prompt, sampled at `generation`'s temperature; 0 for one greedy
             response.
         generation: `max_new_tokens`, `temperature` and `batch_size`.
 
-    A call returns `reward`, the mean, and `reward_se`, its standard error; `gain`, its difference
-    from the start, and `gain_se`, the standard error of that, paired over the prompts.
+    A call returns `reward`, the mean, and `reward_se`, its standard error; `gain`, the difference
+    from the start, and `gain_se`, its standard error, paired over the prompts.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class HeldoutReward:
 
 
 def heldout_files(folder: Path) -> list[Path]:
-    """What the calls of a `HeldoutReward` have left, the first one first."""
+    """List the files that the calls of a `HeldoutReward` wrote, in order."""
     return sorted(folder.glob("heldout-*.json"))
 
 
 def heldout_rewards(path: Path) -> NDArray[np.float64]:
-    """The mean reward of each prompt's responses."""
+    """Read the mean reward of each prompt's responses."""
     return np.array(read_json(path), dtype=np.float64)
 
 
 def paired(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean of a - b and its standard error, over prompts."""
+    """Return the mean of a - b over prompts and its standard error."""
     return float((a - b).mean()), _error(a - b)
 
 

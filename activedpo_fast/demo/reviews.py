@@ -1,4 +1,4 @@
-"""The review task: a small language model is to finish reviews favorably."""
+"""The review task: a small language model learns to finish reviews favorably."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ASSETS = Path(__file__).parent / "assets" / "reviews"
 
 
 class Rating:
-    """What people would rate prompt and response together, from -4 (negative) to 4.
+    """The rating that people would give prompt and response together, from -4 (negative) to 4.
 
     A linear regression from the MiniLM embedding of the sentence to the mean rating of twenty
-    people; `assets/README.md` has its origin and fit. In a real project people take its place.
+    people; `assets/README.md` has its origin and fit. In a real project, people replace it.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Rating:
 
 
 def load_review_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The vendored model before DPO, float32, and its tokenizer."""
+    """Load the vendored model before DPO, float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(_ASSETS / "model", dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(_ASSETS / "model")
 
 
 def read_review_prompts(split: str) -> list[Prompt]:
-    """`pool` or `heldout`: the first four words of review sentences."""
+    """Read the split `pool` or `heldout`: the first four words of review sentences."""
     rows = pq.read_table(_ASSETS / f"{split}.parquet").to_pylist()
     return [Prompt(row["id"], row["prompt"]) for row in rows]

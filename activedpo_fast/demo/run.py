@@ -1,4 +1,4 @@
-"""`activedpo demo`: ways to select pairs, side by side, on real text and a real model."""
+"""The command `activedpo demo`: strategies side by side, on real text and a real model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class _Task(NamedTuple):
-    """A model's task: the model as it is freshly loaded, its prompts and the reward in `unit`."""
+    """A model's task: a loader of the fresh model, its prompts, and the reward in `unit`."""
 
     load: Callable[[], Loaded]
     prompts: list[Prompt]
@@ -62,15 +62,15 @@ def run_demo(
     """Run all strategies from the same start; print the table and write the picture.
 
     Args:
-        model: "reviews" (5.8 million parameters; finishes reviews), or one that writes synopses:
-            "small" (4.2 million parameters), or "smollm2".
-        output: a folder; an interrupted demo continues from what is in it.
+        model: "reviews" (5.8 million parameters; finishes reviews), or a model that writes
+            synopses: "small" (4.2 million parameters) or "smollm2".
+        output: a folder; an interrupted demo continues from its contents.
         rounds: overrides the number of rounds.
-        seed: of everything: adapter, prompts, responses, labels, selection, training.
-        fresh: delete what an earlier demo left in `output`.
+        seed: seed of everything: adapter, prompts, responses, labels, selection, training.
+        fresh: delete the results of an earlier demo in `output`.
 
     Returns:
-        The records of the rounds by strategy; the first is the start, before any label.
+        The records of the rounds by strategy. The first record is the start, before any label.
     """
     require_one_process("activedpo demo")
     if model not in SETTINGS:

@@ -1,4 +1,4 @@
-"""What the demo runs: sizes chosen so that it ends within minutes on two CPU cores."""
+"""The demo's settings: sizes chosen so that it ends within minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 class DemoSettings:
     """Sizes of one demo.
 
-    `max_words` leaves out longer descriptions, `heldout` is the number of prompts of the metric and
-    `samples` that of responses to each (0: one greedy response), `temperature` that of the
-    Bradley–Terry labels, in units of the reward; `strategies` have their options for the selector.
+    Attributes:
+        max_words: longer descriptions are left out.
+        heldout: number of prompts of the metric.
+        samples: number of responses to each of them; 0 for one greedy response.
+        temperature: temperature of the Bradley–Terry labels, in units of the reward.
+        strategies: the strategies, each with its options for the selector.
     """
 
     max_words: int | None

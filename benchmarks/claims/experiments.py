@@ -54,9 +54,11 @@ class Experiment:
 def of_known_reward() -> list[Experiment]:
     """In the order in which they are run and shown."""
     found = []
-    for reward, what in (("linear", "a reward that the policy can learn exactly"),
-                         ("synopsis", "a reward that it can only come near")):
-        found.append(Experiment(f"main {reward}", what, 200, tuple(
+    for reward, what, seeds in (("linear", "a reward that the policy can learn exactly", 200),
+                                ("synopsis", "a reward that it can only come near", 200),
+                                ("reviews", "the review task, linearized", 100)):
+        name = {"reviews": "linearized"}.get(reward, reward)
+        found.append(Experiment(f"main {name}", what, seeds, tuple(
             Variant("", method, method, Setting(reward=reward))
             for method in (*known_reward.METHODS, EVERYTHING))))
     base = Setting(reward="synopsis")
@@ -67,6 +69,9 @@ def of_known_reward() -> list[Experiment]:
         for lam in (1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e9)]))
     found.append(_grid("responses", "M responses to each prompt, at the same number of labels", [
         (f"M = {m}", method, replace(base, n_responses=m))
+        for m in (2, 3, 8, 16) for method in ABLATED]))
+    found.append(_grid("linearized responses", "the review task, linearized; M responses", [
+        (f"M = {m}", method, replace(base, reward="reviews", n_responses=m))
         for m in (2, 3, 8, 16) for method in ABLATED]))
     found.append(_grid("batch", "B pairs labeled in a round, 100 in all", [
         (f"B = {b}", method, replace(base, batch_size=b, rounds=100 // b))

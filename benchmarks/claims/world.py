@@ -22,6 +22,7 @@ from torch import Tensor
 from activedpo_fast._files import atomic_path
 from activedpo_fast.demo.language_model import read_prompts
 from activedpo_fast.demo.similarity import SynopsisSimilarity
+from benchmarks.claims.review_world import review_gradients
 
 RESPONSES = 16  # of each prompt
 DIM = 64  # principal components
@@ -48,31 +49,48 @@ def make_world(reward: str, seed: int, folder: Path, duplicates: float = 0.0) ->
     """The world of a seed.
 
     Args:
-        reward: "linear", a random direction of the features, which the policy can learn exactly, or
-            "synopsis", the cosine of the response to the prompt's own synopsis, which it cannot.
-        folder: where the embeddings are kept.
+        reward: "linear", a random direction of the features, which the policy can learn exactly;
+            "synopsis", the cosine of the response to the prompt's own synopsis, which it cannot;
+            "reviews", the ratings of the review task, with that task's features (`review_world`).
+        folder: where embeddings and gradients are kept.
         duplicates: share of the prompts that repeat one of the others, with a little noise in the
             features.
     """
-    prompts, synopses, candidates = _packages(folder)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(prompts), generator=generator)[: PROMPTS + HELDOUT]
-    chosen = candidates[order]  # [., 16]
-    raw = prompts[order, None, :] * synopses[chosen]
-    raw = raw - raw.mean(dim=1, keepdim=True)
-    features = raw @ _components(raw)
-    features = features / features.square().sum(-1).mean().sqrt()
-    if reward == "linear":
-        direction = torch.randn(features.shape[-1], generator=generator, dtype=torch.float64)
-        rewards = features @ direction
+    if reward == "reviews":
+        features, rewards = _reviews(folder)
+        order = torch.randperm(len(features), generator=generator)[: PROMPTS + HELDOUT]
+        features, rewards = features[order], rewards[order]
     else:
-        rewards = (synopses[order, None, :] * synopses[chosen]).sum(-1)
+        features, rewards = _synopses(reward, folder, generator)
+    features = features / features.square().sum(-1).mean().sqrt()
     rewards = rewards - rewards.mean(dim=1, keepdim=True)
     rewards = rewards * SPREAD / (2 * rewards.var(dim=1).mean()).sqrt()
     train = features[:PROMPTS], rewards[:PROMPTS]
     if duplicates:
         train = _with_duplicates(*train, duplicates, generator)
     return World(*train, features[PROMPTS:], rewards[PROMPTS:])
+
+
+def _synopses(
+    reward: str, folder: Path, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Features and rewards of packages, [P, 16, DIM] and [P, 16]."""
+    prompts, synopses, candidates = _packages(folder)
+    order = torch.randperm(len(prompts), generator=generator)[: PROMPTS + HELDOUT]
+    chosen = candidates[order]  # [., 16]
+    raw = prompts[order, None, :] * synopses[chosen]
+    raw = raw - raw.mean(dim=1, keepdim=True)
+    features = raw @ _components(raw)
+    if reward == "linear":
+        return features, features @ torch.randn(features.shape[-1], generator=generator,
+                                                dtype=torch.float64)
+    return features, (synopses[order, None, :] * synopses[chosen]).sum(-1)
+
+
+@functools.cache
+def _reviews(folder: Path) -> tuple[Tensor, Tensor]:
+    return review_gradients(folder, RESPONSES)
 
 
 def _with_duplicates(

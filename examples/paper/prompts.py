@@ -1,9 +1,9 @@
-"""Write the prompts of TL;DR or WebGPT as `activedpo run` reads them.
+"""Write the prompts of TL;DR or WebGPT for `activedpo run`.
 
     python examples/paper/prompts.py tldr data/tldr.jsonl
     python examples/paper/prompts.py webgpt data/webgpt.jsonl
 
-Only prompts are needed: the responses are sampled from the model, round by round. Duplicates are
+Only prompts are needed: the responses are sampled from the model in each round. Duplicates are
 left out. `--source` reads a local copy (a file or folder that `datasets` can load) with the same
 columns.
 """
@@ -21,7 +21,7 @@ import datasets
 
 
 class Source(NamedTuple):
-    """Where a data set is on the Hub, and how a row becomes a prompt."""
+    """The location of a data set on the Hub, and how a row becomes a prompt."""
 
     name: str
     options: dict[str, Any]
@@ -32,7 +32,7 @@ SOURCES = {
     # Columns: prompt ("SUBREDDIT: ... TITLE: ... POST: ... TL;DR:"), completion.
     "tldr": Source("trl-lib/tldr", {"split": "train"}, lambda row: str(row["prompt"])),
     # Columns: question {full_text, ...}, answer_0, answer_1, score_0, score_1 and others. The
-    # repository has a loading script, which `datasets` no longer runs; this branch has the tables.
+    # repository has a loading script, which `datasets` no longer runs; this branch has Parquet.
     "webgpt": Source("openai/webgpt_comparisons",
                      {"split": "train", "revision": "refs/convert/parquet"},
                      lambda row: f"Question: {str(row['question']['full_text']).strip()}\n\n"
@@ -41,7 +41,7 @@ SOURCES = {
 
 
 def load(source: Source, local: Path | None) -> datasets.Dataset:
-    """The rows, from the Hub or from a local copy."""
+    """Load the rows, from the Hub or from a local copy."""
     if local is None:
         return datasets.load_dataset(source.name, **source.options)
     if local.is_dir():
@@ -51,7 +51,7 @@ def load(source: Source, local: Path | None) -> datasets.Dataset:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=SOURCES)

@@ -867,5 +867,5 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     edited = tmp_path / "edited.jsonl"
     edited.write_text(picked.read_text().replace('"label": 1}', '"label": 1'))
     assert main([*argv, str(edited)]) == 2
-    assert "is there and cannot be read" in capsys.readouterr().err
+    assert "exists and cannot be read" in capsys.readouterr().err
     assert before == (picked.read_bytes(), (store / "pool.jsonl").read_bytes())

@@ -53,7 +53,7 @@ def test_one_round(
     assert said in capsys.readouterr().out
     assert "After 2 labels, over the start: " in said
     pairs = len(runs) * (len(runs) - 1) // 2
-    assert said.count("told apart by these prompts.") == pairs
+    assert said.count("distinguished by these prompts.") == pairs
     # What is done is not done again.
     assert run_demo(model=model, output=tmp_path, show_progress=False) == runs
 
