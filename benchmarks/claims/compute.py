@@ -31,8 +31,8 @@ def passes(
     total, labeled = 0, 0
     found = [0.0]
     for round_folder in sorted(folder.glob("round-*")):
-        pool = _rows(round_folder / "pool.jsonl")
-        newest = _tokens(tokenizer, _rows(round_folder / "labels.jsonl"), once=False)
+        pool = json_lines(round_folder / "pool.jsonl")
+        newest = _tokens(tokenizer, json_lines(round_folder / "labels.jsonl"), once=False)
         candidates = _tokens(tokenizer, pool, once=True)
         total += candidates  # sampling
         total += per_token * (candidates + labeled)
@@ -60,5 +60,6 @@ def _tokens(
                                                  else row["responses"])])
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a JSONL file. Lines end at \\n alone: a text may have other separators unescaped."""
+    return [json.loads(line) for line in path.read_text().split("\n") if line]

@@ -229,8 +229,11 @@ def _everything(setting: Any) -> str:
 
 
 def _made(results: Results, experiment: Experiment) -> tuple[Variant, ...]:
-    """The variants that have two runs or more; a table may be filled in over several days."""
-    return tuple(v for v in experiment.variants if len(results.runs(v.key)) > 1)
+    """The variants with two runs or more, and not far fewer than others: a table has the seeds that
+    all of its lines have, and may be filled in over several days."""
+    runs = {v.key: min(len(results.runs(v.key)), experiment.seeds) for v in experiment.variants}
+    least = max(2, 2 * max(runs.values()) // 3)
+    return tuple(v for v in experiment.variants if runs[v.key] >= least)
 
 
 def _drawn(results: Results, experiment: Experiment) -> list[str]:

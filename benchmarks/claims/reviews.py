@@ -7,7 +7,6 @@ embedding predicts. Everything else is `ActiveDPOLoop` and TRL's `DPOTrainer`.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.compute import passes
+from benchmarks.claims.compute import json_lines, passes
 from benchmarks.claims.trial_strategies import TRIALS
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -142,7 +141,7 @@ def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:
     rating, and "difference", how far the two ratings are apart on average."""
     found: dict[str, list[float]] = {"agreement": [], "difference": []}
     for path in sorted(folder.glob("round-*/labels.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = json_lines(path)
         first, second = (np.array(rating([r["prompt"] for r in rows],
                                          [r["responses"][n] for r in rows], [])) for n in (0, 1))
         preferred = np.array([r["label"] == 0 for r in rows])

@@ -32,8 +32,12 @@ class Job(NamedTuple):
 def run_jobs(
     jobs: Sequence[Job], results: Results, environment: dict[str, Any], workers: int
 ) -> None:
-    """Run all jobs, in order; what is made is kept when this is interrupted."""
+    """Run all jobs, in order; what is made is kept when this is interrupted.
+
+    A job that fails does not keep the others from running; its error is raised at the end.
+    """
     saved = time.monotonic()
+    failed: list[tuple[Job, BaseException]] = []
     context = multiprocessing.get_context("spawn")
     with (ProcessPoolExecutor(workers, context, initializer=_start) as pool,
           tqdm(total=sum(job.runs for job in jobs), unit="run") as bar):
@@ -41,6 +45,10 @@ def run_jobs(
             waiting = {pool.submit(job.call, *job.arguments): job for job in jobs}
             for done in as_completed(waiting):
                 job = waiting[done]
+                if (error := done.exception()) is not None:
+                    failed.append((job, error))
+                    bar.write(f"failed: {job.arguments}: {type(error).__name__}: {error}")
+                    continue
                 for key, run in done.result().items():
                     results.add(key, job.seed, run)
                 bar.update(job.runs)
@@ -50,6 +58,8 @@ def run_jobs(
         finally:
             results.save(environment)
             pool.shutdown(wait=False, cancel_futures=True)
+    if failed:
+        raise failed[0][1]
 
 
 def _start() -> None:
