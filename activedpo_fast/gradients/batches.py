@@ -1,9 +1,9 @@
-"""Batches of tokenized responses under a token budget; a prompt's tokens are held once.
+"""Batches of tokenized responses under a token budget; a prompt's tokens are stored once.
 
-A batch has two parts. `prompt_ids` are what the responses of an item have in common, padded on
-the left; `input_ids` are what each response adds, padded on the right. Continued one from the
-other, the tokens of every response are contiguous, so that position ids, sliding windows and ALiBi
-slopes are those of the response alone.
+A batch has two parts. `prompt_ids` holds what the responses of an item have in common, padded on
+the left; `input_ids` holds what each response adds, padded on the right. With the second part
+continuing the first, the tokens of every response are contiguous. Position ids, sliding windows and
+ALiBi slopes are therefore those of the response alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
 
 class Layout(Enum):
-    """How responses are put into batches. All layouts have the same numbers, where a model can take
-    them; the fastest comes first."""
+    """How responses are put into batches. All layouts that a model supports give the same numbers;
+    the fastest comes first."""
 
     SHARED = "a prompt runs once for all of its responses"
     WHOLE = "every response runs with its prompt"
@@ -29,20 +29,20 @@ class Layout(Enum):
 
     @staticmethod
     def slowest(*layouts: Layout) -> Layout:
-        """The one that relies on least."""
+        """Return the slowest of the layouts, which assumes the least of the model."""
         return max(layouts, key=list(Layout).index)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Responses of one item, and how many tokens they share at their beginning.
+    """Responses of one item, and how many tokens they share at the beginning.
 
     Attributes:
-        rows: which responses of the tokenized pool.
+        rows: indices of the responses in the tokenized pool.
         shared: tokens that are run once for all of them; at least one token of each response, the
-            one before its first scored token, is not among them.
-        own: the most tokens that one of them has beyond these.
-        kind: the length class of every response, and of what they share. A batch has one kind.
+            one before its first scored token, is not shared.
+        own: the largest number of tokens that a response has beyond the shared ones.
+        kind: the length class of every response, and of the shared part. A batch has one kind.
     """
 
     rows: tuple[int, ...]
@@ -56,7 +56,7 @@ class Batch:
     """Some groups of responses, padded: P prompts of at most L tokens, B responses of T more.
 
     Attributes:
-        rows: int64 [B], which responses of the tokenized pool these are; groups stay together.
+        rows: int64 [B], indices of the responses in the tokenized pool; groups stay together.
         group_of: int64 [B], the group (0 .. P-1) of each response, ascending.
         prompt_ids, prompt_mask: int64 [P, L], padded on the left; L = 0 when nothing is shared.
         input_ids, attention_mask: int64 [B, T], padded on the right.
@@ -75,7 +75,7 @@ class Batch:
     scored: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """Model inputs on `device`; `rows` and `group_of` stay on the CPU."""
+        """Move the model inputs to `device`; `rows` and `group_of` stay on the CPU."""
         inputs = ("prompt_ids", "prompt_mask", "input_ids", "attention_mask", "position_ids",
                   "scored")
         return Batch(self.rows, self.group_of,
@@ -88,12 +88,12 @@ def group_rows(
     layout: Layout,
     length_class: LengthClass | None = None,
 ) -> list[Group]:
-    """The responses `rows` by item, in the order in which the items first appear.
+    """Group the responses `rows` by item, in the order in which the items first appear.
 
     With `Layout.SHARED`, responses of one item share their common beginning, up to the last token
-    before the first scored one of any of them; a response that is alone shares nothing. An item
-    whose responses are of several length classes has a group for each, and nothing is shared where
-    the beginning is of another class than the whole.
+    before the first scored one of any of them; a single response shares nothing. An item whose
+    responses are of several length classes has a group for each class. Nothing is shared if the
+    beginning is of a different class than the whole.
     """
     by_item: dict[tuple[int, int], list[int]] = {}
     for row in rows:
@@ -113,20 +113,20 @@ def group_rows(
 def plan_batches(
     groups: Sequence[Group], max_tokens: int, *, split: bool
 ) -> Iterator[list[Group]]:
-    """Batches of groups in which the padded tokens, P·L + B·T, do not exceed `max_tokens`.
+    """Plan batches of groups whose padded tokens, P·L + B·T, do not exceed `max_tokens`.
 
-    Groups of like length go together, longest first. A group that exceeds the budget alone is
-    `split` into parts that repeat the prompt, or gets a batch of its own. The plan is a function of
-    the lengths alone.
+    Groups of similar length go together, longest first. A group that alone exceeds the budget is
+    `split` into parts that repeat the prompt, or gets its own batch. The plan depends only on the
+    lengths.
     """
     if split:
         groups = [part for group in groups for part in _split(group, max_tokens)]
-    # What is shared and what is not needs a prompt pass or none, so the two are kept apart.
+    # Groups with a shared part need a prompt pass and others do not, so keep the two apart.
     parts: dict[tuple[bool, int], list[Group]] = {}
     for group in groups:
         parts.setdefault((group.shared == 0, group.kind), []).append(group)
     for _, part in sorted(parts.items()):
-        # Two orders, as either part of the sequences may be the longer one; the better is kept.
+        # Try two orders, as either part of the sequences may be the longer one; keep the better.
         plans = [
             list(_fill(sorted(part, key=key), max_tokens))
             for key in (lambda g: (-g.shared, -g.own), lambda g: (-g.own, -g.shared))
@@ -135,7 +135,7 @@ def plan_batches(
 
 
 def padded_tokens(groups: Sequence[Group]) -> int:
-    """Tokens of the batch that `groups` make, padding included: P·L + B·T."""
+    """Return the number of tokens in a batch of `groups`, padding included: P·L + B·T."""
     responses = sum(len(group.rows) for group in groups)
     return (len(groups) * max(group.shared for group in groups)
             + responses * max(group.own for group in groups))
@@ -167,7 +167,7 @@ def collate(
     group_of = torch.repeat_interleave(
         torch.arange(len(groups)), torch.tensor([len(group.rows) for group in groups]))
     position_ids = torch.tensor(shared_of).unsqueeze(1) + torch.arange(longest)
-    # Padding could lie beyond the last position that a model has an embedding for.
+    # Padding could be beyond the last position that a model has an embedding for.
     position_ids = torch.where(attention_mask.bool(), position_ids, 0)
     return Batch(torch.tensor(rows), group_of, prompt_ids, prompt_mask, input_ids, attention_mask,
                  position_ids, scored)
@@ -178,7 +178,7 @@ def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool)
     shared = 0
     if share and len(members) > 1:
         shared = min(min(max(m.completion_start, 1), len(m.input_ids)) - 1 for m in members)
-        # Made for paths, but it compares any sequences.
+        # commonprefix is meant for paths, but compares any sequences.
         shared = len(commonprefix([member.input_ids[:shared] for member in members]))
     own = max(len(member.input_ids) for member in members) - shared
     return Group(tuple(rows), shared, own)

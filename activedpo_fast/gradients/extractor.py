@@ -1,4 +1,4 @@
-"""From tokenized responses to gradient rows, log-probs and hidden states."""
+"""`FeatureExtractor`: gradient rows, log-probs and hidden states of tokenized responses."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PRECISIONS = (None, "bf16")
 
 @dataclass(frozen=True)
 class GradientRows:
-    """What one pass over some responses gives.
+    """The result of one pass over some responses.
 
     Attributes:
-        rows: int64 [n], which responses of the tokenized pool.
-        gradients: [n, k], β ∇θ log π(y|x), sketched; float32 (float64 for a float64 model). If they
-            are relative, less the row of the item's first response, whose own is then zero.
+        rows: int64 [n], indices of the responses in the tokenized pool.
+        gradients: [n, k], β ∇θ log π(y|x), sketched; float32 (float64 for a float64 model). If
+            relative, minus the row of the item's first response, whose own row is then zero.
         logps: float64 [n], log π(y|x).
 
-    With `length_normalized` both are of log π(y|x) / |y|.
+    With `length_normalized`, both use log π(y|x) / |y|.
     """
 
     rows: torch.Tensor
@@ -53,37 +53,38 @@ class GradientRows:
 
 
 class FeatureExtractor:
-    """Takes per-response features of one model at its current weights.
+    """Compute per-response features of one model at its current weights.
 
-    The model is left as it was found: train or eval mode, `requires_grad` flags, hooks, `forward`
-    and `.grad`, also after an exception. Features are taken in eval mode, without dropout, in the
+    The model is restored afterward, also after an exception: train or eval mode, `requires_grad`
+    flags, hooks, `forward` and `.grad`. Features are computed in eval mode, without dropout, in the
     model's own precision: autocast, inference mode and no_grad around a call change nothing, nor
-    does the autocast that a trainer with bf16=True has put around the model's `forward`.
+    does the autocast that a trainer with bf16=True puts around the model's `forward`.
 
     Args:
-        model: a causal LM of transformers, or a PEFT model around one. The gradient is taken for
+        model: a transformers causal LM, or a PEFT model around one. The gradient is computed for
             every parameter that requires one (of the active adapter).
         sketch: the random projection of the gradients; its `dim` is k.
         beta: β of the implicit reward r = β log(π/π_ref); the rows are multiplied by it.
-        length_normalized: take log π(y|x) / |y| for log π(y|x), in rows and log-probs, as losses of
-            mean log-probs do (TRL's "ipo" and "sigmoid_norm"; |y| as in `completion_tokens`).
+        length_normalized: use log π(y|x) / |y| instead of log π(y|x), in rows and log-probs, as
+            losses of mean log-probs do (TRL's "ipo" and "sigmoid_norm"; |y| as in
+            `completion_tokens`).
         pad_token_id: fills padded positions; it never influences a result.
-        max_tokens_per_batch: padded tokens in one forward and backward pass; None finds what suits
-            the model and the memory (see `TokenBudget`). Halved, with a warning, when memory does
-            not suffice.
-        precision: "bf16" computes matrix products in bfloat16 (autocast; the weights stay as they
-            are), for CPUs and GPUs that have it; None in the model's own dtype.
+        max_tokens_per_batch: padded tokens in one forward and backward pass; None picks a number
+            that fits the model and the memory (see `TokenBudget`). Halved, with a warning, when
+            memory runs out.
+        precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
+            converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
-            with those of autograd, refuse a model for which they differ, and find out how responses
-            can be batched (see `Layout`). Without it prompts are never shared, which is slower.
+            with autograd's, refuse a model for which they differ, and determine how responses can
+            be batched (see `Layout`). Without it prompts are never shared, which is slower.
 
     Raises:
-        UnsupportedParameterError, ActiveDPOError: see `require_supported`, which looks at the kind
-            of model whatever `verify` is, `trainable_linears` and `gradient_layout`; an option out
-            of range; bf16 asked of a CPU that has none.
+        UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
+            of model even without `verify`, `trainable_linears` and `gradient_layout`; an option out
+            of range; bf16 on a CPU that does not support it.
 
-    Every number is that of the response by itself, in a model that was just loaded: responses that
-    the model would treat in another way together than alone are not batched together.
+    Every number is that of the response run alone in a freshly loaded model: responses that the
+    model would treat differently together than alone are not batched together.
 
     Source: the gradient of the implicit reward as the feature of a response is ActiveDPO's, Lin et
     al., arXiv 2505.19241.
@@ -119,8 +120,8 @@ class FeatureExtractor:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
         self._verify = verify
-        # How responses are batched, once known, and the longest response that this was found out
-        # with: for gradients by whether the pool had prompts to share, else by model.
+        # How responses are batched, once known, and the longest response it was determined with:
+        # for gradients by whether the pool had prompts to share, otherwise by model.
         self._gradient_layout: dict[bool, tuple[Layout, int]] = {}
         self._forward_layout: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
         self._said_lengths: WeakSet[nn.Module] = WeakSet()
@@ -133,16 +134,16 @@ class FeatureExtractor:
         relative: bool = False,
         show_progress: bool | None = None,
     ) -> GradientRows:
-        """The gradient rows of all R responses, in pool order.
+        """Return the gradient rows of all R responses, in pool order.
 
         Args:
-            relative: rows less the row of the item's first response. Differences of an item's rows
-                are the same, so that pair features φ without normalization, or with "pair", are
-                too; each prompt costs one backward pass less.
+            relative: rows minus the row of the item's first response. Differences of an item's rows
+                do not change, and neither do pair features φ without normalization or with "pair".
+                Each prompt takes one backward pass less.
 
         Raises:
             ActiveDPOError: no responses; not enough memory for a single item; a row that is not
-                finite, also when its response runs alone; with `relative`, an item with only one
+                finite, even when its response runs alone; with `relative`, an item with only one
                 response.
         """
         count = len(tokenized.sequences)
@@ -170,7 +171,7 @@ class FeatureExtractor:
         *,
         show_progress: bool | None = None,
     ) -> Iterator[GradientRows]:
-        """Gradient rows batch by batch, longest sequences first, for the given `rows`."""
+        """Yield gradient rows batch by batch, longest sequences first, for the given `rows`."""
         for taken, _ in self._gradient_parts(tokenized, rows, False, show_progress):
             yield GradientRows(*taken)
 
@@ -178,7 +179,7 @@ class FeatureExtractor:
         self, tokenized: TokenizedPool, rows: Sequence[int], relative: bool,
         show_progress: bool | None,
     ) -> Iterator[tuple[Taken, bool]]:
-        """(rows, gradients, logps) by batch, and whether they are relative; some may not be."""
+        """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
         linears = trainable_linears(self.model)
         plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
@@ -186,7 +187,7 @@ class FeatureExtractor:
 
         def taking(relative: bool) -> Take:
             def take(batch: Batch, shared: bool) -> Taken:
-                # Sums over layers in float64, rounded once.
+                # Sum over layers in float64, round once.
                 sketched = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64,
                                        device=batch.input_ids.device)
                 lengths = self.lengths(tokenized, batch.rows.tolist())
@@ -200,7 +201,7 @@ class FeatureExtractor:
                 if lengths is not None:
                     logps = logps / lengths.to(logps.device)
                     sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
-                # β last: multiplying the objective would only lose bits of small gradients in bf16.
+                # β last: multiplying the objective would lose bits of small gradients in bf16.
                 gradients = sketched.mul_(self.beta).to(dtype).cpu()
                 return batch.rows, gradients, logps.double().cpu()
 
@@ -210,7 +211,7 @@ class FeatureExtractor:
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
         layout = self.check(tokenized)
-        # Rows are relative to each other where they can be in one batch.
+        # Rows are relative to each other if they can be in one batch.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups)
         for taken in self._run(tokenized, rows, taking(relative), self.model, layout,
@@ -227,14 +228,14 @@ class FeatureExtractor:
 
     @in_own_modes
     def check(self, tokenized: TokenizedPool) -> Layout:
-        """How responses are batched; the self-check, where that is not known yet.
+        """Return how responses are batched; run the self-check if this is not known yet.
 
-        It is made again for a pool with a response that is longer than all before: models differ in
-        how they treat long ones.
+        The check is repeated for a pool with a response longer than all before, because models
+        differ in how they treat long responses.
 
         Raises:
             UnsupportedParameterError: captured gradients differ from autograd's.
-            ActiveDPOError: a model or tokens that cannot be handled (see `require_supported`).
+            ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
         least = _fastest_allowed(self.model)
@@ -249,7 +250,7 @@ class FeatureExtractor:
                 self.model, trainable_linears(self.model), tokenized, self.pad_token_id,
                 self.precision)
             self._gradient_layout[has_prompts] = layout, longest
-        # What one of the two checks has found holds for the other.
+        # The finding of either check also holds for the other.
         forward, _ = self._forward_layout.get(self.model, (layout, 0))
         return Layout.slowest(layout, forward, least)
 
@@ -261,7 +262,7 @@ class FeatureExtractor:
         model: PreTrainedModel | PeftModel | None = None,
         show_progress: bool | None = None,
     ) -> torch.Tensor:
-        """log π(y|x), float64 [R], in pool order; under `model` where one is given (π_ref).
+        """Return log π(y|x), float64 [R], in pool order, under `model` (π_ref) if given.
 
         With `length_normalized`, log π(y|x) / |y|.
         """
@@ -281,7 +282,7 @@ class FeatureExtractor:
     def lengths(
         self, tokenized: TokenizedPool, rows: Sequence[int] | None = None
     ) -> torch.Tensor | None:
-        """int64 [n], |y| of the responses `rows` (all, by default); None without
+        """Return |y| of the responses `rows` (default: all), int64 [n]; None without
         `length_normalized`."""
         if not self.length_normalized:
             return None
@@ -292,7 +293,7 @@ class FeatureExtractor:
     def hidden(
         self, tokenized: TokenizedPool, *, show_progress: bool | None = None
     ) -> torch.Tensor:
-        """The last layer's hidden state at the last response token, float32 [R, h], pool order."""
+        """Return the last layer's hidden state at the last response token, float32 [R, h]."""
         self._require_supported(tokenized)
 
         def take(batch: Batch, shared: bool) -> Taken:
@@ -312,7 +313,7 @@ class FeatureExtractor:
         self, tokenized: TokenizedPool, take: Take, model: nn.Module, title: str,
         show_progress: bool | None,
     ) -> Iterator[Taken]:
-        """`take` of all responses, finite."""
+        """Run `take` on all responses; all results are finite."""
         layout = Layout.WHOLE
         if self._verify:
             layout, checked = self._forward_layout.get(model, (layout, 0))
@@ -348,13 +349,13 @@ class FeatureExtractor:
     def _alone(
         self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
     ) -> Iterator[Taken]:
-        """`take` of responses that were not finite in a batch, each by itself.
+        """Run `take` alone on each response that was not finite in a batch.
 
-        A model whose mask is all but infinite gives NaN where padding sees nothing else.
+        A model with a nearly infinite mask gives NaN at padding that can attend to nothing else.
         """
         if len(rows) == 0:
             return
-        logger.warning("%d responses are not finite in a batch (first: %s); they run by themselves",
+        logger.warning("%d responses are not finite in a batch (first: %s); each is run alone",
                        len(rows), tokenized.place(int(rows[0])))
         for taken in self._run(tokenized, rows.tolist(), take, model, Layout.ALONE, "", False):
             if not _finite(taken).all():
@@ -366,12 +367,12 @@ class FeatureExtractor:
 
 
 def _fastest_allowed(model: nn.Module) -> Layout:
-    """By what is known of the kind of model, whatever a check on a few responses finds."""
+    """Return the fastest layout allowed for this kind of model, whatever the self-check finds."""
     return Layout.ALONE if batch_changes_attention(model) else Layout.SHARED
 
 
 def _finite(taken: Taken) -> torch.Tensor:
-    """bool [n]: which rows have finite numbers only."""
+    """Return which rows have only finite numbers, bool [n]."""
     return torch.stack([part.isfinite().flatten(1).all(dim=1) if part.dim() > 1
                         else part.isfinite() for part in taken[1:]]).all(dim=0)
 
@@ -393,7 +394,7 @@ def _subtract_first(
 ) -> None:
     """Make the rows that are `absolute`, bool [R], relative to the first of their item, in place.
 
-    Items are absolute as a whole.
+    The rows of an item are either all absolute or all relative.
     """
     first: dict[int, int] = {}
     for row in absolute.nonzero().flatten().tolist():
@@ -406,7 +407,7 @@ def _subtract_first(
 def _say_lengths_apart(
     model: nn.Module, tokenized: TokenizedPool, classify: LengthClass
 ) -> bool:
-    """One line of the log where responses are kept apart by their length; whether it was said."""
+    """Log a warning if responses are kept apart by length; return whether it was logged."""
     groups = group_rows(tokenized, range(len(tokenized.sequences)), Layout.SHARED, classify)
     apart = sum(len(group.rows) for group in groups if group.kind != 0)
     if apart:

@@ -1,9 +1,9 @@
-"""What a backward pass tells about every trainable linear layer, token by token.
+"""Hooks that capture per-token inputs and output gradients of every trainable linear layer.
 
-For y = W h the gradient of an objective is Σ_t g_t h_tᵀ, g_t being its gradient at the layer's
-output for token t; a response's own part is the sum over the tokens that only it has. Hooks take h
-on the way forward and g on the way back; autograd computes no weight gradient, and differentiates
-nothing below the lowest trainable layer.
+For y = W h the gradient of an objective is Σ_t g_t h_tᵀ, where g_t is its gradient at the layer's
+output for token t. A response's own part is the sum over the tokens that only it has. Hooks capture
+h in the forward pass and g in the backward pass. Autograd computes no weight gradient, and
+differentiates nothing below the lowest trainable layer.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor],
 
 
 def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
-    """float64 where all trainable weights are, else float32."""
+    """Return float64 if all trainable weights are float64, else float32."""
     dtypes = {parameter.dtype for linear in linears for parameter in linear.module.parameters()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
 def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
-    """A consumer that adds the gradients of each layer's parameters to the rows `out`."""
+    """Return a consumer that adds the gradients of each layer's parameters to the rows `out`."""
 
     def consume(
         linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
     ) -> None:
         if linear.weight is not None:
-            # Under autocast h comes as the layer got it, before the cast that g has behind it.
+            # Under autocast h is the layer's input before the cast, and g has the cast dtype.
             dtype = torch.promote_types(h.dtype, g.dtype)
             h, g = h.to(dtype), g.to(dtype)
             left, right = (h, g) if linear.transposed else (g, h)
@@ -51,8 +51,8 @@ def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
 class Tokens:
     """The tokens of one forward pass.
 
-    shape: (B, T) of the model's input. segments: which of the B·T tokens, counted row-major, add to
-    which row; may be set again before every backward pass through the same forward pass.
+    shape: (B, T) of the model's input. segments: which of the B·T tokens (row-major) add to which
+    row; may be replaced before every backward pass through the same forward pass.
     """
 
     shape: tuple[int, int]
@@ -63,10 +63,10 @@ class Capture:
     """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
 
     Args:
-        linears: the layers. An A matrix whose B is zero everywhere has a gradient of exact zeros
+        linears: the layers. An A matrix whose B is zero everywhere has an exactly zero gradient
             (dL/dA h = Bᵀ g): nothing is differentiated through it, and it is never consumed.
-        consume: called once for each use of a layer in each backward pass; a layer's gradient is
-            the sum over the calls. h and g have the dtypes that the model computes with.
+        consume: called once per use of a layer in each backward pass; a layer's gradient is the sum
+            over the calls. h and g have the dtypes that the model computes with.
 
     Used as a context manager inside `undisturbed`; forward passes run inside `tokens(...)`.
     """
@@ -93,7 +93,7 @@ class Capture:
 
     @contextmanager
     def tokens(self, tokens: Tokens) -> Iterator[None]:
-        """Forward passes inside run these tokens."""
+        """Declare that forward passes inside run these tokens."""
         before, self._tokens = self._tokens, tokens
         try:
             yield
@@ -125,7 +125,7 @@ class Capture:
                 g, leaf.grad = leaf.grad, None
                 take(g)
 
-            # All parameters are frozen: here is where the graph begins.
+            # All parameters are frozen: the graph begins here.
             output.requires_grad_().register_post_accumulate_grad_hook(take_from_leaf)
 
         return take_input
@@ -139,8 +139,8 @@ def _by_token(
     linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
     count = shape[0] * shape[1]
-    # Some MLPs flatten batch and time, latent attention (DeepSeek) has a head dimension of one; the
-    # self-check proves the order.
+    # Some MLPs flatten batch and time; latent attention (DeepSeek) has a head dimension of one. The
+    # self-check verifies the order.
     given = [size for size in tensor.shape[:-1] if size != 1]
     if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
         return tensor.reshape(count, tensor.shape[-1])

@@ -1,4 +1,4 @@
-"""log π of scored tokens from hidden states, a chunk of tokens at a time."""
+"""log π of scored tokens from hidden states, one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import nn
 
 from activedpo_fast import ops
 
-# Logits held at a time, in numbers: 16 MiB in float32 on the CPU, and elsewhere enough that a chunk
-# keeps the device busy.
+# Number of logits held at a time: 16 MiB in float32 on the CPU; on other devices, enough to keep the
+# device busy.
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
-    """The model of transformers inside a PEFT model; its LoRA layers are its own modules."""
+    """Return the transformers model inside a PEFT model; LoRA layers are among its modules."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> Iterator[Head]:
-    """The part of `model` after its `decoder`, as a function of hidden states.
+    """Yield the part of `model` after its `decoder` as a function of hidden states.
 
-    Gives head(hidden [1, N, h]) -> logits [1, N, V]. It is the model's own forward pass, the
-    decoder's part replaced by an output of `output`'s kind that holds `hidden`: scaling,
-    soft-capping, biases and adapters of the head are all in it.
+    The function is head(hidden [1, N, h]) -> logits [1, N, V]. It is the model's own forward pass,
+    with the decoder's part replaced by an output of the same type as `output` that holds `hidden`.
+    It includes scaling, soft-capping, biases and adapters of the head.
     """
     states: list[torch.Tensor] = []
 
@@ -42,7 +42,7 @@ def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> It
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits
 
-    # A decoder may have a `forward` of its own (accelerate's hooks, a patch), which comes back.
+    # A decoder may have its own `forward` (accelerate's hooks, a patch); it is restored.
     own = vars(decoder)
     before = own.get("forward")
     decoder.forward = give_back  # type: ignore[method-assign]
@@ -64,18 +64,18 @@ def chunked_logps(
     weights: torch.Tensor | None,
     around: Callable[[int, int], AbstractContextManager[Any]],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log π of N tokens and the gradient of their weighted sum, with few logits held at a time.
+    """Compute log π of N tokens and the gradient of their weighted sum, chunk by chunk.
 
     Args:
         head: hidden states [1, n, h] -> logits [1, n, V].
-        hidden: [N, h], detached. targets: int64 [N]. vocabulary: V, or about that.
+        hidden: [N, h], detached. targets: int64 [N]. vocabulary: V, or approximately.
         weights: [N], or None for no gradient.
-        around: a context manager for tokens i..j, entered around their part of the head.
+        around: gives a context manager for tokens i..j, entered around their part of the head.
 
     Returns:
         The log-probs [N], and ∂ Σ weight · log π / ∂ hidden [N, h] (None without weights).
     """
-    # A batch may have nothing to score: prompts that fill the whole length.
+    # A batch may have nothing to score if prompts fill the whole length.
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logps: list[torch.Tensor] = [hidden.new_empty(0, dtype=exact)]
     gradient = None if weights is None else torch.zeros_like(hidden)

@@ -1,8 +1,8 @@
-"""Forward and backward passes over a batch: what is run once, and what once for each response.
+"""Forward and backward passes over a batch, with or without shared prompts.
 
 Two layouts give the same numbers. `shared`: the prompts run once, the responses continue them, and
-the LM head runs on scored tokens only. Not `shared`: every response is a sequence of its own and
-goes through the whole model as in a training step, which any causal LM can take.
+the LM head runs only on scored tokens. Not `shared`: every response is a separate sequence and goes
+through the whole model as in a training step, which any causal LM supports.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def gradient_pass(
 ) -> torch.Tensor:
     """Run the batch forward and back, so that `capture` sees every response's gradient.
 
-    Rows of the captured segments are positions in the batch. Row b receives ∇ log π(y_b|x), or with
-    `relative` ∇ (log π(y_b|x) - log π(y_1|x)), y_1 being the first response of its group, whose own
-    row receives nothing.
+    Rows of the captured segments are positions in the batch. Row b receives ∇ log π(y_b|x). With
+    `relative` it receives ∇ (log π(y_b|x) - log π(y_1|x)), where y_1 is the first response of its
+    group, whose own row receives nothing.
 
     Args:
-        model: inside `undisturbed`, `capture` entered.
-        shared: the layout. A batch that holds prompts apart can only be run in it.
-        lengths: int64 [B], n_b, where log π(y_b|x) / n_b is wanted. Relative rows are then
-            ∇ (n_1/n_b · log π(y_b|x) - log π(y_1|x)); each is still to be divided by `divisors`.
+        model: inside `undisturbed`, with `capture` entered.
+        shared: the layout. A batch with separate prompts can only be run with `shared`.
+        lengths: int64 [B], n_b, for log π(y_b|x) / n_b. Relative rows are then
+            ∇ (n_1/n_b · log π(y_b|x) - log π(y_1|x)); each must still be divided by `divisors`.
 
     Returns:
         log π(y|x), [B], float32 or float64.
 
-    A prompt's tokens run forward once. Back, the tokens of all responses run once, as their
-    gradients cannot mix, and those of a prompt once for each of its rows: M times for M responses,
+    A prompt's tokens run forward once. In the backward pass, the tokens of all responses run once,
+    as their gradients cannot mix, and those of a prompt once per row: M times for M responses,
     M - 1 times with `relative`.
     """
     terms = _terms(batch, relative)
@@ -54,7 +54,7 @@ def gradient_pass(
     if relative:
         if lengths is not None:
             weights = (divisors(batch, lengths, relative) / lengths).to(weights.device)
-        # The first response counts negatively, in whichever row of its group it is added up.
+        # The first response counts negatively, in whichever row of its group it is summed.
         weights[_first_of_group(batch).to(weights.device)] = -1.0
     responses = Tokens(_shape(batch.input_ids), _response_segments(batch, terms))
     if not shared:
@@ -81,16 +81,16 @@ def gradient_pass(
 
 
 def divisors(batch: Batch, lengths: torch.Tensor, relative: bool) -> torch.Tensor:
-    """float64 [B]: what the rows of `gradient_pass` are divided by for means of log π.
+    """Return the divisors of the rows of `gradient_pass` for means of log π, float64 [B].
 
-    The rows, and not the objective: that would only lose bits of small gradients in bf16.
+    The rows are divided, not the objective, which would lose bits of small gradients in bf16.
     """
     of = lengths[_first_of_group(batch)][batch.group_of] if relative else lengths
     return of.double()
 
 
 def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
-    """log π(y|x) of every response, [B], without gradients."""
+    """Return log π(y|x) of every response, [B], without gradients."""
     with torch.no_grad():
         if not shared:
             return whole_model_logps(model, batch)
@@ -103,12 +103,12 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
 def whole_model_logps(
     model: nn.Module, batch: Batch, *, everywhere: bool = False
 ) -> torch.Tensor:
-    """log π(y|x) [B] from the model's own logits; part of the autograd graph.
+    """Return log π(y|x) [B] from the model's own logits, as part of the autograd graph.
 
     With `everywhere` the head runs on all tokens, as hooks on it expect.
     """
-    # The head is needed from the token before the first scored one; what comes earlier in every
-    # sequence of the batch is left out where the model can.
+    # The head is needed from the token before the first scored one. Tokens before that in every
+    # sequence of the batch are left out if the model supports it.
     scored = batch.scored.any(dim=0).nonzero()
     length = batch.input_ids.shape[1]
     first = int(scored[0]) if len(scored) else max(length - 1, 1)
@@ -123,9 +123,9 @@ def whole_model_logps(
 
 
 def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
-    """The last layer's hidden state at each response's last token, [B, h], without gradients.
+    """Return the last layer's hidden state at each response's last token, [B, h], no gradients.
 
-    It is what the LM head reads, after the final norm (`last_hidden_state` of transformers).
+    This is the LM head's input, after the final norm (`last_hidden_state` in transformers).
     """
     with torch.no_grad():
         if shared:
@@ -141,7 +141,7 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
 
 
 def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The decoder's output for whole sequences, [B, T, h]."""
+    """Return the decoder's output for whole sequences, [B, T, h]."""
     found: list[torch.Tensor] = []
     decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
     if decoder is causal_lm(model):
@@ -168,12 +168,12 @@ def _shape(ids: torch.Tensor) -> tuple[int, int]:
 
 
 def _first_of_group(batch: Batch) -> torch.Tensor:
-    """int64 [P]: the first response of every group; groups are contiguous."""
+    """Return the first response of every group, int64 [P]; groups are contiguous."""
     return torch.searchsorted(batch.group_of, torch.arange(len(batch.prompt_ids)))
 
 
 def _terms(batch: Batch, relative: bool) -> list[tuple[int, int]]:
-    """(response, row) for every response whose tokens count in a row, ordered by response."""
+    """Return (response, row) for every response whose tokens add to a row, by response."""
     if not relative:
         return [(b, b) for b in range(len(batch.rows))]
     groups = batch.group_of.tolist()
@@ -189,14 +189,14 @@ def _terms(batch: Batch, relative: bool) -> list[tuple[int, int]]:
 
 
 def _response_segments(batch: Batch, terms: list[tuple[int, int]]) -> torch.Tensor:
-    """Which tokens of `input_ids`, counted row-major, count in which row: int64 [S, 3]."""
+    """Return which tokens of `input_ids` (row-major) add to which row, int64 [S, 3]."""
     length = batch.input_ids.shape[1]
     counts = batch.attention_mask.sum(dim=1).tolist()
     segments: list[list[int]] = []
     for b, row in sorted(terms, key=lambda term: (term[1], term[0])):
         start = b * length
         if segments and segments[-1][2] == row and segments[-1][0] == start - length:
-            # Two responses in a row, one after the other: padding between them has no gradient.
+            # Merge adjacent responses of the same row: padding between them has no gradient.
             segments[-1][1] = start + counts[b]
         else:
             segments.append([start, start + counts[b], row])
@@ -204,7 +204,7 @@ def _response_segments(batch: Batch, terms: list[tuple[int, int]]) -> torch.Tens
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The stack of layers of a causal LM, without its head."""
+    """Return the stack of layers of a causal LM, without its head."""
     decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
     if decoder is causal_lm(model):
         raise ActiveDPOError("the model has no decoder apart from its head")
@@ -218,8 +218,8 @@ def _prompt_states(decoder: nn.Module, batch: Batch) -> list[torch.Tensor]:
 
 
 def _one_for_each_response(states: list[torch.Tensor], batch: Batch) -> list[torch.Tensor]:
-    """Copies of the prompts' keys and values, [B, …], cut from the graph so that each response's
-    gradient arrives at its own."""
+    """Return copies of the prompts' keys and values, [B, …], detached from the graph so that each
+    response's gradient arrives at its own copy."""
     group_of = batch.group_of.to(batch.input_ids.device)
     return [
         state.detach().index_select(0, group_of).requires_grad_(state.requires_grad)
@@ -250,7 +250,7 @@ def _scored_logps(
     weights: torch.Tensor | None,
     captured: tuple[Capture, list[tuple[int, int]]] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log π(y|x) [B] from hidden states, and the gradient of its weighted sum to them [B, T, h]."""
+    """Return log π(y|x) [B] and the gradient of its weighted sum to hidden states [B, T, h]."""
     response, position = batch.scored.nonzero(as_tuple=True)
     hidden = output.last_hidden_state
     owners = response.tolist()
@@ -278,7 +278,7 @@ def _scored_logps(
 
 
 def _chunk_segments(owners: list[int], terms: list[tuple[int, int]]) -> torch.Tensor:
-    """Segments of a chunk of scored tokens, whose responses `owners` are ascending."""
+    """Return the segments of a chunk of scored tokens, whose responses `owners` are ascending."""
     found: dict[int, tuple[int, int]] = {}
     for position, owner in enumerate(owners):
         found[owner] = (found.get(owner, (position, 0))[0], position + 1)
@@ -293,7 +293,7 @@ def _prompts_back(
     tokens: Tokens,
     relative: bool,
 ) -> None:
-    """The backward passes of the prompts, one for the n-th response of all groups at a time."""
+    """Run the backward passes of the prompts, one per n-th response of all groups."""
     arrived = [(state, copy.grad) for state, copy in zip(states, continued, strict=True)
                if copy.grad is not None]
     if not arrived:
@@ -320,7 +320,7 @@ def _prompts_back(
 
 
 def _whole_inputs(batch: Batch) -> dict[str, Any]:
-    # Padding is on the right, where the model's own position ids are right.
+    # With padding on the right, the model's own position ids are correct.
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
             "use_cache": False}
 

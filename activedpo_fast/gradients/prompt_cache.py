@@ -1,8 +1,7 @@
 """One forward pass for a prompt, continued by each of its responses.
 
-The keys and values of the prompt's tokens are all that a response needs of it. They are kept as
-`generate` keeps them, in a cache of transformers, but with their graph: gradients come back to
-them.
+A response needs only the keys and values of the prompt's tokens. They are kept in a transformers
+cache, as `generate` does, but with their autograd graph, so that gradients reach them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class _PromptDone(Exception):
-    """The last layer's keys and values are there; nothing after them matters to a response."""
+    """The last layer's keys and values are recorded; responses need nothing after them."""
 
 
 class _Recorder(DynamicLayer):
@@ -28,7 +27,7 @@ class _Recorder(DynamicLayer):
 
 
 class _RecordingCache(Cache):
-    """Keeps the keys and values of one forward pass, and ends it after the last layer's."""
+    """A cache that records one forward pass's keys and values and ends it after the last layer."""
 
     def __init__(self, layers: int) -> None:
         super().__init__(layer_class_to_replicate=_Recorder)
@@ -45,7 +44,7 @@ class _RecordingCache(Cache):
 
 
 class _Continued(DynamicLayer):
-    """A prompt's keys and values, once for each response; what follows is never stored."""
+    """A prompt's keys and values, once for each response; later ones are never stored."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -63,7 +62,7 @@ class _Continued(DynamicLayer):
 def run_prompts(
     decoder: nn.Module, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Keys and values, alternating, of every layer for left-padded prompts [P, L].
+    """Return keys and values, alternating, of every layer for left-padded prompts [P, L].
 
     Each is [P, heads, L, head_dim] and part of the autograd graph.
     """
@@ -87,7 +86,8 @@ def run_prompts(
 
 
 def continue_prompts(states: list[torch.Tensor]) -> Cache:
-    """A cache that begins with `states`, one row for each response: alternating keys and values."""
+    """Return a cache that starts with `states` (alternating keys and values), one row per response.
+    """
     return Cache(layers=[
         _Continued(keys, values)
         for keys, values in zip(states[::2], states[1::2], strict=True)

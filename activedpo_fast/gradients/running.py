@@ -1,4 +1,4 @@
-"""Batches run one after the other, smaller ones after memory ran out."""
+"""Running batches one after another, with smaller ones after memory runs out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from activedpo_fast.models.positions import LengthClass
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.progress import progress_bar
 
-# What is taken of a batch: its rows, int64 [n], then tensors [n, ...] on the CPU.
+# The results of a batch: its rows, int64 [n], then tensors [n, ...] on the CPU.
 Taken = tuple[torch.Tensor, ...]
 # (batch on the device, whether its prompts are shared)
 Take = Callable[[Batch, bool], Taken]
@@ -39,10 +39,10 @@ def run_batches(
     show_progress: bool | None = False,
     whole_items: bool = False,
 ) -> Iterator[Taken]:
-    """`take` of every batch of `rows`, planned again with half the tokens when memory ran out.
+    """Run `take` on every batch of `rows`; when memory runs out, replan with half the tokens.
 
     Args:
-        length_class: which lengths may share a batch, see `features.positions`.
+        length_class: which lengths may share a batch, see `models.positions`.
         whole_items: all responses of an item that are of one length class are in one batch.
 
     Raises:
@@ -54,7 +54,7 @@ def run_batches(
         while pending:
             groups = group_rows(tokenized, pending, layout, length_class)
             done: set[int] = set()
-            # Of responses that run alone, none fits with another.
+            # With this budget, responses that run alone never share a batch.
             tokens = 1 if layout is Layout.ALONE else budget.tokens
             planned = budget.tokens
             for members in plan_batches(groups, tokens, split=not whole_items):
@@ -77,7 +77,7 @@ def run_batches(
                     if budget.tokens != planned:
                         break
                     continue
-                # Outside of the handler, whose traceback holds the batch's tensors.
+                # Outside the handler, whose traceback holds the batch's tensors.
                 budget.halve(padded_tokens(members))
                 break
             pending = [row for row in pending if row not in done]

@@ -1,10 +1,10 @@
-"""The self-check: captured gradients against autograd's, on responses of the user's own.
+"""The self-check: compare captured gradients with autograd's on the user's own responses.
 
 Hooks, shared prompts and batches rely on how a model passes tokens through its layers. A model that
-does it in another way (a weight used without calling its layer, tokens reordered, samples that
-influence each other, positions that are ignored or depend on the longest of the batch) would give
-wrong rows without an error; this finds it before any row is handed out. The responses are those of
-a short, a middling and the longest prompt, in one batch.
+works differently (a weight used without calling its layer, reordered tokens, samples that influence
+each other, positions that are ignored or depend on the longest of the batch) would give wrong rows
+without an error. The self-check detects this before any row is returned. The responses are those of
+a short, a medium-length and the longest prompt, in one batch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 class _Tolerance(NamedTuple):
-    """Errors allowed, far above rounding (the batch and the single sequence are padded
-    differently), far below what a misattributed token gives.
+    """Allowed errors: far above rounding (the batch and the single sequence are padded
+    differently), far below the effect of a misattributed token.
 
-    gradient: of a parameter, relative to its norm; also of hidden states.
+    gradient: of a parameter, relative to its norm; also used for hidden states.
     logp: of log π(y|x), a sum that rounding changes less.
     """
 
@@ -44,20 +44,20 @@ class _Tolerance(NamedTuple):
     logp: float
 
 
-# Eager attention has its softmax in float32 also in a float64 model.
+# Eager attention computes its softmax in float32 even in a float64 model.
 _TOLERANCE = {torch.float64: _Tolerance(1e-5, 1e-6), torch.float32: _Tolerance(1e-3, 3e-5)}
 _LOW_PRECISION_TOLERANCE = _Tolerance(0.25, 0.05)
 
-# With half precision, rounding may be as large as what shared prompts could do wrong. So it is
-# measured: a whole row may be off by so many times what it is off in a batch of whole sequences, or
-# by this.
+# In half precision, rounding may be as large as errors from shared prompts, so it is measured. A
+# whole row may be off by this multiple of its error in a batch of whole sequences, or by the second
+# number.
 _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
 
 _SLOWER = {
     Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
                   "prompt, which is slower (%s)",
-    Layout.ALONE: "%s treats a response in a batch in another way than by itself; every response "
-                  "runs by itself, which is slower (%s)",
+    Layout.ALONE: "%s treats a response in a batch differently than alone; every response runs "
+                  "alone, which is slower (%s)",
 }
 
 
@@ -68,11 +68,11 @@ def gradient_layout(
     pad_token_id: int,
     precision: str | None,
 ) -> Layout:
-    """The fastest layout in which captured gradients are right, found out on a few responses.
+    """Return the fastest layout in which captured gradients are correct on a few responses.
 
-    A batch of three items, captured in a layout, is compared with one backward pass of autograd
-    through the whole model for each response by itself. If it differs, or the model cannot run it,
-    the next layout is tried.
+    A batch of three items, captured in a layout, is compared with one autograd backward pass
+    through the whole model for each response alone. If it differs, or the model cannot run it, the
+    next layout is tried.
 
     Raises:
         UnsupportedParameterError: naming the first parameter whose gradients differ in any layout.
@@ -88,8 +88,8 @@ def gradient_layout(
             length = len(tokenized.sequences[row].input_ids)
         else:
             continue
-        logger.warning("self-check: there is no memory for autograd on %d tokens; only shorter "
-                       "responses are looked at", length)
+        logger.warning("self-check: not enough memory for autograd on %d tokens; only shorter "
+                       "responses are checked", length)
         break
     if not expected:
         return Layout.SHARED  # nothing is scored, so that every row is zero
@@ -107,7 +107,7 @@ def gradient_layout(
     tolerance = _tolerance(model, precision)
 
     def largest_error(layout: Layout) -> float:
-        """The largest error of a row, relative to its norm, where no parameter's is too large."""
+        """Return the largest error of a row, relative to its norm; raise if a parameter fails."""
         errors = [0.0]
         for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
             for row, found in zip(rows.tolist(), captured, strict=True):
@@ -132,7 +132,7 @@ def gradient_layout(
 def forward_layout(
     model: nn.Module, tokenized: TokenizedPool, pad_token_id: int, precision: str | None
 ) -> Layout:
-    """The fastest layout in which log-probs and hidden states are those of responses alone."""
+    """Return the fastest layout whose log-probs and hidden states match each response alone."""
     rows = _rows_to_check(tokenized)
     if not rows:
         return Layout.SHARED
@@ -155,13 +155,13 @@ def forward_layout(
         if layout is Layout.ALONE:
             return
         logps, hidden = run(layout)
-        # A response that is all but certain is held to the size of the others.
+        # A response with log π near 0 is measured against the size of the others.
         errors = {"log-prob": ((logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
                                tolerance.logp),
                   "hidden state": ((hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
                                    tolerance.gradient)}
         for name, (error, allowed) in errors.items():
-            # Written so that a NaN does not pass.
+            # Written so that NaN does not pass.
             if not bool((error <= allowed).all()):
                 raise ActiveDPOError(f"its {name} differs by {float(error.max()):.1e}")
 
@@ -169,13 +169,13 @@ def forward_layout(
 
 
 def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> Layout:
-    """The first layout for which `compare` raises nothing."""
+    """Return the first layout for which `compare` does not raise."""
     reason = ""
     for layout in Layout:
         try:
             compare(layout)
-        except Exception as error:  # whatever a model of another kind may raise
-            # Out of the batch, only what differs can get better: all else is the model's own error.
+        except Exception as error:  # other kinds of models may raise anything
+            # Running alone can only fix differences; any other error is the model's own.
             if layout is Layout.ALONE or (
                 layout is Layout.WHOLE and not isinstance(error, ActiveDPOError)
             ):
@@ -196,7 +196,7 @@ def _run(
     layout: Layout,
     pad_token_id: int,
 ) -> Iterator[Taken]:
-    """All in one batch, as far as the layout, the model's length classes and memory allow."""
+    """Run all in one batch, as far as the layout, the model's length classes and memory allow."""
     budget = TokenBudget(1 << 30, next(model.parameters()).device)
     return run_batches(tokenized, rows, take, layout, budget, length_class=length_class(model),
                        pad_token_id=pad_token_id)
@@ -208,15 +208,15 @@ def _compare(
     shapes: Sequence[tuple[str, torch.Size]],
     tolerance: float,
 ) -> None:
-    """Raise `UnsupportedParameterError` unless a captured row [D] is autograd's."""
+    """Raise `UnsupportedParameterError` unless a captured row [D] matches autograd's."""
     parts = found.split([math.prod(shape) for _, shape in shapes])
     captured = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     for name, gradient in expected.items():
         error = (captured[name] - gradient).norm()
-        # A block that is all but zero is held to the size of the whole gradient.
+        # A block that is almost zero is measured against the size of the whole gradient.
         scale = torch.maximum(gradient.norm(), 1e-3 * total)
-        # Written so that a NaN is refused too.
+        # Written so that NaN is refused, too.
         if not bool(error <= tolerance * scale):
             raise UnsupportedParameterError(
                 f"self-check failed: the captured gradient of {name!r} differs from "
@@ -256,16 +256,16 @@ def _autograd_gradients(
 
 
 def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
-    """Two responses each of the shortest, a middling and the longest item with something to score,
-    the shortest first."""
+    """Return two responses each of the shortest, a medium-length and the longest item with
+    something to score, the shortest first."""
     by_item: dict[int, list[int]] = {}
     for row, sequence in enumerate(tokenized.sequences):
         if scored_tokens(sequence):
             by_item.setdefault(tokenized.item_of(row), []).append(row)
-    # The longest response of each, and another one.
+    # The longest response of each item, and another one.
     items = [sorted(rows, key=lambda row: -len(tokenized.sequences[row].input_ids))[:2]
              for rows in by_item.values()]
-    # Items with several responses first: only they can tell whether a prompt can be shared.
+    # Items with several responses first: only they show whether a prompt can be shared.
     items.sort(key=lambda rows: (-len(rows), len(tokenized.sequences[rows[0]].input_ids)))
     if not items:
         return []

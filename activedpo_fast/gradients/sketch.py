@@ -1,7 +1,7 @@
-"""Which random projection a gradient goes through, and where each parameter's part of it lands.
+"""Sketches: random projections of gradients, laid over a model's parameters.
 
-A sketch is a pure function of (seed, parameter name, position in the parameter): the rows are the
-same whatever the batch size, order, thread count, device or adapter name.
+A sketch is a pure function of (seed, parameter name, position in the parameter). Batch size, order,
+thread count, device and adapter name do not change the rows.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 class Sketch:
     """A projection of the gradient of all trainable parameters to `dim` numbers.
 
-    method: "sjlt" (one non-zero a column: as many operations as the gradient has numbers),
-        "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (the sides of each
-        gradient by themselves, `reference.kronecker`: what large weights cost least with) or "none"
-        (the gradient itself). E<Sx, Sy> = <x, y> for the three projections. For the first two,
-        Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim, for "sjlt" or a little
-        less: entries side by side never meet. For "kronecker" it is not
-        spread evenly: two entries of a gradient that share a row or column meet in a bucket about
-        1 / sqrt(dim) of the time, so that sides longer than they are projected to weigh more.
+    method: "sjlt" (one nonzero per column: as many operations as the gradient has entries),
+        "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (projects the
+        sides of each gradient separately, `reference.kronecker`: the cheapest for large weights) or
+        "none" (the gradient itself). E<Sx, Sy> = <x, y> for the three projections. For the first
+        two, Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim. For "sjlt" it is
+        possibly slightly less: adjacent entries never meet. For "kronecker" it is not spread
+        evenly: two entries of a gradient that share a row or column meet in a bucket about
+        1 / sqrt(dim) of the time, so sides longer than they are projected to weigh more.
     dim: 1 to 2^31 - 1; always None for "none".
     seed: 0 to 2^63 - 1.
 
@@ -66,13 +66,13 @@ class Sketch:
 
 
 class SketchPlan:
-    """A sketch laid over a model's parameters.
+    """A sketch applied to a model's parameters.
 
     parameters: (canonical name, shape) of every trainable parameter. With method "none" a row is
         their gradients, flattened row-major and concatenated in this order; otherwise the order
         has no effect.
 
-    Raises ActiveDPOError when there are no parameters or two have one name.
+    Raises ActiveDPOError if there are no parameters or two have the same name.
     """
 
     def __init__(self, sketch: Sketch, parameters: Sequence[tuple[str, torch.Size]]) -> None:
@@ -93,7 +93,7 @@ class SketchPlan:
 
     @property
     def dim(self) -> int:
-        """Numbers in a row: the sketch's dim, or the whole gradient's for "none"."""
+        """The length of a row: the sketch's dim, or that of the whole gradient for "none"."""
         return self.total if self.sketch.dim is None else self.sketch.dim
 
     def add(self, out: Tensor, name: str, left: Tensor, right: Tensor, segments: Tensor) -> None:
@@ -134,11 +134,11 @@ class SketchPlan:
 
 
 def canonical_name(name: str, adapter: str | None) -> str:
-    """The parameter's name without what wrappers and the adapter's own name put into it.
+    """Return the parameter's name without the components of wrappers and the adapter's name.
 
     "module.base_model.model.q_proj.lora_A.default.weight" with adapter "default" gives
     "base_model.model.q_proj.lora_A.weight", so that sketches of one gradient agree under DDP,
-    FSDP and torch.compile, and whatever the adapter is called.
+    FSDP and torch.compile, and for any adapter name.
     """
     kept: list[str] = []
     for part in name.split("."):

@@ -1,8 +1,8 @@
-"""Which models features can be taken of, decided by what they are, before anything runs.
+"""Which models are supported, decided by the kind of model before anything runs.
 
-The self-check compares numbers, and two wrong numbers may agree: an encoder that reads the response
-gives the same wrong gradient to hooks and to autograd. What is known to be wrong, or known to fail,
-is refused here in words that say what to do, whatever `verify` is.
+The self-check compares numbers, and two wrong numbers may agree: with an encoder that reads the
+response, hooks and autograd give the same wrong gradient. Models known to be wrong, or known to
+fail, are refused here with a message that says what to do, even without `verify`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 _WANTED = "pass a decoder-only causal language model (AutoModelForCausalLM)"
 
-# Wrappers by the name of their class (their packages may be missing), and what to pass instead.
+# Wrappers by class name (their packages may be missing), and what to pass instead.
 _WRAPPERS = {
     "DistributedDataParallel": "pass the model inside it, `.module`",
     "DataParallel": "pass the model inside it, `.module`",
@@ -52,10 +52,10 @@ _HEADS = {
     "ForMultipleChoice": "a model for multiple choice",
     "ForBlockDiffusion": "a diffusion model",
 }
-# In transformers' list of causal LMs, but each token sees those after it.
+# In transformers' list of causal LMs, but each token sees later ones.
 _NEVER_CAUSAL = frozenset({"XLNetLMHeadModel", "CpmAntForCausalLM"})
 
-# How modules and buffers are called that have one row for each position (GPT-2, GPT-J, OPT, ...).
+# Names of modules and buffers that have one row for each position (GPT-2, GPT-J, OPT, ...).
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
 _POSITION_BUFFERS = ("embed_positions", "pos_encoding")
 
@@ -67,15 +67,16 @@ def require_supported(
     pad_token_id: int = 0,
     gradients: bool = False,
 ) -> None:
-    """Raise unless features of the responses can be taken of `model`.
+    """Raise unless features of the responses can be computed with `model`.
 
     Args:
         tokenized: responses whose tokens have to be within the model's vocabulary and positions.
-        gradients: whether gradients are asked for, not only log-probs or hidden states.
+        gradients: whether gradients are needed, not only log-probs or hidden states.
 
     Raises:
-        ActiveDPOError: the kind of model, where its weights are, tokens that it has no row for.
-        UnsupportedParameterError: an adapter whose per-sample gradients cannot be taken.
+        ActiveDPOError: an unsupported kind of model or placement of its weights, or tokens that it
+            has no row for.
+        UnsupportedParameterError: an adapter whose per-sample gradients cannot be computed.
     """
     _check_wrappers(model)
     _check_kind(model)
@@ -87,10 +88,10 @@ def require_supported(
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many positions the model can compute at all; None where nothing limits it.
+    """Return how many positions the model can compute; None if there is no limit.
 
-    Learned or tabulated absolute positions end (GPT-2, OPT, GPT-J); of rotary ones, `config.
-    max_position_embeddings` only says what the model was trained with.
+    Learned or tabulated absolute positions are limited (GPT-2, OPT, GPT-J). For rotary positions,
+    `config.max_position_embeddings` only says what the model was trained with.
     """
     base = _inner(model)
     config: Any = getattr(base, "config", None)
@@ -107,13 +108,13 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def known_tokens(model: nn.Module) -> int | None:
-    """How many token ids the model has embeddings for; None where that cannot be told."""
+    """Return how many token ids the model has embeddings for; None if unknown."""
     base: Any = _inner(model)
     return _count(base.get_input_embeddings(), "num_embeddings")
 
 
 def _rows(table: nn.Embedding) -> int:
-    # OPT and BART leave the first rows unused, RoBERTa those up to the padding's.
+    # OPT and BART leave the first rows unused, RoBERTa those up to the padding row.
     offset = getattr(table, "offset", 0)
     padding = -1 if table.padding_idx is None else table.padding_idx
     return table.num_embeddings - (offset if isinstance(offset, int) else 0) - (padding + 1)
@@ -133,7 +134,7 @@ def _check_wrappers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name in _class_names(module):
             what = _WRAPPERS.get(name)
-            # A compiled part of the model runs as it is, only the whole has to be unwrapped.
+            # A compiled part of the model runs as it is; only the whole model must be unwrapped.
             if what is not None and (path == "" or name == "FullyShardedDataParallel"):
                 raise ActiveDPOError(f"{path or 'the model'} is wrapped in {name}: {what}")
 
@@ -150,7 +151,7 @@ def _check_kind(model: nn.Module) -> None:
             raise ActiveDPOError(f"the adapter is for {task} ({peft_class.__name__}): make it with "
                                  "task_type='CAUSAL_LM'")
     if not isinstance(base, PreTrainedModel):
-        return  # a module of the user's own: the self-check tells
+        return  # a user-defined module: left to the self-check
     for ending, what in _HEADS.items():
         if any(known.endswith(ending) for known in _class_names(base)):
             raise ActiveDPOError(f"{name} is {what}: {_WANTED}")
@@ -237,7 +238,7 @@ def _check_gradients(model: nn.Module) -> None:
 
 
 def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """LoRA layers of which an active adapter has a trainable weight."""
+    """Yield the LoRA layers in which an active adapter has a trainable weight."""
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and any(
             parameter.requires_grad
@@ -256,7 +257,7 @@ def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
 
 
 def _attention(model: nn.Module) -> str:
-    """The names of the attention's linear layers, as `target_modules` would list them."""
+    """Return the names of the attention's linear layers, as `target_modules` would list them."""
     names: dict[str, None] = {}
     for path, module in _inner(model).named_modules():
         parent, _, name = path.rpartition(".")

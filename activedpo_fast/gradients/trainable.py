@@ -1,4 +1,4 @@
-"""Which parameters the gradient is taken for, and the refusal of those it cannot be taken for."""
+"""The trainable linear layers of a model, and the refusal of unsupported parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TrainableLinear:
         module: the `nn.Linear`, or transformers' `Conv1D`, whose weight is stored transposed.
         weight: canonical name of its weight if that is trainable, else None.
         bias: canonical name of its bias if that is trainable, else None.
-        readers: for a LoRA A matrix, the B matrices that alone read its output (several where
-            layers share it).
+        readers: for a LoRA A matrix, the B matrices that read its output (several if layers share
+            it); nothing else reads it.
     """
 
     module: nn.Module
@@ -42,16 +42,16 @@ class TrainableLinear:
         return isinstance(self.module, Conv1D)
 
     def shapes(self) -> Iterator[tuple[str, torch.Size]]:
-        """The canonical names and shapes of the trainable parameters."""
+        """Yield the canonical names and shapes of the trainable parameters."""
         for name, attribute in ((self.weight, "weight"), (self.bias, "bias")):
             if name is not None:
                 yield name, getattr(self.module, attribute).shape
 
 
 def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
-    """The linear layers that `model` trains, in the order of `model.named_parameters()`.
+    """Return the linear layers that `model` trains, in the order of `model.named_parameters()`.
 
-    Of a PEFT model these are the LoRA A and B matrices of the active adapter; parameters of other
+    For a PEFT model these are the LoRA A and B matrices of the active adapter. Parameters of other
     adapters take no part in the forward pass and are left out.
 
     Raises:
@@ -61,7 +61,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
     """
     _check_adapters(model)
     inactive = adapter_parameters(model, inactive=True)
-    # With several active adapters their names are what tells the parameters apart.
+    # With several active adapters, only their names distinguish the parameters.
     adapters = _active_adapters(model)
     adapter = next(iter(adapters)) if len(adapters) == 1 else None
     owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
@@ -91,7 +91,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
 
 
 def silent_modules(linears: Sequence[TrainableLinear]) -> frozenset[int]:
-    """Ids of the A matrices whose B is zero everywhere now, as at LoRA's initialization."""
+    """Return ids of the A matrices whose B is currently all zero, as at LoRA's initialization."""
     return frozenset(
         id(linear.module)
         for linear in linears
@@ -120,7 +120,7 @@ def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[
 
 
 def _readers(model: nn.Module) -> dict[int, tuple[nn.Module, ...]]:
-    """The B matrices by the id of their A, for every LoRA layer of every adapter."""
+    """Return the B matrices by the id of their A, for every LoRA layer of every adapter."""
     found: dict[int, tuple[nn.Module, ...]] = {}
     for _, layer in tuner_layers(model):
         if isinstance(layer, LoraLayer):

@@ -1,4 +1,4 @@
-"""Responses sampled from the model that is being trained, and single ones for evaluation."""
+"""Sampling responses from the model in training, and single ones for evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptLike(Protocol):
-    """`Prompt` or `PoolItem`: responses that are already there play no part."""
+    """A `Prompt` or `PoolItem`; existing responses are ignored."""
 
     @property
     def id(self) -> str: ...
@@ -51,36 +51,37 @@ def generate_responses(model: PreTrainedModel | PeftModel,
                        show_progress: bool | None = None) -> PreferencePool:
     """Sample `n_responses` distinct responses to each prompt from π_θ.
 
-    The distribution is the model's own at `temperature`, cut to `top_p`: other settings of the
-    model's generation config (top-k, repetition penalty and so on) are not applied. A response ends
-    at the tokenizer's or the model's EOS token or after `max_new_tokens`. Plain-text responses keep
-    a space at their beginning, so that prompt + response is the text that the model wrote;
-    chat responses are one assistant message, without white space around it.
+    The distribution is the model's own at `temperature`, truncated to `top_p`. Other settings of
+    the model's generation config (top-k, repetition penalty and so on) are not applied. A response
+    ends at the tokenizer's or the model's EOS token or after `max_new_tokens`. Plain-text responses
+    keep a leading space, so that prompt + response is the text that the model wrote. Chat responses
+    are one assistant message, without surrounding white space.
 
     Responses that are empty, or differ only in surrounding white space from another one to the same
-    prompt, are sampled again, in `max_attempts` rounds altogether. Prompts that still lack some are
-    left out; one warning counts them.
+    prompt, are sampled again, in up to `max_attempts` rounds in total. Prompts that still have too
+    few are left out; one warning gives their number.
 
-    The same model, arguments and machine give the same responses; the state of the global random
-    generators is as before afterward, and so are the model's modes and flags and the tokenizer.
+    The same model, arguments and machine give the same responses. The state of the global random
+    generators, the model's modes and flags, and the tokenizer are restored afterward.
 
     Args:
-        prompts: `Prompt`s, or a `PreferencePool`. Their ids and extra columns pass to the result.
+        prompts: `Prompt`s, or a `PreferencePool`. The result keeps their ids and extra columns.
         batch_size: sequences generated at once.
-        chat_template_kwargs: passed to the chat template, as by `tokenize_pool`; give those that
-            the selector has. Those in a prompt's own column of this name go before them.
+        chat_template_kwargs: passed to the chat template, as in `tokenize_pool`; give the same as
+            to the selector. Those in a prompt's own column of this name take precedence.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
         ActiveDPOError: no prompts, a malformed prompt or option, no usable tokenizer, a prompt that
-            with `max_new_tokens` exceeds the model's positions (where they end: rotary ones go on,
-            with a warning), token ids that the model lacks, or no prompt with enough responses.
+            with `max_new_tokens` exceeds the model's positions (if they are limited; rotary
+            positions are not, and only give a warning), token ids that the model lacks, or no
+            prompt with enough responses.
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
     for n, prompt in enumerate(prompts, start=1):
-        check_json_columns(prompt.extra, f"prompt {n}")  # a pool that is made is one to be written
+        check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
 
     # Keyed by the text without surrounding white space, in the order of sampling.
     found: list[dict[str, str]] = [{} for _ in prompts]
@@ -120,8 +121,8 @@ def try_generation(model: PreTrainedModel | PeftModel,
     """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
 
     Returns:
-        The positions of the two prompts with the fewest tokens (of one, if there is but one), which
-        were continued.
+        The positions of the two prompts with the fewest tokens (or of the only one), which were
+        continued.
 
     Raises:
         ActiveDPOError: as `generate_responses`.
@@ -143,11 +144,11 @@ def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedToke
             seed: int = 0, batch_size: int = 16,
             chat_template_kwargs: dict[str, Any] | None = None,
             show_progress: bool | None = None) -> list[str]:
-    """One text a prompt, in order, possibly empty: to evaluate a model.
+    """Return one text per prompt, in order, possibly empty, to evaluate a model.
 
-    The most likely token at each step at `temperature` 0, a sample from the model's distribution
-    above it. Texts, errors and what is restored are as in `generate_responses`; chat responses are
-    the message's content alone.
+    `temperature` 0 takes the most likely token at each step; above 0, tokens are sampled from the
+    model's distribution. Texts, errors and restored state are as in `generate_responses`; chat
+    responses are only the message's content.
     """
     if not temperature >= 0:
         raise ActiveDPOError(f"temperature: {temperature} is below 0")
@@ -193,8 +194,8 @@ class _Generator:
 
     def run(self, positions: Sequence[int], description: str, show_progress: bool | None,
             **sampling: Any) -> list[str]:
-        """One continuation for each of `positions` (a prompt may be named several times)."""
-        # Longest first: little padding, and memory that does not suffice shows at once.
+        """Return one continuation for each of `positions` (a prompt may occur several times)."""
+        # Longest first: little padding, and running out of memory shows at once.
         order = sorted(range(len(positions)),
                        key=lambda n: -len(self.prompt_ids[positions[n]]))
         texts = [""] * len(positions)
@@ -210,8 +211,8 @@ class _Generator:
         return texts
 
     def _continue(self, rows: Sequence[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
-        """The new token ids of each row, up to and without the first EOS."""
-        # Padded on the left by hand: the tokenizer's own padding settings are nobody's business.
+        """Return the new token ids of each row, up to and without the first EOS."""
+        # Pad on the left here, independent of the tokenizer's padding settings.
         length = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         pad = pad if pad is not None else min(self.eos_ids, default=0)
@@ -234,8 +235,8 @@ class _Generator:
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         if self.chat:
             return self._to_text(new).strip()
-        # SentencePiece tokenizers drop the space before a text's first word: decode the
-        # continuation where it stands.
+        # SentencePiece tokenizers drop the space before a text's first word, so decode the
+        # continuation together with its prompt.
         before, whole = self._to_text(prompt), self._to_text(prompt + new)
         return whole[len(before):] if whole.startswith(before) else self._to_text(new)
 
@@ -247,7 +248,7 @@ class _Generator:
         encoded = [list(ids) for ids in self.tokenizer(text=texts)["input_ids"]]
         eos = self.tokenizer.eos_token_id
         for text, ids in zip(texts, encoded, strict=True):
-            # Some tokenizers end every text with EOS, after which there is nothing to continue.
+            # Some tokenizers end every text with EOS, which leaves nothing to continue.
             if ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
                 ids.pop()
         return encoded
@@ -265,7 +266,7 @@ class _Generator:
                 raise ActiveDPOError(f"item {prompt.id!r}: {len(ids)} prompt tokens and "
                                      f"max_new_tokens={self.max_new_tokens} exceed the model's "
                                      f"{limit} positions")
-        # Rotary positions go on; what the model was trained with is only advice.
+        # Rotary positions have no limit; the length the model was trained with is only advice.
         trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self.prompt_ids)) + self.max_new_tokens
         if limit is None and trained is not None and longest > trained:
@@ -276,8 +277,8 @@ class _Generator:
     def _plain_generation_config(self) -> Iterator[None]:
         """Hide the model's own generation config: `generate` would fill in what we leave out.
 
-        A PEFT model's `generate` copies one that was set on itself to the model inside, and leaves
-        a method there.
+        A PEFT model's `generate` copies a generation config that was set on it to the inner model,
+        and leaves a method there.
         """
         places = [vars(place) for place in {id(place): place for place in (
             self.model, getattr(self.model, "base_model", self.model), self.owner)}.values()]
@@ -297,13 +298,13 @@ class _Generator:
 
 @contextmanager
 def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside, the global generators untouched outside."""
+    """Seed the random generators with `seed` inside; restore the global ones afterward."""
     if device.type == "cpu":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             yield
     else:
-        # A model spread over devices samples on the last one: fork them all.
+        # A model split across devices samples on the last one: fork them all.
         count = torch.get_device_module(device.type).device_count()
         with torch.random.fork_rng(devices=range(count), device_type=device.type):
             torch.manual_seed(seed)

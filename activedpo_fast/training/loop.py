@@ -1,4 +1,4 @@
-"""`ActiveDPOLoop`: rounds of generate, select, label and train, with their state on disk."""
+"""`ActiveDPOLoop`: rounds of generate, select, label and train, with the state on disk."""
 
 from __future__ import annotations
 
@@ -52,61 +52,62 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 class ActiveDPOLoop:
-    """Rounds of active DPO: sample responses, pick pairs, have them labeled, train, repeat.
+    """Run rounds of active DPO: sample responses, pick pairs, have them labeled, train, repeat.
 
-    Everything is written under `output_dir` as it comes about: `config.json`, `start/` and
+    Everything is written under `output_dir` as it happens: `config.json`, `start/` and
     `round-000/` with `pool.jsonl`, `picked.jsonl`, `labels.jsonl`, `adapter/` and `record.json`.
-    `run` continues at the first stage that is not complete, with the results of a run that was
-    never interrupted (as far as `oracle` and `evaluate` are reproducible), and from the initial
-    adapter on disk. Folders of complete rounds are not written to again; `rounds` may be raised,
-    and a setting may change while nothing on disk depends on it: `dpo_args`, say, until the first
-    round was trained. The base model (weights, dtype, config, EOS ids), the LoRA configuration and
-    the tokenizer have to be those that the run began with. The adapter has to have the weights of
-    `start/` or of a round; it may also be fresh (B = 0), if that of `start/` is. Every adapter that
-    is written has the tokenizer beside it.
+    `run` resumes at the first incomplete stage, from the initial adapter on disk. The results are
+    those of an uninterrupted run, as far as `oracle` and `evaluate` are reproducible. Folders of
+    complete rounds are not written to again. `rounds` may be increased, and a setting may change
+    as long as nothing on disk depends on it (`dpo_args`, for example, until the first round is
+    trained). The base model (weights, dtype, config, EOS ids), the LoRA configuration and the
+    tokenizer have to be those that the run began with. The adapter has to have the weights of
+    `start/` or of a round; it may also be fresh (B = 0) if that of `start/` is. The tokenizer is
+    saved next to every adapter.
 
-    Before a run begins, or goes on with changed settings, it is rehearsed: all prompts are encoded,
+    Before a run begins, or resumes with changed settings, it is rehearsed: all prompts are encoded,
     and dummy pairs are generated, selected and trained on for one step (see
-    `activedpo_fast.training.rehearsal`). What cannot work is refused then, and nothing is written.
+    `activedpo_fast.training.rehearsal`). Settings that cannot work are refused at that point, and
+    nothing is written.
 
     Args:
-        model: a PEFT model, adapter "default". Its weights are the policy's start.
-        prompts: each round takes `prompts_per_round` of them in a seeded order, going on where the
-            last round ended and around. Prompts whose pairs were labeled are offered again only
-            where all others do not suffice; a warning says so. Prompts with the same text are one
-            (see `PickRules.prompt_by`): it is offered as the first of them.
-        oracle: see `activedpo_fast.labels`. A `LabelsPending` from it passes through `run`. A
-            round in which no pair gets a preference is not trained on: its adapter is that before.
+        model: a PEFT model with the adapter "default". Its weights are the initial policy.
+        prompts: each round takes `prompts_per_round` of them in a seeded order, continuing where
+            the last round ended and wrapping around. Prompts with labeled pairs are offered again
+            only if the others are not enough; this is logged as a warning. Prompts with the same
+            text count as one (see `PickRules.prompt_by`), offered as the first of them.
+        oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. A round
+            in which no pair gets a preference is not trained on and keeps the previous adapter.
         dpo_args: see `activedpo_fast.training.trl.dpo_config`; the same in each round.
-        strategy, selector_options: for `ActiveDPOSelector`, which takes a `Strategy`, too. beta,
-            max_length, truncation_mode and length_normalized are those of `dpo_args` unless given
-            (see `selector_settings`, which also refuses what selection cannot follow); ref_model is
-            the loop's.
-        batch_size: pairs labeled a round (B).
+        strategy, selector_options: for `ActiveDPOSelector`; `strategy` may also be a `Strategy`.
+            beta, max_length, truncation_mode and length_normalized come from `dpo_args` unless
+            given (see `selector_settings`, which also refuses what selection cannot follow);
+            ref_model is set by the loop.
+        batch_size: pairs labeled per round (B).
         n_responses, generation: for `generate_responses`.
         chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
-            training. They may also be in `selector_options` or `generation`, if all that are given
+            training. They may also be in `selector_options` or `generation`, if all given values
             agree.
-        rules: what each round's picks have to observe, see `PickRules`; ids, groups and costs are
-            those of `prompts`. Prompts to exclude get no responses. A round that the rules leave no
-            pair, or none that reaches `min_score`, ends the run with an error.
+        rules: constraints on each round's picks, see `PickRules`; ids, groups and costs are
+            those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
+            pair, or none that reaches `min_score`, the run ends with an error.
         train_on: "all" labels so far or the "newest" round's. *The paper does not state it.*
         start_from: each round trains from the "initial" adapter or from the "current" one. *The
             paper does not state it.*
-        reference: π_ref, the "initial" policy or that at the start of the "round" (the weights that
-            training starts from). *The paper does not state it.* Strategies that need π_ref select
-            by the same one. With "round" and `start_from="current"` that is the policy itself when
-            it selects, and all reward differences are 0.
-        evaluate: metrics of the model, taken before the first round and after each.
-        seed: of the order of prompts and, with the round's number, of the responses.
-        extra_settings: JSON values that the run depends on and the loop cannot see, those of the
-            oracle, say; they are compared with the other settings when a run is resumed.
+        reference: π_ref, the "initial" policy or the one at the start of the "round" (the weights
+            that training starts from). *The paper does not state it.* Strategies that need π_ref
+            use the same one. With "round" and `start_from="current"`, π_ref is the policy itself
+            at selection, and all reward differences are 0.
+        evaluate: returns metrics of the model; called before the first round and after each.
+        seed: for the order of the prompts and, with the round's number, for the responses.
+        extra_settings: JSON values that the run depends on and the loop cannot see, for example
+            the oracle's. They are compared with the other settings when a run is resumed.
 
     Raises:
-        ActiveDPOError: bad options; from `run` also where `output_dir` holds a run with other
-            settings, or with another model, adapter or tokenizer (naming the first difference that
-            matters), where a launcher has started several processes, errors of the rehearsal, which
-            begin with the section at fault, and of the stages.
+        ActiveDPOError: bad options. From `run` also: `output_dir` holds a run with other settings,
+            or with another model, adapter or tokenizer (naming the first difference that matters);
+            a launcher has started several processes; errors of the rehearsal, which begin with the
+            section at fault; errors of the stages.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class ActiveDPOLoop:
         distinct = distinct_prompts(self.prompts, self._prompt_by)
         if len(distinct) < len(self.prompts):
             logger.info("%d of %d prompts repeat the text of an earlier one: it is offered once, "
-                        "as the first", len(self.prompts) - len(distinct), len(self.prompts))
+                        "under its first id", len(self.prompts) - len(distinct), len(self.prompts))
         self._offered = [prompt for prompt in distinct if prompt.id not in excluded]
         if not self._offered:
             raise ActiveDPOError("exclude: no prompt is left")
@@ -192,8 +193,8 @@ class ActiveDPOLoop:
         if ((reference, start_from) == ("round", "current")
                 and "ref_logps" in (STRATEGIES[strategy] if isinstance(strategy, str)
                                     else strategy).requires):
-            logger.warning("strategy %r compares the policy with the reference, which are the same "
-                           "when it selects: reference is 'round' and start_from 'current', so "
+            logger.warning("strategy %r compares the policy with the reference, but with reference "
+                           "'round' and start_from 'current' they are the same at selection: "
                            "every reward difference is 0", self.strategy)
         self._settings = _plain({
             "model": getattr(model.get_base_model().config, "_name_or_path", ""),
@@ -212,16 +213,16 @@ class ActiveDPOLoop:
             "seed": seed,
             "dpo": {name: value for name, value in dpo_args.to_dict().items()
                     if name not in ("output_dir", "logging_dir", "run_name")}
-            | {"pad_token": dpo_args.pad_token},  # `to_dict` hides it as if it were a secret
+            | {"pad_token": dpo_args.pad_token},  # `to_dict` masks it like a secret
             "extra_settings": dict(extra_settings or {}),
         })
 
     def run(self) -> list[RoundRecord]:
-        """Run what is not on disk yet; the records of the start and of all rounds."""
+        """Run what is not on disk yet; return the records of the start and of all rounds."""
         require_one_process("ActiveDPOLoop.run")
         if "strftime_now" in str(self.processing_class.chat_template):
-            logger.warning("the chat template uses the current date: rounds of other days have "
-                           "other prompts")
+            logger.warning("the chat template uses the current date: rounds on different days have "
+                           "different prompts")
         settings = self._settings | policy_settings(self.model, self.processing_class)
         mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
@@ -249,7 +250,7 @@ class ActiveDPOLoop:
             records.append(self._record(folder, t, total))
         return records
 
-    # -- stages: each does nothing but read where its result is on disk --------------------------
+    # -- stages: each only reads its result if it is already on disk -----------------------------
 
     def _labels(
         self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
@@ -278,11 +279,11 @@ class ActiveDPOLoop:
                                           chat_template_kwargs=self.chat_template_kwargs,
                                           show_progress=self.show_progress, **self.generation)
             pool.to_jsonl(path)
-        # Read back in any case: an interrupted run then sees what an uninterrupted one does.
+        # Always read it back, so that interrupted and uninterrupted runs see the same.
         return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
 
     def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
-        """The pool with the columns that its prompts have now: rules and oracles read them."""
+        """Return the pool with its prompts' current columns, which rules and oracles read."""
         columns = {prompt.id: _plain(prompt.extra) for prompt in self.prompts}
         changed = sorted({
             name for item in pool for extra in [columns.get(item.id, item.extra)]
@@ -321,8 +322,8 @@ class ActiveDPOLoop:
             return
         newest = history[-1][1]
         if all(label is None for label in newest):
-            logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
-                        "on, and the adapter stays as it was", folder.name, len(newest))
+            logger.info("%s: none of its %d pairs got a preference: nothing new to train on, the "
+                        "adapter stays as it was", folder.name, len(newest))
             self._load(before)
             save_adapter(self.model, self.processing_class, folder / "adapter")
             return
@@ -339,7 +340,7 @@ class ActiveDPOLoop:
                           reference=self.reference, initial_adapter=self._initial,
                           show_progress=self.show_progress)
         except BaseException:
-            self._load(before)  # not half trained: `run` may be called again with this model
+            self._load(before)  # undo partial training: `run` may be called again with this model
             raise
         save_adapter(self.model, self.processing_class, folder / "adapter")
 
@@ -357,7 +358,7 @@ class ActiveDPOLoop:
     # -- helpers ---------------------------------------------------------------------------------
 
     def _reference_weights(self) -> Mapping[str, torch.Tensor]:
-        """Of the adapter with which the model is π_ref in this round's training."""
+        """Return the adapter weights that make the model π_ref in this round's training."""
         if "initial" in (self.reference, self.start_from):
             return self._initial
         return adapter_state(self.model)
@@ -369,7 +370,7 @@ class ActiveDPOLoop:
         load_adapter_state(self.model, read_adapter(folder))
 
     def _check_adapter(self, start: Path) -> None:
-        """Refuse an adapter in memory that is neither the run's, nor as fresh as its first was."""
+        """Refuse an adapter in memory unless it is the run's, or fresh like the run's first."""
         own = adapter_state(self.model)
         rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
         for folder in (start, *(adapter.parent for adapter in rounds)):
@@ -379,7 +380,7 @@ class ActiveDPOLoop:
             ):
                 return
             if folder == start and is_untrained(found) and is_untrained(own):
-                logger.info("going on from the fresh adapter in %s, not from the one in memory",
+                logger.info("going on from the fresh adapter in %s instead of the one in memory",
                             folder / "adapter")
                 return
         raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
@@ -403,9 +404,9 @@ class ActiveDPOLoop:
 def draw_prompts(
     prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
 ) -> list[Prompt]:
-    """The prompts of round t: up to `n` distinct ones, those in `asked` last.
+    """Return the prompts of round t: up to `n` distinct ones, those in `asked` last.
 
-    The order is a permutation that depends on `seed`, entered at t·n and followed around.
+    The order is a permutation that depends on `seed`, starting at t·n and wrapping around.
     """
     order = list(prompts)
     random.Random(seed).shuffle(order)
@@ -413,13 +414,13 @@ def draw_prompts(
     order = order[first:] + order[:first]
     fresh = [prompt for prompt in order if prompt.id not in asked]
     if len(fresh) < min(n, len(order)):
-        logger.warning("round %d: only %d prompts were not labeled yet; %d others are offered "
+        logger.warning("round %d: only %d prompts have no labels yet; %d others are offered "
                        "again", t, len(fresh), min(n, len(order)) - len(fresh))
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
 
 
 def _identity(prompt: Prompt) -> list[Any]:
-    """What the tokens of a prompt depend on, and its id."""
+    """Return the id of a prompt and everything its tokens depend on."""
     own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
     return [prompt.id, prompt.prompt, *([] if own is None else [own])]
 
@@ -429,5 +430,5 @@ def _digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back; objects (a reference model, say) by the name of their type."""
+    """Return `value` after a JSON round trip; objects (a reference model) become type names."""
     return json.loads(json.dumps(value, default=lambda other: type(other).__name__))

@@ -1,7 +1,7 @@
 """Every field of `trl.DPOConfig` (TRL 1.16): does it change log π, the gradients or the selection?
 
 `DPO_FIELDS` has TRL's own fields, `INHERITED` those of transformers' `TrainingArguments` in groups.
-A test holds both against the installed TRL, and docs/trl.md against both. TRL itself is not needed.
+A test checks both against the installed TRL, and docs/trl.md against both. TRL is not needed here.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ Status = Literal["used", "irrelevant", "refused"]
 
 
 class Field(NamedTuple):
-    """status: "used", "irrelevant", or "refused" for the values that `why` names."""
+    """One field; status: "used", "irrelevant", or "refused" for the values named in `why`."""
 
     status: Status
     why: str
 
 
 class Group(NamedTuple):
-    """Fields that are treated alike, for one reason."""
+    """Fields that are treated the same, for one reason."""
 
     names: tuple[str, ...]
     status: Status
     why: str
 
 
-# Of which log π(y|x) a loss trains the difference to π_ref: TRL's `_compute_loss`.
+# Which log π(y|x) each loss compares with π_ref, from TRL's `_compute_loss`.
 _SUMS = frozenset({"sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
                    "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"})
 _MEANS = frozenset({"ipo", "sigmoid_norm"})
@@ -136,16 +136,16 @@ INHERITED: tuple[Group, ...] = (
 
 
 def check_training_options(args: Any) -> None:
-    """Raise `ActiveDPOError` where a selection cannot follow what a `trl.DPOConfig` trains.
+    """Raise `ActiveDPOError` if selection cannot follow what a `trl.DPOConfig` trains.
 
-    The first such field is named, with its value.
+    The message names the first such field and its value.
     """
     if args.ld_alpha not in (None, 1.0):
         raise ActiveDPOError(
             f"DPOConfig: ld_alpha={args.ld_alpha} gives a response another log π in every pair, by "
             "the length of the other response; selection needs one for each (leave it out)")
     kind = args.f_divergence_type
-    # TRL's own limit, where it computes reverse_kl
+    # TRL's own threshold for computing reverse_kl
     limit = kind == "alpha_divergence" and abs(args.f_alpha_divergence_coef - 1.0) < 1e-6
     if kind != "reverse_kl" and not limit:
         raise ActiveDPOError(
@@ -168,11 +168,11 @@ def check_training_options(args: Any) -> None:
 
 
 def trains_mean_logps(args: Any) -> bool:
-    """Whether the loss of a `trl.DPOConfig` is one of mean log-probs of a response's tokens.
+    """Return whether the loss of a `trl.DPOConfig` uses mean log-probs of a response's tokens.
 
     Raises:
         ActiveDPOError: an unknown loss type, none with an implicit reward, or several with
-            different ones.
+            different implicit rewards.
     """
     given = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     unknown = [name for name in given if name not in LOSS_TYPES]

@@ -1,7 +1,7 @@
-"""A run's stages on dummy pairs, so that settings that cannot work are refused before it starts.
+"""A run's stages on dummy pairs, to refuse settings that cannot work before the run starts.
 
-Labels from people come first and training last: without this, settings that `DPOTrainer` refuses
-would be found when the first round is labeled already.
+People label before training starts. Without a rehearsal, settings that `DPOTrainer` refuses would
+be found only after the first round is labeled.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ def rehearse(
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
     All prompts are encoded, and two tokens are sampled after the two shortest. With dummy responses
-    these make a pool, of which one pair is selected, and `batch_size` pairs, with which a
-    `DPOTrainer` takes its first step. Nothing is reported, pushed to the Hub or written, except to
-    a temporary folder. Afterward everything is as it was, bit for bit: weights, buffers, flags,
+    these two prompts form a pool, from which one pair is selected, and `batch_size` pairs, on which
+    a `DPOTrainer` takes its first step. Nothing is reported, pushed to the Hub or written, except
+    to a temporary folder. Afterward everything is restored bit for bit: weights, buffers, flags,
     modes, hooks and configs of the model, its device, the tokenizer, and the global random
     generators.
 
     Args:
-        prompts: all that the run may offer.
+        prompts: all prompts that the run may offer.
         batch_size: pairs in a round.
         n_responses, generation: for `generate_responses`.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
-            fault, and the setting where that is known.
+            fault, and the setting if it is known.
     """
     started = time.perf_counter()
     with _unchanged(model), _quiet():
@@ -92,7 +92,7 @@ def _generate(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],
     n_responses: int, generation: Mapping[str, Any],
 ) -> list[Prompt]:
-    """The two prompts with the fewest tokens."""
+    """Try generation; return the two prompts with the fewest tokens."""
     try:
         shortest = try_generation(model, tokenizer, prompts, n_responses=n_responses, **generation)
     except ActiveDPOError as error:
@@ -107,7 +107,7 @@ def _dummies(prompt: Text) -> tuple[Text, ...]:
 
 
 def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConfig) -> Selection:
-    """The pairs that the trainer would not leave out."""
+    """Try selection on the pairs that the trainer would not leave out."""
     try:
         skipped = selector.tokenize(pool, show_progress=False).skipped
         if len(skipped) == len(pool):
@@ -121,9 +121,9 @@ def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConf
 
 
 def copy_selector(selector: ActiveDPOSelector) -> ActiveDPOSelector:
-    """A selector of the same model and settings, which remembers what it learns by itself.
+    """Return a selector with the same model and settings, and its own self-check state.
 
-    What the self-check finds on dummy responses says nothing of the run's own.
+    The self-check's result on dummy responses says nothing about the run's own.
     """
     twin = copy.copy(selector)
     twin.extractor = copy.copy(selector.extractor)
@@ -139,7 +139,7 @@ def _train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, picked: Selection, dpo_args: DPOConfig,
     reference: Reference, batch_size: int,
 ) -> None:
-    # As many pairs as a round has: the schedule and the last batch depend on their number.
+    # Use a round's number of pairs: the schedule and the last batch depend on it.
     picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
     dataset = Selection(picks, picked.strategy).to_dataset([n % 2 for n in range(batch_size)])
     with tempfile.TemporaryDirectory(prefix="activedpo-") as folder:
@@ -152,7 +152,7 @@ def _train(
             metrics = train_dpo(model, tokenizer, dataset, args, reference=reference,
                                 initial_adapter=adapter_state(model), callbacks=[_OneStep()],
                                 show_progress=False)
-        except Exception as error:  # any library that a trainer calls may have raised it
+        except Exception as error:  # any library that the trainer calls may raise
             raise ActiveDPOError(_describe(error, dpo_args)) from error
     if metrics["steps"] == 0:
         raise ActiveDPOError(
@@ -167,7 +167,7 @@ class _OneStep(TrainerCallback):
 
 
 def _check_reports(dpo_args: DPOConfig) -> None:
-    """Raise what the trainer would where a package to report to is missing."""
+    """Raise what the trainer would if a reporting package is missing."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
@@ -178,7 +178,7 @@ def _check_reports(dpo_args: DPOConfig) -> None:
 
 
 def _describe(error: Exception, dpo_args: DPOConfig) -> str:
-    """One line: the section, the setting where the message tells which, the reason."""
+    """Return one line: the section, the setting if the message names it, and the reason."""
     if is_out_of_memory(error):
         return ("dpo: one training step on short responses runs out of memory: lower "
                 "per_device_train_batch_size (and raise gradient_accumulation_steps), or switch on "
@@ -191,7 +191,7 @@ def _describe(error: Exception, dpo_args: DPOConfig) -> str:
     if "target_modules" in reason:
         return f"lora.target_modules: {reason}"
     given = _given(dpo_args)
-    # In the order of the message: trainers name the setting at fault before the remedy.
+    # Keep the order of the message: trainers name the setting at fault before the remedy.
     words = re.findall(r"\w+", reason)
     named = next((word for word in words if word in given), None) or next(
         (name for name, value in given.items()
@@ -203,18 +203,18 @@ def _describe(error: Exception, dpo_args: DPOConfig) -> str:
 
 
 def _given(dpo_args: DPOConfig) -> dict[str, Any]:
-    """The fields that are not as `dpo_config` has them when nothing is said."""
+    """Return the fields that differ from the defaults of `dpo_config`."""
     usual = dpo_config()
     return {field.name: value for field in fields(dpo_args) if field.name != "output_dir"
             and (value := getattr(dpo_args, field.name)) != getattr(usual, field.name, None)}
 
 
-# -- what a rehearsal leaves -----------------------------------------------------------------------
+# -- restoring state -------------------------------------------------------------------------------
 
 
 @contextmanager
 def _unchanged(model: PeftModel) -> Iterator[None]:
-    """Put back weights, buffers and device of the model, and the global random state."""
+    """Restore weights, buffers and device of the model, and the global random state."""
     parameters = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     device = next(model.parameters()).device
@@ -234,7 +234,7 @@ def _unchanged(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _global_state() -> Iterator[None]:
-    """The random generators as before, and what `full_determinism` sets: switches, variables."""
+    """Restore the random generators, and the switches and variables `full_determinism` sets."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     devices = range(torch.accelerator.device_count()) if accelerator else []
     variables = dict(os.environ)
@@ -258,7 +258,7 @@ def _global_state() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of ours about dummy pairs: those that matter come again with the real ones."""
+    """Silence our warnings about dummy pairs: those that matter recur with the real ones."""
     log = logging.getLogger("activedpo_fast")
     level = log.level
     log.setLevel(logging.ERROR)

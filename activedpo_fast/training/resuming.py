@@ -1,4 +1,4 @@
-"""Which settings of a run on disk may still change: those that nothing on disk depends on yet."""
+"""Settings of a run on disk that may still change, because nothing on disk depends on them yet."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from activedpo_fast.errors import ActiveDPOError
 logger = logging.getLogger(__name__)
 
 _FILE = "config.json"
-_FORMAT = 2  # of that file; 1, which is not said in it, did not tell model and tokenizer
+_FORMAT = 2  # of that file; 1 (not recorded in the file) had no model and tokenizer
 
-# Settings whose entries come from a library: those that only one of two versions has do not count.
+# Settings whose entries come from a library: entries that only one version has do not count.
 _OF_A_LIBRARY = (("dpo",), ("lora",), ("base", "config"))
 
-# Whether a run's folder has a result of each stage.
+# For each stage, whether a run's folder has a result of it.
 _STAGES: dict[str, Callable[[Path], bool]] = {
     "started": lambda folder: (folder / "start" / "adapter").exists(),
     "generated": lambda folder: any(folder.glob("round-*/pool.jsonl")),
     "picked": lambda folder: any(folder.glob("round-*/picked.jsonl")),
-    # By another policy than the first one.
+    # By a policy other than the first one.
     "picked again": lambda folder: any(
         (later / "picked.jsonl").exists() for later in folder.glob("round-*")
         for first in _trained(folder)[:1] if later.name > first),
@@ -35,16 +35,16 @@ _STAGES: dict[str, Callable[[Path], bool]] = {
     "trained again": lambda folder: len(_trained(folder)) > 1,
 }
 
-# The first stage that a setting enters; of several prefixes that fit, the longest counts. Settings
-# that are not here count from the start.
+# The first stage that a setting affects; if several prefixes match, the longest counts. Settings
+# not listed count from the start.
 _ENTERS: dict[str, str | None] = {
-    "model": None,  # a path; what is in it is compared as `base`
+    "model": None,  # a path; its content is compared as `base`
     "prompts": "generated",
     "prompts_per_round": "generated",
     "generation": "generated",
     "chat_template_kwargs": "generated",
     "rules": "picked",
-    "rules.exclude": "generated",  # prompts to exclude get no responses
+    "rules.exclude": "generated",  # excluded prompts get no responses
     "strategy": "picked",
     "selector_options": "picked",
     "batch_size": "picked",
@@ -52,10 +52,10 @@ _ENTERS: dict[str, str | None] = {
     "dpo": "trained",
     # In the first round that is trained on, all labels are the newest and the current policy is
     # the initial one.
-    "reference": "picked again",  # strategies may ask for it, too
+    "reference": "picked again",  # strategies may need it, too
     "train_on": "trained again",
     "start_from": "trained again",
-    # What never enters a result.
+    # Settings that never affect a result.
     **dict.fromkeys(("dpo.report_to", "dpo.disable_tqdm", "dpo.push_to_hub", "dpo.log_level",
                      "dpo.log_level_replica", "dpo.logging_strategy", "dpo.logging_steps",
                      "dpo.logging_first_step", "dpo.save_strategy", "dpo.save_steps",
@@ -63,7 +63,7 @@ _ENTERS: dict[str, str | None] = {
                      "dpo.dataloader_pin_memory"), None),
 }
 
-# Options of the selector that follow from fields of DPOConfig: these are what a person has set.
+# Options of the selector that follow from fields of DPOConfig, which the user has set.
 _FOLLOWS = {
     "selector_options.beta": ("dpo.beta",),
     "selector_options.max_length": ("dpo.max_length",),
@@ -71,19 +71,19 @@ _FOLLOWS = {
     "selector_options.length_normalized": ("dpo.loss_type", "dpo.loss_weights"),
 }
 
-_NO_IDS = hashlib.sha256(b"[]").hexdigest()  # "rules.exclude" where nothing is excluded
+_NO_IDS = hashlib.sha256(b"[]").hexdigest()  # "rules.exclude" if nothing is excluded
 
-# What `to_dict` shows instead of a value, and runs of older versions have written down.
+# The mask that `to_dict` shows instead of a value; runs of older versions have recorded it.
 _MASKED = ("dpo.pad_token", "<PAD_TOKEN>")
 
 Change = tuple[str, Any, Any]  # name, the value on disk, the value now
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
-    """The settings that differ from those of the run in `folder`, none of which has had an effect.
+    """Return the settings that differ from the run's in `folder` and have had no effect yet.
 
     Raises:
-        ActiveDPOError: naming the first setting that differs and that something there depends on.
+        ActiveDPOError: something in `folder` depends on a changed setting; the first is named.
     """
     path = folder / _FILE
     if not path.exists():
@@ -98,11 +98,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     if config.get("format", 1) < _FORMAT:
         unknown = [name for name in settings if name not in old]
         settings = {name: value for name, value in settings.items() if name in old}
-        logger.warning("%s holds a run that an older version began, which did not write down %s: "
+        logger.warning("%s holds a run that an older version began, which did not record %s: "
                        "these are not compared", folder, ", ".join(unknown))
     changes = list(differences(*_of_both(old, settings)))
     found = first_that_matters(changes, folder)
-    if "base" not in old:  # the path is all that an older version wrote down
+    if "base" not in old:  # an older version recorded only the path
         found = next((change for change in changes if change[0] == "model"), found)
     if found is not None:
         raise ActiveDPOError(f"{folder} holds a run with other settings: "
@@ -110,20 +110,20 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
                              "output_dir, or the same settings")
     for name, now in _versions().items():
         if (before := config.get("versions", {}).get(name)) != now:
-            logger.warning("%s was begun with %s %s, this is %s: results may differ a little",
+            logger.warning("%s was begun with %s %s, this is %s: results may differ slightly",
                            folder, name, before, now)
     return changes
 
 
 def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change]) -> None:
-    """Write them down where the run in `folder` begins, or where some were `mended`."""
+    """Write the settings if the run in `folder` is new, or if some were `mended`."""
     path = folder / _FILE
     if mended:
-        logger.info("%s: settings have changed on which nothing there depends yet: %s", folder,
+        logger.info("%s: settings changed that nothing there depends on yet: %s", folder,
                     ", ".join(dict.fromkeys(describe(_origin(change, mended))
                                             for change in mended)))
         config = read_json(path)
-        if config.get("format", 1) < _FORMAT:  # what it does not tell is still not known
+        if config.get("format", 1) < _FORMAT:  # settings it does not record remain unknown
             settings = {name: settings[name] for name in settings if name in config["settings"]}
         write_json(path, {**config, "settings": settings})
     elif not path.exists():
@@ -135,7 +135,7 @@ def _versions() -> dict[str, str]:
 
 
 def _of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Copies of two settings, of what `_OF_A_LIBRARY` names only the entries that both have."""
+    """Return copies of two settings; from `_OF_A_LIBRARY` sections, only the shared entries."""
     copies = json.loads(json.dumps([old, new]))
     for keys in _OF_A_LIBRARY:
         a, b = copies
@@ -149,9 +149,9 @@ def _of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:
-    """Every entry in which two nested dictionaries differ, by its dotted name.
+    """Yield every entry in which two nested dictionaries differ, by its dotted name.
 
-    A section that is missing or of another kind on one side is one entry.
+    A section that is missing on one side, or of another type, is one entry.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(key for key in old if key not in new)]:
@@ -161,19 +161,19 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[Change]:
 
 
 def first_that_matters(changes: list[Change], folder: Path) -> Change | None:
-    """The first change of a setting that something in the run's `folder` depends on, or None."""
+    """Return the first change that something in the run's `folder` depends on, or None."""
     present = {stage for stage, is_there in _STAGES.items() if is_there(folder)}
     return next((change for change in changes if _enters(change) in present), None)
 
 
 def _origin(change: Change, changes: list[Change]) -> Change:
-    """The change that `change` follows from, itself if it follows from none."""
+    """Return the change that `change` follows from, or itself if there is none."""
     names = _FOLLOWS.get(change[0], ())
     return next((other for other in changes if other[0] in names), change)
 
 
 def _trained(folder: Path) -> list[str]:
-    """The rounds that were trained, by name in order: without those that had no preference."""
+    """Return the names of the trained rounds in order, without those that had no preference."""
     return [adapter.parent.name for adapter in sorted(folder.glob("round-*/adapter"))
             if _has_preference(adapter.parent / "labels.jsonl")]
 
@@ -183,7 +183,7 @@ def _has_preference(labels: Path) -> bool:
         lines = labels.read_text(encoding="utf-8").splitlines()
         return any(json.loads(line)["label"] in (0, 1) for line in lines if line.strip())
     except (OSError, ValueError, LookupError, TypeError):
-        return True  # not ours to say that there is none
+        return True  # do not claim that there is none
 
 
 def describe(change: Change) -> str:
@@ -193,7 +193,7 @@ def describe(change: Change) -> str:
 
 def _enters(change: Change) -> str | None:
     name, old, new = change
-    if name == "rules":  # all came or went at once
+    if name == "rules":  # all added or removed at once
         excluded = {(rules or {}).get("exclude") for rules in (old, new)}
         name = "rules.exclude" if excluded - {None, _NO_IDS} else name
     parts = name.split(".")

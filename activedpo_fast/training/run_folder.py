@@ -1,4 +1,4 @@
-"""What a run has on disk: records, labels, adapters and seconds of its rounds."""
+"""A run's files on disk: records, labels, adapters and timings of its rounds."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.selection.picks_jsonl import pick_line
 from activedpo_fast.selection.result import Selection
 
-START = -1  # the round of the record of the start
+START = -1  # `round` in the record of the start
 
 
 @dataclass
 class RoundRecord:
-    """What a round cost and what it led to.
+    """The cost and the results of a round.
 
     Attributes:
         round: 0, 1, ...; -1 for the record of the start, before any label.
-        labels_total: labels so far, this round's among them, without "no preference".
-        metrics: of `evaluate`, after this round's training.
+        labels_total: labels so far including this round's, without "no preference".
+        metrics: from `evaluate`, after this round's training.
         seconds: by stage: generate, features, select, label, train, evaluate.
-        strategy: that made this round's selection.
+        strategy: the strategy of this round's selection.
     """
 
     round: int
@@ -45,7 +45,7 @@ class RoundRecord:
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:
-    """The records of the start and of the complete rounds of a run, in order."""
+    """Return the records of the start and of the complete rounds of a run, in order."""
     folder = Path(output_dir)
     paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
     records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
@@ -60,12 +60,12 @@ def write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) ->
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`save_pretrained` of both into a temporary folder that is then renamed.
+    """Save both with `save_pretrained` to a temporary folder, then rename it.
 
-    Whoever takes features of this adapter needs this tokenizer, which may not be the base model's.
+    Features of this adapter need this tokenizer, which may differ from the base model's.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".adapter-*"):  # by a process that was killed
+    for left in folder.parent.glob(".adapter-*"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
@@ -79,7 +79,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
+    """Return the weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
     path = folder / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
         raise ActiveDPOError(f"{path} is gone, which the run goes on from: put it back, or use "

@@ -1,4 +1,4 @@
-"""One round of DPO by TRL's own `DPOTrainer`, after which the model is as before but trained."""
+"""One round of DPO with TRL's `DPOTrainer`, which changes only the adapter's weights."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _REFERENCE = "ref"  # ... to one of this name, which is π_ref
 
 
 def dpo_config(**overrides: Any) -> DPOConfig:
-    """A `trl.DPOConfig` for short rounds: nothing saved, reported or printed by the trainer.
+    """Return a `trl.DPOConfig` for short rounds: the trainer saves, reports and prints nothing.
 
-    TRL's defaults apply to all else, but for: no gradient checkpointing (rounds are on small LoRA
-    batches; switch it on for large models), and `use_cpu` with `bf16=False` where there is no
+    TRL's defaults apply to everything else, except: no gradient checkpointing (rounds are on small
+    LoRA batches; turn it on for large models), and `use_cpu` with `bf16=False` if there is no
     accelerator. Everything can be overridden by name.
     """
     _, config_class = _trl()
@@ -49,7 +49,7 @@ def dpo_config(**overrides: Any) -> DPOConfig:
     settings |= overrides
     try:
         with warnings.catch_warnings():
-            # Said of TRL's own default, too: transformers has renamed the option.
+            # TRL's own default warns, too: transformers has renamed the option.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
             return config_class(**settings)
     except TypeError as error:
@@ -57,21 +57,21 @@ def dpo_config(**overrides: Any) -> DPOConfig:
 
 
 def selector_settings(args: DPOConfig) -> dict[str, Any]:
-    """Options for `ActiveDPOSelector`, so that it looks at what the trainer trains.
+    """Return options for `ActiveDPOSelector` that match what the trainer trains.
 
-    The same tokens, β, and for losses of mean log-probs `length_normalized`. Every field of
-    DPOConfig is in `activedpo_fast.training.options` and docs/trl.md.
+    They give the same tokens and β, and `length_normalized` for losses of mean log-probs. Every
+    field of DPOConfig is listed in `activedpo_fast.training.options` and docs/trl.md.
 
     Raises:
-        ActiveDPOError: a field that selection cannot follow (`ld_alpha`, another f-divergence,
-            `sync_ref_model`, loss types that disagree), named with its value.
+        ActiveDPOError: selection cannot follow a field (`ld_alpha`, another f-divergence,
+            `sync_ref_model`, loss types that disagree); the message names it and its value.
     """
     check_training_options(args)
     return {
         "beta": args.beta,
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
-        # Only where it is so: runs of other losses do not mention it.
+        # Only if true: runs with other losses do not record it.
         **({"length_normalized": True} if trains_mean_logps(args) else {}),
     }
 
@@ -89,29 +89,29 @@ def train_dpo(
     callbacks: Sequence[TrainerCallback] | None = None,
     show_progress: bool | None = None,
 ) -> dict[str, float]:
-    """Train the adapter "default" of `model` in place by `trl.DPOTrainer`.
+    """Train the adapter "default" of `model` in place with `trl.DPOTrainer`.
 
-    Afterward, also after an exception, the model has what it had before (adapters, flags, modes,
-    hooks, dropout, configs, buffers, `forward`), `.grad` is None everywhere, and only the adapter's
-    weights differ, in the dtype that they had. (TRL itself trains the adapter of a 4- or 8-bit
-    model in bfloat16.) The model stays on the trainer's device. The trainer seeds the global random
-    generators with `args.seed`, and they are left so.
+    Afterward, also after an exception, the model is restored (adapters, flags, modes, hooks,
+    dropout, configs, buffers, `forward`), `.grad` is None everywhere, and only the adapter's
+    weights differ, in their original dtype. (TRL itself trains the adapter of a 4- or 8-bit model
+    in bfloat16.) The model stays on the trainer's device. The trainer seeds the global random
+    generators with `args.seed`; they are not restored.
 
     Args:
-        dataset: prompt, chosen, rejected, as `Selection.to_dataset` gives it.
+        dataset: prompt, chosen, rejected, as returned by `Selection.to_dataset`.
         reference: π_ref. "initial": the model with `initial_adapter`; "round": the model as it is
             at the call.
-        initial_adapter: `adapter_state(model)` taken before the first round; for "initial".
+        initial_adapter: `adapter_state(model)` from before the first round; for "initial".
         callbacks: for the trainer.
-        show_progress: a bar over the optimizer's steps; None: on a terminal only.
+        show_progress: a bar over the optimizer's steps; None shows it on a terminal only.
 
     Returns:
         "loss" (mean over the training), "steps", "pairs" trained on (without those that the trainer
         leaves out because their prompt fills max_length), "seconds".
 
     Raises:
-        ActiveDPOError: TRL is missing; no PEFT model, another active adapter than "default", an
-            adapter called "ref"; no pair to train on; options that do not go together.
+        ActiveDPOError: TRL is missing; not a PEFT model; the active adapter is not "default"; an
+            adapter is called "ref"; no pair to train on; incompatible options.
     """
     trainer_class, _ = _trl()
     _check(model, dataset, args, reference, initial_adapter)
@@ -176,7 +176,7 @@ def _check(
         raise ActiveDPOError("reference='initial' needs initial_adapter=adapter_state(model), "
                              "taken before the first round")
     if reference == "initial" and args.precompute_ref_log_probs:
-        # TRL computes them while the trainer is made, from the policy as it then is.
+        # TRL computes them when it creates the trainer, from the policy at that point.
         raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'"
                              ": set it to False, or reference to 'round'")
     if len(dataset) == 0:
@@ -185,10 +185,10 @@ def _check(
 
 @contextmanager
 def _plain_initialization(model: PeftModel) -> Iterator[None]:
-    """For the trainer's adapter "ref", which gets a copy of the weights anyway.
+    """Use LoRA's plain initialization for "ref", which gets a copy of the weights anyway.
 
-    Initializations such as PiSSA and OLoRA take what they put into an adapter out of the base
-    model's weights, and "ref" has the configuration of "default".
+    Initializations such as PiSSA and OLoRA subtract the initial adapter from the base model's
+    weights, and "ref" has the configuration of "default".
     """
     config: Any = model.peft_config[_ADAPTER]
     given = getattr(config, "init_lora_weights", True)
@@ -204,7 +204,7 @@ def _plain_initialization(model: PeftModel) -> Iterator[None]:
 def _set_reference(
     model: PeftModel, args: DPOConfig, weights: Mapping[str, torch.Tensor] | None
 ) -> None:
-    """Give the trainer's adapter "ref" these weights, or those of the adapter as it is.
+    """Give the trainer's adapter "ref" these weights, or the adapter's current ones.
 
     TRL 1.16 copies parameters with ".default." in their names, which leaves out those of IA³, LoHa,
     VeRA and of LoRA on embeddings.
@@ -255,12 +255,12 @@ def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[
             tokenizer.pad_token = pad_token
 
 
-# Held by reference: their members are changed in place, and the adapter "ref" leaves them again.
+# Kept by reference: they are changed in place, and deleting the adapter "ref" removes its entries.
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """The module's own attributes; its hooks (dictionaries that are added to) are copied."""
+    """Return the module's own attributes; hook dictionaries, which may grow, are copied."""
     return {
         name: value.copy() if "_hooks" in name and isinstance(value, (dict, list)) else value
         for name, value in vars(module).items()
@@ -274,7 +274,7 @@ def _set_attributes(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
         del own[name]
     for name, value in before.items():
         if "_hooks" in name and isinstance(value, dict):
-            # The same dictionary: handles of hooks refer to it.
+            # Keep the same dictionary: hook handles refer to it.
             own[name].clear()
             own[name].update(value)
         else:
@@ -282,7 +282,7 @@ def _set_attributes(module: torch.nn.Module, before: Mapping[str, Any]) -> None:
 
 
 def _set_buffers(module: torch.nn.Module, before: Mapping[str, torch.Tensor | None]) -> None:
-    """The buffers of `before`, on the devices that the trainer has moved them to."""
+    """Restore the buffers of `before`, on the devices that the trainer has moved them to."""
     for name, buffer in before.items():
         now = module._buffers.get(name)
         if buffer is not None and now is not None:
@@ -304,7 +304,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 class _Bar(TrainerCallback):
-    """One bar over the steps, with the last loss that was logged."""
+    """A bar over the steps, with the last logged loss."""
 
     def __init__(self, show_progress: bool | None) -> None:
         self._show_progress = show_progress

@@ -108,10 +108,6 @@ def of_reviews() -> list[Experiment]:
     """In the order in which they are run and shown."""
     main = Experiment("main reviews", "sentiment of reviews", 8, tuple(
         Variant("", method, method, ReviewSetting()) for method in reviews.METHODS))
-    steps = Experiment("steps", "the learning rate of DPO", 8, tuple(
-        Variant(f"{rate:g}", method, method, ReviewSetting(learning_rate=rate))
-        for rate in (5e-4, 1e-3, 2e-3, 4e-3)
-        for method in (RANDOM, "activedpo, none", "trace_plus")))
     gate = Experiment("gate", "all pairs of 400 prompts labeled at once", 2, (
         Variant("", EVERYTHING, EVERYTHING, ReviewSetting(rounds=1, prompts_per_round=400)),))
-    return [gate, main, steps]
+    return [gate, main]
