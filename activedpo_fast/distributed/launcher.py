@@ -1,4 +1,4 @@
-"""Whether this process is one of several that a launcher has started together."""
+"""Detection of several processes started together by a launcher."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from activedpo_fast.errors import ActiveDPOError
 
 # Set by torchrun and `accelerate launch`, then by MPI launchers (accelerate reads these, too).
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-ONE_PROCESS = ("", "0", "1")  # values of these variables that stand for no launcher
+ONE_PROCESS = ("", "0", "1")  # values of these variables that mean no launcher
 
 
 def require_one_process(what: str) -> None:
-    """Raise `ActiveDPOError` where a launcher has started more than one process.
+    """Raise `ActiveDPOError` if a launcher has started more than one process.
 
-    Each of them would write the same files. `what` is the command or method that is refused.
+    Each process would write the same files. `what` is the command or method that is refused.
     """
     found = next(((name, size) for name in _SIZES
                   if (size := os.environ.get(name, "").strip()) not in ONE_PROCESS), None)

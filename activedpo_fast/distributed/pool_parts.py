@@ -1,4 +1,4 @@
-"""A pool shared out to several processes: which part is whose, and what all must have alike."""
+"""A pool split over several processes: each one's part, and the inputs all must share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Result = TypeVar("Result")
 
 
 class PoolPart(NamedTuple):
-    """A stretch of a pool: the positions of its items, and the numbers of their response rows."""
+    """A contiguous part of a pool: positions of its items, and numbers of their response rows."""
 
     items: range
     rows: range
 
     def pairs(self, pairs: Tensor) -> range:
-        """Which of the pool's pairs, int64 [N, 2] in the order of the pool, are of this part."""
+        """Return which of the pool's pairs, int64 [N, 2] in pool order, are in this part."""
         ends = torch.tensor([self.rows.start, self.rows.stop])
         return range(*torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist())
 
     def item_of_row(self, pool: PreferencePool) -> Tensor:
-        """The item of each response row of this part, both counted from its start; int64."""
+        """Return the item of each response row, both counted from this part's start; int64."""
         counts = pool.response_offsets.diff()[self.items.start:self.items.stop]
         return torch.repeat_interleave(torch.arange(len(self.items)), counts)
 
@@ -37,12 +37,12 @@ class PoolPart(NamedTuple):
 class PoolProcesses:
     """The processes of a `torch.distributed` group, gloo or NCCL, that share a pool.
 
-    All of them call the same methods in the same order. What is computed of a part alone goes
-    through `check`, so that an error of one process is an error of all.
+    All of them call the same methods in the same order. Computations on a single part go through
+    `check`, so that an error in one process is an error in all.
 
     Args:
-        group: `dist.group.WORLD` for all processes; None for one that is alone, which has the
-            whole pool.
+        group: `dist.group.WORLD` for all processes; None for a single process, which has the whole
+            pool.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -51,7 +51,7 @@ class PoolProcesses:
         self.size = 1 if self._processes is None else self._processes.size
 
     def part(self, pool: PreferencePool) -> PoolPart:
-        """The part of this process: as many responses as the others have, as far as items allow.
+        """Return this process's part: as many responses as the others, as far as items allow.
 
         Raises:
             ActiveDPOError: fewer items than processes.
@@ -69,18 +69,18 @@ class PoolProcesses:
         return PoolPart(range(first, end), range(int(offsets[first]), int(offsets[end])))
 
     def stretch(self, count: int) -> slice:
-        """The part of this process of `count` things that take equally long; may be empty."""
+        """Return this process's part of `count` tasks of equal cost; may be empty."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def check(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns, if it succeeds everywhere; it must not talk to the others."""
+        """Return the result of `compute` if it succeeds everywhere; it must not communicate."""
         return compute() if self._processes is None else self._processes.check(compute)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, rank after rank; the number may differ, not the shape of one.
+        """Return the rows of all processes in rank order; their number may differ, not their shape.
 
-        They are sent as float64 and come back in their own dtype, on the CPU where there is more
-        than one process.
+        They are sent as float64 and returned in their own dtype, on the CPU if there is more than
+        one process.
         """
         if self._processes is None:
             return rows
@@ -98,7 +98,7 @@ class PoolProcesses:
     def require_same(
         self, given: Mapping[str, str], numbers: Mapping[str, float] | None = None
     ) -> None:
-        """Raise `ActiveDPOError`, everywhere, unless all have the same texts and numbers."""
+        """Raise `ActiveDPOError`, on all processes, unless all have the same texts and numbers."""
         if self._processes is None:
             return
         mine = torch.tensor([_digest(text) for text in given.values()], dtype=torch.float64)
@@ -114,5 +114,5 @@ class PoolProcesses:
 
 
 def _digest(text: str) -> int:
-    """48 bits: exact as a float64."""
+    """Return a 48-bit hash, which float64 represents exactly."""
     return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=6).digest(), "big")

@@ -1,4 +1,4 @@
-"""One selection by several processes: each has a share of the candidates, all get the picks."""
+"""One selection by several processes: each has a part of the candidates, all get the picks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from activedpo_fast.errors import ActiveDPOError
 
 @dataclass(frozen=True)
 class Offer:
-    """What a process knows of its own best candidates.
+    """A process's summary of its own best candidates.
 
-    lower: the largest of their values' lower bounds. index, upper, score, group: the candidate of
-    the lowest number among those whose upper bound reaches `lower`; the upper bound of its value,
-    its score, the numbers of its group and prompt. upper_max: the largest upper bound.
+    lower: the largest lower bound of their values. index, upper, score, group: the lowest-numbered
+    candidate whose upper bound reaches `lower`; the upper bound of its value; its score; the
+    numbers of its group and prompt. upper_max: the largest upper bound.
     """
 
     index: int
@@ -34,7 +34,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that all take: its number in the whole, score, group, prompt and owner."""
+    """The candidate that all processes pick: its global number, score, group, prompt and owner."""
 
     index: int
     score: float
@@ -46,17 +46,17 @@ class Choice:
 class Processes:
     """The processes of a `torch.distributed` group, gloo or NCCL, in a selection.
 
-    Candidates are numbered through, rank after rank. A pick costs one gathering of a few numbers
-    and one broadcast of a feature. A process that fails, is lost or does not answer within the
-    group's timeout makes every other one raise: nobody returns a part of the picks.
+    Candidates are numbered consecutively, in rank order. A pick costs one gather of a few numbers
+    and one broadcast of a feature. If a process fails, is lost or does not answer within the
+    group's timeout, every other one raises: no process returns only a part of the picks.
 
     Args:
         group: the process group; `dist.group.WORLD` for all.
-        n_candidates: how many this process has.
+        n_candidates: the number of candidates of this process.
 
     Attributes:
-        rank, size: in the group. offset: the number of this process's first candidate. total: how
-        many candidates there are.
+        rank, size: in the group. offset: the number of this process's first candidate. total: the
+        number of all candidates.
 
     Raises:
         ActiveDPOError: a process was lost.
@@ -83,19 +83,19 @@ class Processes:
                                          f"{value:g}: they must agree")
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """The sum over all processes, int64 [n]."""
+        """Return the sum over all processes, int64 [n]."""
         return self._gather(numbers.tolist()).sum(dim=0).long()
 
     def agree(self, make_offer: Callable[[], Offer | None],
               lowest_from: Callable[[float], Offer | None]) -> Choice | None:
-        """The candidate with the largest value, ties to the lowest number; None if none is left.
+        """Return the candidate with the largest value, ties to the lowest number; None if none.
 
         Args:
-            make_offer: this process's offer; None if it has nothing left.
-            lowest_from: of its candidates whose upper bound is at least the given value, the one of
-                the lowest number; None if there is none.
+            make_offer: returns this process's offer; None if it has no candidate left.
+            lowest_from: returns the offer with the lowest-numbered of this process's candidates
+                whose upper bound is at least the given value; None if there is none.
 
-        An exception in `make_offer` is raised here, and told to the others, who raise as well.
+        An exception in `make_offer` is raised here and reported to the others, which raise, too.
         """
         table = self._exchange(make_offer)
         present = [r for r in range(self.size) if table[r] is not None]
@@ -104,17 +104,17 @@ class Processes:
         offers = {r: table[r] for r in present}
         threshold = max(offer.lower for offer in offers.values())
         # A process whose first candidate falls short of the others' may have a later one that does
-        # not: only then is there more to ask.
+        # not. Only then is a second exchange needed.
         if any(offer.upper < threshold <= offer.upper_max for offer in offers.values()):
             again = self._exchange(lambda: lowest_from(threshold))
             offers = {r: offer for r, offer in enumerate(again) if offer is not None}
         reaching = [r for r, offer in offers.items() if offer.upper >= threshold]
-        owner = min(reaching)  # numbers go up with the rank
+        owner = min(reaching)  # numbers increase with the rank
         chosen = offers[owner]
         return Choice(chosen.index, chosen.score, chosen.group, chosen.prompt, owner)
 
     def share(self, vector: Tensor | None, size: int, owner: int) -> Tensor:
-        """The owner's `vector`, float64 [size], for everybody."""
+        """Return the owner's `vector`, float64 [size], on all processes."""
         self._picks += 1
         sent = torch.empty(size, dtype=torch.float64) if vector is None else vector.cpu()
         sent = sent.to(self._device).contiguous()
@@ -123,7 +123,7 @@ class Processes:
         return sent
 
     def check(self, prepare: Callable[[], Any]) -> Any:
-        """What `prepare` returns, if it succeeds everywhere."""
+        """Return the result of `prepare` if it succeeds everywhere."""
         result: list[Any] = []
         self._exchange(lambda: result.append(prepare()))
         return result[0]
@@ -133,7 +133,7 @@ class Processes:
         offer = None
         try:
             offer = make()
-        except Exception as raised:  # noqa: BLE001 - told to the others first, then raised again
+        except Exception as raised:  # noqa: BLE001 - reported to the others first, then reraised
             error = raised
         numbers = [0.0] * len(fields(Offer)) if offer is None else list(map(float, astuple(offer)))
         if offer is not None:
@@ -158,7 +158,7 @@ class Processes:
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
-        except RuntimeError as error:  # what gloo and NCCL raise, timeouts among it
+        except RuntimeError as error:  # raised by gloo and NCCL, including timeouts
             raise ActiveDPOError(
                 f"lost contact with another of the {self.size} processes after {self._picks} "
                 f"picks; nothing was selected") from error

@@ -12,8 +12,8 @@ from torch import nn
 
 from activedpo_fast import ops
 
-# Number of logits held at a time: 16 MiB in float32 on the CPU; on other devices, enough to keep the
-# device busy.
+# Number of logits held at a time: 16 MiB in float32 on the CPU; on other devices, enough to keep
+# the device busy.
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
 
 Head = Callable[[torch.Tensor], torch.Tensor]

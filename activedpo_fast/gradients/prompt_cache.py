@@ -86,8 +86,7 @@ def run_prompts(
 
 
 def continue_prompts(states: list[torch.Tensor]) -> Cache:
-    """Return a cache that starts with `states` (alternating keys and values), one row per response.
-    """
+    """Return a cache that starts with `states`: alternating keys and values, a row per response."""
     return Cache(layers=[
         _Continued(keys, values)
         for keys, values in zip(states[::2], states[1::2], strict=True)

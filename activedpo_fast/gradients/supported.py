@@ -301,7 +301,7 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
 
 
 def _count(module: Any, attribute: str) -> int | None:
-    """Rows of an embedding or a head, also inside a PEFT layer."""
+    """Return the number of rows of an embedding or a head, also inside a PEFT layer."""
     if module is None:
         return None
     if hasattr(module, "get_base_layer"):

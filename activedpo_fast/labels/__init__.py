@@ -1,4 +1,4 @@
-"""Where preferences come from: a function, a reward, a reward model, or people through files."""
+"""Sources of preferences: a function, a reward, a reward model, or people through files."""
 
 from __future__ import annotations
 

@@ -20,23 +20,24 @@ class LabelsPending(ActiveDPOError):
 
 
 class FileOracle:
-    """Writes a selection to be labeled by people, and reads it when they are done.
+    """Write a selection for people to label, and read the labels when they are done.
 
-    `label` writes the picks, best first, one JSON object a line with `"label": null`, and raises
-    `LabelsPending`. People replace each null by 0 or 1, the position in `responses` of the better
-    one, or by "skip" (or "tie") for no preference; null means "not labeled yet". Call `label` with
-    the same selection again (rerun the loop) to go on. A file that is there is never overwritten.
+    `label` writes the picks, best first, one JSON object per line with `"label": null`, and raises
+    `LabelsPending`. People replace each null with 0 or 1, the position in `responses` of the better
+    one, or with "skip" (or "tie") for no preference; null means "not labeled yet". To continue,
+    call `label` with the same selection again (rerun the loop). Existing files are never
+    overwritten.
 
     Args:
         path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:
-            the file is `to_label-<digest>.jsonl`, the digest being the selection's, and labels are
-            also accepted in a file `labels-<digest>.jsonl` beside it, which goes first. A file
+            the file is `to_label-<digest>.jsonl`, with the selection's digest. Labels are also
+            accepted in a file `labels-<digest>.jsonl` next to it, which takes precedence. A file
             serves one selection.
 
     Raises:
         LabelsPending: from `label`, while a label is missing.
-        ActiveDPOError: from `label`, naming the line: broken JSON, a changed text, a bad label, a
-            line that is not of this selection; or the pick that has no line.
+        ActiveDPOError: from `label`: broken JSON, a changed text, a bad label, or a line that is
+            not of this selection (the message names the line); a pick that has no line.
     """
 
     def __init__(self, path: FilePath) -> None:
@@ -57,7 +58,7 @@ class FileOracle:
         return [None if value == SKIP else int(value) for value in found]
 
     def paths(self, selection: Selection) -> tuple[Path, Path]:
-        """Where the picks are written to be labeled, and where labels are looked for first."""
+        """Return the file that the picks are written to, and the file checked first for labels."""
         if self._path.suffix == ".jsonl":
             return self._path, self._path
         lines = "".join(pick_line(pick, template=False, label=None) for pick in selection)
@@ -71,8 +72,8 @@ def _what_to_do(missing: int, total: int, path: Path) -> str:
 
 
 def _read(path: Path, selection: Selection) -> list[Any]:
-    """One value a pick: 0, 1, "skip", or None where it is not labeled yet."""
-    # By the texts as well: a selection of several rounds may have an id and pair more than once.
+    """Return one value per pick: 0, 1, "skip", or None if not labeled yet."""
+    # The key has the texts, too: a selection of several rounds may repeat an id and pair.
     position = {_key(pick): n for n, pick in enumerate(selection)}
     named = {(pick.id, pick.pair) for pick in selection}
     values: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Labeled pairs in a file, as rows of a pool: what `activedpo select --labeled` reads."""
+"""Labeled pairs in a file, as rows of a pool: the input of `activedpo select --labeled`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 def read_labeled_pairs(
     path: FilePath, pool: PreferencePool, *, log: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of `pool` that a JSONL file names by `id` and `pair`, as row numbers.
+    """Return the pairs of `pool` that a JSONL file names by `id` and `pair`, as row numbers.
 
-    Where a line has `prompt` and `responses`, these say which pair it is, whatever its id and
-    numbers are; they must be in the pool.
+    If a line has `prompt` and `responses`, these identify the pair, regardless of its id and
+    numbers; they must be in the pool.
 
     Returns:
-        Two int64 [t, 2]: the pairs with a preference, which enter V, and those without: `label` is
-        "skip" or "tie", or it is missing or null, so that the pair is not labeled yet. The log has
-        a line that counts the latter.
+        Two int64 [t, 2]: the pairs with a preference, which enter V, and those without. A pair has
+        no preference if `label` is "skip" or "tie", or if it is not labeled yet (`label` is missing
+        or null). The number of pairs not labeled yet is logged.
 
     Raises:
-        ActiveDPOError: naming the first line at fault.
+        ActiveDPOError: a bad line; the message names the first.
     """
     decided: list[list[int]] = []
     asked: list[list[int]] = []
@@ -61,7 +61,7 @@ def _as_rows(pairs: list[list[int]]) -> torch.Tensor:
 
 
 def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) -> list[int]:
-    """The two row numbers that a line stands for, in its order."""
+    """Return the two row numbers of a line, in its order."""
     if not isinstance(record, Mapping):
         raise ActiveDPOError(f"{place}: not a JSON object")
     for name in ("id", "pair"):
@@ -93,7 +93,7 @@ def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) 
 
 
 def _by_texts(record: Mapping[str, Any], finder: PairFinder) -> list[int] | None:
-    """The rows that have a line's prompt and responses; None where it lacks them, or none has."""
+    """Return the rows with a line's prompt and responses; None if it lacks them or none match."""
     prompt, responses = record.get("prompt"), record.get("responses")
     if not isinstance(responses, list) or len(responses) != 2:
         return None

@@ -11,13 +11,13 @@ from activedpo_fast.selection.result import Selection, check_label
 
 
 class Oracle(Protocol):
-    """Whoever says which of two responses is better."""
+    """A source of labels that say which of two responses is better."""
 
     def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
-        """One label a pick, in order: the index (0 or 1) of the preferred of `pick.responses`.
+        """Return one label per pick, in order: the index (0 or 1) of the preferred response.
 
-        None is for no preference. `pool`, where the selection was made from, gives access to the
-        other columns of the items.
+        The index is into `pick.responses`; None means no preference. `pool`, from which the
+        selection was made, gives access to the other columns of the items.
         """
         ...
 
@@ -26,7 +26,7 @@ class CallableOracle:
     """Labels from `fn(prompt, response_a, response_b)`: 0 (a is better), 1, or None.
 
     Raises:
-        ActiveDPOError: from `label`, for any other value; it names the pick.
+        ActiveDPOError: from `label`, for any other value; the message names the pick.
     """
 
     def __init__(self, fn: Callable[[Text, Text, Text], int | None]) -> None:

@@ -1,4 +1,4 @@
-"""Labels in a file of picks: what people have answered, and what is still open."""
+"""Labels in a file of picks: the picks that people have labeled, and those still pending."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ LABELS = '0, 1, "skip", "tie" or null (not labeled yet)'
 def read_labels(
     path: FilePath, *, strategy: str = "unknown", all_answered: bool = False
 ) -> tuple[Selection, list[int | None]]:
-    """Read a `to_jsonl` file to whose lines people added `"label"`: 0, 1, "skip" or "tie".
+    """Read a `to_jsonl` file in which people added `"label"` to each line: 0, 1, "skip" or "tie".
 
     Lines may be reordered or left out. Those without a label, or with null, are not labeled yet:
-    they are left out (`read_pending` has them), and the log says how many.
+    they are left out (`read_pending` returns them), and their number is logged.
 
     Args:
-        all_answered: the file is one whose lines have all been answered, where null is an older
-            version's way to write "skip"; it is read so, and the log says that.
+        all_answered: all lines of the file have been answered. Older versions wrote null for
+            "skip"; it is then read as "skip", and this is logged.
 
     Returns:
-        The picks that are labeled and one label each, as `to_dataset` takes them: None for "skip"
-        and "tie".
+        The labeled picks and one label for each, as input for `to_dataset`: None for "skip" and
+        "tie".
 
     Raises:
-        ActiveDPOError: naming the first line at fault, as `Selection.from_jsonl`, and for another
-            label; no line has a label.
+        ActiveDPOError: as `Selection.from_jsonl`, or an invalid label, naming the first line at
+            fault; no line has a label.
     """
     records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
     missing = sum(label is None for _, label in records)
@@ -55,9 +55,9 @@ def read_labels(
 
 
 def read_pending(path: FilePath, *, strategy: str = "unknown") -> Selection:
-    """The picks of a `to_jsonl` file that are not labeled yet: without `"label"`, or with null.
+    """Return the picks of a `to_jsonl` file that are not labeled yet: no `"label"`, or null.
 
-    Pass them to `ActiveDPOSelector.select` as `asked`, and they are not picked again.
+    Pass them to `ActiveDPOSelector.select` as `asked` so that they are not picked again.
 
     Raises:
         ActiveDPOError: as `read_labels`, except that there may be no label at all.
@@ -67,7 +67,7 @@ def read_pending(path: FilePath, *, strategy: str = "unknown") -> Selection:
 
 
 def read_label(record: Mapping[str, Any], place: str) -> int | str | None:
-    """The `label` of a line: 0, 1, `SKIP` for no preference, None where it is not labeled yet.
+    """Return the `label` of a line: 0, 1, `SKIP` for no preference, None if not labeled yet.
 
     Raises:
         ActiveDPOError: anything else, naming `place`.
@@ -75,7 +75,7 @@ def read_label(record: Mapping[str, Any], place: str) -> int | str | None:
     label = record.get("label")
     if isinstance(label, str) and label in NO_PREFERENCE:
         return SKIP
-    # Tables write 1.0 where other lines have null.
+    # Tables write 1.0 if other lines have null.
     if isinstance(label, float) and label in (0.0, 1.0):
         return int(label)
     if label is None or (type(label) is int and label in (0, 1)):
@@ -86,7 +86,7 @@ def read_label(record: Mapping[str, Any], place: str) -> int | str | None:
 def by_preference(
     selection: Selection, labels: Sequence[int | None]
 ) -> tuple[Selection, Selection]:
-    """The picks with a preference (a label 0 or 1), and those without (None).
+    """Split the picks into those with a preference (a label 0 or 1), and those without (None).
 
     `ActiveDPOSelector.select` takes the former as `labeled` and the latter as `asked`.
     """

@@ -1,4 +1,4 @@
-"""Labels drawn from a reward by the Bradley-Terry model."""
+"""Labels sampled from a reward with the Bradley-Terry model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from activedpo_fast.selection.result import Selection
 
 
 class Reward(Protocol):
-    """A number a response: the higher, the better."""
+    """A function that gives one number per response; higher is better."""
 
     def __call__(
         self,
@@ -27,18 +27,18 @@ class Reward(Protocol):
 
 
 class RewardOracle:
-    """P(a is preferred to b) = σ((r_a − r_b) / temperature) (Bradley and Terry, 1952).
+    """Labels with P(a is preferred to b) = σ((r_a − r_b) / temperature).
 
-    A draw depends on the seed, the pick's id and the texts of its two responses alone, not on
-    their order, on the other picks or on earlier calls.
+    Source: Bradley and Terry, 1952. A draw depends only on the seed, the pick's id and the texts of
+    its two responses, not on their order, on other picks or on earlier calls.
 
     Args:
         reward: `reward(prompts, responses, extras)`, called once with all responses of a
-            selection: sequences of equal length, two entries a pick. `extras` are the other
-            columns of the pool's items, empty where `label` is given no pool.
+            selection: sequences of equal length, two entries per pick. `extras` holds the other
+            columns of the pool's items, empty if `label` is given no pool.
         temperature: in units of the reward. 0 always prefers the higher reward and labels a tie
             None.
-        seed: of the draws.
+        seed: for the draws.
 
     Raises:
         ActiveDPOError: a negative temperature; from `label`, a wrong number of rewards or one that
@@ -78,7 +78,7 @@ class RewardOracle:
     def _draw(self, pick: Pick, advantage: float) -> int | None:
         if self.temperature == 0:
             return None if advantage == 0 else int(advantage < 0)
-        # The draw is made for the two texts in a fixed order, whichever way the pick has them.
+        # Draw for the two texts in a fixed order, regardless of their order in the pick.
         texts = [json.dumps(response, sort_keys=True) for response in pick.responses]
         swapped = texts[0] > texts[1]
         key = json.dumps([self.seed, pick.id, *sorted(texts)])

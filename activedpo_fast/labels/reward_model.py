@@ -22,19 +22,20 @@ class RewardModelOracle(RewardOracle):
 
     With a chat template, prompt and response are rendered as a conversation (a plain prompt as the
     user's message). Without one they are encoded as the tokenizer encodes a pair of texts, as
-    DeBERTa reward models expect it; a tokenizer without special tokens joins them.
+    DeBERTa reward models expect; a tokenizer without special tokens concatenates them.
 
     Args:
-        model: with one output (`num_labels=1`); it stays where it is and is run in eval mode.
+        model: with one output (`num_labels=1`); it stays on its device and runs in eval mode.
         temperature, seed: as in `RewardOracle`.
         batch_size: responses scored at once.
-        chat_template_kwargs: passed to the reward model's own chat template; those of the policy
-            are not for it.
-        max_length: longest input in tokens, the rest is cut as the tokenizer does; None: no limit.
+        chat_template_kwargs: passed to the reward model's own chat template, which does not get
+            those of the policy.
+        max_length: maximum input length in tokens; the tokenizer truncates longer inputs. None for
+            no limit.
 
     Raises:
-        ActiveDPOError: a model with several outputs; no padding token, or another one in the
-            model's config than the tokenizer has; chat messages without a chat template.
+        ActiveDPOError: a model with several outputs; no padding token, or different ones in the
+            model's config and the tokenizer; chat messages without a chat template.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class RewardModelOracle(RewardOracle):
         if tokenizer.pad_token_id is None:
             raise ActiveDPOError("the reward model's tokenizer has no pad_token")
         if model.config.get_text_config().pad_token_id != tokenizer.pad_token_id:
-            # Decoder models find the last token, whose output is the reward, by this number.
+            # Decoder models use this id to find the last token, whose output is the reward.
             raise ActiveDPOError(
                 f"the reward model's config has pad_token_id "
                 f"{model.config.get_text_config().pad_token_id}, its tokenizer has "

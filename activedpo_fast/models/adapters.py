@@ -1,4 +1,4 @@
-"""The weights of a PEFT adapter: taken, put back, and told from the base model's."""
+"""The weights of a PEFT adapter: copy, load, and distinguish them from the base model's."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ADAPTER = "default"  # the name that PEFT gives the first adapter
 
 
 def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str, torch.Tensor]:
-    """A copy of an adapter's weights, by PEFT's names without the adapter's.
+    """Return a copy of an adapter's weights, by PEFT's names without the adapter's name.
 
     Raises:
-        ActiveDPOError: an adapter whose weights PEFT does not give, only what an encoder of prompts
-            makes of them (P-tuning, prefix tuning with a projection): they could not be put back.
+        ActiveDPOError: PEFT returns only the output of a prompt encoder, not the adapter's weights
+            (P-tuning, prefix tuning with a projection), so they could not be restored.
     """
     _check_gives_weights(model, adapter_name)
-    # False: "auto" may ask the Hub whether the vocabulary of the base model was changed.
+    # False: "auto" may query the Hub to see whether the base model's vocabulary was changed.
     state = get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -35,7 +35,7 @@ def load_adapter_state(
     """Copy weights of `adapter_state` into an adapter of the model.
 
     Raises:
-        ActiveDPOError: other names or shapes than the adapter has, or as `adapter_state`.
+        ActiveDPOError: names or shapes differ from the adapter's, or as `adapter_state`.
     """
     _check_gives_weights(model, adapter_name)
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -48,7 +48,7 @@ def load_adapter_state(
 
 
 def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
-    """Ids of the parameters of all adapters, or of those that are not active."""
+    """Return the ids of the parameters of all adapters, or only of inactive ones."""
     found: set[int] = set()
     for _, layer in tuner_layers(model):
         for group in layer.adapter_layer_names:

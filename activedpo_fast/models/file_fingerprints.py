@@ -1,4 +1,4 @@
-"""What tells a model, an adapter or a tokenizer on disk from another one."""
+"""Fingerprints of models, adapters and tokenizers on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from activedpo_fast.models.folders import (
     resolve_source,
 )
 
-# How the names of a tokenizer's files begin, whatever kind it is.
+# Prefixes of the names of tokenizer files, for all kinds of tokenizers.
 _TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens",
                     "chat_template", "spiece", "sentencepiece", "source", "target")
 
@@ -24,11 +24,11 @@ _SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint_model(model: FilePath, gguf_file: str | None = None) -> str:
-    """SHA-256 (128 bits, hex) of a base model's files, without reading all of large weights.
+    """Return the SHA-256 (128 bits, hex) of a base model's files, sampling large weights.
 
-    Of every file that a model or tokenizer is read from: its name, its size, and its content, of a
-    file above 4 MiB only 64 blocks of 64 KiB, spread evenly over it with its first and last bytes
-    among them.
+    It covers the name, size and content of every file that a model or tokenizer is read from. For
+    files above 4 MiB, the content is only 64 blocks of 64 KiB, spread evenly and including the
+    first and last bytes.
     """
     folder = resolve_source(model, gguf_file)
     digest = hashlib.sha256()
@@ -43,7 +43,7 @@ def fingerprint_model(model: FilePath, gguf_file: str | None = None) -> str:
 
 
 def fingerprint_adapter(adapter: FilePath) -> str:
-    """SHA-256 (128 bits, hex) over the whole of an adapter's weights and configuration."""
+    """Return the SHA-256 (128 bits, hex) of all of an adapter's weights and configuration."""
     folder = Path(adapter)
     check_adapter_folder(folder)
     digest = hashlib.sha256()
@@ -56,7 +56,7 @@ def fingerprint_adapter(adapter: FilePath) -> str:
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
-    """SHA-256 (128 bits, hex) over the whole of a folder's tokenizer files and their names."""
+    """Return the SHA-256 (128 bits, hex) of a folder's whole tokenizer files and their names."""
     digest = hashlib.sha256()
     for path in files_read(folder):
         if path.name.startswith(_TOKENIZER_NAMES):

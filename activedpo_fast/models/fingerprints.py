@@ -1,4 +1,4 @@
-"""What a policy in memory depends on, as JSON values that tell it from another one.
+"""Fingerprints of a policy in memory, as JSON values that distinguish it from another one.
 
 Everything here is the same on every device, and does not change while the policy is trained.
 """
@@ -21,22 +21,22 @@ _ADAPTER = "default"
 _BLOCKS = 16
 _BLOCK_BYTES = 1 << 14
 
-# Of a model's config: where it came from, and what changes no number.
+# Model config keys that only say where it came from, or that change no number.
 _NOT_THE_MODEL = frozenset({
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label",
     "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
     "torch_dtype", "transformers_version", "use_cache",
 })
-# Of an adapter's: the same, and what has had its effect when the weights are made.
+# The same for an adapter's config, plus keys that only affect the creation of the weights.
 _NOT_THE_ADAPTER = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
 })
 
 
 def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`lora`, `base` and `tokenizer`: settings that a run compares when it is resumed.
+    """Return `lora`, `base` and `tokenizer`: settings that a run compares when it is resumed.
 
-    The weights of the adapter, which training changes, are not among them.
+    The adapter's weights, which training changes, are not included.
 
     Raises:
         ActiveDPOError: no adapter "default".
@@ -62,9 +62,9 @@ def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dic
 
 
 def fingerprint_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 (128 bits, hex) of named tensors: names, shapes, dtypes and values.
+    """Return the SHA-256 (128 bits, hex) of named tensors: names, shapes, dtypes and values.
 
-    Of the values the sum of all bits, taken as integers, and up to 16 blocks of 16 KiB spread
+    The values enter as the sum of all bits, read as integers, and up to 16 blocks of 16 KiB spread
     evenly over each tensor. One changed number changes the sum.
     """
     digest = hashlib.sha256()
@@ -77,11 +77,11 @@ def fingerprint_weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """`special_tokens`, and hashes of the `vocabulary` (with its rules) and `chat_template`."""
+    """Return `special_tokens`, and hashes of `vocabulary` (with its rules) and `chat_template`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
-        # Left there by the last call that padded or cut.
+        # Left over from the last call that padded or truncated.
         parts.pop("padding", None)
         parts.pop("truncation", None)
     else:
@@ -96,9 +96,9 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def is_untrained(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an adapter's weights are those of a fresh LoRA, which leaves the model as it is.
+    """Return whether an adapter's weights are those of a fresh LoRA, which has no effect.
 
-    One of the two matrices of every pair is zero.
+    In a fresh LoRA, one of the two matrices of every pair is zero.
     """
     zero: dict[str, bool] = {}
     for name, tensor in state.items():
@@ -110,7 +110,7 @@ def is_untrained(state: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _frozen(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base model's parameters and saved buffers, by names that do not tell LoRA's targets."""
+    """Yield the base model's parameters and saved buffers, by names without LoRA's additions."""
     # Buffers that are not saved are left out: a forward pass may change them (rotary frequencies).
     for name, tensor in model.get_base_model().state_dict(keep_vars=True).items():
         adapter = "lora_" in name or ".modules_to_save." in name
@@ -120,7 +120,7 @@ def _frozen(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _samples(tensor: torch.Tensor) -> Iterator[bytes]:
-    if hasattr(tensor, "__tensor_flatten__"):  # made of several tensors, as torchao's are
+    if hasattr(tensor, "__tensor_flatten__"):  # composed of several tensors, as in torchao
         for name in tensor.__tensor_flatten__()[0]:
             yield from _samples(getattr(tensor, name))
         return
@@ -140,12 +140,12 @@ def _samples(tensor: torch.Tensor) -> Iterator[bytes]:
 
 
 def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
-    """Their dtype; where they have several, all of them."""
+    """Return the dtype of the tensors, or all dtypes if there are several."""
     return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def _without(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, and those within it, without `_NOT_THE_MODEL` and private keys."""
+    """Return a config, and those nested in it, without `_NOT_THE_MODEL` and private keys."""
     return {
         name: _without(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -154,7 +154,7 @@ def _without(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> Any:
-    """`value` with sets sorted, as JSON gives it back; what JSON has no word for as text."""
+    """Return `value` after a JSON round trip: sets sorted, non-JSON values as text."""
     def other(value: Any) -> Any:
         return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 

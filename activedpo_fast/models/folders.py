@@ -11,12 +11,12 @@ from activedpo_fast.errors import ActiveDPOError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What a tokenizer or a model is read from; notes, optimizer states and the like do not count.
+# Files that a tokenizer or a model is read from; notes, optimizer states and so on do not count.
 _READ_SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt"})
 
 
 def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
-    """The local folder that `model` is read from; what a hub name stands for is fetched."""
+    """Return the local folder that `model` is read from; a hub name is downloaded."""
     folder = Path(model)
     if folder.is_dir():
         wanted = "config.json" if gguf_file is None else gguf_file
@@ -31,7 +31,7 @@ def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
 
 
 class TokenizerSource(NamedTuple):
-    """The folder that a tokenizer is read from; it is that of the "model", "adapter" or "given"."""
+    """The folder that a tokenizer is read from; `whose` is "model", "adapter" or "given"."""
 
     whose: str
     folder: Path
@@ -41,11 +41,11 @@ def tokenizer_source(
     model: FilePath, adapter: FilePath | None = None, tokenizer: FilePath | None = None,
     gguf_file: str | None = None,
 ) -> TokenizerSource:
-    """Where `load_policy` reads the tokenizer from, with these arguments.
+    """Return where `load_policy` reads the tokenizer from, with these arguments.
 
     Raises:
-        ActiveDPOError: `tokenizer` is no folder with a tokenizer; the adapter's folder has half of
-            one.
+        ActiveDPOError: `tokenizer` is not a folder with a tokenizer; the adapter's folder has an
+            incomplete one.
     """
     if tokenizer is not None:
         given = Path(tokenizer)
@@ -82,7 +82,7 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """What a model or tokenizer in `folder` is read from, by name."""
+    """Return the files that a model or tokenizer in `folder` is read from, by name."""
     return [path for path in sorted(folder.iterdir())
             if path.suffix in _READ_SUFFIXES and path.is_file()]
 
@@ -92,9 +92,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _fetched(source: FilePath, weights: str | None, what: str) -> Path:
-    """A snapshot of what is no local folder, if it can be a name on the hub."""
+    """Return a snapshot of `source` if it is not a local folder and can be a hub name."""
     folder, name = Path(source), str(source)
-    # A hub name is "name" or "owner/name"; everything else was meant as a path.
+    # A hub name is "name" or "owner/name"; everything else is a path.
     if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ActiveDPOError(f"{name}: no such {what} folder")
     return _hub_snapshot(name, weights, what)

@@ -1,6 +1,6 @@
-"""A policy with its tokenizer, from files: base model, LoRA adapter, dtype and device.
+"""Loading a policy and its tokenizer from files: base model, LoRA adapter, dtype and device.
 
-Only safetensors and GGUF weights are read, and no code that a checkpoint brings is run.
+Only safetensors and GGUF weights are read, and no code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ def load_policy(
     seed: int = 0,
     tokenizer: FilePath | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The model that is being trained, in eval mode, and its tokenizer.
+    """Load the model in training, in eval mode, and its tokenizer.
 
-    The tokenizer is the adapter's where its folder has one, as training tools leave it there, else
-    the base model's; where the adapter's is taken, the log says so.
+    The tokenizer is the adapter's if its folder has one (training tools save it there), otherwise
+    the base model's. Using the adapter's tokenizer is logged.
 
     Args:
         model: a folder in transformers' format with safetensors weights, or a name on the hub.
-        adapter: a folder that `PeftModel.save_pretrained` wrote; it is loaded trainable.
+        adapter: a folder written by `PeftModel.save_pretrained`; it is loaded as trainable.
         lora: arguments of `peft.LoraConfig` for a fresh adapter instead.
-        dtype: of the base model's weights: "float32", "float64", "bfloat16", "float16", or "auto",
-            the checkpoint's own (float32 for GGUF), but float32 where a half-precision checkpoint
-            is to run on the CPU.
-        device: "auto" (cuda if there is one, else cpu), or a torch device.
+        dtype: of the base model's weights: "float32", "float64", "bfloat16", "float16", or "auto".
+            "auto" is the checkpoint's own (float32 for GGUF), except that half-precision
+            checkpoints are loaded as float32 on the CPU.
+        device: "auto" (cuda if available, else cpu), or a torch device.
         gguf_file: name of a GGUF file in `model`, which is dequantized on loading.
-        seed: of the fresh adapter's A matrices.
-        tokenizer: a folder, or a name on the hub, whose tokenizer is taken instead.
+        seed: for the fresh adapter's A matrices.
+        tokenizer: a folder, or a name on the hub, whose tokenizer is used instead.
 
     Returns:
-        The PEFT model and the tokenizer; without a pad token it pads with EOS, as TRL has it.
+        The PEFT model and the tokenizer; without a pad token it pads with EOS, as in TRL.
 
     Raises:
         ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
@@ -97,7 +97,7 @@ def load_policy(
     loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
     base = _load_base(source, torch_dtype, gguf_file)
     if adapter is not None:
-        _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more, too
+        _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more tokens
     _check_vocabulary(loaded, words, base, source, gguf_file)
     if adapter is not None:
         policy = _with_adapter(base, Path(adapter))
@@ -106,7 +106,7 @@ def load_policy(
     if torch_dtype == torch.float64:
         policy.double()  # PEFT makes and loads adapters in float32
     if words.whose == "adapter":
-        logger.info("tokenizer: that of the adapter, %s (set tokenizer to have another)",
+        logger.info("tokenizer: that of the adapter, %s (set tokenizer to use another)",
                     words.folder)
     return policy.to(on).eval(), loaded
 
@@ -117,7 +117,7 @@ def _check_vocabulary(
 ) -> None:
     """Refuse tokens beyond the embedding that the base model's own tokenizer does not have.
 
-    Some models come with a tokenizer that has more, for images, say, which no text leads to.
+    Some models' tokenizers have more tokens (for images, for example) that no text produces.
     """
     rows = int(cast(Any, base.get_input_embeddings()).weight.shape[0])
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
@@ -140,7 +140,10 @@ def _check_vocabulary(
 def load_reward_model(
     model: FilePath, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classification model, in eval mode, and its tokenizer; errors as `load_policy`."""
+    """Load a sequence classification model, in eval mode, and its tokenizer.
+
+    Errors are as in `load_policy`.
+    """
     source = resolve_source(model, None)
     on = resolve_device(device)
     reward: Any = _load_weights(AutoModelForSequenceClassification, source,
@@ -149,7 +152,7 @@ def load_reward_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device that `device` names; "auto" is cuda where there is one."""
+    """Return the torch device that `device` names; "auto" is cuda if available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -163,7 +166,7 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(
     model: FilePath, dtype: str, device: torch.device, gguf_file: str | None = None
 ) -> torch.dtype:
-    """The dtype that the base model gets on `device`; see `load_policy`. Reads no weights."""
+    """Return the base model's dtype on `device`; see `load_policy`. Reads no weights."""
     if dtype != "auto":
         if dtype not in DTYPES:
             known = ", ".join(["auto", *DTYPES])
@@ -173,8 +176,8 @@ def resolve_dtype(
         return torch.float32
     found = _checkpoint_dtype(resolve_source(model, None))
     if found in _HALF and device.type == "cpu":
-        logger.info("the checkpoint is %s: loading it as float32, faster and more exact on the CPU "
-                    "(set dtype to have it otherwise)", str(found).removeprefix("torch."))
+        logger.info("the checkpoint is %s: loading it as float32, which is faster and more precise "
+                    "on the CPU (set dtype to override)", str(found).removeprefix("torch."))
         return torch.float32
     return found
 
@@ -202,7 +205,7 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **extra)
     except Exception as error:  # tokenizer files are parsed by several libraries
         reason = first_line(error)
-        if reason.endswith(":"):  # a list follows, of ways that transformers knows
+        if reason.endswith(":"):  # followed by a list of the ways that transformers supports
             reason = "none of the files that transformers reads the vocabulary from is in it"
         raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
     if tokenizer.pad_token is None:
@@ -228,7 +231,7 @@ def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: 
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ActiveDPOError(f"{folder} is not a {what} model that can be loaded: "
                              f"{first_line(error)}") from error
-    # transformers fills what is missing with random numbers.
+    # transformers fills missing weights with random numbers.
     missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     if missing and "gguf_file" not in options:
         raise ActiveDPOError(f"{folder} is not a complete {what} model: {missing[0]!r} and "
@@ -239,7 +242,7 @@ def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: 
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
-            # It becomes an error below.
+            # This becomes an error below.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
@@ -247,7 +250,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise ActiveDPOError(f"adapter {folder} does not fit the model: {_reason(error)}"
                              ) from error
-    # PEFT leaves what is missing at its initialization and drops what it has no place for.
+    # PEFT leaves missing weights at their initialization and drops unexpected ones.
     in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
     for who, names in (("its file", in_model - in_file), ("the model", in_file - in_model)):
         lora = sorted(name for name in names if "lora_" in name)
@@ -260,7 +263,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
-    """Refuse an adapter that brings an embedding, or a head, of another length than the model's."""
+    """Refuse an adapter whose embedding or head has another number of rows than the model's."""
     own = {id(module): len(cast(Any, module).weight) for module in
            (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None}
     rows = {name: own[id(module)] for name, module in base.named_modules() if id(module) in own}
@@ -281,7 +284,7 @@ def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
 
 
 def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
-    # The names of `LoraConfig`'s arguments are checked by whoever reads them from a person.
+    # The names of `LoraConfig`'s arguments are checked where user input is read.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -291,6 +294,6 @@ def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> 
 
 
 def _reason(error: BaseException) -> str:
-    """What torch says of a state dict's first fault comes after a heading."""
+    """Return the first fault in a state dict, which torch puts after a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in") else first_line(error)

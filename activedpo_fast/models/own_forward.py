@@ -1,4 +1,4 @@
-"""A model's forward pass as the model defines it, whatever was put around it."""
+"""A model's forward pass as the model defines it, without any wrappers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-# Where the functions are defined that accelerate and torch.autocast put around a `forward`.
+# The modules that define the wrappers which accelerate and torch.autocast put around `forward`.
 _WRAPPERS = ("torch.amp.autocast_mode", "accelerate.utils.operations")
 
 
 @contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
-    """Inside: no autocast around any `forward`, nothing compiled, no hooks left behind.
+    """Run without autocast around any `forward`, without compiled modules or leftover hooks.
 
     * A trainer with bf16=True or fp16=True leaves its model with a `forward` that runs in autocast
-      and converts what comes out (accelerate's `prepare_model`). Features are to be of the model's
-      own precision, and the same before and after training.
+      and converts the output (accelerate's `prepare_model`). Features should have the model's own
+      precision, and be the same before and after training.
     * Compiled modules do not run hooks that are added later.
     * To output hidden states or a router's logits, transformers adds hooks that it never removes.
 
-    Everything is put back afterward.
+    Everything is restored afterward.
     """
     with ExitStack() as stack:
         if _has_compiled(model):
@@ -43,7 +43,7 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_hooks_for_outputs(model: nn.Module) -> Iterator[None]:
-    """Remove the hooks that transformers' `capture_outputs` adds inside."""
+    """Remove the hooks that transformers' `capture_outputs` adds in this context."""
     flag = "_output_capturing_hooks_installed"
     modules = list(model.modules())
     had = {id(module) for module in modules if flag in vars(module)}
@@ -61,7 +61,7 @@ def _no_hooks_for_outputs(model: nn.Module) -> Iterator[None]:
 
 
 def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `forward` inside the wrappers, bound to the same module."""
+    """Return the `forward` inside the wrappers, bound to the same module."""
     inside: Any = forward
     while _module_of(inside) in _WRAPPERS:
         inside = inside.__wrapped__
@@ -74,9 +74,9 @@ def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _module_of(function: Any) -> str | None:
-    """The module in which a wrapper was defined; None of what wraps nothing.
+    """Return the module in which a wrapper was defined; None if it is not a wrapper.
 
-    Not `__module__`, which wrappers take from what they wrap.
+    `__module__` does not work: wrappers copy it from the function they wrap.
     """
     if not hasattr(function, "__wrapped__"):
         return None

@@ -1,10 +1,10 @@
 """Models whose position embeddings depend on the longest sequence of a call.
 
-RoPE of the types "longrope" (Phi-3, Phi-3.5, Phi-4-mini) and "dynamic" takes its frequencies by the
-longest position of a forward pass, so that log π(y|x) depends on what shares its batch, and with
-"dynamic" also on what ran before. What counts is a sequence by itself in a model that was just
-loaded; a batch gives the same where all of its sequences, and the prompts that they continue, have
-one length class.
+RoPE of the types "longrope" (Phi-3, Phi-3.5, Phi-4-mini) and "dynamic" chooses its frequencies by
+the longest position of a forward pass. log π(y|x) then depends on the other sequences in the batch,
+and with "dynamic" also on earlier passes. The reference is a sequence run alone in a freshly loaded
+model. A batch gives the same result if all of its sequences, and the prompts that they continue,
+have the same length class.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# The class of a sequence of that many tokens: any two of one class are embedded by the same
-# frequencies.
+# Maps a number of tokens to a length class: sequences of one class use the same frequencies.
 LengthClass = Callable[[int], int]
 
 
 def length_class(model: nn.Module) -> LengthClass | None:
-    """How `model` tells lengths apart; None for a model that embeds all of them alike."""
+    """Return the length classes of `model`; None if it embeds all lengths the same way."""
     thresholds: set[int] = set()
     dynamic: list[int] = []
     for module, layer_type, kind in _varying(model):
@@ -36,23 +35,23 @@ def length_class(model: nn.Module) -> LengthClass | None:
 
     def classify(length: int) -> int:
         if first_dynamic is not None and length > first_dynamic:
-            return length  # every length has frequencies of its own
+            return length  # every length has its own frequencies
         return -sum(length > threshold for threshold in thresholds)
 
     return classify
 
 
 def batch_changes_attention(model: nn.Module) -> bool:
-    """Whether attention keeps a number of keys of a whole batch (Doge's dynamic mask)."""
+    """Return whether attention keeps a number of keys per batch (Doge's dynamic mask)."""
     return any(getattr(getattr(module, "config", None), "keep_window_size", None) is not None
                for module in model.modules())
 
 
 @contextmanager
 def fresh_positions(model: nn.Module) -> Iterator[None]:
-    """Inside, position embeddings begin as in a model that was just loaded; afterward as before.
+    """Reset position embeddings to those of a freshly loaded model; restore them afterward.
 
-    "dynamic" keeps the frequencies of the longest sequence so far, for the next ones too.
+    "dynamic" keeps the frequencies of the longest sequence so far for later sequences, too.
     """
     embeddings = {id(module): module for module, _, _ in _varying(model)}.values()
     # Buffers are replaced by some forward passes and written to by others.
@@ -65,7 +64,7 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         original = getattr(module, f"{prefix}original_inv_freq", None)
         if original is not None:
             now = module._buffers[f"{prefix}inv_freq"]
-            # The original is left behind where it is no buffer.
+            # If the original is not a buffer, it did not move with the model.
             module._buffers[f"{prefix}inv_freq"] = original.clone().to(now.device)
         if kind == "dynamic":
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
@@ -83,17 +82,17 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
 
 
 def _varying(model: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
-    """(module, layer type or None, "dynamic" or "longrope") of embeddings that vary by length."""
+    """Yield (module, layer type or None, "dynamic" or "longrope") if embeddings vary by length."""
     for module in model.modules():
         rope_type = getattr(module, "rope_type", None)
-        # Models with layers of several kinds have a RoPE for each.
+        # Models with several layer types have a RoPE for each.
         types = rope_type if isinstance(rope_type, dict) else {None: rope_type}
         for layer_type, name in types.items():
             if not isinstance(name, str):
                 continue
             if "dynamic" in name:
                 yield module, layer_type, "dynamic"
-            # PhiMoE scales by the length with whatever type it has.
+            # PhiMoE scales by the length for any type.
             elif name == "longrope" or "long_mscale" in _parameters(module, layer_type):
                 yield module, layer_type, "longrope"
 

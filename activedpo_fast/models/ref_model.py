@@ -18,18 +18,18 @@ from activedpo_fast.models.undisturbed import undisturbed
 RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
 """A model, the name of an adapter of the policy, or weights of its adapter (`adapter_state`)."""
 
-_REFERENCE = "ref"  # what TRL's DPOTrainer calls the adapter that is π_ref
+_REFERENCE = "ref"  # TRL's DPOTrainer's name for the adapter that is π_ref
 
-# Where adapters have weights that are not in a PEFT layer.
+# Places of adapter weights that are not in a PEFT layer.
 _BESIDE_LAYERS = ("modules_to_save", "prompt_encoder", "trainable_tokens_delta",
                   "trainable_tokens_original")
 
-# Where PEFT keeps which adapters are active, in its models and in its layers.
+# Attributes of PEFT models and layers that store which adapters are active.
 _SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "_adapters_disabled")
 
 
 def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
-    """Raise `ActiveDPOError` where `ref_model` cannot be the reference of the policy `model`."""
+    """Raise `ActiveDPOError` if `ref_model` cannot be the reference of the policy `model`."""
     if isinstance(ref_model, (str, Mapping)):
         if not isinstance(model, PeftModel):
             raise ActiveDPOError("ref_model: adapters and their weights are of a PEFT model, not "
@@ -42,7 +42,7 @@ def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
                                  f"weights of one, got {type(ref_model).__name__}")
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if any(id(parameter) in trained for parameter in ref_model.parameters()):
-            # So is `model.get_base_model()`: PEFT puts its layers into the base model.
+            # This includes `model.get_base_model()`: PEFT inserts its layers into the base model.
             raise ActiveDPOError("ref_model: this model shares trainable weights with the policy, "
                                  "so it is the policy itself; leave ref_model out for the base "
                                  "model, or load the reference by itself")
@@ -52,17 +52,17 @@ def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
 def reference_policy(
     model: PreTrainedModel | PeftModel, ref_model: RefModel | None
 ) -> Iterator[PreTrainedModel | PeftModel]:
-    """Gives the model whose log-probs are those of π_ref while the context lasts.
+    """Yield the model whose log-probs are those of π_ref inside the context.
 
-    Afterward the policy is as it was: weights, active adapters, flags and modes.
+    The policy is restored afterward: weights, active adapters, flags and modes.
 
     Args:
         model: the policy.
         ref_model: None for the adapter "ref" of a PEFT model that has one, else its base model.
 
     Raises:
-        ActiveDPOError: no reference, or one that is the policy itself; adapters that are merged;
-            weights that are trained besides the adapter, and so are in every adapter's reference.
+        ActiveDPOError: no reference, or one that is the policy itself; merged adapters; trained
+            weights outside the adapter, which would be in every adapter's reference.
     """
     check_ref_model(model, ref_model)
     if ref_model is not None and not isinstance(ref_model, (str, Mapping)):
@@ -105,14 +105,14 @@ def _check_adapter(model: PeftModel, name: str) -> None:
 
 
 def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
-    """Weights outside of adapters stay trained, whichever adapter is active.
+    """Refuse trained weights outside adapters, which stay trained for any active adapter.
 
-    LoRA's bias="all" trains the base model's biases: they come with the adapter's weights, but not
-    with another adapter of the model.
+    LoRA's bias="all" trains the base model's biases: they are part of the adapter's weights, but
+    not of another adapter of the model.
     """
     own = adapter_parameters(model)
     for name, parameter in model.named_parameters():
-        # A part of the base model may be called as an adapter is.
+        # A part of the base model may have the name of an adapter.
         beside_layers = any(f".{place}.{adapter}." in f".{name}."
                             for place in _BESIDE_LAYERS for adapter in model.peft_config)
         if not parameter.requires_grad or id(parameter) in own or beside_layers:
@@ -127,7 +127,7 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
 def _weights(
     model: PeftModel, name: str, weights: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
-    """The adapter `name` with other weights. To add an adapter may change the base model."""
+    """Put other weights into the adapter `name`; adding an adapter may change the base model."""
     own = adapter_state(model, adapter_name=name)
     with undisturbed(model):
         try:
@@ -139,7 +139,7 @@ def _weights(
 
 @contextmanager
 def _adapters_as_found(model: PeftModel) -> Iterator[None]:
-    """Restores which adapters are active, layer by layer, and every flag that switching sets."""
+    """Restore which adapters are active, layer by layer, and every flag that switching sets."""
     found = [(own, {name: own[name] for name in _SWITCHES if name in own})
              for own in map(vars, model.modules())]
     with undisturbed(model):

@@ -1,4 +1,4 @@
-"""A model as its file has it while its numbers are taken, and as it was found afterward."""
+"""A model in its saved state while features are computed, restored afterward."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from activedpo_fast.models.positions import fresh_positions
 
 @contextmanager
 def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None]:
-    """The model's `own_forward`, eval mode, frozen parameters and fresh position embeddings inside;
-    all as it was afterward.
+    """Run with the model's `own_forward`, eval mode, frozen parameters and fresh position
+    embeddings; restore all of them afterward.
 
-    `.grad` is never touched, as no parameter requires one. Grad mode is on, inference mode and
-    autocast are off, whatever the caller has set. With precision "bf16", matrix products are
-    computed in bfloat16 (autocast).
+    `.grad` is never touched, as no parameter requires one. Grad mode is on, and inference mode and
+    autocast are off, regardless of the caller's settings. With precision "bf16", matrix products
+    are computed in bfloat16 (autocast).
     """
     device = next(model.parameters()).device.type
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,7 +1,7 @@
-"""The columns that TRL's data formats give a meaning, and what becomes of each here.
+"""The columns that have a meaning in TRL's data formats, and how each is handled here.
 
-`DATA_COLUMNS` is the table of docs/trl.md; `check_columns` holds pools and prompts to it. Every
-column that is not in the table is carried along untouched.
+`DATA_COLUMNS` is the table of docs/trl.md; `check_columns` enforces it on pools and prompts. Every
+column that is not in the table is carried along unchanged.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Verdict = Literal["used", "carried", "refused"]
 
 @dataclass(frozen=True)
 class DataColumn:
-    """A column, or a key of a chat message, and what becomes of it.
+    """A column, or a key of a chat message, and how it is handled.
 
     Attributes:
-        name: of the column; in `MESSAGE_KEYS`, of the key.
+        name: the column's name; in `MESSAGE_KEYS`, the key's.
         verdict: "used": has the effect that it has in TRL. "carried": `DPOTrainer` does not read
             it, so it is kept with the row and has no effect. "refused": an error that names it.
         in_trl: what TRL 1.16 does with it.
         here: what is done here, or what to do instead of giving it.
-        chat: refused or used with chat messages only; with plain text it is carried, as
+        chat: refused or used only with chat messages; with plain text it is carried, as
             `DPOTrainer` does not read it there.
-        in_prompts: the verdict for prompts that have no responses yet, where it is another one.
+        in_prompts: the verdict for prompts that have no responses yet, if different.
     """
 
     name: str
@@ -79,7 +79,7 @@ DATA_COLUMNS = (
     DataColumn("margin", "carried", "margin between the rewards, for RewardTrainer", "no effect"),
 )
 
-# Of a chat message. What is not here is used where it is a string, and refused where it is not.
+# Keys of a chat message. A key that is not listed is used if it is a string, otherwise refused.
 MESSAGE_KEYS = (
     DataColumn("role", "used", "passed to the chat template", "the same"),
     DataColumn("content", "used", "passed to the chat template", "the same, where it is a string"),
@@ -99,7 +99,7 @@ _BY_KEY = {column.name: column for column in MESSAGE_KEYS}
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a cell counts as empty."""
+    """Return whether a cell counts as empty."""
     # pandas writes a missing string as NaN
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -107,7 +107,7 @@ def is_absent(value: Any) -> bool:
 def check_columns(
     extra: Mapping[str, Any], place: str, *, chat: bool, prompts: bool = False
 ) -> None:
-    """Raise ActiveDPOError, naming `place` and the column, for what would silently have no effect.
+    """Raise ActiveDPOError, naming `place`, for a column that would silently have no effect.
 
     Args:
         extra: the columns of a row that are not its id, prompt or responses.
@@ -129,7 +129,7 @@ def check_columns(
 
 
 def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
-    """Raise ActiveDPOError, naming `place` and the column, for what JSONL cannot hold."""
+    """Raise ActiveDPOError, naming `place` and the column, for a value that JSONL cannot hold."""
     for name, value in extra.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
@@ -140,7 +140,7 @@ def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
 
 
 def advice_for_key(key: str, value: Any) -> str:
-    """What to do about the value of a chat message's key that is not a string."""
+    """Return advice on a chat message's key whose value is not a string."""
     if key == "content" and isinstance(value, list):
         key = "content (a list of parts)"
     return _BY_KEY.get(key, _BY_KEY["other keys, not strings"]).here

@@ -1,4 +1,4 @@
-"""The rows of a pool or of prompts: from a file, a folder of files, or a saved data set."""
+"""Reading the rows of a pool or of prompts from a file, a folder of files, or a saved data set."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 PlacedRows = Iterator[tuple[str, Any]]
 
-# As the hub names the files of a split: train-00000-of-00003.parquet.
+# The hub's names for the files of a split: train-00000-of-00003.parquet.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})")
 
 
 def placed_rows(path: FilePath) -> PlacedRows:
-    """(place, row) of every row, in order; the place is for error messages.
+    """Yield (place, row) for every row, in order; the place is for error messages.
 
     Args:
-        path: a `.jsonl` or `.parquet` file, in either case of letters, a folder of one kind of
-            them, read in the order of their names, or a folder of `datasets.save_to_disk`.
+        path: a `.jsonl` or `.parquet` file (upper or lower case), a folder of files of one of these
+            kinds, read in order of their names, or a folder written by `datasets.save_to_disk`.
 
     Raises:
-        ActiveDPOError: it cannot be read, or is something else, naming what.
+        ActiveDPOError: it cannot be read, or is something else; the message says what.
     """
     source = Path(path)
     if source.is_dir():
@@ -47,12 +47,12 @@ def placed_rows(path: FilePath) -> PlacedRows:
 
 
 def jsonl_rows(path: Path) -> PlacedRows:
-    """Of one JSONL file; blank lines are skipped."""
+    """Yield the placed rows of one JSONL file; blank lines are skipped."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a string.
+    # Lines end only at \n: str.splitlines would also cut at U+2028 inside a string.
     lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for n, line in enumerate(lines, start=1):
         if not line.strip():
@@ -70,7 +70,7 @@ def jsonl_rows(path: Path) -> PlacedRows:
 
 
 def parquet_rows(path: Path) -> PlacedRows:
-    """Of one Parquet file; what it lacks or nested tables filled up is null."""
+    """Yield the placed rows of one Parquet file; missing or filled-up cells are null."""
     import pyarrow
     import pyarrow.parquet
 
@@ -78,7 +78,7 @@ def parquet_rows(path: Path) -> PlacedRows:
         with open(path, "rb") as file:
             rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
     except OSError as error:
-        # Arrow's own read errors are OSErrors too, without an errno.
+        # Arrow's own read errors are OSErrors, too, without an errno.
         raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     except (pyarrow.ArrowException, ValueError) as error:
         raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
@@ -86,7 +86,7 @@ def parquet_rows(path: Path) -> PlacedRows:
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:
-    """The data set that `datasets.Dataset.save_to_disk` wrote to a folder; None where it did not.
+    """Return the data set that `datasets.Dataset.save_to_disk` wrote to a folder, or None.
 
     Raises:
         ActiveDPOError: it has several splits, or cannot be read.
@@ -103,7 +103,7 @@ def saved_dataset(folder: Path) -> datasets.Dataset | None:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # of files that are missing or broken, each in its own way
+    except Exception as error:  # missing or broken files raise various errors
         raise ActiveDPOError(f"{folder}: a saved data set that cannot be read: "
                              f"{first_line(error)}") from error
     assert isinstance(loaded, datasets.Dataset)
@@ -122,7 +122,7 @@ def _reader(path: Path) -> Callable[[Path], PlacedRows]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of a folder that has one kind of them, by name."""
+    """Return the files of a folder that has one kind of them, by name."""
     if (folder / "manifest.json").is_file() and (folder / "pool.jsonl").is_file():
         raise ActiveDPOError(f"{folder}: a feature store; its pool is {folder / 'pool.jsonl'}")
     files = sorted(file for file in folder.iterdir()
@@ -142,7 +142,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _check_complete(folder: Path, files: list[Path]) -> None:
-    """Refuse several splits, and a split of which a shard is missing, where the names tell."""
+    """Refuse several splits, and a split with a missing shard, as far as the names tell."""
     named = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
     splits = sorted({match["split"] for match in named})
     if len(splits) > 1:

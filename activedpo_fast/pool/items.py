@@ -1,4 +1,4 @@
-"""A prompt, alone or with its responses, and what they have to be like."""
+"""A prompt, alone or with its responses, and the checks on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class PoolItem:
     """A prompt with its responses.
 
     `prompt` and each of `responses` are plain strings, or all of them lists of chat messages
-    `{"role": ..., "content": ...}`. `extra` holds the other columns of the row, untouched; they
+    `{"role": ..., "content": ...}`. `extra` holds the other columns of the row, unchanged; they
     should be JSON values if the pool is to be written with `PreferencePool.to_jsonl`.
     """
 
@@ -32,7 +32,7 @@ class PoolItem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that has no responses yet: what `generate_responses` starts from."""
+    """A prompt that has no responses yet, the input of `generate_responses`."""
 
     id: str
     prompt: Text
@@ -57,7 +57,7 @@ def check_item(item: PoolItem, place: str) -> None:
 def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -> None:
     """Raise ActiveDPOError unless they have distinct ids and well-formed prompts of one kind.
 
-    Prompts with the same text may have different ids: they count as one prompt. `places` are where
+    Prompts with the same text may have different ids: they count as one prompt. `places` says where
     they come from, for the message.
     """
     if not prompts:

@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 
 class PreferencePool(Sequence[PoolItem]):
-    """Prompts with two or more responses each, checked when made and never empty.
+    """Prompts with two or more responses each, checked on creation and never empty.
 
     Rows have a `prompt` and either `responses` (a list of two or more), or `chosen` and `rejected`,
-    or `response_a` and `response_b`; their order makes no statement about preference. Texts are
-    strings, or lists of chat messages in TRL's conversational format, the same kind throughout the
-    pool. `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
-    responses, so the same row has the same id wherever it stands. A null cell counts as absent.
-    Other columns are kept; those that mean something to TRL's trainers are used or refused by name,
+    or `response_a` and `response_b`; their order does not express a preference. Texts are strings,
+    or lists of chat messages in TRL's conversational format, the same kind throughout the pool.
+    `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
+    responses, so the same row has the same id at any position. A null cell counts as absent.
+    Other columns are kept; those that have a meaning in TRL's trainers are used or refused by name,
     see `activedpo_fast.pool.columns.DATA_COLUMNS`.
 
     Raises:
@@ -58,7 +58,7 @@ class PreferencePool(Sequence[PoolItem]):
 
     @classmethod
     def from_jsonl(cls, path: FilePath) -> PreferencePool:
-        """Read one JSON object a line, UTF-8; blank lines are skipped."""
+        """Read one JSON object per line, UTF-8; blank lines are skipped."""
         return cls._from_placed_rows(jsonl_rows(Path(path)), empty=f"{path}: no rows")
 
     @classmethod
@@ -80,7 +80,7 @@ class PreferencePool(Sequence[PoolItem]):
         if not isinstance(dataset, datasets.Dataset):
             raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
         for name in {"image", "images"} & set(dataset.column_names):
-            # Looked at before any row is: an image that cannot be decoded ends in its own error.
+            # Check before reading any row: an image that cannot be decoded raises another error.
             cells = dataset.select_columns(name).with_format("arrow")[:][name]
             if (first := cells.is_valid().index(True).as_py()) >= 0:
                 check_columns({name: True}, f"data set, row {first + 1}", chat=True)
@@ -90,8 +90,8 @@ class PreferencePool(Sequence[PoolItem]):
 
     @classmethod
     def load(cls, path: FilePath) -> PreferencePool:
-        """Read a `.jsonl` or `.parquet` file, a folder of one kind of them, in the order of their
-        names, or a folder of `datasets.save_to_disk`."""
+        """Read a `.jsonl` or `.parquet` file, a folder of files of one of these kinds, in order of
+        their names, or a folder written by `datasets.save_to_disk`."""
         saved = saved_dataset(Path(path))
         if saved is not None:
             try:
@@ -143,9 +143,9 @@ class PreferencePool(Sequence[PoolItem]):
     # -- writing ---------------------------------------------------------------------------------
 
     def to_jsonl(self, path: FilePath) -> None:
-        """Write one object a line (`id`, `prompt`, `responses`, then the extra columns).
+        """Write one object per line (`id`, `prompt`, `responses`, then the extra columns).
 
-        `from_jsonl` reads back an equal pool. The file is written whole or not at all.
+        `from_jsonl` reads back an equal pool. The file is written atomically.
         """
         lines = []
         for item in self._items:
@@ -159,9 +159,9 @@ class PreferencePool(Sequence[PoolItem]):
         write_atomic(path, b"\n".join(lines) + b"\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over ids, prompts and responses in pool order.
+        """Return the SHA-256 (hex) of ids, prompts and responses in pool order.
 
-        Of the other columns, `chat_template_kwargs` alone is part of it, where it decides tokens.
+        Of the other columns, only `chat_template_kwargs` is part of it, if it affects tokens.
         """
         digest = hashlib.sha256()
         for item in self._items:
@@ -196,12 +196,12 @@ class PreferencePool(Sequence[PoolItem]):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the texts are chat messages (all of them are, or none)."""
+        """Whether the texts are chat messages (either all or none are)."""
         return not isinstance(self._items[0].prompt, str)
 
     @property
     def n_responses(self) -> int:
-        """R, the number of responses of all items together."""
+        """R, the total number of responses."""
         return self._offsets[-1]
 
     @property
@@ -210,7 +210,7 @@ class PreferencePool(Sequence[PoolItem]):
         return torch.tensor(self._offsets, dtype=torch.int64)
 
     def pairs(self) -> torch.Tensor:
-        """All pairs of responses to the same prompt.
+        """Return all pairs of responses to the same prompt.
 
         Returns:
             int64 [N, 2] of response rows (a, b), a < b, ordered by item, then by a, then by b;
@@ -229,13 +229,13 @@ class PreferencePool(Sequence[PoolItem]):
         return pairs
 
     def position(self, id: str) -> int:
-        """The position of the item with this id."""
+        """Return the position of the item with this id."""
         if id not in self._position:
             raise ActiveDPOError(f"no item with id {id!r} in the pool")
         return self._position[id]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(item position, response index within the item) of a response row."""
+        """Return (item position, response index within the item) of a response row."""
         row = operator.index(row)
         if not 0 <= row < self.n_responses:
             raise ActiveDPOError(f"response row {row} is outside 0..{self.n_responses - 1}")
@@ -243,7 +243,7 @@ class PreferencePool(Sequence[PoolItem]):
         return position, row - self._offsets[position]
 
     def subset(self, positions: Sequence[int]) -> PreferencePool:
-        """The items at these distinct positions, in the order given."""
+        """Return the items at these distinct positions, in the given order."""
         chosen = [operator.index(position) for position in positions]
         outside = [position for position in chosen if not 0 <= position < len(self)]
         if outside:
@@ -258,7 +258,7 @@ class PreferencePool(Sequence[PoolItem]):
 
 
 def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:
-    """One line in the log where most items have their prompt in all of their responses, too."""
+    """Log a warning if most items repeat their prompt in all of their responses."""
     count = sum(_begin_with_prompt(item) for item in items)
     if 2 * count > len(items):
         logger.warning(

@@ -1,4 +1,4 @@
-"""Rows, as files and data sets have them, to items and prompts."""
+"""Converting rows of files and data sets to items and prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from activedpo_fast.pool.texts import check_text, check_texts, content_id, show
 
 
 def item_from_row(row: Any, place: str) -> PoolItem:
-    """Sort the columns of a row; their contents are checked by `check_item`."""
+    """Make an item from a row's columns; `check_item` checks the contents."""
     if not isinstance(row, Mapping):
         raise ActiveDPOError(f"{place}: expected an object with named columns, got {show(row)}")
     given = {name: row[name] for name in OWN_COLUMNS if name in row and not is_absent(row[name])}
@@ -34,7 +34,7 @@ def item_from_row(row: Any, place: str) -> PoolItem:
     prompt = plain_text(given["prompt"])
     texts = tuple(plain_text(response) for response in responses)
     if "id" not in given:
-        # Not yet checked, so not yet known to be something that can be hashed.
+        # Not checked yet, so possibly not hashable.
         check_texts(prompt, texts, place)
         given["id"] = content_id(prompt, texts)
     id = id_of(given)
@@ -43,12 +43,12 @@ def item_from_row(row: Any, place: str) -> PoolItem:
 
 
 def read_prompts(path: FilePath) -> list[Prompt]:
-    """Prompts from rows with `prompt` and, if wanted, `id`; the rest is `extra`.
+    """Read prompts from rows with `prompt` and optionally `id`; the rest is `extra`.
 
-    They are read from what pools are read from, see `placed_rows`.
+    The sources are those of pools, see `placed_rows`.
 
     Raises:
-        ActiveDPOError: naming the row at fault.
+        ActiveDPOError: a bad row; the message names it.
     """
     prompts = []
     places = []
@@ -90,7 +90,7 @@ def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
 
 
 def id_of(row: Mapping[str, Any]) -> Any:
-    """A row's `id`, an integer as text; None without one. What is no id is left to `check_id`."""
+    """Return a row's `id` (integers as text), or None; invalid ids are left to `check_id`."""
     id = row.get("id")
     if is_absent(id):
         return None
@@ -107,7 +107,7 @@ def check_prompt_row(row: Any, place: str) -> None:
 
 
 def _transcript_hint(texts: Sequence[Any]) -> str:
-    """What to do with whole transcripts, as Anthropic's HH data has them; empty for others."""
+    """Return advice on whole transcripts, as in Anthropic's HH data; empty for other texts."""
     turns = ("\n\nHuman:", "\n\nAssistant:")
     if not texts or not all(isinstance(text, str) and all(turn in text for turn in turns)
                             for text in texts):
@@ -118,7 +118,7 @@ def _transcript_hint(texts: Sequence[Any]) -> str:
 
 
 def plain_text(value: Any) -> Any:
-    """A copy of chat messages, without keys that a table filled up with null."""
+    """Return a copy of chat messages, without keys that a table filled up with null."""
     if not isinstance(value, list):
         return value
     return [{key: entry for key, entry in message.items() if entry is not None}

@@ -1,7 +1,7 @@
 """Arguments of the chat template: one setting for generating, selecting and training.
 
-TRL reads them per row, from the column `chat_template_kwargs`. Here a setting holds for all rows,
-and a row's own column goes before it, key by key.
+TRL reads them per row, from the column `chat_template_kwargs`. Here one setting applies to all
+rows, and a row's own column overrides it, key by key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from activedpo_fast.errors import ActiveDPOError
 
 COLUMN = "chat_template_kwargs"
 
-# Arguments of `apply_chat_template` itself, which decide what form the tokens come in.
+# Arguments of `apply_chat_template` itself, which determine the form of its output.
 _RESERVED = frozenset({
     "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict",
     "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
@@ -22,7 +22,7 @@ _RESERVED = frozenset({
 
 
 def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
-    """Raise ActiveDPOError, naming `place`, unless this is an object of JSON values, or None."""
+    """Raise ActiveDPOError, naming `place`, unless `value` is an object of JSON values, or None."""
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -40,7 +40,7 @@ def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
 
 
 def parse_template_kwargs(text: str | None) -> dict[str, Any] | None:
-    """The value of `--chat-template-kwargs`."""
+    """Parse the value of `--chat-template-kwargs`."""
     if text is None:
         return None
     try:
@@ -52,7 +52,7 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any] | None:
 
 
 def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments in a row's own column; None where it has none."""
+    """Return the arguments in a row's own column, or None."""
     own = extra.get(COLUMN)
     return dict(own) if isinstance(own, Mapping) and own else None
 
@@ -60,15 +60,15 @@ def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
 def template_kwargs(
     extra: Mapping[str, Any], common: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The arguments for a row with chat messages: its own, and those of `common` beside them."""
+    """Return the arguments for a row with chat messages: its own, over those of `common`."""
     return {**(common or {}), **(own_template_kwargs(extra) or {})}
 
 
 def one_setting(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments that all places in `given` (by their names) agree on; None counts as not given.
+    """Return the arguments that all places in `given` agree on; None counts as not given.
 
     Raises:
-        ActiveDPOError: two places differ, or one has no such arguments.
+        ActiveDPOError: two places differ, or one has invalid arguments.
     """
     found = [(place, value) for place, value in given.items() if value is not None]
     for place, value in found:

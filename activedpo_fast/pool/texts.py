@@ -1,4 +1,4 @@
-"""What a prompt or response may be: plain text or chat messages, and how it is hashed."""
+"""Checks and hashes of prompts and responses, which are plain text or chat messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Text = str | list[Message]
 
 
 def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
-    """Raise ActiveDPOError, naming `place`, unless these are a prompt with distinct responses."""
+    """Raise ActiveDPOError, naming `place`, unless given a prompt with distinct responses."""
     check_text(prompt, "the prompt", place)
     if len(responses) < 2:
         raise ActiveDPOError(f"{place}: {len(responses)} response(s), two or more are needed to "
@@ -70,7 +70,7 @@ def check_string(text: str, what: str, place: str) -> None:
 
 
 def content_id(prompt: Text, responses: Sequence[Text]) -> str:
-    """The id of a row that has none: 64 bits of a hash. Saved labels rely on it not changing."""
+    """Return the id of a row that has none: 64 bits of a hash. Saved labels rely on this hash."""
     return hashlib.sha256(canonical_json([prompt, list(responses)])).hexdigest()[:16]
 
 

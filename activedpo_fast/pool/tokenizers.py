@@ -1,4 +1,4 @@
-"""A tokenizer is left as it was found."""
+"""Restoring a tokenizer's settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 @contextmanager
 def tokenizer_as_found(tokenizer: Any) -> Iterator[None]:
-    """Put the truncation and padding back that a tokenizer's file may set.
+    """Restore the truncation and padding that a tokenizer's file may set.
 
-    Every call of a fast tokenizer sets both in its backend again, from where `save_pretrained`
-    would write them.
+    Every call of a fast tokenizer sets both in its backend, and `save_pretrained` would write them
+    from there.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
@@ -31,7 +31,7 @@ def tokenizer_as_found(tokenizer: Any) -> Iterator[None]:
 
 
 def leaves_tokenizer(position: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """For functions whose argument at `position`, or `processing_class`, is the tokenizer."""
+    """Decorate a function whose argument at `position`, or `processing_class`, is a tokenizer."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)

@@ -1,16 +1,17 @@
-"""Token ids of prompts and responses, the same as `trl.DPOTrainer` (TRL 1.16) makes them.
+"""Token ids of prompts and responses, identical to those of `trl.DPOTrainer` (TRL 1.16).
 
-The rules, as TRL's `DPOTrainer._prepare_dataset` and `DataCollatorForPreference` have them:
+The rules are those of TRL's `DPOTrainer._prepare_dataset` and `DataCollatorForPreference`:
 
-* Plain text: the response gets the EOS token's text at its end unless it ends in it already; prompt
-  and prompt + response are each tokenized as one string, with the tokenizer's own special tokens.
+* Plain text: the EOS token's text is appended to the response unless it already ends with it.
+  Prompt and prompt + response are each tokenized as one string, with the tokenizer's own special
+  tokens.
 * Chat: prompt with `add_generation_prompt=True`, and prompt + response, each through the template.
-* The response starts where the tokens of the prompt and of prompt + response diverge, and for both
-  responses of a pair at the earlier of the two places.
+* The response starts where the tokens of the prompt and of prompt + response diverge. Both
+  responses of a pair start at the earlier of the two positions.
 * A sequence longer than `max_length` loses its end ("keep_start") or its beginning ("keep_end").
 * With "keep_start", a pair whose prompt alone fills `max_length` is left out.
 
-TRL itself is not needed for any of this.
+TRL itself is not needed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
-# What `trl.DPOConfig` has when nothing is said.
+# Defaults of `trl.DPOConfig`.
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_TRUNCATION_MODE: TruncationMode = "keep_start"
 
@@ -60,7 +61,7 @@ class TokenizedPool:
     `max_length`. Their sequences stay in the list, with no scored token, to keep the order. Every
     response of every other item has at least one scored token.
 
-    `items`: the item of each sequence. None: every sequence is an item of its own.
+    `items`: the item of each sequence. None: every sequence is a separate item.
 
     `ids`: the id of each item, for messages.
     """
@@ -71,11 +72,11 @@ class TokenizedPool:
     ids: list[str] | None = None
 
     def item_of(self, row: int) -> int:
-        """The item that response `row` belongs to."""
+        """Return the item that response `row` belongs to."""
         return row if self.items is None else self.items[row]
 
     def place(self, row: int) -> str:
-        """Response `row`, as a person would look it up in the pool."""
+        """Return a description of response `row` to look it up in the pool."""
         if self.items is None or self.ids is None:
             return f"response row {row}"
         item = self.items[row]
@@ -83,14 +84,14 @@ class TokenizedPool:
 
 
 def scored_tokens(response: TokenizedResponse) -> int:
-    """How many tokens log π(y|x) is a sum over."""
+    """Return the number of tokens that log π(y|x) sums over."""
     return max(0, len(response.input_ids) - max(response.completion_start, 1))
 
 
 def completion_tokens(response: TokenizedResponse) -> int:
-    """What TRL's losses of mean log-probs divide log π(y|x) by: the response's tokens, at least 1.
+    """Return the divisor of log π(y|x) in TRL's mean log-probs: the response's tokens, at least 1.
 
-    They are counted after truncation, and with the first token of a sequence, which is not scored.
+    They are counted after truncation, including the first token of a sequence, which is not scored.
     """
     return max(1, len(response.input_ids) - response.completion_start)
 
@@ -103,16 +104,17 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
                   show_progress: bool | None = None) -> TokenizedPool:
     """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
 
-    For an item with two responses the result is the trainer's. With more, the responses of the item
-    share the earliest start that any of them has; where tokens merge across the boundary for some
-    of them, or the template renders the prompt differently, the trainer starts a pair of the others
-    later. One warning counts such items.
+    For an item with two responses the result is the trainer's. With more, all responses of the item
+    share the earliest start of any of them. If tokens merge across the boundary for some of them,
+    or the template renders the prompt differently, the trainer starts a pair of the others later.
+    One warning gives the number of such items.
 
     Args:
-        max_length: longest sequence in tokens, ≥ 2; None for no limit. TRL's default is 1024.
+        max_length: maximum sequence length in tokens, ≥ 2; None for no limit. TRL's default is
+            1024.
         truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there).
         chat_template_kwargs: passed to the chat template. Those in an item's own column of this
-            name go before them, as TRL passes that column. Plain text has no use for either.
+            name, which TRL passes, take precedence. Plain text uses neither.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
@@ -146,7 +148,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
         starts = [_common_prefix_length(prompt_ids, ids) for ids in full_ids]
         start = min(starts)
         merged += start < len(prompt_ids)
-        # With two responses past the earliest start, they form a pair that could start later.
+        # Two responses past the earliest start form a pair that could start later.
         unequal += sum(other > start for other in starts) >= 2
         for n, ids in enumerate(full_ids, start=1):
             if len(ids) <= max(start, 1):
@@ -196,11 +198,11 @@ def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
 
 def encode_chat(processing_class: PreTrainedTokenizerBase, messages: list[Any], id: str,
                 **template_kwargs: Any) -> list[int]:
-    """Token ids of a conversation; `id` names its item in the error."""
+    """Return the token ids of a conversation; `id` names its item in the error."""
     try:
         encoded: Any = processing_class.apply_chat_template(messages, tokenize=True,
                                                             return_dict=True, **template_kwargs)
-    except Exception as error:  # a template is a program: it can raise anything
+    except Exception as error:  # a template is code and can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ActiveDPOError(f"item {id!r}: the chat template failed: {reason}") from error
     return list(encoded["input_ids"])

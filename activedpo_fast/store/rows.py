@@ -1,4 +1,4 @@
-"""Gradient rows that stay on disk and are read when they are asked for."""
+"""Gradient rows that stay on disk and are read on demand."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _ROWS_AT_ONCE = 2**16  # sorted and read together; bounds the bookkeeping for sh
 
 
 class StoredRows:
-    """A matrix [R, k] in safetensors files, of which only what is asked for is in memory.
+    """A matrix [R, k] in safetensors files, whose rows are only in memory when requested.
 
     Rows are read with `preadv` into fresh tensors, not mapped: mapped pages would count as resident
     memory. Reading is thread-safe and, as no file position is used, safe after a fork.
 
-    Made by `open`. The files stay open until this object and all that were made of it by `select`
-    are closed or collected.
+    Created by `open`. The files stay open until this object and all objects made from it by
+    `select` are closed or garbage-collected.
 
     Attributes:
         shape: (R, k).
         dtype: float16, bfloat16, float32 or float64.
         device: always the CPU.
-        row_bytes: bytes of a row; nbytes: of all of them.
+        row_bytes: bytes per row; nbytes: of all rows.
         file_of_row: int32 [R], which of `descriptors` has the row.
-        offset_of_row: int64 [R], the byte in that file at which the row begins. These three stay
-            the same tensors, so that C++ can have their addresses.
+        offset_of_row: int64 [R], the byte offset of the row in that file. `descriptors` and these
+            two stay the same tensors, so that C++ can hold their addresses.
     """
 
     ndim = 2
@@ -68,16 +68,16 @@ class StoredRows:
         tensor: str = "gradients",
         order: Tensor | None = None,
     ) -> StoredRows:
-        """The rows of the matrices called `tensor` in safetensors files.
+        """Open the rows of the matrices called `tensor` in safetensors files.
 
         Args:
             paths: one or more; all of their matrices have the same k and dtype.
-            order: int64 [R], which row of the files, one after the other, each row is; default: as
-                they come.
+            order: int64 [R], the position of each row in the concatenated files; default: the order
+                in the files.
 
         Raises:
-            ActiveDPOError: a file that cannot be read, is no whole safetensors file, has no such
-                floating-point matrix, or one of another k or dtype; row numbers that do not fit.
+            ActiveDPOError: a file cannot be read, is not a complete safetensors file, has no such
+                floating-point matrix, or one with another k or dtype; row numbers do not fit.
         """
         files = _Files()
         try:
@@ -116,15 +116,15 @@ class StoredRows:
 
     @property
     def descriptors(self) -> Tensor:
-        """int32 [n_files], open file descriptors; for use while this object is open and alive."""
+        """Open file descriptors, int32 [n_files]; valid while this object is open and alive."""
         self._open_files()
         return self._descriptors
 
     def take(self, ids: Tensor) -> Tensor:
-        """The rows numbered `ids`, int64 [m], in that order: [m, k] in the stored dtype.
+        """Return the rows numbered `ids`, int64 [m], in that order: [m, k] in the stored dtype.
 
         Raises:
-            ActiveDPOError: a number that is no row; a file that cannot be read or was cut short.
+            ActiveDPOError: a number that is not a row; a file that is unreadable or truncated.
         """
         files = self._open_files()
         numbers = self._checked(ids)
@@ -135,20 +135,20 @@ class StoredRows:
         return taken
 
     def chunks(self, rows_per_chunk: int) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, at most `rows_per_chunk` at a time: (number of the first, [m, k])."""
+        """Yield all rows in order, up to `rows_per_chunk` at a time: (first number, [m, k])."""
         if rows_per_chunk < 1:
             raise ActiveDPOError(f"rows_per_chunk must be 1 or more, not {rows_per_chunk}")
         for start in range(0, len(self), rows_per_chunk):
             yield start, self.take(torch.arange(start, min(start + rows_per_chunk, len(self))))
 
     def select(self, ids: Tensor) -> StoredRows:
-        """The rows numbered `ids`, int64 [m], as stored rows of the same open files."""
+        """Return the rows numbered `ids`, int64 [m], as stored rows of the same open files."""
         numbers = torch.from_numpy(self._checked(ids))
         return StoredRows(self._open_files(), self.file_of_row[numbers],
                           self.offset_of_row[numbers], self.shape[1], self.dtype)
 
     def close(self) -> None:
-        """Let go of the files; more than once is fine."""
+        """Release the files; may be called more than once."""
         self._files = None
 
     def __enter__(self) -> StoredRows:
@@ -179,8 +179,8 @@ class StoredRows:
         return numbers
 
     def _read(self, files: _Files, numbers: np.ndarray, taken: Tensor) -> None:
-        """Read the rows `numbers`, one or more, to `taken`."""
-        # In the order in which they lie on disk: what is adjacent there is read at once.
+        """Read the rows `numbers`, one or more, into `taken`."""
+        # Read in disk order: rows that are adjacent on disk are read at once.
         file, offset = self.file_of_row.numpy()[numbers], self.offset_of_row.numpy()[numbers]
         order = np.lexsort((offset, file))
         file, offset = file[order], offset[order]
@@ -196,10 +196,10 @@ class StoredRows:
         self, files: _Files, file: np.ndarray, offset: np.ndarray, target: np.ndarray,
         taken: Tensor,
     ) -> None:
-        """Read different rows, sorted by file and offset, to the rows `target` of `taken`."""
+        """Read distinct rows, sorted by file and offset, into the rows `target` of `taken`."""
         size = self.row_bytes
         memory = memoryview(taken.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
-        # A run is adjacent on disk; a piece of it is adjacent in memory, too.
+        # A run is contiguous on disk; a piece of it is contiguous in memory, too.
         starts_run = np.ones(len(target), dtype=bool)
         starts_run[1:] = (np.diff(file) != 0) | (np.diff(offset) != size)
         starts_piece = starts_run.copy()
@@ -214,7 +214,7 @@ class StoredRows:
         places = list(zip(file[runs].tolist(), offset[runs].tolist(), lengths.tolist(),
                           strict=True))
         if len(places) > 1:
-            # A disk that is asked for many places at once may be more than twice as fast.
+            # Requesting many places at once may more than double a disk's speed.
             for number, position, length in places:
                 files.announce(number, position, length)
         of_run = pairwise([*np.searchsorted(pieces, runs).tolist(), len(pieces)])
@@ -223,7 +223,7 @@ class StoredRows:
 
 
 class _Files:
-    """Files that are open for reading, closed when this object is collected."""
+    """Files open for reading, closed when this object is garbage-collected."""
 
     def __init__(self) -> None:
         self.paths: list[Path] = []
@@ -243,13 +243,13 @@ class _Files:
         return _File(self, len(self.paths) - 1, status.st_size)
 
     def announce(self, number: int, offset: int, count: int) -> None:
-        """Have the system begin to read what will be read soon, where it can be told."""
+        """Ask the system to read ahead, if it supports that."""
         if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # a file system that takes no advice
+            with suppress(OSError):  # a file system that does not support it
                 os.posix_fadvise(self.descriptors[number], offset, count, os.POSIX_FADV_WILLNEED)
 
     def read(self, number: int, offset: int, buffers: list[memoryview]) -> None:
-        """Fill `buffers`, one after the other, with what begins at `offset` of a file."""
+        """Fill `buffers`, one after the other, with the bytes from `offset` of a file on."""
         done = 0
         while done < len(buffers):
             try:
@@ -290,7 +290,7 @@ class _File(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where a matrix lies in a file: its rows one after the other from the byte `begin` on."""
+    """The place of a matrix in a file: consecutive rows from the byte `begin` on."""
 
     begin: int
     rows: int
@@ -299,7 +299,7 @@ class _Layout(NamedTuple):
 
 
 def _read_layout(file: _File, tensor: str) -> _Layout:
-    """Find a matrix in a safetensors file, trusting nothing that the file says.
+    """Find a matrix in a safetensors file, without trusting its header.
 
     The format: the header's length as a little-endian uint64, the header in JSON, the data.
     """
@@ -336,7 +336,7 @@ def _read_layout(file: _File, tensor: str) -> _Layout:
 
 
 def _two_sizes(value: Any) -> tuple[int, int] | None:
-    """Two numbers of a header, if they are sizes; none of them leaves the range of int64."""
+    """Return two numbers of a header if they are sizes within the range of int64."""
     if not isinstance(value, list) or len(value) != 2:
         return None
     if not all(type(number) is int and 0 <= number < 2**63 for number in value):

@@ -1,4 +1,4 @@
-"""Gradient rows on disk: written in shards as they are computed, resumable, whole or absent."""
+"""Gradient rows on disk: written atomically in shards as they are computed, and resumable."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from activedpo_fast.store.rows import StoredRows
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # 1 had another sjlt, 2 another kronecker, 3 no hashes of its tokens
+_FORMAT = 4  # 1 had a different sjlt, 2 a different kronecker, 3 no token hashes
 _MANIFEST = "manifest.json"
 _POOL = "pool.jsonl"
 _TOKENS = "tokens.safetensors"
 _SHARD = "rows-{:05d}.safetensors"
-_SHARD_ROWS = 512  # of a small pool
-_SHARDS = 128  # of a large pool; all of them are open while rows are read from disk
-_CHUNK_BYTES = 2**26  # of rows that are exported at once
+_SHARD_ROWS = 512  # for a small pool
+_SHARDS = 128  # for a large pool; all of them are open while rows are read from disk
+_CHUNK_BYTES = 2**26  # rows exported at once
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -42,14 +42,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 class FeatureStore:
     """A folder with the gradient rows of one pool, one model and one sketch.
 
-    `manifest.json` holds the settings, a hash of all tokens once the first rows are taken, and is
-    what makes a folder a store; `pool.jsonl` is the pool; `tokens.safetensors` has a hash of each
-    item's tokens, int64 [P]; `rows-*.safetensors` are shards with `rows` (int64), `gradients` (in
-    the store's dtype) and `logps`. Every file is renamed into place when whole, so a killed run
-    leaves a store that can be continued.
+    `manifest.json` identifies a folder as a store. It holds the settings and, once the first rows
+    are computed, a hash of all tokens. `pool.jsonl` is the pool; `tokens.safetensors` has a hash of
+    each item's tokens, int64 [P]; `rows-*.safetensors` are shards with `rows` (int64), `gradients`
+    (in the store's dtype) and `logps`. Every file is renamed into place when complete, so a killed
+    run leaves a store that can be continued.
 
     Attributes:
-        columns_taken: the pool's columns that `create` has brought up to date.
+        columns_taken: the pool's columns that `create` has updated.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
@@ -67,16 +67,16 @@ class FeatureStore:
         skipped: list[int],
         dtype: str = "float32",
     ) -> FeatureStore:
-        """Start a store at `path`, or reopen the one that is there to continue it.
+        """Create a store at `path`, or reopen an existing one to continue it.
 
-        The other columns of `pool` are then brought up to date in the store: rows do not depend on
-        them. (A row's own arguments of the chat template count as its text.)
+        When it is reopened, the other columns of `pool` are updated in the store: gradient rows do
+        not depend on them. (A row's own chat template arguments count as part of its text.)
 
         Args:
             settings: JSON values that the rows depend on (model, sketch, beta, tokenization).
             skipped: positions of items that DPOTrainer would drop; never candidates.
-            dtype: that rows are stored in, rounded to nearest: "float32", "bfloat16" or "float64".
-                It counts as a setting, `store_dtype`.
+            dtype: the dtype of the stored rows, rounded to nearest: "float32", "bfloat16" or
+                "float64". It counts as a setting, `store_dtype`.
 
         Raises:
             ActiveDPOError: the folder holds something else, or a store made with other settings or
@@ -95,7 +95,7 @@ class FeatureStore:
         }
         if (folder / _MANIFEST).exists():
             store = cls.open(folder, complete=False)
-            begun = (folder / _POOL).exists()  # or killed when the store was made
+            begun = (folder / _POOL).exists()  # False if killed while creating the store
             if store.manifest["pool"] != manifest["pool"]:
                 how = f" ({_difference(store.pool(), pool)})" if begun else ""
                 raise ActiveDPOError(f"{folder} holds the rows of another pool{how}: choose "
@@ -109,14 +109,14 @@ class FeatureStore:
         if os.path.exists(folder) and not (folder.is_dir() and _is_unused(folder)):
             raise ActiveDPOError(f"{folder} exists and is not a feature store: choose another path")
         folder.mkdir(parents=True, exist_ok=True)
-        # The manifest first: with it, what a killed process leaves is known to be a store.
+        # Write the manifest first: it identifies what a killed process leaves as a store.
         write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
         pool.to_jsonl(folder / _POOL)
         return cls(folder, manifest)
 
     @classmethod
     def open(cls, path: FilePath, *, complete: bool = True) -> FeatureStore:
-        """Open the store at `path`; with `complete`, refuse one whose rows are not all there."""
+        """Open the store at `path`; with `complete`, refuse one with missing rows."""
         folder = Path(path)
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
@@ -140,14 +140,14 @@ class FeatureStore:
         return store
 
     def pool(self) -> PreferencePool:
-        """The pool whose rows these are."""
+        """Return the pool of these rows."""
         pool = PreferencePool.from_jsonl(self.path / _POOL)
         if pool.fingerprint() != self.manifest["pool"]:
             raise ActiveDPOError(f"{self.path / _POOL} has been changed since the rows were taken")
         return pool
 
     def missing_rows(self) -> list[int]:
-        """The responses, as row numbers in pool order, that have no gradient row yet."""
+        """Return the responses without a gradient row yet, as row numbers in pool order."""
         there = torch.zeros(self.manifest["responses"], dtype=torch.bool)
         for shard in self._shards():
             there[self._tensor(shard, "rows")] = True
@@ -161,14 +161,14 @@ class FeatureStore:
         rows_per_shard: int | None = None,
         show_progress: bool | None = None,
     ) -> None:
-        """Compute and write the missing rows; what is written stays if this is interrupted.
+        """Compute and write the missing rows; written rows are kept on interruption.
 
-        A process that is killed loses less than a shard: `rows_per_shard` rows, by default 512 or
-        1/128 of a large pool.
+        A killed process loses less than one shard: `rows_per_shard` rows, by default 512 or 1/128
+        of a large pool.
 
         Raises:
-            ActiveDPOError: other tokens than those that the first rows were taken of; several
-                processes; errors of the extractor.
+            ActiveDPOError: the tokens differ from those of the first rows; several processes;
+                errors of the extractor.
         """
         require_one_process("FeatureStore.fill")
         self.check_tokens(tokenized)
@@ -179,7 +179,7 @@ class FeatureStore:
             self._write_tokens(tokenized)
         if len(missing) < self.manifest["responses"]:
             done = self.manifest["responses"] - len(missing)
-            logger.warning("continuing %s: %d rows are there already", self.path, done)
+            logger.warning("continuing %s: %d rows already exist", self.path, done)
         if rows_per_shard is None:
             rows_per_shard = max(_SHARD_ROWS, self.manifest["responses"] // _SHARDS)
         dtype = _DTYPES[self.manifest["settings"]["store_dtype"]]
@@ -204,10 +204,10 @@ class FeatureStore:
                 self._write(waiting)
 
     def check_tokens(self, tokenized: TokenizedPool) -> None:
-        """Raise `ActiveDPOError`, naming a prompt, unless the rows so far are of these tokens.
+        """Raise `ActiveDPOError`, naming a prompt, unless existing rows are of these tokens.
 
-        The same texts may become other tokens: by a chat template that says today's date, or by
-        another version of a library.
+        The same texts may give other tokens: with a chat template that includes today's date, or
+        with another version of a library.
         """
         if len(tokenized.sequences) != self.manifest["responses"]:
             raise ActiveDPOError(f"{len(tokenized.sequences)} tokenized responses are not the "
@@ -219,7 +219,7 @@ class FeatureStore:
             with safe_open(self.path / _TOKENS, framework="pt") as tensors:
                 differing = (tensors.get_tensor("items") != hashes).nonzero().flatten().tolist()
         except (OSError, SafetensorError, RuntimeError):
-            differing = []  # the file only tells which
+            differing = []  # the file only serves to name the prompts
         which = f", first that of {self.pool()[differing[0]].id!r}" if differing else ""
         raise ActiveDPOError(
             f"{self.path}: the tokenizer or its chat template gives other tokens than when the "
@@ -227,14 +227,14 @@ class FeatureStore:
             "say the date?): the rows would not go together; choose another path")
 
     def load(self) -> GradientRows:
-        """All rows in pool order, in memory."""
+        """Load all rows into memory, in pool order."""
         with self.rows_on_disk() as rows:
             everything = torch.arange(len(rows))
             logps = torch.cat([self._tensor(shard, "logps") for shard in self._shards()])
             return GradientRows(everything, rows.take(everything), logps[self._order()])
 
     def rows_on_disk(self) -> StoredRows:
-        """The gradient rows in pool order, [R, k], read only when they are asked for."""
+        """Return the gradient rows in pool order, [R, k], read on demand."""
         return StoredRows.open(self._shards(), order=self._order())
 
     def export(self, path: FilePath) -> None:
@@ -255,7 +255,7 @@ class FeatureStore:
                     file.write(part.float().numpy())  # type: ignore[arg-type]
 
     def _order(self) -> torch.Tensor:
-        """Where in the shards, one after the other, each row of the pool is."""
+        """Return the position of each row of the pool in the concatenated shards."""
         numbers = torch.cat([torch.empty(0, dtype=torch.int64),
                              *(self._tensor(shard, "rows") for shard in self._shards())])
         found, order = numbers.sort()
@@ -268,7 +268,7 @@ class FeatureStore:
         return sorted(self.path.glob(_SHARD.format(0).replace("00000", "*")))
 
     def _tensor(self, shard: Path, name: str) -> torch.Tensor:
-        """`rows` or `logps` of a shard."""
+        """Return `rows` or `logps` of a shard."""
         try:
             with safe_open(shard, framework="pt") as tensors:
                 rows, wanted = tensors.get_tensor("rows"), tensors.get_tensor(name)
@@ -282,11 +282,11 @@ class FeatureStore:
         return wanted
 
     def _take_columns(self, pool: PreferencePool) -> None:
-        """Write the pool's columns, where they are not those in the store."""
+        """Write the pool's columns if they differ from those in the store."""
         changed: set[str] = set()
         for old, new in zip(self.pool(), pool, strict=True):
             for name in {**new.extra, **old.extra}:
-                # A table says null where a line of JSON says nothing.
+                # A table has null for a key that a JSON line omits.
                 if _text(old.extra.get(name)) != _text(new.extra.get(name)):
                     changed.add(name)
         if changed:
@@ -315,7 +315,7 @@ class FeatureStore:
 
 
 def _token_hashes(tokenized: TokenizedPool) -> torch.Tensor:
-    """64 bits for each item, int64 [P]: of all its token ids, and of where its responses start."""
+    """Return 64-bit hashes of each item's token ids and response starts, int64 [P]."""
     digests: dict[int, Any] = {}
     for row, sequence in enumerate(tokenized.sequences):
         item = digests.setdefault(tokenized.item_of(row), hashlib.blake2b(digest_size=8))
@@ -330,15 +330,15 @@ def _digest(hashes: torch.Tensor) -> str:
 
 
 def _text(value: Any) -> str:
-    """A text that two JSON values share only if they are equal; any text for what is no JSON."""
+    """Return a text that JSON values share only if they are equal; any text for non-JSON."""
     try:
         return json.dumps(value, sort_keys=True)
     except (TypeError, ValueError, RecursionError):
-        return repr(value)  # writing the pool refuses it, by name
+        return repr(value)  # writing the pool refuses it, naming the column
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether a folder is empty, except for what a process left that was killed beginning it."""
+    """Return whether a folder is empty, except for files of a process killed while starting it."""
     manifest = Path(_MANIFEST)
     return all(path.name.startswith(f".{manifest.stem}-") and path.suffix == manifest.suffix
                for path in folder.iterdir())
@@ -347,7 +347,7 @@ def _is_unused(folder: Path) -> bool:
 def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise `ActiveDPOError` for the first setting that differs.
 
-    Where a model, adapter or tokenizer is does not count, if its fingerprint says what it is.
+    The location of a model, adapter or tokenizer does not count if it has a fingerprint.
     """
     before, now = found["settings"], wanted["settings"]
     for name, old, new in _differences(before, now):
@@ -365,7 +365,7 @@ def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
 
 
 def _difference(old: PreferencePool, new: PreferencePool) -> str:
-    """How two pools differ, by their first item that does."""
+    """Return how two pools differ, by their first differing item."""
     for n, (a, b) in enumerate(zip(old, new, strict=False), start=1):
         if a.id != b.id:
             return f"item {n} was {a.id!r}, now {b.id!r}"
@@ -379,7 +379,7 @@ def _difference(old: PreferencePool, new: PreferencePool) -> str:
 def _differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    # In the order of the settings: what was chosen comes before what follows from it.
+    # In the order of the settings: chosen settings come before those derived from them.
     for name in dict.fromkeys([*wanted, *found]):
         if found.get(name) != wanted.get(name):
             yield name, found.get(name), wanted.get(name)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from activedpo_fast._files import atomic_path
+from activedpo_fast._files import atomic_path, read_json
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment, Variant
+from benchmarks.claims.linear_fit import RESULT as FITS
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import Comparison, Estimate, compare, mean_and_error
 from benchmarks.report import table, write_into
@@ -36,7 +37,7 @@ def document(
     Args:
         results, experiments: by task.
     """
-    found = {"claims: paper": paper_table()}
+    found = {"claims: paper": paper_table(), "claims: linear fit": fit_table()}
     for task, known in results.items():
         own = [e for e in experiments[task] if len(_seeds(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]
@@ -46,10 +47,11 @@ def document(
             make = gate_table if experiment.name == "gate" else (
                 main_table if experiment in mains else grid_table)
             found[f"claims: {experiment.name}"] = make(known, experiment)
-        if mains:
-            draw_curves(known, mains, path.with_name(f"evidence_{task}.png"))
+        drawn = [e for e in mains if e.drawn]
+        if drawn:
+            draw_curves(known, drawn, path.with_name(f"evidence_{task}.png"))
         if mains and task == "known_reward":
-            draw_bound(known, mains, path.with_name("evidence_bound.png"))
+            draw_bound(known, drawn, path.with_name("evidence_bound.png"))
         if mains and task == "reviews":
             draw_frontiers(known, mains[0], path.with_name("evidence_reviews_kl.png"))
     path.write_text(write_into(path.read_text(), found))
@@ -146,6 +148,19 @@ def paper_table() -> str:
         "gradients": lambda r: f"{r['gradients'] + r['gradients of labeled pairs']:.1f}",
         "train": lambda r: f"{r['train']:.1f}",
         "together": lambda r: f"{r['all']:.1f}"})
+
+
+def fit_table() -> str:
+    """How much of each known reward is linear in the features (`linear_fit`)."""
+    result = read_json(FITS)
+    names = {"linear": "learnable exactly", "synopsis": "can only be come near",
+             "reviews": "the review task, gradients of the language model"}
+    rows = [{"name": names[name], **fit} for name, fit in result["fits"].items()]
+    return table(rows, {
+        "reward": lambda r: r["name"],
+        "variance explained": lambda r: f"{r['r2']:.1%}",
+        "reward earned": lambda r: f"{r['reward']:.3f}",
+        "pairs ranked right": lambda r: f"{r['accuracy']:.1%}"})
 
 
 def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> None:

@@ -155,7 +155,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
              "incomplete", "activedpo features")
 
     assert main([*argv, "--export", str(resumed)]) == 0
-    assert "rows are there already" in capsys.readouterr().err
+    assert "rows already exist" in capsys.readouterr().err
     # The batches of what was left are not those of the whole, which is a matter of rounding.
     rows, expected = load_file(resumed), load_file(whole)
     assert rows.keys() == expected.keys()
