@@ -69,6 +69,23 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from activedpo_fast import __version__
+
+        typer.echo(f"activedpo-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+    )] = False,
+) -> None:
+    """Choose which preference pairs to label next for the model that you are training now."""
+
+
 @app.command(epilog="Example:\n\n  activedpo env")
 def env() -> None:
     """Show versions, devices and which backends are active."""

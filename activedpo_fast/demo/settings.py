@@ -56,7 +56,6 @@ SETTINGS: dict[str, DemoSettings] = {
         },
         generation={"max_new_tokens": 20, "temperature": 1.0, "batch_size": 300},
         selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
-        # Normalized by neither: what selects best in docs/evidence.md.
         strategies={"random": {}, "activedpo": {}},
     ),
     "small": DemoSettings(

@@ -322,8 +322,8 @@ class ActiveDPOLoop:
             return
         newest = history[-1][1]
         if all(label is None for label in newest):
-            logger.info("%s: none of its %d pairs got a preference: nothing new to train on, the "
-                        "adapter stays as it was", folder.name, len(newest))
+            logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
+                        "on, and the adapter stays as it was", folder.name, len(newest))
             self._load(before)
             save_adapter(self.model, self.processing_class, folder / "adapter")
             return

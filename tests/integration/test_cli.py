@@ -21,6 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import activedpo_fast
 from activedpo_fast.cli import features as features_command
 from activedpo_fast.cli import select as select_command
 from activedpo_fast.cli.app import main
@@ -803,6 +804,11 @@ def test_the_unexpected_keeps_its_traceback(
     monkeypatch.setattr(select_command, "run_selection", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["select", str(store), "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"activedpo-fast {activedpo_fast.__version__}\n"
 
 
 def test_env_names_what_is_active(
