@@ -8,15 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from activedpo_fast import (
-    ActiveDPOSelector,
-    FeatureExtractor,
-    PreferencePool,
-    Sketch,
-    backends,
-    ops,
-    reference,
-)
+from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Sketch, ops
+from activedpo_fast.ops import backends, reference
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from tests.ops.test_ops import KEY, random
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
