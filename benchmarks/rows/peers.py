@@ -54,7 +54,7 @@ class RowsPeer:
 
     name: as printed. package: what it needs from PyPI, None for torch alone.
     make(model, tokenized, k): sets it up and gives a call that computes all rows, float32 [R, k'].
-        k' is k, but for hooks that project each module to p x p numbers: there it is the nearest
+        k' is k, except for hooks that project each module to p x p numbers: there it is the nearest
         that p allows. With k = None a row is the whole gradient, which any peer can give.
     quick: whether it can be repeated within seconds; drawing D x k numbers cannot.
     """

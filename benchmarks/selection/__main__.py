@@ -275,7 +275,7 @@ def exponent(records: Sequence[Record], axis: str, contender: str) -> float:
 
 
 def _digest_of_code() -> str:
-    """A digest of everything that the times depend on, but for the machine."""
+    """A digest of everything that the times depend on, except the machine."""
     root = Path(__file__).parents[2]
     patterns = ("activedpo_fast/selection/**/*.py", "activedpo_fast/ops/*.py", "csrc/**/*.*",
                 *(f"benchmarks/selection/{part}.py" for part in ("__main__", "peers", "pools")))

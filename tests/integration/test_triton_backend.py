@@ -62,7 +62,7 @@ def test_ready_rows(operation, triton):
 
 @pytest.mark.parametrize("method", ops.METHODS)
 def test_gradient_rows_of_a_model(method, triton, tokens, monkeypatch):
-    """Prompts run once, hooks, the head in chunks: all as on the CPU, but for the kernels."""
+    """Prompts run once, hooks, the head in chunks: all as on the CPU, except the kernels."""
     model = lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama").to(DEVICE)
     extractor = FeatureExtractor(model, Sketch(method, 96, seed=5), beta=0.5)
     found = extractor.gradients(tokens, show_progress=False)

@@ -38,7 +38,7 @@ def _model() -> Any:
 
 
 def _snapshot(model: Any) -> dict[str, Any]:
-    """Everything that a training round could leave behind, but for the weights' values."""
+    """Everything that a training round could leave behind, except the weights' values."""
     modules = {
         name: (
             module.training,
