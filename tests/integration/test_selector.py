@@ -271,7 +271,7 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
             products.append(sketched[0].dot(sketched[4]))
         found = torch.stack(products)
         assert abs(found.mean() - x.dot(y)) < 4 * (variance / seeds).sqrt()
-        # The sample variance of 150 draws is within a third of the law, except with a chance < 1e-3.
+        # The sample variance of 150 draws is within a third of the law, except by chance < 1e-3.
         assert float(found.var() / variance) == pytest.approx(1.0, abs=0.4)
 
 
