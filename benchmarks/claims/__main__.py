@@ -31,7 +31,6 @@ class Task(str, Enum):
 
 
 VERSIONS = {Task.known_reward: 1, Task.reviews: 2}  # runs of another one are made again
-SECONDS_A_RUN = {Task.known_reward: 0.25, Task.reviews: 300.0}  # on one core, docs/evidence.md
 
 
 def main(
@@ -58,7 +57,8 @@ def main(
                    if not method or variant.method in method}
         if not missing:
             continue
-        minutes = len(missing) * SECONDS_A_RUN[t] / 60 / workers
+        seconds = {v.key: e.seconds for e in chosen for v in e.variants}
+        minutes = sum(seconds[key] for _, key in missing) / 60 / workers
         print(f"{t.value}: {len(missing)} runs are missing, about {minutes:.0f} minutes",
               flush=True)
         jobs = (known_reward_jobs if t is Task.known_reward else review_jobs)(missing)

@@ -7,12 +7,13 @@ counts once.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from activedpo_fast.pool.files import jsonl_rows
 
 GRADIENT, FORWARD = 3, 1  # log-probs come with the gradients
 TRAINED = GRADIENT + FORWARD  # the forward pass is that of the reference
@@ -31,9 +32,8 @@ def passes(
     total, labeled = 0, 0
     found = [0.0]
     for round_folder in sorted(folder.glob("round-*")):
-        pool = json_lines(round_folder / "pool.jsonl")
-        newest = _tokens(tokenizer, json_lines(round_folder / "labels.jsonl"), once=False)
-        candidates = _tokens(tokenizer, pool, once=True)
+        newest = _tokens(tokenizer, jsonl_rows(round_folder / "labels.jsonl"), once=False)
+        candidates = _tokens(tokenizer, jsonl_rows(round_folder / "pool.jsonl"), once=True)
         total += candidates  # sampling
         total += per_token * (candidates + labeled)
         labeled += newest
@@ -49,17 +49,10 @@ def _per_token(requires: frozenset[str]) -> int:
 
 
 def _tokens(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], *, once: bool
+    tokenizer: PreTrainedTokenizerBase, placed: Iterable[tuple[str, Any]], *, once: bool
 ) -> int:
-    """Of the responses, and of each prompt once or once for each of its responses."""
-    def count(texts: list[str]) -> int:
-        return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-
-    return count([response for row in rows for response in row["responses"]]) + count(
-        [row["prompt"] for row in rows for _ in (row["responses"][:1] if once
-                                                 else row["responses"])])
-
-
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a JSONL file. Lines end at \\n alone: a text may have other separators unescaped."""
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
+    """Of the responses of rows, and of each prompt once or once for each of its responses."""
+    texts: list[str] = []
+    for _, row in placed:
+        texts += row["responses"] + [row["prompt"]] * (1 if once else len(row["responses"]))
+    return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0

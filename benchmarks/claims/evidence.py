@@ -44,25 +44,26 @@ def document(
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:
-            make = gate_table if experiment.name == "gate" else (
+            make = single_table if not experiment.compared else (
                 main_table if experiment in mains else grid_table)
             found[f"claims: {experiment.name}"] = make(known, experiment)
         drawn = [e for e in mains if e.drawn]
         if drawn:
             draw_curves(known, drawn, path.with_name(f"evidence_{task}.png"))
-        if mains and task == "known_reward":
+        if drawn and task == "known_reward":
             draw_bound(known, drawn, path.with_name("evidence_bound.png"))
-        if mains and task == "reviews":
-            draw_frontiers(known, mains[0], path.with_name("evidence_reviews_kl.png"))
+        if drawn and task == "reviews":
+            draw_frontiers(known, drawn[0], path.with_name("evidence_reviews_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 
 
-def gate_table(results: Results, experiment: Experiment) -> str:
-    """A line a seed: what DPO on everything earns, in paired standard errors over prompts."""
-    (variant,) = experiment.variants
-    rows = [{"seed": seed, **run} for seed, run in sorted(results.runs(variant.key).items())]
+def single_table(results: Results, experiment: Experiment) -> str:
+    """A line a run: what it earns over its own start, in paired standard errors over prompts."""
+    rows = [{"row": v.row, "seed": seed, **run} for v in experiment.variants
+            for seed, run in sorted(results.runs(v.key).items())]
     return f"{experiment.title}.\n\n" + table(rows, {
+        **({"": lambda r: r["row"]} if len(experiment.variants) > 1 else {}),
         "seed": lambda r: str(r["seed"]),
         "labels": lambda r: str(r["labels"][-1]),
         "reward before": lambda r: f"{r['reward'][0]:.3f}",
@@ -259,7 +260,7 @@ def _drawn(results: Results, experiment: Experiment) -> list[str]:
 def _seeds(results: Results, experiment: Experiment) -> list[int]:
     """Those that every variant made has a run of, and random picks in each row."""
     keys = {v.key for v in _made(results, experiment)}
-    if experiment.name != "gate":
+    if experiment.compared:
         keys |= {experiment.baseline(v.row).key for v in _made(results, experiment)}
     if not keys:
         return []

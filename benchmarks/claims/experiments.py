@@ -36,7 +36,8 @@ class Variant:
 class Experiment:
     """Curves that share a table; each is compared with random picks in its row.
 
-    The one called "gate" has no comparison: it shows that DPO can learn the task.
+    compared: False where each run stands for itself, beside its own start.
+    seconds: of a run on one core, roughly.
     """
 
     name: str
@@ -44,6 +45,8 @@ class Experiment:
     seeds: int
     variants: tuple[Variant, ...]
     drawn: bool = True  # in the picture of the main tables
+    compared: bool = True
+    seconds: float = 0.25
 
     def baseline(self, row: str) -> Variant:
         """Random picks in a row's setting, or, where the row has none, in that of a main table."""
@@ -61,7 +64,8 @@ def of_known_reward() -> list[Experiment]:
         name = {"reviews": "linearized"}.get(reward, reward)
         found.append(Experiment(f"main {name}", what, seeds, tuple(
             Variant("", method, method, Setting(reward=reward))
-            for method in (*known_reward.METHODS, EVERYTHING)), drawn=reward != "reviews"))
+            for method in (*known_reward.METHODS, EVERYTHING)), drawn=reward != "reviews",
+            seconds=3.0 if reward == "reviews" else 0.25))
     base = Setting(reward="synopsis")
     found.append(_grid("lambda", "λ; V left out is λ = 10⁹: the longest φ", [
         ("V left out" if lam > 1e6 else f"λ = {lam:g}", method,
@@ -105,7 +109,14 @@ def _grid(name: str, title: str, cells: list[tuple[str, str, Setting]]) -> Exper
 def of_reviews() -> list[Experiment]:
     """In the order in which they are run and shown."""
     main = Experiment("main reviews", "sentiment of reviews", 8, tuple(
-        Variant("", method, method, ReviewSetting()) for method in reviews.METHODS))
-    gate = Experiment("gate", "all pairs of 400 prompts labeled at once", 2, (
-        Variant("", EVERYTHING, EVERYTHING, ReviewSetting(rounds=1, prompts_per_round=400)),))
-    return [gate, main]
+        Variant("", method, method, ReviewSetting()) for method in reviews.METHODS), seconds=300)
+    gate = Experiment("gate", "All pairs of 400 prompts labeled at once", 2, (
+        Variant("", EVERYTHING, EVERYTHING, ReviewSetting(rounds=1, prompts_per_round=400)),),
+        compared=False, seconds=200)
+    once = ReviewSetting(rounds=1, prompts_per_round=200, batch_size=192)
+    steps = Experiment("steps", "192 random labels at once, by learning rate and epochs", 2, tuple(
+        Variant(f"{rate:g}, {epochs} epochs", RANDOM, RANDOM,
+                replace(once, learning_rate=rate, epochs=epochs))
+        for rate, epochs in ((1e-3, 2), (1e-3, 8), (2e-3, 2), (2e-3, 4), (2e-3, 8), (4e-3, 2),
+                             (4e-3, 4))), compared=False, seconds=60)
+    return [gate, steps, main]

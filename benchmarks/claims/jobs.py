@@ -35,6 +35,8 @@ def missing_runs(
 
 def known_reward_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
     """A job a world, which takes as long to make as several runs in it."""
+    for reward in {variant.setting.reward for variant in missing.values()}:
+        make_world(reward, 0, WORK)  # what worlds share is kept on disk, before processes need it
     worlds: dict[tuple[int, str, float], list[Variant]] = {}
     for (seed, _), variant in missing.items():
         world = (seed, variant.setting.reward, variant.setting.duplicates)

@@ -21,6 +21,7 @@ from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.generation import generate_responses
+from benchmarks.claims.components import principal_components
 from benchmarks.claims.reviews import ReviewSetting, load_policy
 
 PROMPTS = 3200  # a few lack distinct responses
@@ -56,9 +57,7 @@ def _taken(responses: int) -> tuple[Tensor, Tensor]:
                                  pad_token_id=tokenizer.pad_token_id or 0)
     rows = extractor.gradients(tokens).gradients.view(len(pool), responses, SKETCHED)
     rows = rows - rows.mean(dim=1, keepdim=True)
-    flat = rows.flatten(0, 1)
-    axes = torch.linalg.eigh((flat.T @ flat).double()).eigenvectors.flip(1)[:, :DIM]
-    axes = axes * axes.sum(0).sign()  # eigenvectors have no sign of their own
     texts = [(item.prompt, response) for item in pool for response in item.responses]
     ratings = Rating()([p for p, _ in texts], [r for _, r in texts], [])
-    return rows.double() @ axes, torch.tensor(ratings).view(len(pool), responses)
+    return (principal_components(rows, DIM),
+            torch.tensor(ratings).view(len(pool), responses))

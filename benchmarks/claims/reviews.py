@@ -24,13 +24,14 @@ from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_p
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.labels import RewardOracle
+from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.compute import json_lines, passes
+from benchmarks.claims.compute import passes
 from benchmarks.claims.trial_strategies import TRIALS
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -141,7 +142,7 @@ def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:
     rating, and "difference", how far the two ratings are apart on average."""
     found: dict[str, list[float]] = {"agreement": [], "difference": []}
     for path in sorted(folder.glob("round-*/labels.jsonl")):
-        rows = json_lines(path)
+        rows = [row for _, row in jsonl_rows(path)]
         first, second = (np.array(rating([r["prompt"] for r in rows],
                                          [r["responses"][n] for r in rows], [])) for n in (0, 1))
         preferred = np.array([r["label"] == 0 for r in rows])

@@ -22,6 +22,7 @@ from torch import Tensor
 from activedpo_fast._files import atomic_path
 from activedpo_fast.demo.language_model import read_prompts
 from activedpo_fast.demo.similarity import SynopsisSimilarity
+from benchmarks.claims.components import principal_components
 from benchmarks.claims.review_world import review_gradients
 
 RESPONSES = 16  # of each prompt
@@ -81,7 +82,7 @@ def _synopses(
     chosen = candidates[order]  # [., 16]
     raw = prompts[order, None, :] * synopses[chosen]
     raw = raw - raw.mean(dim=1, keepdim=True)
-    features = raw @ _components(raw)
+    features = principal_components(raw, DIM)
     if reward == "linear":
         return features, features @ torch.randn(features.shape[-1], generator=generator,
                                                 dtype=torch.float64)
@@ -104,13 +105,6 @@ def _with_duplicates(
     noise[:own] = 0
     size = features.square().mean().sqrt()
     return features[kept] + 0.05 * size * noise, rewards[kept]
-
-
-def _components(raw: Tensor) -> Tensor:
-    """The first principal axes of within-prompt differences, [384, DIM]."""
-    flat = raw.flatten(0, 1)
-    axes: Tensor = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :DIM]
-    return axes * axes.sum(0).sign()  # eigenvectors have no sign of their own
 
 
 def _candidates(prompts: Tensor) -> Tensor:
