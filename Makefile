@@ -57,7 +57,7 @@ test: env  ## the test suite, without slow and GPU tests
 test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-lint: env  ## ruff, and mypy on the package
+lint: env  ## ruff, and mypy on the package and the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -157,7 +157,7 @@ def test_margins_apart_by_rounding_are_ties_and_large_ones_are_not(parts):
     first = [-30.3, -30.1, -30.2, -0.3, -0.1, -0.2, 0.0, -500.0, -700.0]
     parts["logps"][:9] = torch.tensor(first, dtype=torch.float64)
     parts["pairs"] = parts["pairs"][:9]
-    # The pairs (0, 1), (0, 2), (1, 2), (3, 4), ..., (7, 8); d of 0 and 3 is 0.2 but for rounding.
+    # The pairs (0, 1), (0, 2), (1, 2), (3, 4), ..., (7, 8); d of 0 and 3 is 0.2 up to rounding.
     small = make_strategy("margin_small", beta=1.0).select(TensorSignals(**parts), 9).indices
     assert small.tolist() == [1, 2, 4, 5, 0, 3, 8, 6, 7]
     large = make_strategy("margin_large", beta=1.0).select(TensorSignals(**parts), 9).indices
