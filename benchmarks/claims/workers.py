@@ -55,9 +55,11 @@ def run_jobs(
                 if time.monotonic() > saved + SAVE_EVERY:
                     results.save(environment)
                     saved = time.monotonic()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         finally:
             results.save(environment)
-            pool.shutdown(wait=False, cancel_futures=True)
     if failed:
         raise failed[0][1]
 
