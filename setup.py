@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 try:
-    from pybind11.setup_helpers import Pybind11Extension
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 except ImportError:  # its headers are enough, and torch ships them
     if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
         raise
@@ -40,6 +40,9 @@ except ImportError:  # its headers are enough, and torch ships them
             super().__init__(*args, language="c++", **options)
             self.include_dirs.append(os.environ["ACTIVEDPO_PYBIND11_INCLUDE"])
             self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
+else:
+    # The .cpp files of an extension side by side: setuptools compiles one after another.
+    ParallelCompile(default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1).install()
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,6 +16,16 @@ from hypothesis import settings
 # torch does not do, but transformers does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of modules that run their kernels on the GPU, where there is one, are GPU tests."""
+    for item in items:
+        if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
+            item.add_marker(pytest.mark.gpu)
+
 
 # The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples. No example has
 # a deadline: how long one takes depends on what else the machine does.

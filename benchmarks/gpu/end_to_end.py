@@ -7,8 +7,10 @@ is the same passes over the same batches in which nothing is captured.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +20,8 @@ from unittest.mock import patch
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from activedpo_fast.gradients.batches import Layout
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
@@ -26,6 +30,7 @@ from benchmarks.gpu.timing import wall_seconds
 # (method, ACTIVEDPO_DETERMINISTIC)
 METHODS = (("sjlt", "1"), ("sjlt", "0"), ("kronecker", "1"), ("rademacher", "1"))
 ROUNDS = 3
+_MOST_KERNELS = 30  # of a profile, by time
 _GIB = 2 ** 30
 
 
@@ -56,12 +61,15 @@ LARGE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32
          "num_key_value_heads": 32, "intermediate_size": 11_008, "vocab_size": 32_000}
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 50}
+# By worth: what is cut off by the end of the time is the least. PEFT makes adapters float32 unless
+# told otherwise.
 MODELS = (
-    Model("Llama 1.1B", SMALL, 16, 64, 16_384, 45, 30),
-    Model("Llama 7B", LARGE, 16, 32, 8_192, 70, 50),
-    Model("Llama 1.1B", SMALL, 128, 64, 16_384, 45, 35),
-    Model("Llama 1.1B", SMALL, 16, 64, 16_384, 45, 30, adapters="float32"),
-    Model("Llama 7B", LARGE, 128, 32, 8_192, 70, 60),
+    Model("Llama 7B", LARGE, 128, 32, 4_096, 60, 50, adapters="float32"),
+    Model("Llama 7B", LARGE, 16, 32, 4_096, 60, 45, adapters="float32"),
+    Model("Llama 7B", LARGE, 16, 32, 4_096, 60, 45),
+    Model("Llama 1.1B", SMALL, 16, 64, 16_384, 45, 25, adapters="float32"),
+    Model("Llama 1.1B", SMALL, 128, 64, 16_384, 45, 30),
+    Model("Llama 1.1B", SMALL, 16, 64, 16_384, 45, 25),
 )
 DRY = (Model("tiny", TINY, 4, 2, 512, 0, 1),)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -87,7 +95,9 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
     policy = build(model, settings.device)
     pool = pairs(model, settings.tiny)
     extractor = FeatureExtractor(policy, Sketch(), beta=1.0, max_tokens_per_batch=model.batch)
+    started = time.perf_counter()
     shared = extractor.check(pool) is Layout.SHARED
+    checked = time.perf_counter() - started
 
     def rows(method: str, deterministic: str) -> Tensor:
         extractor.sketch = Sketch(method, 64 if settings.tiny else 8192)
@@ -99,6 +109,8 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
         "floor": lambda: without_capture(lambda: rows("sjlt", "1")),
         **{title(*key): partial(rows, *key) for key in METHODS}}
     times, peaks = _in_rounds(ways, settings)
+    profiles = {name: _profiled_or_why(ways[name], settings)
+                for name in ("floor", title(*METHODS[0]))}
     tokens = [len(s.input_ids) for s in pool.sequences]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return {
@@ -107,6 +119,8 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
         "prompts_shared": shared, "response_tokens": statistics.mean(
             len(s.input_ids) - s.completion_start for s in pool.sequences),
         "sequence_tokens": statistics.mean(tokens), "weights_gib": _weights(policy),
+        "check_seconds": checked,
+        "profiles": profiles,
         "ways": {name: {**_way(name, times, model), "peak_gib": peaks[name]} for name in ways},
     }
 
@@ -171,6 +185,36 @@ def _in_rounds(
         for name, way in ways.items():
             times[name].append(wall_seconds(way, settings.device))
     return times, peaks
+
+
+def _profiled_or_why(run: Callable[[], Any], settings: Settings) -> Record | None:
+    try:
+        return profiled(run, settings)
+    except Exception as error:  # a profile explains figures; they are worth more than it
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def profiled(run: Callable[[], Any], settings: Settings) -> Record | None:
+    """Where the GPU's time goes: kernels by name, launches, and how long nothing ran."""
+    if settings.device != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event for event in found.events() if event.device_type == DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    by_name: dict[str, list[float]] = {}
+    for event in kernels:
+        by_name.setdefault(event.name[:80], []).append(event.time_range.elapsed_us())
+    most = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:_MOST_KERNELS]
+    return {"launches": len(kernels), "busy_seconds": busy / 1e6,
+            "span_seconds": (until - spans[0][0]) / 1e6,
+            "kernels": [{"name": name, "count": len(times), "seconds": sum(times) / 1e6}
+                        for name, times in most]}
 
 
 def _way(name: str, times: dict[str, list[float]], model: Model) -> Record:

@@ -18,8 +18,6 @@ pytest.importorskip("triton")
 # What the padding of blocks holds is multiplied as well, and thrown away.
 pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cuda":
-    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["1", "0"], ids=["deterministic", "fast"])
