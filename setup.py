@@ -42,7 +42,7 @@ except ImportError:  # its headers are enough, and torch ships them
             self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
 else:
     # The .cpp files of an extension side by side: setuptools compiles one after another.
-    ParallelCompile(default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1).install()
+    ParallelCompile(default=os.cpu_count()).install()
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
