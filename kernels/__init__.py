@@ -1,10 +1,13 @@
 """The GPU kernels in Triton, installed as `activedpo_fast.kernels`.
 
     philox                 random bits, generated in registers
-    hashes                 buckets and signs of positions, drawn once per call
+    hashes                 buckets and signs of positions, drawn once per launch
     launching              helpers shared by the host functions
+    jobs                   the table of weights that a launch works through
     fixed_point            sums that are the same in any order of additions
+    gradient_bounds        their bounds, from norms of tokens
     lora_grad_sketch       sparse or Kronecker sketches of gradients, tile by tile
+    sjlt_rows              sparse sketches of existing rows
     lora_grad_rademacher   dense sign projections of gradients, slab by slab
     response_logp_grad     log-probs of responses and their gradient at the LM head
     variants               the kernel variants to compile ahead of time

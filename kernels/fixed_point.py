@@ -32,15 +32,19 @@ def raise_bound(bounds, row, bound):
 
 @triton.jit
 def add_numbers(target, bucket, values, mask, bounds, row, FIXED: tl.constexpr):
-    """target[bucket] += values (float32 [m]), in fixed point with the row's unit or in float64."""
+    """target[bucket] += values (float32 [m]), in fixed point with the row's unit or in float64.
+
+    mask: which of them; None for all.
+    """
     if FIXED:
         finite = tl.abs(values) < float("inf")
         unit = _power_of_two(_exponent(bounds, row))
         scaled = tl.where(finite, values, 0.0).to(tl.float64) * unit
         nearest = (scaled + tl.where(values < 0, -0.5, 0.5)).to(tl.int64)
         tl.atomic_add(target + bucket, nearest, mask=mask, sem="relaxed")
+        infinite = finite == 0 if mask is None else mask & (finite == 0)
         tl.atomic_max(bounds + 2 * row + tl.zeros_like(bucket), tl.zeros_like(nearest) + _INFINITE,
-                      mask=mask & (finite == 0), sem="relaxed")
+                      mask=infinite, sem="relaxed")
     else:
         tl.atomic_add(target + bucket, values.to(tl.float64), mask=mask, sem="relaxed")
 

@@ -1,23 +1,46 @@
-"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per call.
+"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per launch.
 
-The words that positions hash to are written to a table that all rows and segments read. With runs
-of 16, it has 0.375 bytes per position, so a LoRA weight's table stays in the caches. The sketch
-kernels then need two loads per number, mostly of words that a neighbor loads too.
+What runs of positions hash to is written to a table that all rows and segments read; one launch
+draws those of a group of weights. With runs of 16, it has half a byte per position, so a LoRA
+weight's table stays in the caches. The sketch kernels then need one load per number, mostly of a
+word that a neighbor loads too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from activedpo_fast.kernels.jobs import (
+    COLUMNS,
+    FIELDS,
+    FIRST_RUN,
+    KEY,
+    LEFT_BUCKETS,
+    LEFT_LOG2,
+    RIGHT_BUCKETS,
+    RIGHT_LOG2,
+    ROWS,
+    RUN_STRIDE,
+    RUNS,
+    TABLE,
+)
 from activedpo_fast.kernels.launching import signed
 from activedpo_fast.kernels.philox import philox4x32
-from activedpo_fast.kernels.variants import LAUNCH, Variant
-from activedpo_fast.ops.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_place
+from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
+from activedpo_fast.ops.reference import (
+    KRONECKER_STREAMS,
+    RUN,
+    SIGNS,
+    SJLT_STREAM,
+    kronecker_place,
+    kronecker_sides,
+)
 
 _BLOCK = 256
 _SJLT = tl.constexpr(SJLT_STREAM)
@@ -48,76 +71,84 @@ def _bucket(word, buckets):
     return ((word.to(tl.uint64) * buckets.to(tl.uint64)) >> 32).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["key", "k", "run_blocks", "blocks"])
-def draw_positions_kernel(table, key: tl.int64, k: tl.int32, run_blocks: tl.int64,
-                          blocks: tl.int64, BLOCK: tl.constexpr):
-    """Fill table, int32 [4 blocks]: runs' buckets from run_blocks blocks, signs from the others."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    of_run = index < run_blocks
-    w0, w1, w2, w3 = _words(tl.where(of_run, index, index - run_blocks),
-                            tl.where(of_run, _SJLT, _SJLT + _SIGNS), key.to(tl.int64))
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK, 4])
-    words = tl.where(of_run[:, None], _bucket(words, k), words.to(tl.int32, bitcast=True))
-    tl.store(table + 4 * index[:, None] + tl.arange(0, 4)[None, :], words,
-             mask=(index < blocks)[:, None])
+@triton.jit(do_not_specialize=["jobs", "k", "run_log2"])
+def draw_runs_kernel(tables, jobs, k: tl.int32, run_log2: tl.int32, BLOCK: tl.constexpr,
+                     FIELDS: tl.constexpr):
+    """Fill a weight's table, int64 [runs]: a run's bucket, and above it its positions' signs."""
+    job = jobs + tl.program_id(1) * FIELDS
+    key = tl.load(job + KEY)
+    run = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bucket = _bucket(_word(run, tl.zeros_like(run) + _SJLT, key), k)
+    position = run << run_log2
+    signs = _word(position >> 5, tl.zeros_like(run) + (_SJLT + _SIGNS), key)
+    signs = (signs >> (position & 31).to(tl.uint32)) & ((1 << (1 << run_log2)) - 1)
+    tl.store(tables + tl.load(job + TABLE) + run, bucket.to(tl.int64) + (signs.to(tl.int64) << 32),
+             mask=run < tl.load(job + RUNS))
 
 
 @triton.jit
-def position_hash(table, run_blocks, position, mask, run_log2):
-    """Return bucket (int32) and whether the sign is negative (bool) of positions (int64).
+def position_hash(table, position, mask, run_log2):
+    """Return bucket (int32) and, in its lowest bit, the sign (uint32) of positions.
 
-    Positions have any shape. table: as filled by `draw_positions_kernel`.
+    Positions are int32 or int64, of any shape. table: as filled by `draw_runs_kernel`.
     """
-    bucket = tl.load(table + (position >> run_log2), mask=mask, other=0)
-    bucket ^= (position & ((1 << run_log2) - 1)).to(tl.int32)
-    signs = tl.load(table + 4 * run_blocks + (position >> 5), mask=mask, other=0)
-    return bucket, ((signs >> (position & 31).to(tl.int32)) & 1) != 0
+    place = position & ((1 << run_log2) - 1)
+    run = tl.load(table + (position >> run_log2), mask=mask)
+    return run.to(tl.int32) ^ place.to(tl.int32), (run >> 32).to(tl.uint32) >> place.to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["key", "k", "run_log2", "rows", "columns", "left_buckets",
-                               "right_buckets", "left_log2", "right_log2", "first_run",
-                               "run_stride"])
-def draw_sides_kernel(table, key: tl.int64, k: tl.int32, run_log2: tl.int32, rows: tl.int32,
-                      columns: tl.int32, left_buckets: tl.int32, right_buckets: tl.int32,
-                      left_log2: tl.int32, right_log2: tl.int32, first_run: tl.int64,
-                      run_stride: tl.int64, BLOCK: tl.constexpr):
-    """Fill table, int64 [rows + columns]: a run, and above it a lane, plus 16 if negative.
+@triton.jit(do_not_specialize=["jobs", "k", "run_log2"])
+def draw_sides_kernel(tables, jobs, k: tl.int32, run_log2: tl.int32, BLOCK: tl.constexpr,
+                      FIELDS: tl.constexpr):
+    """Fill a weight's table, int64 [rows + columns]: a run, and above it a lane, plus 16 if
+    negative.
 
     Place left right_buckets + right of the matrix of `reference.kronecker` is the sum of a row's
     and a column's place. So are, except for a carry, its lane and its run among the buckets' runs.
     """
-    key, first_run, run_stride = key.to(tl.int64), first_run.to(tl.int64), run_stride.to(tl.int64)
+    job = jobs + tl.program_id(1) * FIELDS
+    rows, columns = tl.load(job + ROWS).to(tl.int32), tl.load(job + COLUMNS).to(tl.int32)
+    right_buckets = tl.load(job + RIGHT_BUCKETS).to(tl.int32)
+    key = tl.load(job + KEY)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     left = index < rows
     position = tl.where(left, index, index - rows).to(tl.int64)
     stream = tl.where(left, _LEFT, _RIGHT)
     length = tl.where(left, rows, columns)
-    buckets = tl.where(left, left_buckets, right_buckets)
-    log2 = tl.where(left, left_log2, right_log2)
+    buckets = tl.where(left, tl.load(job + LEFT_BUCKETS).to(tl.int32), right_buckets)
+    log2 = tl.where(left, tl.load(job + LEFT_LOG2), tl.load(job + RIGHT_LOG2))
     place = _bucket(_word(position >> log2, stream, key), buckets).to(tl.int64)
     place = tl.where(buckets == length, position, place ^ (position & ((1 << log2) - 1)))
     signs = _word(position >> 5, stream + _SIGNS, key) >> (position & 31).to(tl.uint32)
 
     place = tl.where(left, place * right_buckets, place)
-    run = tl.where(left, first_run, 0) + (place >> run_log2) * run_stride
+    run = tl.where(left, tl.load(job + FIRST_RUN), 0) + (place >> run_log2) * tl.load(
+        job + RUN_STRIDE)
     lane = (place & ((1 << run_log2) - 1)) + 16 * (signs & 1).to(tl.int64)
-    tl.store(table + index, run % (k >> run_log2) + (lane << 32), mask=index < rows + columns)
+    tl.store(tables + tl.load(job + TABLE) + index, run % (k >> run_log2) + (lane << 32),
+             mask=index < rows + columns)
 
 
 @triton.jit
 def side_hash(table, row, column, mask, rows, k, run_log2, run_stride):
-    """Return bucket (int32) and whether the sign is negative (bool) of a gradient's entries.
+    """Return bucket (int32) and, in its lowest bit, the sign (uint32) of a gradient's entries.
 
     row, column: int32 of one shape. table: as filled by `draw_sides_kernel`.
     """
-    one = tl.load(table + row, mask=mask, other=0)
-    other = tl.load(table + rows + column, mask=mask, other=0)
+    one = tl.load(table + row, mask=mask)
+    other = tl.load(table + rows + column, mask=mask)
     runs = k >> run_log2
     run = _wrapped(one.to(tl.int32), other.to(tl.int32), runs)
     one, other = (one >> 32).to(tl.int32), (other >> 32).to(tl.int32)
     lane = (one & 15) + (other & 15)
     run = tl.where((lane >> run_log2) != 0, _wrapped(run, run_stride.to(tl.int32), runs), run)
-    return (run << run_log2) | (lane & ((1 << run_log2) - 1)), (one >> 4) != (other >> 4)
+    return (run << run_log2) | (lane & ((1 << run_log2) - 1)), ((one ^ other) >> 4).to(tl.uint32)
+
+
+@triton.jit
+def signed_by(values, sign):
+    """Return values, float32, negated where the lowest bit of sign (uint32) is set."""
+    return (values.to(tl.uint32, bitcast=True) ^ (sign << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -132,31 +163,29 @@ def run_log2(buckets: int) -> int:
     return math.gcd(buckets, RUN).bit_length() - 1
 
 
-def position_table(positions: int, key: int, k: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return the table of positions 0 .. positions-1 for `position_hash`, and its run blocks."""
-    run_blocks = triton.cdiv(positions, 4 << run_log2(k))
-    blocks = run_blocks + triton.cdiv(positions, 128)
-    table = torch.empty(4 * blocks, dtype=torch.int32, device=device)
-    draw_positions_kernel[(triton.cdiv(blocks, _BLOCK),)](
-        table, signed(key), k, run_blocks, blocks, BLOCK=_BLOCK, **LAUNCH)
-    return table, run_blocks
+def position_fields(positions: int, key: int, k: int) -> tuple[list[int], int]:
+    """Return places KEY.. of a job's row for "sjlt", and the numbers in its table."""
+    runs = triton.cdiv(positions, 1 << run_log2(k))
+    return [signed(key), runs], runs
 
 
-def side_table(rows: int, columns: int, sides: tuple[int, int], key: int, k: int,
-               device: torch.device) -> tuple[Tensor, int]:
-    """Return the table and the stride for `side_hash`."""
-    first_run, run_stride = kronecker_place(key, k)
-    table = torch.empty(rows + columns, dtype=torch.int64, device=device)
-    draw_sides_kernel[(triton.cdiv(rows + columns, _BLOCK),)](
-        table, signed(key), k, run_log2(k), rows, columns, *sides, run_log2(sides[0]),
-        run_log2(sides[1]), first_run, run_stride, BLOCK=_BLOCK, **LAUNCH)
-    return table, run_stride
+def side_fields(shape: tuple[int, int], key: int, k: int) -> tuple[list[int], int]:
+    """Return places KEY.. of a job's row for "kronecker", and the numbers in its table."""
+    sides = kronecker_sides(*shape, k)
+    return [signed(key), *sides, *map(run_log2, sides), *kronecker_place(key, k)], sum(shape)
+
+
+def draw(jobs: Tensor, sizes: Sequence[int], k: int, kronecker: bool) -> Tensor:
+    """Return the tables of a group of jobs, one after another; sizes: the numbers in each."""
+    tables = torch.empty(sum(sizes), dtype=torch.int64, device=jobs.device)
+    kernel = draw_sides_kernel if kronecker else draw_runs_kernel
+    kernel[(triton.cdiv(max(sizes), _BLOCK), len(sizes))](
+        tables, jobs, k, run_log2(k), BLOCK=_BLOCK, FIELDS=FIELDS, **LAUNCH)
+    return tables
 
 
 def variants() -> list[Variant]:
-    return [Variant(kernel, name,
-                    {p.name: {"table": table, "BLOCK": "constexpr"}.get(p.name, p.annotation_type)
-                     for p in kernel.params},
-                    {"BLOCK": _BLOCK}, aligned=("table",))
-            for kernel, name, table in ((draw_positions_kernel, "draw_positions", "*i32"),
-                                        (draw_sides_kernel, "draw_sides", "*i64"))]
+    return [variant(kernel, name, {"tables": "*i64", "jobs": "*i64"},
+                    {"BLOCK": _BLOCK, "FIELDS": FIELDS})
+            for kernel, name in ((draw_runs_kernel, "draw_runs"),
+                                 (draw_sides_kernel, "draw_sides"))]

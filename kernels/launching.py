@@ -12,6 +12,9 @@ from torch import Tensor
 
 from activedpo_fast.kernels import interpreted
 
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton's
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context whose launches go to this device."""

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
-from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into
+from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.lm_head import causal_lm
 from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
 from activedpo_fast.gradients.running import Take, Taken, run_batches
 from activedpo_fast.gradients.self_check import forward_layout, gradient_layout
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
+from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import trainable_linears
@@ -193,7 +194,8 @@ class FeatureExtractor:
                 lengths = self.lengths(tokenized, batch.rows.tolist())
                 with (
                     undisturbed(self.model, self.precision),
-                    Capture(linears, sketch_into(plan, sketched)) as capture,
+                    sketch_into(plan, sketched) as consume,
+                    Capture(linears, consume) as capture,
                 ):
                     logps = gradient_pass(
                         self.model, batch, capture, shared=shared, relative=relative,

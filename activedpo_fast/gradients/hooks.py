@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from activedpo_fast.errors import UnsupportedParameterError
-from activedpo_fast.gradients.sketch import SketchPlan
 from activedpo_fast.gradients.trainable import TrainableLinear, silent_modules
 
 # (layer, h [N, in], g [N, out], segments int64 [S, 3] of (first token, token after the last, row))
@@ -27,24 +26,6 @@ def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
     """Return float64 if all trainable weights are float64, else float32."""
     dtypes = {parameter.dtype for linear in linears for parameter in linear.module.parameters()}
     return torch.float64 if dtypes == {torch.float64} else torch.float32
-
-
-def sketch_into(plan: SketchPlan, out: torch.Tensor) -> Consumer:
-    """Return a consumer that adds the gradients of each layer's parameters to the rows `out`."""
-
-    def consume(
-        linear: TrainableLinear, h: torch.Tensor, g: torch.Tensor, segments: torch.Tensor
-    ) -> None:
-        if linear.weight is not None:
-            # Under autocast h is the layer's input before the cast, and g has the cast dtype.
-            dtype = torch.promote_types(h.dtype, g.dtype)
-            h, g = h.to(dtype), g.to(dtype)
-            left, right = (h, g) if linear.transposed else (g, h)
-            plan.add(out, linear.weight, left, right, segments)
-        if linear.bias is not None:
-            plan.add(out, linear.bias, g, g.new_ones(len(g), 1), segments)
-
-    return consume
 
 
 @dataclass

@@ -19,10 +19,11 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import Batch, Layout, collate, group_rows
-from activedpo_fast.gradients.hooks import Capture, row_dtype, sketch_into
+from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
 from activedpo_fast.gradients.running import Take, Taken, run_batches
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
+from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
 from activedpo_fast.gradients.trainable import TrainableLinear
 from activedpo_fast.models.positions import length_class
@@ -99,8 +100,10 @@ def gradient_layout(
     def take(batch: Batch, shared: bool) -> Taken:
         captured = torch.zeros(len(batch.rows), plan.dim, dtype=row_dtype(linears),
                                device=batch.input_ids.device)
-        consume = sketch_into(plan, captured)
-        with undisturbed(model, precision), Capture(linears, consume) as capture:
+        with (
+            undisturbed(model, precision), sketch_into(plan, captured) as consume,
+            Capture(linears, consume) as capture,
+        ):
             gradient_pass(model, batch, capture, shared=shared, relative=False)
         return batch.rows, captured
 

@@ -96,19 +96,37 @@ class SketchPlan:
         """The length of a row: the sketch's dim, or that of the whole gradient for "none"."""
         return self.total if self.sketch.dim is None else self.sketch.dim
 
-    def add(self, out: Tensor, name: str, left: Tensor, right: Tensor, segments: Tensor) -> None:
-        """Add one parameter's gradients, sums of left_t right_tᵀ over runs of tokens, to rows.
+    def add(self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]],
+            segments: Tensor) -> None:
+        """Add parameters' gradients, sums of left_t right_tᵀ over runs of tokens, to rows.
 
         Args:
             out: [n, dim], float64; any floating dtype with method "none".
-            name: a canonical name that the plan was made with.
-            left: [N, rows], right: [N, columns] of a [rows, columns] weight; right is [N, 1] for a
-                bias. float32, float64 or bfloat16, on out's device.
+            gradients: (canonical name that the plan was made with, left, right) of each parameter.
+                left: [N, rows], right: [N, columns] of a [rows, columns] weight; right is [N, 1]
+                for a bias. float32, float64 or bfloat16, on out's device. A name may be there more
+                than once.
             segments: int64 [S, 3] on the CPU, of (start, end, row): the tokens start..end-1 add to
                 that row of `out`.
 
         Raises ActiveDPOError, naming the parameter, on anything that does not fit.
         """
+        for name, left, right in gradients:
+            self._check(out, name, left, right)
+        if self.sketch.method != "none":
+            ops.outer_sketches_(
+                out, [ops.OuterSum(name, left, right, self._keys[name])
+                      for name, left, right in gradients], segments, self.sketch.method)
+            return
+        runs = segments.tolist()
+        for name, left, right in gradients:
+            block = slice(self._offsets[name], self._offsets[name] + math.prod(self._shapes[name]))
+            dtype = torch.promote_types(left.dtype, torch.float32)
+            for start, end, row in runs:
+                gradient = left[start:end].to(dtype).T @ right[start:end].to(dtype)
+                out[row, block] += gradient.flatten()
+
+    def _check(self, out: Tensor, name: str, left: Tensor, right: Tensor) -> None:
         shape = self._shapes.get(name)
         if shape is None:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
@@ -119,18 +137,6 @@ class SketchPlan:
         if (left.shape[1], right.shape[1]) != expected:
             raise ActiveDPOError(f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, "
                                  f"expected {list(expected)}")
-        if self.sketch.method != "none":
-            try:
-                ops.outer_sketch_(
-                    out, left, right, segments, self._keys[name], self.sketch.method)
-            except ActiveDPOError as error:
-                raise ActiveDPOError(f"{name}: {error}") from None
-            return
-        block = slice(self._offsets[name], self._offsets[name] + math.prod(shape))
-        dtype = torch.promote_types(left.dtype, torch.float32)
-        for start, end, row in segments.tolist():
-            gradient = left[start:end].to(dtype).T @ right[start:end].to(dtype)
-            out[row, block] += gradient.flatten()
 
 
 def canonical_name(name: str, adapter: str | None) -> str:

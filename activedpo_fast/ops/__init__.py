@@ -2,13 +2,20 @@
 
 Each function checks its arguments and calls the backend that `backends.choose` returns, no more.
 The selection's operations on whole candidate sets are in `scores`. As registered operations, they
-go through torch.compile without graph breaks (even with `fullgraph`), and FakeTensors know their
-shapes.
+(except `outer_sketches_`, a group of `outer_sketch_`) go through torch.compile without graph breaks
+(even with `fullgraph`), and FakeTensors know their shapes.
 """
 
 from activedpo_fast.ops.logps import response_logp_grad, response_logps
 from activedpo_fast.ops.rank_update import rank_update_
-from activedpo_fast.ops.sketch import METHODS, outer_sketch_, rademacher_, sjlt_
+from activedpo_fast.ops.sketch import (
+    METHODS,
+    OuterSum,
+    outer_sketch_,
+    outer_sketches_,
+    rademacher_,
+    sjlt_,
+)
 
-__all__ = ["METHODS", "outer_sketch_", "rademacher_", "rank_update_", "response_logp_grad",
-           "response_logps", "sjlt_"]
+__all__ = ["METHODS", "OuterSum", "outer_sketch_", "outer_sketches_", "rademacher_",
+           "rank_update_", "response_logp_grad", "response_logps", "sjlt_"]

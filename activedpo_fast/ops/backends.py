@@ -4,7 +4,7 @@ Backends, in the order in which `auto` prefers them: `cuda` (csrc/cuda/) and `tr
 tensors on NVIDIA GPUs, `cpp` (csrc/) for tensors on the CPU, `reference` (reference.py) for any
 device and dtype. The environment variable ACTIVEDPO_BACKEND (auto, or one of these) forces one: all
 operations that it has then use it, and a tensor that it cannot serve is an error.
-ACTIVEDPO_DETERMINISTIC=0 lets Triton's sketches be summed in any order; see `deterministic`.
+ACTIVEDPO_DETERMINISTIC=1 gives Triton's sketches the same bits on every run; see `deterministic`.
 """
 
 from __future__ import annotations
@@ -137,11 +137,16 @@ def about_cuda() -> str:
 
 
 def deterministic() -> bool:
-    """Return whether sketches on a GPU must have the same bits on every run (the default).
+    """Return whether sketches of the same gradients on a GPU must have the same bits on every run.
 
-    ACTIVEDPO_DETERMINISTIC=0 gives this up for fewer launches: float64 sums in any order.
+    By default, if PyTorch was told so by `torch.use_deterministic_algorithms`: its own backward
+    pass, attention above all, has other bits on every run otherwise. ACTIVEDPO_DETERMINISTIC, 0 or
+    1, takes precedence. If not, sums are float64 in any order, which changes the last bits of 53,
+    and takes fewer launches.
     """
-    value = os.environ.get("ACTIVEDPO_DETERMINISTIC") or "1"
+    value = os.environ.get("ACTIVEDPO_DETERMINISTIC")
+    if not value:
+        return torch.are_deterministic_algorithms_enabled()
     if value not in ("0", "1"):
         raise ActiveDPOError(f"ACTIVEDPO_DETERMINISTIC is {value!r}, expected 0 or 1")
     return value == "1"

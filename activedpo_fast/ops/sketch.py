@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from activedpo_fast.ops import backends, reference
 from activedpo_fast.ops.layout import rows_together
 
 METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
+_GROUPED = ("sjlt", "kronecker")  # those whose kernels take several weights at a time
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -56,12 +60,52 @@ def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
         key: 0 <= key < 2^64, from `Sketch.key`. method: one of METHODS.
 
     Products are summed over tokens in float32 (float64 for float64) and over segments and calls in
-    float64. The result does not depend on the number of threads; on a GPU the bits are the same on
-    every run, unless `backends.deterministic` is off. Raises ActiveDPOError if the tensors do not
+    float64. The result does not depend on the number of threads; on a GPU the last bits may differ
+    from run to run, unless `backends.deterministic`. Raises ActiveDPOError if the tensors do not
     fit.
     """
     _check_outer(out, left, right, segments, key, method)
     _outer_sketch(out, left, right, segments, _signed(key), method)
+
+
+class OuterSum(NamedTuple):
+    """A weight's gradients as sums of left_t right_tᵀ over runs of tokens; see `outer_sketch_`.
+
+    name: of the weight, for messages.
+    """
+
+    name: str
+    left: Tensor
+    right: Tensor
+    key: int
+
+
+def outer_sketches_(out: Tensor, weights: Sequence[OuterSum], segments: Tensor,
+                    method: str) -> None:
+    """`outer_sketch_` of every weight, with one segmentation of their tokens.
+
+    On a GPU, "sjlt" and "kronecker" take a few launches for all weights together: for LoRA weights,
+    launching each costs more than its work. Not a registered operation, unlike `outer_sketch_`.
+    """
+    grouped: list[OuterSum] = []
+    for weight in weights:
+        name, left, right, key = weight
+        try:
+            _check_outer(out, left, right, segments, key, method)
+            if method in _GROUPED and backends.choose(
+                    "outer_sketch", out.device.type, left.dtype) == "triton":
+                if not grouped or len(left) != len(grouped[-1].left):
+                    _check_segments(segments, len(left), len(out))
+                grouped.append(weight)
+            else:
+                _outer_sketch(out, left, right, segments, _signed(key), method)
+        except ActiveDPOError as error:
+            raise ActiveDPOError(f"{name}: {error}") from None
+    if grouped:
+        target = rows_together(out)
+        _triton_grouped(target, grouped, segments, method)
+        if target is not out:
+            out.copy_(target)
 
 
 # -- registration with PyTorch: a key is passed as the int64 with the same bits --------------------
@@ -135,7 +179,7 @@ def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
 
 def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
     if operation == "sjlt":
-        from activedpo_fast.kernels.lora_grad_sketch import sjlt_rows
+        from activedpo_fast.kernels.sjlt_rows import sjlt_rows
 
         sjlt_rows(out, x, key, backends.deterministic())
     else:
@@ -146,14 +190,21 @@ def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
 
 def _triton_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
                   method: str) -> None:
-    if method == "rademacher":
+    if method in _GROUPED:
+        _triton_grouped(out, [OuterSum("", left, right, key)], segments, method)
+    else:
         from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher
 
         lora_grad_rademacher(out, left, right, segments, key)
-    else:
-        from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketch
 
-        lora_grad_sketch(out, left, right, segments, key, method, backends.deterministic())
+
+def _triton_grouped(out: Tensor, weights: Sequence[OuterSum], segments: Tensor,
+                    method: str) -> None:
+    from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketches
+
+    lora_grad_sketches(
+        out, [(rows_together(left), rows_together(right), key) for _, left, right, key in weights],
+        segments, method, backends.deterministic())
 
 
 def _cpp_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,

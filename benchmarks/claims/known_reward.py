@@ -201,8 +201,8 @@ def sketched(rows: Tensor, dim: int) -> Tensor:
     if len(rows):
         plan = SketchPlan(Sketch("rademacher", dim), [("theta", rows.shape[1:])])
         numbers = torch.arange(len(rows))
-        plan.add(out, "theta", rows, torch.ones(len(rows), 1, dtype=torch.float64),
-                 torch.stack([numbers, numbers + 1, numbers], dim=1))
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        plan.add(out, [("theta", rows, ones)], torch.stack([numbers, numbers + 1, numbers], dim=1))
     return out
 
 

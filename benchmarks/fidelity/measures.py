@@ -124,7 +124,8 @@ def sketch_rows(rows: Tensor, parameters: Parameters, sketch: Sketch) -> Tensor:
         units = torch.eye(terms).repeat(len(rows), 1)
         by_row = shape[0] == terms
         other = (block if by_row else block.mT).reshape(len(rows) * terms, -1)
-        plan.add(out, name, *((units, other) if by_row else (other, units)), segments)
+        left, right = (units, other) if by_row else (other, units)
+        plan.add(out, [(name, left, right)], segments)
     return out
 
 

@@ -29,7 +29,7 @@ def _tests(found: Found) -> Record:
 
 
 def _overheads(found: Found) -> list[Record]:
-    name = title("sjlt", "1")
+    name = title("sjlt", "0")
     return [_aim(f"capture and sjlt over the backward pass, {case}",
                  record["ways"][name]["overhead_of_backward"], OVERHEAD, at_most=True)
             for case, record in found.items() if record["status"] == "ok"] or [

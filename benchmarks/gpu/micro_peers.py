@@ -34,8 +34,8 @@ def ours_sparse(given: Tokens, method: str, deterministic: bool) -> Call:
     module = kernel("lora_grad_sketch")
 
     def call() -> Tensor:
-        module.lora_grad_sketch(given.out, given.left, given.right, given.segments, given.key,
-                                method, deterministic)
+        weights = [(given.left, given.right, given.key)]
+        module.lora_grad_sketches(given.out, weights, given.segments, method, deterministic)
         return given.out
 
     return call

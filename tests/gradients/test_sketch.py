@@ -32,7 +32,7 @@ def rows(plan: SketchPlan, grads: dict[str, torch.Tensor]) -> torch.Tensor:
             right = grad.flatten(0, 1)
         ends = torch.arange(1, n + 1) * (len(left) // max(n, 1))
         segments = torch.stack([ends - len(left) // max(n, 1), ends, torch.arange(n)], dim=1)
-        plan.add(out, name, left, right, segments)
+        plan.add(out, [(name, left, right)], segments)
     return out
 
 
@@ -201,7 +201,7 @@ def test_plan_names_the_parameter_at_fault(name, left, out, message):
     segments = torch.tensor([[0, 1, 0], [1, 2, 1]])
     with pytest.raises(ActiveDPOError, match=message):
         SketchPlan(Sketch("sjlt", 8), SHAPES).add(
-            torch.zeros(*out, dtype=torch.float64), name, left, left.new_ones(2, 1), segments)
+            torch.zeros(*out, dtype=torch.float64), [(name, left, left.new_ones(2, 1))], segments)
 
 
 @pytest.mark.parametrize("method", METHODS)

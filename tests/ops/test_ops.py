@@ -303,13 +303,15 @@ def test_float64_is_not_for_triton(monkeypatch):
         backends.choose("sjlt", "cuda", torch.float64)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, True), ("", True), ("1", True),
+@pytest.mark.parametrize(("value", "expected"), [(None, None), ("", None), ("1", True),
                                                  ("0", False)])
-def test_deterministic_is_the_default(value, expected, monkeypatch):
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_deterministic_as_torch_unless_told(value, expected, of_torch, monkeypatch):
     monkeypatch.delenv("ACTIVEDPO_DETERMINISTIC", raising=False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: of_torch)
     if value is not None:
         monkeypatch.setenv("ACTIVEDPO_DETERMINISTIC", value)
-    assert backends.deterministic() is expected
+    assert backends.deterministic() is (of_torch if expected is None else expected)
 
 
 def test_deterministic_is_yes_or_no(monkeypatch):

@@ -31,6 +31,7 @@ def as_anybody() -> Iterator[Path]:
         yield folder
         shutil.rmtree(folder)
         return
+    main(["run", str(folder / "nothing")])  # imports what it could not read later
     os.chown(folder, 65534, 65534)
     os.seteuid(65534)
     try:
@@ -80,5 +81,6 @@ def test_permissions(as_anybody: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(PermissionError):
         write_atomic(closed / "x", "content")
     # What is found out late is one line on the command line, too.
+    capsys.readouterr()
     assert main(["run", str(secret)]) == 2
     assert capsys.readouterr().err == f"activedpo: error: {secret}: permission denied\n"

@@ -25,8 +25,9 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher, rademacher_rows
-from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketch, sjlt_rows
+from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketches
 from activedpo_fast.kernels.response_logp_grad import response_logp_grad
+from activedpo_fast.kernels.sjlt_rows import sjlt_rows
 from activedpo_fast.kernels.variants import LAUNCH, Variant, all_variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +90,7 @@ def gradients(n: int, rows: int, columns: int, dtype: torch.dtype, k: int, key: 
     out = empty(n, k, torch.float64, shift)
     segments = torch.tensor([[0, 1, 0], *([i, i + 1, i - 1] for i in range(1, n + 1))])
     for method, deterministic in product(("sjlt", "kronecker"), (True, False)):
-        lora_grad_sketch(out, left, right, segments, key, method, deterministic)
+        lora_grad_sketches(out, [(left, right, key)], segments, method, deterministic)
     lora_grad_rademacher(out, left, right, segments, key)
 
 
