@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from activedpo_fast.kernels.launching import cdiv
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
 BLOCK = 1024
@@ -90,7 +91,7 @@ def zero_sums(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def finish(out: Tensor, sums: Tensor, bounds: Tensor) -> None:
     """out += sums; out is float64 or float32 [n, k]."""
     n, k = out.shape
-    finish_kernel[(n * triton.cdiv(k, BLOCK),)](
+    finish_kernel[(n * cdiv(k, BLOCK),)](
         out, sums, bounds, out.stride(0), k, BLOCK=BLOCK, **LAUNCH)
 
 

@@ -25,7 +25,7 @@ from activedpo_fast.kernels.jobs import (
     Job,
     operand_at,
 )
-from activedpo_fast.kernels.launching import ELEMENTS, NAMES
+from activedpo_fast.kernels.launching import ELEMENTS, NAMES, cdiv
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
 
 _TOKENS, _NUMBERS = 4, 512  # of a block of token_norms_kernel
@@ -91,7 +91,7 @@ def raise_bounds(bounds: Tensor, jobs: Sequence[Job], table: Tensor, segments: T
     """Raise the bounds of all segments' rows; table, segments: of the jobs, on the device."""
     dtype, tokens = jobs[0].left.dtype, len(jobs[0].left)
     norms = torch.empty(len(jobs), tokens, dtype=torch.float64, device=bounds.device)
-    token_norms_kernel[(triton.cdiv(tokens, _TOKENS), len(jobs))](
+    token_norms_kernel[(cdiv(tokens, _TOKENS), len(jobs))](
         norms, table, tokens, UNIT=16 // dtype.itemsize, BT=_TOKENS, BC=_NUMBERS,
         ELEMENT=ELEMENTS[dtype], FIELDS=FIELDS, **LAUNCH)
     segment_bounds_kernel[(len(segments), len(jobs))](

@@ -30,7 +30,7 @@ from activedpo_fast.kernels.jobs import (
     RUNS,
     TABLE,
 )
-from activedpo_fast.kernels.launching import signed
+from activedpo_fast.kernels.launching import cdiv, signed
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
 from activedpo_fast.ops.reference import (
@@ -165,7 +165,7 @@ def run_log2(buckets: int) -> int:
 
 def position_fields(positions: int, key: int, k: int) -> tuple[list[int], int]:
     """Return places KEY.. of a job's row for "sjlt", and the numbers in its table."""
-    runs = triton.cdiv(positions, 1 << run_log2(k))
+    runs = cdiv(positions, 1 << run_log2(k))
     return [signed(key), runs], runs
 
 
@@ -179,7 +179,7 @@ def draw(jobs: Tensor, sizes: Sequence[int], k: int, kronecker: bool) -> Tensor:
     """Return the tables of a group of jobs, one after another; sizes: the numbers in each."""
     tables = torch.empty(sum(sizes), dtype=torch.int64, device=jobs.device)
     kernel = draw_sides_kernel if kronecker else draw_runs_kernel
-    kernel[(triton.cdiv(max(sizes), _BLOCK), len(sizes))](
+    kernel[(cdiv(max(sizes), _BLOCK), len(sizes))](
         tables, jobs, k, run_log2(k), BLOCK=_BLOCK, FIELDS=FIELDS, **LAUNCH)
     return tables
 

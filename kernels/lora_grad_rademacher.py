@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels.launching import in_units, on, operand, signed
+from activedpo_fast.kernels.launching import cdiv, in_units, on, operand, signed
 from activedpo_fast.kernels.philox import random_words
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
@@ -260,8 +260,8 @@ def _parts(rows: int, columns: int, positions: int, block: int) -> Iterator[_Par
 
 def _even(length: int, most: int, multiple: int) -> int:
     """Return a part size that splits `length` evenly: a multiple of `multiple`, at most `most`."""
-    count = triton.cdiv(length, most // multiple * multiple)
-    return triton.cdiv(triton.cdiv(length, count), multiple) * multiple
+    count = cdiv(length, most // multiple * multiple)
+    return cdiv(cdiv(length, count), multiple) * multiple
 
 
 class _Projection:
@@ -276,14 +276,14 @@ class _Projection:
         self.key = signed(key)
         shared, processors = _device_limits(out.device)
         self.tile = tile_for(rows, pieces, shared)
-        self.grid_rows = triton.cdiv(rows, self.tile.rows)
+        self.grid_rows = cdiv(rows, self.tile.rows)
         padded_rows = self.grid_rows * self.tile.rows
-        self.grid_columns = triton.cdiv(out.shape[1], _COLUMNS)
+        self.grid_columns = cdiv(out.shape[1], _COLUMNS)
         # Four programs per multiprocessor fill it evenly, whether it runs one or two at a time.
         self.splits = max(1, 4 * processors // (self.grid_columns * self.grid_rows))
         block = self.tile.block
         most = min(self.splits * 8192, _SLAB_BYTES // (2 * pieces * padded_rows))
-        self.positions = min(most // block, triton.cdiv(length, block)) * block
+        self.positions = min(most // block, cdiv(length, block)) * block
         self.splits = min(self.splits, self.positions // block)
         self.slab = torch.empty(pieces, padded_rows, self.positions, dtype=torch.bfloat16,
                                 device=out.device)
@@ -297,21 +297,21 @@ class _Projection:
         return self.slab.stride(1) // block, self.slab.stride(0) // block
 
     def padded(self, length: int) -> int:
-        return triton.cdiv(length, self.tile.block) * self.tile.block
+        return cdiv(length, self.tile.block) * self.tile.block
 
     def add(self, first: int, pitch: int, run: int, length: int) -> None:
         """Project the slab's `length` numbers: runs of `run` numbers, `pitch` positions apart."""
         tile = self.tile
         blocks = length // tile.block
-        chunk = triton.cdiv(blocks, self.splits)
-        splits = triton.cdiv(blocks, chunk)
+        chunk = cdiv(blocks, self.splits)
+        splits = cdiv(blocks, chunk)
         project_slab_kernel[(self.grid_columns, splits, self.grid_rows)](
             self.partials, self.slab, *self.strides, first, pitch, run // tile.block, chunk, blocks,
             self.key, ROWS=tile.rows, PIECES=self.pieces, BLOCK=tile.block,
             OPERAND=operand(torch.bfloat16), num_warps=tile.warps, num_stages=tile.stages,
             **LAUNCH)
         columns, rows = _ADDED
-        grid = (triton.cdiv(self.out.shape[1], columns), triton.cdiv(self.rows, rows))
+        grid = (cdiv(self.out.shape[1], columns), cdiv(self.rows, rows))
         add_partials_kernel[grid](
             self.out, self.out.stride(0), self.plan, self.rows, self.out.shape[1], self.partials,
             self.partials.stride(1) // rows, self.partials.stride(0) // rows, splits, K=columns,
@@ -354,8 +354,8 @@ def _add_gradients(out: Tensor, left: Tensor, right: Tensor, numbers: Tensor, fi
     for part in _parts(rows, columns, projection.positions, projection.tile.block):
         length = projection.padded(part.height * part.width)
         # Rows that contain only the padding of whole rows count too.
-        across = triton.cdiv(part.width, b)
-        tiles = triton.cdiv(triton.cdiv(length, part.width), a) * across
+        across = cdiv(part.width, b)
+        tiles = cdiv(cdiv(length, part.width), a) * across
         form_slab_kernel[(tiles * count,)](
             projection.slab, *projection.strides, plan, count, left, left.stride(0) // unit, right,
             right.stride(0) // unit, rows, columns, part.top // 16, part.height, part.begin // 16,
@@ -386,7 +386,7 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
             projection = _Projection(sums, plan, count, columns, 3, key)
             for part in _parts(1, columns, projection.positions, projection.tile.block):
                 length = projection.padded(part.width)
-                tiles = triton.cdiv(length, _COPIED)
+                tiles = cdiv(length, _COPIED)
                 copy_slab_kernel[(tiles * count,)](
                     projection.slab, *projection.strides, rows, rows.stride(0), part.begin, columns,
                     length, tiles, B=_COPIED, PIECES=3, BLOCK=projection.tile.block, **LAUNCH)

@@ -44,7 +44,7 @@ from activedpo_fast.kernels.jobs import (
     on_device,
     operand_at,
 )
-from activedpo_fast.kernels.launching import ELEMENTS, NAMES, on, operand
+from activedpo_fast.kernels.launching import ELEMENTS, NAMES, cdiv, on, operand
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
 
 
@@ -222,19 +222,20 @@ class _Group:
 
     @classmethod
     def of(cls, jobs: Sequence[Job], tile: Tile, k: int, kronecker: bool) -> _Group:
-        rows, sizes = [], []
+        rows, sizes, begin = [], [], 0
         for job in jobs:
             fields, size = (hashes.side_fields(job.shape, job.key, k) if kronecker else
                             hashes.position_fields(job.shape[0] * job.shape[1], job.key, k))
-            rows.append([*job.fields(), sum(sizes), *fields])
+            rows.append([*job.fields(), begin, *fields])
             sizes.append(size)
+            begin += size
         table = on_device(rows, jobs[0].left.device)
         return cls(jobs, tile, table, hashes.draw(table, sizes, k, kronecker))
 
     def add(self, sums: Tensor, bounds: Tensor | None, segments: Tensor, kronecker: bool) -> None:
         """Add the sketches of all segments, int64 [S, 3] on the device, in one launch or few."""
         tile, dtype, k = self.tile, self.jobs[0].left.dtype, sums.shape[1]
-        tiles = max(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        tiles = max(cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
                     for rows, columns in (job.shape for job in self.jobs))
         for part in segments.split(max(1, _GRID // tiles)):
             lora_grad_sketch_kernel[(tiles * len(part), len(self.jobs))](
@@ -287,11 +288,11 @@ def _grouped(weights: Sequence[tuple[Tensor, Tensor, int]]) -> Iterator[tuple[li
     """Yield jobs of one tile, dtype and number of tokens."""
     found: dict[tuple[Tile, torch.dtype, int], list[Job]] = {}
     for left, right, key in weights:
-        if len(left) == 0:
-            continue
-        job = Job.of(left, right, key)
-        tile = tile_for(*job.shape, left.dtype)
-        found.setdefault((tile, left.dtype, len(left)), []).append(job)
+        tokens = left.shape[0]
+        if tokens:
+            job = Job.of(left, right, key)
+            tile = tile_for(*job.shape, left.dtype)
+            found.setdefault((tile, left.dtype, tokens), []).append(job)
     for (tile, _, _), jobs in found.items():
         for begin in range(0, len(jobs), _JOBS):
             yield jobs[begin:begin + _JOBS], tile

@@ -11,7 +11,7 @@ from activedpo_fast.kernels import fixed_point
 from activedpo_fast.kernels.fixed_point import add_numbers, raise_bound, zero_sums
 from activedpo_fast.kernels.hashes import draw, position_fields, position_hash, run_log2, signed_by
 from activedpo_fast.kernels.jobs import TABLE, on_device
-from activedpo_fast.kernels.launching import on
+from activedpo_fast.kernels.launching import cdiv, on
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
 
 READY_BLOCK = 1024  # positions whose hash is read at a time
@@ -73,12 +73,12 @@ def sjlt_rows(out: Tensor, x: Tensor, key: int, deterministic: bool) -> None:
         table = draw(jobs, [size], k, kronecker=False)
         if deterministic:
             sums, bounds = zero_sums(n, k, out.device)
-            ready_bounds_kernel[(n * triton.cdiv(length, CHUNK),)](
+            ready_bounds_kernel[(n * cdiv(length, CHUNK),)](
                 bounds, x, length, x.stride(0), CHUNK=CHUNK, BLOCK=READY_BLOCK,
                 **LAUNCH)
         else:
             sums, bounds = torch.zeros(n, k, dtype=torch.float64, device=out.device), None
-        sjlt_rows_kernel[(triton.cdiv(length, READY_BLOCK) * triton.cdiv(n, READY_GROUP),)](
+        sjlt_rows_kernel[(cdiv(length, READY_BLOCK) * cdiv(n, READY_GROUP),)](
             sums, bounds, x, table, n, length, k, x.stride(0), run_log2(k),
             FIXED=deterministic, GROUP=READY_GROUP, BLOCK=READY_BLOCK, **LAUNCH)
         if bounds is not None:

@@ -133,8 +133,8 @@ def main(
 ) -> None:
     """Build the extensions in place, run the tests marked gpu, and measure the kernels.
 
-    Sections: build, tests, micro (kernels beside floors and peers), selection, end_to_end (gradient
-    rows of whole models). Each is independent: what fails is recorded, and the next goes on.
+    Sections: build (C++ and CUDA), compile (Triton), tests, selection, end_to_end (gradient rows of
+    whole models), micro (kernels beside floors and peers). Each is independent: what fails is recorded, and the next goes on.
     """
     if unknown := sorted({*only.split(",")} - {*SECTIONS}):
         raise typer.BadParameter(

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
-COMMAND = ("setup.py", "build_ext", "--inplace")
+COMMAND = ("setup.py", "build_ext", "--inplace", "--parallel", "2")  # both extensions at once
 _ALONE = ("import benchmarks.gpu.checkout, json\n"
           "from activedpo_fast.ops.backends import backends\n"
           "print(json.dumps(backends()))")
@@ -24,7 +23,6 @@ _ALONE = ("import benchmarks.gpu.checkout, json\n"
 def cases(settings: Settings) -> list[Case]:
     """Building; then what is active, asked of a process that begins after it."""
     return [Case("setup.py build_ext --inplace", lambda _: build(settings), 1, 240),
-            Case("Triton kernels", lambda _: compiled(settings), 1, 120),
             Case("backends", active, 1, 60)]
 
 
@@ -47,22 +45,6 @@ def build(settings: Settings) -> Record:
     return {"architectures": environment["ACTIVEDPO_CUDA_ARCHS"],
             "built": sorted(path.name for path in (ROOT / "activedpo_fast").glob("*.so")),
             "warnings": [line for line in done.stdout.splitlines() if "not built" in line]}
-
-
-def compiled(settings: Settings) -> Record:
-    """Compile every kernel variant with all cores; launches then find them in Triton's cache.
-
-    What each takes of the GPU is recorded too.
-    """
-    if settings.device != "cuda":
-        raise Skip("nothing is compiled for a dry run")
-    from benchmarks.gpu.kernel_resources import compile_all
-
-    arch = int(architecture().rstrip("a"))
-    found = compile_all([arch], None, len(os.sched_getaffinity(0)))
-    return {"variants": len(found), "problems": {
-                each.name: each.problems() for each in found if each.problems()},
-            "kernels": [asdict(each) for each in found]}
 
 
 def active(found: Found) -> Record:

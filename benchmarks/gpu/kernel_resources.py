@@ -60,6 +60,7 @@ LIMITS = {
 ARCHS = [80, 90, 100]
 SMALLEST_SHARED = 99  # KiB: consumer GPUs of sm_86, sm_89 and sm_120
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
+SPILLED = 16  # bytes of a thread's stack that are no problem: four numbers kept outside of a loop
 REGISTERS = 16384  # of each quarter of a multiprocessor; a warp gets them in steps of 256
 TENSOR_MEMORY = 512  # columns, of one multiprocessor of sm_100
 # Ampere, Hopper and Blackwell: HMMA.16816.F32.BF16, HGMMA.64x64x16.F32.BF16, UTCHMMA.
@@ -120,7 +121,7 @@ class Resources:
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
-        if self.stack:
+        if self.stack > SPILLED:
             found.append(f"spills registers: {self.stack} bytes of stack a thread")
         limit = LIMITS[self.arch].shared
         if self.shared > limit * 1024:

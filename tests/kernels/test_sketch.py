@@ -143,6 +143,40 @@ def test_adds_in_place_and_takes_any_strides(method, deterministic):
 
 
 @both_modes
+@both_methods
+def test_many_weights_are_the_sum_of_each(method, deterministic):
+    """Of all tiles and dtypes, some of the same shape, some that share an operand, one twice."""
+    shapes = [(16, 40), (40, 16), (16, 40), (20, 50), (50, 20), (70, 70), (1, 30), (30, 1)]
+    weights = [(random(40, rows, seed=i).to(dtype), random(40, columns, seed=i % 3).to(dtype),
+                KEY + i)
+               for dtype in (torch.float32, torch.bfloat16)
+               for i, (rows, columns) in enumerate(shapes)]
+    weights.append(weights[3])
+    out = torch.zeros(5, 96, dtype=torch.float64, device=DEVICE)
+    there = [(left.to(DEVICE), right.to(DEVICE), key) for left, right, key in weights]
+    lora_grad_sketches(out, there, SEGMENTS, method, deterministic)
+    expected = sum(
+        define(left, right, SEGMENTS, 96, 5, method, key) for left, right, key in weights)
+    assert_near(out.cpu(), expected)
+
+
+@both_modes
+def test_launches_do_not_grow_with_the_weights(deterministic, monkeypatch):
+    """For a tile one of hashes, one of sketches. Fixed sums: two of bounds more, and a last one."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    launched = []
+    for kind in (JITFunction, InterpretedFunction):
+        monkeypatch.setattr(kind, "run", lambda self, *args, **options: launched.append(self))
+    weights = [(torch.ones(9, rows), torch.ones(9, columns), i) for i in range(64)
+               for rows, columns in ((16, 64), (64, 16))]
+    out = torch.zeros(2, 96, dtype=torch.float64)
+    lora_grad_sketches(out, weights, torch.tensor([[0, 4, 0], [4, 9, 1]]), "sjlt", deterministic)
+    assert len(launched) == (9 if deterministic else 4)
+
+
+@both_modes
 def test_nothing_to_add(deterministic):
     none = torch.zeros(0, 3, dtype=torch.int64)
     left, right = random(4, 3).float(), random(4, 5, seed=1).float()
