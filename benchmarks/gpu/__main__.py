@@ -134,7 +134,8 @@ def main(
     """Build the extensions in place, run the tests marked gpu, and measure the kernels.
 
     Sections: build (C++ and CUDA), compile (Triton), tests, selection, end_to_end (gradient rows of
-    whole models), micro (kernels beside floors and peers). Each is independent: what fails is recorded, and the next goes on.
+    whole models), micro (kernels beside floors and peers). Each is independent: what fails is
+    recorded, and the next goes on.
     """
     if unknown := sorted({*only.split(",")} - {*SECTIONS}):
         raise typer.BadParameter(

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, SPILLED, Resources
+from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, Resources
 
 triton = pytest.importorskip("triton")
 
 # Bytes of stack a thread. Block shapes were chosen with the compilers named; of others it is not
 # asked that they do as well.
-ALLOWED = SPILLED if triton.__version__.startswith(("3.6.", "3.7.", "3.9.")) else 64
+MORE = 0 if triton.__version__.startswith(("3.6.", "3.7.", "3.9.")) else 64
 ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Any]]
 
@@ -53,7 +53,8 @@ def test_every_variant_compiles(rows: Rows) -> None:
 
 
 def test_no_register_is_spilled(rows: Rows) -> None:
-    assert {row["name"]: row["stack"] for row in rows if row["stack"] > ALLOWED} == {}
+    assert {row["name"]: row["stack"] for row in rows
+            if row["stack"] > LIMITS[row["arch"]].spilled + MORE} == {}
 
 
 def test_a_block_fits(rows: Rows) -> None:
