@@ -36,11 +36,44 @@ class GreedyFeature {
         : first_(feature.first_), second_(feature.second_),
           over_first_(static_cast<S>(feature.over_first_ * feature.over_ / scale)),
           over_second_(static_cast<S>(feature.over_second_ * feature.over_ / scale)) {}
-    ACTIVEDPO_HOST_DEVICE S operator[](std::int64_t j) const {
-      return Grid::widen(first_[j]) * over_first_ - Grid::widen(second_[j]) * over_second_;
+    // n times four numbers, from j, j + step, ... on; numbers from `dim` on are zero. Everything is
+    // loaded before it is used, so that the loads wait for memory together.
+    template <int n>
+    ACTIVEDPO_HOST_DEVICE void load(GreedyFour<S> (&to)[n], std::int64_t j, std::int64_t step,
+                                    std::int64_t dim) const {
+      GreedyFour<T> first[n], second[n];
+      if (aligned(first_) && aligned(second_) && j + (n - 1) * step + 4 <= dim) {
+        ACTIVEDPO_UNROLL
+        for (int a = 0; a < n; ++a) {
+          first[a] = Grid::four(first_ + j + a * step);
+          second[a] = Grid::four(second_ + j + a * step);
+        }
+      } else {
+        ACTIVEDPO_UNROLL
+        for (int a = 0; a < n; ++a) {
+          ACTIVEDPO_UNROLL
+          for (int q = 0; q < 4; ++q) {
+            const std::int64_t at = j + a * step + q;
+            first[a].at[q] = at < dim ? first_[at] : T{};
+            second[a].at[q] = at < dim ? second_[at] : T{};
+          }
+        }
+      }
+      ACTIVEDPO_UNROLL
+      for (int a = 0; a < n; ++a) {
+        ACTIVEDPO_UNROLL
+        for (int q = 0; q < 4; ++q) {
+          to[a].at[q] = Grid::widen(first[a].at[q]) * over_first_ -
+                        Grid::widen(second[a].at[q]) * over_second_;
+        }
+      }
     }
 
    private:
+    ACTIVEDPO_HOST_DEVICE static bool aligned(const T* row) {
+      return reinterpret_cast<std::uintptr_t>(row) % alignof(GreedyFour<T>) == 0;
+    }
+
     const T* first_;
     const T* second_;
     S over_first_, over_second_;

@@ -74,7 +74,7 @@ class GreedyRoot {
       room_.error[count] = p_.root_error * p_.root_norm * share;
     }
     const auto keep = [&](std::int64_t j, double w) {
-      room_.unit[count * p_.dim + j] = static_cast<S>(w * over);
+      room_.unit[count * room_.width + j] = static_cast<S>(w * over);
       return w * w;
     };
     columns(

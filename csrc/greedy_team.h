@@ -59,13 +59,14 @@ class GreedyTeam {
     return mine;
   }
 
+  ACTIVEDPO_HOST_DEVICE static GreedyBounds larger(const GreedyBounds& a, const GreedyBounds& b) {
+    return {std::fmax(a.best, b.best), std::fmax(a.top, b.top), std::fmax(a.oldest, b.oldest)};
+  }
+
   static constexpr int kThreads = Grid::kLanes * Grid::kGroups;
   Grid& grid;
 
  private:
-  ACTIVEDPO_HOST_DEVICE static GreedyBounds larger(const GreedyBounds& a, const GreedyBounds& b) {
-    return {std::fmax(a.best, b.best), std::fmax(a.top, b.top), std::fmax(a.oldest, b.oldest)};
-  }
   ACTIVEDPO_HOST_DEVICE GreedyBounds max(const GreedyBounds& mine) {
     return {grid.max(mine.best), grid.max(mine.top), grid.max(mine.oldest)};
   }

@@ -47,18 +47,35 @@ class DeviceGrid {
     }
     return x;
   }
+  // In each step, lanes in pairs exchange the halves of the sums that the other one goes on with.
+  template <typename S, int n>
+  __device__ void sums(const S (&x)[n], double (&own)[n / kLanes]) const {
+    double parts[n / 2];
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      parts[i] = folded(x[i], x[i + n / 2], (lane() & (kLanes / 2)) != 0, kLanes / 2);
+    }
+#pragma unroll
+    for (int half = n / 4, apart = kLanes / 4; apart > 0; half /= 2, apart /= 2) {
+      const bool upper = (lane() & apart) != 0;
+#pragma unroll
+      for (int i = 0; i < n / 4; ++i) {
+        if (i < half) parts[i] = folded(parts[i], parts[i + half], upper, apart);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < n / kLanes; ++i) own[i] = parts[i];
+  }
   __device__ double from(double x, int lane) const { return __shfl_sync(kAll, x, lane); }
 
   __device__ std::int32_t add(std::int32_t* counter, std::int32_t n) {
     return atomicAdd(counter, n);
   }
-  __device__ bool last_of(std::int32_t n, std::int32_t* counter) {
-    __threadfence();
-    const bool last = atomicAdd(counter, 1) == n - 1;
-    __threadfence();
-    return last;
+  template <typename S>
+  __device__ static GreedyFour<S> four(const S* address) {
+    __builtin_assume(__isGlobal(address));
+    return *reinterpret_cast<const GreedyFour<S>*>(address);
   }
-
   __device__ static double product(double x, double y) { return __dmul_rn(x, y); }
   __device__ static float widen(float x) { return x; }
   __device__ static double widen(double x) { return x; }
@@ -71,6 +88,14 @@ class DeviceGrid {
 
  private:
   static constexpr unsigned kAll = 0xffffffffu;
+
+  // This lane's half of two sums: the lower or the upper one, with the other lane's part.
+  template <typename S>
+  __device__ static double folded(S lower, S upper, bool take_upper, int apart) {
+    const S other = __shfl_xor_sync(kAll, take_upper ? lower : upper, apart);
+    return static_cast<double>(take_upper ? upper : lower) + static_cast<double>(other);
+  }
+
   Shared* shared_;
   cooperative_groups::grid_group all_;
 };
