@@ -25,6 +25,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "four.h"
 #include "host_device.h"
 #include "numbers.h"
 
@@ -78,7 +79,7 @@ struct GreedyProblem {
 
 constexpr int kGreedyMaxBlocks = 1024;
 constexpr int kGreedySlots = 8;      // contenders rescored at a time
-constexpr int kGreedyColumns = 64;   // numbers of a vector that a block forms at a time
+constexpr int kGreedyColumns = 32;   // numbers of a vector that a block forms at a time
 constexpr int kGreedyPiece = 1024;   // numbers of a vector that a group multiplies at a time
 constexpr int kGreedyTile = 16;      // directions that a group multiplies candidates with at a time
 constexpr int kGreedyTiles = 8;      // tiles before a candidate's bound is checked again
@@ -89,12 +90,6 @@ constexpr int kGreedyRun = 32;       // products that a lane sums in S's precisi
 template <typename S>
 constexpr int kGreedyTogether = sizeof(S) > 4 ? 2 : 4;
 
-// Four consecutive numbers, which a lane loads at once.
-template <typename T>
-struct alignas(sizeof(T) < 4 ? 4 * sizeof(T) : 16) GreedyFour {
-  T at[4];
-};
-
 // Error of the product of a feature with a direction, over the feature's reach and the direction's
 // norm: kGreedyRun roundings, plus a few of the feature's and the direction's numbers.
 template <typename S>
@@ -104,15 +99,10 @@ constexpr double kGreedyDotError =
 constexpr double kGreedyInfinity = std::numeric_limits<double>::infinity();
 
 // A phase is a separate function, with its own registers and one copy of its instructions.
-// Arrays whose loops are unrolled stay in registers.
 #ifdef __CUDACC__
 #define ACTIVEDPO_PHASE __host__ __device__ __noinline__
-#define ACTIVEDPO_UNROLL _Pragma("unroll")
-#define ACTIVEDPO_UNROLL_8 _Pragma("unroll 8")
 #else
 #define ACTIVEDPO_PHASE
-#define ACTIVEDPO_UNROLL
-#define ACTIVEDPO_UNROLL_8
 #endif
 
 struct GreedyListed {
@@ -167,7 +157,7 @@ struct GreedyRoom {
   double* lengths;         // [kGreedySlots, chunks], parts of |r|^2
   double* w_lengths;       // [chunks], parts of |w|^2
 
-  // dim, rounded up to whole GreedyFours: the numbers in between are zero in `unit` and `features`.
+  // dim, rounded up to whole fours: the numbers in between are zero in `unit` and `features`.
   ACTIVEDPO_HOST_DEVICE static std::int64_t whole(std::int64_t dim) { return (dim + 3) / 4 * 4; }
 
   // Lays out the arrays from `memory` on; returns the number of bytes used.

@@ -39,26 +39,11 @@ class GreedyFeature {
     // n times four numbers, from j, j + step, ... on; numbers from `dim` on are zero. Everything is
     // loaded before it is used, so that the loads wait for memory together.
     template <int n>
-    ACTIVEDPO_HOST_DEVICE void load(GreedyFour<S> (&to)[n], std::int64_t j, std::int64_t step,
+    ACTIVEDPO_HOST_DEVICE void load(Four<S> (&to)[n], std::int64_t j, std::int64_t step,
                                     std::int64_t dim) const {
-      GreedyFour<T> first[n], second[n];
-      if (aligned(first_) && aligned(second_) && j + (n - 1) * step + 4 <= dim) {
-        ACTIVEDPO_UNROLL
-        for (int a = 0; a < n; ++a) {
-          first[a] = Grid::four(first_ + j + a * step);
-          second[a] = Grid::four(second_ + j + a * step);
-        }
-      } else {
-        ACTIVEDPO_UNROLL
-        for (int a = 0; a < n; ++a) {
-          ACTIVEDPO_UNROLL
-          for (int q = 0; q < 4; ++q) {
-            const std::int64_t at = j + a * step + q;
-            first[a].at[q] = at < dim ? first_[at] : T{};
-            second[a].at[q] = at < dim ? second_[at] : T{};
-          }
-        }
-      }
+      Four<T> first[n], second[n];
+      read_fours<Grid>(first, first_, j, step, dim);
+      read_fours<Grid>(second, second_, j, step, dim);
       ACTIVEDPO_UNROLL
       for (int a = 0; a < n; ++a) {
         ACTIVEDPO_UNROLL
@@ -70,10 +55,6 @@ class GreedyFeature {
     }
 
    private:
-    ACTIVEDPO_HOST_DEVICE static bool aligned(const T* row) {
-      return reinterpret_cast<std::uintptr_t>(row) % alignof(GreedyFour<T>) == 0;
-    }
-
     const T* first_;
     const T* second_;
     S over_first_, over_second_;

@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "greedy_bindings.h"
 #include "greedy_select.h"
+#include "host_numbers.h"
 
 namespace activedpo {
 
@@ -55,7 +56,7 @@ struct HostBlock {
 };
 
 template <int Lanes, int Groups>
-class HostGrid {
+class HostGrid : public HostNumbers {
  public:
   static constexpr int kLanes = Lanes;
   static constexpr int kGroups = Groups;
@@ -103,15 +104,6 @@ class HostGrid {
     const std::int32_t before = *counter;
     *counter = before + n;
     return before;
-  }
-  template <typename S>
-  static GreedyFour<S> four(const S* address) {
-    return *reinterpret_cast<const GreedyFour<S>*>(address);
-  }
-  static double product(double x, double y) { return x * y; }
-  template <typename T>
-  static typename Sum<T>::Type widen(T x) {
-    return widened(x);
   }
   GreedyShared<Groups>& shared() { return own().shared; }
 

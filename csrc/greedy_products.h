@@ -152,12 +152,12 @@ class GreedyProducts {
     const std::int64_t end = end_of(piece);
     for (std::int64_t j = piece * kGreedyPiece + 4 * team_.grid.lane(); j < end;
          j += kAhead * kStep) {
-      GreedyFour<S> numbers[kAhead];
+      Four<S> numbers[kAhead];
       feature.load(numbers, j, kStep, p_.dim);
       ACTIVEDPO_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         if (j + a * kStep < end) {
-          *reinterpret_cast<GreedyFour<S>*>(to + j + a * kStep) = numbers[a];
+          *reinterpret_cast<Four<S>*>(to + j + a * kStep) = numbers[a];
         }
       }
     }
@@ -174,12 +174,12 @@ class GreedyProducts {
       const std::int64_t stop = begin + run < end ? begin + run : end;
       S sums[kSums] = {};
       for (std::int64_t j = begin + 4 * team_.grid.lane(); j < stop; j += kStep) {
-        GreedyFour<S> x[kTogether];
+        Four<S> x[kTogether];
         ACTIVEDPO_UNROLL
         for (int c = 0; c < kTogether; ++c) x[c] = Grid::four(features + c * width + j);
         ACTIVEDPO_UNROLL
         for (int s = 0; s < kGreedyTile; ++s) {
-          const GreedyFour<S> w = Grid::four(unit + s * width + j);
+          const Four<S> w = Grid::four(unit + s * width + j);
           ACTIVEDPO_UNROLL
           for (int c = 0; c < kTogether; ++c) {
             ACTIVEDPO_UNROLL
