@@ -122,6 +122,7 @@ template <int Groups>
 struct GreedyShared {
   double columns[Groups][kGreedyColumns];
   GreedyBounds bounds[Groups];
+  GreedyBounds found[Groups];
   double maximum[Groups];
   double score[kGreedySlots];
   double doubt[kGreedySlots];

@@ -59,7 +59,7 @@ class GreedyLazy {
       *looked += 2 * listed;
       const auto oldest = static_cast<std::int64_t>(-rest.oldest);
       const GreedyBounds moved =
-          advance({tiles_of_list(), listed, GreedyPass::tile_of(oldest), count});
+          advance(products_.pass(tiles_of_list(), listed, oldest, count));
       bounds = {std::fmax(bounds.best, moved.best), std::fmax(bounds.top, moved.top), 0};
     }
     // The margin that would have been right: the next pick will be similar.
@@ -158,7 +158,7 @@ class GreedyLazy {
   // Advances the listed candidates; returns the bounds of all of them.
   ACTIVEDPO_HOST_DEVICE GreedyBounds advance(const GreedyPass& pass) {
     GreedyBounds mine = none();
-    const std::int64_t places = products_.groups(pass) * GreedyProducts<T, Grid>::kTogether;
+    const std::int64_t places = pass.groups * GreedyProducts<T, Grid>::kTogether;
     for (std::int64_t begin = 0; begin < places; begin += room_.wave) {
       products_.form(pass, begin);
       team_.grid.barrier();

@@ -17,6 +17,7 @@ struct GreedyPass {
   std::int64_t listed;
   std::int64_t oldest;  // tile of the smallest version
   std::int64_t count;   // of directions
+  std::int64_t groups;  // of places in `order`: see GreedyProducts::pass
 
   ACTIVEDPO_HOST_DEVICE static std::int64_t tile_of(std::int64_t version) {
     return version / kGreedyTile;
@@ -53,9 +54,13 @@ class GreedyProducts {
     }
   }
 
-  // Groups of kTogether places in `order`: those of one tile do not share a group with others.
-  ACTIVEDPO_HOST_DEVICE std::int64_t groups(const GreedyPass& pass) const {
-    return groups(pass, GreedyPass::tile_of(pass.count - 1) + 1);
+  // A list whose candidates are put into groups of kTogether places in `order`; those whose versions
+  // are in different tiles do not share a group.
+  ACTIVEDPO_HOST_DEVICE GreedyPass pass(const std::int32_t* in_tile, std::int64_t listed,
+                                        std::int64_t oldest, std::int64_t count) const {
+    GreedyPass pass{in_tile, listed, GreedyPass::tile_of(oldest), count, 0};
+    pass.groups = groups(pass, GreedyPass::tile_of(count - 1) + 1);
+    return pass;
   }
 
   // Writes the features of those whose places in `order` are from `begin` on, as many as a wave
@@ -112,7 +117,7 @@ class GreedyProducts {
 
   // Groups of the wave of `begin`.
   ACTIVEDPO_HOST_DEVICE std::int64_t here(const GreedyPass& pass, std::int64_t begin) const {
-    const std::int64_t left = groups(pass) - begin / kTogether, most = room_.wave / kTogether;
+    const std::int64_t left = pass.groups - begin / kTogether, most = room_.wave / kTogether;
     return left < most ? left : most;
   }
 
