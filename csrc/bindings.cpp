@@ -98,6 +98,7 @@ PYBIND11_MODULE(_csrc, module) {
       "The four words of one Philox4x32-10 block.");
   activedpo::bind_selection(module);
   activedpo::bind_rank_update(module);
+  activedpo::bind_pair_lengths(module);
   activedpo::bind_greedy(module);
 #ifdef _OPENMP
   module.attr("openmp") = true;

@@ -10,9 +10,11 @@
 //   barrier()           for the whole grid; writes before it are visible after it
 //   block_barrier()     the same for a block
 //   sum(x), max(x)      over a group's lanes; all of them get the result
+//   sums(x, own)        of n numbers a lane, each over the lanes: a lane gets n / kLanes of the sums,
+//                       in order of lanes
 //   from(x, lane)       one lane's x, for its whole group
 //   add(counter, n)     counter += n, atomically; returns the old value
-//   last_of(n, counter) whether this call is the n-th; writes of earlier callers are then visible
+//   four(p)             four numbers at an address aligned for them
 //   product(x, y)       x * y, rounded: not fused with later operations
 //   widen(x)            a stored number in the precision used for sums
 //   shared()            the block's GreedyShared
@@ -23,6 +25,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "four.h"
 #include "host_device.h"
 #include "numbers.h"
 
@@ -76,11 +79,16 @@ struct GreedyProblem {
 
 constexpr int kGreedyMaxBlocks = 1024;
 constexpr int kGreedySlots = 8;      // contenders rescored at a time
-constexpr int kGreedyColumns = 64;   // numbers of a vector that a block forms at a time
+constexpr int kGreedyColumns = 32;   // numbers of a vector that a block forms at a time
 constexpr int kGreedyPiece = 1024;   // numbers of a vector that a group multiplies at a time
-constexpr int kGreedyTile = 16;      // directions that a candidate is multiplied with at a time
+constexpr int kGreedyTile = 16;      // directions that a group multiplies candidates with at a time
 constexpr int kGreedyTiles = 8;      // tiles before a candidate's bound is checked again
+constexpr int kGreedyWave = 1024;    // candidates that are advanced between two barriers
 constexpr int kGreedyRun = 32;       // products that a lane sums in S's precision
+
+// Candidates that a group multiplies at a time: their sums and numbers fit into registers.
+template <typename S>
+constexpr int kGreedyTogether = sizeof(S) > 4 ? 2 : 4;
 
 // Error of the product of a feature with a direction, over the feature's reach and the direction's
 // norm: kGreedyRun roundings, plus a few of the feature's and the direction's numbers.
@@ -91,18 +99,16 @@ constexpr double kGreedyDotError =
 constexpr double kGreedyInfinity = std::numeric_limits<double>::infinity();
 
 // A phase is a separate function, with its own registers and one copy of its instructions.
-// Arrays whose loops are unrolled stay in registers.
 #ifdef __CUDACC__
 #define ACTIVEDPO_PHASE __host__ __device__ __noinline__
-#define ACTIVEDPO_UNROLL _Pragma("unroll")
 #else
 #define ACTIVEDPO_PHASE
-#define ACTIVEDPO_UNROLL
 #endif
 
 struct GreedyListed {
-  std::int32_t candidate;
+  std::int32_t candidate;  // -1: an empty place
   std::int32_t version;
+  std::int32_t rank;  // among those listed whose versions are in the same tile
 };
 
 // Bounds that threads exchange; they keep the largest of each.
@@ -116,6 +122,7 @@ template <int Groups>
 struct GreedyShared {
   double columns[Groups][kGreedyColumns];
   GreedyBounds bounds[Groups];
+  GreedyBounds found[Groups];
   double maximum[Groups];
   double score[kGreedySlots];
   double doubt[kGreedySlots];
@@ -127,15 +134,20 @@ struct GreedyRoom {
   std::int64_t capacity;  // of D and Y
   std::int64_t pieces;    // per vector: kGreedyPiece numbers each, or the rest
   std::int64_t chunks;    // per vector: kGreedyColumns numbers each, or the rest
+  std::int64_t tiles;     // that a version can be in
+  std::int64_t width;     // of a row of `unit` and `features`; see `whole`
+  std::int64_t wave;      // candidates advanced between two barriers
 
   GreedyBounds* bounds;   // [2, kGreedyMaxBlocks]
   std::int32_t* counters;  // [3], lengths of lists
   double* inherited;       // [n_candidates]; see running_scores.py
   std::int32_t* version;   // [n_candidates], number of directions a score has seen
+  std::int32_t* in_tile;   // [3, tiles], how many are listed by the tile of their version
   GreedyListed* list;      // [n_candidates]
-  double* parts;           // [n_candidates, kGreedyTiles, 3], changes of a listed score by tiles
-  std::int32_t* arrived;   // [n_candidates], its finished tiles
-  S* unit;                 // [n_picks + kGreedyTile, dim], directions w divided by `norm`
+  GreedyListed* order;     // a list by tiles; every tile's part is filled up to kGreedyTogether
+  S* features;             // [wave, width], scaled, of candidates in `order`
+  double* products;        // [wave / together, up to kGreedyTiles, pieces, together, kGreedyTile]
+  S* unit;                 // [n_picks + kGreedyTile, width], directions w divided by `norm`
   double* norm;            // [n_picks], a bound on |w|
   double* error;           // [n_picks], bound on the error of phi . w for a pair with reach 1
   double* turn;            // [n_picks]; see running_scores.py
@@ -146,11 +158,22 @@ struct GreedyRoom {
   double* lengths;         // [kGreedySlots, chunks], parts of |r|^2
   double* w_lengths;       // [chunks], parts of |w|^2
 
+  // dim, rounded up to whole fours: the numbers in between are zero in `unit` and `features`.
+  ACTIVEDPO_HOST_DEVICE static std::int64_t whole(std::int64_t dim) { return (dim + 3) / 4 * 4; }
+
   // Lays out the arrays from `memory` on; returns the number of bytes used.
   std::size_t lay_out(const GreedyProblem& p, char* memory) {
     capacity = p.n_before + p.n_picks;
     pieces = (p.dim + kGreedyPiece - 1) / kGreedyPiece;
     chunks = (p.dim + kGreedyColumns - 1) / kGreedyColumns;
+    tiles = p.n_picks / kGreedyTile + 1;
+    // One cache line more: rows a power of two apart would share few of the cache's sets.
+    width = whole(p.dim) + 128 / static_cast<std::int64_t>(sizeof(S));
+    const std::int64_t together = kGreedyTogether<S>;
+    const std::int64_t places = (p.n_candidates + (together - 1) * tiles + together - 1) /
+                                together * together;
+    wave = places < kGreedyWave ? places : kGreedyWave;
+    const std::int64_t at_once = tiles < kGreedyTiles ? tiles : kGreedyTiles;
     const std::int64_t with_base = p.base == nullptr ? 0 : p.dim;
     std::size_t used = 0;
     const auto take = [&](auto*& array, std::int64_t count) {
@@ -161,10 +184,12 @@ struct GreedyRoom {
     take(counters, 3);
     take(inherited, p.n_candidates);
     take(version, p.n_candidates);
+    take(in_tile, 3 * tiles);
     take(list, p.n_candidates);
-    take(parts, p.n_candidates * kGreedyTiles * 3);
-    take(arrived, p.n_candidates);
-    take(unit, (p.n_picks + kGreedyTile) * p.dim);
+    take(order, places);
+    take(features, wave * width);
+    take(products, wave * at_once * pieces * kGreedyTile);
+    take(unit, (p.n_picks + kGreedyTile) * width);
     take(norm, p.n_picks);
     take(error, p.n_picks);
     take(turn, p.n_picks);

@@ -36,8 +36,22 @@ class GreedyFeature {
         : first_(feature.first_), second_(feature.second_),
           over_first_(static_cast<S>(feature.over_first_ * feature.over_ / scale)),
           over_second_(static_cast<S>(feature.over_second_ * feature.over_ / scale)) {}
-    ACTIVEDPO_HOST_DEVICE S operator[](std::int64_t j) const {
-      return Grid::widen(first_[j]) * over_first_ - Grid::widen(second_[j]) * over_second_;
+    // n times four numbers, from j, j + step, ... on; numbers from `dim` on are zero. Everything is
+    // loaded before it is used, so that the loads wait for memory together.
+    template <int n>
+    ACTIVEDPO_HOST_DEVICE void load(Four<S> (&to)[n], std::int64_t j, std::int64_t step,
+                                    std::int64_t dim) const {
+      Four<T> first[n], second[n];
+      read_fours<Grid>(first, first_, j, step, dim);
+      read_fours<Grid>(second, second_, j, step, dim);
+      ACTIVEDPO_UNROLL
+      for (int a = 0; a < n; ++a) {
+        ACTIVEDPO_UNROLL
+        for (int q = 0; q < 4; ++q) {
+          to[a].at[q] = Grid::widen(first[a].at[q]) * over_first_ -
+                        Grid::widen(second[a].at[q]) * over_second_;
+        }
+      }
     }
 
    private:

@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "greedy_bindings.h"
 #include "greedy_select.h"
+#include "host_numbers.h"
 
 namespace activedpo {
 
@@ -47,7 +48,7 @@ template <int Lanes, int Groups>
 struct HostBlock {
   struct Group {
     Meeting meeting{Lanes};
-    double numbers[Lanes];
+    double numbers[Lanes][kGreedyTile * kGreedyTogether<float>];
   };
   Meeting meeting{Lanes * Groups};
   Group groups[Groups];
@@ -55,7 +56,7 @@ struct HostBlock {
 };
 
 template <int Lanes, int Groups>
-class HostGrid {
+class HostGrid : public HostNumbers {
  public:
   static constexpr int kLanes = Lanes;
   static constexpr int kGroups = Groups;
@@ -73,18 +74,29 @@ class HostGrid {
   void block_barrier() { own().meeting.wait(); }
 
   double sum(double x) {
-    return of_lanes(x, [](const double* numbers) {
-      double sum = 0;
-      for (int lane = 0; lane < Lanes; ++lane) sum += numbers[lane];
-      return sum;
-    });
+    double whole = 0;
+    exchange(&x, 1, [&](int, const double* numbers) { whole += numbers[0]; });
+    return whole;
   }
   double max(double x) {
-    return of_lanes(
-        x, [](const double* numbers) { return *std::max_element(numbers, numbers + Lanes); });
+    double largest = x;
+    exchange(&x, 1,
+             [&](int, const double* numbers) { largest = std::max(largest, numbers[0]); });
+    return largest;
+  }
+  template <typename S, int n>
+  void sums(const S (&x)[n], double (&own)[n / Lanes]) {
+    for (double& sum : own) sum = 0;
+    exchange(x, n, [&](int, const double* numbers) {
+      for (int i = 0; i < n / Lanes; ++i) own[i] += numbers[lane_ * (n / Lanes) + i];
+    });
   }
   double from(double x, int lane) {
-    return of_lanes(x, [lane](const double* numbers) { return numbers[lane]; });
+    double found = x;
+    exchange(&x, 1, [&](int other, const double* numbers) {
+      if (other == lane) found = numbers[0];
+    });
+    return found;
   }
 
   std::int32_t add(std::int32_t* counter, std::int32_t n) {
@@ -93,26 +105,19 @@ class HostGrid {
     *counter = before + n;
     return before;
   }
-  bool last_of(std::int32_t n, std::int32_t* counter) { return add(counter, 1) == n - 1; }
-  static double product(double x, double y) { return x * y; }
-  template <typename T>
-  static typename Sum<T>::Type widen(T x) {
-    return widened(x);
-  }
   GreedyShared<Groups>& shared() { return own().shared; }
 
  private:
   HostBlock<Lanes, Groups>& own() { return blocks_[static_cast<std::size_t>(block_)]; }
 
-  template <typename F>
-  double of_lanes(double x, const F& f) {
-    if constexpr (Lanes == 1) return f(&x);
+  // Calls use(lane, numbers) with the n numbers of every lane of the group, in order.
+  template <typename S, typename F>
+  void exchange(const S* x, int n, const F& use) {
     auto& group = own().groups[group_];
-    group.numbers[lane_] = x;
-    group.meeting.wait();
-    const double result = f(group.numbers);
-    group.meeting.wait();
-    return result;
+    for (int i = 0; i < n; ++i) group.numbers[lane_][i] = x[i];
+    if constexpr (Lanes > 1) group.meeting.wait();
+    for (int lane = 0; lane < Lanes; ++lane) use(lane, group.numbers[lane]);
+    if constexpr (Lanes > 1) group.meeting.wait();
   }
 
   Meeting& all_;

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "greedy.h"
-#include "greedy_feature.h"
+#include "greedy_products.h"
 #include "greedy_team.h"
 
 namespace activedpo {
@@ -18,15 +18,15 @@ class GreedyLazy {
 
   ACTIVEDPO_HOST_DEVICE GreedyLazy(GreedyTeam<Grid>& team, const GreedyProblem& problem,
                                    const GreedyRoom<S>& room)
-      : team_(team), p_(problem), room_(room) {}
+      : team_(team), p_(problem), room_(room), products_(team, problem, room) {}
 
   // Clears the thread's part of the workspace. Call it first; a barrier must follow.
   ACTIVEDPO_HOST_DEVICE void clear() {
     for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
       room_.inherited[i] = 0;
       room_.version[i] = 0;
-      room_.arrived[i] = 0;
     }
+    products_.clear();
     if (team_.thread() == 0) {
       for (int list = 0; list < 3; ++list) room_.counters[list] = 0;
     }
@@ -58,7 +58,8 @@ class GreedyLazy {
       if (listed == 0) continue;
       *looked += 2 * listed;
       const auto oldest = static_cast<std::int64_t>(-rest.oldest);
-      const GreedyBounds moved = team_.exchange(advance(count, listed, oldest));
+      const GreedyBounds moved =
+          advance(products_.pass(tiles_of_list(), listed, oldest, count));
       bounds = {std::fmax(bounds.best, moved.best), std::fmax(bounds.top, moved.top), 0};
     }
     // The margin that would have been right: the next pick will be similar.
@@ -118,11 +119,21 @@ class GreedyLazy {
   // be reading the previous one, and the next one is set to zero meanwhile.
   ACTIVEDPO_HOST_DEVICE std::int32_t* new_list() {
     list_ = (list_ + 1) % 3;
-    if (team_.thread() == 0) room_.counters[(list_ + 1) % 3] = 0;
+    const int next = (list_ + 1) % 3;
+    if (team_.thread() == 0) room_.counters[next] = 0;
+    for (std::int64_t tile = team_.thread(); tile < room_.tiles; tile += team_.threads()) {
+      room_.in_tile[next * room_.tiles + tile] = 0;
+    }
     return room_.counters + list_;
   }
+  // Numbers of listed candidates by the tiles of their versions.
+  ACTIVEDPO_HOST_DEVICE std::int32_t* tiles_of_list() const {
+    return room_.in_tile + list_ * room_.tiles;
+  }
   ACTIVEDPO_HOST_DEVICE void append(std::int32_t* counter, std::int64_t i) {
-    room_.list[team_.grid.add(counter, 1)] = {static_cast<std::int32_t>(i), room_.version[i]};
+    const std::int32_t version = room_.version[i];
+    const std::int32_t rank = team_.grid.add(tiles_of_list() + GreedyPass::tile_of(version), 1);
+    room_.list[team_.grid.add(counter, 1)] = {static_cast<std::int32_t>(i), version, rank};
   }
 
   // Lists the thread's candidates that are not up to date and may reach `cut`.
@@ -144,110 +155,54 @@ class GreedyLazy {
     return mine;
   }
 
-  // Advances the listed candidates by as many directions as are processed at once. Each group takes
-  // a tile of directions; the one that finishes a candidate's last tile updates its score.
-  ACTIVEDPO_PHASE GreedyBounds advance(std::int64_t count, std::int64_t listed,
-                                             std::int64_t oldest) {
+  // Advances the listed candidates; returns the bounds of all of them.
+  ACTIVEDPO_HOST_DEVICE GreedyBounds advance(const GreedyPass& pass) {
     GreedyBounds mine = none();
-    const std::int64_t tiles = tiles_of(stop(oldest, count) - oldest);
-    // Neighbors take different candidates and, mostly, the same directions.
-    for (std::int64_t unit = team_.worker(); unit < listed * tiles; unit += team_.workers()) {
-      const std::int64_t place = unit % listed, tile = unit / listed;
-      const GreedyListed entry = room_.list[place];
-      const std::int64_t to = stop(entry.version, count);
-      const std::int64_t from = entry.version + tile * kGreedyTile;
-      if (from >= to) continue;
-      double* const parts = room_.parts + place * kGreedyTiles * 3;
-      see(entry.candidate, from, to - from < kGreedyTile ? to - from : kGreedyTile,
-          parts + tile * 3);
-      const auto all = static_cast<std::int32_t>(tiles_of(to - entry.version));
-      if (team_.grid.lane() == 0 && team_.grid.last_of(all, room_.arrived + place)) {
-        room_.arrived[place] = 0;
-        lower_score(entry.candidate, parts, all, to);
-        note(&mine, entry.candidate, to == count);
-      }
+    const std::int64_t places = pass.groups * GreedyProducts<T, Grid>::kTogether;
+    for (std::int64_t begin = 0; begin < places; begin += room_.wave) {
+      products_.form(pass, begin);
+      team_.grid.barrier();
+      products_.multiply(pass, begin);
+      team_.grid.barrier();
+      mine = team_.larger(mine, lower_scores(pass, begin));
+    }
+    return team_.exchange(mine);
+  }
+
+  // Brings a wave of listed candidates up to date, or as far as one pass goes.
+  ACTIVEDPO_PHASE GreedyBounds lower_scores(const GreedyPass& pass, std::int64_t begin) {
+    GreedyBounds mine = none();
+    const std::int64_t places = products_.here(pass, begin) * GreedyProducts<T, Grid>::kTogether;
+    for (std::int64_t place = team_.worker(); place < places; place += team_.workers()) {
+      const GreedyListed entry = room_.order[begin + place];
+      if (entry.candidate < 0) continue;
+      const std::int64_t to = pass.stop(entry.version);
+      lower_score(pass, entry, place, to);
+      if (team_.grid.lane() == 0) note(&mine, entry.candidate, to == pass.count);
     }
     return mine;
   }
-  ACTIVEDPO_HOST_DEVICE static std::int64_t stop(std::int64_t version, std::int64_t count) {
-    const std::int64_t most = version + std::int64_t{kGreedyTile} * kGreedyTiles;
-    return most < count ? most : count;
-  }
-  ACTIVEDPO_HOST_DEVICE static std::int64_t tiles_of(std::int64_t directions) {
-    return (directions + kGreedyTile - 1) / kGreedyTile;
-  }
 
-  // Writes the effect of n <= kGreedyTile directions from `from` on a candidate to `parts`: the
-  // decrease of its score, and the increases of its doubt and its inherited error.
-  ACTIVEDPO_HOST_DEVICE void see(std::int64_t i, std::int64_t from, std::int64_t n,
-                                 double* parts) const {
-    if (n <= 2) {
-      see<2>(i, from, n, parts);
-    } else if (n <= 4) {
-      see<4>(i, from, n, parts);
-    } else if (n <= 8) {
-      see<8>(i, from, n, parts);
-    } else {
-      see<kGreedyTile>(i, from, n, parts);
-    }
-  }
-  template <int Width>
-  ACTIVEDPO_HOST_DEVICE void see(std::int64_t i, std::int64_t from, std::int64_t n,
-                                 double* parts) const {
+  ACTIVEDPO_HOST_DEVICE void lower_score(const GreedyPass& pass, const GreedyListed& entry,
+                                         std::int64_t place, std::int64_t to) {
+    const std::int64_t i = entry.candidate;
+    const std::int64_t first = GreedyPass::tile_of(entry.version) * kGreedyTile;
     const double reach = p_.reach[i];
-    double dots[Width];
-    multiply<Width>(dots, typename GreedyFeature<T, Grid>::Scaled({p_, i}, reach), from);
-    if (team_.grid.lane() != 0) return;
     // A bound on the score's root during these directions.
     const double root = std::sqrt(p_.score[i] + p_.doubt[i]);
     double lost = 0, doubt = 0, inherited = 0;
-    ACTIVEDPO_UNROLL
-    for (int s = 0; s < Width; ++s) {
-      if (s >= n) continue;
-      const double f = std::fabs(dots[s]) * reach * room_.norm[from + s];
-      const double error = room_.error[from + s] * reach;
-      const double turned = room_.turn[from + s] * root;
+    for (std::int64_t s = entry.version + team_.grid.lane(); s < to; s += Grid::kLanes) {
+      const double f = std::fabs(products_.dot(pass, place, s - first)) * reach * room_.norm[s];
+      const double error = room_.error[s] * reach;
+      const double turned = room_.turn[s] * root;
       lost += f * f;
       doubt += (2 * f + error) * error + (2 * f + turned) * turned;
-      inherited += room_.turn[from + s] * std::fmin(f + error, root);
+      inherited += room_.turn[s] * std::fmin(f + error, root);
     }
-    parts[0] = lost;
-    parts[1] = doubt;
-    parts[2] = inherited;
-  }
-
-  // Inner products of a feature with `Width` directions. (Rows after the last direction are read
-  // too; their results are not used.)
-  template <int Width, class Feature>
-  ACTIVEDPO_HOST_DEVICE void multiply(double (&dots)[Width], const Feature& feature,
-                                      std::int64_t from) const {
-    constexpr std::int64_t run = std::int64_t{kGreedyRun} * Grid::kLanes;
-    const S* const unit = room_.unit + from * p_.dim;
-    ACTIVEDPO_UNROLL
-    for (int s = 0; s < Width; ++s) dots[s] = 0;
-    for (std::int64_t begin = 0; begin < p_.dim; begin += run) {
-      const std::int64_t end = begin + run < p_.dim ? begin + run : p_.dim;
-      S sums[Width] = {};
-      for (std::int64_t j = begin + team_.grid.lane(); j < end; j += Grid::kLanes) {
-        const S x = feature[j];
-        ACTIVEDPO_UNROLL
-        for (int s = 0; s < Width; ++s) sums[s] += x * unit[s * p_.dim + j];
-      }
-      ACTIVEDPO_UNROLL
-      for (int s = 0; s < Width; ++s) dots[s] += static_cast<double>(sums[s]);
-    }
-    ACTIVEDPO_UNROLL
-    for (int s = 0; s < Width; ++s) dots[s] = team_.grid.sum(dots[s]);
-  }
-
-  ACTIVEDPO_HOST_DEVICE void lower_score(std::int64_t i, const double* parts, std::int32_t tiles,
-                                         std::int64_t to) {
-    double lost = 0, doubt = 0, inherited = 0;
-    for (std::int32_t tile = 0; tile < tiles; ++tile) {
-      lost += parts[3 * tile];
-      doubt += parts[3 * tile + 1];
-      inherited += parts[3 * tile + 2];
-    }
+    lost = team_.grid.sum(lost);
+    doubt = team_.grid.sum(doubt);
+    inherited = team_.grid.sum(inherited);
+    if (team_.grid.lane() != 0) return;
     p_.score[i] = std::fmax(0.0, p_.score[i] - lost);
     p_.doubt[i] += doubt;
     room_.inherited[i] += inherited;
@@ -257,6 +212,7 @@ class GreedyLazy {
   GreedyTeam<Grid>& team_;
   const GreedyProblem& p_;
   const GreedyRoom<S>& room_;
+  GreedyProducts<T, Grid> products_;
   double margin_ = 0.01;  // bounds within this of the largest, relatively, are considered first
   int list_ = 0;
 };

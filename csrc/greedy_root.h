@@ -74,7 +74,7 @@ class GreedyRoot {
       room_.error[count] = p_.root_error * p_.root_norm * share;
     }
     const auto keep = [&](std::int64_t j, double w) {
-      room_.unit[count * p_.dim + j] = static_cast<S>(w * over);
+      room_.unit[count * room_.width + j] = static_cast<S>(w * over);
       return w * w;
     };
     columns(
@@ -106,6 +106,7 @@ class GreedyRoot {
  private:
   static constexpr int kTogether = 4;  // rows of a matrix that a group multiplies a piece with
   static constexpr int kPerLane = kGreedyColumns / Grid::kLanes;
+  static constexpr int kAhead = Grid::kLanes < 16 ? Grid::kLanes : 16;  // rows in flight; see columns
 
   // B phi of a candidate.
   class Whitened {
@@ -175,6 +176,7 @@ class GreedyRoot {
   ACTIVEDPO_HOST_DEVICE double dot(std::int64_t slot, std::int64_t s) const {
     const double* const pieces = room_.dots + (slot * room_.capacity + s) * room_.pieces;
     double sum = 0;
+    ACTIVEDPO_UNROLL_8
     for (std::int64_t piece = 0; piece < room_.pieces; ++piece) sum += pieces[piece];
     return sum;
   }
@@ -199,13 +201,22 @@ class GreedyRoot {
         const std::int64_t own = first + grid.lane();
         const double factor = own < end ? coefficient(slot, own) : 0;
         const auto here = static_cast<int>(end - first < Grid::kLanes ? end - first : Grid::kLanes);
-        for (int s = 0; s < here; ++s) {
-          const double a = grid.from(factor, s);
-          const double* const row = matrix + (first + s) * p_.dim + column;
+        for (int s = 0; s < here; s += kAhead) {
+          double numbers[kAhead][kPerLane];
           ACTIVEDPO_UNROLL
-          for (int x = 0; x < kPerLane; ++x) {
-            const int at = grid.lane() + x * Grid::kLanes;
-            if (column + at < p_.dim) sums[x] += a * row[at];
+          for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const double* const row = matrix + (first + s + ahead) * p_.dim + column;
+            ACTIVEDPO_UNROLL
+            for (int x = 0; x < kPerLane; ++x) {
+              const int at = grid.lane() + x * Grid::kLanes;
+              numbers[ahead][x] = s + ahead < here && column + at < p_.dim ? row[at] : 0;
+            }
+          }
+          ACTIVEDPO_UNROLL
+          for (int ahead = 0; ahead < kAhead; ++ahead) {
+            const double a = grid.from(factor, s + ahead);
+            ACTIVEDPO_UNROLL
+            for (int x = 0; x < kPerLane; ++x) sums[x] += a * numbers[ahead][x];
           }
         }
       }

@@ -44,8 +44,13 @@ class GreedyTeam {
       all[grid.block()] = mine;
     }
     grid.barrier();
-    for (int b = grid.lane(); b < grid.blocks(); b += Grid::kLanes) mine = larger(mine, all[b]);
-    return max(mine);
+    // A block reads them once; the next call's block barrier comes before `found` is written again.
+    for (int b = thread_of_block(); b < grid.blocks(); b += kThreads) mine = larger(mine, all[b]);
+    mine = max(mine);
+    if (grid.lane() == 0) shared.found[grid.group()] = mine;
+    grid.block_barrier();
+    for (int g = 0; g < Grid::kGroups; ++g) mine = larger(mine, shared.found[g]);
+    return mine;
   }
 
   // Returns the largest value of a block's threads to all of them.
@@ -59,13 +64,14 @@ class GreedyTeam {
     return mine;
   }
 
+  ACTIVEDPO_HOST_DEVICE static GreedyBounds larger(const GreedyBounds& a, const GreedyBounds& b) {
+    return {std::fmax(a.best, b.best), std::fmax(a.top, b.top), std::fmax(a.oldest, b.oldest)};
+  }
+
   static constexpr int kThreads = Grid::kLanes * Grid::kGroups;
   Grid& grid;
 
  private:
-  ACTIVEDPO_HOST_DEVICE static GreedyBounds larger(const GreedyBounds& a, const GreedyBounds& b) {
-    return {std::fmax(a.best, b.best), std::fmax(a.top, b.top), std::fmax(a.oldest, b.oldest)};
-  }
   ACTIVEDPO_HOST_DEVICE GreedyBounds max(const GreedyBounds& mine) {
     return {grid.max(mine.best), grid.max(mine.top), grid.max(mine.oldest)};
   }

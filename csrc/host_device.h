@@ -6,3 +6,12 @@
 #else
 #define ACTIVEDPO_HOST_DEVICE inline
 #endif
+
+// Arrays whose loops are unrolled stay in a GPU's registers.
+#ifdef __CUDACC__
+#define ACTIVEDPO_UNROLL _Pragma("unroll")
+#define ACTIVEDPO_UNROLL_8 _Pragma("unroll 8")
+#else
+#define ACTIVEDPO_UNROLL
+#define ACTIVEDPO_UNROLL_8
+#endif

@@ -51,7 +51,7 @@ _FASTER = {
     "outer_sketch": ("triton", "cpp"),
     "response_logp_grad": ("triton",),
     "rank_update": ("cuda",),
-    "pair_lengths": ("cpp",),
+    "pair_lengths": ("cuda", "cpp"),
     "advance": ("cpp",),
     "greedy_select": ("cuda",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,9 +135,15 @@ def pair_lengths(
     Raises:
         ActiveDPOError: a row that cannot be read.
     """
-    if backends.choose("pair_lengths", rows.device.type) == "reference":
+    backend = backends.choose("pair_lengths", rows.device.type, rows.dtype)
+    if backend == "reference":
         return reference.pair_lengths(rows, pairs, by_row)
     rows = _readable(rows)
+    if backend == "cuda":
+        assert isinstance(rows, Tensor)
+        stream = torch.cuda.current_stream(rows.device)
+        return lengths_there(rows, pairs, by_row, backends.cuda(), device=stream.device_index,
+                             stream=stream.cuda_stream)
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
     function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
@@ -154,6 +161,22 @@ def pair_lengths(
             done += len(part)
             bar.update(len(part))
     return norms, lengths
+
+
+def lengths_there(
+    rows: Tensor, pairs: Tensor, by_row: bool, module: ModuleType, **where: int
+) -> tuple[Tensor, Tensor]:
+    """Return `pair_lengths` of rows with contiguous numbers, by an extension module's function for
+    GPUs, called with `where`."""
+    pairs = pairs.to(rows.device).contiguous()
+    norms = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    lengths = torch.empty(len(pairs), dtype=torch.float64, device=rows.device)
+    given = module.PairLengths(
+        rows=rows.data_ptr(), row_stride=rows.stride(0), k=rows.shape[1], pairs=pairs.data_ptr(),
+        n_pairs=len(pairs), by_row=by_row, row_norm=norms.data_ptr(),
+        pair_length=lengths.data_ptr())
+    getattr(module, f"pair_lengths_{DTYPES[rows.dtype]}")(given, **where)
+    return norms.cpu(), lengths.cpu()
 
 
 class _CppAdvance:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import combinations
@@ -16,10 +17,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from activedpo_fast.selection.greedy import logdet
+from activedpo_fast.selection.greedy.one_launch import ResidentProblem, on_gpu
+from activedpo_fast.selection.pair_features import PairFeatures
 from benchmarks.gpu.cases import Case, Found, Record, Settings
 from benchmarks.gpu.micro_peers import require
 from benchmarks.gpu.timing import wall_seconds
-from benchmarks.selection.peers import Problem, ours, sherman_morrison
+from benchmarks.selection.peers import Problem, ours, rank, sherman_morrison
 
 RESPONSES = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,7 +68,8 @@ def problem(n: int, k: int, dtype: str, device: str) -> Problem:
 def _ours(dtype: str, n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
     given = problem(n, k, dtype, settings.device)
     require("greedy_select", given.rows)
-    return {**_timed(lambda: ours(given, picks), settings), "dtype": dtype, **_shape(given, picks)}
+    record = _timed(lambda: ours(given, picks), settings)
+    return {**record, "dtype": dtype, **_shape(given, picks), **_phases(given, picks, settings)}
 
 
 def _loop(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
@@ -94,6 +99,43 @@ def _timed(select: Callable[[], Tensor], settings: Settings, rounds: int = _ROUN
     return {"seconds": statistics.median(times), "least": min(times), "most": max(times),
             "rounds": rounds, "picked": picked[-1].tolist(),
             "repeats_agree": all(p.equal(picked[0]) for p in picked)}
+
+
+def _phases(given: Problem, picks: int, settings: Settings) -> Record:
+    """Where the time of another selection goes, which waits for the GPU between its parts.
+
+    norms: of the rows and pairs, measured alone. before: all until the launch, norms among it.
+    kernel: by events around the launch. after: the rest. rows_a_pick: rows that were multiplied
+    with new directions for a pick, counting repeats.
+    """
+    norms = wall_seconds(lambda: PairFeatures(given.rows, given.pairs, given.normalize),
+                         settings.device)
+    if settings.device != "cuda":
+        return {"phases": {"norms": norms}}
+    marks: list[float] = []
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def mark() -> None:
+        torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    def watched(problem: ResidentProblem) -> None:
+        mark()
+        begun.record()
+        on_gpu(problem)
+        ended.record()
+        mark()
+
+    mark()
+    with patch.object(logdet, "on_gpu", watched):
+        touched = rank(given, picks).touched
+    mark()
+    start, launched, done, end = marks
+    read = [] if touched is None else touched.tolist()
+    return {"phases": {"norms": norms, "before": launched - start,
+                       "kernel": begun.elapsed_time(ended) / 1e3, "after": end - done},
+            "rows_a_pick": statistics.mean(read) if read else None,
+            "rows_a_pick_most": max(read, default=None)}
 
 
 def _agreement(picked: list[int], found: Found, dtype: str) -> Record:

@@ -133,6 +133,9 @@ def _selection(run: Result) -> str:
         f"selection, {run['device']['name']}": lambda r: r["case"],
         "N": lambda r: _of(r, "pairs", "{:,}"), "k": lambda r: _of(r, "k", "{}"),
         "B": lambda r: _of(r, "picks", "{}"), "seconds": lambda r: _of(r, "seconds", "{:.3f}"),
+        "before the launch": lambda r: _of(r.get("phases", {}), "before", "{:.3f}"),
+        "in the kernel": lambda r: _of(r.get("phases", {}), "kernel", "{:.3f}"),
+        "rows a pick": lambda r: _of(r, "rows_a_pick", "{:.0f}"),
         "first picks as ours": lambda r: _of(r, "same_first_picks", "{}"),
         "in common": lambda r: _of(r, "picks_in_common", "{}"),
         "note": lambda r: "" if r["status"] == "ok" else _note(r)})

@@ -101,5 +101,6 @@ PYBIND11_MODULE(_cuda, module) {
       py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("v"), py::arg("v_stride"),
       py::arg("points"), py::arg("points_stride"), py::arg("k"), py::arg("m"), py::arg("alpha"),
       py::arg("device"), py::arg("stream"));
+  activedpo::bind_pair_lengths(module);
   activedpo::bind_greedy(module);
 }

@@ -2,7 +2,6 @@
 #include "greedy.h"
 
 #include <cooperative_groups.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -10,6 +9,7 @@
 // GreedySelect is compiled for the GPU only here, with a grid that only the GPU has.
 #pragma nv_diag_suppress 20011, 20012, 20014
 #include "../greedy_select.h"
+#include "device_numbers.h"
 #include "errors.h"
 
 namespace activedpo {
@@ -20,7 +20,7 @@ constexpr int kThreads = 256;
 // Per multiprocessor: more blocks hide more memory latency, but blocks wait for each other.
 constexpr int kBlocksAtOnce = 2;
 
-class DeviceGrid {
+class DeviceGrid : public DeviceNumbers {
  public:
   static constexpr int kLanes = 32;
   static constexpr int kGroups = kThreads / kLanes;
@@ -47,30 +47,42 @@ class DeviceGrid {
     }
     return x;
   }
+  // In each step, lanes in pairs exchange the halves of the sums that the other one goes on with.
+  template <typename S, int n>
+  __device__ void sums(const S (&x)[n], double (&own)[n / kLanes]) const {
+    double parts[n / 2];
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      parts[i] = folded(x[i], x[i + n / 2], (lane() & (kLanes / 2)) != 0, kLanes / 2);
+    }
+#pragma unroll
+    for (int half = n / 4, apart = kLanes / 4; apart > 0; half /= 2, apart /= 2) {
+      const bool upper = (lane() & apart) != 0;
+#pragma unroll
+      for (int i = 0; i < n / 4; ++i) {
+        if (i < half) parts[i] = folded(parts[i], parts[i + half], upper, apart);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < n / kLanes; ++i) own[i] = parts[i];
+  }
   __device__ double from(double x, int lane) const { return __shfl_sync(kAll, x, lane); }
 
   __device__ std::int32_t add(std::int32_t* counter, std::int32_t n) {
     return atomicAdd(counter, n);
   }
-  __device__ bool last_of(std::int32_t n, std::int32_t* counter) {
-    __threadfence();
-    const bool last = atomicAdd(counter, 1) == n - 1;
-    __threadfence();
-    return last;
-  }
-
-  __device__ static double product(double x, double y) { return __dmul_rn(x, y); }
-  __device__ static float widen(float x) { return x; }
-  __device__ static double widen(double x) { return x; }
-  __device__ static float widen(BFloat16 x) {
-    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
-  }
-  __device__ static float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-
   __device__ Shared& shared() { return *shared_; }
 
  private:
   static constexpr unsigned kAll = 0xffffffffu;
+
+  // This lane's half of two sums: the lower or the upper one, with the other lane's part.
+  template <typename S>
+  __device__ static double folded(S lower, S upper, bool take_upper, int apart) {
+    const S other = __shfl_xor_sync(kAll, take_upper ? lower : upper, apart);
+    return static_cast<double>(take_upper ? upper : lower) + static_cast<double>(other);
+  }
+
   Shared* shared_;
   cooperative_groups::grid_group all_;
 };
@@ -79,9 +91,18 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     greedy_kernel(const __grid_constant__ GreedyProblem problem,
                   const __grid_constant__ GreedyRoom<typename Sum<T>::Type> room) {
+  using Room = GreedyRoom<typename Sum<T>::Type>;
   __shared__ DeviceGrid::Shared shared;
+  // Every barrier empties the cache of the multiprocessor, where each phase would look for these.
+  __shared__ GreedyProblem near_problem;
+  __shared__ Room near_room;
+  if (threadIdx.x == 0) {
+    near_problem = problem;
+    near_room = room;
+  }
+  __syncthreads();
   DeviceGrid grid(&shared);
-  GreedySelect<T, DeviceGrid>(grid, problem, room).run();
+  GreedySelect<T, DeviceGrid>(grid, near_problem, near_room).run();
 }
 
 int attribute(cudaDeviceAttr which, int device) {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "pair_lengths.h"
 #include "rank_update.h"
 
 namespace activedpo {
@@ -13,6 +14,9 @@ struct Target {
   cudaStream_t stream;  // of that device
 };
 
+// T: float, double, BFloat16 or Half.
+template <typename T>
+void pair_lengths(const PairLengths& given, const Target& target);  // pair_lengths.cu
 void rank_update(const RankUpdate& update, const Target& target);  // rank_update.cu
 
 }  // namespace activedpo

@@ -216,6 +216,42 @@ def test_few_are_looked_at_and_later_picks_see_many_directions():
     assert 0 < int(got.touched.sum()) < 0.5 * len(rows) * 300
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_are_listed_than_are_advanced_between_two_barriers(dtype):
+    """Features of one length: the first pick lowers all their bounds, and all are looked at."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(2600, 6, generator=generator, dtype=torch.float64)
+    rows = unit_or_zero(rows).to(dtype)
+    rows[1::2] = 0
+    pairs = torch.arange(2600).reshape(1300, 2)
+    want = greedy_logdet(rows, pairs, 40, lam=0.1)
+    features, eligible = everything(rows, pairs, "response")
+    got = on_all_hosts(features, InformationMatrix(6, lam=0.1), eligible, 40)
+    assert_same(got, want)
+    assert int(got.touched.max()) > 2 * 1024
+    features, eligible = everything(rows, pairs, "response")
+    assert_same(greedy_resident(features, InformationMatrix(6, lam=0.1), eligible, 40,
+                                on_host(2, True)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 37, 1027])
+def test_rows_at_any_address(k, dtype):
+    """Whether four numbers of a row can be loaded at once does not matter."""
+    rows, pairs = random_case(3, 30, 2, k, duplicates=2, zeros=1)
+    wide = torch.zeros(len(rows), k + 6, dtype=dtype)
+    found = []
+    for shift in (0, 1, 4):
+        wide[:, shift:shift + k] = rows.to(dtype)
+        here = wide[:, shift:shift + k]
+        features, eligible = everything(here, pairs, "response")
+        assert features.rows.stride(0) == k + 6
+        found.append(on_all_hosts(features, InformationMatrix(k, lam=0.1), eligible, 20))
+        assert_same(found[-1], greedy_logdet(here, pairs, 20, lam=0.1))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("form, points", [("low_rank", 9), ("explicit", 9), ("explicit", 100)])
 def test_factors_of_an_information_matrix(form, points):
     phi = torch.randn(points, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -285,6 +321,24 @@ def test_gpu_picks_what_the_cpu_picks(k, lam, form, dtype):
     assert_same(found[1], found[0])
     for again in found[2:]:
         assert all(torch.equal(a, b) for a, b in zip(found[1], again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("k, shift", [(2003, 1), (512, 4), (1030, 3)])
+def test_gpu_rows_at_any_address(k, shift, dtype):
+    generator = torch.Generator().manual_seed(k)
+    rows = torch.zeros(4000, k + 7)
+    rows[:, shift:shift + k] = torch.randn(4000, k, generator=generator)
+    rows = (rows * (0.5 + torch.rand(4000, 1, generator=generator))).to(dtype)
+    pairs = torch.randint(4000, (6001, 2), generator=generator)
+    found = []
+    for device, run in (("cpu", on_host(2)), ("cuda", on_gpu)):
+        there = rows.to(device)[:, shift:shift + k]
+        features = PairFeatures(there, pairs, "response")
+        v = InformationMatrix(k, lam=0.1, device=device)
+        found.append(greedy_resident(features, v, Eligible.everything(len(pairs)), 100, run))
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.gpu
