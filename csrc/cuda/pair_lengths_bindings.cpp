@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../bindings.h"
+#include "../numbers.h"
 #include "launch.h"
 
 namespace py = pybind11;
