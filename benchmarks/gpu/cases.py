@@ -68,6 +68,6 @@ SECTIONS = {
     "compile": Section("Triton kernels compiled", "benchmarks.gpu.compile", 0.20),
     "tests": Section("tests marked gpu", "benchmarks.gpu.gpu_tests", 0.30),
     "selection": Section("selection", "benchmarks.gpu.selection", 0.15),
-    "end_to_end": Section("gradient rows of whole models", "benchmarks.gpu.end_to_end", 0.65),
+    "end_to_end": Section("gradient rows of whole models", "benchmarks.gpu.end_to_end", 0.75),
     "micro": Section("kernels beside floors and peers", "benchmarks.gpu.micro", 1.0),
 }
