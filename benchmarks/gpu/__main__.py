@@ -87,6 +87,15 @@ def file_name(device: str) -> str:
     return f"gpu_{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
 
 
+def begun(path: Path, described: Result) -> Result:
+    """The result to add to: that of `path`, if it is of the same device and versions."""
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if all(earlier[name] == described[name] for name in ("dry_run", "device", "versions")):
+            return {**described, "sections": earlier["sections"]}
+    return {**described, "aims": [], "sections": {}}
+
+
 def measure(names: list[str], result: Result, path: Path, device: str, tiny: bool, minutes: float,
             environment: Mapping[str, str]) -> None:
     """Run the sections one after another; `path` has what was found so far at every moment."""
@@ -100,7 +109,8 @@ def measure(names: list[str], result: Result, path: Path, device: str, tiny: boo
         for name in names:
             started = time.time()
             deadline = min(end, started + 60 * minutes * SECTIONS[name].share)
-            section: Result = {"title": SECTIONS[name].title, "cases": {}}
+            section: Result = {"title": SECTIONS[name].title, "commit": result["commit"],
+                               "date": result["date"], "cases": {}}
             result["sections"][name] = section
             print(f"{name}: {SECTIONS[name].title}, until {max(0.0, deadline - started):.0f} s",
                   file=sys.stderr, flush=True)
@@ -135,7 +145,7 @@ def main(
 
     Sections: build (C++ and CUDA), compile (Triton), tests, selection, end_to_end (gradient rows of
     whole models), micro (kernels beside floors and peers). Each is independent: what fails is
-    recorded, and the next goes on.
+    recorded, and the next goes on. Sections that OUT has of the same device stay, unless measured.
     """
     if unknown := sorted({*only.split(",")} - {*SECTIONS}):
         raise typer.BadParameter(
@@ -154,9 +164,10 @@ def main(
             part for part in (os.environ.get("PYTHONPATH"), site) if part)
         if device == "cpu":
             environment["TRITON_INTERPRET"] = "1"
-        result: Result = {"dry_run": tiny, **describe(device, commit), "wheels": brought,
-                          "minutes": minutes, "aims": [], "sections": {}}
-        path = out / ("gpu_dry_run.json" if tiny else file_name(result["device"]["name"]))
+        described = {"dry_run": tiny, **describe(device, commit), "wheels": brought,
+                     "minutes": minutes}
+        path = out / ("gpu_dry_run.json" if tiny else file_name(described["device"]["name"]))
+        result = begun(path, described)
         measure(names, result, path, device, tiny, minutes, environment)
     print(summary(result))
     print(f"written: {path}")

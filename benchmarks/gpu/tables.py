@@ -10,7 +10,8 @@ so; a dry run is never shown as a result.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from benchmarks.report import table, write_into
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+BEFORE = RESULTS / "gpu_before"  # runs of earlier kernels, for comparison
 DOCUMENTS = (ROOT / "docs" / "gpu.md", ROOT / "README.md")
 NONE = "not yet run on a GPU"
 
@@ -42,16 +44,18 @@ def summary(result: Result) -> str:
                       *_at_most(_figures(result), 20)])
 
 
-def load(results: Path = RESULTS) -> list[Result]:
+def load(results: Path = RESULTS, pattern: str = "gpu_*.json") -> list[Result]:
     """The committed runs, by file name. Dry runs are none."""
-    runs = [json.loads(path.read_text()) for path in sorted(results.glob("gpu_*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob(pattern))]
     return [run for run in runs if not run["dry_run"]]
 
 
-def tables(runs: list[Result]) -> dict[str, str]:
-    """Markdown by table name, one block a run in each."""
-    makers = {"gpu machine": _machine, "gpu aims": _aims, "gpu tests": _tests,
-              "gpu micro": _micro, "gpu selection": _selection, "gpu end to end": _end_to_end}
+def tables(runs: list[Result], before: Sequence[Result] = ()) -> dict[str, str]:
+    """Markdown by table name, one block a run in each. before: runs of earlier kernels."""
+    makers: dict[str, Callable[[Result], str]] = {
+        "gpu machine": _machine, "gpu aims": _aims, "gpu tests": _tests, "gpu micro": _micro,
+        "gpu selection": _selection, "gpu end to end": _end_to_end, "gpu profiles": _profiles,
+        "gpu before": partial(_changed, before)}
     if not runs:
         return {name: table([{}], {name.removeprefix("gpu "): lambda r: NONE}) for name in makers}
     return {name: "\n\n".join(maker(run) for run in runs) for name, maker in makers.items()}
@@ -61,11 +65,59 @@ def _machine(run: Result) -> str:
     device = run["device"]
     versions = ", ".join(f"{name} {version or '(none)'}" for name, version in
                          run["versions"].items())
-    commit = "an unknown commit" if run["commit"] is None else f"commit {run['commit'][:10]}"
     return (f"{device['name']}, capability {device['capability']}, {device['multiprocessors']} "
             f"multiprocessors, {device['l2_mib']:.0f} MiB of L2, driver {device['driver']}; "
-            f"{run['cores']} cores; {run['date']}, {commit}"
-            f"{' with changes' if run['dirty'] else ''}; {versions}.")
+            f"{run['cores']} cores; {versions}. {_measured(run)}{_changes(run)}.")
+
+
+def _measured(run: Result) -> str:
+    """When and of what the sections were measured."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, section in run["sections"].items():
+        at = section.get("date", run["date"]), (section.get("commit") or "unknown")[:10]
+        names.setdefault(at, []).append(name)
+    return "; ".join(f"{', '.join(sections)}: {date}, commit {commit}"
+                     for (date, commit), sections in names.items())
+
+
+def _changes(run: Result) -> str:
+    return " with changes" if run["dirty"] else ""
+
+
+def _changed(before: Sequence[Result], run: Result) -> str:
+    """The aims as found by earlier kernels and now, on the same device."""
+    now = {aim["aim"]: aim["value"] for aim in run["aims"]}
+    rows = [{**aim, "now": now[aim["aim"]], "commit": (earlier["commit"] or "unknown")[:10]}
+            for earlier in before if earlier["device"]["name"] == run["device"]["name"]
+            for aim in earlier["aims"]
+            if aim["value"] is not None and now.get(aim["aim"]) is not None]
+    return table(rows, {
+        f"{run['device']['name']}": lambda r: r["aim"],
+        "earlier commit": lambda r: r["commit"],
+        "then": lambda r: _number(r["value"]), "now": lambda r: _number(r["now"])})
+
+
+def _profiles(run: Result) -> str:
+    """Where a model's time goes: the GPU's work, and what it waits for."""
+    rows = [{"model": name, "way": way, **profile}
+            for name, record in _cases(run, "end_to_end") if record["status"] == "ok"
+            for way, profile in record["profiles"].items() if profile and "launches" in profile]
+    return table(rows, {
+        f"under the profiler, {run['device']['name']}": lambda r: f"{r['model']}: {r['way']}",
+        "launches": lambda r: f"{r['launches']:,}",
+        "GPU busy, s": lambda r: f"{r['busy_seconds']:.3f}",
+        "from first to last, s": lambda r: f"{r['span_seconds']:.3f}",
+        "sketch kernels, s": lambda r: _kernel_seconds(r, "lora_grad_sketch"),
+        "their launches": lambda r: _kernel_count(r, "lora_grad_sketch")})
+
+
+def _kernel_seconds(profile: Row, name: str) -> str:
+    found = [k["seconds"] for k in profile["kernels"] if name in k["name"]]
+    return f"{sum(found):.3f}" if found else "–"
+
+
+def _kernel_count(profile: Row, name: str) -> str:
+    return str(sum(k["count"] for k in profile["kernels"] if name in k["name"]) or "–")
 
 
 def _aims(run: Result) -> str:
@@ -239,7 +291,7 @@ def main(
     = False,
 ) -> None:
     """Print the tables of runs on GPUs, or write them into the documentation."""
-    found = tables(load(results))
+    found = tables(load(results), load(BEFORE, "*.json"))
     if not write:
         print("\n\n".join(found.values()))
         return

@@ -101,12 +101,23 @@ def test_tables_of_a_run(dry_run):
 
 
 def test_documents_have_the_tables_of_the_committed_runs():
-    found = gpu_tables.tables(gpu_tables.load())
+    found = gpu_tables.tables(
+        gpu_tables.load(), gpu_tables.load(gpu_tables.BEFORE, "*.json"))
     for document in gpu_tables.DOCUMENTS:
         text = document.read_text()
         assert write_into(text, found) == text, "run `python -m benchmarks.gpu.tables --write`"
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert all(f"<!-- benchmark: {name} -->" in page for name in found)
+
+
+def test_sections_measured_before_stay(dry_run, tmp_path):
+    result, _ = dry_run
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(result))
+    described = {name: result[name] for name in ("dry_run", "device", "versions")} | {"minutes": 1}
+    assert gpu.begun(path, described)["sections"] == result["sections"]
+    assert gpu.begun(path, described | {"device": {"name": "another"}})["sections"] == {}
+    assert gpu.begun(tmp_path / "none.json", described)["sections"] == {}
 
 
 def test_where_no_gpu_has_run_the_tables_say_so():
