@@ -39,6 +39,14 @@ class Sketch:
     seed: 0 to 2^63 - 1.
 
     Raises ActiveDPOError on other values.
+
+    Examples:
+        >>> from activedpo_fast import FeatureExtractor, Sketch
+        >>> Sketch()
+        Sketch(method='sjlt', dim=8192, seed=0)
+        >>> extractor = FeatureExtractor(model, Sketch("rademacher", dim=512, seed=1))
+        >>> extractor.gradients(selector.tokenize(pool)).gradients.shape
+        torch.Size([10, 512])
     """
 
     method: str = "sjlt"

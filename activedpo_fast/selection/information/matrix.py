@@ -69,6 +69,15 @@ class InformationMatrix:
     Raises:
         ActiveDPOError: lam, kappa or dim not positive and finite, an unknown form, features of
             another width or not finite. The matrix is then unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from activedpo_fast import InformationMatrix
+        >>> information = InformationMatrix(dim=3)
+        >>> features = torch.eye(3)
+        >>> information.add_many(features[:2])
+        >>> information.score(features)
+        tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
 
     def __init__(
