@@ -36,6 +36,7 @@ class InformationMatrix:
 
     X = F B, where F = I - D^T T D is the product of the latest changes (`Reflections`), and V is a
     base A plus the sum over the latest points P [p, k]. The forms differ in the base:
+
       * `"low_rank"`: B = sqrt(kappa/lam) I, A = (lam/kappa) I; D and P hold everything since the
         start. O(t k) per point for t directions: D is read twice. Memory: 2 t k + t^2 numbers,
         twice that after the storage doubles.
