@@ -89,11 +89,12 @@ def namespace(parts: dict[str, Any], tmp_path: Path,
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run_as_written(name: str, namespace: dict[str, Any]) -> None:
-    examples = doctest.DocTestFinder().find(PUBLIC[name], name, globs=namespace)
-    assert name in {example.name for example in examples}, f"{name} has no example"
+    docstrings = doctest.DocTestFinder().find(PUBLIC[name], name, globs=namespace)  # methods' too
+    assert any(found.name == name and found.examples for found in docstrings), (
+        f"the docstring of {name} has no example")
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     said: list[str] = []
-    for example in examples:  # of the name and of its methods
-        runner.run(example, out=said.append)
+    for found in docstrings:
+        runner.run(found, out=said.append)
     if runner.failures:
         pytest.fail("".join(said), pytrace=False)
