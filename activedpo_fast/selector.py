@@ -44,17 +44,15 @@ Labeled = Selection | Sequence[Selection]
 class ActiveDPOSelector:
     """Choose the pairs of a pool whose labels are most informative for the model in training.
 
-        selector = ActiveDPOSelector(model, processing_class=tokenizer)
-        picked = selector.select(pool, 50)
-        dataset = picked.to_dataset(labels)        # ready for trl.DPOTrainer
-
     Every call to `select` uses the model's current weights and leaves the model unchanged.
 
     Args:
         model: the policy π_θ, a causal LM with trainable linear layers (usually PEFT LoRA).
         processing_class: its tokenizer.
         strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
-            "adpo_plus", "trace", "trace_plus", or a `Strategy`.
+            "adpo_plus", "trace", "trace_plus", or a `Strategy`. A `Strategy` has options of its
+            own: lam, kappa, normalize and strategy_options have no effect on it, seed only on the
+            sketch, and beta only on the gradient rows.
         preset: "paper" uses the settings of arXiv 2505.19241; options given here override it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
         length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
@@ -82,9 +80,18 @@ class ActiveDPOSelector:
         max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
 
     Raises:
-        ActiveDPOError: an option is unknown or out of range.
+        ActiveDPOError: an option is unknown or out of range; the model or the reference model is
+            of an unsupported kind.
 
     Source: Lin et al., ActiveDPO, arXiv 2505.19241; see docs/method.md.
+
+    Examples:
+        >>> from activedpo_fast import ActiveDPOSelector
+        >>> selector = ActiveDPOSelector(model, processing_class=tokenizer)
+        >>> picked = selector.select(pool, 4)
+        >>> train_dataset = picked.to_dataset(labels)  # for trl.DPOTrainer
+        >>> train_dataset.column_names
+        ['id', 'prompt', 'chosen', 'rejected']
     """
 
     def __init__(

@@ -89,6 +89,15 @@ class FeatureExtractor:
 
     Source: the gradient of the implicit reward as the feature of a response is ActiveDPO's, Lin et
     al., arXiv 2505.19241.
+
+    Examples:
+        >>> from activedpo_fast import FeatureExtractor, Sketch
+        >>> tokens = selector.tokenize(pool)
+        >>> rows = FeatureExtractor(model, Sketch("sjlt", 1024), beta=0.1).gradients(tokens)
+        >>> rows.gradients.shape, rows.gradients.dtype
+        (torch.Size([10, 1024]), torch.float32)
+        >>> bool((rows.logps < 0).all())
+        True
     """
 
     def __init__(

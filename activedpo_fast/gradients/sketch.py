@@ -27,18 +27,30 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 class Sketch:
     """A projection of the gradient of all trainable parameters to `dim` numbers.
 
-    method: "sjlt" (one nonzero per column: as many operations as the gradient has entries),
-        "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (projects the
-        sides of each gradient separately, `reference.kronecker`: the cheapest for large weights) or
-        "none" (the gradient itself). E<Sx, Sy> = <x, y> for the three projections. For the first
-        two, Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim. For "sjlt" it can be
-        slightly less: adjacent entries never meet. For "kronecker" it is not spread evenly: two
-        entries of a gradient that share a row or column meet in a bucket about
-        1 / sqrt(dim) of the time, so sides longer than they are projected to weigh more.
-    dim: 1 to 2^31 - 1; always None for "none".
-    seed: 0 to 2^63 - 1.
+    Args:
+        method: "sjlt" (one nonzero per column: as many operations as the gradient has entries),
+            "rademacher" (dense signs over sqrt(dim): dim times as many), "kronecker" (projects the
+            sides of each gradient separately, `reference.kronecker`: the cheapest for large
+            weights) or "none" (the gradient itself).
+        dim: 1 to 2^31 - 1; always None for "none".
+        seed: 0 to 2^63 - 1.
 
-    Raises ActiveDPOError on other values.
+    `E<Sx, Sy> = <x, y>` for the three projections. For the first two,
+    `Var<Sx, Sy> = (|x|^2 |y|^2 + <x, y>^2 - 2 sum x_i^2 y_i^2) / dim`. For "sjlt" it can be
+    slightly less: adjacent entries never meet. For "kronecker" it is not spread evenly: two entries
+    of a gradient that share a row or column meet in a bucket about 1 / sqrt(dim) of the time, so
+    sides longer than they are projected to weigh more.
+
+    Raises:
+        ActiveDPOError: any other value.
+
+    Examples:
+        >>> from activedpo_fast import FeatureExtractor, Sketch
+        >>> Sketch()
+        Sketch(method='sjlt', dim=8192, seed=0)
+        >>> extractor = FeatureExtractor(model, Sketch("rademacher", dim=512, seed=1))
+        >>> extractor.gradients(selector.tokenize(pool)).gradients.shape
+        torch.Size([10, 512])
     """
 
     method: str = "sjlt"

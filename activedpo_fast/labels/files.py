@@ -38,6 +38,16 @@ class FileOracle:
         LabelsPending: from `label`, while a label is missing.
         ActiveDPOError: from `label`: broken JSON, a changed text, a bad label, or a line that is
             not of this selection (the message names the line); a pick that has no line.
+
+    Examples:
+        >>> from activedpo_fast.labels import FileOracle, LabelsPending
+        >>> oracle = FileOracle("round-1.jsonl")
+        >>> try:
+        ...     labels = oracle.label(picked)
+        ... except LabelsPending as pending:
+        ...     print(pending)
+        4 of 4 pairs have no label yet: in round-1.jsonl set each "label" to 0 or 1 (the better of
+        "responses") or "skip", then run again
     """
 
     def __init__(self, path: FilePath) -> None:

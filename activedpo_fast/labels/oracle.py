@@ -27,6 +27,14 @@ class CallableOracle:
 
     Raises:
         ActiveDPOError: from `label`, for any other value; the message names the pick.
+
+    Examples:
+        >>> from activedpo_fast.labels import CallableOracle
+        >>> def prefer_shorter(prompt, a, b):
+        ...     return None if len(a) == len(b) else int(len(b) < len(a))
+        >>> labels = CallableOracle(prefer_shorter).label(picked)
+        >>> all(len(row["chosen"]) < len(row["rejected"]) for row in picked.to_dataset(labels))
+        True
     """
 
     def __init__(self, fn: Callable[[Text, Text, Text], int | None]) -> None:

@@ -37,6 +37,15 @@ def read_labels(
     Raises:
         ActiveDPOError: as `Selection.from_jsonl`, or an invalid label, naming the first line at
             fault; no line has a label.
+
+    Examples:
+        >>> from activedpo_fast import read_labels
+        >>> answered, labels = read_labels("to_label.jsonl")
+        >>> labels
+        [0, 1, None]
+        >>> train_dataset = answered.to_dataset(labels)
+        >>> len(train_dataset)
+        2
     """
     records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
     missing = sum(label is None for _, label in records)
@@ -61,6 +70,13 @@ def read_pending(path: FilePath, *, strategy: str = "unknown") -> Selection:
 
     Raises:
         ActiveDPOError: as `read_labels`, except that there may be no label at all.
+
+    Examples:
+        >>> from activedpo_fast import read_pending
+        >>> pending = read_pending("to_label.jsonl")
+        >>> len(pending)
+        1
+        >>> following = selector.select(pool, 2, asked=pending)
     """
     records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
     return Selection(tuple(pick for pick, label in records if label is None), strategy)
@@ -89,6 +105,13 @@ def by_preference(
     """Split the picks into those with a preference (a label 0 or 1), and those without (None).
 
     `ActiveDPOSelector.select` takes the former as `labeled` and the latter as `asked`.
+
+    Examples:
+        >>> from activedpo_fast import by_preference
+        >>> with_preference, without = by_preference(picked, labels)
+        >>> len(with_preference), len(without)
+        (3, 1)
+        >>> following = selector.select(pool, 2, labeled=with_preference, asked=without)
     """
     pairs = list(zip(selection, labels, strict=True))
     return (Selection(tuple(pick for pick, label in pairs if label is not None),

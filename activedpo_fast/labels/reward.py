@@ -43,6 +43,14 @@ class RewardOracle:
     Raises:
         ActiveDPOError: a negative temperature; from `label`, a wrong number of rewards or one that
             is not finite.
+
+    Examples:
+        >>> from activedpo_fast.labels import RewardOracle
+        >>> def brevity(prompts, responses, extras):
+        ...     return [-len(response) / 10 for response in responses]
+        >>> labels = RewardOracle(brevity, temperature=0).label(picked)
+        >>> all(len(row["chosen"]) < len(row["rejected"]) for row in picked.to_dataset(labels))
+        True
     """
 
     def __init__(self, reward: Reward, *, temperature: float = 1.0, seed: int = 0) -> None:

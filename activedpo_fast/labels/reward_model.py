@@ -36,6 +36,13 @@ class RewardModelOracle(RewardOracle):
     Raises:
         ActiveDPOError: a model with several outputs; no padding token, or different ones in the
             model's config and the tokenizer; chat messages without a chat template.
+
+    Examples:
+        >>> from activedpo_fast.labels import RewardModelOracle
+        >>> oracle = RewardModelOracle(reward_model, reward_tokenizer, temperature=0.5)
+        >>> labels = oracle.label(picked)
+        >>> len(picked.to_dataset(labels))
+        4
     """
 
     def __init__(

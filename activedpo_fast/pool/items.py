@@ -22,6 +22,13 @@ class PoolItem:
     `prompt` and each of `responses` are plain strings, or all of them lists of chat messages
     `{"role": ..., "content": ...}`. `extra` holds the other columns of the row, unchanged; they
     should be JSON values if the pool is to be written with `PreferencePool.to_jsonl`.
+
+    Examples:
+        >>> from activedpo_fast import PoolItem, PreferencePool
+        >>> color = PoolItem("color", "Name a color.", (" Red.", " Pale blue.", " Dog."))
+        >>> hello = PoolItem("hello", "Say hello.", (" Hello!", " Go away."), {"topic": "manners"})
+        >>> PreferencePool([color, hello])
+        PreferencePool(2 prompts, 5 responses)
     """
 
     id: str
@@ -32,7 +39,16 @@ class PoolItem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that has no responses yet, the input of `generate_responses`."""
+    """A prompt that has no responses yet, the input of `generate_responses`.
+
+    Examples:
+        >>> from activedpo_fast import Prompt, generate_responses
+        >>> color = Prompt("color", "Name a color.")
+        >>> hello = Prompt("hello", "Say hello.", {"topic": "manners"})
+        >>> pool = generate_responses(model, tokenizer, [color, hello], max_new_tokens=16)
+        >>> pool[1].extra
+        {'topic': 'manners'}
+    """
 
     id: str
     prompt: Text

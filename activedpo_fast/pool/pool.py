@@ -43,6 +43,17 @@ class PreferencePool(Sequence[PoolItem]):
     Raises:
         ActiveDPOError: on anything else. The message names the row, counted from 1 (the line, in a
             JSONL file). Either everything is read or nothing.
+
+    Examples:
+        >>> from activedpo_fast import PreferencePool
+        >>> pool = PreferencePool.from_rows([
+        ...     {"prompt": "Name a color.", "responses": [" Red.", " Pale blue.", " Dog."]},
+        ...     {"prompt": "Say hello.", "chosen": " Hello!", "rejected": " Go away."},
+        ... ])
+        >>> pool
+        PreferencePool(2 prompts, 5 responses)
+        >>> pool.pairs().tolist()
+        [[0, 1], [0, 2], [1, 2], [3, 4]]
     """
 
     def __init__(self, items: Iterable[PoolItem]) -> None:

@@ -30,6 +30,15 @@ class Pick:
         responses: the two responses, in the order of `pair`.
         chat_template_kwargs: chat template arguments that the pair was scored with; None for none.
         item_chat_template_kwargs: those of them that come from the item's own column.
+
+    Examples:
+        >>> from activedpo_fast import Pick
+        >>> best: Pick = picked[0]
+        >>> best.rank
+        0
+        >>> item = pool[pool.position(best.id)]
+        >>> best.responses == tuple(item.responses[n] for n in best.pair)
+        True
     """
 
     id: str

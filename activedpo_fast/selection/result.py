@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection(Sequence[Pick]):
-    """The picks of one call, best first, and the name of the strategy that made them."""
+    """The picks of one call, best first, and the name of the strategy that made them.
+
+    Examples:
+        >>> from activedpo_fast import Selection
+        >>> picked.to_jsonl("to_label.jsonl")
+        >>> Selection.from_jsonl("to_label.jsonl", strategy="activedpo") == picked
+        True
+        >>> picked.to_dataset(labels)
+        Dataset({
+            features: ['id', 'prompt', 'chosen', 'rejected'],
+            num_rows: 3
+        })
+    """
 
     picks: tuple[Pick, ...]
     strategy: str

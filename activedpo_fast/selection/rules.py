@@ -49,6 +49,14 @@ class PickRules:
 
     Raises:
         ActiveDPOError: a value of the wrong type or out of range, naming the rule.
+
+    Examples:
+        >>> from activedpo_fast import PickRules
+        >>> rules = PickRules(max_per_prompt=1, group_by="topic", quotas={"cooking": 1})
+        >>> picked = selector.select(pool, 3, rules=rules)
+        >>> topics = {item.id: item.extra["topic"] for item in pool}
+        >>> sorted(topics[pick.id] for pick in picked)
+        ['cooking', 'science', 'science']
     """
 
     max_per_prompt: int | None = None

@@ -50,6 +50,16 @@ class FeatureStore:
 
     Attributes:
         columns_taken: the pool's columns that `create` has updated.
+
+    Examples:
+        >>> from activedpo_fast import FeatureExtractor, FeatureStore, Sketch
+        >>> sketch, tokens = Sketch(dim=1024), selector.tokenize(pool)
+        >>> settings = {"model": "my-model", **vars(sketch)}
+        >>> store = FeatureStore.create("rows", pool, settings, skipped=tokens.skipped)
+        >>> store.fill(FeatureExtractor(model, sketch), tokens)
+        >>> with FeatureStore.open("rows").rows_on_disk() as rows:
+        ...     rows.shape
+        (10, 1024)
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:

@@ -76,6 +76,12 @@ def generate_responses(model: PreTrainedModel | PeftModel,
             with `max_new_tokens` exceeds the model's positions (if they are limited; rotary
             positions are not, and only give a warning), token ids that the model lacks, or no
             prompt with enough responses.
+
+    Examples:
+        >>> from activedpo_fast import generate_responses
+        >>> pool = generate_responses(model, tokenizer, prompts, n_responses=3, max_new_tokens=16)
+        >>> pool
+        PreferencePool(4 prompts, 12 responses)
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,

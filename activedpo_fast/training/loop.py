@@ -108,6 +108,16 @@ class ActiveDPOLoop:
             or with another model, adapter or tokenizer (naming the first difference that matters);
             a launcher has started several processes; errors of the rehearsal, which begin with the
             section at fault; errors of the stages.
+
+    Examples:
+        >>> from activedpo_fast import ActiveDPOLoop
+        >>> from activedpo_fast.labels import CallableOracle
+        >>> oracle = CallableOracle(lambda prompt, a, b: int(len(b) < len(a)))
+        >>> loop = ActiveDPOLoop(
+        ...     model, tokenizer, prompts, oracle, output_dir="run", dpo_args=dpo_args,
+        ...     rounds=2, batch_size=2, generation={"max_new_tokens": 8})
+        >>> [record.labels_total for record in loop.run()]
+        [0, 2, 4]
     """
 
     def __init__(

@@ -35,6 +35,15 @@ class RoundRecord:
         metrics: from `evaluate`, after this round's training.
         seconds: by stage: generate, features, select, label, train, evaluate.
         strategy: the strategy of this round's selection.
+
+    Examples:
+        >>> start, first = loop.run()
+        >>> start.round, start.labels_total
+        (-1, 0)
+        >>> first.round, first.labels_total
+        (0, 2)
+        >>> sorted(first.seconds)
+        ['evaluate', 'features', 'generate', 'label', 'select', 'train']
     """
 
     round: int

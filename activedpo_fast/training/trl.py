@@ -65,6 +65,14 @@ def selector_settings(args: DPOConfig) -> dict[str, Any]:
     Raises:
         ActiveDPOError: selection cannot follow a field (`ld_alpha`, another f-divergence,
             `sync_ref_model`, loss types that disagree); the message names it and its value.
+
+    Examples:
+        >>> from trl import DPOConfig
+        >>> from activedpo_fast import ActiveDPOSelector, selector_settings
+        >>> args = DPOConfig(output_dir="trainer", beta=0.2, max_length=512, bf16=False)
+        >>> selector_settings(args)
+        {'beta': 0.2, 'max_length': 512, 'truncation_mode': 'keep_start'}
+        >>> selector = ActiveDPOSelector(model, tokenizer, **selector_settings(args))
     """
     check_training_options(args)
     return {

@@ -36,6 +36,7 @@ class InformationMatrix:
 
     X = F B, where F = I - D^T T D is the product of the latest changes (`Reflections`), and V is a
     base A plus the sum over the latest points P [p, k]. The forms differ in the base:
+
       * `"low_rank"`: B = sqrt(kappa/lam) I, A = (lam/kappa) I; D and P hold everything since the
         start. O(t k) per point for t directions: D is read twice. Memory: 2 t k + t^2 numbers,
         twice that after the storage doubles.
@@ -69,6 +70,15 @@ class InformationMatrix:
     Raises:
         ActiveDPOError: lam, kappa or dim not positive and finite, an unknown form, features of
             another width or not finite. The matrix is then unchanged.
+
+    Examples:
+        >>> import torch
+        >>> from activedpo_fast import InformationMatrix
+        >>> information = InformationMatrix(dim=3)
+        >>> features = torch.eye(3)
+        >>> information.add_many(features[:2])
+        >>> information.score(features)
+        tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
     """
 
     def __init__(

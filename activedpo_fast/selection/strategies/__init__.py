@@ -34,6 +34,15 @@ def make_strategy(
 
     Raises:
         ActiveDPOError: an unknown name or option, listing the known ones; a bad value.
+
+    Examples:
+        >>> from activedpo_fast import ActiveDPOSelector, make_strategy
+        >>> strategy = make_strategy("activedpo", normalize="pair", lam=0.1)
+        >>> selector = ActiveDPOSelector(model, processing_class=tokenizer, strategy=strategy)
+        >>> selector.select(pool, 2).strategy
+        'activedpo'
+        >>> sorted(make_strategy("margin_small").requires)
+        ['logps', 'ref_logps']
     """
     if name not in STRATEGIES:
         raise ActiveDPOError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")

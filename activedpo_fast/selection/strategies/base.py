@@ -25,6 +25,17 @@ class Strategy(ABC):
         name: its name in `make_strategy`.
         requires: the signals it uses, from "gradients", "hidden", "logps", "ref_logps", some of
             them with their history.
+
+    Examples:
+        >>> from activedpo_fast import ActiveDPOSelector, Strategy
+        >>> from activedpo_fast.selection.greedy.logdet import rank_top
+        >>> class Unlikely(Strategy):
+        ...     name, requires = "unlikely", frozenset({"logps"})
+        ...     def select(self, signals, n, *, eligible=None, group=None, show_progress=None):
+        ...         scores = -signals.logps()[signals.pairs].sum(dim=1)
+        ...         return rank_top(scores, scores.new_zeros(len(scores)), n, eligible, group)
+        >>> ActiveDPOSelector(model, tokenizer, strategy=Unlikely()).select(pool, 2).strategy
+        'unlikely'
     """
 
     name: ClassVar[str]
