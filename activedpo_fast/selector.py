@@ -51,8 +51,8 @@ class ActiveDPOSelector:
         processing_class: its tokenizer.
         strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
             "adpo_plus", "trace", "trace_plus", or a `Strategy`. A `Strategy` has options of its
-            own: lam, kappa, normalize and strategy_options have no effect on it, seed only on the
-            sketch, and beta only on the gradient rows.
+            own: lam, kappa, normalize and strategy_options are refused with it, seed is for the
+            sketch alone, and beta for the gradient rows.
         preset: "paper" uses the settings of arXiv 2505.19241; options given here override it.
         beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
         length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
@@ -122,6 +122,9 @@ class ActiveDPOSelector:
                                     "normalize": "default"}
         if preset is not None:
             defaults.update(find_preset(preset).selection)
+        if strategy is not None and not isinstance(strategy, str):
+            _refuse_its_options(normalize=(normalize, "default"), lam=(lam, 1.0),
+                                kappa=(kappa, 1.0), strategy_options=(strategy_options or {}, {}))
         check_ref_model(model, ref_model)
         check_template_kwargs(chat_template_kwargs)
         self.model = model
@@ -317,3 +320,12 @@ def _as_list(given: Labeled | None, name: str) -> list[Selection]:
             raise ActiveDPOError(f"{name}: expected a Selection, or several, got "
                                  f"{type(entry).__name__}; read_labels reads them from a file")
     return list(listed)
+
+
+def _refuse_its_options(**options: tuple[Any, Any]) -> None:
+    """Raise if an option of a strategy, (value, default), was given beside a `Strategy` object."""
+    given = [name for name, (value, default) in options.items() if value != default]
+    if given:
+        raise ActiveDPOError(
+            f"{', '.join(given)} would have no effect on a Strategy object; give it to the "
+            "object's own constructor, or name the strategy")

@@ -14,7 +14,7 @@ from activedpo_fast import (
     Selection,
 )
 from activedpo_fast.pool.tokens import tokenize_pool
-from activedpo_fast.selection.strategies import STRATEGIES
+from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 from tests.support.gradients import loop_gradients, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -251,6 +251,9 @@ def test_options(model, tokenizer) -> None:
                   {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"color": 1}}):
         with pytest.raises(ActiveDPOError):
             ActiveDPOSelector(model, processing_class=tokenizer, **wrong)
+    with pytest.raises(ActiveDPOError, match="normalize, lam would have no effect on a Strategy"):
+        ActiveDPOSelector(model, processing_class=tokenizer, strategy=make_strategy("random"),
+                          lam=2.0, normalize="pair")
 
 
 def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) -> None:
