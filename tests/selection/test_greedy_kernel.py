@@ -362,6 +362,16 @@ def test_gpu_ties_and_poisoned_memory(how, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_memory_that_pytorch_keeps_is_free_for_rows():
+    free, _ = torch.cuda.mem_get_info()
+    kept = torch.empty(int(0.95 * free), dtype=torch.uint8, device="cuda")
+    rows = torch.zeros(1000, free // 4000 // 30)  # with as much again, more than a twentieth
+    del kept
+    assert resident.at_its_place(rows, torch.device("cuda", 0)).is_cuda
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
 def test_gpu_needs_its_memory_on_the_stream():
     """Two selections on two streams, each the same as alone."""
     rows, pairs = random_case(9, 2000, 3, 512, duplicates=5, zeros=0)

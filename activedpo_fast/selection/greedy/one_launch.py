@@ -129,6 +129,8 @@ def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
     if backends.choose("greedy_select", device.type, rows.dtype) != "cuda":
         return rows
     free, _ = torch.cuda.mem_get_info(device)
+    # What PyTorch keeps of freed tensors is free to it, and to nobody else.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return rows.to(device) if 2 * rows.numel() * rows.element_size() < free else rows
 
 
