@@ -136,8 +136,6 @@ class ActiveDPOSelector:
             _refuse_its_options(normalize=(normalize, "default"), lam=(lam, 1.0),
                                 kappa=(kappa, 1.0), strategy_options=(strategy_options or {}, {}))
         check_template_kwargs(chat_template_kwargs)
-        self.model, self.processing_class = as_model(model, processing_class)
-        check_ref_model(self.model, ref_model)
         self.strategy = defaults["strategy"] if strategy is None else strategy
         self.seed = seed
         self.ref_model = ref_model
@@ -153,10 +151,15 @@ class ActiveDPOSelector:
             "chat_template_kwargs": chat_template_kwargs,
         }
         dim = defaults["proj_dim"] if proj_dim is None else proj_dim
+        projection = Sketch(sketch, None if sketch == "none" else dim, seed)
+        # Report an unknown name or option, or an unsupported model, now rather than after an hour.
+        gradients = "gradients" in getattr(self._make_strategy(""), "requires", ())
+        self.model, self.processing_class = as_model(model, processing_class)
+        check_ref_model(self.model, ref_model)
         pad_token_id = self.processing_class.pad_token_id
         self.extractor = FeatureExtractor(
             self.model,
-            Sketch(sketch, None if sketch == "none" else dim, seed),
+            projection,
             beta=beta,
             length_normalized=length_normalized,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
@@ -165,12 +168,10 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        # Report an unknown name or option, or an unsupported model, now rather than after an hour.
-        gradients = "gradients" in getattr(self._make_strategy(""), "requires", ())
         require_supported(self.model, gradients=gradients,
                           pad_token_id=self.extractor.pad_token_id)
         if gradients and is_name(model):
-            trainable_linears(self.model)  # of a model in memory, others may change the flags yet
+            trainable_linears(self.model)  # the flags of a model in memory may still change
         if isinstance(ref_model, torch.nn.Module):
             require_supported(ref_model, pad_token_id=self.extractor.pad_token_id)
 

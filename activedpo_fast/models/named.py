@@ -60,6 +60,19 @@ def as_model_alone(model: GivenModel) -> PreTrainedModel | PeftModel:
     return cast(PreTrainedModel | PeftModel, as_model(model)[0] if is_name(model) else model)
 
 
+def as_policy(
+    model: GivenModel, processing_class: PreTrainedTokenizerBase | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The same for a model whose adapter is to be trained; one without an adapter is refused."""
+    policy, tokenizer = as_model(model, processing_class)
+    if not isinstance(policy, PeftModel):
+        name = str(model) if is_name(model) else type(model).__name__
+        raise ActiveDPOError(f"model: rounds train an adapter, which {name} does not have: pass a "
+                             "PEFT model, or the folder of an adapter (a fresh one can be made "
+                             "with peft.get_peft_model)")
+    return policy, tokenizer
+
+
 def as_reward_model(
     model: PreTrainedModel | FilePath, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -22,7 +22,7 @@ from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.fingerprints import is_untrained, policy_settings
-from activedpo_fast.models.named import as_model, is_name
+from activedpo_fast.models.named import as_policy
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import Prompt, check_prompts
 from activedpo_fast.pool.pool import PreferencePool
@@ -170,11 +170,6 @@ class ActiveDPOLoop:
         if rules is not None:
             rules.check(prompts)
             excluded.update(rules.excluded(prompts))
-        self.model, self.processing_class = as_model(model, processing_class)
-        if not isinstance(self.model, PeftModel):
-            raise ActiveDPOError(f"model: rounds train an adapter, which {_name(model)} does not "
-                                 "have: pass a PEFT model, or the folder of an adapter (a fresh "
-                                 "one can be made with peft.get_peft_model)")
         self.prompts = list(prompts)
         self._prompt_by = None if rules is None else rules.prompt_by
         distinct = distinct_prompts(self.prompts, self._prompt_by)
@@ -208,6 +203,7 @@ class ActiveDPOLoop:
             "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
             "generation.chat_template_kwargs": self.generation.pop("chat_template_kwargs", None),
         })
+        self.model, self.processing_class = as_policy(model, processing_class)  # last: it is slow
         self.selector = ActiveDPOSelector(
             self.model, processing_class=self.processing_class, strategy=strategy,
             chat_template_kwargs=self.chat_template_kwargs, **options)
@@ -438,10 +434,6 @@ def draw_prompts(
         logger.warning("round %d: only %d prompts have no labels yet; %d others are offered "
                        "again", t, len(fresh), min(n, len(order)) - len(fresh))
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
-
-
-def _name(model: Any) -> str:
-    return str(model) if is_name(model) else type(model).__name__
 
 
 def _identity(prompt: Prompt) -> list[Any]:
