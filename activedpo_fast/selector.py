@@ -102,6 +102,17 @@ class ActiveDPOSelector:
         >>> train_dataset = picked.to_dataset(labels)  # for trl.DPOTrainer
         >>> train_dataset.column_names
         ['id', 'prompt', 'chosen', 'rejected']
+
+        An adapter by name, and a data set:
+
+        >>> import datasets
+        >>> dataset = datasets.Dataset.from_list([
+        ...     {"prompt": "Name a color.", "responses": [" Red.", " Pale blue.", " Dog."]},
+        ...     {"prompt": "Name an animal.", "responses": [" A dog.", " Red."]}])
+        >>> selector = ActiveDPOSelector("adapter")
+        >>> len(selector.select(dataset, 2))
+        2
+        >>> model, tokenizer = selector.model, selector.processing_class
     """
 
     def __init__(

@@ -48,6 +48,8 @@ class PreferencePool(Sequence[PoolItem]):
     Other columns are kept; those that have a meaning in TRL's trainers are used or refused by name,
     see `activedpo_fast.pool.columns.DATA_COLUMNS`.
 
+    Whatever takes a pool takes a `datasets.Dataset` with such rows too.
+
     Raises:
         ActiveDPOError: on anything else. The message names the row, counted from 1 (the line, in a
             JSONL file). Either everything is read or nothing.
