@@ -264,8 +264,8 @@ class PreferencePool(Sequence[PoolItem]):
 def as_pool(pool: PreferencePool | datasets.Dataset) -> PreferencePool:
     """Return `pool` itself, or the pool that a `datasets.Dataset` holds.
 
-    Everything public that takes a pool calls this, so that both are accepted alike. Other kinds of
-    rows have a reader, which is named: a path or a list that is not meant as a pool is no pool.
+    Everything public that takes a pool calls this, so that both are accepted alike. The package
+    `datasets` is imported only if the object comes from it.
 
     Raises:
         ActiveDPOError: it is neither; errors of `PreferencePool.from_dataset`.

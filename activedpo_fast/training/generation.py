@@ -145,7 +145,7 @@ def try_generation(model: PreTrainedModel | PeftModel,
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
     generator.max_new_tokens = min(max_new_tokens, 2)
-    shortest = sorted(range(len(generator.prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
+    shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
     with _forked_rng(generator.device, 0):
         generator.run(shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p,
                       top_k=0)
