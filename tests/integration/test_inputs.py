@@ -84,6 +84,8 @@ def test_a_base_model_by_name_has_no_gradients(base_and_adapter: tuple[Path, Pat
 def test_names_that_lead_nowhere(adapter: str) -> None:
     with pytest.raises(ActiveDPOError, match="nowhere/at/all: no such model folder"):
         ActiveDPOSelector("nowhere/at/all")
+    with pytest.raises(ActiveDPOError, match="strategy"):  # before a model is loaded
+        ActiveDPOSelector("nowhere/at/all", strategy="best")
     with pytest.raises(ActiveDPOError, match="processing_class: pass the model's tokenizer"):
         ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"))
     with pytest.raises(ActiveDPOError, match="ref_model: the model has no adapter called"):
