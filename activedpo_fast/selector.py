@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.gradients.supported import require_supported
+from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
-from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.template import check_template_kwargs
 from activedpo_fast.pool.tokens import (
     DEFAULT_MAX_LENGTH,
@@ -36,6 +38,9 @@ from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
 from activedpo_fast.selection.strategies import Strategy, make_strategy
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.getLogger(__name__)
 
 Labeled = Selection | Sequence[Selection]
@@ -44,11 +49,15 @@ Labeled = Selection | Sequence[Selection]
 class ActiveDPOSelector:
     """Choose the pairs of a pool whose labels are most informative for the model in training.
 
-    Every call to `select` uses the model's current weights and leaves the model unchanged.
+    Every call to `select` uses the model's current weights and leaves the model unchanged. A model
+    that was given by name is `selector.model` then, and its tokenizer `selector.processing_class`.
 
     Args:
-        model: the policy π_θ, a causal LM with trainable linear layers (usually PEFT LoRA).
-        processing_class: its tokenizer.
+        model: the policy π_θ, a causal LM with trainable linear layers (usually PEFT LoRA). A
+            string or path is loaded as `activedpo features` loads it: the folder or hub name of an
+            adapter (on the base model that it names), or of a model, which is frozen then and
+            serves the strategies that need no gradients.
+        processing_class: its tokenizer; may be left out for a model given by name.
         strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
             "adpo_plus", "trace", "trace_plus", or a `Strategy`. A `Strategy` has options of its
             own: lam, kappa, normalize and strategy_options are refused with it, seed is for the
@@ -81,7 +90,8 @@ class ActiveDPOSelector:
 
     Raises:
         ActiveDPOError: an option is unknown or out of range; the model or the reference model is
-            of an unsupported kind.
+            of an unsupported kind; a model cannot be loaded by its name, or has nothing to train
+            and the strategy needs gradients; a model in memory without its tokenizer.
 
     Source: Lin et al., ActiveDPO, arXiv 2505.19241; see docs/method.md.
 
@@ -92,12 +102,23 @@ class ActiveDPOSelector:
         >>> train_dataset = picked.to_dataset(labels)  # for trl.DPOTrainer
         >>> train_dataset.column_names
         ['id', 'prompt', 'chosen', 'rejected']
+
+        An adapter by name, and a data set:
+
+        >>> import datasets
+        >>> dataset = datasets.Dataset.from_list([
+        ...     {"prompt": "Name a color.", "responses": [" Red.", " Pale blue.", " Dog."]},
+        ...     {"prompt": "Name an animal.", "responses": [" A dog.", " Red."]}])
+        >>> selector = ActiveDPOSelector("adapter")
+        >>> len(selector.select(dataset, 2))
+        2
+        >>> model, tokenizer = selector.model, selector.processing_class
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase,
+        model: GivenModel,
+        processing_class: PreTrainedTokenizerBase | None = None,
         *,
         strategy: str | Strategy | None = None,
         preset: str | None = None,
@@ -125,10 +146,7 @@ class ActiveDPOSelector:
         if strategy is not None and not isinstance(strategy, str):
             _refuse_its_options(normalize=(normalize, "default"), lam=(lam, 1.0),
                                 kappa=(kappa, 1.0), strategy_options=(strategy_options or {}, {}))
-        check_ref_model(model, ref_model)
         check_template_kwargs(chat_template_kwargs)
-        self.model = model
-        self.processing_class = processing_class
         self.strategy = defaults["strategy"] if strategy is None else strategy
         self.seed = seed
         self.ref_model = ref_model
@@ -144,10 +162,15 @@ class ActiveDPOSelector:
             "chat_template_kwargs": chat_template_kwargs,
         }
         dim = defaults["proj_dim"] if proj_dim is None else proj_dim
-        pad_token_id = processing_class.pad_token_id
+        projection = Sketch(sketch, None if sketch == "none" else dim, seed)
+        # Report an unknown name or option, or an unsupported model, now rather than after an hour.
+        gradients = "gradients" in getattr(self._make_strategy(""), "requires", ())
+        self.model, self.processing_class = as_model(model, processing_class)
+        check_ref_model(self.model, ref_model)
+        pad_token_id = self.processing_class.pad_token_id
         self.extractor = FeatureExtractor(
-            model,
-            Sketch(sketch, None if sketch == "none" else dim, seed),
+            self.model,
+            projection,
             beta=beta,
             length_normalized=length_normalized,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
@@ -156,17 +179,17 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        # Report an unknown name or option, or an unsupported model, now rather than after an hour.
-        needed = getattr(self._make_strategy(""), "requires", ())
-        require_supported(model, gradients="gradients" in needed,
+        require_supported(self.model, gradients=gradients,
                           pad_token_id=self.extractor.pad_token_id)
+        if gradients and is_name(model):
+            trainable_linears(self.model)  # the flags of a model in memory may still change
         if isinstance(ref_model, torch.nn.Module):
             require_supported(ref_model, pad_token_id=self.extractor.pad_token_id)
 
     @in_own_modes
     def select(
         self,
-        pool: PreferencePool,
+        pool: PreferencePool | datasets.Dataset,
         n: int,
         *,
         labeled: Labeled | None = None,
@@ -179,7 +202,8 @@ class ActiveDPOSelector:
         """Choose `n` pairs of `pool`, best first.
 
         Args:
-            pool: prompts with two or more responses each.
+            pool: prompts with two or more responses each, as a pool or as a `datasets.Dataset` with
+                the columns of one (see `PreferencePool`).
             n: the number of pairs.
             labeled: the pairs that have a preference: one or more earlier `Selection`s (see
                 `by_preference`; pairs without a preference are `asked`). Their features are
@@ -213,15 +237,12 @@ class ActiveDPOSelector:
                 another process of the group failed, was lost, or has different arguments,
                 settings or weights. All processes raise in that case.
         """
-        if not isinstance(pool, PreferencePool):
-            raise ActiveDPOError(
-                f"pool: expected a PreferencePool, got {type(pool).__name__}; make one with "
-                "PreferencePool.from_dataset, from_rows or load")
+        processes = PoolProcesses(group)
+        pool = processes.check(lambda: as_pool(pool))
         started = time.perf_counter()
         history = [pick for selection in _as_list(labeled, "labeled") for pick in selection]
         undecided = [pick for selection in _as_list(asked, "asked") for pick in selection]
         template = self._tokenization["chat_template_kwargs"]
-        processes = PoolProcesses(group)
         if processes.rank == 0:
             _tell_of_other_arguments(history, template)
         else:
@@ -248,7 +269,8 @@ class ActiveDPOSelector:
                              "select": time.perf_counter() - started - features}
         return picked
 
-    def tokenize(self, pool: PreferencePool, *, show_progress: bool | None = None) -> TokenizedPool:
+    def tokenize(self, pool: PreferencePool | datasets.Dataset, *,
+                 show_progress: bool | None = None) -> TokenizedPool:
         """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
         return tokenize_pool(
             pool, self.processing_class, show_progress=show_progress, **self._tokenization

@@ -23,7 +23,7 @@ args = DPOConfig(
 )
 
 # A pool has prompts with two or more responses each: from your own files (PreferencePool.load), a
-# datasets.Dataset (PreferencePool.from_dataset), or sampled from the model, as here.
+# datasets.Dataset with the same columns, or sampled from the model, as here.
 pool = generate_responses(model, tokenizer, demo_prompts("pool")[:40], n_responses=3,
                           max_new_tokens=24, temperature=0.8, seed=0)
 

@@ -147,8 +147,9 @@ def _sections() -> dict[str, dict[str, Any]]:
 
 
 def _options(function: Any, without: Collection[str]) -> dict[str, Any]:
-    # The loop's module imports DPOConfig for type checkers only.
-    hints = typing.get_type_hints(function, localns={"DPOConfig": Any})
+    # Modules import these two for type checkers only: the packages are slow to import.
+    slow = {"DPOConfig": Any, "datasets": types.SimpleNamespace(Dataset=Any)}
+    hints = typing.get_type_hints(function, localns=slow)
     return {
         name: hints.get(name, Any)
         for name, parameter in inspect.signature(function).parameters.items()

@@ -26,6 +26,7 @@ from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.models.named import GivenModel, as_model_alone
 from activedpo_fast.models.positions import LengthClass, batch_changes_attention, length_class
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
@@ -62,8 +63,9 @@ class FeatureExtractor:
     does the autocast that a trainer with bf16=True puts around the model's `forward`.
 
     Args:
-        model: a transformers causal LM, or a PEFT model around one. The gradient is computed for
-            every parameter that requires one (of the active adapter).
+        model: a transformers causal LM, or a PEFT model around one, or the name of either as in
+            `ActiveDPOSelector`. The gradient is computed for every parameter that requires one (of
+            the active adapter).
         sketch: the random projection of the gradients; its `dim` is k.
         beta: β of the implicit reward r = β log(π/π_ref); the rows are multiplied by it.
         length_normalized: use log π(y|x) / |y| instead of log π(y|x), in rows and log-probs, as
@@ -102,7 +104,7 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: GivenModel,
         sketch: Sketch,
         *,
         beta: float = 0.1,
@@ -120,9 +122,9 @@ class FeatureExtractor:
         if not isinstance(length_normalized, bool):
             raise ActiveDPOError(f"length_normalized must be True or False, not "
                                  f"{length_normalized!r}")
-        require_supported(model, pad_token_id=pad_token_id)
-        _check_precision(precision, model)
-        self.model = model
+        self.model = as_model_alone(model)
+        require_supported(self.model, pad_token_id=pad_token_id)
+        _check_precision(precision, self.model)
         self.sketch = sketch
         self.beta = beta
         self.length_normalized = length_normalized

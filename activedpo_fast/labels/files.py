@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import FilePath, write_atomic
 from activedpo_fast.errors import ActiveDPOError
@@ -13,6 +13,9 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
 from activedpo_fast.selection.result import Selection
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class LabelsPending(ActiveDPOError):
@@ -53,7 +56,8 @@ class FileOracle:
     def __init__(self, path: FilePath) -> None:
         self._path = Path(path)
 
-    def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
+    def label(self, selection: Selection,
+              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
         if not selection:
             return []
         to_label, labels = self.paths(selection)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.result import Selection, check_label
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class Oracle(Protocol):
@@ -40,7 +43,8 @@ class CallableOracle:
     def __init__(self, fn: Callable[[Text, Text, Text], int | None]) -> None:
         self._fn = fn
 
-    def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
+    def label(self, selection: Selection,
+              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
         return [
             check_label(self._fn(pick.prompt, *pick.responses), f"label of id {pick.id!r}")
             for pick in selection

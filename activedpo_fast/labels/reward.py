@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class Reward(Protocol):
@@ -60,9 +63,11 @@ class RewardOracle:
         self.temperature = temperature
         self.seed = seed
 
-    def label(self, selection: Selection, pool: PreferencePool | None = None) -> list[int | None]:
+    def label(self, selection: Selection,
+              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
         if not selection:
             return []
+        pool = None if pool is None else as_pool(pool)
         prompts = [pick.prompt for pick in selection for _ in pick.responses]
         responses = [response for pick in selection for response in pick.responses]
         extras: list[Mapping[str, Any]] = [

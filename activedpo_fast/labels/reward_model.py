@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reward import RewardOracle
+from activedpo_fast.models.named import as_reward_model
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.template import check_template_kwargs
 from activedpo_fast.pool.texts import Text
@@ -25,7 +27,9 @@ class RewardModelOracle(RewardOracle):
     DeBERTa reward models expect; a tokenizer without special tokens concatenates them.
 
     Args:
-        model: with one output (`num_labels=1`); it stays on its device and runs in eval mode.
+        model: with one output (`num_labels=1`); it stays on its device and runs in eval mode. A
+            string or path is the folder or hub name of one, loaded on a GPU if there is one.
+        tokenizer: may be left out for a model given by name.
         temperature, seed: as in `RewardOracle`.
         batch_size: responses scored at once.
         chat_template_kwargs: passed to the reward model's own chat template, which does not get
@@ -47,8 +51,8 @@ class RewardModelOracle(RewardOracle):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | FilePath,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         temperature: float = 1.0,
         seed: int = 0,
@@ -57,6 +61,7 @@ class RewardModelOracle(RewardOracle):
         chat_template_kwargs: dict[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
+        model, tokenizer = as_reward_model(model, tokenizer)
         if model.config.num_labels != 1:
             raise ActiveDPOError(f"a reward model has one output, {type(model).__name__} has "
                                  f"{model.config.num_labels}")

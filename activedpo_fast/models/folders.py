@@ -30,6 +30,12 @@ def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
     return _fetched(model, weights, "model")
 
 
+def local_folder(name: FilePath, revision: str | None = None) -> Path:
+    """Return the folder of a model or an adapter; a hub name is downloaded, at `revision`."""
+    folder = Path(name)
+    return folder if folder.is_dir() else _fetched(name, "*.safetensors", "model", revision)
+
+
 class TokenizerSource(NamedTuple):
     """The folder that a tokenizer is read from; `whose` is "model", "adapter" or "given"."""
 
@@ -91,16 +97,18 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def _fetched(source: FilePath, weights: str | None, what: str) -> Path:
+def _fetched(
+    source: FilePath, weights: str | None, what: str, revision: str | None = None
+) -> Path:
     """Return a snapshot of `source` if it is not a local folder and can be a hub name."""
     folder, name = Path(source), str(source)
     # A hub name is "name" or "owner/name"; everything else is a path.
     if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ActiveDPOError(f"{name}: no such {what} folder")
-    return _hub_snapshot(name, weights, what)
+    return _hub_snapshot(name, weights, what, revision)
 
 
-def _hub_snapshot(name: str, weights: str | None, what: str) -> Path:
+def _hub_snapshot(name: str, weights: str | None, what: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -108,7 +116,8 @@ def _hub_snapshot(name: str, weights: str | None, what: str) -> Path:
     if weights is not None:
         wanted.append(weights)
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted,
+                                      ignore_patterns="*/*"))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ActiveDPOError(f"{name}: no such {what} folder, and the hub does not give a {what} "
                              f"of this name: {first_line(error)}") from error

@@ -6,6 +6,7 @@ Only safetensors and GGUF weights are read, and no code from a checkpoint is run
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -87,25 +88,54 @@ def load_policy(
             "give either an adapter or the settings of a fresh LoRA, not both" if lora is not None
             else NO_ADAPTER
         )
+    policy, loaded = load_model(model, adapter=adapter, lora=lora, dtype=dtype, device=device,
+                                gguf_file=gguf_file, seed=seed, tokenizer=tokenizer)
+    return cast(PeftModel, policy), loaded
+
+
+def load_model(
+    model: FilePath,
+    *,
+    adapter: FilePath | None = None,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    gguf_file: str | None = None,
+    seed: int = 0,
+    tokenizer: FilePath | PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """As `load_policy`; with neither `adapter` nor `lora`, the base model alone, all of it frozen.
+
+    Args:
+        tokenizer: may also be one in memory, which is returned as it is; none is read then.
+    """
     source = resolve_source(model, gguf_file)
     if adapter is not None:
         check_adapter_folder(Path(adapter))
     on = resolve_device(device)
     torch_dtype = resolve_dtype(model, dtype, on, gguf_file)
 
-    words = tokenizer_source(model, adapter, tokenizer, gguf_file)
-    loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
+    words = None
+    if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+        words = tokenizer_source(model, adapter, tokenizer, gguf_file)
+        loaded = _load_tokenizer(words.folder, gguf_file if words.whose == "model" else None)
+    else:
+        loaded = tokenizer
     base = _load_base(source, torch_dtype, gguf_file)
     if adapter is not None:
         _check_embeddings(base, Path(adapter))  # before its tokenizer, which then has more tokens
-    _check_vocabulary(loaded, words, base, source, gguf_file)
+    if words is not None:
+        _check_vocabulary(loaded, words, base, source, gguf_file)
+    policy: Any
     if adapter is not None:
         policy = _with_adapter(base, Path(adapter))
+    elif lora is not None:
+        policy = _with_fresh_lora(base, lora, seed)
     else:
-        policy = _with_fresh_lora(base, lora or {}, seed)
+        policy = base.requires_grad_(False)
     if torch_dtype == torch.float64:
         policy.double()  # PEFT makes and loads adapters in float32
-    if words.whose == "adapter":
+    if words is not None and words.whose == "adapter":
         logger.info("tokenizer: that of the adapter, %s (set tokenizer to use another)",
                     words.folder)
     return policy.to(on).eval(), loaded

@@ -1,4 +1,4 @@
-"""Reading the rows of a pool or of prompts from a file, a folder of files, or a saved data set."""
+"""Reading the rows of a pool or of prompts from a file, a folder of files, or a data set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import FilePath, first_line, reason_of
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.columns import check_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PlacedRows = Iterator[tuple[str, Any]]
+EMPTY_DATASET = "the data set has no rows"
 
 # The hub's names for the files of a split: train-00000-of-00003.parquet.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<total>\d{5})")
@@ -83,6 +85,36 @@ def parquet_rows(path: Path) -> PlacedRows:
     except (pyarrow.ArrowException, ValueError) as error:
         raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
     return ((f"{path}, row {n}", row) for n, row in enumerate(rows, start=1))
+
+
+def is_from_datasets(value: Any) -> bool:
+    """Return whether a class of the package `datasets` made `value`; does not import it."""
+    return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(value).__mro__)
+
+
+def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
+    """Return the placed rows of a `datasets.Dataset` (one split, not streamed).
+
+    Raises:
+        ActiveDPOError: it has several splits, is streamed, has images, or is something else.
+    """
+    import datasets
+
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        splits = ", ".join(map(repr, dataset))
+        raise ActiveDPOError(f"the data set has several splits ({splits}): pass one of them")
+    if isinstance(dataset, datasets.IterableDataset):
+        raise ActiveDPOError("a streamed (iterable) data set has no fixed rows to choose from: "
+                             "load it without streaming=True")
+    if not isinstance(dataset, datasets.Dataset):
+        raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
+    for name in {"image", "images"} & set(dataset.column_names):
+        # Check before reading any row: an image that cannot be decoded raises another error.
+        cells = dataset.select_columns(name).with_format("arrow")[:][name]
+        if (first := cells.is_valid().index(True).as_py()) >= 0:
+            check_columns({name: True}, f"data set, row {first + 1}", chat=True)
+    return ((f"data set, row {n}", row)
+            for n, row in enumerate(dataset.with_format(None), start=1))
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:

@@ -15,8 +15,16 @@ import torch
 
 from activedpo_fast._files import FilePath, first_line, write_atomic
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.columns import check_columns, check_json_columns
-from activedpo_fast.pool.files import jsonl_rows, parquet_rows, placed_rows, saved_dataset
+from activedpo_fast.pool.columns import check_json_columns
+from activedpo_fast.pool.files import (
+    EMPTY_DATASET,
+    dataset_rows,
+    is_from_datasets,
+    jsonl_rows,
+    parquet_rows,
+    placed_rows,
+    saved_dataset,
+)
 from activedpo_fast.pool.items import PoolItem, check_item, check_same_kind
 from activedpo_fast.pool.reading import item_from_row
 from activedpo_fast.pool.template import own_template_kwargs
@@ -39,6 +47,8 @@ class PreferencePool(Sequence[PoolItem]):
     responses, so the same row has the same id at any position. A null cell counts as absent.
     Other columns are kept; those that have a meaning in TRL's trainers are used or refused by name,
     see `activedpo_fast.pool.columns.DATA_COLUMNS`.
+
+    Whatever takes a pool takes a `datasets.Dataset` with such rows too.
 
     Raises:
         ActiveDPOError: on anything else. The message names the row, counted from 1 (the line, in a
@@ -80,24 +90,7 @@ class PreferencePool(Sequence[PoolItem]):
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset) -> PreferencePool:
         """Read a `datasets.Dataset` (one split, not streamed)."""
-        import datasets
-
-        if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-            splits = ", ".join(map(repr, dataset))
-            raise ActiveDPOError(f"the data set has several splits ({splits}): pass one of them")
-        if isinstance(dataset, datasets.IterableDataset):
-            raise ActiveDPOError("a streamed (iterable) data set has no fixed rows to choose from: "
-                                 "load it without streaming=True")
-        if not isinstance(dataset, datasets.Dataset):
-            raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
-        for name in {"image", "images"} & set(dataset.column_names):
-            # Check before reading any row: an image that cannot be decoded raises another error.
-            cells = dataset.select_columns(name).with_format("arrow")[:][name]
-            if (first := cells.is_valid().index(True).as_py()) >= 0:
-                check_columns({name: True}, f"data set, row {first + 1}", chat=True)
-        placed = ((f"data set, row {n}", row)
-                  for n, row in enumerate(dataset.with_format(None), start=1))
-        return cls._from_placed_rows(placed, empty="the data set has no rows")
+        return cls._from_placed_rows(dataset_rows(dataset), empty=EMPTY_DATASET)
 
     @classmethod
     def load(cls, path: FilePath) -> PreferencePool:
@@ -266,6 +259,24 @@ class PreferencePool(Sequence[PoolItem]):
         pool = type(self).__new__(type(self))
         pool._set([self._items[position] for position in chosen])
         return pool
+
+
+def as_pool(pool: PreferencePool | datasets.Dataset) -> PreferencePool:
+    """Return `pool` itself, or the pool that a `datasets.Dataset` holds.
+
+    Everything public that takes a pool calls this, so that both are accepted alike. The package
+    `datasets` is imported only if the object comes from it.
+
+    Raises:
+        ActiveDPOError: it is neither; errors of `PreferencePool.from_dataset`.
+    """
+    if isinstance(pool, PreferencePool):
+        return pool
+    if is_from_datasets(pool):
+        return PreferencePool.from_dataset(pool)
+    raise ActiveDPOError(
+        f"pool: expected a PreferencePool or a datasets.Dataset, got {type(pool).__name__}; make "
+        "one with PreferencePool.from_rows or load")
 
 
 def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:

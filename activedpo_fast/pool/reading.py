@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
@@ -14,9 +14,18 @@ from activedpo_fast.pool.columns import (
     check_json_columns,
     is_absent,
 )
-from activedpo_fast.pool.files import placed_rows
+from activedpo_fast.pool.files import (
+    EMPTY_DATASET,
+    PlacedRows,
+    dataset_rows,
+    is_from_datasets,
+    placed_rows,
+)
 from activedpo_fast.pool.items import OWN_COLUMNS, PAIR_COLUMNS, PoolItem, Prompt, check_prompts
 from activedpo_fast.pool.texts import check_text, check_texts, content_id, show
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def item_from_row(row: Any, place: str) -> PoolItem:
@@ -50,9 +59,29 @@ def read_prompts(path: FilePath) -> list[Prompt]:
     Raises:
         ActiveDPOError: a bad row; the message names it.
     """
+    return _prompts_of(placed_rows(path), empty=f"{path}: no rows")
+
+
+def as_prompts(prompts: Sequence[Any] | datasets.Dataset) -> Sequence[Any]:
+    """Return `prompts` itself, or those that a `datasets.Dataset` holds, as `read_prompts` reads.
+
+    `check_prompts` checks the contents of a sequence.
+
+    Raises:
+        ActiveDPOError: neither a sequence nor a data set; a bad row, which is named.
+    """
+    if is_from_datasets(prompts):
+        return _prompts_of(dataset_rows(prompts), empty=EMPTY_DATASET)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ActiveDPOError("prompts: expected Prompts, a PreferencePool or a datasets.Dataset, "
+                             f"got {type(prompts).__name__}")
+    return prompts
+
+
+def _prompts_of(placed: PlacedRows, empty: str) -> list[Prompt]:
     prompts = []
     places = []
-    for place, row in placed_rows(path):
+    for place, row in placed:
         check_prompt_row(row, place)
         prompt, given = plain_text(row["prompt"]), id_of(row)
         check_text(prompt, "the prompt", place)
@@ -64,7 +93,7 @@ def read_prompts(path: FilePath) -> list[Prompt]:
         prompts.append(Prompt(content_id(prompt, ()) if given is None else given, prompt, extra))
         places.append(place)
     if not prompts:
-        raise ActiveDPOError(f"{path}: no rows")
+        raise ActiveDPOError(empty)
     check_prompts(prompts, places)
     return prompts
 

@@ -19,16 +19,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem
-from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +100,8 @@ def completion_tokens(response: TokenizedResponse) -> int:
 
 
 @leaves_tokenizer(1)
-def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBase, *,
+def tokenize_pool(pool: PreferencePool | datasets.Dataset,
+                  processing_class: PreTrainedTokenizerBase, *,
                   max_length: int | None = DEFAULT_MAX_LENGTH,
                   truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
                   chat_template_kwargs: dict[str, Any] | None = None,
@@ -128,6 +132,7 @@ def tokenize_pool(pool: PreferencePool, processing_class: PreTrainedTokenizerBas
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ActiveDPOError(f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor "
                              "'keep_end'")
+    pool = as_pool(pool)
     check_tokenizer(processing_class, chat=pool.is_chat)
     check_template_kwargs(chat_template_kwargs)
     if pool.is_chat:

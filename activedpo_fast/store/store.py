@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,10 +20,13 @@ from activedpo_fast._files import FilePath, atomic_path, write_atomic
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
-from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.template import own_template_kwargs
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.store.rows import StoredRows
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class FeatureStore:
     def create(
         cls,
         path: FilePath,
-        pool: PreferencePool,
+        pool: PreferencePool | datasets.Dataset,
         settings: Mapping[str, Any],
         *,
         skipped: list[int],
@@ -96,6 +99,7 @@ class FeatureStore:
         if dtype not in _DTYPES:
             raise ActiveDPOError(f"rows are stored as {' or '.join(_DTYPES)}, not {dtype!r}")
         folder = Path(path)
+        pool = as_pool(pool)
         manifest = {
             "format": _FORMAT,
             "pool": pool.fingerprint(),

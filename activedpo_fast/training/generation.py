@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -17,15 +17,20 @@ from activedpo_fast.gradients.supported import (
     position_limit,
     require_supported,
 )
+from activedpo_fast.models.named import GivenModel, as_model
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import PoolItem, check_prompts
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
 from activedpo_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +47,8 @@ class PromptLike(Protocol):
 
 
 @leaves_tokenizer(1)
-def generate_responses(model: PreTrainedModel | PeftModel,
-                       processing_class: PreTrainedTokenizerBase,
-                       prompts: Sequence[PromptLike], *, n_responses: int = 2,
+def generate_responses(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
+                       prompts: Sequence[PromptLike] | datasets.Dataset, *, n_responses: int = 2,
                        max_new_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
                        seed: int = 0, batch_size: int = 16, max_attempts: int = 4,
                        chat_template_kwargs: dict[str, Any] | None = None,
@@ -65,7 +69,10 @@ def generate_responses(model: PreTrainedModel | PeftModel,
     generators, the model's modes and flags, and the tokenizer are restored afterward.
 
     Args:
-        prompts: `Prompt`s, or a `PreferencePool`. The result keeps their ids and extra columns.
+        model: also by name, as in `ActiveDPOSelector`; it is then loaded for this call.
+        processing_class: None for that of a model given by name.
+        prompts: `Prompt`s, a `PreferencePool`, or a `datasets.Dataset` with a column `prompt` and
+            no responses. The result keeps their ids and extra columns.
         batch_size: sequences generated at once.
         chat_template_kwargs: passed to the chat template, as in `tokenize_pool`; give the same as
             to the selector. Those in a prompt's own column of this name take precedence.
@@ -86,6 +93,7 @@ def generate_responses(model: PreTrainedModel | PeftModel,
     _check_sampling(n_responses, max_attempts, temperature, top_p)
     generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
                            chat_template_kwargs or {})
+    prompts = generator.prompts
     for n, prompt in enumerate(prompts, start=1):
         check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
 
@@ -145,16 +153,16 @@ def try_generation(model: PreTrainedModel | PeftModel,
 
 
 @leaves_tokenizer(1)
-def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase,
-            prompts: Sequence[PromptLike], *, max_new_tokens: int = 64, temperature: float = 0.0,
-            seed: int = 0, batch_size: int = 16,
+def respond(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
+            prompts: Sequence[PromptLike] | datasets.Dataset, *, max_new_tokens: int = 64,
+            temperature: float = 0.0, seed: int = 0, batch_size: int = 16,
             chat_template_kwargs: dict[str, Any] | None = None,
             show_progress: bool | None = None) -> list[str]:
     """Return one text per prompt, in order, possibly empty, to evaluate a model.
 
     `temperature` 0 takes the most likely token at each step; above 0, tokens are sampled from the
-    model's distribution. Texts, errors and restored state are as in `generate_responses`; chat
-    responses are only the message's content.
+    model's distribution. Arguments, texts, errors and restored state are as in
+    `generate_responses`; chat responses are only the message's content.
     """
     if not temperature >= 0:
         raise ActiveDPOError(f"temperature: {temperature} is below 0")
@@ -164,33 +172,34 @@ def respond(model: PreTrainedModel | PeftModel, processing_class: PreTrainedToke
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     with _forked_rng(generator.device, seed):
-        return generator.run(range(len(prompts)), "respond", show_progress, **sampling)
+        return generator.run(range(len(generator.prompts)), "respond", show_progress, **sampling)
 
 
 class _Generator:
     """Encoded prompts and the batches that continue them."""
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase,
-                 prompts: Sequence[PromptLike], max_new_tokens: int, batch_size: int,
-                 common: Mapping[str, Any]) -> None:
+    def __init__(self, model: GivenModel, tokenizer: PreTrainedTokenizerBase | None,
+                 prompts: Sequence[PromptLike] | datasets.Dataset, max_new_tokens: int,
+                 batch_size: int, common: Mapping[str, Any]) -> None:
         _check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        prompts = self.prompts = as_prompts(prompts)
         check_prompts(prompts)
         check_template_kwargs(common)
         self.chat = not isinstance(prompts[0].prompt, str)
-        check_tokenizer(tokenizer, chat=self.chat)
-        pad = tokenizer.pad_token_id
-        require_supported(model, pad_token_id=0 if pad is None else pad)
-        self.model = cast(Any, model)
+        self.model, self.tokenizer = as_model(model, tokenizer)
+        check_tokenizer(self.tokenizer, chat=self.chat)
+        pad = self.tokenizer.pad_token_id
+        require_supported(self.model, pad_token_id=0 if pad is None else pad)
         # The model whose `generate` and generation config are used.
-        owner = model.get_base_model() if isinstance(model, PeftModel) else model
+        owner = (self.model.get_base_model() if isinstance(self.model, PeftModel)
+                 else self.model)
         self.owner = cast(PreTrainedModel, owner)
-        self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.device: torch.device = self.model.get_input_embeddings().weight.device
-        self.eos_ids = _eos_ids(self.model, tokenizer)
+        self.eos_ids = _eos_ids(self.model, self.tokenizer)
         if self.chat:
-            self.prompt_ids = [encode_chat(tokenizer, list(prompt.prompt), prompt.id,
+            self.prompt_ids = [encode_chat(self.tokenizer, list(prompt.prompt), prompt.id,
                                            add_generation_prompt=True,
                                            **template_kwargs(prompt.extra, common))
                                for prompt in prompts]

@@ -15,16 +15,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import read_json, write_json
+from activedpo_fast._files import FilePath, read_json, write_json
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.fingerprints import is_untrained, policy_settings
+from activedpo_fast.models.named import as_policy
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import Prompt, check_prompts
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.pool.template import one_setting, own_template_kwargs
 from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
 from activedpo_fast.selection.result import Selection
@@ -47,6 +49,7 @@ from activedpo_fast.training.run_folder import (
 from activedpo_fast.training.trl import selector_settings, train_dpo
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -71,11 +74,15 @@ class ActiveDPOLoop:
     nothing is written.
 
     Args:
-        model: a PEFT model with the adapter "default". Its weights are the initial policy.
-        prompts: each round takes `prompts_per_round` of them in a seeded order, continuing where
-            the last round ended and wrapping around. Prompts with labeled pairs are offered again
-            only if the others are not enough; this is logged as a warning. Prompts with the same
-            text count as one (see `PickRules.prompt_by`), offered as the first of them.
+        model: a PEFT model with the adapter "default", or the folder or hub name of an adapter, as
+            in `ActiveDPOSelector`. Its weights are the initial policy. The trained model is
+            `loop.model`.
+        processing_class: its tokenizer; None for that of a model given by name.
+        prompts: `Prompt`s, or a `datasets.Dataset` with a column `prompt`. Each round takes
+            `prompts_per_round` of them in a seeded order, continuing where the last round ended and
+            wrapping around. Prompts with labeled pairs are offered again only if the others are not
+            enough; this is logged as a warning. Prompts with the same text count as one (see
+            `PickRules.prompt_by`), offered as the first of them.
         oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. A round
             in which no pair gets a preference is not trained on and keeps the previous adapter.
         dpo_args: see `activedpo_fast.training.trl.dpo_config`; the same in each round.
@@ -122,9 +129,9 @@ class ActiveDPOLoop:
 
     def __init__(
         self,
-        model: PeftModel,
-        processing_class: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
+        model: PeftModel | FilePath,
+        processing_class: PreTrainedTokenizerBase | None,
+        prompts: Sequence[Prompt] | datasets.Dataset,
         oracle: Oracle,
         *,
         output_dir: str | Path,
@@ -155,6 +162,7 @@ class ActiveDPOLoop:
                                     ("reference", reference, ("initial", "round"))):
             if choice not in known:
                 raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
+        prompts = as_prompts(prompts)
         check_prompts(prompts)
         for n, prompt in enumerate(prompts, start=1):
             check_json_columns(prompt.extra, f"prompt {n}")
@@ -162,8 +170,6 @@ class ActiveDPOLoop:
         if rules is not None:
             rules.check(prompts)
             excluded.update(rules.excluded(prompts))
-        self.model = model
-        self.processing_class = processing_class
         self.prompts = list(prompts)
         self._prompt_by = None if rules is None else rules.prompt_by
         distinct = distinct_prompts(self.prompts, self._prompt_by)
@@ -197,8 +203,9 @@ class ActiveDPOLoop:
             "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
             "generation.chat_template_kwargs": self.generation.pop("chat_template_kwargs", None),
         })
+        self.model, self.processing_class = as_policy(model, processing_class)  # last: it is slow
         self.selector = ActiveDPOSelector(
-            model, processing_class=processing_class, strategy=strategy,
+            self.model, processing_class=self.processing_class, strategy=strategy,
             chat_template_kwargs=self.chat_template_kwargs, **options)
         if ((reference, start_from) == ("round", "current")
                 and "ref_logps" in (STRATEGIES[strategy] if isinstance(strategy, str)
@@ -207,7 +214,7 @@ class ActiveDPOLoop:
                            "'round' and start_from 'current' they are the same at selection: "
                            "every reward difference is 0", self.strategy)
         self._settings = _plain({
-            "model": getattr(model.get_base_model().config, "_name_or_path", ""),
+            "model": getattr(self.model.get_base_model().config, "_name_or_path", ""),
             "strategy": (strategy if isinstance(strategy, str) else
                          {"name": strategy.name, **vars(strategy)}),
             "chat_template_kwargs": self.chat_template_kwargs,

@@ -79,9 +79,10 @@ DPO_FIELDS: dict[str, Field] = {
     "dataset_num_proc": Field("irrelevant", "how fast the data set is tokenized"),
     "activation_offloading": Field("irrelevant", "where activations are kept"),
     "model_init_kwargs": Field(
-        "irrelevant", "read for a model given by name; selector and loop are given the model"),
+        "irrelevant", "read for a model that `DPOTrainer` itself loads; ours is loaded before"),
     "trust_remote_code": Field(
-        "irrelevant", "read for a model given by name; selector and loop are given the model"),
+        "irrelevant", "read for a model that `DPOTrainer` itself loads; ours is loaded before, and "
+        "runs no code of a checkpoint"),
 }
 
 INHERITED: tuple[Group, ...] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from activedpo_fast import (
     ActiveDPOError,
@@ -281,9 +281,15 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
 def test_what_is_no_pool_or_selection_is_named() -> None:
     selector = ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer())
     rows = [{"prompt": "x", "chosen": " a", "rejected": " b"}]
-    for pool in (Dataset.from_list(rows), rows, "pool.jsonl"):
-        with pytest.raises(ActiveDPOError, match="expected a PreferencePool, got .*from_dataset"):
+    splits = DatasetDict(train=Dataset.from_list(rows))
+    for pool, message in ((rows, "expected a PreferencePool or a datasets.Dataset, got list; "),
+                          ("pool.jsonl", "got str; make one with PreferencePool.from_rows or load"),
+                          (splits, "several splits"),
+                          (splits["train"].to_iterable_dataset(), "streamed")):
+        with pytest.raises(ActiveDPOError, match=message):
             selector.select(pool, 1)
+        with pytest.raises(ActiveDPOError, match=message):
+            selector.tokenize(pool)
     pool = PreferencePool.from_rows(rows)
     for labeled in ("picked.jsonl", [0, 1], 3):
         with pytest.raises(ActiveDPOError, match="labeled: expected a Selection, .*read_labels"):

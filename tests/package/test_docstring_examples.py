@@ -18,7 +18,7 @@ import activedpo_fast
 from activedpo_fast import ActiveDPOLoop, ActiveDPOSelector, PreferencePool, Prompt
 from activedpo_fast.labels import CallableOracle
 from activedpo_fast.training.trl import dpo_config
-from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import VOCAB_SIZE, lora, saved_model, tiny_causal_lm, tiny_tokenizer
 
 pytest.importorskip("trl")
 
@@ -50,7 +50,7 @@ PUBLIC = _public()
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Any]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the API page says that examples use, made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     torch.manual_seed(0)
@@ -64,14 +64,16 @@ def parts() -> dict[str, Any]:
         "prompts": [Prompt(item.id, item.prompt) for item in pool],
         "picked": ActiveDPOSelector(model, tokenizer).select(pool, len(LABELS)), "labels": LABELS,
         "dpo_args": dpo_config(output_dir="trainer", max_steps=1),
+        "adapter": saved_model(tmp_path_factory.mktemp("models"))[1],
     }
 
 
 @pytest.fixture
 def namespace(parts: dict[str, Any], tmp_path: Path,
               monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A copy for one example, in a folder of its own with a partly labeled file of the picks."""
+    """A copy for one example, in a folder with an adapter and partly labeled picks."""
     monkeypatch.chdir(tmp_path)
+    Path("adapter").symlink_to(parts["adapter"])
     names = {**parts, "model": deepcopy(parts["model"]), "labels": list(LABELS)}
     model, tokenizer, picked = names["model"], names["tokenizer"], names["picked"]
     names["selector"] = ActiveDPOSelector(model, tokenizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem
-from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.pool import PreferencePool, as_pool
+from activedpo_fast.pool.reading import as_prompts, read_prompts
 
 U = [{"role": "user", "content": "Hi"}]
 A = [{"role": "assistant", "content": "Hello"}]
@@ -170,6 +173,66 @@ def test_parquet_and_datasets(chat: bool, tmp_path: Path) -> None:
                            (dataset.select([]), "no rows")):
         with pytest.raises(ActiveDPOError, match=message):
             PreferencePool.from_dataset(wrong)  # type: ignore[arg-type]
+
+
+def test_a_data_set_is_as_good_as_a_pool() -> None:
+    rows = [{"prompt": f"p{n}", "chosen": " a", "rejected": " b", "topic": "x"} for n in range(3)]
+    pool = PreferencePool.from_rows(rows)
+    assert as_pool(pool) is pool
+
+    class Mine(datasets.Dataset):
+        pass
+
+    dataset = datasets.Dataset.from_list(rows)
+    for table in (dataset, Mine(dataset.data), dataset.with_format("torch"),
+                  dataset.select([2, 1, 0]).select([2, 1, 0])):
+        assert list(as_pool(table)) == list(pool)
+    for wrong, message in ((datasets.DatasetDict(train=dataset), "several splits"),
+                           (dataset.to_iterable_dataset(), "streamed"),
+                           (dataset.select([]), "the data set has no rows"),
+                           (dataset.remove_columns("rejected"),
+                            "data set, row 1: 'chosen' without 'rejected'"),
+                           (datasets.Value("string"), "expected a datasets.Dataset, got Value"),
+                           (rows, "expected a PreferencePool or a datasets.Dataset, got list"),
+                           ("pool.jsonl", "got str; make one with PreferencePool.from_rows or"),
+                           (None, "got NoneType"), (datasets.Dataset, "got type")):
+        with pytest.raises(ActiveDPOError, match=message) as caught:
+            as_pool(wrong)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+def test_prompts_from_a_data_set_are_those_of_a_file(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "topic": "x"} for n in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = datasets.Dataset.from_list(rows)
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
+    assert as_prompts(dataset) == prompts and as_prompts(prompts) is prompts
+    for wrong, message in ((datasets.DatasetDict(train=dataset), "several splits"),
+                           (dataset.select([]), "the data set has no rows"),
+                           (dataset.select([0, 0]), "row 2: the same prompt as data set, row 1"),
+                           (dataset.rename_column("topic", "chosen"),
+                            "data set, row 1: the column 'chosen': a prompt has no responses yet"),
+                           (dataset.remove_columns("prompt"), "data set, row 1: no 'prompt'"),
+                           ("prompts.jsonl", "prompts: expected Prompts, .*, got str"),
+                           ({"prompt": "p"}, "got dict"), (None, "got NoneType")):
+        with pytest.raises(ActiveDPOError, match=message):
+            as_prompts(wrong)  # type: ignore[arg-type]
+
+
+def test_datasets_is_imported_for_data_sets_alone() -> None:
+    code = ("import sys\n"
+            "from activedpo_fast import ActiveDPOError, PreferencePool\n"
+            "from activedpo_fast.pool.pool import as_pool\n"
+            "from activedpo_fast.pool.reading import as_prompts\n"
+            "as_pool(PreferencePool.from_rows([{'prompt': 'p', 'responses': ['a', 'b']}]))\n"
+            "as_prompts([])\n"
+            "for wrong in ([], 'pool.jsonl', None):\n"
+            "    try:\n"
+            "        as_pool(wrong)\n"
+            "    except ActiveDPOError:\n"
+            "        pass\n"
+            "assert 'datasets' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_jsonl_details(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The architectures are the real ones of `transformers`; only their sizes are smal
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +122,20 @@ def lora(model: PreTrainedModel, arch: str, *, seed: int = 1, adapter_name: str 
     if dtype == torch.float64:
         peft_model.double()
     return peft_model.eval()
+
+
+def saved_model(folder: Path, arch: str = "llama", *, chat: bool = False) -> tuple[Path, Path]:
+    """Write a base model with its tokenizer, and an adapter that names it as its base.
+
+    Returns:
+        The folders of the base model and of the adapter.
+    """
+    base, adapter = folder / "model", folder / "adapter"
+    tiny_causal_lm(arch).save_pretrained(base)
+    tiny_tokenizer(chat=chat).save_pretrained(base)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(base)
+    lora(loaded, arch).save_pretrained(str(adapter))
+    return base, adapter
 
 
 # Models that embed positions in another way beyond so many tokens.

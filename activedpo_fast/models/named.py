@@ -1,0 +1,101 @@
+"""A model given by name where an object is expected, as TRL's trainers take one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from activedpo_fast._files import FilePath
+from activedpo_fast._modes import in_own_modes
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.folders import ADAPTER_CONFIG, check_adapter_folder, local_folder
+from activedpo_fast.models.loading import load_model, load_reward_model
+
+GivenModel = PreTrainedModel | PeftModel | FilePath
+"""A model, or its name: a folder of a model or of an adapter, or a name on the hub."""
+
+
+def is_name(model: Any) -> bool:
+    return isinstance(model, (str, os.PathLike))
+
+
+@in_own_modes  # weights made in the caller's inference mode could have no gradient
+def as_model(
+    model: GivenModel, processing_class: PreTrainedTokenizerBase | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a model and its tokenizer; a name is loaded as the `activedpo` command loads it.
+
+    The name of an adapter (a folder or repository with `adapter_config.json`) stands for the
+    adapter, trainable, on the base model that it names, at the revision that it names. The name of
+    a model stands for that model, with all of its parameters frozen: nothing says which to train.
+    Both are loaded on a GPU if there is one, in eval mode, in the dtype that `load_policy` chooses.
+
+    Args:
+        model: returned as it is unless it is a name.
+        processing_class: None for the tokenizer that comes with a name: the adapter's, if its
+            folder has one, otherwise the model's.
+
+    Raises:
+        ActiveDPOError: a model in memory without a tokenizer; an adapter that does not name its
+            base model; what `load_policy` refuses.
+    """
+    if not is_name(model):
+        if processing_class is None:
+            raise ActiveDPOError("processing_class: pass the model's tokenizer; only a model given "
+                                 "by name comes with its own")
+        return model, processing_class
+    folder = local_folder(model)  # type: ignore[arg-type]
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return load_model(folder, tokenizer=processing_class)
+    return load_model(_base_of(folder), adapter=folder, tokenizer=processing_class)
+
+
+def as_model_alone(model: GivenModel) -> PreTrainedModel | PeftModel:
+    """The same without the tokenizer."""
+    return cast(PreTrainedModel | PeftModel, as_model(model)[0] if is_name(model) else model)
+
+
+def as_policy(
+    model: GivenModel, processing_class: PreTrainedTokenizerBase | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The same for a model whose adapter is to be trained; one without an adapter is refused."""
+    policy, tokenizer = as_model(model, processing_class)
+    if not isinstance(policy, PeftModel):
+        name = str(model) if is_name(model) else type(model).__name__
+        raise ActiveDPOError(f"model: rounds train an adapter, which {name} does not have: pass a "
+                             "PEFT model, or the folder of an adapter (a fresh one can be made "
+                             "with peft.get_peft_model)")
+    return policy, tokenizer
+
+
+def as_reward_model(
+    model: PreTrainedModel | FilePath, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same for a reward model; a name is loaded by `load_reward_model`."""
+    if isinstance(model, (str, os.PathLike)):
+        loaded, own = load_reward_model(model)
+        return loaded, own if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ActiveDPOError("tokenizer: pass the reward model's; only a model given by name comes "
+                             "with its own")
+    return model, tokenizer
+
+
+def _base_of(adapter: Path) -> Path:
+    """Return the folder of the base model that an adapter was made for."""
+    check_adapter_folder(adapter)
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not (isinstance(name, str) and name):
+        raise ActiveDPOError(f"adapter {adapter} does not name its base model "
+                             f"(base_model_name_or_path in {ADAPTER_CONFIG}): load the two, and "
+                             "pass the model and its tokenizer")
+    try:
+        return local_folder(name, config.get("revision"))
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"the base model of adapter {adapter}: {error}") from None
