@@ -276,7 +276,7 @@ def lora_grad_sketches(out: Tensor, weights: Sequence[tuple[Tensor, Tensor, int]
             for group in groups:
                 group.add(out, None, there, kronecker)
             return
-        sums, bounds = zero_sums(*out.shape, out.device)
+        sums, bounds = zero_sums(len(out), k, out.device)
         for group in groups:
             raise_bounds(bounds, group.jobs, group.table, there)
         for group in groups:
