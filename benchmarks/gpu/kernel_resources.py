@@ -137,8 +137,11 @@ class Resources:
         return found
 
 
-def compile_all(archs: list[int], module: str | None, jobs: int) -> list[Resources]:
+def compile_all(archs: list[int], module: str | None, jobs: int,
+                skip: str | None = None) -> list[Resources]:
     """The variants of a module (None: of all) for each architecture, in order, by `jobs` processes.
+
+    skip: leaves out variants whose name has this word.
 
     Raises ActiveDPOError where kernels cannot be compiled here, or an architecture is unknown.
     """
@@ -150,8 +153,8 @@ def compile_all(archs: list[int], module: str | None, jobs: int) -> list[Resourc
     if interpreted():
         raise ActiveDPOError("TRITON_INTERPRET is set, so kernels are interpreted and not compiled")
     cuobjdump()
-    left = [Task(module, number, arch) for number in range(len(_variants(module)))
-            for arch in archs]
+    left = [Task(module, number, arch) for number, variant in enumerate(_variants(module))
+            if skip not in variant.name.split() for arch in archs]
     order, found = list(left), {}
     with (tempfile.TemporaryDirectory() as logs,
           tqdm(desc="compiling", total=len(left), leave=False, disable=None) as bar):
@@ -275,12 +278,14 @@ def main(
         help="a compute capability without its point; may be repeated")] = ARCHS,
     module: Annotated[str | None, typer.Option(
         help="only the kernels of this module, by its variants()")] = None,
+    skip: Annotated[str | None, typer.Option(
+        help="leave out kernels whose name has this word, such as fp16")] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="write the findings here")] = None,
 ) -> None:
     """Compile the GPU kernels without a GPU and say what each takes of one."""
     try:
-        found = compile_all(arch, module, jobs)
+        found = compile_all(arch, module, jobs, skip)
     except ActiveDPOError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
