@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels.launching import cdiv, in_units, on, operand, signed
+from activedpo_fast.kernels.launching import NAMES, cdiv, in_units, on, operand, signed
 from activedpo_fast.kernels.philox import random_words
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
@@ -45,7 +45,6 @@ _COLUMNS = 128  # columns of the matrix per program: a Philox block
 _SLAB_BYTES = 1 << 26
 _ROWS = 1024  # rows that share a slab; more would gain nothing
 _TOKENS = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 16}  # multiplied at a time
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
@@ -406,7 +405,7 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
 def variants() -> list[Variant]:
     """Every configuration of every kernel here."""
     found = []
-    for (dtype, name), (a, b) in product(_NAMES.items(), GRADIENT_TILES):
+    for (dtype, name), (a, b) in product(NAMES.items(), GRADIENT_TILES):
         found.append(_variant(
             form_slab_kernel, f"lora_grad_rademacher form {name} {a}x{b}",
             {"slab": "*bf16", "plan": "*i64", "left": f"*{name}", "right": f"*{name}"},

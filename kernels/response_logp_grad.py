@@ -25,11 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels.launching import on
+from activedpo_fast.kernels.launching import NAMES, on
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
 BLOCK, WARPS = 4096, 8
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
@@ -118,7 +117,7 @@ def variants() -> list[Variant]:
     found = []
     rows = {"": True, " any V": True, " anywhere": False}  # whether the first is 16-byte aligned
     for (dtype, name), (kind, aligned), wanted in product(
-            _NAMES.items(), rows.items(), (True, False)):
+            NAMES.items(), rows.items(), (True, False)):
         unit = 16 // dtype.itemsize if not kind else 1
         constants = {"UNIT": unit, "BLOCK": BLOCK} | (
             {} if wanted else {"grad": None, "weights": None})

@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _wait_politely() -> None:
     """Let OpenMP's threads spin briefly before they sleep, unless the user has set how they wait.
 
-    By default they spin for milliseconds: two processes on the same cores took 5 to 50 times as
-    long, and take 3 times as long so, at a cost alone within the noise. GNU OpenMP (PyTorch's on
-    Linux, and ours) reads this when it is loaded, which no import has done yet.
+    By default they spin for milliseconds, and two processes on the same cores slow each other down
+    many times. GNU OpenMP (PyTorch's on Linux, and ours) reads this when it is loaded, which no
+    import has done yet.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

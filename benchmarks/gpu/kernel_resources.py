@@ -49,7 +49,7 @@ class Limits:
     blocks: int  # resident blocks of one multiprocessor
     # Bytes of a thread's stack that are no problem. Tiles were chosen by time on sm_90, where a few
     # numbers may be kept outside of loops; elsewhere, two blocks a multiprocessor matter more.
-    spilled: int = 256
+    spilled: int = 168
 
 
 LIMITS = {
