@@ -98,8 +98,11 @@ class Nvcc:
                 if path is None:
                     raise CompileError(f"{variable}={named} has no nvcc")
                 return cls(Path(path))
-        packages = [path for folder in sys.path
-                    for path in sorted(glob(f"{folder}/nvidia/*/bin/nvcc"), reverse=True)]
+        packages = [
+            path
+            for folder in sys.path
+            for path in sorted(glob(f"{folder}/nvidia/*/bin/nvcc"), reverse=True)
+        ]
         for place in ("nvcc", *packages):
             if path := shutil.which(place):
                 return cls(Path(path))
@@ -109,8 +112,9 @@ class Nvcc:
         """Run nvcc and return its output. Raises CompileError with the output if it fails."""
         command = [str(self.path), *arguments]
         try:
-            done = subprocess.run(command, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
         except OSError as error:
             raise CompileError(f"{self.path} cannot be run: {error}") from None
         if done.returncode:
@@ -121,8 +125,16 @@ class Nvcc:
         """Return the object of a .cu file, and whether it was compiled: it may already exist."""
         target = OBJECTS / f"{source.stem}.o"
         needs, says = target.with_suffix(".d"), target.with_suffix(".txt")
-        options = ["-c", "-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                   f"-ccbin={host}", *self._code(), str(source)]
+        options = [
+            "-c",
+            "-std=c++17",
+            "-O3",
+            "-Icsrc",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            f"-ccbin={host}",
+            *self._code(),
+            str(source),
+        ]
         command = f"{shlex.join([str(self.path), *options])}\n{self._version}"
         if says.is_file() and says.read_text() == command and not _outdated(target, needs):
             return target, False
@@ -133,8 +145,10 @@ class Nvcc:
 
     def _code(self) -> list[str]:
         ptx = self.archs[-1].rstrip("af")  # PTX of 90a would not run on later GPUs
-        return [*(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs),
-                f"-gencode=arch=compute_{ptx},code=compute_{ptx}"]
+        return [
+            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs),
+            f"-gencode=arch=compute_{ptx},code=compute_{ptx}",
+        ]
 
     def _folders(self) -> tuple[list[str], list[str]]:
         # Ask nvcc, because the one on PATH may be a script that calls another one.
@@ -144,9 +158,11 @@ class Nvcc:
             raise CompileError(f"{self.path} does not say where its toolkit is:\n{said}")
         top = Path(lines["TOP"]).resolve()
         flags = shlex.split(lines["INCLUDES"]) + shlex.split(lines["LIBRARIES"])
-        return ([flag[2:] for flag in flags if flag.startswith("-I")],
-                # pip's packages have lib/ but nvcc reports lib64/.
-                [flag[2:] for flag in flags if flag.startswith("-L")] + [str(top / "lib")])
+        return (
+            [flag[2:] for flag in flags if flag.startswith("-I")],
+            # pip's packages have lib/ but nvcc reports lib64/.
+            [flag[2:] for flag in flags if flag.startswith("-L")] + [str(top / "lib")],
+        )
 
     def _archs(self) -> list[str]:
         known = set(re.findall(r"sm_(\d+)", self.run("--list-gpu-code")))
@@ -174,12 +190,16 @@ class BuildExtension(build_ext):
             super().build_extension(ext)
         except Exception as error:
             if ext is cuda:
-                hint = ("activedpo_fast works on GPUs without it, with fewer custom kernels; "
-                        "ACTIVEDPO_CUDA=0 skips building it.")
+                hint = (
+                    "activedpo_fast works on GPUs without it, with fewer custom kernels; "
+                    "ACTIVEDPO_CUDA=0 skips building it."
+                )
             else:
-                hint = ("activedpo_fast works without it, on the slower PyTorch reference; for "
-                        "the C++ kernels install a C++17 compiler with OpenMP (for instance g++) "
-                        "and install again.")
+                hint = (
+                    "activedpo_fast works without it, on the slower PyTorch reference; for "
+                    "the C++ kernels install a C++17 compiler with OpenMP (for instance g++) "
+                    "and install again."
+                )
             self.warn(f"{ext.name} was not built ({error}). {hint}")
             raise
 
@@ -190,15 +210,21 @@ class BuildExtension(build_ext):
             raise CompileError(f"ACTIVEDPO_CUDA is {wanted!r}; it can be 0, 1 or not set")
         nvcc = None if wanted == "0" or sys.platform != "linux" else Nvcc.find()
         if nvcc is None:
-            why = ("ACTIVEDPO_CUDA=0" if wanted == "0" else
-                   "it is for Linux" if sys.platform != "linux" else
-                   "there is no nvcc: CUDACXX and CUDA_HOME are not set, and it is neither on PATH "
-                   "nor in the package nvidia-cuda-nvcc")
+            why = (
+                "ACTIVEDPO_CUDA=0"
+                if wanted == "0"
+                else "it is for Linux"
+                if sys.platform != "linux"
+                else "there is no nvcc: CUDACXX and CUDA_HOME are not set, and it is neither on "
+                "PATH nor in the package nvidia-cuda-nvcc"
+            )
             if wanted == "1":
                 raise CompileError(why)
             self._forget(ext)
-            print(f"note: {ext.name} is not built ({why}); the CUDA C++ kernels will be missing",
-                  file=sys.stderr)
+            print(
+                f"note: {ext.name} is not built ({why}); the CUDA C++ kernels will be missing",
+                file=sys.stderr,
+            )
             return False
         sources = [Path(path) for path in sorted(glob("csrc/cuda/*.cu"))]
         cores = len(os.sched_getaffinity(0))
@@ -225,16 +251,22 @@ def _outdated(target: Path, needs: Path) -> bool:
     if not (target.is_file() and needs.is_file()):
         return True
     named = needs.read_text().replace("\\\n", " ").partition(" : ")[2]
-    sources = [Path(re.sub(r"\\(.)", r"\1", name))  # blanks in a name have a backslash
-               for name in re.split(r"(?<!\\)\s+", named) if name]
+    sources = [
+        Path(re.sub(r"\\(.)", r"\1", name))  # blanks in a name have a backslash
+        for name in re.split(r"(?<!\\)\s+", named)
+        if name
+    ]
     made = target.stat().st_mtime_ns
-    return not sources or any(not path.is_file() or path.stat().st_mtime_ns > made
-                              for path in sources)
+    return not sources or any(
+        not path.is_file() or path.stat().st_mtime_ns > made for path in sources
+    )
 
 
 setup(
-    packages=[*find_packages(include=["activedpo_fast", "activedpo_fast.*"]),
-              "activedpo_fast.kernels"],
+    packages=[
+        *find_packages(include=["activedpo_fast", "activedpo_fast.*"]),
+        "activedpo_fast.kernels",
+    ],
     package_dir={"activedpo_fast.kernels": "kernels"},
     ext_modules=[cpu, cuda],
     cmdclass={"build_ext": BuildExtension},

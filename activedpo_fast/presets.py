@@ -39,7 +39,7 @@ PRESETS: dict[str, Preset] = {
         },
         dpo={"num_train_epochs": 4, "learning_rate": 1e-4},
         loop={"batch_size": 50, "prompts_per_round": 1000, "n_responses": 3},
-    ),
+    )
 }
 
 

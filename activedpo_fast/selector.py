@@ -139,13 +139,20 @@ class ActiveDPOSelector:
         precision: str | None = None,
         verify: bool = True,
     ) -> None:
-        defaults: dict[str, Any] = {"strategy": "activedpo", "proj_dim": 8192,
-                                    "normalize": "default"}
+        defaults: dict[str, Any] = {
+            "strategy": "activedpo",
+            "proj_dim": 8192,
+            "normalize": "default",
+        }
         if preset is not None:
             defaults.update(find_preset(preset).selection)
         if strategy is not None and not isinstance(strategy, str):
-            _refuse_its_options(normalize=(normalize, "default"), lam=(lam, 1.0),
-                                kappa=(kappa, 1.0), strategy_options=(strategy_options or {}, {}))
+            _refuse_its_options(
+                normalize=(normalize, "default"),
+                lam=(lam, 1.0),
+                kappa=(kappa, 1.0),
+                strategy_options=(strategy_options or {}, {}),
+            )
         check_template_kwargs(chat_template_kwargs)
         self.strategy = defaults["strategy"] if strategy is None else strategy
         self.seed = seed
@@ -179,8 +186,7 @@ class ActiveDPOSelector:
             verify=verify,
         )
         self.last_timings: dict[str, float] = {}
-        require_supported(self.model, gradients=gradients,
-                          pad_token_id=self.extractor.pad_token_id)
+        require_supported(self.model, gradients=gradients, pad_token_id=self.extractor.pad_token_id)
         if gradients and is_name(model):
             trainable_linears(self.model)  # the flags of a model in memory may still change
         if isinstance(ref_model, torch.nn.Module):
@@ -251,26 +257,53 @@ class ActiveDPOSelector:
         if group is not None:
             self._require_same(processes, pool, n, history, undecided, rules, strategy)
         part = processes.part(pool)
-        tokens = processes.check(lambda: self.tokenize(
-            pool[part.items.start:part.items.stop], show_progress=show_progress))
+        tokens = processes.check(
+            lambda: self.tokenize(
+                pool[part.items.start : part.items.stop], show_progress=show_progress
+            )
+        )
         tokenized = time.perf_counter() - started
         skipped = torch.tensor(tokens.skipped, dtype=torch.int64) + part.items.start
         in_pool, elsewhere = split_history(pool, history)
         candidates = Candidates.find(
-            pool, processes, labeled=in_pool, asked=split_history(pool, undecided)[0],
-            skipped=processes.gather(skipped).tolist(), rules=rules)
-        signals = ModelSignals(self.extractor, candidates, tokens, elsewhere, self.tokenize,
-                               self.ref_model, processes, show_progress)
-        picked = run_selection(candidates, signals, strategy, n, rules=rules, fewer_ok=fewer_ok,
-                               chat_template_kwargs=template, group=group,
-                               show_progress=show_progress)
+            pool,
+            processes,
+            labeled=in_pool,
+            asked=split_history(pool, undecided)[0],
+            skipped=processes.gather(skipped).tolist(),
+            rules=rules,
+        )
+        signals = ModelSignals(
+            self.extractor,
+            candidates,
+            tokens,
+            elsewhere,
+            self.tokenize,
+            self.ref_model,
+            processes,
+            show_progress,
+        )
+        picked = run_selection(
+            candidates,
+            signals,
+            strategy,
+            n,
+            rules=rules,
+            fewer_ok=fewer_ok,
+            chat_template_kwargs=template,
+            group=group,
+            show_progress=show_progress,
+        )
         features = tokenized + signals.seconds
-        self.last_timings = {"features": features,
-                             "select": time.perf_counter() - started - features}
+        self.last_timings = {
+            "features": features,
+            "select": time.perf_counter() - started - features,
+        }
         return picked
 
-    def tokenize(self, pool: PreferencePool | datasets.Dataset, *,
-                 show_progress: bool | None = None) -> TokenizedPool:
+    def tokenize(
+        self, pool: PreferencePool | datasets.Dataset, *, show_progress: bool | None = None
+    ) -> TokenizedPool:
         """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
         return tokenize_pool(
             pool, self.processing_class, show_progress=show_progress, **self._tokenization
@@ -283,53 +316,78 @@ class ActiveDPOSelector:
         return make_strategy(self.strategy, offered=offered, **self._strategy_options)
 
     def _require_same(
-        self, processes: PoolProcesses, pool: PreferencePool, n: int, history: list[Pick],
-        undecided: list[Pick], rules: PickRules | None, strategy: Strategy,
+        self,
+        processes: PoolProcesses,
+        pool: PreferencePool,
+        n: int,
+        history: list[Pick],
+        undecided: list[Pick],
+        rules: PickRules | None,
+        strategy: Strategy,
     ) -> None:
         """Raise `ActiveDPOError` unless all processes were given the same input."""
-        options = {name: value for name, value in vars(strategy).items()
-                   if isinstance(value, (str, int, float, type(None)))}
+        options = {
+            name: value
+            for name, value in vars(strategy).items()
+            if isinstance(value, (str, int, float, type(None)))
+        }
         extractor = self.extractor
         processes.require_same(
             {
                 "pool": pool_text(pool, rules),
                 "n": repr(n),
-                "labeled": repr([(pick.id, pick.prompt, pick.responses,
-                                   pick.item_chat_template_kwargs) for pick in history]),
-                "asked": repr([(pick.id, pick.prompt, pick.responses,
-                                pick.item_chat_template_kwargs) for pick in undecided]),
+                "labeled": repr(
+                    [
+                        (pick.id, pick.prompt, pick.responses, pick.item_chat_template_kwargs)
+                        for pick in history
+                    ]
+                ),
+                "asked": repr(
+                    [
+                        (pick.id, pick.prompt, pick.responses, pick.item_chat_template_kwargs)
+                        for pick in undecided
+                    ]
+                ),
                 "rules": repr(rules),
                 "strategy": repr((strategy.name, sorted(options.items()))),
                 "sketch": repr(extractor.sketch),
                 "beta or precision": repr((extractor.beta, extractor.precision)),
                 "length_normalized": repr(extractor.length_normalized),
-                "ref_model": (repr(self.ref_model) if isinstance(self.ref_model, str)
-                              else type(self.ref_model).__name__),
+                "ref_model": (
+                    repr(self.ref_model)
+                    if isinstance(self.ref_model, str)
+                    else type(self.ref_model).__name__
+                ),
                 "tokenization": repr(sorted(self._tokenization.items())),
             },
             {"norm of the trainable weights": _norm(self.model)},
         )
 
 
-def _tell_of_other_arguments(
-    history: Sequence[Pick], common: Mapping[str, Any] | None
-) -> None:
+def _tell_of_other_arguments(history: Sequence[Pick], common: Mapping[str, Any] | None) -> None:
     """Log how many labeled chat pairs were picked with different chat template arguments."""
     other = sum(
-        (pick.chat_template_kwargs or {}) != {**(common or {}),
-                                              **(pick.item_chat_template_kwargs or {})}
-        for pick in history if not isinstance(pick.prompt, str)
+        (pick.chat_template_kwargs or {})
+        != {**(common or {}), **(pick.item_chat_template_kwargs or {})}
+        for pick in history
+        if not isinstance(pick.prompt, str)
     )
     if other:
-        logger.warning("%d of %d labeled pairs were picked with other chat_template_kwargs: their "
-                       "features use the selector's; their to_dataset keeps their own",
-                       other, len(history))
+        logger.warning(
+            "%d of %d labeled pairs were picked with other chat_template_kwargs: their "
+            "features use the selector's; their to_dataset keeps their own",
+            other,
+            len(history),
+        )
 
 
 def _norm(model: PreTrainedModel | PeftModel) -> float:
     """Return the norm of all trainable weights together."""
-    norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64).cpu()
-             for p in model.parameters() if p.requires_grad]
+    norms = [
+        torch.linalg.vector_norm(p.detach(), dtype=torch.float64).cpu()
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
@@ -339,8 +397,10 @@ def _as_list(given: Labeled | None, name: str) -> list[Selection]:
     listed = [given] if isinstance(given, (Selection, str)) else given
     for entry in listed if isinstance(listed, Iterable) else [listed]:
         if not isinstance(entry, Selection):
-            raise ActiveDPOError(f"{name}: expected a Selection, or several, got "
-                                 f"{type(entry).__name__}; read_labels reads them from a file")
+            raise ActiveDPOError(
+                f"{name}: expected a Selection, or several, got "
+                f"{type(entry).__name__}; read_labels reads them from a file"
+            )
     return list(listed)
 
 
@@ -350,4 +410,5 @@ def _refuse_its_options(**options: tuple[Any, Any]) -> None:
     if given:
         raise ActiveDPOError(
             f"{', '.join(given)} would have no effect on a Strategy object; give it to the "
-            "object's own constructor, or name the strategy")
+            "object's own constructor, or name the strategy"
+        )

@@ -22,8 +22,12 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--workload", default=",".join(WORKLOADS), metavar="NAMES",
-                     help=f"which of {', '.join(WORKLOADS)} to measure, comma-separated")
+    parser.addoption(
+        "--workload",
+        default=",".join(WORKLOADS),
+        metavar="NAMES",
+        help=f"which of {', '.join(WORKLOADS)} to measure, comma-separated",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +36,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         unknown = sorted(set(names) - set(WORKLOADS))
         if unknown:
             raise pytest.UsageError(
-                f"unknown workload {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
+                f"unknown workload {', '.join(unknown)}; known: {', '.join(WORKLOADS)}"
+            )
         metafunc.parametrize("workload", names, indirect=True, scope="module")
 
 

@@ -35,7 +35,8 @@ def describe_run() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "instructions": sorted(
-            name for name, has in torch.cpu.get_capabilities().items() if has is True),
+            name for name, has in torch.cpu.get_capabilities().items() if has is True
+        ),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
@@ -50,47 +51,67 @@ def tables(rows: list[Row]) -> dict[str, str]:
         part = [r for r in rows if r["group"] == "rows" and r["workload"] == workload]
         found[f"rows: {workload}"] = (
             f"{workload}: {part[0]['pool']}; k = {part[0]['k']}. One plain forward pass: "
-            f"{part[0]['yardstick_seconds']:.2f} s.\n\n" + table(part, {
-                "gradient rows": lambda r: r["contender"],
-                "× forward": lambda r: f"{r['ratio']:.2f}",
-                "seconds": lambda r: f"{r['seconds']:.2f}",
-                "peak MiB": lambda r: _optional(r, "peak MiB", "{:.0f}"),
-                "cosine error": lambda r: _optional(r, "cosine error", "{:.4f}"),
-                "norm distortion": lambda r: _optional(r, "norm distortion", "{:.3f}"),
-            }))
+            f"{part[0]['yardstick_seconds']:.2f} s.\n\n"
+            + table(
+                part,
+                {
+                    "gradient rows": lambda r: r["contender"],
+                    "× forward": lambda r: f"{r['ratio']:.2f}",
+                    "seconds": lambda r: f"{r['seconds']:.2f}",
+                    "peak MiB": lambda r: _optional(r, "peak MiB", "{:.0f}"),
+                    "cosine error": lambda r: _optional(r, "cosine error", "{:.4f}"),
+                    "norm distortion": lambda r: _optional(r, "norm distortion", "{:.3f}"),
+                },
+            )
+        )
     overhead = [r for r in rows if r["group"] == "overhead"]
     if overhead:
-        found["overhead"] = table(overhead, {
-            "workload": lambda r: r["workload"],
-            "sketch": lambda r: r["contender"],
-            "capture and sketch over the same passes": lambda r: f"{r['ratio'] - 1:+.1%}",
-        })
+        found["overhead"] = table(
+            overhead,
+            {
+                "workload": lambda r: r["workload"],
+                "sketch": lambda r: r["contender"],
+                "capture and sketch over the same passes": lambda r: f"{r['ratio'] - 1:+.1%}",
+            },
+        )
     projection = [r for r in rows if r["group"] == "projection"]
     if projection:
-        found["projection"] = table(projection, {
-            "8 × 1,000,000 → 4096": lambda r: r["contender"],
-            "seconds": lambda r: f"{r['seconds']:.4f}" if r["seconds"] < 1
-            else f"{r['seconds']:.1f}",
-            "× floor": lambda r: f"{r['ratio']:.2f}",
-            "floor": lambda r: r["floor"],
-            "cosine error": lambda r: f"{r['cosine error']:.4f}",
-            "norm distortion": lambda r: f"{r['norm distortion']:.3f}",
-        })
+        found["projection"] = table(
+            projection,
+            {
+                "8 × 1,000,000 → 4096": lambda r: r["contender"],
+                "seconds": lambda r: (
+                    f"{r['seconds']:.4f}" if r["seconds"] < 1 else f"{r['seconds']:.1f}"
+                ),
+                "× floor": lambda r: f"{r['ratio']:.2f}",
+                "floor": lambda r: r["floor"],
+                "cosine error": lambda r: f"{r['cosine error']:.4f}",
+                "norm distortion": lambda r: f"{r['norm distortion']:.3f}",
+            },
+        )
     return found
 
 
 def _summary(rows: list[Row], workloads: list[str]) -> str:
     """Times over a plain forward pass, with one sketch of ours and everything that is not ours."""
     ratio = {(r["contender"], r["workload"]): f"{r['ratio']:.2f}" for r in rows}
-    shown = [c for c in dict.fromkeys(r["contender"] for r in rows)
-             if "sjlt" in c or not c.startswith(("**ours**", "floor"))]
-    return table([{"contender": c} for c in shown], {
-        "gradient rows, × one plain forward pass": lambda r: r["contender"],
-        **{w: lambda r, w=w: ratio.get((r["contender"], w), "–") for w in workloads}})
+    shown = [
+        c
+        for c in dict.fromkeys(r["contender"] for r in rows)
+        if "sjlt" in c or not c.startswith(("**ours**", "floor"))
+    ]
+    return table(
+        [{"contender": c} for c in shown],
+        {
+            "gradient rows, × one plain forward pass": lambda r: r["contender"],
+            **{w: lambda r, w=w: ratio.get((r["contender"], w), "–") for w in workloads},
+        },
+    )
 
 
 def write_into(document: str, found: dict[str, str]) -> str:
     """`document` with the tables that it has a place for; a place without a table stays."""
+
     def replace(match: re.Match[str]) -> str:
         table = found.get(match["name"])
         return match[0] if table is None else f"{match['begin']}\n{table}\n{match['end']}"
@@ -108,12 +129,16 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
         lines = []
         for sketch, k in dict.fromkeys((r["sketch"], r["k"]) for r in result["geometry"]):
             of = {"case": case, "sketch": sketch, "k": k}
-            lines.append({
-                **of, "time": times[sketch, k], **_means(result["geometry"], **of),
-                **_means(result["selection"], **of, normalize="response", lam=1.0),
-                "pair": _means(result["selection"], **of, normalize="pair", lam=1.0)["ratio"],
-                "none": _means(result["selection"], **of, normalize=None, lam=1.0)["ratio"],
-            })
+            lines.append(
+                {
+                    **of,
+                    "time": times[sketch, k],
+                    **_means(result["geometry"], **of),
+                    **_means(result["selection"], **of, normalize="response", lam=1.0),
+                    "pair": _means(result["selection"], **of, normalize="pair", lam=1.0)["ratio"],
+                    "none": _means(result["selection"], **of, normalize=None, lam=1.0)["ratio"],
+                }
+            )
         columns = {
             "sketch": lambda r: r["sketch"],
             "k": lambda r: str(r["k"]),
@@ -137,22 +162,35 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
     """Markdown by table name, of the figures of `selection.py`."""
     where = result["environment"]
     found = {"selection machine": _where_and_when(where, where["date"], where["commit"])}
-    loops = {(r["normalize"], r["lam"]): r for r in result["contenders"] + result["lam"]
-             if "loop" in r["contender"]}
+    loops = {
+        (r["normalize"], r["lam"]): r
+        for r in result["contenders"] + result["lam"]
+        if "loop" in r["contender"]
+    }
     ours = [r for r in result["contenders"] + result["lam"] if "ours" in r["contender"]]
     base = ours[0]
-    found["selection"] = _at(base) + ".\n\n" + table(ours, {
-        "normalized": _normalized,
-        "λ": lambda r: f"{r['lam']:g}",
-        "loop, s": lambda r: _seconds(loops[r["normalize"], r["lam"]]["seconds"]),
-        "ours, s": lambda r: _seconds(r["seconds"]),
-        "times as fast": lambda r: f"{r['speedup']:.1f}",
-        "rows touched a pick": _touched,
-        "readings of all rows": lambda r: f"{r['readings']:.0f}",
-        "loop's first picks as ours":
-            lambda r: f"{loops[r['normalize'], r['lam']]['leading']} of {r['picks']}",
-        "its log det / ours": lambda r: f"{loops[r['normalize'], r['lam']]['logdet_ratio']:.6f}",
-    })
+    found["selection"] = (
+        _at(base)
+        + ".\n\n"
+        + table(
+            ours,
+            {
+                "normalized": _normalized,
+                "λ": lambda r: f"{r['lam']:g}",
+                "loop, s": lambda r: _seconds(loops[r["normalize"], r["lam"]]["seconds"]),
+                "ours, s": lambda r: _seconds(r["seconds"]),
+                "times as fast": lambda r: f"{r['speedup']:.1f}",
+                "rows touched a pick": _touched,
+                "readings of all rows": lambda r: f"{r['readings']:.0f}",
+                "loop's first picks as ours": lambda r: (
+                    f"{loops[r['normalize'], r['lam']]['leading']} of {r['picks']}"
+                ),
+                "its log det / ours": lambda r: (
+                    f"{loops[r['normalize'], r['lam']]['logdet_ratio']:.6f}"
+                ),
+            },
+        )
+    )
     for normalize in dict.fromkeys(r["normalize"] for r in result["contenders"]):
         own = [r for r in result["contenders"] if r["normalize"] == normalize]
         columns = {
@@ -171,32 +209,53 @@ def selection_tables(result: dict[str, Any]) -> dict[str, str]:
             columns.pop("peak MiB")
         found[f"selection: {normalize or 'none'}"] = table(own, columns)
     found["selection: growth"] = _selection_points(
-        result["growth"] + [{"axis": "–", **r} for r in result["others"]])
-    exponents = {(e["contender"], e["normalize"], e["axis"]): e["exponent"]
-                 for e in result["exponents"]}
+        result["growth"] + [{"axis": "–", **r} for r in result["others"]]
+    )
+    exponents = {
+        (e["contender"], e["normalize"], e["axis"]): e["exponent"] for e in result["exponents"]
+    }
     found["selection: exponents"] = table(
-        [{"contender": c, "normalize": n} for c, n in
-         dict.fromkeys((e["contender"], e["normalize"]) for e in result["exponents"])],
-        {"seconds grow as": lambda r: f"{r['contender']}, {_normalized(r)}",
-         **{axis: lambda r, axis=axis:
-            f"{axis}^{exponents[r['contender'], r['normalize'], axis]:.2f}" for axis in "NkB"}})
+        [
+            {"contender": c, "normalize": n}
+            for c, n in dict.fromkeys((e["contender"], e["normalize"]) for e in result["exponents"])
+        ],
+        {
+            "seconds grow as": lambda r: f"{r['contender']}, {_normalized(r)}",
+            **{
+                axis: lambda r, axis=axis: (
+                    f"{axis}^{exponents[r['contender'], r['normalize'], axis]:.2f}"
+                )
+                for axis in "NkB"
+            },
+        },
+    )
     found["selection: paper"] = _paper_table(result)
     return found
 
 
 def on_disk_table(result: dict[str, Any]) -> str:
     """Markdown of the figures of `selection/on_disk.py`."""
-    about = (f"{result['rows']:,} rows × {result['k']:,} numbers in {result['dtype']}, "
-             f"{result['gib']:.1f} GiB on disk; {result['pairs']:,} pairs, {result['picks']} "
-             "picks. Reading them all once in PyTorch, right after: "
-             f"{result['read_once_seconds']:.1f} s. ")
+    about = (
+        f"{result['rows']:,} rows × {result['k']:,} numbers in {result['dtype']}, "
+        f"{result['gib']:.1f} GiB on disk; {result['pairs']:,} pairs, {result['picks']} "
+        "picks. Reading them all once in PyTorch, right after: "
+        f"{result['read_once_seconds']:.1f} s. "
+    )
     where = result["environment"]
-    return (about + _where_and_when(where, where["date"], where["commit"]) + "\n\n"
-            + table(result["runs"], {
+    return (
+        about
+        + _where_and_when(where, where["date"], where["commit"])
+        + "\n\n"
+        + table(
+            result["runs"],
+            {
                 "normalized": lambda r: r["normalize"],
                 "seconds": lambda r: f"{r['seconds']:.1f}",
                 "rows looked at after the first scores": lambda r: f"{r['touched']:,}",
-                "peak resident GiB": lambda r: f"{r['peak_gib']:.2f}"}))
+                "peak resident GiB": lambda r: f"{r['peak_gib']:.2f}",
+            },
+        )
+    )
 
 
 def _selection_points(records: list[Row]) -> str:
@@ -204,25 +263,35 @@ def _selection_points(records: list[Row]) -> str:
     key = ("axis", "pairs", "k", "picks", "responses", "normalize", "lam")
     lines = []
     for values in dict.fromkeys(tuple(r[name] for name in key) for r in records):
-        own, loop = (next(r for r in records if tuple(r[name] for name in key) == values
-                          and who in r["contender"]) for who in ("ours", "loop"))
+        own, loop = (
+            next(
+                r
+                for r in records
+                if tuple(r[name] for name in key) == values and who in r["contender"]
+            )
+            for who in ("ours", "loop")
+        )
         lines.append({**own, "loop": loop})
-    return table(lines, {
-        "along": lambda r: r["axis"],
-        "N": lambda r: f"{r['pairs']:,}",
-        "k": lambda r: str(r["k"]),
-        "B": lambda r: str(r["picks"]),
-        "responses": lambda r: str(r["responses"]),
-        "normalized": _normalized,
-        "loop, s": lambda r: _total(r["loop"]),
-        "ours, s": lambda r: _seconds(r["seconds"]),
-        "times as fast": lambda r: f"{r['speedup']:.1f}",
-        "rows touched a pick": _touched,
-        "readings": lambda r: f"{r['readings']:.0f}",
-        "loop's first picks as ours":
-            lambda r: f"{r['loop']['leading']} of {r['loop']['measured_picks']}",
-        "rounds": lambda r: str(r["rounds"]),
-    })
+    return table(
+        lines,
+        {
+            "along": lambda r: r["axis"],
+            "N": lambda r: f"{r['pairs']:,}",
+            "k": lambda r: str(r["k"]),
+            "B": lambda r: str(r["picks"]),
+            "responses": lambda r: str(r["responses"]),
+            "normalized": _normalized,
+            "loop, s": lambda r: _total(r["loop"]),
+            "ours, s": lambda r: _seconds(r["seconds"]),
+            "times as fast": lambda r: f"{r['speedup']:.1f}",
+            "rows touched a pick": _touched,
+            "readings": lambda r: f"{r['readings']:.0f}",
+            "loop's first picks as ours": lambda r: (
+                f"{r['loop']['leading']} of {r['loop']['measured_picks']}"
+            ),
+            "rounds": lambda r: str(r["rounds"]),
+        },
+    )
 
 
 def _paper_table(result: dict[str, Any]) -> str:
@@ -230,17 +299,27 @@ def _paper_table(result: dict[str, Any]) -> str:
     stages = result["paper_round"]["seconds"]
     rest = sum(stages.values())
     point = result["paper"][0]
-    about = (f"{_at(point)}, {point['history']:,} labeled pairs as history. On paper the rest of "
-             f"the round takes {rest:,.0f} s: "
-             + ", ".join(f"{name} {value:,.0f}" for name, value in stages.items()) + ".")
-    return about + "\n\n" + table(result["paper"], {
-        "selection, measured here": lambda r: r["contender"],
-        "seconds": _total,
-        "to the first pick": lambda r: _seconds(r["first_pick_seconds"]),
-        "loop / it": lambda r: _ratio(r["speedup"]),
-        "share of the round": lambda r: f"{r['seconds'] / (r['seconds'] + rest):.2%}",
-        "first picks as ours": lambda r: f"{r['leading']} of {r['measured_picks']}",
-    })
+    about = (
+        f"{_at(point)}, {point['history']:,} labeled pairs as history. On paper the rest of "
+        f"the round takes {rest:,.0f} s: "
+        + ", ".join(f"{name} {value:,.0f}" for name, value in stages.items())
+        + "."
+    )
+    return (
+        about
+        + "\n\n"
+        + table(
+            result["paper"],
+            {
+                "selection, measured here": lambda r: r["contender"],
+                "seconds": _total,
+                "to the first pick": lambda r: _seconds(r["first_pick_seconds"]),
+                "loop / it": lambda r: _ratio(r["speedup"]),
+                "share of the round": lambda r: f"{r['seconds'] / (r['seconds'] + rest):.2%}",
+                "first picks as ours": lambda r: f"{r['leading']} of {r['measured_picks']}",
+            },
+        )
+    )
 
 
 def _at(r: Row) -> str:
@@ -269,17 +348,18 @@ def _ratio(value: float) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="the folder of runs' JSON")]
-    = RESULTS,
-    write: Annotated[bool, typer.Option(help=f"put the tables into {', '.join(DOCUMENTS)}")]
-    = False,
+    results: Annotated[Path, typer.Option(help="the folder of runs' JSON")] = RESULTS,
+    write: Annotated[
+        bool, typer.Option(help=f"put the tables into {', '.join(DOCUMENTS)}")
+    ] = False,
 ) -> None:
     """Print the tables of benchmark runs, or write them into the documentation."""
     found: dict[str, str] = {}
     if (path := results / "cpu.json").exists():
         run = json.loads(path.read_text())
         found["machine"] = _where_and_when(
-            run["machine_info"], run["datetime"][:10], run["commit_info"]["id"])
+            run["machine_info"], run["datetime"][:10], run["commit_info"]["id"]
+        )
         found |= tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
     if (path := results / "fidelity.json").exists():
         found |= fidelity_tables(json.loads(path.read_text()))
@@ -298,16 +378,23 @@ def main(
 def _means(records: list[Row], **wanted: Any) -> Row:
     """The means over seeds of the records that agree with `wanted`, and how many there are."""
     found = [r for r in records if all(r[name] == value for name, value in wanted.items())]
-    numbers = [name for name, value in found[0].items()
-               if isinstance(value, (int, float)) and name not in wanted]
-    return {**{name: statistics.mean(r[name] for r in found) for name in numbers},
-            "seeds": len(found)}
+    numbers = [
+        name
+        for name, value in found[0].items()
+        if isinstance(value, (int, float)) and name not in wanted
+    ]
+    return {
+        **{name: statistics.mean(r[name] for r in found) for name in numbers},
+        "seeds": len(found),
+    }
 
 
 def _where_and_when(machine: dict[str, Any], day: str, commit: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (f"{machine['processor']}, {machine['threads']} threads, {day}, commit {commit[:10]}; "
-            f"{versions}.")
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, {day}, commit {commit[:10]}; "
+        f"{versions}."
+    )
 
 
 def table(rows: list[Row], columns: dict[str, Any]) -> str:
@@ -315,12 +402,20 @@ def table(rows: list[Row], columns: dict[str, Any]) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
 
     def line(values: list[str]) -> str:
-        return "| " + " | ".join(
-            v.ljust(w) if i == 0 else v.rjust(w)
-            for i, (v, w) in enumerate(zip(values, widths, strict=True))) + " |"
+        return (
+            "| "
+            + " | ".join(
+                v.ljust(w) if i == 0 else v.rjust(w)
+                for i, (v, w) in enumerate(zip(values, widths, strict=True))
+            )
+            + " |"
+        )
 
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":"
-                          for i, w in enumerate(widths)) + "|"
+    rule = (
+        "|"
+        + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths))
+        + "|"
+    )
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 

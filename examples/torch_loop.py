@@ -33,9 +33,13 @@ def logp(prompt: str, response: str) -> torch.Tensor:
 def dpo_loss(example: dict[str, str]) -> torch.Tensor:
     with torch.no_grad(), model.disable_adapter():
         reference = logp(example["prompt"], example["chosen"]) - logp(
-            example["prompt"], example["rejected"])
-    margin = logp(example["prompt"], example["chosen"]) - logp(
-        example["prompt"], example["rejected"]) - reference
+            example["prompt"], example["rejected"]
+        )
+    margin = (
+        logp(example["prompt"], example["chosen"])
+        - logp(example["prompt"], example["rejected"])
+        - reference
+    )
     return -torch.nn.functional.logsigmoid(BETA * margin)
 
 
@@ -43,8 +47,15 @@ prompts = demo_prompts("pool")
 history: list[Selection] = []
 examples: list[dict[str, str]] = []
 for step in range(3):
-    pool = generate_responses(model, tokenizer, prompts[20 * step : 20 * (step + 1)],
-                              n_responses=2, max_new_tokens=24, temperature=0.8, seed=step)
+    pool = generate_responses(
+        model,
+        tokenizer,
+        prompts[20 * step : 20 * (step + 1)],
+        n_responses=2,
+        max_new_tokens=24,
+        temperature=0.8,
+        seed=step,
+    )
     picked = selector.select(pool, 8, labeled=history)
     history.append(picked)
     examples += picked.to_dataset(synopsis_labels(picked, pool)).to_list()

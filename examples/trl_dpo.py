@@ -17,15 +17,30 @@ from activedpo_fast.demo import demo_prompts, load_demo_model, synopsis_labels
 model, tokenizer = load_demo_model()
 model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 args = DPOConfig(
-    output_dir="runs/trl_dpo", beta=0.1, learning_rate=5e-4, num_train_epochs=3,
-    max_length=320, per_device_train_batch_size=16, report_to=[], use_cpu=True, bf16=False,
-    save_strategy="no", logging_steps=2,
+    output_dir="runs/trl_dpo",
+    beta=0.1,
+    learning_rate=5e-4,
+    num_train_epochs=3,
+    max_length=320,
+    per_device_train_batch_size=16,
+    report_to=[],
+    use_cpu=True,
+    bf16=False,
+    save_strategy="no",
+    logging_steps=2,
 )
 
 # A pool has prompts with two or more responses each: from your own files (PreferencePool.load), a
 # datasets.Dataset with the same columns, or sampled from the model, as here.
-pool = generate_responses(model, tokenizer, demo_prompts("pool")[:40], n_responses=3,
-                          max_new_tokens=24, temperature=0.8, seed=0)
+pool = generate_responses(
+    model,
+    tokenizer,
+    demo_prompts("pool")[:40],
+    n_responses=3,
+    max_new_tokens=24,
+    temperature=0.8,
+    seed=0,
+)
 
 # ------------------------------------------------------------------------------------ ActiveDPO
 selector = ActiveDPOSelector(model, processing_class=tokenizer, **selector_settings(args))
@@ -33,7 +48,8 @@ picked = selector.select(pool, 16)
 train_dataset = picked.to_dataset(synopsis_labels(picked, pool))  # 0 or 1 for each pick
 # ----------------------------------------------------------------------------------------------
 
-trainer = DPOTrainer(model=model, args=args, train_dataset=train_dataset,
-                     processing_class=tokenizer)
+trainer = DPOTrainer(
+    model=model, args=args, train_dataset=train_dataset, processing_class=tokenizer
+)
 trainer.train()
 print(f"trained on {len(train_dataset)} of {len(pool.pairs())} pairs")

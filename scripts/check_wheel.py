@@ -15,8 +15,10 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 # Libraries that every Linux system of the wheel's tag has, and libgomp, which torch ships.
-ALLOWED = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|ld-linux-.*)\.so.*"
-                     r"|libgomp\.so\.1")
+ALLOWED = re.compile(
+    r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|ld-linux-.*)\.so.*"
+    r"|libgomp\.so\.1"
+)
 
 
 def needed(data: bytes) -> list[str]:
@@ -31,10 +33,13 @@ def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
     if {re.sub(r"-.*(?=\.dist-info)", "", top) for top in tops} != {
-            "activedpo_fast", "activedpo_fast.dist-info"}:
+        "activedpo_fast",
+        "activedpo_fast.dist-info",
+    }:
         found.append(f"top-level names are {sorted(tops)}")
     wanted = {f"activedpo_fast/kernels/{path.name}" for path in tree.glob("kernels/*.py")} | {
-        str(path.relative_to(tree)) for path in tree.glob("activedpo_fast/**/*.py")}
+        str(path.relative_to(tree)) for path in tree.glob("activedpo_fast/**/*.py")
+    }
     found += [f"{name} is missing" for name in sorted(wanted - {*names})]
     libraries = [name for name in names if ".so" in Path(name).suffixes]
     for module in ("_csrc", "_cuda"):

@@ -38,8 +38,12 @@ def write_prompts(sentences: list[review_texts.Sentence], folder: Path) -> dict[
             if sentence.heldout is heldout and prompt not in seen:
                 seen.add(prompt)
                 rows.append({"id": sentence.id, "prompt": prompt})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet",
-                       compression="zstd", compression_level=19)
+        pq.write_table(
+            pa.Table.from_pylist(rows),
+            folder / f"{name}.parquet",
+            compression="zstd",
+            compression_level=19,
+        )
         counts[name] = len(rows)
     return counts
 
@@ -66,25 +70,33 @@ def write_reward(sentences: list[review_texts.Sentence], folder: Path) -> dict[s
     heldout = torch.tensor([s.heldout for s in sentences])
     x, y = embedded[~heldout], rating[~heldout]
     inner = torch.arange(len(x)) % 5 == 0  # for choosing the penalty
-    penalty = max(PENALTIES, key=lambda p: r_squared(x[inner], y[inner],
-                                                     fit(x[~inner], y[~inner], p)))
+    penalty = max(
+        PENALTIES, key=lambda p: r_squared(x[inner], y[inner], fit(x[~inner], y[~inner], p))
+    )
     weights = fit(x, y, penalty)
-    save_file({"weights": weights[:-1].float(), "bias": weights[-1:].float()},
-              folder / "reward.safetensors")
+    save_file(
+        {"weights": weights[:-1].float(), "bias": weights[-1:].float()},
+        folder / "reward.safetensors",
+    )
     (folder / "reward.safetensors").chmod(0o644)
-    return {"penalty": penalty, "train_r2": round(r_squared(x, y, weights), 3),
-            "heldout_r2": round(r_squared(embedded[heldout], rating[heldout], weights), 3),
-            "rating_mean": round(float(rating.mean()), 3),
-            "rating_sd": round(float(rating.std()), 3)}
+    return {
+        "penalty": penalty,
+        "train_r2": round(r_squared(x, y, weights), 3),
+        "heldout_r2": round(r_squared(embedded[heldout], rating[heldout], weights), 3),
+        "rating_mean": round(float(rating.mean()), 3),
+        "rating_sd": round(float(rating.std()), 3),
+    }
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ASSETS / "reviews", help="folder to write to")
-    parser.add_argument("--texts", type=Path, default=Path("runs/reviews"),
-                        help="folder to download the texts to")
+    parser.add_argument(
+        "--texts", type=Path, default=Path("runs/reviews"), help="folder to download the texts to"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     folder = review_texts.fetch(args.texts)

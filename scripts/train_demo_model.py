@@ -251,10 +251,7 @@ def endless(
 
 
 def run_phase(
-    phase: Phase,
-    model: LlamaForCausalLM,
-    data: dict[str, list[Example]],
-    args: argparse.Namespace,
+    phase: Phase, model: LlamaForCausalLM, data: dict[str, list[Example]], args: argparse.Namespace
 ) -> Progress:
     """Train until the phase's time is spent (evaluation and saving do not count)."""
     path = args.work / f"{phase.name}.pt"
@@ -491,8 +488,9 @@ def command_line() -> argparse.ArgumentParser:
     training.add_argument(
         "--muon", action=argparse.BooleanOptionalAction, default=True, help="otherwise only AdamW"
     )
-    training.add_argument("--token-dropout", type=float, default=0.0,
-                          help="share of input tokens that are hidden")
+    training.add_argument(
+        "--token-dropout", type=float, default=0.0, help="share of input tokens that are hidden"
+    )
     training.set_defaults(run=train)
     sampling = commands.add_parser(
         "samples",

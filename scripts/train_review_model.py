@@ -40,12 +40,7 @@ from train_demo_model import (
     report,
     run_phase,
 )
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROMPT_WORDS = 4
 MIXTURE = {"reviews": 2, "others": 1}  # repeats per epoch of the mixture; descriptions appear once
@@ -58,22 +53,40 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=[END, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD,
-        clean_up_tokenization_spaces=False, model_max_length=POSITIONS)
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=POSITIONS,
+    )
 
 
 def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Return the demo's model with two more layers, which add nothing yet, and the new tokens."""
     old, old_tokenizer = load(ASSETS / "model")
     layers = len(old.model.layers)
-    model = LlamaForCausalLM(LlamaConfig.from_dict({
-        **old.config.to_dict(), "num_hidden_layers": layers + len(ADDED_AFTER),
-        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "dtype": "float32"}))
+    model = LlamaForCausalLM(
+        LlamaConfig.from_dict(
+            {
+                **old.config.to_dict(),
+                "num_hidden_layers": layers + len(ADDED_AFTER),
+                "vocab_size": len(tokenizer),
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "dtype": "float32",
+            }
+        )
+    )
     with torch.no_grad():
         place = 0
         for number in range(layers):
@@ -90,8 +103,11 @@ def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         embedding, own = old.model.embed_tokens.weight, model.model.embed_tokens.weight
         for id in range(len(tokenizer)):
             text = tokenizer.decode([id])
-            pieces = ([old_tokenizer.convert_tokens_to_ids(text)] if text in (END, PAD)
-                      else old_tokenizer(text)["input_ids"])
+            pieces = (
+                [old_tokenizer.convert_tokens_to_ids(text)]
+                if text in (END, PAD)
+                else old_tokenizer(text)["input_ids"]
+            )
             own[id] = embedding[pieces].mean(dim=0)
     return model.train()
 
@@ -118,28 +134,40 @@ def train(args: argparse.Namespace) -> None:
     sentences = [s for name in review_texts.REVIEWS for s in review_texts.read(folder, name)]
     others = [s.text for name in review_texts.OTHERS for s in review_texts.read(folder, name)]
     rows = pq.read_table(ASSETS / "data" / "train.parquet").to_pylist()
-    descriptions = [row["description"] for row in random.Random(args.seed).sample(
-        rows, DESCRIPTIONS)]
-    reviews = {"train": [s.text for s in sentences if not s.heldout],
-               "heldout": [s.text for s in sentences if s.heldout]}
+    descriptions = [
+        row["description"] for row in random.Random(args.seed).sample(rows, DESCRIPTIONS)
+    ]
+    reviews = {
+        "train": [s.text for s in sentences if not s.heldout],
+        "heldout": [s.text for s in sentences if s.heldout],
+    }
     if not (args.work / "tokenizer" / "tokenizer.json").exists():
         train_tokenizer(reviews["train"] + others + descriptions[:1000]).save_pretrained(
-            args.work / "tokenizer")
+            args.work / "tokenizer"
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer", local_files_only=True)
-    review_examples = {name: [example(tokenizer, text, prompt_of(text)) for text in texts]
-                       for name, texts in reviews.items()}
-    mixture = (MIXTURE["reviews"] * review_examples["train"]
-               + MIXTURE["others"] * [example(tokenizer, text, "") for text in others]
-               + [example(tokenizer, text, "") for text in descriptions])
+    review_examples = {
+        name: [example(tokenizer, text, prompt_of(text)) for text in texts]
+        for name, texts in reviews.items()
+    }
+    mixture = (
+        MIXTURE["reviews"] * review_examples["train"]
+        + MIXTURE["others"] * [example(tokenizer, text, "") for text in others]
+        + [example(tokenizer, text, "") for text in descriptions]
+    )
     phases = {
         "mixture": (Phase("mixture", args.minutes * 60, args.lr, False, False), mixture),
-        "reviews": (Phase("reviews", args.reviews_minutes * 60, args.reviews_lr, False, True),
-                    review_examples["train"]),
+        "reviews": (
+            Phase("reviews", args.reviews_minutes * 60, args.reviews_lr, False, True),
+            review_examples["train"],
+        ),
     }
     model = deeper_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters; tokens: "
-          f"{ {name: sum(len(e.ids) for e in data) for name, (_, data) in phases.items()} }",
-          flush=True)
+    print(
+        f"{model.num_parameters():,} parameters; tokens: "
+        f"{ {name: sum(len(e.ids) for e in data) for name, (_, data) in phases.items()} }",
+        flush=True,
+    )
     reports = {}
     for name, (phase, examples) in phases.items():
         data = {"train": examples, "heldout": review_examples["heldout"]}
@@ -156,12 +184,15 @@ def train(args: argparse.Namespace) -> None:
         "token_dropout": args.token_dropout,
         "examples": {name: len(texts) for name, texts in reviews.items()},
         **reports,
-        "final_heldout_loss": {k: round(v, 5) for k, v in heldout_loss(
-            stored, review_examples["heldout"]).items()},
+        "final_heldout_loss": {
+            k: round(v, 5) for k, v in heldout_loss(stored, review_examples["heldout"]).items()
+        },
         "threads": args.threads,
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "tokenizers": tokenizers.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
         },
     }
     (args.out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -171,19 +202,26 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS / "reviews" / "model",
-                        help="the model's folder")
-    parser.add_argument("--texts", type=Path, default=Path("runs/reviews"),
-                        help="folder to download the texts to")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ASSETS / "reviews" / "model", help="the model's folder"
+    )
+    parser.add_argument(
+        "--texts", type=Path, default=Path("runs/reviews"), help="folder to download the texts to"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/review_model"), help="checkpoints")
     parser.add_argument("--minutes", type=float, default=18.0, help="minutes on the mixture")
     parser.add_argument("--reviews-minutes", type=float, default=5.0, help="minutes on reviews")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak rate of the mixture")
     parser.add_argument("--reviews-lr", type=float, default=2e-4, help="peak rate of reviews alone")
     parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens in a batch")
-    parser.add_argument("--token-dropout", type=float, default=0.15,
-                        help="share of input tokens that are hidden, against overfitting")
+    parser.add_argument(
+        "--token-dropout",
+        type=float,
+        default=0.15,
+        help="share of input tokens that are hidden, against overfitting",
+    )
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

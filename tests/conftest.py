@@ -18,7 +18,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of modules that run their kernels on the GPU, where there is one, are GPU tests."""

@@ -92,9 +92,12 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option(
-        "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-    )] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """Choose which preference pairs to label next for the model that you are training now."""
 
@@ -115,55 +118,100 @@ def env() -> None:
             typer.echo(f"  {row.name:<{width}}  {row.value}")
 
 
-@app.command(epilog="""\b
+@app.command(
+    epilog="""\b
 Examples:
   activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store
   activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store \\
       --sketch none --export features.safetensors
-""")
+"""
+)
 def features(
-    pool: Annotated[Path, typer.Argument(
-        metavar="POOL", help="Prompts with their responses: .jsonl or .parquet, a folder of such "
-        "files, or a folder of datasets.save_to_disk.")],
+    pool: Annotated[
+        Path,
+        typer.Argument(
+            metavar="POOL",
+            help="Prompts with their responses: .jsonl or .parquet, a folder of such "
+            "files, or a folder of datasets.save_to_disk.",
+        ),
+    ],
     model: Annotated[str, typer.Option(help="Base model: a folder, or a name on the hub.")],
     output: Annotated[Path, typer.Option(help="Folder of the feature store.")],
-    adapter: Annotated[str | None, typer.Option(
-        help="Folder of the LoRA adapter that is being trained.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(
-        help="A GGUF file in the model's folder.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(
-        help="Folder of the tokenizer, or a name on the hub. Default: the adapter's if its folder "
-        "has one, else the model's.")] = None,
-    sketch: Annotated[Literal["sjlt", "rademacher", "kronecker", "none"], typer.Option(
-        help="Random projection of the gradients; none keeps them whole.")] = "sjlt",
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder of the LoRA adapter that is being trained.")
+    ] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="A GGUF file in the model's folder.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the tokenizer, or a name on the hub. Default: the adapter's if its "
+            "folder has one, else the model's."
+        ),
+    ] = None,
+    sketch: Annotated[
+        Literal["sjlt", "rademacher", "kronecker", "none"],
+        typer.Option(help="Random projection of the gradients; none keeps them whole."),
+    ] = "sjlt",
     proj_dim: Annotated[int, typer.Option(help="k, the length of a projected row.")] = 8192,
     seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
-    export: Annotated[Path | None, typer.Option(
-        help="Also write all rows as one matrix to this .safetensors file.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Also write all rows as one matrix to this .safetensors file."),
+    ] = None,
     beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
-    length_normalized: Annotated[bool, typer.Option(
-        "--length-normalized", help="Gradients of mean log-probs, for losses that use them (ipo, "
-        "sigmoid_norm).")] = False,
-    max_length: Annotated[int, typer.Option(
-        help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit.")] = 1024,
-    truncation_mode: Annotated[Literal["keep_start", "keep_end"], typer.Option(
-        help="Which end of longer sequences is kept, as in DPOConfig.")] = "keep_start",
-    chat_template_kwargs: Annotated[str | None, typer.Option(
-        metavar="JSON", help="Arguments of the chat template, such as "
-        "'{\"enable_thinking\": false}'; use those that you train with.")] = None,
-    max_tokens_per_batch: Annotated[int | None, typer.Option(
-        help="Padded tokens in a forward and backward pass. Default: as many as suit the "
-        "device.")] = None,
-    bf16: Annotated[bool, typer.Option(
-        "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it.")] = False,
-    dtype: Annotated[str, typer.Option(
-        help="float32, float64, bfloat16, float16, or auto: the checkpoint's, except float32 for "
-        "half precision on the CPU.")] = "auto",
+    length_normalized: Annotated[
+        bool,
+        typer.Option(
+            "--length-normalized",
+            help="Gradients of mean log-probs, for losses that use them (ipo, sigmoid_norm).",
+        ),
+    ] = False,
+    max_length: Annotated[
+        int,
+        typer.Option(help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit."),
+    ] = 1024,
+    truncation_mode: Annotated[
+        Literal["keep_start", "keep_end"],
+        typer.Option(help="Which end of longer sequences is kept, as in DPOConfig."),
+    ] = "keep_start",
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON",
+            help="Arguments of the chat template, such as "
+            "'{\"enable_thinking\": false}'; use those that you train with.",
+        ),
+    ] = None,
+    max_tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Padded tokens in a forward and backward pass. Default: as many as suit the "
+            "device."
+        ),
+    ] = None,
+    bf16: Annotated[
+        bool,
+        typer.Option(
+            "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, float64, bfloat16, float16, or auto: the checkpoint's, except float32 "
+            "for half precision on the CPU."
+        ),
+    ] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ..., or auto.")] = "auto",
-    store_dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option(
-        help="Dtype of the stored rows; bfloat16 takes half the space.")] = "float32",
-    no_verify: Annotated[bool, typer.Option(
-        "--no-verify", help="Skip the self-check against autograd.")] = False,
+    store_dtype: Annotated[
+        Literal["float32", "bfloat16", "float64"],
+        typer.Option(help="Dtype of the stored rows; bfloat16 takes half the space."),
+    ] = "float32",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the self-check against autograd.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -200,13 +248,22 @@ def features(
             store_dtype=store_dtype,
             chat_template_kwargs=parse_template_kwargs(chat_template_kwargs),
         )
-        _say(quiet, take_features(
-            pool, output, options, export=export, max_tokens_per_batch=max_tokens_per_batch,
-            verify=not no_verify, show_progress=_progress(quiet),
-        ))
+        _say(
+            quiet,
+            take_features(
+                pool,
+                output,
+                options,
+                export=export,
+                max_tokens_per_batch=max_tokens_per_batch,
+                verify=not no_verify,
+                show_progress=_progress(quiet),
+            ),
+        )
 
 
-@app.command(epilog="""\b
+@app.command(
+    epilog="""\b
 Examples:
   activedpo select store --batch-size 50 --output picked.jsonl
   activedpo select store --batch-size 50 --labeled labels.jsonl --output next.jsonl
@@ -214,44 +271,81 @@ Examples:
   activedpo select store --group-by topic --quota math=20 --quota law=10 --output picked.jsonl
   activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
   torchrun --nproc-per-node 4 -m activedpo_fast select store --output picked.jsonl
-""")
+"""
+)
 def select(
-    store: Annotated[Path, typer.Argument(
-        metavar="STORE", help="A store that `activedpo features` wrote.")],
+    store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="A store that `activedpo features` wrote.")
+    ],
     output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
     batch_size: Annotated[int, typer.Option(min=1, help="B, the number of pairs.")] = 50,
-    strategy: Annotated[Literal["activedpo", "trace", "random"], typer.Option(
-        help="How pairs are chosen.")] = "activedpo",
-    normalize: Annotated[Literal["response", "pair", "none"], typer.Option(
-        help="What is scaled to unit norm: each response's row, their difference, or nothing; "
-        "trace uses rows as they are.",
-    )] = "response",
-    lam: Annotated[float, typer.Option(
-        "--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
+    strategy: Annotated[
+        Literal["activedpo", "trace", "random"], typer.Option(help="How pairs are chosen.")
+    ] = "activedpo",
+    normalize: Annotated[
+        Literal["response", "pair", "none"],
+        typer.Option(
+            help="What is scaled to unit norm: each response's row, their difference, or nothing; "
+            "trace uses rows as they are."
+        ),
+    ] = "response",
+    lam: Annotated[float, typer.Option("--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
     kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
-    labeled: Annotated[Path | None, typer.Option(
-        help="JSONL file of pairs asked before: they are not picked again, and those with label "
-        "0 or 1 enter V.",
-    )] = None,
-    max_per_prompt: Annotated[int | None, typer.Option(
-        min=1, help="Most pairs of one prompt among the picks, whichever rows they are in; pairs "
-        "labeled earlier do not count.")] = None,
-    prompt_by: Annotated[str | None, typer.Option(
-        metavar="FIELD", help="Column of the pool that says which rows belong to one prompt. "
-        "Default: rows with the same prompt text.")] = None,
-    exclude: Annotated[Path | None, typer.Option(
-        help="File of ids, one per line; no pairs of their prompts are picked.")] = None,
-    group_by: Annotated[str | None, typer.Option(
-        metavar="FIELD", help="Column of the pool that names a prompt's group.")] = None,
-    quota: Annotated[list[str] | None, typer.Option(
-        metavar="NAME=N", help="Most pairs of that group; repeat for each group to limit.")] = None,
-    min_score: Annotated[float | None, typer.Option(
-        help="Pick no pair that scores less, even if that leaves fewer pairs.")] = None,
-    random_fraction: Annotated[float, typer.Option(
-        min=0, max=1, help="Share of the batch that is drawn at random, before the rest.")] = 0.0,
-    cost: Annotated[str | None, typer.Option(
-        metavar="FIELD", help="Column of the pool with the cost of a prompt's label; pairs are "
-        "picked by score / cost.")] = None,
+    labeled: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL file of pairs asked before: they are not picked again, and those with "
+            "label 0 or 1 enter V."
+        ),
+    ] = None,
+    max_per_prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most pairs of one prompt among the picks, whichever rows they are in; pairs "
+            "labeled earlier do not count.",
+        ),
+    ] = None,
+    prompt_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Column of the pool that says which rows belong to one prompt. "
+            "Default: rows with the same prompt text.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        Path | None,
+        typer.Option(help="File of ids, one per line; no pairs of their prompts are picked."),
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Column of the pool that names a prompt's group."),
+    ] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=N", help="Most pairs of that group; repeat for each group to limit."
+        ),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(help="Pick no pair that scores less, even if that leaves fewer pairs."),
+    ] = None,
+    random_fraction: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of the batch that is drawn at random, before the rest."
+        ),
+    ] = 0.0,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Column of the pool with the cost of a prompt's label; pairs are "
+            "picked by score / cost.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random picks.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -263,25 +357,46 @@ def select(
         from activedpo_fast.cli.select import read_rules, select_pairs
 
         rules = read_rules(
-            max_per_prompt=max_per_prompt, exclude=exclude, group_by=group_by, quotas=quota or [],
-            min_score=min_score, random_fraction=random_fraction, cost=cost, seed=seed,
+            max_per_prompt=max_per_prompt,
+            exclude=exclude,
+            group_by=group_by,
+            quotas=quota or [],
+            min_score=min_score,
+            random_fraction=random_fraction,
+            cost=cost,
+            seed=seed,
             prompt_by=prompt_by,
         )
-        _say(quiet, select_pairs(
-            store, output, batch_size=batch_size, strategy=strategy, normalize=normalize, lam=lam,
-            kappa=kappa, seed=seed, labeled=labeled, rules=rules,
-            show_progress=_progress(quiet),
-        ))
+        _say(
+            quiet,
+            select_pairs(
+                store,
+                output,
+                batch_size=batch_size,
+                strategy=strategy,
+                normalize=normalize,
+                lam=lam,
+                kappa=kappa,
+                seed=seed,
+                labeled=labeled,
+                rules=rules,
+                show_progress=_progress(quiet),
+            ),
+        )
 
 
-@app.command(epilog="""\b
+@app.command(
+    epilog="""\b
 Examples:
   activedpo run run.yaml
   activedpo run examples/run.yaml --quiet
-""")
+"""
+)
 def run(
-    config: Annotated[Path, typer.Argument(
-        metavar="CONFIG", help="YAML file; see docs/cli.md, examples/run.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML file; see docs/cli.md, examples/run.yaml."),
+    ],
     quiet: Quiet = False,
 ) -> None:
     """Run the rounds that a YAML file describes.
@@ -304,22 +419,30 @@ def run(
             raise typer.Exit(PENDING) from None
 
 
-@app.command(epilog="""\b
+@app.command(
+    epilog="""\b
 Examples:
   activedpo demo
   activedpo demo --model smollm2 --output runs/smollm2
-""")
+"""
+)
 def demo(
-    model: Annotated[Literal["reviews", "small", "smollm2"], typer.Option(
-        help="reviews: a small vendored model that finishes reviews. small (also vendored) and "
-        "smollm2 (SmolLM2-135M-Instruct) write synopses.")] = "reviews",
-    output: Annotated[Path, typer.Option(help="Folder for all output.")] = Path(
-        "runs/demo"),
-    rounds: Annotated[int | None, typer.Option(
-        min=1, help="Number of rounds; default: the demo's.")] = None,
+    model: Annotated[
+        Literal["reviews", "small", "smollm2"],
+        typer.Option(
+            help="reviews: a small vendored model that finishes reviews. small (also vendored) and "
+            "smollm2 (SmolLM2-135M-Instruct) write synopses."
+        ),
+    ] = "reviews",
+    output: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds; default: the demo's.")
+    ] = None,
     seed: Seed = 0,
-    fresh: Annotated[bool, typer.Option(
-        "--fresh", help="Start over instead of continuing the run in the folder.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Start over instead of continuing the run in the folder."),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run ActiveDPO and random selection side by side, on real text and a real model."""
@@ -331,8 +454,14 @@ def demo(
         # Warns that some responses continue the prompt's last word; TRL and this library tokenize
         # these the same.
         logging.getLogger("trl").setLevel(logging.ERROR)
-        run_demo(model=model, output=output, rounds=rounds, seed=seed, fresh=fresh,
-                 show_progress=_progress(quiet))
+        run_demo(
+            model=model,
+            output=output,
+            rounds=rounds,
+            seed=seed,
+            fresh=fresh,
+            show_progress=_progress(quiet),
+        )
 
 
 # -- shared by the commands ------------------------------------------------------------------------

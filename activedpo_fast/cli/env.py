@@ -59,8 +59,12 @@ def _devices() -> list[Row]:
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        Row("devices", "cpu", f"{usable} usable cores, {torch.get_num_threads()} torch threads, "
-                              f"{torch.backends.cpu.get_cpu_capability()}"),
+        Row(
+            "devices",
+            "cpu",
+            f"{usable} usable cores, {torch.get_num_threads()} torch threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        )
     ]
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
@@ -68,9 +72,14 @@ def _devices() -> list[Row]:
         return [*rows, Row("devices", "cuda", f"none ({why})")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        rows.append(Row("devices", f"cuda:{index}",
-                        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
-                        f"compute capability {properties.major}.{properties.minor}"))
+        rows.append(
+            Row(
+                "devices",
+                f"cuda:{index}",
+                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {properties.major}.{properties.minor}",
+            )
+        )
     return rows
 
 
@@ -81,9 +90,11 @@ def _backends() -> list[Row]:
 
     chosen = os.environ.get("ACTIVEDPO_BACKEND")
     sums = "the same bits on every run" if backends.deterministic() else "in any order"
-    rows = [Row("backends", "ACTIVEDPO_BACKEND", chosen or "not set (auto)"),
-            Row("backends", "CUDA extension", backends.about_cuda()),
-            Row("backends", "sketches on a GPU", sums)]
+    rows = [
+        Row("backends", "ACTIVEDPO_BACKEND", chosen or "not set (auto)"),
+        Row("backends", "CUDA extension", backends.about_cuda()),
+        Row("backends", "sketches on a GPU", sums),
+    ]
     for operation, devices in backends.backends().items():
         for device, statuses in devices.items():
             if device == "cuda" and not torch.cuda.is_available():

@@ -75,8 +75,11 @@ class FeatureOptions:
             "max_length": self.max_length,
             "truncation_mode": self.truncation_mode,
             # Absent if there are none, as in stores made before this option existed.
-            **({"chat_template_kwargs": self.chat_template_kwargs}
-               if self.chat_template_kwargs else {}),
+            **(
+                {"chat_template_kwargs": self.chat_template_kwargs}
+                if self.chat_template_kwargs
+                else {}
+            ),
             "version": __version__,
             # Only if true: stores of sums do not have the key.
             **({"length_normalized": True} if self.length_normalized else {}),
@@ -119,36 +122,55 @@ def take_features(
         if store.columns_taken:
             columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
         if not store.missing_rows():
-            return (f"{folder} is complete already{columns or ': nothing to do'}"
-                    f"{_export(store, export)}")
+            return (
+                f"{folder} is complete already{columns or ': nothing to do'}"
+                f"{_export(store, export)}"
+            )
 
     model, tokenizer = load_policy(
-        options.model, adapter=options.adapter, gguf_file=options.gguf_file,
-        dtype=settings["dtype"], device=options.device, tokenizer=options.tokenizer,
+        options.model,
+        adapter=options.adapter,
+        gguf_file=options.gguf_file,
+        dtype=settings["dtype"],
+        device=options.device,
+        tokenizer=options.tokenizer,
     )
     tokenized = tokenize_pool(
-        pool, tokenizer, max_length=options.max_length, truncation_mode=options.truncation_mode,
-        chat_template_kwargs=options.chat_template_kwargs, show_progress=show_progress,
+        pool,
+        tokenizer,
+        max_length=options.max_length,
+        truncation_mode=options.truncation_mode,
+        chat_template_kwargs=options.chat_template_kwargs,
+        show_progress=show_progress,
     )
     if len(tokenized.skipped) == len(pool):
-        raise ActiveDPOError(f"every prompt fills --max-length {options.max_length}: there is "
-                             "nothing to score")
+        raise ActiveDPOError(
+            f"every prompt fills --max-length {options.max_length}: there is nothing to score"
+        )
     if store is not None:
         store.check_tokens(tokenized)
     extractor = FeatureExtractor(
-        model, options.sketch, beta=options.beta,
-        length_normalized=options.length_normalized, pad_token_id=tokenizer.pad_token_id or 0,
-        max_tokens_per_batch=max_tokens_per_batch, precision=options.precision, verify=verify,
+        model,
+        options.sketch,
+        beta=options.beta,
+        length_normalized=options.length_normalized,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        max_tokens_per_batch=max_tokens_per_batch,
+        precision=options.precision,
+        verify=verify,
     )
     extractor.check(tokenized)  # before anything is written
     if store is None:
-        store = FeatureStore.create(folder, pool, settings, skipped=tokenized.skipped,
-                                    dtype=options.store_dtype)
+        store = FeatureStore.create(
+            folder, pool, settings, skipped=tokenized.skipped, dtype=options.store_dtype
+        )
     store.fill(extractor, tokenized, show_progress=show_progress)
     exported = _export(store, export)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
-    return (f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
-            f"({time.perf_counter() - started:.1f} s){columns}{exported}")
+    return (
+        f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
+        f"({time.perf_counter() - started:.1f} s){columns}{exported}"
+    )
 
 
 def _export(store: FeatureStore, path: FilePath | None) -> str:

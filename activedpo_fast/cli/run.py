@@ -32,8 +32,9 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
     output = Path(config.output_dir)
     check_folder_target(output)
     try:
-        dpo_args = dpo_config(**{"output_dir": str(output / "trainer"), "seed": config.seed,
-                                 **config.dpo})
+        dpo_args = dpo_config(
+            **{"output_dir": str(output / "trainer"), "seed": config.seed, **config.dpo}
+        )
     except ActiveDPOError:
         raise
     except Exception as error:  # missing files, packages too old, ...
@@ -48,15 +49,27 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         oracle = FileOracle(output / "labeling")
     else:
         options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
-        oracle = RewardModelOracle(*load_reward_model(config.oracle["model"], config.device),
-                                   seed=config.seed, show_progress=show_progress, **options)
+        oracle = RewardModelOracle(
+            *load_reward_model(config.oracle["model"], config.device),
+            seed=config.seed,
+            show_progress=show_progress,
+            **options,
+        )
     model, tokenizer = load_policy(
-        config.model, adapter=config.adapter, lora=config.lora, dtype=config.dtype,
-        device=config.device, gguf_file=config.gguf_file, seed=config.seed,
+        config.model,
+        adapter=config.adapter,
+        lora=config.lora,
+        dtype=config.dtype,
+        device=config.device,
+        gguf_file=config.gguf_file,
+        seed=config.seed,
         tokenizer=config.tokenizer,
     )
     loop = ActiveDPOLoop(
-        model, tokenizer, prompts, oracle,
+        model,
+        tokenizer,
+        prompts,
+        oracle,
         output_dir=output,
         dpo_args=dpo_args,
         strategy=config.strategy or "activedpo",
@@ -78,9 +91,12 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
     oracle = dict(config.oracle)
     if oracle["kind"] == "reward_model":
         options = inspect.signature(RewardModelOracle).parameters
-        oracle = {"temperature": options["temperature"].default,
-                  "max_length": options["max_length"].default,
-                  **oracle, "model": fingerprint_model(oracle["model"])}
+        oracle = {
+            "temperature": options["temperature"].default,
+            "max_length": options["max_length"].default,
+            **oracle,
+            "model": fingerprint_model(oracle["model"]),
+        }
         oracle.pop("batch_size", None)
     return {"adapter": adapter, "oracle": oracle}
 

@@ -134,14 +134,38 @@ def _sections() -> dict[str, dict[str, Any]]:
     return {
         "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
-        "selection": _options(ActiveDPOSelector.__init__, without={
-            "strategy", "preset", "seed", "ref_model", "beta", "length_normalized", "max_length",
-            "truncation_mode"}),
-        "loop": _options(ActiveDPOLoop.__init__, without={
-            "output_dir", "dpo_args", "strategy", "selector_options", "generation", "rules",
-            "chat_template_kwargs", "evaluate", "seed", "extra_settings", "show_progress"}),
-        "generation": _options(generate_responses, without={
-            "n_responses", "seed", "show_progress"}),
+        "selection": _options(
+            ActiveDPOSelector.__init__,
+            without={
+                "strategy",
+                "preset",
+                "seed",
+                "ref_model",
+                "beta",
+                "length_normalized",
+                "max_length",
+                "truncation_mode",
+            },
+        ),
+        "loop": _options(
+            ActiveDPOLoop.__init__,
+            without={
+                "output_dir",
+                "dpo_args",
+                "strategy",
+                "selector_options",
+                "generation",
+                "rules",
+                "chat_template_kwargs",
+                "evaluate",
+                "seed",
+                "extra_settings",
+                "show_progress",
+            },
+        ),
+        "generation": _options(
+            generate_responses, without={"n_responses", "seed", "show_progress"}
+        ),
         "rules": _dataclass_fields(PickRules, without={"seed"}),
     }
 
@@ -167,8 +191,11 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
 
     known: dict[str, dict[str, Any]] = {
         "files": {"kind": str},
-        "reward_model": {"kind": str, "model": str, **_options(
-            RewardModelOracle.__init__, without={"seed", "show_progress"})},
+        "reward_model": {
+            "kind": str,
+            "model": str,
+            **_options(RewardModelOracle.__init__, without={"seed", "show_progress"}),
+        },
     }
     kind = oracle.get("kind")
     if kind not in known:
@@ -215,8 +242,9 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
         if "adapter" not in values:
             values["lora"] = {**preset.lora, **values.get("lora", {})}
     if "adapter" not in values and "lora" not in values:
-        raise ActiveDPOError("adapter: missing; give an adapter's folder, or the section lora for "
-                             "a fresh one")
+        raise ActiveDPOError(
+            "adapter: missing; give an adapter's folder, or the section lora for a fresh one"
+        )
     return values
 
 
@@ -248,8 +276,15 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is Literal:
         return " or ".join(repr(argument) for argument in arguments)
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text",
-             dict: "a section of keys", list: "a list", type(None): "null"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "a section of keys",
+        list: "a list",
+        type(None): "null",
+    }
     return names.get(origin or hint, str(hint))
 
 

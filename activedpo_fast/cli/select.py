@@ -30,7 +30,6 @@ from activedpo_fast.store.store import FeatureStore
 _IN_MEMORY_BYTES = 2**30  # up to this size gradient rows are loaded; beyond it, read as needed
 
 
-
 def select_pairs(
     store_path: FilePath,
     output: FilePath,
@@ -67,33 +66,57 @@ def select_pairs(
             known = asked = torch.empty(0, 2, dtype=torch.int64)
             if labeled is not None:
                 known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
-            candidates = Candidates.find(pool, processes, labeled=known, asked=asked,
-                                         skipped=store.manifest["skipped"], rules=rules)
+            candidates = Candidates.find(
+                pool,
+                processes,
+                labeled=known,
+                asked=asked,
+                skipped=store.manifest["skipped"],
+                rules=rules,
+            )
             return store, candidates, asked
 
         store, candidates, asked = processes.check(prepare)
         pool, known = candidates.pool, candidates.labeled
         if group is not None:
             settings = (batch_size, strategy, normalize, lam, kappa, seed)
-            processes.require_same({
-                "store": pool_text(pool, rules) + repr(store.manifest),
-                "--labeled": repr((known.tolist(), asked.tolist())),
-                "rules": repr(rules),
-                "settings": repr(settings),
-            })
-        chosen = make_strategy(strategy, offered={
-            "lam": lam, "kappa": kappa, "normalize": None if normalize == "none" else normalize,
-            "seed": random_seed(seed, pool.fingerprint())})
+            processes.require_same(
+                {
+                    "store": pool_text(pool, rules) + repr(store.manifest),
+                    "--labeled": repr((known.tolist(), asked.tolist())),
+                    "rules": repr(rules),
+                    "settings": repr(settings),
+                }
+            )
+        chosen = make_strategy(
+            strategy,
+            offered={
+                "lam": lam,
+                "kappa": kappa,
+                "normalize": None if normalize == "none" else normalize,
+                "seed": random_seed(seed, pool.fingerprint()),
+            },
+        )
         found = len(candidates.pairs)
         if batch_size > found:
             raise ActiveDPOError(f"--batch-size {batch_size}: there are {found} candidate pairs")
         rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
-        signals = TensorSignals(candidates.own_pairs, candidates.part.item_of_row(pool),
-                                gradients=rows, history_gradients=history)
+        signals = TensorSignals(
+            candidates.own_pairs,
+            candidates.part.item_of_row(pool),
+            gradients=rows,
+            history_gradients=history,
+        )
         picked = run_selection(
-            candidates, signals, chosen, batch_size, rules=rules, group=group,
+            candidates,
+            signals,
+            chosen,
+            batch_size,
+            rules=rules,
+            group=group,
             chat_template_kwargs=store.manifest["settings"].get("chat_template_kwargs"),
-            show_progress=show_progress)
+            show_progress=show_progress,
+        )
         if processes.rank > 0:
             return None
         picked.to_jsonl(output)
@@ -102,8 +125,10 @@ def select_pairs(
         # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ) at each pick
         gain = f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
     labels = f" and {len(known)} labeled" if len(known) else ""
-    return (f"{len(picked)} of {found} candidate pairs{labels} picked by {strategy}{gain}: "
-            f"{output} ({time.perf_counter() - started:.1f} s)")
+    return (
+        f"{len(picked)} of {found} candidate pairs{labels} picked by {strategy}{gain}: "
+        f"{output} ({time.perf_counter() - started:.1f} s)"
+    )
 
 
 @contextmanager
@@ -116,8 +141,10 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
     try:
         dist.init_process_group("gloo")
     except (ValueError, RuntimeError) as error:
-        raise ActiveDPOError(f"WORLD_SIZE is {size}, but the processes cannot be connected (use "
-                             f"torchrun, or unset it): {first_line(error)}") from None
+        raise ActiveDPOError(
+            f"WORLD_SIZE is {size}, but the processes cannot be connected (use "
+            f"torchrun, or unset it): {first_line(error)}"
+        ) from None
     try:
         yield dist.group.WORLD
     finally:
@@ -188,12 +215,16 @@ def _check_overwrites_nothing(
     if not target.exists():
         return
     try:
-        labels = [record.get("label") for _, record in jsonl_rows(target)
-                  if isinstance(record, Mapping)]
+        labels = [
+            record.get("label") for _, record in jsonl_rows(target) if isinstance(record, Mapping)
+        ]
     except ActiveDPOError as error:  # somebody may be editing it
-        raise ActiveDPOError(f"{output} exists and cannot be read: choose another --output, or "
-                             f"move it away ({error})") from None
+        raise ActiveDPOError(
+            f"{output} exists and cannot be read: choose another --output, or "
+            f"move it away ({error})"
+        ) from None
     count = sum(label is not None for label in labels)
     if count:
-        raise ActiveDPOError(f"{output} exists and has {count} labels: choose another --output, "
-                             "or move it away")
+        raise ActiveDPOError(
+            f"{output} exists and has {count} labels: choose another --output, or move it away"
+        )

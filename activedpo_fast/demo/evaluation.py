@@ -35,23 +35,41 @@ class HeldoutReward:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], reward: Reward,
-        folder: Path, *, samples: int, generation: dict[str, Any], show_progress: bool | None,
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        folder: Path,
+        *,
+        samples: int,
+        generation: dict[str, Any],
+        show_progress: bool | None,
     ) -> None:
         self._tokenizer = tokenizer
-        self.prompts = [Prompt(f"{p.id}/{n}", p.prompt, p.extra) for n in range(max(1, samples))
-                        for p in prompts]
+        self.prompts = [
+            Prompt(f"{p.id}/{n}", p.prompt, p.extra)
+            for n in range(max(1, samples))
+            for p in prompts
+        ]
         self._reward = reward
         self._folder = folder
         self._repeats = max(1, samples)
-        self._generation = {**generation, "temperature": generation["temperature"] if samples
-                            else 0.0}
+        self._generation = {
+            **generation,
+            "temperature": generation["temperature"] if samples else 0.0,
+        }
         self._show_progress = show_progress
         self.responses: list[str] = []
 
     def __call__(self, model: PeftModel) -> dict[str, float]:
-        self.responses = respond(model, self._tokenizer, self.prompts, seed=1,
-                                 show_progress=self._show_progress, **self._generation)
+        self.responses = respond(
+            model,
+            self._tokenizer,
+            self.prompts,
+            seed=1,
+            show_progress=self._show_progress,
+            **self._generation,
+        )
         texts: list[Text] = [p.prompt for p in self.prompts]
         answers: list[Text] = list(self.responses)
         rewards = np.array(self._reward(texts, answers, [p.extra for p in self.prompts]))
@@ -60,8 +78,12 @@ class HeldoutReward:
         path = self._folder / f"heldout-{len(done):03d}.json"
         write_atomic(path, json.dumps(mine.tolist()))
         gain, error = paired(mine, heldout_rewards(heldout_files(self._folder)[0]))
-        return {"reward": float(mine.mean()), "reward_se": _error(mine),
-                "gain": gain, "gain_se": error}
+        return {
+            "reward": float(mine.mean()),
+            "reward_se": _error(mine),
+            "gain": gain,
+            "gain_se": error,
+        }
 
 
 def heldout_files(folder: Path) -> list[Path]:

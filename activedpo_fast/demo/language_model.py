@@ -44,9 +44,7 @@ def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) ->
     return model.eval()
 
 
-def read_prompts(
-    split: str, name: str = "small", *, max_words: int | None = None
-) -> list[Prompt]:
+def read_prompts(split: str, name: str = "small", *, max_words: int | None = None) -> list[Prompt]:
     """Read a split's descriptions as prompts for the model `name`, true synopses in `extra`.
 
     Descriptions of more than `max_words` words are left out.

@@ -16,23 +16,33 @@ _TOLD_APART = 2.0  # standard errors
 
 def table(runs: Mapping[str, Sequence[RoundRecord]]) -> str:
     """Format one line per strategy and round: labels, reward, gain over the start, seconds."""
-    head = ["strategy", "labels", "held-out reward", "gain over the start",
-            *(f"{stage} s" for stage in STAGES)]
+    head = [
+        "strategy",
+        "labels",
+        "held-out reward",
+        "gain over the start",
+        *(f"{stage} s" for stage in STAGES),
+    ]
     body = []
     for strategy, records in runs.items():
         for n, record in enumerate(records):
             metrics = record.metrics
             gain = f"{metrics['gain']:+.3f} ± {metrics['gain_se']:.3f}" if n else ""
             seconds = [_seconds(record.seconds.get(stage)) for stage in STAGES]
-            body.append([strategy, str(record.labels_total), f"{metrics['reward']:.3f}", gain,
-                         *seconds])
+            body.append(
+                [strategy, str(record.labels_total), f"{metrics['reward']:.3f}", gain, *seconds]
+            )
         total = [_seconds(_total(records, stage)) for stage in STAGES]
         body.append([strategy, "", "", "total", *total])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(head, widths, strict=True)) + " |",
-             "|" + "|".join("-" * (w + 2) for w in widths) + "|"]
-    lines += ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |"
-              for row in body]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(head, widths, strict=True)) + " |",
+        "|" + "|".join("-" * (w + 2) for w in widths) + "|",
+    ]
+    lines += [
+        "| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in body
+    ]
     return "\n".join(lines)
 
 
@@ -41,20 +51,29 @@ def verdict(runs: Mapping[str, Sequence[RoundRecord]], folders: Mapping[str, Pat
     gains = []
     for strategy, records in runs.items():
         last = records[-1].metrics
-        errors = f" ({last['gain'] / last['gain_se']:.1f} standard errors)" if (
-            last["gain_se"] > 0) else ""
+        errors = (
+            f" ({last['gain'] / last['gain_se']:.1f} standard errors)"
+            if (last["gain_se"] > 0)
+            else ""
+        )
         gains.append(f"{strategy} {last['gain']:+.3f}{errors}")
-    found = [f"After {next(iter(runs.values()))[-1].labels_total} labels, over the start: "
-             f"{', '.join(gains)}."]
+    found = [
+        f"After {next(iter(runs.values()))[-1].labels_total} labels, over the start: "
+        f"{', '.join(gains)}."
+    ]
     ends = {name: heldout_rewards(heldout_files(folder)[-1]) for name, folder in folders.items()}
     for a, b in combinations(ends, 2):
         difference, error = paired(ends[a], ends[b])
         apart = abs(difference) > _TOLD_APART * error
-        found.append(f"{a} minus {b}: {difference:+.3f} ± {error:.3f}, "
-                     f"{'distinguished' if apart else 'not distinguished'} by these prompts.")
-    found.append("± is one standard error over the held-out prompts. It does not include how "
-                 "prompts, responses and labels vary between seeds (docs/evidence.md has several "
-                 "seeds).")
+        found.append(
+            f"{a} minus {b}: {difference:+.3f} ± {error:.3f}, "
+            f"{'distinguished' if apart else 'not distinguished'} by these prompts."
+        )
+    found.append(
+        "± is one standard error over the held-out prompts. It does not include how "
+        "prompts, responses and labels vary between seeds (docs/evidence.md has several "
+        "seeds)."
+    )
     return "\n".join(found)
 
 
@@ -72,8 +91,9 @@ def draw(runs: Mapping[str, Sequence[RoundRecord]], path: Path, title: str, unit
         gain = [record.metrics["gain"] for record in records]
         error = [record.metrics["gain_se"] for record in records]
         color = "black" if strategy == "random" else f"C{n}"
-        axes.errorbar(labels, gain, yerr=error, marker="osD^v"[n % 5], capsize=3, label=strategy,
-                      color=color)
+        axes.errorbar(
+            labels, gain, yerr=error, marker="osD^v"[n % 5], capsize=3, label=strategy, color=color
+        )
     axes.set_xlabel("labels so far")
     axes.set_ylabel(f"gain in held-out reward ({unit})")
     axes.set_title(title, fontsize=10)

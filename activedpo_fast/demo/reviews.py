@@ -35,8 +35,12 @@ class Rating:
         self._weights, self._bias = tensors["weights"], tensors["bias"]
         self._embed = SynopsisSimilarity().embed
 
-    def __call__(self, prompts: Sequence[Text], responses: Sequence[Text],
-                 extras: Sequence[Mapping[str, Any]]) -> list[float]:
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> list[float]:
         texts = [f"{p}{r}" for p, r in zip(prompts, responses, strict=True)]
         return (self._embed(texts) @ self._weights + self._bias).tolist()
 

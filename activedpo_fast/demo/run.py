@@ -42,12 +42,24 @@ class _Task(NamedTuple):
     def of(cls, model: str, settings: DemoSettings) -> _Task:
         if model == "reviews":
             pool, heldout = (read_review_prompts(split) for split in ("pool", "heldout"))
-            return cls(load_review_model, pool, heldout[: settings.heldout], Rating(),
-                       "rating from −4 to 4")
-        pool, heldout = (read_prompts(split, model, max_words=settings.max_words)
-                         for split in ("pool", "heldout"))
-        return cls(lambda: load_base(model), pool, heldout[: settings.heldout],
-                   SynopsisSimilarity(), "cosine to the true synopsis")
+            return cls(
+                load_review_model,
+                pool,
+                heldout[: settings.heldout],
+                Rating(),
+                "rating from −4 to 4",
+            )
+        pool, heldout = (
+            read_prompts(split, model, max_words=settings.max_words)
+            for split in ("pool", "heldout")
+        )
+        return cls(
+            lambda: load_base(model),
+            pool,
+            heldout[: settings.heldout],
+            SynopsisSimilarity(),
+            "cosine to the true synopsis",
+        )
 
 
 def run_demo(
@@ -88,8 +100,9 @@ def run_demo(
     task = _Task.of(model, settings)
     runs: dict[str, list[RoundRecord]] = {}
     for strategy, folder in folders.items():
-        print(f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels",
-              flush=True)
+        print(
+            f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels", flush=True
+        )
         runs[strategy] = _run_strategy(strategy, settings, task, folder, seed, show_progress)
 
     text, said = table(runs), verdict(runs, folders)
@@ -97,25 +110,40 @@ def run_demo(
     title = f"{model} model, seed {seed}, {len(task.heldout)} held-out prompts"
     picture = Path(output) / "curves.png"
     draw(runs, picture, title, task.unit)
-    print(f"\n{text}\n\n{said}\n\ntable: {Path(output) / 'table.md'}   picture: {picture}   "
-          f"{time.perf_counter() - started:.0f} s in all")
+    print(
+        f"\n{text}\n\n{said}\n\ntable: {Path(output) / 'table.md'}   picture: {picture}   "
+        f"{time.perf_counter() - started:.0f} s in all"
+    )
     return runs
 
 
 def _run_strategy(
-    strategy: str, settings: DemoSettings, task: _Task, folder: Path, seed: int,
+    strategy: str,
+    settings: DemoSettings,
+    task: _Task,
+    folder: Path,
+    seed: int,
     show_progress: bool | None,
 ) -> list[RoundRecord]:
     base, tokenizer = task.load()
     evaluation = HeldoutReward(
-        tokenizer, task.heldout, task.reward, folder, samples=settings.samples,
-        generation=settings.generation, show_progress=show_progress)
+        tokenizer,
+        task.heldout,
+        task.reward,
+        folder,
+        samples=settings.samples,
+        generation=settings.generation,
+        show_progress=show_progress,
+    )
 
     def evaluate(model: object) -> dict[str, float]:
         metrics = evaluation(model)  # type: ignore[arg-type]
         if show_progress is not False:
-            print(f"   held-out reward {metrics['reward']:.3f}, over the start "
-                  f"{metrics['gain']:+.3f} ± {metrics['gain_se']:.3f}", flush=True)
+            print(
+                f"   held-out reward {metrics['reward']:.3f}, over the start "
+                f"{metrics['gain']:+.3f} ± {metrics['gain_se']:.3f}",
+                flush=True,
+            )
         return metrics
 
     return ActiveDPOLoop(

@@ -31,7 +31,8 @@ class DemoSettings:
     temperature: float = 0.05
     samples: int = 0
     strategies: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: {"activedpo": {}, "random": {}})
+        default_factory=lambda: {"activedpo": {}, "random": {}}
+    )
 
 
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -18,12 +18,20 @@ def require_one_process(what: str) -> None:
 
     Each process would write the same files. `what` is the command or method that is refused.
     """
-    found = next(((name, size) for name in _SIZES
-                  if (size := os.environ.get(name, "").strip()) not in ONE_PROCESS), None)
+    found = next(
+        (
+            (name, size)
+            for name in _SIZES
+            if (size := os.environ.get(name, "").strip()) not in ONE_PROCESS
+        ),
+        None,
+    )
     if found is None and dist.is_available() and dist.is_initialized():
         count = dist.get_world_size()
         found = ("the size of torch.distributed's group", str(count)) if count > 1 else None
     if found is not None:
         name, size = found
-        raise ActiveDPOError(f"{name} is {size}: {what} works in one process only, several would "
-                             "mix their files; start it without torchrun or another launcher")
+        raise ActiveDPOError(
+            f"{name} is {size}: {what} works in one process only, several would "
+            "mix their files; start it without torchrun or another launcher"
+        )

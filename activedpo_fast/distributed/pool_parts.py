@@ -30,7 +30,7 @@ class PoolPart(NamedTuple):
 
     def item_of_row(self, pool: PreferencePool) -> Tensor:
         """Return the item of each response row, both counted from this part's start; int64."""
-        counts = pool.response_offsets.diff()[self.items.start:self.items.stop]
+        counts = pool.response_offsets.diff()[self.items.start : self.items.stop]
         return torch.repeat_interleave(torch.arange(len(self.items)), counts)
 
 
@@ -57,8 +57,10 @@ class PoolProcesses:
             ActiveDPOError: fewer items than processes.
         """
         if len(pool) < self.size:
-            raise ActiveDPOError(f"{self.size} processes cannot share a pool of {len(pool)} "
-                                 "prompts: each needs one or more")
+            raise ActiveDPOError(
+                f"{self.size} processes cannot share a pool of {len(pool)} "
+                "prompts: each needs one or more"
+            )
         offsets = pool.response_offsets
         bounds = [0]
         for rank in range(1, self.size):
@@ -107,8 +109,10 @@ class PoolProcesses:
         differs[self.rank] = first != mine
         table = self._processes.sum(differs.flatten()).view(self.size, -1)
         for rank, column in table.nonzero().tolist():
-            raise ActiveDPOError(f"process {rank} has another {list(given)[column]} than process "
-                                 "0: all must be given the same")
+            raise ActiveDPOError(
+                f"process {rank} has another {list(given)[column]} than process "
+                "0: all must be given the same"
+            )
         if numbers:
             self._processes.require_same(dict(numbers))
 

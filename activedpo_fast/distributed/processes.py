@@ -70,7 +70,7 @@ class Processes:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
         self._picks = 0
         counts = self._gather([float(n_candidates)])[:, 0].long()
-        self.offset = int(counts[:self.rank].sum())
+        self.offset = int(counts[: self.rank].sum())
         self.total = int(counts.sum())
 
     def require_same(self, settings: dict[str, float]) -> None:
@@ -79,15 +79,18 @@ class Processes:
         for name, column in zip(settings, table.T.tolist(), strict=True):
             for rank, value in enumerate(column):
                 if not math.isclose(value, column[0], rel_tol=1e-9, abs_tol=1e-9):
-                    raise ActiveDPOError(f"processes 0 and {rank} have {name} = {column[0]:g} and "
-                                         f"{value:g}: they must agree")
+                    raise ActiveDPOError(
+                        f"processes 0 and {rank} have {name} = {column[0]:g} and "
+                        f"{value:g}: they must agree"
+                    )
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum over all processes, int64 [n]."""
         return self._gather(numbers.tolist()).sum(dim=0).long()
 
-    def agree(self, make_offer: Callable[[], Offer | None],
-              lowest_from: Callable[[float], Offer | None]) -> Choice | None:
+    def agree(
+        self, make_offer: Callable[[], Offer | None], lowest_from: Callable[[float], Offer | None]
+    ) -> Choice | None:
         """Return the candidate with the largest value, ties to the lowest number; None if none.
 
         Args:
@@ -143,15 +146,20 @@ class Processes:
             raise error
         failed = table[:, 0].nonzero().flatten().tolist()
         if failed:
-            raise ActiveDPOError(f"process {failed[0]} of {self.size} failed, see its own error; "
-                                 "nothing was selected")
-        return [Offer(int(row[2]), row[3], int(row[4]), int(row[5]), *row[6:]) if row[1] else None
-                for row in table.tolist()]
+            raise ActiveDPOError(
+                f"process {failed[0]} of {self.size} failed, see its own error; "
+                "nothing was selected"
+            )
+        return [
+            Offer(int(row[2]), row[3], int(row[4]), int(row[5]), *row[6:]) if row[1] else None
+            for row in table.tolist()
+        ]
 
     def _gather(self, numbers: list[float]) -> Tensor:
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        everybody = list(torch.empty(self.size, len(numbers), dtype=torch.float64,
-                                     device=self._device))
+        everybody = list(
+            torch.empty(self.size, len(numbers), dtype=torch.float64, device=self._device)
+        )
         self._call(lambda: dist.all_gather(everybody, mine, group=self._group))
         return torch.stack(everybody).cpu()
 
@@ -161,4 +169,5 @@ class Processes:
         except RuntimeError as error:  # raised by gloo and NCCL, including timeouts
             raise ActiveDPOError(
                 f"lost contact with another of the {self.size} processes after {self._picks} "
-                f"picks; nothing was selected") from error
+                f"picks; nothing was selected"
+            ) from error

@@ -76,10 +76,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move the model inputs to `device`; `rows` and `group_of` stay on the CPU."""
-        inputs = ("prompt_ids", "prompt_mask", "input_ids", "attention_mask", "position_ids",
-                  "scored")
-        return Batch(self.rows, self.group_of,
-                     **{name: getattr(self, name).to(device) for name in inputs})
+        inputs = (
+            "prompt_ids",
+            "prompt_mask",
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "scored",
+        )
+        return Batch(
+            self.rows, self.group_of, **{name: getattr(self, name).to(device) for name in inputs}
+        )
 
 
 def group_rows(
@@ -110,9 +117,7 @@ def group_rows(
     return groups
 
 
-def plan_batches(
-    groups: Sequence[Group], max_tokens: int, *, split: bool
-) -> Iterator[list[Group]]:
+def plan_batches(groups: Sequence[Group], max_tokens: int, *, split: bool) -> Iterator[list[Group]]:
     """Plan batches of groups whose padded tokens, P·L + B·T, do not exceed `max_tokens`.
 
     Groups of similar length go together, longest first. A group that alone exceeds the budget is
@@ -137,8 +142,9 @@ def plan_batches(
 def padded_tokens(groups: Sequence[Group]) -> int:
     """Return the number of tokens in a batch of `groups`, padding included: P·L + B·T."""
     responses = sum(len(group.rows) for group in groups)
-    return (len(groups) * max(group.shared for group in groups)
-            + responses * max(group.own for group in groups))
+    return len(groups) * max(group.shared for group in groups) + responses * max(
+        group.own for group in groups
+    )
 
 
 def collate(
@@ -165,12 +171,21 @@ def collate(
         attention_mask[index, :count] = 1
         scored[index, max(sequence.completion_start, 1) - shared : count] = True
     group_of = torch.repeat_interleave(
-        torch.arange(len(groups)), torch.tensor([len(group.rows) for group in groups]))
+        torch.arange(len(groups)), torch.tensor([len(group.rows) for group in groups])
+    )
     position_ids = torch.tensor(shared_of).unsqueeze(1) + torch.arange(longest)
     # Padding could be beyond the last position that a model has an embedding for.
     position_ids = torch.where(attention_mask.bool(), position_ids, 0)
-    return Batch(torch.tensor(rows), group_of, prompt_ids, prompt_mask, input_ids, attention_mask,
-                 position_ids, scored)
+    return Batch(
+        torch.tensor(rows),
+        group_of,
+        prompt_ids,
+        prompt_mask,
+        input_ids,
+        attention_mask,
+        position_ids,
+        scored,
+    )
 
 
 def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool) -> Group:

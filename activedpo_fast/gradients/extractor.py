@@ -117,11 +117,13 @@ class FeatureExtractor:
         if not (_is_number(beta) and 0 < beta < math.inf):
             raise ActiveDPOError(f"beta must be a positive, finite number, not {beta!r}")
         if max_tokens_per_batch is not None and not _is_count(max_tokens_per_batch):
-            raise ActiveDPOError("max_tokens_per_batch must be an integer from 1, not "
-                                 f"{max_tokens_per_batch!r}")
+            raise ActiveDPOError(
+                f"max_tokens_per_batch must be an integer from 1, not {max_tokens_per_batch!r}"
+            )
         if not isinstance(length_normalized, bool):
-            raise ActiveDPOError(f"length_normalized must be True or False, not "
-                                 f"{length_normalized!r}")
+            raise ActiveDPOError(
+                f"length_normalized must be True or False, not {length_normalized!r}"
+            )
         self.model = as_model_alone(model)
         require_supported(self.model, pad_token_id=pad_token_id)
         _check_precision(precision, self.model)
@@ -140,11 +142,7 @@ class FeatureExtractor:
 
     @in_own_modes
     def gradients(
-        self,
-        tokenized: TokenizedPool,
-        *,
-        relative: bool = False,
-        show_progress: bool | None = None,
+        self, tokenized: TokenizedPool, *, relative: bool = False, show_progress: bool | None = None
     ) -> GradientRows:
         """Return the gradient rows of all R responses, in pool order.
 
@@ -177,18 +175,17 @@ class FeatureExtractor:
 
     @in_own_modes
     def iter_gradients(
-        self,
-        tokenized: TokenizedPool,
-        rows: Sequence[int],
-        *,
-        show_progress: bool | None = None,
+        self, tokenized: TokenizedPool, rows: Sequence[int], *, show_progress: bool | None = None
     ) -> Iterator[GradientRows]:
         """Yield gradient rows batch by batch, longest sequences first, for the given `rows`."""
         for taken, _ in self._gradient_parts(tokenized, rows, False, show_progress):
             yield GradientRows(*taken)
 
     def _gradient_parts(
-        self, tokenized: TokenizedPool, rows: Sequence[int], relative: bool,
+        self,
+        tokenized: TokenizedPool,
+        rows: Sequence[int],
+        relative: bool,
         show_progress: bool | None,
     ) -> Iterator[tuple[Taken, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
@@ -200,8 +197,9 @@ class FeatureExtractor:
         def taking(relative: bool) -> Take:
             def take(batch: Batch, shared: bool) -> Taken:
                 # Sum over layers in float64, round once.
-                sketched = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64,
-                                       device=batch.input_ids.device)
+                sketched = torch.zeros(
+                    len(batch.rows), plan.dim, dtype=torch.float64, device=batch.input_ids.device
+                )
                 lengths = self.lengths(tokenized, batch.rows.tolist())
                 with (
                     undisturbed(self.model, self.precision),
@@ -209,8 +207,13 @@ class FeatureExtractor:
                     Capture(linears, consume) as capture,
                 ):
                     logps = gradient_pass(
-                        self.model, batch, capture, shared=shared, relative=relative,
-                        lengths=lengths)
+                        self.model,
+                        batch,
+                        capture,
+                        shared=shared,
+                        relative=relative,
+                        lengths=lengths,
+                    )
                 if lengths is not None:
                     logps = logps / lengths.to(logps.device)
                     sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
@@ -227,13 +230,22 @@ class FeatureExtractor:
         # Rows are relative to each other if they can be in one batch.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups)
-        for taken in self._run(tokenized, rows, taking(relative), self.model, layout,
-                               "gradient features", show_progress, whole_items=relative):
+        for taken in self._run(
+            tokenized,
+            rows,
+            taking(relative),
+            self.model,
+            layout,
+            "gradient features",
+            show_progress,
+            whole_items=relative,
+        ):
             finite = _finite(taken)
             if relative and not finite.all():
                 items = [tokenized.item_of(row) for row in taken[0].tolist()]
-                spoiled = {item for item, good in zip(items, finite.tolist(), strict=True)
-                           if not good}
+                spoiled = {
+                    item for item, good in zip(items, finite.tolist(), strict=True) if not good
+                }
                 finite = torch.tensor([item not in spoiled for item in items])
             yield tuple(part[finite] for part in taken), relative
             for alone in self._alone(tokenized, taken[0][~finite], taking(False), self.model):
@@ -260,8 +272,12 @@ class FeatureExtractor:
         layout, checked = self._gradient_layout.get(has_prompts, (Layout.SHARED, 0))
         if longest > checked:
             layout = gradient_layout(
-                self.model, trainable_linears(self.model), tokenized, self.pad_token_id,
-                self.precision)
+                self.model,
+                trainable_linears(self.model),
+                tokenized,
+                self.pad_token_id,
+                self.precision,
+            )
             self._gradient_layout[has_prompts] = layout, longest
         # The finding of either check also holds for the other.
         forward, _ = self._forward_layout.get(self.model, (layout, 0))
@@ -317,13 +333,22 @@ class FeatureExtractor:
         rows = torch.cat([rows for rows, _ in taken])
         return torch.cat([hidden for _, hidden in taken])[rows.argsort()]
 
-    def _require_supported(self, tokenized: TokenizedPool, model: nn.Module | None = None, *,
-                           gradients: bool = False) -> None:
-        require_supported(self.model if model is None else model, tokenized,
-                          pad_token_id=self.pad_token_id, gradients=gradients)
+    def _require_supported(
+        self, tokenized: TokenizedPool, model: nn.Module | None = None, *, gradients: bool = False
+    ) -> None:
+        require_supported(
+            self.model if model is None else model,
+            tokenized,
+            pad_token_id=self.pad_token_id,
+            gradients=gradients,
+        )
 
     def _forward(
-        self, tokenized: TokenizedPool, take: Take, model: nn.Module, title: str,
+        self,
+        tokenized: TokenizedPool,
+        take: Take,
+        model: nn.Module,
+        title: str,
         show_progress: bool | None,
     ) -> Iterator[Taken]:
         """Run `take` on all responses; all results are finite."""
@@ -335,8 +360,9 @@ class FeatureExtractor:
                 layout = forward_layout(model, tokenized, self.pad_token_id, self.precision)
                 self._forward_layout[model] = layout, longest
             if model is self.model:
-                layout = Layout.slowest(layout, *(found for found, _ in
-                                                  self._gradient_layout.values()))
+                layout = Layout.slowest(
+                    layout, *(found for found, _ in self._gradient_layout.values())
+                )
         layout = Layout.slowest(layout, _fastest_allowed(model))
         rows = range(len(tokenized.sequences))
         for taken in self._run(tokenized, rows, take, model, layout, title, show_progress):
@@ -345,19 +371,36 @@ class FeatureExtractor:
             yield from self._alone(tokenized, taken[0][~finite], take, model)
 
     def _run(
-        self, tokenized: TokenizedPool, rows: Sequence[int], take: Take, model: nn.Module,
-        layout: Layout, title: str, show_progress: bool | None, whole_items: bool = False,
+        self,
+        tokenized: TokenizedPool,
+        rows: Sequence[int],
+        take: Take,
+        model: nn.Module,
+        layout: Layout,
+        title: str,
+        show_progress: bool | None,
+        whole_items: bool = False,
     ) -> Iterator[Taken]:
         budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
         classify = length_class(model)
-        if classify is not None and model not in self._said_lengths and _say_lengths_apart(
-            model, tokenized, classify
+        if (
+            classify is not None
+            and model not in self._said_lengths
+            and _say_lengths_apart(model, tokenized, classify)
         ):
             self._said_lengths.add(model)
         return run_batches(
-            tokenized, rows, take, layout, budget, length_class=classify,
-            pad_token_id=self.pad_token_id, title=title, show_progress=show_progress,
-            whole_items=whole_items)
+            tokenized,
+            rows,
+            take,
+            layout,
+            budget,
+            length_class=classify,
+            pad_token_id=self.pad_token_id,
+            title=title,
+            show_progress=show_progress,
+            whole_items=whole_items,
+        )
 
     def _alone(
         self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
@@ -368,14 +411,18 @@ class FeatureExtractor:
         """
         if len(rows) == 0:
             return
-        logger.warning("%d responses are not finite in a batch (first: %s); each is run alone",
-                       len(rows), tokenized.place(int(rows[0])))
+        logger.warning(
+            "%d responses are not finite in a batch (first: %s); each is run alone",
+            len(rows),
+            tokenized.place(int(rows[0])),
+        )
         for taken in self._run(tokenized, rows.tolist(), take, model, Layout.ALONE, "", False):
             if not _finite(taken).all():
                 raise ActiveDPOError(
                     f"{tokenized.place(int(taken[0][0]))}: what the model gives for it is not "
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
-                    "range, or leave the item out")
+                    "range, or leave the item out"
+                )
             yield taken
 
 
@@ -386,8 +433,12 @@ def _fastest_allowed(model: nn.Module) -> Layout:
 
 def _finite(taken: Taken) -> torch.Tensor:
     """Return which rows have only finite numbers, bool [n]."""
-    return torch.stack([part.isfinite().flatten(1).all(dim=1) if part.dim() > 1
-                        else part.isfinite() for part in taken[1:]]).all(dim=0)
+    return torch.stack(
+        [
+            part.isfinite().flatten(1).all(dim=1) if part.dim() > 1 else part.isfinite()
+            for part in taken[1:]
+        ]
+    ).all(dim=0)
 
 
 def _is_number(value: object) -> bool:
@@ -417,9 +468,7 @@ def _subtract_first(
     gradients[list(first.values())] = 0.0
 
 
-def _say_lengths_apart(
-    model: nn.Module, tokenized: TokenizedPool, classify: LengthClass
-) -> bool:
+def _say_lengths_apart(model: nn.Module, tokenized: TokenizedPool, classify: LengthClass) -> bool:
     """Log a warning if responses are kept apart by length; return whether it was logged."""
     groups = group_rows(tokenized, range(len(tokenized.sequences)), Layout.SHARED, classify)
     apart = sum(len(group.rows) for group in groups if group.kind != 0)
@@ -428,7 +477,10 @@ def _say_lengths_apart(
             "%s embeds positions by the longest sequence of a batch: %d of %d responses are longer "
             "than its original length; they share a batch or a prompt's pass only where that "
             "changes nothing, which is slower",
-            type(causal_lm(model)).__name__, apart, len(tokenized.sequences))
+            type(causal_lm(model)).__name__,
+            apart,
+            len(tokenized.sequences),
+        )
     return apart > 0
 
 
@@ -436,8 +488,11 @@ def _check_precision(precision: str | None, model: nn.Module) -> None:
     if precision not in PRECISIONS:
         raise ActiveDPOError(f"precision is {precision!r}, expected 'bf16' or None")
     on_cpu = next(model.parameters()).device.type == "cpu"
-    has_bf16 = any(present for name, present in torch.cpu.get_capabilities().items()
-                   if name.endswith("bf16"))
+    has_bf16 = any(
+        present for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16")
+    )
     if precision == "bf16" and on_cpu and not has_bf16:
-        raise ActiveDPOError("precision 'bf16' would be slower here: this CPU has no bfloat16 "
-                             "instructions (AVX512-BF16 or AMX); leave it out")
+        raise ActiveDPOError(
+            "precision 'bf16' would be slower here: this CPU has no bfloat16 "
+            "instructions (AVX512-BF16 or AMX); leave it out"
+        )

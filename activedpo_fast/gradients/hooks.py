@@ -95,7 +95,8 @@ class Capture:
 
             def take(g: torch.Tensor) -> None:
                 self._consume(
-                    linear, h, _by_token(linear, g.detach(), tokens.shape), tokens.segments)
+                    linear, h, _by_token(linear, g.detach(), tokens.shape), tokens.segments
+                )
 
             if output.requires_grad:
                 output.register_hook(take)

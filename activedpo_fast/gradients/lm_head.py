@@ -90,7 +90,8 @@ def chunked_logps(
                 logps.append(ops.response_logps(logits, targets[start:end]))
                 continue
             part, logit_gradient = ops.response_logp_grad(
-                logits.detach(), targets[start:end], weights[start:end])
+                logits.detach(), targets[start:end], weights[start:end]
+            )
             logps.append(part)
             if logits.requires_grad:
                 logits.backward(logit_gradient)

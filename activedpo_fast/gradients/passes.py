@@ -17,17 +17,18 @@ from torch import nn
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch
 from activedpo_fast.gradients.hooks import Capture, Tokens
-from activedpo_fast.gradients.lm_head import (
-    causal_lm,
-    chunked_logps,
-    language_model_head,
-)
+from activedpo_fast.gradients.lm_head import causal_lm, chunked_logps, language_model_head
 from activedpo_fast.gradients.prompt_cache import continue_prompts, run_prompts
 from activedpo_fast.ops import reference
 
 
 def gradient_pass(
-    model: nn.Module, batch: Batch, capture: Capture, *, shared: bool, relative: bool,
+    model: nn.Module,
+    batch: Batch,
+    capture: Capture,
+    *,
+    shared: bool,
+    relative: bool,
     lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the batch forward and back, so that `capture` sees every response's gradient.
@@ -96,13 +97,12 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
             return whole_model_logps(model, batch)
         decoder = _decoder(model)
         output = _continue(
-            decoder, batch, _one_for_each_response(_prompt_states(decoder, batch), batch))
+            decoder, batch, _one_for_each_response(_prompt_states(decoder, batch), batch)
+        )
         return _scored_logps(model, batch, decoder, output, None, None)[0]
 
 
-def whole_model_logps(
-    model: nn.Module, batch: Batch, *, everywhere: bool = False
-) -> torch.Tensor:
+def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = False) -> torch.Tensor:
     """Return log π(y|x) [B] from the model's own logits, as part of the autograd graph.
 
     With `everywhere` the head runs on all tokens, as hooks on it expect.
@@ -132,7 +132,8 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
             decoder = _decoder(model)
             states = _prompt_states(decoder, batch)
             hidden = _continue(
-                decoder, batch, _one_for_each_response(states, batch)).last_hidden_state
+                decoder, batch, _one_for_each_response(states, batch)
+            ).last_hidden_state
         else:
             hidden = _what_the_head_reads(model, batch)
         # Virtual tokens of prompt tuning come before the others.
@@ -146,8 +147,7 @@ def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
     if decoder is causal_lm(model):
         return model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
-    handle = decoder.register_forward_hook(
-        lambda module, inputs, output: found.append(output[0]))
+    handle = decoder.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
     try:
         model(**_whole_inputs(batch))
     finally:
@@ -259,8 +259,7 @@ def _scored_logps(
         if captured is None:
             return nullcontext()
         capture, terms = captured
-        return capture.tokens(
-            Tokens((1, end - start), _chunk_segments(owners[start:end], terms)))
+        return capture.tokens(Tokens((1, end - start), _chunk_segments(owners[start:end], terms)))
 
     with language_model_head(causal_lm(model), decoder, output) as head:
         logps, gradient = chunked_logps(
@@ -294,8 +293,11 @@ def _prompts_back(
     relative: bool,
 ) -> None:
     """Run the backward passes of the prompts, one per n-th response of all groups."""
-    arrived = [(state, copy.grad) for state, copy in zip(states, continued, strict=True)
-               if copy.grad is not None]
+    arrived = [
+        (state, copy.grad)
+        for state, copy in zip(states, continued, strict=True)
+        if copy.grad is not None
+    ]
     if not arrived:
         return
     groups, length = batch.prompt_ids.shape
@@ -307,7 +309,8 @@ def _prompts_back(
         has = (sizes > slot).nonzero().squeeze(1)
         response = first[has] + slot
         tokens.segments = torch.stack(
-            [has * length + begins[has], (has + 1) * length, response], dim=1)
+            [has * length + begins[has], (has + 1) * length, response], dim=1
+        )
         gradients = []
         for state, gradient in arrived:
             device = gradient.device
@@ -316,13 +319,17 @@ def _prompts_back(
                 part = part + gradient[first[has].to(device)]
             gradients.append(torch.zeros_like(state).index_copy_(0, has.to(device), part))
         torch.autograd.backward(
-            [state for state, _ in arrived], gradients, retain_graph=slot != slots[-1])
+            [state for state, _ in arrived], gradients, retain_graph=slot != slots[-1]
+        )
 
 
 def _whole_inputs(batch: Batch) -> dict[str, Any]:
     # With padding on the right, the model's own position ids are correct.
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask,
-            "use_cache": False}
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
 
 
 def _check_used(capture: Capture) -> None:

@@ -34,7 +34,11 @@ class _RecordingCache(Cache):
         self._last = layers - 1
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any,
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -55,8 +59,10 @@ class _Continued(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
-        return (torch.cat([self.keys, key_states], dim=-2),
-                torch.cat([self.values, value_states], dim=-2))
+        return (
+            torch.cat([self.keys, key_states], dim=-2),
+            torch.cat([self.values, value_states], dim=-2),
+        )
 
 
 def run_prompts(
@@ -87,7 +93,8 @@ def run_prompts(
 
 def continue_prompts(states: list[torch.Tensor]) -> Cache:
     """Return a cache that starts with `states`: alternating keys and values, a row per response."""
-    return Cache(layers=[
-        _Continued(keys, values)
-        for keys, values in zip(states[::2], states[1::2], strict=True)
-    ])
+    return Cache(
+        layers=[
+            _Continued(keys, values) for keys, values in zip(states[::2], states[1::2], strict=True)
+        ]
+    )

@@ -69,7 +69,8 @@ def run_batches(
                         raise ActiveDPOError(
                             f"out of memory for {len(members[0].rows)} responses of one prompt "
                             f"({padded_tokens(members)} tokens); use a smaller max_length or "
-                            "a device with more memory") from error
+                            "a device with more memory"
+                        ) from error
                 else:
                     done.update(batch.rows.tolist())
                     progress.update(len(batch.rows))

@@ -56,9 +56,9 @@ _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
 
 _SLOWER = {
     Layout.WHOLE: "%s cannot continue a prompt that was run once; every response runs with its "
-                  "prompt, which is slower (%s)",
+    "prompt, which is slower (%s)",
     Layout.ALONE: "%s treats a response in a batch differently than alone; every response runs "
-                  "alone, which is slower (%s)",
+    "alone, which is slower (%s)",
 }
 
 
@@ -82,15 +82,19 @@ def gradient_layout(
     for row in _rows_to_check(tokenized):
         try:
             expected[row] = _autograd_gradients(
-                model, linears, tokenized, row, pad_token_id, precision)
+                model, linears, tokenized, row, pad_token_id, precision
+            )
         except (RuntimeError, MemoryError) as raised:
             if not is_out_of_memory(raised) or not expected:
                 raise
             length = len(tokenized.sequences[row].input_ids)
         else:
             continue
-        logger.warning("self-check: not enough memory for autograd on %d tokens; only shorter "
-                       "responses are checked", length)
+        logger.warning(
+            "self-check: not enough memory for autograd on %d tokens; only shorter "
+            "responses are checked",
+            length,
+        )
         break
     if not expected:
         return Layout.SHARED  # nothing is scored, so that every row is zero
@@ -98,10 +102,12 @@ def gradient_layout(
     plan = SketchPlan(Sketch("none"), shapes)
 
     def take(batch: Batch, shared: bool) -> Taken:
-        captured = torch.zeros(len(batch.rows), plan.dim, dtype=row_dtype(linears),
-                               device=batch.input_ids.device)
+        captured = torch.zeros(
+            len(batch.rows), plan.dim, dtype=row_dtype(linears), device=batch.input_ids.device
+        )
         with (
-            undisturbed(model, precision), sketch_into(plan, captured) as consume,
+            undisturbed(model, precision),
+            sketch_into(plan, captured) as consume,
             Capture(linears, consume) as capture,
         ):
             gradient_pass(model, batch, capture, shared=shared, relative=False)
@@ -126,7 +132,8 @@ def gradient_layout(
             if found > max(_TIMES_ROUNDING * rounding, _LEAST_ROUNDING):
                 raise UnsupportedParameterError(
                     f"self-check failed: gradients are off by {found:.1e} of their norm, by "
-                    f"{rounding:.1e} where every response runs with its prompt")
+                    f"{rounding:.1e} where every response runs with its prompt"
+                )
         logger.debug("self-check: %d parameters agree with autograd", len(shapes))
 
     return _first_that_agrees(model, compare)
@@ -159,10 +166,16 @@ def forward_layout(
             return
         logps, hidden = run(layout)
         # A response with log π near 0 is measured against the size of the others.
-        errors = {"log-prob": ((logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
-                               tolerance.logp),
-                  "hidden state": ((hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
-                                   tolerance.gradient)}
+        errors = {
+            "log-prob": (
+                (logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
+                tolerance.logp,
+            ),
+            "hidden state": (
+                (hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
+                tolerance.gradient,
+            ),
+        }
         for name, (error, allowed) in errors.items():
             # Written so that NaN does not pass.
             if not bool((error <= allowed).all()):
@@ -201,8 +214,15 @@ def _run(
 ) -> Iterator[Taken]:
     """Run all in one batch, as far as the layout, the model's length classes and memory allow."""
     budget = TokenBudget(1 << 30, next(model.parameters()).device)
-    return run_batches(tokenized, rows, take, layout, budget, length_class=length_class(model),
-                       pad_token_id=pad_token_id)
+    return run_batches(
+        tokenized,
+        rows,
+        take,
+        layout,
+        budget,
+        length_class=length_class(model),
+        pad_token_id=pad_token_id,
+    )
 
 
 def _compare(
@@ -266,8 +286,10 @@ def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
         if scored_tokens(sequence):
             by_item.setdefault(tokenized.item_of(row), []).append(row)
     # The longest response of each item, and another one.
-    items = [sorted(rows, key=lambda row: -len(tokenized.sequences[row].input_ids))[:2]
-             for rows in by_item.values()]
+    items = [
+        sorted(rows, key=lambda row: -len(tokenized.sequences[row].input_ids))[:2]
+        for rows in by_item.values()
+    ]
     # Items with several responses first: only they show whether a prompt can be shared.
     items.sort(key=lambda rows: (-len(rows), len(tokenized.sequences[rows[0]].input_ids)))
     if not items:

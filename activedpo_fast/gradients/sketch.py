@@ -60,20 +60,24 @@ class Sketch:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ActiveDPOError(
-                f"unknown sketch method {self.method!r}; known: {', '.join(METHODS)}")
+                f"unknown sketch method {self.method!r}; known: {', '.join(METHODS)}"
+            )
         if self.method == "none":
             object.__setattr__(self, "dim", None)
-        elif not _is_int(self.dim) or not 1 <= self.dim < 2 ** 31:  # type: ignore[operator]
+        elif not _is_int(self.dim) or not 1 <= self.dim < 2**31:  # type: ignore[operator]
             raise ActiveDPOError(
-                f"sketch dim is {self.dim!r}, expected an integer from 1 to 2^31 - 1")
-        if not _is_int(self.seed) or not 0 <= self.seed < 2 ** 63:
+                f"sketch dim is {self.dim!r}, expected an integer from 1 to 2^31 - 1"
+            )
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ActiveDPOError(
-                f"sketch seed is {self.seed!r}, expected an integer from 0 to 2^63 - 1")
+                f"sketch seed is {self.seed!r}, expected an integer from 0 to 2^63 - 1"
+            )
 
     def key(self, name: str) -> int:
         """The 64-bit Philox key of a parameter, from the seed and its canonical name."""
-        digest = hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8,
-                                 person=b"activedpo/sketch").digest()
+        digest = hashlib.blake2b(
+            f"{self.seed}\0{name}".encode(), digest_size=8, person=b"activedpo/sketch"
+        ).digest()
         return int.from_bytes(digest, "little")
 
 
@@ -108,8 +112,9 @@ class SketchPlan:
         """The length of a row: the sketch's dim, or that of the whole gradient for "none"."""
         return self.total if self.sketch.dim is None else self.sketch.dim
 
-    def add(self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]],
-            segments: Tensor) -> None:
+    def add(
+        self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]], segments: Tensor
+    ) -> None:
         """Add parameters' gradients, sums of left_t right_tᵀ over runs of tokens, to rows.
 
         Args:
@@ -127,8 +132,14 @@ class SketchPlan:
             self._check(out, name, left, right)
         if self.sketch.method != "none":
             ops.outer_sketches_(
-                out, [ops.OuterSum(name, left, right, self._keys[name])
-                      for name, left, right in gradients], segments, self.sketch.method)
+                out,
+                [
+                    ops.OuterSum(name, left, right, self._keys[name])
+                    for name, left, right in gradients
+                ],
+                segments,
+                self.sketch.method,
+            )
             return
         runs = segments.tolist()
         for name, left, right in gradients:
@@ -144,11 +155,14 @@ class SketchPlan:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
         if out.dim() != 2 or out.shape[1] != self.dim:
             raise ActiveDPOError(
-                f"{name}: out has shape {tuple(out.shape)}, expected [n, {self.dim}]")
+                f"{name}: out has shape {tuple(out.shape)}, expected [n, {self.dim}]"
+            )
         expected = (*shape, 1)[:2]
         if (left.shape[1], right.shape[1]) != expected:
-            raise ActiveDPOError(f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, "
-                                 f"expected {list(expected)}")
+            raise ActiveDPOError(
+                f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, "
+                f"expected {list(expected)}"
+            )
 
 
 def canonical_name(name: str, adapter: str | None) -> str:

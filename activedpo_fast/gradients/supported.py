@@ -100,10 +100,16 @@ def position_limit(model: nn.Module) -> int | None:
     decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else None
     if decoder is None:
         decoder = base
-    limits = [_rows(table) for name, table in decoder.named_modules()
-              if _is_position_table(name, _POSITION_TABLES) and isinstance(table, nn.Embedding)]
-    limits += [len(table) for name, table in decoder.named_buffers()
-               if _is_position_table(name, _POSITION_BUFFERS) and table.dim() == 2]
+    limits = [
+        _rows(table)
+        for name, table in decoder.named_modules()
+        if _is_position_table(name, _POSITION_TABLES) and isinstance(table, nn.Embedding)
+    ]
+    limits += [
+        len(table)
+        for name, table in decoder.named_buffers()
+        if _is_position_table(name, _POSITION_BUFFERS) and table.dim() == 2
+    ]
     return min(limits, default=None)
 
 
@@ -123,7 +129,8 @@ def _rows(table: nn.Embedding) -> int:
 def _is_position_table(path: str, names: tuple[str, ...]) -> bool:
     # A table with an adapter is inside its PEFT layer.
     return path.removesuffix(".base_layer").rsplit(".", 1)[-1] in names and not any(
-        part in path for part in ("vision", "visual", "audio", "image"))
+        part in path for part in ("vision", "visual", "audio", "image")
+    )
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -144,30 +151,40 @@ def _check_kind(model: nn.Module) -> None:
     name = type(base).__name__
     config: Any = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ActiveDPOError(f"{name} is an encoder-decoder model, whose encoder would read the "
-                             f"response too: {_WANTED}")
+        raise ActiveDPOError(
+            f"{name} is an encoder-decoder model, whose encoder would read the "
+            f"response too: {_WANTED}"
+        )
     for peft_class, task in _PEFT_TASKS:
         if isinstance(model, peft_class):
-            raise ActiveDPOError(f"the adapter is for {task} ({peft_class.__name__}): make it with "
-                                 "task_type='CAUSAL_LM'")
+            raise ActiveDPOError(
+                f"the adapter is for {task} ({peft_class.__name__}): make it with "
+                "task_type='CAUSAL_LM'"
+            )
     if not isinstance(base, PreTrainedModel):
         return  # a user-defined module: left to the self-check
     for ending, what in _HEADS.items():
         if any(known.endswith(ending) for known in _class_names(base)):
             raise ActiveDPOError(f"{name} is {what}: {_WANTED}")
     causal = _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    known = [known for known in _class_names(base)
-             if known in causal or known in _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)]
+    known = [
+        known
+        for known in _class_names(base)
+        if known in causal or known in _names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    ]
     if known and known[0] not in causal:
         raise ActiveDPOError(f"{name} is a masked language model: {_WANTED}")
     from_transformers = any(
-        known.__module__.startswith("transformers.models.") for known in type(base).__mro__)
+        known.__module__.startswith("transformers.models.") for known in type(base).__mro__
+    )
     if from_transformers and base.get_output_embeddings() is None:
         raise ActiveDPOError(f"{name} has no language model head: {_WANTED}")
     reason = _why_not_causal(known[0] if known else name, config)
     if reason is not None:
-        raise ActiveDPOError(f"{name}: {reason}, so that each token would see those after it, and "
-                             f"log π(y|x) is not defined: {_WANTED}")
+        raise ActiveDPOError(
+            f"{name}: {reason}, so that each token would see those after it, and "
+            f"log π(y|x) is not defined: {_WANTED}"
+        )
 
 
 def _why_not_causal(name: str, config: Any) -> str | None:
@@ -191,15 +208,18 @@ def _check_activated_lora(model: nn.Module) -> None:
         if isinstance(layer, LoraLayer) and any("ALora" in kind for _, kind in _variants(layer)):
             raise UnsupportedParameterError(
                 f"{path}: Activated LoRA is not supported, its layers see only the tokens after "
-                "the invocation; train without alora_invocation_tokens")
+                "the invocation; train without alora_invocation_tokens"
+            )
 
 
 def _check_weights(model: nn.Module) -> None:
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     for name, parameter in model.named_parameters():
         if distributed is not None and isinstance(parameter, distributed.DTensor):
-            raise ActiveDPOError(f"{name!r} is sharded over processes (a DTensor, of FSDP2 or "
-                                 f"tensor parallelism); {_WHOLE} sharding")
+            raise ActiveDPOError(
+                f"{name!r} is sharded over processes (a DTensor, of FSDP2 or "
+                f"tensor parallelism); {_WHOLE} sharding"
+            )
         if hasattr(parameter, "ds_id"):
             raise ActiveDPOError(f"{name!r} is a ZeRO-3 shard of DeepSpeed; {_WHOLE} ZeRO-3")
         if type(parameter).__name__ == "FlatParameter":
@@ -208,33 +228,41 @@ def _check_weights(model: nn.Module) -> None:
             raise ActiveDPOError(
                 f"{name!r} is on the meta device: its weights are offloaded to the CPU or to disk, "
                 "or were never loaded; load the whole model on one device (no device_map that "
-                "offloads), in bfloat16 or quantized if it does not fit")
+                "offloads), in bfloat16 or quantized if it does not fit"
+            )
         if parameter.numel() == 0:
-            raise ActiveDPOError(f"{name!r} is empty, as the shards of a distributed model are; "
-                                 f"{_WHOLE} sharding")
+            raise ActiveDPOError(
+                f"{name!r} is empty, as the shards of a distributed model are; {_WHOLE} sharding"
+            )
 
 
 def _check_gradients(model: nn.Module) -> None:
     tensor_parallel = getattr(_inner(model), "_tp_size", None) or 1
     if tensor_parallel > 1:
-        raise ActiveDPOError(f"the model is split over {tensor_parallel} processes (tensor "
-                             f"parallelism); {_WHOLE} tp_plan")
+        raise ActiveDPOError(
+            f"the model is split over {tensor_parallel} processes (tensor "
+            f"parallelism); {_WHOLE} tp_plan"
+        )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
-            raise ActiveDPOError(f"{name!r} was made inside torch.inference_mode(), where no "
-                                 "gradient can be taken: load the model outside of it")
+            raise ActiveDPOError(
+                f"{name!r} was made inside torch.inference_mode(), where no "
+                "gradient can be taken: load the model outside of it"
+            )
     for path, layer in _trained_lora(model):
         if isinstance(layer, ParamWrapper):
             raise UnsupportedParameterError(
                 f"{path}.{layer.parameter_name}: LoRA on weights that are not a linear layer's "
                 "(fused experts or a router, PEFT's ParamWrapper) has no exact per-sample "
-                f"gradients here; attention-only target_modules are exact: {_attention(model)}")
+                f"gradients here; attention-only target_modules are exact: {_attention(model)}"
+            )
         for adapter, variant in _variants(layer):
             if "Dora" in variant:
                 raise UnsupportedParameterError(
                     f"{path}.lora_magnitude_vector.{adapter}: DoRA is not supported: A and B also "
                     "set the norm of the whole weight, so that a frozen magnitude does not help; "
-                    "train with use_dora=False")
+                    "train with use_dora=False"
+                )
 
 
 def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -242,9 +270,12 @@ def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and any(
             parameter.requires_grad
-            for adapter in layer.active_adapters if adapter in layer.lora_A
-            for parameter in (*layer.lora_A[adapter].parameters(),
-                              *layer.lora_B[adapter].parameters())
+            for adapter in layer.active_adapters
+            if adapter in layer.lora_A
+            for parameter in (
+                *layer.lora_A[adapter].parameters(),
+                *layer.lora_B[adapter].parameters(),
+            )
         ):
             yield path, layer
 
@@ -275,9 +306,11 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
     known = known_tokens(base)
     what = "add the token by model.resize_token_embeddings(len(tokenizer))"
     if known is not None and not 0 <= pad_token_id < known:
-        raise ActiveDPOError(f"the pad token id {pad_token_id} is beyond the {known} tokens that "
-                             f"the model has embeddings for: {what}, or use another pad token, "
-                             "such as tokenizer.pad_token = tokenizer.eos_token")
+        raise ActiveDPOError(
+            f"the pad token id {pad_token_id} is beyond the {known} tokens that "
+            f"the model has embeddings for: {what}, or use another pad token, "
+            "such as tokenizer.pad_token = tokenizer.eos_token"
+        )
     if tokenized is None or not tokenized.sequences:
         return
     predicted = _count(base.get_output_embeddings(), "out_features")
@@ -286,18 +319,24 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
         ids = sequence.input_ids
         where = tokenized.place(row)
         if limit is not None and len(ids) > limit:
-            raise ActiveDPOError(f"{where} has {len(ids)} tokens with its prompt, and the model "
-                                 f"has {limit} positions: set max_length to {limit} or less, as "
-                                 "for DPOTrainer")
+            raise ActiveDPOError(
+                f"{where} has {len(ids)} tokens with its prompt, and the model "
+                f"has {limit} positions: set max_length to {limit} or less, as "
+                "for DPOTrainer"
+            )
         if known is not None and ids and not 0 <= min(ids) <= max(ids) < known:
             token = max(ids) if max(ids) >= known else min(ids)
-            raise ActiveDPOError(f"{where} has the token id {token}, beyond the {known} tokens "
-                                 f"that the model has embeddings for: is it the model's "
-                                 f"tokenizer? {what}")
-        scored = ids[len(ids) - scored_tokens(sequence):]
+            raise ActiveDPOError(
+                f"{where} has the token id {token}, beyond the {known} tokens "
+                f"that the model has embeddings for: is it the model's "
+                f"tokenizer? {what}"
+            )
+        scored = ids[len(ids) - scored_tokens(sequence) :]
         if predicted is not None and scored and max(scored) >= predicted:
-            raise ActiveDPOError(f"{where} has the token id {max(scored)}, beyond the {predicted} "
-                                 f"tokens that the model's head predicts: {what}")
+            raise ActiveDPOError(
+                f"{where} has the token id {max(scored)}, beyond the {predicted} "
+                f"tokens that the model's head predicts: {what}"
+            )
 
 
 def _count(module: Any, attribute: str) -> int | None:

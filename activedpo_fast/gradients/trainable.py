@@ -95,8 +95,7 @@ def silent_modules(linears: Sequence[TrainableLinear]) -> frozenset[int]:
     return frozenset(
         id(linear.module)
         for linear in linears
-        if linear.readers
-        and not any(torch.count_nonzero(b.weight) for b in linear.readers)  # type: ignore[arg-type]
+        if linear.readers and not any(torch.count_nonzero(b.weight) for b in linear.readers)  # type: ignore[arg-type]
     )
 
 

@@ -56,8 +56,9 @@ class FileOracle:
     def __init__(self, path: FilePath) -> None:
         self._path = Path(path)
 
-    def label(self, selection: Selection,
-              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
+    def label(
+        self, selection: Selection, pool: PreferencePool | datasets.Dataset | None = None
+    ) -> list[int | None]:
         if not selection:
             return []
         to_label, labels = self.paths(selection)
@@ -81,8 +82,10 @@ class FileOracle:
 
 
 def _what_to_do(missing: int, total: int, path: Path) -> str:
-    return (f"{missing} of {total} pairs have no label yet: in {path} set each \"label\" to 0 or 1 "
-            f"(the better of \"responses\") or \"{SKIP}\", then run again")
+    return (
+        f'{missing} of {total} pairs have no label yet: in {path} set each "label" to 0 or 1 '
+        f'(the better of "responses") or "{SKIP}", then run again'
+    )
 
 
 def _read(path: Path, selection: Selection) -> list[Any]:
@@ -94,11 +97,14 @@ def _read(path: Path, selection: Selection) -> list[Any]:
     for place, pick, record in read_picks(path):
         n = position.get(_key(pick))
         if n is None and (pick.id, pick.pair) in named:
-            raise ActiveDPOError(f"{place}: the texts of id {pick.id!r} are not those that were "
-                                 "picked")
+            raise ActiveDPOError(
+                f"{place}: the texts of id {pick.id!r} are not those that were picked"
+            )
         if n is None:
-            raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is not one of "
-                                 "the picks to label")
+            raise ActiveDPOError(
+                f"{place}: pair {list(pick.pair)} of id {pick.id!r} is not one of "
+                "the picks to label"
+            )
         values[n] = read_label(record, place)
     for n, pick in enumerate(selection):
         if n not in values:

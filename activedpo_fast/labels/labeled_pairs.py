@@ -51,8 +51,12 @@ def read_labeled_pairs(
         (decided if label in (0, 1) else asked).append(pair)
         pending += label is None
     if pending and log:
-        logger.info("%s: %d of %d pairs have no label yet: they are not picked again and do not "
-                    "enter V", path, pending, len(seen))
+        logger.info(
+            "%s: %d of %d pairs have no label yet: they are not picked again and do not enter V",
+            path,
+            pending,
+            len(seen),
+        )
     return _as_rows(decided), _as_rows(asked)
 
 
@@ -73,21 +77,33 @@ def _pair_of(record: Any, place: str, pool: PreferencePool, finder: PairFinder) 
     try:
         position = pool.position(str(record["id"]))
     except ActiveDPOError:
-        raise ActiveDPOError(f"{place}: no item with id {record['id']!r} in the store's pool: its "
-                             "gradient row is not known") from None
+        raise ActiveDPOError(
+            f"{place}: no item with id {record['id']!r} in the store's pool: its "
+            "gradient row is not known"
+        ) from None
     item, pair = pool[position], record["pair"]
-    if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
-            and pair[0] != pair[1]):
+    if not (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and pair[0] != pair[1]
+    ):
         raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
     if not all(0 <= n < len(item.responses) for n in pair):
-        raise ActiveDPOError(f"{place}: 'pair' is {pair}, but item {item.id!r} has "
-                             f"{len(item.responses)} responses")
-    expected = {"prompt": item.prompt, "responses": [item.responses[n] for n in pair],
-                ITEM_TEMPLATE_FIELD: own_template_kwargs(item.extra)}
+        raise ActiveDPOError(
+            f"{place}: 'pair' is {pair}, but item {item.id!r} has {len(item.responses)} responses"
+        )
+    expected = {
+        "prompt": item.prompt,
+        "responses": [item.responses[n] for n in pair],
+        ITEM_TEMPLATE_FIELD: own_template_kwargs(item.extra),
+    }
     for name, value in expected.items():
         if record.get(name, value) != value:
-            raise ActiveDPOError(f"{place}: {name!r} is not that of item {item.id!r} in the "
-                                 "store's pool: these are labels of other responses")
+            raise ActiveDPOError(
+                f"{place}: {name!r} is not that of item {item.id!r} in the "
+                "store's pool: these are labels of other responses"
+            )
     offset = int(pool.response_offsets[position])
     return [offset + n for n in pair]
 

@@ -43,8 +43,9 @@ class CallableOracle:
     def __init__(self, fn: Callable[[Text, Text, Text], int | None]) -> None:
         self._fn = fn
 
-    def label(self, selection: Selection,
-              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
+    def label(
+        self, selection: Selection, pool: PreferencePool | datasets.Dataset | None = None
+    ) -> list[int | None]:
         return [
             check_label(self._fn(pick.prompt, *pick.responses), f"label of id {pick.id!r}")
             for pick in selection

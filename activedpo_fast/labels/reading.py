@@ -50,17 +50,26 @@ def read_labels(
     records = [(pick, read_label(record, place)) for place, pick, record in read_picks(path)]
     missing = sum(label is None for _, label in records)
     if missing and all_answered:
-        logger.info("%s: %d labels are null, which is read as \"skip\" (no preference), as earlier "
-                    "versions wrote it", path, missing)
+        logger.info(
+            '%s: %d labels are null, which is read as "skip" (no preference), as earlier '
+            "versions wrote it",
+            path,
+            missing,
+        )
     elif missing == len(records) > 0:
-        raise ActiveDPOError(f"{path}: none of its {missing} lines has a 'label' yet: set it to 0 "
-                             "or 1 (the better of 'responses') or \"skip\"")
+        raise ActiveDPOError(
+            f"{path}: none of its {missing} lines has a 'label' yet: set it to 0 "
+            "or 1 (the better of 'responses') or \"skip\""
+        )
     elif missing:
-        logger.info("%s: %d of %d pairs have no label yet and are left out", path, missing,
-                    len(records))
+        logger.info(
+            "%s: %d of %d pairs have no label yet and are left out", path, missing, len(records)
+        )
         records = [(pick, label) for pick, label in records if label is not None]
-    return (Selection(tuple(pick for pick, _ in records), strategy),
-            [label if isinstance(label, int) else None for _, label in records])
+    return (
+        Selection(tuple(pick for pick, _ in records), strategy),
+        [label if isinstance(label, int) else None for _, label in records],
+    )
 
 
 def read_pending(path: FilePath, *, strategy: str = "unknown") -> Selection:
@@ -114,6 +123,7 @@ def by_preference(
         >>> following = selector.select(pool, 2, labeled=with_preference, asked=without)
     """
     pairs = list(zip(selection, labels, strict=True))
-    return (Selection(tuple(pick for pick, label in pairs if label is not None),
-                      selection.strategy),
-            Selection(tuple(pick for pick, label in pairs if label is None), selection.strategy))
+    return (
+        Selection(tuple(pick for pick, label in pairs if label is not None), selection.strategy),
+        Selection(tuple(pick for pick, label in pairs if label is None), selection.strategy),
+    )

@@ -63,8 +63,9 @@ class RewardOracle:
         self.temperature = temperature
         self.seed = seed
 
-    def label(self, selection: Selection,
-              pool: PreferencePool | datasets.Dataset | None = None) -> list[int | None]:
+    def label(
+        self, selection: Selection, pool: PreferencePool | datasets.Dataset | None = None
+    ) -> list[int | None]:
         if not selection:
             return []
         pool = None if pool is None else as_pool(pool)
@@ -77,8 +78,9 @@ class RewardOracle:
         ]
         rewards = [float(value) for value in self._reward(prompts, responses, extras)]
         if len(rewards) != len(responses):
-            raise ActiveDPOError(f"the reward gave {len(rewards)} numbers for {len(responses)} "
-                                 "responses")
+            raise ActiveDPOError(
+                f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
+            )
         labels = []
         for n, pick in enumerate(selection):
             first, second = rewards[2 * n : 2 * n + 2]

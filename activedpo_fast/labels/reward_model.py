@@ -63,8 +63,10 @@ class RewardModelOracle(RewardOracle):
     ) -> None:
         model, tokenizer = as_reward_model(model, tokenizer)
         if model.config.num_labels != 1:
-            raise ActiveDPOError(f"a reward model has one output, {type(model).__name__} has "
-                                 f"{model.config.num_labels}")
+            raise ActiveDPOError(
+                f"a reward model has one output, {type(model).__name__} has "
+                f"{model.config.num_labels}"
+            )
         if tokenizer.pad_token_id is None:
             raise ActiveDPOError("the reward model's tokenizer has no pad_token")
         if model.config.get_text_config().pad_token_id != tokenizer.pad_token_id:
@@ -78,14 +80,18 @@ class RewardModelOracle(RewardOracle):
             raise ActiveDPOError(f"batch_size: {batch_size} is below 1")
         check_template_kwargs(chat_template_kwargs)
         if chat_template_kwargs and not tokenizer.chat_template:
-            raise ActiveDPOError("chat_template_kwargs: the reward model's tokenizer has no chat "
-                                 "template to pass them to")
+            raise ActiveDPOError(
+                "chat_template_kwargs: the reward model's tokenizer has no chat "
+                "template to pass them to"
+            )
         super().__init__(self._score, temperature=temperature, seed=seed)
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
-        self._limit: dict[str, Any] = {"truncation": max_length is not None,
-                                       "max_length": max_length}
+        self._limit: dict[str, Any] = {
+            "truncation": max_length is not None,
+            "max_length": max_length,
+        }
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._show_progress = show_progress
 
@@ -99,9 +105,13 @@ class RewardModelOracle(RewardOracle):
             encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]["input_ids"]))
         rewards = [0.0] * len(encoded)
-        with (undisturbed(self._model), torch.no_grad(),
-              progress_bar(self._show_progress, total=len(encoded), desc="reward",
-                           unit="response") as bar):
+        with (
+            undisturbed(self._model),
+            torch.no_grad(),
+            progress_bar(
+                self._show_progress, total=len(encoded), desc="reward", unit="response"
+            ) as bar,
+        ):
             for start in range(0, len(order), self._batch_size):
                 batch = order[start : start + self._batch_size]
                 inputs = self._tokenizer.pad([encoded[n] for n in batch], return_tensors="pt")
@@ -114,12 +124,14 @@ class RewardModelOracle(RewardOracle):
     def _encode(self, prompt: Text, response: Text) -> Any:
         if self._tokenizer.chat_template:
             messages = [*_messages(prompt, "user"), *_messages(response, "assistant")]
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False,
-                                                       **self._template_kwargs)
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, **self._template_kwargs
+            )
             return self._tokenizer(text, add_special_tokens=False, **self._limit)
         if not (isinstance(prompt, str) and isinstance(response, str)):
-            raise ActiveDPOError("the reward model's tokenizer has no chat template, which chat "
-                                 "messages need")
+            raise ActiveDPOError(
+                "the reward model's tokenizer has no chat template, which chat messages need"
+            )
         return self._tokenizer(prompt, response, **self._limit)
 
 

@@ -24,8 +24,7 @@ def adapter_state(model: PeftModel, *, adapter_name: str = _ADAPTER) -> dict[str
     """
     _check_gives_weights(model, adapter_name)
     # False: "auto" may query the Hub to see whether the base model's vocabulary was changed.
-    state = get_peft_model_state_dict(
-        model, adapter_name=adapter_name, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
@@ -71,6 +70,8 @@ def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
     if getattr(config, "is_prompt_learning", False) and (
         config.peft_type == PeftType.P_TUNING or getattr(config, "prefix_projection", False)
     ):
-        raise ActiveDPOError(f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
-                             "its prompt by an encoder, whose weights cannot be copied and put "
-                             "back; use prompt tuning or LoRA")
+        raise ActiveDPOError(
+            f"the adapter {adapter_name!r} ({config.peft_type.value}) computes "
+            "its prompt by an encoder, whose weights cannot be copied and put "
+            "back; use prompt tuning or LoRA"
+        )

@@ -16,8 +16,18 @@ from activedpo_fast.models.folders import (
 )
 
 # Prefixes of the names of tokenizer files, for all kinds of tokenizers.
-_TOKENIZER_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens",
-                    "chat_template", "spiece", "sentencepiece", "source", "target")
+_TOKENIZER_NAMES = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+    "source",
+    "target",
+)
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16

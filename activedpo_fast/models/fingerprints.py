@@ -22,15 +22,28 @@ _BLOCKS = 16
 _BLOCK_BYTES = 1 << 14
 
 # Model config keys that only say where it came from, or that change no number.
-_NOT_THE_MODEL = frozenset({
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label",
-    "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
-    "torch_dtype", "transformers_version", "use_cache",
-})
+_NOT_THE_MODEL = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
 # The same for an adapter's config, plus keys that only affect the creation of the weights.
-_NOT_THE_ADAPTER = frozenset({
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
-})
+_NOT_THE_ADAPTER = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+)
 
 
 def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -42,12 +55,17 @@ def policy_settings(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> dic
         ActiveDPOError: no adapter "default".
     """
     if _ADAPTER not in model.peft_config:
-        raise ActiveDPOError(f"the model has no adapter called {_ADAPTER!r}, the one that is "
-                             f"trained; it has {', '.join(model.peft_config)}")
+        raise ActiveDPOError(
+            f"the model has no adapter called {_ADAPTER!r}, the one that is "
+            f"trained; it has {', '.join(model.peft_config)}"
+        )
     base: Any = model.get_base_model()
     eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-    adapter = {name: value for name, value in model.peft_config[_ADAPTER].to_dict().items()
-               if name not in _NOT_THE_ADAPTER}
+    adapter = {
+        name: value
+        for name, value in model.peft_config[_ADAPTER].to_dict().items()
+        if name not in _NOT_THE_ADAPTER
+    }
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return {
         "lora": _json({**adapter, "dtype": _dtypes(trained)}),
@@ -85,8 +103,11 @@ def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         parts.pop("padding", None)
         parts.pop("truncation", None)
     else:
-        parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()),
-                 _file_hash(getattr(tokenizer, "vocab_file", None))]
+        parts = [
+            type(tokenizer).__name__,
+            sorted(tokenizer.get_vocab().items()),
+            _file_hash(getattr(tokenizer, "vocab_file", None)),
+        ]
     template = tokenizer.chat_template
     return {
         "special_tokens": _json(tokenizer.special_tokens_map),
@@ -136,7 +157,7 @@ def _samples(tensor: torch.Tensor) -> Iterator[bytes]:
         return
     last = len(bits) - size
     starts = [last * n // (_BLOCKS - 1) for n in range(_BLOCKS)]
-    yield torch.cat([bits[start:start + size] for start in starts]).cpu().numpy().tobytes()
+    yield torch.cat([bits[start : start + size] for start in starts]).cpu().numpy().tobytes()
 
 
 def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
@@ -155,6 +176,7 @@ def _without(config: dict[str, Any]) -> dict[str, Any]:
 
 def _json(value: Any) -> Any:
     """Return `value` after a JSON round trip: sets sorted, non-JSON values as text."""
+
     def other(value: Any) -> Any:
         return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 

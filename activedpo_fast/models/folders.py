@@ -21,8 +21,11 @@ def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
     if folder.is_dir():
         wanted = "config.json" if gguf_file is None else gguf_file
         if not (folder / wanted).is_file():
-            hint = (" (it is an adapter: pass it as --adapter, and its base model as --model)"
-                    if (folder / ADAPTER_CONFIG).is_file() else "")
+            hint = (
+                " (it is an adapter: pass it as --adapter, and its base model as --model)"
+                if (folder / ADAPTER_CONFIG).is_file()
+                else ""
+            )
             raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
         check_readable(files_read(folder))
         return folder
@@ -44,7 +47,9 @@ class TokenizerSource(NamedTuple):
 
 
 def tokenizer_source(
-    model: FilePath, adapter: FilePath | None = None, tokenizer: FilePath | None = None,
+    model: FilePath,
+    adapter: FilePath | None = None,
+    tokenizer: FilePath | None = None,
     gguf_file: str | None = None,
 ) -> TokenizerSource:
     """Return where `load_policy` reads the tokenizer from, with these arguments.
@@ -58,18 +63,27 @@ def tokenizer_source(
         if not given.is_dir():
             return TokenizerSource("given", _fetched(tokenizer, None, "tokenizer"))
         if not _has_tokenizer(given):
-            raise ActiveDPOError(f"tokenizer: {given} has no tokenizer.json or "
-                                 "tokenizer_config.json in it")
+            raise ActiveDPOError(
+                f"tokenizer: {given} has no tokenizer.json or tokenizer_config.json in it"
+            )
         return TokenizerSource("given", given)
     if adapter is not None:
         folder = Path(adapter)
         if _has_tokenizer(folder):
             return TokenizerSource("adapter", folder)
-        lone = next((name for name in ("chat_template.jinja", "chat_template.json")
-                     if (folder / name).is_file()), None)
+        lone = next(
+            (
+                name
+                for name in ("chat_template.jinja", "chat_template.json")
+                if (folder / name).is_file()
+            ),
+            None,
+        )
         if lone is not None:
-            raise ActiveDPOError(f"adapter {folder} has a {lone} but no tokenizer: give the "
-                                 "tokenizer that it was trained with (--tokenizer DIR)")
+            raise ActiveDPOError(
+                f"adapter {folder} has a {lone} but no tokenizer: give the "
+                "tokenizer that it was trained with (--tokenizer DIR)"
+            )
     return TokenizerSource("model", resolve_source(model, gguf_file))
 
 
@@ -83,23 +97,25 @@ def check_adapter_folder(folder: Path) -> None:
     try:
         json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ActiveDPOError(f"{folder / ADAPTER_CONFIG}: broken JSON: {first_line(error)}"
-                             ) from None
+        raise ActiveDPOError(
+            f"{folder / ADAPTER_CONFIG}: broken JSON: {first_line(error)}"
+        ) from None
 
 
 def files_read(folder: Path) -> list[Path]:
     """Return the files that a model or tokenizer in `folder` is read from, by name."""
-    return [path for path in sorted(folder.iterdir())
-            if path.suffix in _READ_SUFFIXES and path.is_file()]
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in _READ_SUFFIXES and path.is_file()
+    ]
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
-def _fetched(
-    source: FilePath, weights: str | None, what: str, revision: str | None = None
-) -> Path:
+def _fetched(source: FilePath, weights: str | None, what: str, revision: str | None = None) -> Path:
     """Return a snapshot of `source` if it is not a local folder and can be a hub name."""
     folder, name = Path(source), str(source)
     # A hub name is "name" or "owner/name"; everything else is a path.
@@ -116,8 +132,11 @@ def _hub_snapshot(name: str, weights: str | None, what: str, revision: str | Non
     if weights is not None:
         wanted.append(weights)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted,
-                                      ignore_patterns="*/*"))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*")
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ActiveDPOError(f"{name}: no such {what} folder, and the hub does not give a {what} "
-                             f"of this name: {first_line(error)}") from error
+        raise ActiveDPOError(
+            f"{name}: no such {what} folder, and the hub does not give a {what} "
+            f"of this name: {first_line(error)}"
+        ) from error

@@ -41,10 +41,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-NO_ADAPTER = ("no adapter: pass --adapter DIR; a fresh LoRA adapter can be made with "
-              "peft.get_peft_model(...).save_pretrained(DIR)")
+NO_ADAPTER = (
+    "no adapter: pass --adapter DIR; a fresh LoRA adapter can be made with "
+    "peft.get_peft_model(...).save_pretrained(DIR)"
+)
 _HALF = (torch.bfloat16, torch.float16)
-
 
 
 def load_policy(
@@ -85,11 +86,20 @@ def load_policy(
     """
     if (adapter is None) == (lora is None):
         raise ActiveDPOError(
-            "give either an adapter or the settings of a fresh LoRA, not both" if lora is not None
+            "give either an adapter or the settings of a fresh LoRA, not both"
+            if lora is not None
             else NO_ADAPTER
         )
-    policy, loaded = load_model(model, adapter=adapter, lora=lora, dtype=dtype, device=device,
-                                gguf_file=gguf_file, seed=seed, tokenizer=tokenizer)
+    policy, loaded = load_model(
+        model,
+        adapter=adapter,
+        lora=lora,
+        dtype=dtype,
+        device=device,
+        gguf_file=gguf_file,
+        seed=seed,
+        tokenizer=tokenizer,
+    )
     return cast(PeftModel, policy), loaded
 
 
@@ -136,14 +146,18 @@ def load_model(
     if torch_dtype == torch.float64:
         policy.double()  # PEFT makes and loads adapters in float32
     if words is not None and words.whose == "adapter":
-        logger.info("tokenizer: that of the adapter, %s (set tokenizer to use another)",
-                    words.folder)
+        logger.info(
+            "tokenizer: that of the adapter, %s (set tokenizer to use another)", words.folder
+        )
     return policy.to(on).eval(), loaded
 
 
 def _check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, source: TokenizerSource, base: PreTrainedModel,
-    folder: Path, gguf_file: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    source: TokenizerSource,
+    base: PreTrainedModel,
+    folder: Path,
+    gguf_file: str | None,
 ) -> None:
     """Refuse tokens beyond the embedding that the base model's own tokenizer does not have.
 
@@ -153,8 +167,11 @@ def _check_vocabulary(
     beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
     if not beyond:
         return
-    used = [token for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
-            if token in beyond]
+    used = [
+        token
+        for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token)
+        if token in beyond
+    ]
     if not used and source.whose != "model":
         own = _load_tokenizer(folder, gguf_file).get_vocab()
         used = [token for token in beyond if token not in own]
@@ -164,7 +181,8 @@ def _check_vocabulary(
             f"the tokenizer in {source.folder} does not fit the model: {token!r} has the id "
             f"{beyond[str(token)]}, the embedding {rows} rows; give a tokenizer that fits "
             "(--tokenizer DIR), or resize the base model's embedding and save it as the adapter's "
-            "base")
+            "base"
+        )
 
 
 def load_reward_model(
@@ -176,8 +194,12 @@ def load_reward_model(
     """
     source = resolve_source(model, None)
     on = resolve_device(device)
-    reward: Any = _load_weights(AutoModelForSequenceClassification, source,
-                                resolve_dtype(model, "auto", on), use_safetensors=True)
+    reward: Any = _load_weights(
+        AutoModelForSequenceClassification,
+        source,
+        resolve_dtype(model, "auto", on),
+        use_safetensors=True,
+    )
     return reward.to(on).eval(), _load_tokenizer(source, None)
 
 
@@ -206,8 +228,11 @@ def resolve_dtype(
         return torch.float32
     found = _checkpoint_dtype(resolve_source(model, None))
     if found in _HALF and device.type == "cpu":
-        logger.info("the checkpoint is %s: loading it as float32, which is faster and more precise "
-                    "on the CPU (set dtype to override)", str(found).removeprefix("torch."))
+        logger.info(
+            "the checkpoint is %s: loading it as float32, which is faster and more precise "
+            "on the CPU (set dtype to override)",
+            str(found).removeprefix("torch."),
+        )
         return torch.float32
     return found
 
@@ -216,8 +241,9 @@ def _checkpoint_dtype(folder: Path) -> torch.dtype:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ActiveDPOError(f"{folder} is not a model that can be loaded: {first_line(error)}"
-                             ) from None
+        raise ActiveDPOError(
+            f"{folder} is not a model that can be loaded: {first_line(error)}"
+        ) from None
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     for path in sorted(folder.glob("*.safetensors")):
@@ -248,24 +274,36 @@ def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTr
         return _load_weights(AutoModelForCausalLM, folder, dtype, use_safetensors=True)
     from transformers import GgufConfig
 
-    return _load_weights(AutoModelForCausalLM, folder, dtype, gguf_file=gguf_file,
-                         quantization_config=GgufConfig(dequantize=True))
+    return _load_weights(
+        AutoModelForCausalLM,
+        folder,
+        dtype,
+        gguf_file=gguf_file,
+        quantization_config=GgufConfig(dequantize=True),
+    )
 
 
 def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    what = ("sequence classification" if auto_class is AutoModelForSequenceClassification
-            else "causal language")
+    what = (
+        "sequence classification"
+        if auto_class is AutoModelForSequenceClassification
+        else "causal language"
+    )
     try:
         model, info = auto_class.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options)
+            folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ActiveDPOError(f"{folder} is not a {what} model that can be loaded: "
-                             f"{first_line(error)}") from error
+        raise ActiveDPOError(
+            f"{folder} is not a {what} model that can be loaded: {first_line(error)}"
+        ) from error
     # transformers fills missing weights with random numbers.
     missing = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
     if missing and "gguf_file" not in options:
-        raise ActiveDPOError(f"{folder} is not a complete {what} model: {missing[0]!r} and "
-                             f"{len(missing) - 1} other weights are missing or do not match")
+        raise ActiveDPOError(
+            f"{folder} is not a complete {what} model: {missing[0]!r} and "
+            f"{len(missing) - 1} other weights are missing or do not match"
+        )
     return model
 
 
@@ -278,8 +316,9 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
             in_file = set(tensors.keys())
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        raise ActiveDPOError(f"adapter {folder} does not fit the model: {_reason(error)}"
-                             ) from error
+        raise ActiveDPOError(
+            f"adapter {folder} does not fit the model: {_reason(error)}"
+        ) from error
     # PEFT leaves missing weights at their initialization and drops unexpected ones.
     in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
     for who, names in (("its file", in_model - in_file), ("the model", in_file - in_model)):
@@ -294,8 +333,11 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
     """Refuse an adapter whose embedding or head has another number of rows than the model's."""
-    own = {id(module): len(cast(Any, module).weight) for module in
-           (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None}
+    own = {
+        id(module): len(cast(Any, module).weight)
+        for module in (base.get_input_embeddings(), base.get_output_embeddings())
+        if module is not None
+    }
     rows = {name: own[id(module)] for name, module in base.named_modules() if id(module) in own}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
@@ -308,7 +350,8 @@ def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
                         f"adapter {folder} was trained with a resized embedding: {key!r} has "
                         f"{shape[0]} rows, the model {found}; resize the base model as in training "
                         f"(model.resize_token_embeddings({shape[0]})), save it, and pass that "
-                        "folder as the model")
+                        "folder as the model"
+                    )
     except (OSError, SafetensorError) as error:
         raise ActiveDPOError(f"adapter {folder} cannot be read: {first_line(error)}") from error
 

@@ -46,8 +46,10 @@ def as_model(
     """
     if not is_name(model):
         if processing_class is None:
-            raise ActiveDPOError("processing_class: pass the model's tokenizer; only a model given "
-                                 "by name comes with its own")
+            raise ActiveDPOError(
+                "processing_class: pass the model's tokenizer; only a model given "
+                "by name comes with its own"
+            )
         return model, processing_class
     folder = local_folder(model)  # type: ignore[arg-type]
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -67,9 +69,11 @@ def as_policy(
     policy, tokenizer = as_model(model, processing_class)
     if not isinstance(policy, PeftModel):
         name = str(model) if is_name(model) else type(model).__name__
-        raise ActiveDPOError(f"model: rounds train an adapter, which {name} does not have: pass a "
-                             "PEFT model, or the folder of an adapter (a fresh one can be made "
-                             "with peft.get_peft_model)")
+        raise ActiveDPOError(
+            f"model: rounds train an adapter, which {name} does not have: pass a "
+            "PEFT model, or the folder of an adapter (a fresh one can be made "
+            "with peft.get_peft_model)"
+        )
     return policy, tokenizer
 
 
@@ -81,8 +85,9 @@ def as_reward_model(
         loaded, own = load_reward_model(model)
         return loaded, own if tokenizer is None else tokenizer
     if tokenizer is None:
-        raise ActiveDPOError("tokenizer: pass the reward model's; only a model given by name comes "
-                             "with its own")
+        raise ActiveDPOError(
+            "tokenizer: pass the reward model's; only a model given by name comes with its own"
+        )
     return model, tokenizer
 
 
@@ -92,9 +97,11 @@ def _base_of(adapter: Path) -> Path:
     config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not (isinstance(name, str) and name):
-        raise ActiveDPOError(f"adapter {adapter} does not name its base model "
-                             f"(base_model_name_or_path in {ADAPTER_CONFIG}): load the two, and "
-                             "pass the model and its tokenizer")
+        raise ActiveDPOError(
+            f"adapter {adapter} does not name its base model "
+            f"(base_model_name_or_path in {ADAPTER_CONFIG}): load the two, and "
+            "pass the model and its tokenizer"
+        )
     try:
         return local_folder(name, config.get("revision"))
     except ActiveDPOError as error:

@@ -88,5 +88,8 @@ def _module_of(function: Any) -> str | None:
 def _has_compiled(model: nn.Module) -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
-    return any(getattr(module, "_compiled_call_impl", None) is not None
-               or type(module).__name__ == "OptimizedModule" for module in model.modules())
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )

@@ -43,8 +43,10 @@ def length_class(model: nn.Module) -> LengthClass | None:
 
 def batch_changes_attention(model: nn.Module) -> bool:
     """Return whether attention keeps a number of keys per batch (Doge's dynamic mask)."""
-    return any(getattr(getattr(module, "config", None), "keep_window_size", None) is not None
-               for module in model.modules())
+    return any(
+        getattr(getattr(module, "config", None), "keep_window_size", None) is not None
+        for module in model.modules()
+    )
 
 
 @contextmanager
@@ -55,10 +57,15 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
     """
     embeddings = {id(module): module for module, _, _ in _varying(model)}.values()
     # Buffers are replaced by some forward passes and written to by others.
-    before = [(module, dict(vars(module)), dict(module._buffers),
-               [(buffer, buffer.clone()) for buffer in module._buffers.values()
-                if buffer is not None])
-              for module in embeddings]
+    before = [
+        (
+            module,
+            dict(vars(module)),
+            dict(module._buffers),
+            [(buffer, buffer.clone()) for buffer in module._buffers.values() if buffer is not None],
+        )
+        for module in embeddings
+    ]
     for module, layer_type, kind in _varying(model):
         prefix = "" if layer_type is None else f"{layer_type}_"
         original = getattr(module, f"{prefix}original_inv_freq", None)

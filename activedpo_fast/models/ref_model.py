@@ -21,8 +21,12 @@ RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
 _REFERENCE = "ref"  # TRL's DPOTrainer's name for the adapter that is π_ref
 
 # Places of adapter weights that are not in a PEFT layer.
-_BESIDE_LAYERS = ("modules_to_save", "prompt_encoder", "trainable_tokens_delta",
-                  "trainable_tokens_original")
+_BESIDE_LAYERS = (
+    "modules_to_save",
+    "prompt_encoder",
+    "trainable_tokens_delta",
+    "trainable_tokens_original",
+)
 
 # Attributes of PEFT models and layers that store which adapters are active.
 _SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "_adapters_disabled")
@@ -32,20 +36,26 @@ def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
     """Raise `ActiveDPOError` if `ref_model` cannot be the reference of the policy `model`."""
     if isinstance(ref_model, (str, Mapping)):
         if not isinstance(model, PeftModel):
-            raise ActiveDPOError("ref_model: adapters and their weights are of a PEFT model, not "
-                                 f"of {type(model).__name__}; pass a model")
+            raise ActiveDPOError(
+                "ref_model: adapters and their weights are of a PEFT model, not "
+                f"of {type(model).__name__}; pass a model"
+            )
         if isinstance(ref_model, str):
             _check_adapter(model, ref_model)
     elif ref_model is not None:
         if not isinstance(ref_model, nn.Module):
-            raise ActiveDPOError("ref_model: expected a model, the name of an adapter or the "
-                                 f"weights of one, got {type(ref_model).__name__}")
+            raise ActiveDPOError(
+                "ref_model: expected a model, the name of an adapter or the "
+                f"weights of one, got {type(ref_model).__name__}"
+            )
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if any(id(parameter) in trained for parameter in ref_model.parameters()):
             # This includes `model.get_base_model()`: PEFT inserts its layers into the base model.
-            raise ActiveDPOError("ref_model: this model shares trainable weights with the policy, "
-                                 "so it is the policy itself; leave ref_model out for the base "
-                                 "model, or load the reference by itself")
+            raise ActiveDPOError(
+                "ref_model: this model shares trainable weights with the policy, "
+                "so it is the policy itself; leave ref_model out for the base "
+                "model, or load the reference by itself"
+            )
 
 
 @contextmanager
@@ -69,15 +79,21 @@ def reference_policy(
         yield ref_model
         return
     if not isinstance(model, PeftModel):
-        raise ActiveDPOError("this strategy needs the reference model: pass ref_model=, or a PEFT "
-                             "model, whose base model is then the reference")
+        raise ActiveDPOError(
+            "this strategy needs the reference model: pass ref_model=, or a PEFT "
+            "model, whose base model is then the reference"
+        )
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
-        raise ActiveDPOError("the adapter is merged into the model, which then has no reference; "
-                             "call model.unmerge_adapter() first")
+        raise ActiveDPOError(
+            "the adapter is merged into the model, which then has no reference; "
+            "call model.unmerge_adapter() first"
+        )
     if isinstance(ref_model, Mapping):
         if len(model.active_adapters) != 1:
-            raise ActiveDPOError("ref_model: weights are of one adapter, but the active ones are "
-                                 f"{', '.join(model.active_adapters) or 'none'}")
+            raise ActiveDPOError(
+                "ref_model: weights are of one adapter, but the active ones are "
+                f"{', '.join(model.active_adapters) or 'none'}"
+            )
         _check_only_adapters_are_trained(model, biases=True)
         with _weights(model, model.active_adapters[0], ref_model):
             yield model
@@ -97,11 +113,15 @@ def reference_policy(
 
 def _check_adapter(model: PeftModel, name: str) -> None:
     if name not in model.peft_config:
-        raise ActiveDPOError(f"ref_model: the model has no adapter called {name!r}; it has "
-                             f"{', '.join(model.peft_config)}")
+        raise ActiveDPOError(
+            f"ref_model: the model has no adapter called {name!r}; it has "
+            f"{', '.join(model.peft_config)}"
+        )
     if name in model.active_adapters:
-        raise ActiveDPOError(f"ref_model: the adapter {name!r} is active, so it is the policy "
-                             "itself; activate the one that is trained")
+        raise ActiveDPOError(
+            f"ref_model: the adapter {name!r} is active, so it is the policy "
+            "itself; activate the one that is trained"
+        )
 
 
 def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
@@ -113,20 +133,22 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
     own = adapter_parameters(model)
     for name, parameter in model.named_parameters():
         # A part of the base model may have the name of an adapter.
-        beside_layers = any(f".{place}.{adapter}." in f".{name}."
-                            for place in _BESIDE_LAYERS for adapter in model.peft_config)
+        beside_layers = any(
+            f".{place}.{adapter}." in f".{name}."
+            for place in _BESIDE_LAYERS
+            for adapter in model.peft_config
+        )
         if not parameter.requires_grad or id(parameter) in own or beside_layers:
             continue
         if not (biases and name.endswith(".bias")):
             raise ActiveDPOError(
                 f"{name} is trained besides the adapter, so the model no longer has its old value; "
-                "pass a model that was loaded by itself as ref_model")
+                "pass a model that was loaded by itself as ref_model"
+            )
 
 
 @contextmanager
-def _weights(
-    model: PeftModel, name: str, weights: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
+def _weights(model: PeftModel, name: str, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Put other weights into the adapter `name`; adding an adapter may change the base model."""
     own = adapter_state(model, adapter_name=name)
     with undisturbed(model):
@@ -140,8 +162,10 @@ def _weights(
 @contextmanager
 def _adapters_as_found(model: PeftModel) -> Iterator[None]:
     """Restore which adapters are active, layer by layer, and every flag that switching sets."""
-    found = [(own, {name: own[name] for name in _SWITCHES if name in own})
-             for own in map(vars, model.modules())]
+    found = [
+        (own, {name: own[name] for name in _SWITCHES if name in own})
+        for own in map(vars, model.modules())
+    ]
     with undisturbed(model):
         try:
             yield

@@ -17,5 +17,14 @@ from activedpo_fast.ops.sketch import (
     sjlt_,
 )
 
-__all__ = ["METHODS", "OuterSum", "outer_sketch_", "outer_sketches_", "rademacher_",
-           "rank_update_", "response_logp_grad", "response_logps", "sjlt_"]
+__all__ = [
+    "METHODS",
+    "OuterSum",
+    "outer_sketch_",
+    "outer_sketches_",
+    "rademacher_",
+    "rank_update_",
+    "response_logp_grad",
+    "response_logps",
+    "sjlt_",
+]

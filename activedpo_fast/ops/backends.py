@@ -24,6 +24,7 @@ _csrc: ModuleType | None
 _cuda: ModuleType | None
 try:
     from activedpo_fast import _csrc  # type: ignore[attr-defined, no-redef]
+
     _WHY_NO_CPP = ""
 except ImportError as error:
     _csrc = None
@@ -33,6 +34,7 @@ except ImportError as error:
     )
 try:
     from activedpo_fast import _cuda  # type: ignore[attr-defined, no-redef]
+
     _WHY_NO_CUDA = ""
 except ImportError as error:
     _cuda = None
@@ -103,7 +105,8 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
                 continue
             why_not = _why_not(backend, device, torch.float32, forced)
             elsewhere = forced not in ("auto", backend) and (
-                forced == "reference" or forced in _FASTER[operation])
+                forced == "reference" or forced in _FASTER[operation]
+            )
             if not why_not and elsewhere:
                 why_not = f"ACTIVEDPO_BACKEND={forced}"
             if not why_not and "active" in result.values():
@@ -111,9 +114,14 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
             result[backend] = why_not or "active"
         return result
 
-    return {operation: {device: statuses(operation, device) for device in DEVICES
-                        if device == "cuda" or operation not in _ON_GPU_ALONE}
-            for operation in OPERATIONS}
+    return {
+        operation: {
+            device: statuses(operation, device)
+            for device in DEVICES
+            if device == "cuda" or operation not in _ON_GPU_ALONE
+        }
+        for operation in OPERATIONS
+    }
 
 
 def csrc() -> ModuleType:
@@ -165,10 +173,20 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton" and device == "cpu" and kernels.interpreted():
-        return _has_not(backend, dtype) or kernels.why_not() or (
-            "" if forced == "triton" else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton")
+        return (
+            _has_not(backend, dtype)
+            or kernels.why_not()
+            or (
+                ""
+                if forced == "triton"
+                else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton"
+            )
+        )
     reasons: dict[str, Callable[[], str]] = {
-        "cpp": lambda: _WHY_NO_CPP, "cuda": _why_no_cuda, "triton": kernels.why_not}
+        "cpp": lambda: _WHY_NO_CPP,
+        "cuda": _why_no_cuda,
+        "triton": kernels.why_not,
+    }
     return _elsewhere(backend, device) or _has_not(backend, dtype) or reasons[backend]()
 
 

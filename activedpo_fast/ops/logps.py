@@ -16,9 +16,7 @@ def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return _response_logps(logits, targets)
 
 
-def response_logp_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def response_logp_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return log softmax(logits)[target] and the logits' gradient of its weighted sum.
 
     Args:
@@ -43,8 +41,9 @@ def _response_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 @torch.library.custom_op("activedpo::response_logp_grad", mutates_args=())
-def _response_logp_grad(logits: torch.Tensor, targets: torch.Tensor,
-                        weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _response_logp_grad(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if backends.choose("response_logp_grad", logits.device.type, logits.dtype) == "reference":
         return reference.response_logp_grad(logits, targets, weights)
     from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
@@ -60,19 +59,26 @@ def _(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 @_response_logp_grad.register_fake
-def _(logits: torch.Tensor, targets: torch.Tensor,
-      weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return (logits.new_empty(len(logits), dtype=reference.sum_dtype(logits.dtype)),
-            logits.new_empty(logits.shape))
+def _(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        logits.new_empty(len(logits), dtype=reference.sum_dtype(logits.dtype)),
+        logits.new_empty(logits.shape),
+    )
 
 
 def _check_logits(name: str, logits: Tensor, of_tokens: dict[str, Tensor]) -> None:
     if logits.dim() != 2 or not logits.is_floating_point() or logits.requires_grad:
-        raise ActiveDPOError(f"{name}: logits are {logits.dtype} {tuple(logits.shape)}, expected a "
-                             "detached floating [n, V]")
+        raise ActiveDPOError(
+            f"{name}: logits are {logits.dtype} {tuple(logits.shape)}, expected a "
+            "detached floating [n, V]"
+        )
     for label, given in of_tokens.items():
         if given.shape != logits.shape[:1] or given.device != logits.device:
-            raise ActiveDPOError(f"{name}: {label} are {tuple(given.shape)} on {given.device}, "
-                                 f"expected ({len(logits)},) on {logits.device}")
+            raise ActiveDPOError(
+                f"{name}: {label} are {tuple(given.shape)} on {given.device}, "
+                f"expected ({len(logits)},) on {logits.device}"
+            )
     if of_tokens["targets"].dtype != torch.int64:
         raise ActiveDPOError(f"{name}: targets are {of_tokens['targets'].dtype}, expected int64")

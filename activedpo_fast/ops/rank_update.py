@@ -37,9 +37,16 @@ def _rank_update(v: torch.Tensor, points: torch.Tensor, alpha: float) -> None:
     points = rows_together(points)
     stream = torch.cuda.current_stream(v.device)
     backends.cuda().rank_update(
-        v=v.data_ptr(), v_stride=v.stride(0), points=points.data_ptr(),
-        points_stride=points.stride(0), k=len(v), m=len(points), alpha=alpha,
-        device=stream.device_index, stream=stream.cuda_stream)
+        v=v.data_ptr(),
+        v_stride=v.stride(0),
+        points=points.data_ptr(),
+        points_stride=points.stride(0),
+        k=len(v),
+        m=len(points),
+        alpha=alpha,
+        device=stream.device_index,
+        stream=stream.cuda_stream,
+    )
 
 
 @_rank_update.register_fake
@@ -51,13 +58,17 @@ def _check_rank_update(v: Tensor, points: Tensor) -> None:
     name = "rank_update_"
     for label, tensor in (("v", v), ("points", points)):
         if tensor.dim() != 2 or tensor.dtype != torch.float64 or tensor.layout != torch.strided:
-            raise ActiveDPOError(f"{name}: {label} is {tensor.dtype} {tuple(tensor.shape)}, "
-                                 "expected a dense matrix of torch.float64")
+            raise ActiveDPOError(
+                f"{name}: {label} is {tensor.dtype} {tuple(tensor.shape)}, "
+                "expected a dense matrix of torch.float64"
+            )
         if tensor.requires_grad:
             raise ActiveDPOError(f"{name}: {label} requires grad; it is not differentiated")
     if v.shape[0] != v.shape[1] or v.stride(1) != 1 or v.stride(0) < len(v):
-        raise ActiveDPOError(f"{name}: v is {tuple(v.shape)} with strides {v.stride()}, expected a "
-                             "square matrix whose rows are contiguous")
+        raise ActiveDPOError(
+            f"{name}: v is {tuple(v.shape)} with strides {v.stride()}, expected a "
+            "square matrix whose rows are contiguous"
+        )
     if points.shape[1] != len(v):
         raise ActiveDPOError(f"{name}: points are {points.shape[1]} wide, expected {len(v)}")
     if v.device != points.device:

@@ -29,8 +29,9 @@ _GRADIENTS = 1 << 26
 _V_ROWS = 512
 
 
-def philox4x32(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
-               key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return random words of counters (c0, c1, c2, c3): int64 of one shape, values below 2^32."""
     key_lo, key_hi = key & _MASK, key >> 32
     for _ in range(10):
@@ -89,7 +90,7 @@ def sjlt(x: Tensor, key: int, k: int) -> Tensor:
     for begin in range(0, length, step):
         positions = torch.arange(begin, min(begin + step, length), device=x.device)
         bucket, sign = sjlt_hash(positions, key, k)
-        out.index_add_(1, bucket, x[:, begin:begin + step].double() * sign)
+        out.index_add_(1, bucket, x[:, begin : begin + step].double() * sign)
     return out.to(x.dtype)
 
 
@@ -108,8 +109,8 @@ def rademacher(x: Tensor, key: int, k: int) -> Tensor:
         for begin in range(0, length, step):
             positions = torch.arange(begin, min(begin + step, length), device=x.device)
             signs = rademacher_signs(positions, columns, key)
-            out[:, first:first + width] += x[:, begin:begin + step].double() @ signs.double()
-    return (out / k ** 0.5).to(x.dtype)
+            out[:, first : first + width] += x[:, begin : begin + step].double() @ signs.double()
+    return (out / k**0.5).to(x.dtype)
 
 
 def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
@@ -176,8 +177,9 @@ def kronecker(x: Tensor, key: int, k: int) -> Tensor:
     return out.index_add_(1, bucket.flatten(), signed.flatten(1)).to(x.dtype)
 
 
-def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int, n: int,
-                 method: str) -> Tensor:
+def outer_sketch(
+    left: Tensor, right: Tensor, segments: Tensor, key: int, k: int, n: int, method: str
+) -> Tensor:
     """Return sketches of the gradients sum_t left_t right_tᵀ of runs of tokens: float64 [n, k].
 
     Args:
@@ -190,8 +192,12 @@ def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int
     dtype = sum_dtype(left.dtype)
     out = torch.zeros(n, k, dtype=torch.float64, device=left.device)
     for part in segments.split(max(1, _GRADIENTS // (left.shape[1] * right.shape[1]))):
-        gradients = torch.stack([left[start:end].to(dtype).T @ right[start:end].to(dtype)
-                                 for start, end, _ in part.tolist()]).double()
+        gradients = torch.stack(
+            [
+                left[start:end].to(dtype).T @ right[start:end].to(dtype)
+                for start, end, _ in part.tolist()
+            ]
+        ).double()
         if method == "kronecker":
             sketched = kronecker(gradients, key, k)
         else:
@@ -200,8 +206,9 @@ def outer_sketch(left: Tensor, right: Tensor, segments: Tensor, key: int, k: int
     return out
 
 
-def _side_hash(length: int, buckets: int, key: int, stream: int,
-               device: torch.device) -> tuple[Tensor, Tensor]:
+def _side_hash(
+    length: int, buckets: int, key: int, stream: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     positions = torch.arange(length, device=device)
     bucket, sign = sjlt_hash(positions, key, buckets, stream)
     return (positions if buckets == length else bucket), sign
@@ -220,10 +227,16 @@ def _word(block: Tensor, index: Tensor, stream: int, key: int) -> Tensor:
     return words.gather(0, index.unsqueeze(0)).squeeze(0)
 
 
-def _words(block: Tensor, column: Tensor | int, stream: int,
-           key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return philox4x32(block & _MASK, block >> 32, torch.zeros_like(block) + column,
-                      torch.full_like(block, stream), key)
+def _words(
+    block: Tensor, column: Tensor | int, stream: int, key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return philox4x32(
+        block & _MASK,
+        block >> 32,
+        torch.zeros_like(block) + column,
+        torch.full_like(block, stream),
+        key,
+    )
 
 
 def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -232,9 +245,7 @@ def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def response_logp_grad(
-    logits: Tensor, targets: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
+def response_logp_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """See `ops.response_logp_grad`."""
     widened = logits.to(sum_dtype(logits.dtype))
     normalizer = widened.logsumexp(dim=1, keepdim=True)
@@ -266,8 +277,10 @@ def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor
     divisor = torch.where(norms > 0, norms, 1.0) if by_row else torch.ones_like(norms)
     lengths = norms.new_empty(len(pairs))
     for part in torch.arange(len(pairs)).split(_rows_at_a_time(rows)):
-        a, b = ((_taken(rows, side) / divisor[side, None].to(rows.device))
-                for side in pairs[part].unbind(1))
+        a, b = (
+            (_taken(rows, side) / divisor[side, None].to(rows.device))
+            for side in pairs[part].unbind(1)
+        )
         lengths[part] = torch.linalg.vector_norm(a - b, dim=1).cpu()
     return norms, lengths
 
@@ -277,7 +290,9 @@ def advance(state: Any) -> Tensor:
     stale = (state.left & (state.version < state.count)).nonzero().flatten()
     used = state.pairs[stale].unique()
     start = int(state.version[stale].min()) if len(stale) else state.count
-    new = state.unit[start:state.count, :state.rows.shape[1]].to(state.rows.device, torch.float64)
+    new = state.unit[start : state.count, : state.rows.shape[1]].to(
+        state.rows.device, torch.float64
+    )
     dots = torch.zeros(len(state.rows), state.count - start, dtype=torch.float64)
     for part in used.split(_rows_at_a_time(state.rows)):
         dots[part] = (_taken(state.rows, part) @ new.T).cpu() / state.row_divisor[part, None]

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from activedpo_fast.store.rows import StoredRows
 
 _PAD = 16  # directions are zero-padded to a multiple of this: csrc/dots.h, kDotAlign
-DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16",
-          torch.float16: "float16"}
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 _PAIRS_AT_A_TIME = 2**16  # between two updates of the progress bar
 _PRODUCTS_BYTES = 2**30  # up to this size, products of rows and directions are cached
 
@@ -73,8 +77,16 @@ class ScoreState:
 
     @classmethod
     def start(
-        cls, rows: Tensor | StoredRows, pairs: Tensor, row_divisor: Tensor, pair_divisor: Tensor,
-        reach: Tensor, left: Tensor, inverse_cost: Tensor | None, score: Tensor, doubt: Tensor,
+        cls,
+        rows: Tensor | StoredRows,
+        pairs: Tensor,
+        row_divisor: Tensor,
+        pair_divisor: Tensor,
+        reach: Tensor,
+        left: Tensor,
+        inverse_cost: Tensor | None,
+        score: Tensor,
+        doubt: Tensor,
         capacity: int,
     ) -> ScoreState:
         """Return scores that have seen no direction yet, with room for `capacity` directions."""
@@ -83,15 +95,28 @@ class ScoreState:
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
         norm, error, turn = torch.zeros(3, capacity, dtype=torch.float64)
         return cls(
-            rows, pairs, row_divisor, pair_divisor, reach, left, inverse_cost, score, doubt,
-            torch.zeros_like(score), torch.zeros(len(score), dtype=torch.int32),
-            torch.zeros(capacity, width, dtype=dtype), norm, error, turn)
+            rows,
+            pairs,
+            row_divisor,
+            pair_divisor,
+            reach,
+            left,
+            inverse_cost,
+            score,
+            doubt,
+            torch.zeros_like(score),
+            torch.zeros(len(score), dtype=torch.int32),
+            torch.zeros(capacity, width, dtype=dtype),
+            norm,
+            error,
+            turn,
+        )
 
     def append(self, w: Tensor, *, error: float, turn: float) -> None:
         """Append a direction w, float64 [k], known to within `error`."""
         norm = float(torch.linalg.vector_norm(w))
         if norm > 0:
-            self.unit[self.count, :len(w)] = w / norm
+            self.unit[self.count, : len(w)] = w / norm
         self.norm[self.count] = norm
         self.error[self.count] = error + DOT_ERROR[self.unit.dtype] * norm
         self.turn[self.count] = turn
@@ -142,8 +167,14 @@ def pair_lengths(
     if backend == "cuda":
         assert isinstance(rows, Tensor)
         stream = torch.cuda.current_stream(rows.device)
-        return lengths_there(rows, pairs, by_row, backends.cuda(), device=stream.device_index,
-                             stream=stream.cuda_stream)
+        return lengths_there(
+            rows,
+            pairs,
+            by_row,
+            backends.cuda(),
+            device=stream.device_index,
+            stream=stream.cuda_stream,
+        )
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
     function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
@@ -153,9 +184,15 @@ def pair_lengths(
         done = 0
         for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
             unread = function(
-                row_norm=norms.data_ptr(), pair_length=lengths[done:].data_ptr(), rows=source,
-                k=rows.shape[1], pairs=part.data_ptr(), n_pairs=len(part), by_row=by_row,
-                num_threads=torch.get_num_threads())
+                row_norm=norms.data_ptr(),
+                pair_length=lengths[done:].data_ptr(),
+                rows=source,
+                k=rows.shape[1],
+                pairs=part.data_ptr(),
+                n_pairs=len(part),
+                by_row=by_row,
+                num_threads=torch.get_num_threads(),
+            )
             if unread >= 0:
                 raise _unreadable(unread)
             done += len(part)
@@ -172,9 +209,15 @@ def lengths_there(
     norms = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     lengths = torch.empty(len(pairs), dtype=torch.float64, device=rows.device)
     given = module.PairLengths(
-        rows=rows.data_ptr(), row_stride=rows.stride(0), k=rows.shape[1], pairs=pairs.data_ptr(),
-        n_pairs=len(pairs), by_row=by_row, row_norm=norms.data_ptr(),
-        pair_length=lengths.data_ptr())
+        rows=rows.data_ptr(),
+        row_stride=rows.stride(0),
+        k=rows.shape[1],
+        pairs=pairs.data_ptr(),
+        n_pairs=len(pairs),
+        by_row=by_row,
+        row_norm=norms.data_ptr(),
+        pair_length=lengths.data_ptr(),
+    )
     getattr(module, f"pair_lengths_{DTYPES[rows.dtype]}")(given, **where)
     return norms.cpu(), lengths.cpu()
 
@@ -188,35 +231,57 @@ class _CppAdvance:
         self._source = _row_source(self._rows)
         self._advance = getattr(csrc, f"advance_{DTYPES[self._rows.dtype]}")
         self._candidates = csrc.Candidates(
-            n=len(state.pairs), pairs=state.pairs.data_ptr(),
-            row_divisor=state.row_divisor.data_ptr(), pair_divisor=state.pair_divisor.data_ptr(),
-            reach=state.reach.data_ptr(), left=state.left.data_ptr(),
+            n=len(state.pairs),
+            pairs=state.pairs.data_ptr(),
+            row_divisor=state.row_divisor.data_ptr(),
+            pair_divisor=state.pair_divisor.data_ptr(),
+            reach=state.reach.data_ptr(),
+            left=state.left.data_ptr(),
             inverse_cost=0 if state.inverse_cost is None else state.inverse_cost.data_ptr(),
-            score=state.score.data_ptr(), doubt=state.doubt.data_ptr(),
-            inherited=state.inherited.data_ptr(), version=state.version.data_ptr())
+            score=state.score.data_ptr(),
+            doubt=state.doubt.data_ptr(),
+            inherited=state.inherited.data_ptr(),
+            version=state.version.data_ptr(),
+        )
         self._directions = csrc.Directions(
-            unit=state.unit.data_ptr(), stride=state.unit.stride(0), norm=state.norm.data_ptr(),
-            error=state.error.data_ptr(), turn=state.turn.data_ptr(), count=0)
+            unit=state.unit.data_ptr(),
+            stride=state.unit.stride(0),
+            norm=state.norm.data_ptr(),
+            error=state.error.data_ptr(),
+            turn=state.turn.data_ptr(),
+            count=0,
+        )
         self._place = torch.full((len(self._rows),), -1, dtype=torch.int32)
         self._row_version = torch.zeros(len(self._rows), dtype=torch.int32)
         capacity = len(state.unit)
         fits = len(self._rows) * capacity * state.unit.element_size() <= _PRODUCTS_BYTES
         # Not cleared: pages that are never written use no memory.
-        self._products = torch.empty(len(self._rows) * capacity if fits else 0,
-                                     dtype=state.unit.dtype)
+        self._products = torch.empty(
+            len(self._rows) * capacity if fits else 0, dtype=state.unit.dtype
+        )
         self._memory = csrc.Memory(
-            products=self._products.data_ptr() if fits else 0, capacity=capacity,
-            row_version=self._row_version.data_ptr(), place=self._place.data_ptr(), margin=0.01,
-            block=0)
+            products=self._products.data_ptr() if fits else 0,
+            capacity=capacity,
+            row_version=self._row_version.data_ptr(),
+            place=self._place.data_ptr(),
+            margin=0.01,
+            block=0,
+        )
         self._contenders = torch.empty(len(state.pairs), dtype=torch.int64)
         self._touched = torch.zeros(1, dtype=torch.int64)
 
     def __call__(self, state: ScoreState) -> Tensor:
         self._directions.count = state.count
         found = self._advance(
-            contenders=self._contenders.data_ptr(), touched=self._touched.data_ptr(),
-            rows=self._source, k=self._rows.shape[1], candidates=self._candidates,
-            directions=self._directions, memory=self._memory, num_threads=torch.get_num_threads())
+            contenders=self._contenders.data_ptr(),
+            touched=self._touched.data_ptr(),
+            rows=self._source,
+            k=self._rows.shape[1],
+            candidates=self._candidates,
+            directions=self._directions,
+            memory=self._memory,
+            num_threads=torch.get_num_threads(),
+        )
         if found < 0:
             raise _unreadable(-1 - found)
         state.touched = int(self._touched)
@@ -234,14 +299,25 @@ def _row_source(rows: Tensor | StoredRows) -> Any:
     if isinstance(rows, Tensor):
         size = rows.element_size()
         return backends.csrc().RowSource(
-            base=rows.data_ptr(), stride=rows.stride(0) * size, descriptors=0, file_of_row=0,
-            offset_of_row=0, row_bytes=rows.shape[1] * size)
+            base=rows.data_ptr(),
+            stride=rows.stride(0) * size,
+            descriptors=0,
+            file_of_row=0,
+            offset_of_row=0,
+            row_bytes=rows.shape[1] * size,
+        )
     return backends.csrc().RowSource(
-        base=0, stride=0, descriptors=rows.descriptors.data_ptr(),
-        file_of_row=rows.file_of_row.data_ptr(), offset_of_row=rows.offset_of_row.data_ptr(),
-        row_bytes=rows.row_bytes)
+        base=0,
+        stride=0,
+        descriptors=rows.descriptors.data_ptr(),
+        file_of_row=rows.file_of_row.data_ptr(),
+        offset_of_row=rows.offset_of_row.data_ptr(),
+        row_bytes=rows.row_bytes,
+    )
 
 
 def _unreadable(row: int) -> ActiveDPOError:
-    return ActiveDPOError(f"row {row} of the gradient rows on disk cannot be read: was a file of "
-                          "the feature store changed or cut short?")
+    return ActiveDPOError(
+        f"row {row} of the gradient rows on disk cannot be read: was a file of "
+        "the feature store changed or cut short?"
+    )

@@ -44,8 +44,9 @@ def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
     _rademacher(out, x, _signed(key))
 
 
-def outer_sketch_(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
-                  method: str) -> None:
+def outer_sketch_(
+    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
+) -> None:
     """out[row] += S vec(sum of left_t right_tᵀ over a run of tokens), for every run, in place.
 
     This sketches each run's gradient, as `reference.outer_sketch`, without forming the gradient:
@@ -80,8 +81,9 @@ class OuterSum(NamedTuple):
     key: int
 
 
-def outer_sketches_(out: Tensor, weights: Sequence[OuterSum], segments: Tensor,
-                    method: str) -> None:
+def outer_sketches_(
+    out: Tensor, weights: Sequence[OuterSum], segments: Tensor, method: str
+) -> None:
     """`outer_sketch_` of every weight, with one segmentation of their tokens.
 
     On a GPU, "sjlt" and "kronecker" take a few launches for all weights together: for LoRA weights,
@@ -92,8 +94,10 @@ def outer_sketches_(out: Tensor, weights: Sequence[OuterSum], segments: Tensor,
         name, left, right, key = weight
         try:
             _check_outer(out, left, right, segments, key, method)
-            if method in _GROUPED and backends.choose(
-                    "outer_sketch", out.device.type, left.dtype) == "triton":
+            if (
+                method in _GROUPED
+                and backends.choose("outer_sketch", out.device.type, left.dtype) == "triton"
+            ):
                 if not grouped or len(left) != len(grouped[-1].left):
                     _check_segments(segments, len(left), len(out))
                 grouped.append(weight)
@@ -122,8 +126,14 @@ def _rademacher(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
 
 
 @torch.library.custom_op("activedpo::outer_sketch_", mutates_args={"out"})
-def _outer_sketch(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor,
-                  segments: torch.Tensor, key: int, method: str) -> None:
+def _outer_sketch(
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    segments: torch.Tensor,
+    key: int,
+    method: str,
+) -> None:
     _check_segments(segments, left.shape[0], out.shape[0])
     if left.shape[0] == 0 or len(segments) == 0:
         return
@@ -149,8 +159,14 @@ def _(out: torch.Tensor, x: torch.Tensor, key: int) -> None:
 
 
 @_outer_sketch.register_fake
-def _(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, key: int,
-      method: str) -> None:
+def _(
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    segments: torch.Tensor,
+    key: int,
+    method: str,
+) -> None:
     pass
 
 
@@ -170,9 +186,16 @@ def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
         _triton_rows(operation, target, x, key)
     else:
         getattr(backends.csrc(), f"{operation}_{_DTYPES[x.dtype]}")(
-            out=target.data_ptr(), out_stride=target.stride(0), x=x.data_ptr(),
-            x_stride=x.stride(0), n=x.shape[0], length=x.shape[1], k=out.shape[1], key=key,
-            num_threads=torch.get_num_threads())
+            out=target.data_ptr(),
+            out_stride=target.stride(0),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            n=x.shape[0],
+            length=x.shape[1],
+            k=out.shape[1],
+            key=key,
+            num_threads=torch.get_num_threads(),
+        )
     if target is not out:
         out.copy_(target)
 
@@ -188,8 +211,9 @@ def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
         rademacher_rows(out, x, key)
 
 
-def _triton_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
-                  method: str) -> None:
+def _triton_outer(
+    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
+) -> None:
     if method in _GROUPED:
         _triton_grouped(out, [OuterSum("", left, right, key)], segments, method)
     else:
@@ -198,28 +222,44 @@ def _triton_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, ke
         lora_grad_rademacher(out, left, right, segments, key)
 
 
-def _triton_grouped(out: Tensor, weights: Sequence[OuterSum], segments: Tensor,
-                    method: str) -> None:
+def _triton_grouped(
+    out: Tensor, weights: Sequence[OuterSum], segments: Tensor, method: str
+) -> None:
     from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketches
 
     lora_grad_sketches(
-        out, [(rows_together(left), rows_together(right), key) for _, left, right, key in weights],
-        segments, method, backends.deterministic())
+        out,
+        [(rows_together(left), rows_together(right), key) for _, left, right, key in weights],
+        segments,
+        method,
+        backends.deterministic(),
+    )
 
 
-def _cpp_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
-               method: str) -> None:
+def _cpp_outer(
+    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
+) -> None:
     if left.dtype == torch.float16:
         left, right = left.float(), right.float()
     segments = segments.contiguous()
     sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
     getattr(backends.csrc(), f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
-        out=out.data_ptr(), out_stride=out.stride(0), left=left.data_ptr(),
-        left_stride=left.stride(0), right=right.data_ptr(), right_stride=right.stride(0),
-        segments=segments.data_ptr(), n_segments=len(segments), rows=left.shape[1],
-        columns=right.shape[1], k=out.shape[1], key=key, sides=sides,
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        left=left.data_ptr(),
+        left_stride=left.stride(0),
+        right=right.data_ptr(),
+        right_stride=right.stride(0),
+        segments=segments.data_ptr(),
+        n_segments=len(segments),
+        rows=left.shape[1],
+        columns=right.shape[1],
+        k=out.shape[1],
+        key=key,
+        sides=sides,
         place=reference.kronecker_place(key, out.shape[1]),
-        num_threads=torch.get_num_threads())
+        num_threads=torch.get_num_threads(),
+    )
 
 
 def _signed(key: int) -> int:
@@ -235,10 +275,12 @@ def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:
             raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
         if tensor.dim() != 2:
             raise ActiveDPOError(
-                f"{name}: {label} has shape {tuple(tensor.shape)}, expected two dimensions")
+                f"{name}: {label} has shape {tuple(tensor.shape)}, expected two dimensions"
+            )
         if tensor.dtype not in _DTYPES:
             raise ActiveDPOError(
-                f"{name}: {label} is {tensor.dtype}, expected torch.float32 or torch.float64")
+                f"{name}: {label} is {tensor.dtype}, expected torch.float32 or torch.float64"
+            )
         if tensor.layout != torch.strided:
             raise ActiveDPOError(f"{name}: {label} is sparse, expected a dense tensor")
         if tensor.requires_grad:
@@ -249,13 +291,14 @@ def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:
         raise ActiveDPOError(f"{name}: out is on {out.device} and x on {x.device}")
     if out.shape[0] != x.shape[0]:
         raise ActiveDPOError(f"{name}: out has {out.shape[0]} rows and x has {x.shape[0]}")
-    if not 1 <= out.shape[1] < 2 ** 31:
+    if not 1 <= out.shape[1] < 2**31:
         raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
     _check_key(name, key)
 
 
-def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int,
-                 method: str) -> None:
+def _check_outer(
+    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
+) -> None:
     name = "outer_sketch_"
     if method not in METHODS:
         raise ActiveDPOError(f"{name}: method is {method!r}; known: {', '.join(METHODS)}")
@@ -263,27 +306,33 @@ def _check_outer(out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key
         if not isinstance(tensor, Tensor):
             raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
         if tensor.dim() != 2 or tensor.layout != torch.strided:
-            raise ActiveDPOError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected a "
-                                 "dense matrix")
+            raise ActiveDPOError(
+                f"{name}: {label} has shape {tuple(tensor.shape)}, expected a dense matrix"
+            )
         if tensor.requires_grad:
             raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
     if out.dtype != torch.float64:
         raise ActiveDPOError(f"{name}: out is {out.dtype}, expected torch.float64")
     if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
-        raise ActiveDPOError(f"{name}: left is {left.dtype} and right {right.dtype}, expected "
-                             "both torch.float32, float64, bfloat16 or float16")
+        raise ActiveDPOError(
+            f"{name}: left is {left.dtype} and right {right.dtype}, expected "
+            "both torch.float32, float64, bfloat16 or float16"
+        )
     if not out.device == left.device == right.device:
-        raise ActiveDPOError(f"{name}: out is on {out.device}, left on {left.device} and right on "
-                             f"{right.device}")
+        raise ActiveDPOError(
+            f"{name}: out is on {out.device}, left on {left.device} and right on {right.device}"
+        )
     if left.shape[0] != right.shape[0]:
         raise ActiveDPOError(f"{name}: left has {left.shape[0]} tokens and right {right.shape[0]}")
     if left.shape[1] == 0 or right.shape[1] == 0:
         raise ActiveDPOError(f"{name}: left is {left.shape[1]} wide and right {right.shape[1]}")
-    if not 1 <= out.shape[1] < 2 ** 31:
+    if not 1 <= out.shape[1] < 2**31:
         raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
     if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
-        raise ActiveDPOError(f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
-                             f"{segments.device}, expected torch.int64 [S, 3] on the CPU")
+        raise ActiveDPOError(
+            f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
+            f"{segments.device}, expected torch.int64 [S, 3] on the CPU"
+        )
     _check_key(name, key)
 
 
@@ -291,9 +340,10 @@ def _check_segments(segments: Tensor, tokens: int, rows: int) -> None:
     for start, end, row in segments.tolist():
         if not (0 <= start <= end <= tokens and 0 <= row < rows):
             raise ActiveDPOError(
-                f"outer_sketch_: a segment lies outside {tokens} tokens and {rows} rows")
+                f"outer_sketch_: a segment lies outside {tokens} tokens and {rows} rows"
+            )
 
 
 def _check_key(name: str, key: int) -> None:
-    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2 ** 64:
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**64:
         raise ActiveDPOError(f"{name}: key is {key!r}, expected an integer from 0 to 2^64 - 1")

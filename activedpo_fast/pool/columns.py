@@ -46,36 +46,72 @@ _RESPONSE = "a prompt has no responses yet: remove it, or pass the rows as a poo
 DATA_COLUMNS = (
     DataColumn("id", "used", "not read", "identifies the row"),
     DataColumn("prompt", "used", "the prompt", "the prompt"),
-    DataColumn("chosen", "used", "the better response",
-               "a response; which one was preferred is not used",
-               in_prompts="refused"),
-    DataColumn("rejected", "used", "the worse response",
-               "a response; which one was preferred is not used", in_prompts="refused"),
+    DataColumn(
+        "chosen",
+        "used",
+        "the better response",
+        "a response; which one was preferred is not used",
+        in_prompts="refused",
+    ),
+    DataColumn(
+        "rejected",
+        "used",
+        "the worse response",
+        "a response; which one was preferred is not used",
+        in_prompts="refused",
+    ),
     DataColumn("responses", "used", "not read", "two or more responses", in_prompts="refused"),
     DataColumn("response_a", "used", "not read", "a response", in_prompts="refused"),
     DataColumn("response_b", "used", "not read", "a response", in_prompts="refused"),
-    DataColumn("chat_template_kwargs", "used", "arguments of the chat template for this row",
-               "the same, before those given for all rows; written by `Selection.to_dataset`",
-               chat=True),
-    DataColumn("tools", "refused", "passed to the chat template",
-               'put it into chat_template_kwargs, as {"tools": [...]}', chat=True),
-    DataColumn("image", "refused", "the image of a vision-language model",
-               "remove it, features are of text alone"),
-    DataColumn("images", "refused", "the images of a vision-language model",
-               "remove it, features are of text alone"),
-    DataColumn("ref_chosen_logps", "refused", "log-probs of the reference that the trainer "
-               "has computed; not read from the data",
-               "the reference is a model, not a column: remove it"),
-    DataColumn("ref_rejected_logps", "refused", "log-probs of the reference that the trainer "
-               "has computed; not read from the data",
-               "the reference is a model, not a column: remove it"),
+    DataColumn(
+        "chat_template_kwargs",
+        "used",
+        "arguments of the chat template for this row",
+        "the same, before those given for all rows; written by `Selection.to_dataset`",
+        chat=True,
+    ),
+    DataColumn(
+        "tools",
+        "refused",
+        "passed to the chat template",
+        'put it into chat_template_kwargs, as {"tools": [...]}',
+        chat=True,
+    ),
+    DataColumn(
+        "image",
+        "refused",
+        "the image of a vision-language model",
+        "remove it, features are of text alone",
+    ),
+    DataColumn(
+        "images",
+        "refused",
+        "the images of a vision-language model",
+        "remove it, features are of text alone",
+    ),
+    DataColumn(
+        "ref_chosen_logps",
+        "refused",
+        "log-probs of the reference that the trainer has computed; not read from the data",
+        "the reference is a model, not a column: remove it",
+    ),
+    DataColumn(
+        "ref_rejected_logps",
+        "refused",
+        "log-probs of the reference that the trainer has computed; not read from the data",
+        "the reference is a model, not a column: remove it",
+    ),
     DataColumn("prompt_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
     DataColumn("chosen_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
     DataColumn("rejected_ids", "carried", "overwritten with the trainer's own tokens", "no effect"),
     DataColumn("messages", "carried", "a conversation, for SFTTrainer", "no effect"),
     DataColumn("completion", "carried", "a response, for SFTTrainer and KTOTrainer", "no effect"),
-    DataColumn("label", "carried", "whether `completion` is desirable, for KTOTrainer",
-               "no effect; labels of pairs are read from label files"),
+    DataColumn(
+        "label",
+        "carried",
+        "whether `completion` is desirable, for KTOTrainer",
+        "no effect; labels of pairs are read from label files",
+    ),
     DataColumn("margin", "carried", "margin between the rewards, for RewardTrainer", "no effect"),
 )
 
@@ -83,14 +119,30 @@ DATA_COLUMNS = (
 MESSAGE_KEYS = (
     DataColumn("role", "used", "passed to the chat template", "the same"),
     DataColumn("content", "used", "passed to the chat template", "the same, where it is a string"),
-    DataColumn("content (a list of parts)", "refused", "text and images in order",
-               "join the parts into one string; images are not supported"),
-    DataColumn("tool_calls", "refused", "passed to the chat template",
-               "write the calls into 'content' as text"),
-    DataColumn("other keys, strings (name, reasoning_content, ...)", "used",
-               "passed to the chat template", "the same"),
-    DataColumn("other keys, not strings", "refused", "passed to the chat template",
-               "make it a string, or remove it"),
+    DataColumn(
+        "content (a list of parts)",
+        "refused",
+        "text and images in order",
+        "join the parts into one string; images are not supported",
+    ),
+    DataColumn(
+        "tool_calls",
+        "refused",
+        "passed to the chat template",
+        "write the calls into 'content' as text",
+    ),
+    DataColumn(
+        "other keys, strings (name, reasoning_content, ...)",
+        "used",
+        "passed to the chat template",
+        "the same",
+    ),
+    DataColumn(
+        "other keys, not strings",
+        "refused",
+        "passed to the chat template",
+        "make it a string, or remove it",
+    ),
 )
 
 _BY_NAME = {column.name: column for column in DATA_COLUMNS}
@@ -135,8 +187,10 @@ def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ActiveDPOError(f"{place}: the column {name!r} is no JSON value ({reason}): make "
-                                 "it text or a number, or remove it") from None
+            raise ActiveDPOError(
+                f"{place}: the column {name!r} is no JSON value ({reason}): make "
+                "it text or a number, or remove it"
+            ) from None
 
 
 def advice_for_key(key: str, value: Any) -> str:

@@ -40,8 +40,10 @@ def placed_rows(path: FilePath) -> PlacedRows:
     if source.is_dir():
         dataset = saved_dataset(source)
         if dataset is not None:
-            return ((f"{source}, row {n}", row)
-                    for n, row in enumerate(dataset.with_format(None), start=1))
+            return (
+                (f"{source}, row {n}", row)
+                for n, row in enumerate(dataset.with_format(None), start=1)
+            )
         return (placed for file in _shards(source) for placed in _reader(file)(file))
     if not source.suffix and not source.exists():
         raise ActiveDPOError(f"{source}: no such file or folder")
@@ -65,8 +67,9 @@ def jsonl_rows(path: Path) -> PlacedRows:
         except UnicodeDecodeError as error:
             raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
         except json.JSONDecodeError as error:
-            raise ActiveDPOError(f"{place}: broken JSON: {error.msg} at column "
-                                 f"{error.colno}") from error
+            raise ActiveDPOError(
+                f"{place}: broken JSON: {error.msg} at column {error.colno}"
+            ) from error
         except (RecursionError, ValueError) as error:
             raise ActiveDPOError(f"{place}: broken JSON: {first_line(error)}") from error
 
@@ -104,8 +107,10 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
         splits = ", ".join(map(repr, dataset))
         raise ActiveDPOError(f"the data set has several splits ({splits}): pass one of them")
     if isinstance(dataset, datasets.IterableDataset):
-        raise ActiveDPOError("a streamed (iterable) data set has no fixed rows to choose from: "
-                             "load it without streaming=True")
+        raise ActiveDPOError(
+            "a streamed (iterable) data set has no fixed rows to choose from: "
+            "load it without streaming=True"
+        )
     if not isinstance(dataset, datasets.Dataset):
         raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
     for name in {"image", "images"} & set(dataset.column_names):
@@ -113,8 +118,7 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
         cells = dataset.select_columns(name).with_format("arrow")[:][name]
         if (first := cells.is_valid().index(True).as_py()) >= 0:
             check_columns({name: True}, f"data set, row {first + 1}", chat=True)
-    return ((f"data set, row {n}", row)
-            for n, row in enumerate(dataset.with_format(None), start=1))
+    return ((f"data set, row {n}", row) for n, row in enumerate(dataset.with_format(None), start=1))
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:
@@ -126,9 +130,10 @@ def saved_dataset(folder: Path) -> datasets.Dataset | None:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(file.parent.name for file in folder.glob("*/state.json"))
         example = f", for instance {folder / splits[0]}" if splits else ""
-        raise ActiveDPOError(f"{folder}: a saved data set with the splits "
-                             f"{', '.join(map(repr, splits))}: give the folder of one of them"
-                             + example)
+        raise ActiveDPOError(
+            f"{folder}: a saved data set with the splits "
+            f"{', '.join(map(repr, splits))}: give the folder of one of them" + example
+        )
     if not (folder / "state.json").is_file():
         return None
     import datasets
@@ -136,8 +141,9 @@ def saved_dataset(folder: Path) -> datasets.Dataset | None:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # missing or broken files raise various errors
-        raise ActiveDPOError(f"{folder}: a saved data set that cannot be read: "
-                             f"{first_line(error)}") from error
+        raise ActiveDPOError(
+            f"{folder}: a saved data set that cannot be read: {first_line(error)}"
+        ) from error
     assert isinstance(loaded, datasets.Dataset)
     return loaded
 
@@ -148,8 +154,10 @@ _READERS: dict[str, Callable[[Path], PlacedRows]] = {".jsonl": jsonl_rows, ".par
 def _reader(path: Path) -> Callable[[Path], PlacedRows]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise ActiveDPOError(f"{path}: unsupported suffix {path.suffix!r}, expected .jsonl or "
-                             ".parquet, a folder of such files, or one of datasets.save_to_disk")
+        raise ActiveDPOError(
+            f"{path}: unsupported suffix {path.suffix!r}, expected .jsonl or "
+            ".parquet, a folder of such files, or one of datasets.save_to_disk"
+        )
     return reader
 
 
@@ -157,19 +165,26 @@ def _shards(folder: Path) -> list[Path]:
     """Return the files of a folder that has one kind of them, by name."""
     if (folder / "manifest.json").is_file() and (folder / "pool.jsonl").is_file():
         raise ActiveDPOError(f"{folder}: a feature store; its pool is {folder / 'pool.jsonl'}")
-    files = sorted(file for file in folder.iterdir()
-                   if file.suffix.lower() in _READERS and file.name[0] not in "._")
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in _READERS and file.name[0] not in "._"
+    )
     kinds = sorted({file.suffix.lower() for file in files})
     if not files:
-        raise ActiveDPOError(f"{folder}: a folder without .jsonl or .parquet files, and not one of "
-                             "datasets.save_to_disk: give the file, or the folder that has them")
+        raise ActiveDPOError(
+            f"{folder}: a folder without .jsonl or .parquet files, and not one of "
+            "datasets.save_to_disk: give the file, or the folder that has them"
+        )
     if len(kinds) > 1:
-        raise ActiveDPOError(f"{folder}: has .jsonl and .parquet files: give one of them, or a "
-                             "folder of one kind")
+        raise ActiveDPOError(
+            f"{folder}: has .jsonl and .parquet files: give one of them, or a folder of one kind"
+        )
     _check_complete(folder, files)
     if len(files) > 1:
-        logger.info("%s: %d files, from %s to %s", folder, len(files), files[0].name,
-                    files[-1].name)
+        logger.info(
+            "%s: %d files, from %s to %s", folder, len(files), files[0].name, files[-1].name
+        )
     return files
 
 
@@ -178,7 +193,9 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
     named = [match for file in files if (match := _SHARD.fullmatch(file.stem))]
     splits = sorted({match["split"] for match in named})
     if len(splits) > 1:
-        raise ActiveDPOError(f"{folder}: has files of the splits {', '.join(map(repr, splits))}: "
-                             "give one file, or a folder of one split")
+        raise ActiveDPOError(
+            f"{folder}: has files of the splits {', '.join(map(repr, splits))}: "
+            "give one file, or a folder of one split"
+        )
     if named and len(named) != (total := int(named[0]["total"])):
         raise ActiveDPOError(f"{folder}: has {len(named)} of the {total} files of {splits[0]!r}")

@@ -82,8 +82,9 @@ def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -
     first_with: dict[str, int] = {}
     for n, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         if not all(hasattr(prompt, name) for name in ("id", "prompt", "extra")):
-            raise ActiveDPOError(f"{place}: expected a Prompt, or a PreferencePool as a whole, got "
-                                 f"{show(prompt)}")
+            raise ActiveDPOError(
+                f"{place}: expected a Prompt, or a PreferencePool as a whole, got {show(prompt)}"
+            )
         check_id(prompt.id, place)
         check_text(prompt.prompt, "the prompt", place)
         check_columns(prompt.extra, place, chat=not isinstance(prompt.prompt, str), prompts=True)
@@ -92,9 +93,10 @@ def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -
         if earlier != n:
             raise ActiveDPOError(
                 f"{place}: the same prompt as {places[earlier]}: remove one of them"
-                if prompt.prompt == prompts[earlier].prompt else
-                f"{place}: id {prompt.id!r} is already that of {places[earlier]}, another prompt: "
-                "prompts need ids of their own")
+                if prompt.prompt == prompts[earlier].prompt
+                else f"{place}: id {prompt.id!r} is already that of {places[earlier]}, another "
+                "prompt: prompts need ids of their own"
+            )
 
 
 def check_id(id: Any, place: str) -> None:
@@ -107,5 +109,7 @@ def check_id(id: Any, place: str) -> None:
 
 def check_same_kind(prompt: Text, place: str, first: Text, first_place: str) -> None:
     if isinstance(prompt, str) != isinstance(first, str):
-        raise ActiveDPOError(f"{place}: {kind_of(prompt)}, but {first_place} has "
-                             f"{kind_of(first)}; use one of them for all")
+        raise ActiveDPOError(
+            f"{place}: {kind_of(prompt)}, but {first_place} has "
+            f"{kind_of(first)}; use one of them for all"
+        )

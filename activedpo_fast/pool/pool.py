@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-
 class PreferencePool(Sequence[PoolItem]):
     """Prompts with two or more responses each, checked on creation and never empty.
 
@@ -105,8 +104,9 @@ class PreferencePool(Sequence[PoolItem]):
         return cls._from_placed_rows(placed_rows(path), empty=f"{path}: no rows")
 
     @classmethod
-    def _from_placed_rows(cls, placed: Iterable[tuple[str, Any]],
-                          empty: str = "the pool has no rows") -> PreferencePool:
+    def _from_placed_rows(
+        cls, placed: Iterable[tuple[str, Any]], empty: str = "the pool has no rows"
+    ) -> PreferencePool:
         items, places = [], []
         for place, row in placed:
             items.append(item_from_row(row, place))
@@ -128,12 +128,16 @@ class PreferencePool(Sequence[PoolItem]):
             if earlier != n:
                 other = items[earlier]
                 repeated = item.id == content_id(item.prompt, item.responses) and (
-                    item.prompt, item.responses) == (other.prompt, other.responses)
+                    item.prompt,
+                    item.responses,
+                ) == (other.prompt, other.responses)
                 raise ActiveDPOError(
-                    f"{place}: the same row as {places[earlier]}: remove one of them" if repeated
+                    f"{place}: the same row as {places[earlier]}: remove one of them"
+                    if repeated
                     else f"{place}: id {item.id!r} is already that of {places[earlier]}: rows need "
                     "ids of their own; a column that names the prompt goes by another name (see "
-                    "prompt_by)")
+                    "prompt_by)"
+                )
         self._set(items)
         _warn_of_repeated_prompts(items)
 
@@ -158,8 +162,9 @@ class PreferencePool(Sequence[PoolItem]):
                 lines.append(json.dumps(row, ensure_ascii=False).encode())
             except (TypeError, ValueError, RecursionError) as error:
                 check_json_columns(item.extra, f"item {item.id!r}")
-                raise ActiveDPOError(f"item {item.id!r}: no JSON value: "
-                                     f"{first_line(error)}") from error
+                raise ActiveDPOError(
+                    f"item {item.id!r}: no JSON value: {first_line(error)}"
+                ) from error
         write_atomic(path, b"\n".join(lines) + b"\n")
 
     def fingerprint(self) -> str:
@@ -276,7 +281,8 @@ def as_pool(pool: PreferencePool | datasets.Dataset) -> PreferencePool:
         return PreferencePool.from_dataset(pool)
     raise ActiveDPOError(
         f"pool: expected a PreferencePool or a datasets.Dataset, got {type(pool).__name__}; make "
-        "one with PreferencePool.from_rows or load")
+        "one with PreferencePool.from_rows or load"
+    )
 
 
 def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:
@@ -286,10 +292,16 @@ def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:
         logger.warning(
             "the responses of %d of %d prompts begin with the prompt, which is then read twice, "
             "here and by DPOTrainer: are they whole transcripts? Take the prompt out of them",
-            count, len(items))
+            count,
+            len(items),
+        )
 
 
 def _begin_with_prompt(item: PoolItem) -> bool:
     prompt = item.prompt
-    return all(response.startswith(prompt) if isinstance(response, str) and isinstance(prompt, str)
-               else response[:len(prompt)] == prompt for response in item.responses)
+    return all(
+        response.startswith(prompt)
+        if isinstance(response, str) and isinstance(prompt, str)
+        else response[: len(prompt)] == prompt
+        for response in item.responses
+    )

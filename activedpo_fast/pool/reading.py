@@ -36,9 +36,11 @@ def item_from_row(row: Any, place: str) -> PoolItem:
     responses = _responses_of(given, place)
     if "prompt" not in given:
         if all(isinstance(response, list) for response in responses):
-            raise ActiveDPOError(f"{place}: no 'prompt': conversations that hold their prompt are "
-                                 "not split; extract it first (for instance with "
-                                 "trl.extract_prompt)")
+            raise ActiveDPOError(
+                f"{place}: no 'prompt': conversations that hold their prompt are "
+                "not split; extract it first (for instance with "
+                "trl.extract_prompt)"
+            )
         raise ActiveDPOError(f"{place}: missing column 'prompt'{_transcript_hint(responses)}")
     prompt = plain_text(given["prompt"])
     texts = tuple(plain_text(response) for response in responses)
@@ -73,8 +75,10 @@ def as_prompts(prompts: Sequence[Any] | datasets.Dataset) -> Sequence[Any]:
     if is_from_datasets(prompts):
         return _prompts_of(dataset_rows(prompts), empty=EMPTY_DATASET)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ActiveDPOError("prompts: expected Prompts, a PreferencePool or a datasets.Dataset, "
-                             f"got {type(prompts).__name__}")
+        raise ActiveDPOError(
+            "prompts: expected Prompts, a PreferencePool or a datasets.Dataset, "
+            f"got {type(prompts).__name__}"
+        )
     return prompts
 
 
@@ -85,9 +89,11 @@ def _prompts_of(placed: PlacedRows, empty: str) -> list[Prompt]:
         check_prompt_row(row, place)
         prompt, given = plain_text(row["prompt"]), id_of(row)
         check_text(prompt, "the prompt", place)
-        extra = {name: value for name, value in row.items()
-                 if name not in ("id", "prompt")
-                 and not (name in RESPONSE_COLUMNS and is_absent(value))}
+        extra = {
+            name: value
+            for name, value in row.items()
+            if name not in ("id", "prompt") and not (name in RESPONSE_COLUMNS and is_absent(value))
+        }
         check_columns(extra, place, chat=not isinstance(prompt, str), prompts=True)
         check_json_columns(extra, place)
         prompts.append(Prompt(content_id(prompt, ()) if given is None else given, prompt, extra))
@@ -102,8 +108,10 @@ def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
     columns = [name for name in ("responses", *PAIR_COLUMNS[0], *PAIR_COLUMNS[1]) if name in given]
     if columns == ["responses"]:
         if not isinstance(given["responses"], (list, tuple)):
-            raise ActiveDPOError(f"{place}: 'responses' must be a list of two or more, got "
-                                 f"{show(given['responses'])}")
+            raise ActiveDPOError(
+                f"{place}: 'responses' must be a list of two or more, got "
+                f"{show(given['responses'])}"
+            )
         return given["responses"]
     for pair in PAIR_COLUMNS:
         if columns == list(pair):
@@ -112,10 +120,14 @@ def _responses_of(given: Mapping[str, Any], place: str) -> Sequence[Any]:
         partner = {a: b for pair in PAIR_COLUMNS for a, b in (pair, pair[::-1])}[columns[0]]
         raise ActiveDPOError(f"{place}: {columns[0]!r} without {partner!r}")
     if not columns:
-        raise ActiveDPOError(f"{place}: no responses: expected the column 'responses', or 'chosen' "
-                             "and 'rejected', or 'response_a' and 'response_b'")
-    raise ActiveDPOError(f"{place}: the columns {', '.join(map(repr, columns))} together do not "
-                         "say which are the responses")
+        raise ActiveDPOError(
+            f"{place}: no responses: expected the column 'responses', or 'chosen' "
+            "and 'rejected', or 'response_a' and 'response_b'"
+        )
+    raise ActiveDPOError(
+        f"{place}: the columns {', '.join(map(repr, columns))} together do not "
+        "say which are the responses"
+    )
 
 
 def id_of(row: Mapping[str, Any]) -> Any:
@@ -138,17 +150,24 @@ def check_prompt_row(row: Any, place: str) -> None:
 def _transcript_hint(texts: Sequence[Any]) -> str:
     """Return advice on whole transcripts, as in Anthropic's HH data; empty for other texts."""
     turns = ("\n\nHuman:", "\n\nAssistant:")
-    if not texts or not all(isinstance(text, str) and all(turn in text for turn in turns)
-                            for text in texts):
+    if not texts or not all(
+        isinstance(text, str) and all(turn in text for turn in turns) for text in texts
+    ):
         return ""
-    return (": the texts are whole transcripts; split each after its last 'Assistant:' into prompt "
-            "and response (trl.extract_prompt takes what two of them have in common as the prompt, "
-            "which may be the first words of the responses too)")
+    return (
+        ": the texts are whole transcripts; split each after its last 'Assistant:' into prompt "
+        "and response (trl.extract_prompt takes what two of them have in common as the prompt, "
+        "which may be the first words of the responses too)"
+    )
 
 
 def plain_text(value: Any) -> Any:
     """Return a copy of chat messages, without keys that a table filled up with null."""
     if not isinstance(value, list):
         return value
-    return [{key: entry for key, entry in message.items() if entry is not None}
-            if isinstance(message, Mapping) else message for message in value]
+    return [
+        {key: entry for key, entry in message.items() if entry is not None}
+        if isinstance(message, Mapping)
+        else message
+        for message in value
+    ]

@@ -15,10 +15,20 @@ from activedpo_fast.errors import ActiveDPOError
 COLUMN = "chat_template_kwargs"
 
 # Arguments of `apply_chat_template` itself, which determine the form of its output.
-_RESERVED = frozenset({
-    "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict",
-    "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
-})
+_RESERVED = frozenset(
+    {
+        "conversation",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "padding",
+        "truncation",
+        "max_length",
+    }
+)
 
 
 def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
@@ -26,8 +36,9 @@ def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ActiveDPOError(f"{place}: expected an object with the template's arguments by name, "
-                             f"got {value!r}")
+        raise ActiveDPOError(
+            f"{place}: expected an object with the template's arguments by name, got {value!r}"
+        )
     reserved = _RESERVED & value.keys()
     if reserved:
         raise ActiveDPOError(f"{place}: {min(reserved)!r} is set by the library")
@@ -35,8 +46,10 @@ def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
         try:
             json.dumps(argument).encode()
         except (TypeError, ValueError, RecursionError):
-            raise ActiveDPOError(f"{place}: {key!r} is no JSON value, which it has to be to go "
-                                 "into the training data") from None
+            raise ActiveDPOError(
+                f"{place}: {key!r} is no JSON value, which it has to be to go "
+                "into the training data"
+            ) from None
 
 
 def parse_template_kwargs(text: str | None) -> dict[str, Any] | None:
@@ -57,9 +70,7 @@ def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(own) if isinstance(own, Mapping) and own else None
 
 
-def template_kwargs(
-    extra: Mapping[str, Any], common: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def template_kwargs(extra: Mapping[str, Any], common: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments for a row with chat messages: its own, over those of `common`."""
     return {**(common or {}), **(own_template_kwargs(extra) or {})}
 
@@ -74,7 +85,9 @@ def one_setting(given: Mapping[str, Any]) -> dict[str, Any] | None:
     for place, value in found:
         check_template_kwargs(value, place)
         if value != found[0][1]:
-            raise ActiveDPOError(f"{place} and {found[0][0]} differ ({value!r}, {found[0][1]!r}): "
-                                 "generating, selecting and training have one setting; give it "
-                                 "once, as chat_template_kwargs")
+            raise ActiveDPOError(
+                f"{place} and {found[0][0]} differ ({value!r}, {found[0][1]!r}): "
+                "generating, selecting and training have one setting; give it "
+                "once, as chat_template_kwargs"
+            )
     return dict(found[0][1]) or None if found else None

@@ -18,14 +18,17 @@ def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
     """Raise ActiveDPOError, naming `place`, unless given a prompt with distinct responses."""
     check_text(prompt, "the prompt", place)
     if len(responses) < 2:
-        raise ActiveDPOError(f"{place}: {len(responses)} response(s), two or more are needed to "
-                             "form a pair")
+        raise ActiveDPOError(
+            f"{place}: {len(responses)} response(s), two or more are needed to form a pair"
+        )
     for n, response in enumerate(responses, start=1):
         check_text(response, f"response {n}", place)
         if isinstance(response, str) != isinstance(prompt, str):
-            raise ActiveDPOError(f"{place}: the prompt is {kind_of(prompt)} but response {n} is "
-                                 f"{kind_of(response)}; use one of them for both")
-        if response in responses[:n - 1]:
+            raise ActiveDPOError(
+                f"{place}: the prompt is {kind_of(prompt)} but response {n} is "
+                f"{kind_of(response)}; use one of them for both"
+            )
+        if response in responses[: n - 1]:
             earlier = list(responses).index(response) + 1
             raise ActiveDPOError(f"{place}: responses {earlier} and {n} are identical")
 
@@ -39,20 +42,25 @@ def check_text(text: Any, what: str, place: str) -> None:
             _check_message(message, what, place)
         empty = not any(message["content"].strip() for message in text)
     else:
-        raise ActiveDPOError(f"{place}: {what} must be text or a list of chat messages, got "
-                             f"{show(text)}")
+        raise ActiveDPOError(
+            f"{place}: {what} must be text or a list of chat messages, got {show(text)}"
+        )
     if empty:
         raise ActiveDPOError(f"{place}: {what} is empty")
 
 
 def _check_message(message: Any, what: str, place: str) -> None:
     if not isinstance(message, dict):
-        raise ActiveDPOError(f"{place}: {what} has a chat message that is not an object with "
-                             f"'role' and 'content': {show(message)}")
+        raise ActiveDPOError(
+            f"{place}: {what} has a chat message that is not an object with "
+            f"'role' and 'content': {show(message)}"
+        )
     for key, value in message.items():
         if not isinstance(value, str):
-            raise ActiveDPOError(f"{place}: {what} has a chat message whose {key!r} is not a "
-                                 f"string: {show(value)}; {advice_for_key(key, value)}")
+            raise ActiveDPOError(
+                f"{place}: {what} has a chat message whose {key!r} is not a "
+                f"string: {show(value)}; {advice_for_key(key, value)}"
+            )
         check_string(value, what, place)
     for key in ("role", "content"):
         if key not in message:
@@ -65,8 +73,9 @@ def check_string(text: str, what: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ActiveDPOError(f"{place}: {what} has half of a surrogate pair, which is no "
-                             "character") from None
+        raise ActiveDPOError(
+            f"{place}: {what} has half of a surrogate pair, which is no character"
+        ) from None
 
 
 def content_id(prompt: Text, responses: Sequence[Text]) -> str:

@@ -100,12 +100,15 @@ def completion_tokens(response: TokenizedResponse) -> int:
 
 
 @leaves_tokenizer(1)
-def tokenize_pool(pool: PreferencePool | datasets.Dataset,
-                  processing_class: PreTrainedTokenizerBase, *,
-                  max_length: int | None = DEFAULT_MAX_LENGTH,
-                  truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
-                  chat_template_kwargs: dict[str, Any] | None = None,
-                  show_progress: bool | None = None) -> TokenizedPool:
+def tokenize_pool(
+    pool: PreferencePool | datasets.Dataset,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = DEFAULT_MAX_LENGTH,
+    truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> TokenizedPool:
     """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
 
     For an item with two responses the result is the trainer's. With more, all responses of the item
@@ -130,8 +133,9 @@ def tokenize_pool(pool: PreferencePool | datasets.Dataset,
     if max_length is not None and max_length < 2:
         raise ActiveDPOError(f"max_length: {max_length} leaves no token to score, 2 is the least")
     if truncation_mode not in ("keep_start", "keep_end"):
-        raise ActiveDPOError(f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor "
-                             "'keep_end'")
+        raise ActiveDPOError(
+            f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor 'keep_end'"
+        )
     pool = as_pool(pool)
     check_tokenizer(processing_class, chat=pool.is_chat)
     check_template_kwargs(chat_template_kwargs)
@@ -139,16 +143,22 @@ def tokenize_pool(pool: PreferencePool | datasets.Dataset,
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:
-            logger.warning("chat_template_kwargs have no effect: the texts are plain, not chat "
-                           "messages")
+            logger.warning(
+                "chat_template_kwargs have no effect: the texts are plain, not chat messages"
+            )
         encoded = _encode_plain(pool, processing_class)
 
     sequences: list[TokenizedResponse] = []
     items: list[int] = []
     skipped: list[int] = []
     merged = unequal = cut = 0
-    bar = progress_bar(show_progress, zip(pool, encoded, strict=True), total=len(pool),
-                       desc="tokenize", unit="prompt")
+    bar = progress_bar(
+        show_progress,
+        zip(pool, encoded, strict=True),
+        total=len(pool),
+        desc="tokenize",
+        unit="prompt",
+    )
     for position, (item, (prompt_ids, full_ids)) in enumerate(bar):
         starts = [_common_prefix_length(prompt_ids, ids) for ids in full_ids]
         start = min(starts)
@@ -157,8 +167,10 @@ def tokenize_pool(pool: PreferencePool | datasets.Dataset,
         unequal += sum(other > start for other in starts) >= 2
         for n, ids in enumerate(full_ids, start=1):
             if len(ids) <= max(start, 1):
-                raise ActiveDPOError(f"item {item.id!r}: response {n} adds no token to the prompt "
-                                     "that could be scored")
+                raise ActiveDPOError(
+                    f"item {item.id!r}: response {n} adds no token to the prompt "
+                    "that could be scored"
+                )
             sequences.append(_truncate(ids, start, max_length, truncation_mode))
             items.append(position)
         if max_length is not None and truncation_mode == "keep_start" and start >= max_length:
@@ -167,46 +179,71 @@ def tokenize_pool(pool: PreferencePool | datasets.Dataset,
             cut += sum(len(ids) > max_length for ids in full_ids)
 
     if merged:
-        logger.warning("%d of %d prompts are not tokenized the same alone as with a response "
-                       "(tokens merge at the boundary, or the chat template renders them "
-                       "differently); the response starts where they diverge, as in DPOTrainer",
-                       merged, len(pool))
+        logger.warning(
+            "%d of %d prompts are not tokenized the same alone as with a response "
+            "(tokens merge at the boundary, or the chat template renders them "
+            "differently); the response starts where they diverge, as in DPOTrainer",
+            merged,
+            len(pool),
+        )
     if unequal:
-        logger.warning("%d of %d prompts have three or more responses that start at different "
-                       "tokens; all start at the earliest, while DPOTrainer starts some pairs "
-                       "later", unequal, len(pool))
+        logger.warning(
+            "%d of %d prompts have three or more responses that start at different "
+            "tokens; all start at the earliest, while DPOTrainer starts some pairs "
+            "later",
+            unequal,
+            len(pool),
+        )
     if cut:
-        logger.warning("%d of %d responses are longer than max_length=%d with their prompt and are "
-                       "cut at the %s, as in DPOTrainer", cut, len(sequences), max_length,
-                       "end" if truncation_mode == "keep_start" else "beginning")
+        logger.warning(
+            "%d of %d responses are longer than max_length=%d with their prompt and are "
+            "cut at the %s, as in DPOTrainer",
+            cut,
+            len(sequences),
+            max_length,
+            "end" if truncation_mode == "keep_start" else "beginning",
+        )
     if skipped:
-        logger.warning("%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
-                       len(skipped), len(pool), max_length)
+        logger.warning(
+            "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
+            len(skipped),
+            len(pool),
+            max_length,
+        )
     return TokenizedPool(sequences, skipped, items, pool.ids)
 
 
 def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
     """Raise ActiveDPOError unless this is a text tokenizer with an EOS token or a chat template."""
     if isinstance(processing_class, ProcessorMixin):
-        raise ActiveDPOError(f"processing_class: {type(processing_class).__name__} is a processor "
-                             "for images or sound, which is not supported; pass a tokenizer")
+        raise ActiveDPOError(
+            f"processing_class: {type(processing_class).__name__} is a processor "
+            "for images or sound, which is not supported; pass a tokenizer"
+        )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ActiveDPOError("processing_class: expected a transformers tokenizer, got "
-                             f"{type(processing_class).__name__}")
+        raise ActiveDPOError(
+            "processing_class: expected a transformers tokenizer, got "
+            f"{type(processing_class).__name__}"
+        )
     if chat and not processing_class.chat_template:
-        raise ActiveDPOError("processing_class: the tokenizer has no chat template, which chat "
-                             "messages need")
+        raise ActiveDPOError(
+            "processing_class: the tokenizer has no chat template, which chat messages need"
+        )
     if not chat and processing_class.eos_token is None:
-        raise ActiveDPOError("processing_class: the tokenizer has no EOS token to end plain-text "
-                             "responses with; set tokenizer.eos_token")
+        raise ActiveDPOError(
+            "processing_class: the tokenizer has no EOS token to end plain-text "
+            "responses with; set tokenizer.eos_token"
+        )
 
 
-def encode_chat(processing_class: PreTrainedTokenizerBase, messages: list[Any], id: str,
-                **template_kwargs: Any) -> list[int]:
+def encode_chat(
+    processing_class: PreTrainedTokenizerBase, messages: list[Any], id: str, **template_kwargs: Any
+) -> list[int]:
     """Return the token ids of a conversation; `id` names its item in the error."""
     try:
-        encoded: Any = processing_class.apply_chat_template(messages, tokenize=True,
-                                                            return_dict=True, **template_kwargs)
+        encoded: Any = processing_class.apply_chat_template(
+            messages, tokenize=True, return_dict=True, **template_kwargs
+        )
     except Exception as error:  # a template is code and can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ActiveDPOError(f"item {id!r}: the chat template failed: {reason}") from error
@@ -219,7 +256,7 @@ _Encoded = Iterator[tuple[list[int], list[list[int]]]]
 def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _Encoded:
     eos = str(tokenizer.eos_token)
     for begin in range(0, len(pool), _ITEMS_A_BATCH):
-        items: list[PoolItem] = list(pool[begin:begin + _ITEMS_A_BATCH])
+        items: list[PoolItem] = list(pool[begin : begin + _ITEMS_A_BATCH])
         texts: list[str] = []
         for item in items:
             texts.append(str(item.prompt))
@@ -231,18 +268,25 @@ def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _
             yield next(ids), [next(ids) for _ in item.responses]
 
 
-def _encode_chat(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase,
-                 common: dict[str, Any]) -> _Encoded:
+def _encode_chat(
+    pool: PreferencePool, tokenizer: PreTrainedTokenizerBase, common: dict[str, Any]
+) -> _Encoded:
     for item in pool:
         messages = list(item.prompt)
         arguments = template_kwargs(item.extra, common)
         prompt = encode_chat(tokenizer, messages, item.id, add_generation_prompt=True, **arguments)
-        yield prompt, [encode_chat(tokenizer, [*messages, *response], item.id, **arguments)
-                       for response in item.responses]
+        yield (
+            prompt,
+            [
+                encode_chat(tokenizer, [*messages, *response], item.id, **arguments)
+                for response in item.responses
+            ],
+        )
 
 
-def _truncate(ids: list[int], start: int, max_length: int | None,
-              mode: TruncationMode) -> TokenizedResponse:
+def _truncate(
+    ids: list[int], start: int, max_length: int | None, mode: TruncationMode
+) -> TokenizedResponse:
     if max_length is None or len(ids) <= max_length:
         return TokenizedResponse(ids, start)
     if mode == "keep_start":
@@ -251,7 +295,7 @@ def _truncate(ids: list[int], start: int, max_length: int | None,
 
 
 def _common_prefix_length(ids: list[int], others: list[int]) -> int:
-    if others[:len(ids)] == ids:
+    if others[: len(ids)] == ids:
         return len(ids)
     differing = (n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b)
     return next(differing, len(others))

@@ -9,5 +9,17 @@ from activedpo_fast.selection.rules import Eligible, PickRules
 from activedpo_fast.selection.signals import Signals, TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy, make_strategy
 
-__all__ = ["STRATEGIES", "Eligible", "InformationMatrix", "Pick", "PickRules", "Ranking",
-           "Selection", "Signals", "Strategy", "TensorSignals", "greedy_logdet", "make_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Eligible",
+    "InformationMatrix",
+    "Pick",
+    "PickRules",
+    "Ranking",
+    "Selection",
+    "Signals",
+    "Strategy",
+    "TensorSignals",
+    "greedy_logdet",
+    "make_strategy",
+]

@@ -37,8 +37,14 @@ class Candidates:
 
     @classmethod
     def find(
-        cls, pool: PreferencePool, processes: PoolProcesses, *, labeled: Tensor, asked: Tensor,
-        skipped: Sequence[int], rules: PickRules | None,
+        cls,
+        pool: PreferencePool,
+        processes: PoolProcesses,
+        *,
+        labeled: Tensor,
+        asked: Tensor,
+        skipped: Sequence[int],
+        rules: PickRules | None,
     ) -> Candidates:
         """Return all pairs except those labeled, asked before, or of skipped items.
 
@@ -48,8 +54,9 @@ class Candidates:
             rules: `prompt_by` defines which items share a prompt.
         """
         prompts = PoolPrompts.of(pool, None if rules is None else rules.prompt_by)
-        pairs = candidate_pairs(pool, torch.cat([labeled, asked]), skipped, prompts,
-                                log=processes.rank == 0)
+        pairs = candidate_pairs(
+            pool, torch.cat([labeled, asked]), skipped, prompts, log=processes.rank == 0
+        )
         return cls(pool, pairs, labeled, prompts, processes.part(pool))
 
     @property
@@ -60,12 +67,16 @@ class Candidates:
     @property
     def own_pairs(self) -> Tensor:
         """The pairs of `mine`, with rows numbered from the part's first row."""
-        return self.pairs[self.mine.start:self.mine.stop] - self.part.rows.start
+        return self.pairs[self.mine.start : self.mine.stop] - self.part.rows.start
 
 
 def candidate_pairs(
-    pool: PreferencePool, known: Tensor, skipped: Sequence[int],
-    prompts: PoolPrompts | None = None, *, log: bool = True,
+    pool: PreferencePool,
+    known: Tensor,
+    skipped: Sequence[int],
+    prompts: PoolPrompts | None = None,
+    *,
+    log: bool = True,
 ) -> Tensor:
     """Return all pairs of `pool` except known ones and those of skipped items; int64 [N, 2].
 
@@ -90,8 +101,12 @@ def candidate_pairs(
     if bool(prompts.repeats().any()):
         first = first_of_each(code)
         if log and not first.all():
-            logger.info("%d of %d pairs have the prompt and responses of an earlier one: each is a "
-                        "candidate once", int((~first).sum()), len(pairs))
+            logger.info(
+                "%d of %d pairs have the prompt and responses of an earlier one: each is a "
+                "candidate once",
+                int((~first).sum()),
+                len(pairs),
+            )
         pairs = pairs[first]
     return pairs
 
@@ -105,8 +120,7 @@ def split_history(pool: PreferencePool, history: Sequence[Pick]) -> tuple[Tensor
     elsewhere: list[Pick] = []
     finder = PairFinder(pool)
     for pick in history:
-        rows = finder.rows(
-            pick.id, pick.prompt, pick.responses, pick.item_chat_template_kwargs)
+        rows = finder.rows(pick.id, pick.prompt, pick.responses, pick.item_chat_template_kwargs)
         if rows is None:
             elsewhere.append(pick)
         else:
@@ -116,7 +130,14 @@ def split_history(pool: PreferencePool, history: Sequence[Pick]) -> tuple[Tensor
 
 def pool_text(pool: PreferencePool, rules: PickRules | None) -> str:
     """Return a text that is equal for two pools only if these rules cannot tell them apart."""
-    columns = [] if rules is None else [
-        c for c in (rules.group_by, rules.cost, rules.prompt_by) if c is not None]
-    return repr((pool.fingerprint(), [[item.extra.get(c) for c in columns] for item in pool]
-                 if columns else []))
+    columns = (
+        []
+        if rules is None
+        else [c for c in (rules.group_by, rules.cost, rules.prompt_by) if c is not None]
+    )
+    return repr(
+        (
+            pool.fingerprint(),
+            [[item.extra.get(c) for c in columns] for item in pool] if columns else [],
+        )
+    )

@@ -64,7 +64,8 @@ class ModelSignals(Signals):
     def gradients(self, *, relative: bool = False) -> Tensor:
         def take() -> Tensor:
             rows = self._extractor.gradients(
-                self._tokens, relative=relative, show_progress=self._show_progress)
+                self._tokens, relative=relative, show_progress=self._show_progress
+            )
             self._cache.setdefault("logps", rows.logps)  # they come for free
             return rows.gradients
 
@@ -73,38 +74,55 @@ class ModelSignals(Signals):
     def history_gradients(self, *, relative: bool = False) -> History:
         def take(tokens: TokenizedPool) -> Tensor:
             rows = self._extractor.gradients(
-                tokens, relative=relative, show_progress=self._show_progress)
+                tokens, relative=relative, show_progress=self._show_progress
+            )
             self._cache.setdefault("outside logps", rows.logps)
             return rows.gradients
 
-        return self._once(f"history_gradients {relative=}", lambda: self._history(
-            self.gradients(relative=relative), take))
+        return self._once(
+            f"history_gradients {relative=}",
+            lambda: self._history(self.gradients(relative=relative), take),
+        )
 
     def hidden(self) -> Tensor:
-        return self._taken("hidden", lambda: self._extractor.hidden(
-            self._tokens, show_progress=self._show_progress))
+        return self._taken(
+            "hidden",
+            lambda: self._extractor.hidden(self._tokens, show_progress=self._show_progress),
+        )
 
     def history_hidden(self) -> History:
-        return self._once("history_hidden", lambda: self._history(
-            self.hidden(),
-            lambda tokens: self._extractor.hidden(tokens, show_progress=self._show_progress)))
+        return self._once(
+            "history_hidden",
+            lambda: self._history(
+                self.hidden(),
+                lambda tokens: self._extractor.hidden(tokens, show_progress=self._show_progress),
+            ),
+        )
 
     def logps(self) -> Tensor:
-        return self._taken("logps", lambda: self._extractor.logps(
-            self._tokens, show_progress=self._show_progress))
+        return self._taken(
+            "logps", lambda: self._extractor.logps(self._tokens, show_progress=self._show_progress)
+        )
 
     def history_logps(self) -> History:
-        return self._once("history_logps", lambda: self._history(
-            self.logps(),
-            lambda tokens: self._once("outside logps", lambda: self._extractor.logps(
-                tokens, show_progress=self._show_progress))))
+        return self._once(
+            "history_logps",
+            lambda: self._history(
+                self.logps(),
+                lambda tokens: self._once(
+                    "outside logps",
+                    lambda: self._extractor.logps(tokens, show_progress=self._show_progress),
+                ),
+            ),
+        )
 
     def ref_logps(self) -> Tensor:
         return self._taken("ref_logps", lambda: self._reference_logps(self._tokens))
 
     def history_ref_logps(self) -> History:
-        return self._once("history_ref_logps", lambda: self._history(
-            self.ref_logps(), self._reference_logps))
+        return self._once(
+            "history_ref_logps", lambda: self._history(self.ref_logps(), self._reference_logps)
+        )
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         if name not in self._cache:
@@ -127,8 +145,9 @@ class ModelSignals(Signals):
         if not self._elsewhere:
             return inside, pairs_inside
         tokens = self._taken("outside tokens", self._outside_tokens)
-        outside = self._processes.gather(self._processes.check(
-            lambda: rows[:0] if tokens is None else extract(tokens)))
+        outside = self._processes.gather(
+            self._processes.check(lambda: rows[:0] if tokens is None else extract(tokens))
+        )
         pairs_outside = torch.arange(2 * len(self._elsewhere)).view(-1, 2) + len(inside)
         return torch.cat([inside, outside]), torch.cat([pairs_inside, pairs_outside])
 

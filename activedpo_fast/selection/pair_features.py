@@ -64,21 +64,24 @@ class PairFeatures:
     ) -> None:
         check_normalize(normalize)
         if rows.ndim != 2 or not rows.is_floating_point():
-            raise ActiveDPOError(f"rows must be a floating-point matrix [R, k], not {rows.dtype} "
-                                 f"{list(rows.shape)}")
+            raise ActiveDPOError(
+                f"rows must be a floating-point matrix [R, k], not {rows.dtype} {list(rows.shape)}"
+            )
         check_pairs(pairs, len(rows), "pairs")
         self.dim = rows.shape[1]
         self.device = rows.device
         self.pairs = pairs.cpu().contiguous()
         by_response = normalize == "response"
         norms, lengths = score_ops.pair_lengths(
-            rows, self.pairs, by_row=by_response, show_progress=show_progress)
+            rows, self.pairs, by_row=by_response, show_progress=show_progress
+        )
         _check_finite(norms)
         if rows.dtype != torch.float64 and not _in_range(norms):
             if not isinstance(rows, Tensor):
                 raise ActiveDPOError(
                     f"rows on disk have norms from {float(norms[norms > 0].min()):.3g} to "
-                    f"{float(norms.max()):.3g}: out of range for selection from {rows.dtype} rows")
+                    f"{float(norms.max()):.3g}: out of range for selection from {rows.dtype} rows"
+                )
             rows = rows.to(torch.float64)
         self.rows = rows
 
@@ -140,12 +143,14 @@ def _check_finite(norms: Tensor) -> None:
 
 def _check_weights(weights: Tensor, n_pairs: int) -> None:
     if weights.shape != (n_pairs,) or not weights.is_floating_point():
-        raise ActiveDPOError(f"weights must be floating [{n_pairs}], not {weights.dtype} "
-                             f"{list(weights.shape)}")
+        raise ActiveDPOError(
+            f"weights must be floating [{n_pairs}], not {weights.dtype} {list(weights.shape)}"
+        )
     bad = (~(weights.isfinite() & (weights >= 0))).nonzero().flatten().tolist()
     if bad:
-        raise ActiveDPOError(f"weight {bad[0]} is {float(weights[bad[0]])}: weights must be finite "
-                             "and not negative")
+        raise ActiveDPOError(
+            f"weight {bad[0]} is {float(weights[bad[0]])}: weights must be finite and not negative"
+        )
 
 
 def _in_range(norms: Tensor) -> bool:

@@ -53,9 +53,16 @@ class Pick:
 
 def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
     """Return the line of a pick; `more` are extra fields. Template fields only if there are any."""
-    record = {"id": pick.id, "pair": list(pick.pair), "score": pick.score, "rank": pick.rank,
-              "prompt": pick.prompt, "responses": list(pick.responses),
-              **(template_fields(pick) if template else {}), **more}
+    record = {
+        "id": pick.id,
+        "pair": list(pick.pair),
+        "score": pick.score,
+        "rank": pick.rank,
+        "prompt": pick.prompt,
+        "responses": list(pick.responses),
+        **(template_fields(pick) if template else {}),
+        **more,
+    }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -82,8 +89,9 @@ def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
         # The same id and pair with other responses is another round's pick, not a duplicate.
         key = json.dumps([pick.id, pick.pair, pick.prompt, pick.responses], sort_keys=True)
         if key in seen:
-            raise ActiveDPOError(f"{place}: pair {list(pick.pair)} of id {pick.id!r} is already on "
-                                 f"line {seen[key]}")
+            raise ActiveDPOError(
+                f"{place}: pair {list(pick.pair)} of id {pick.id!r} is already on line {seen[key]}"
+            )
         seen[key] = number
         found.append((place, pick, record))
     return found
@@ -104,8 +112,12 @@ def _parse_pick(record: Any, place: str) -> Pick:
     if not isinstance(record["id"], str):
         raise ActiveDPOError(f"{place}: 'id' must be a string")
     pair = record["pair"]
-    if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(i) for i in pair)
-            and pair[0] != pair[1]):
+    if not (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(_is_count(i) for i in pair)
+        and pair[0] != pair[1]
+    ):
         raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
     score = record["score"]
     # A JSON integer may be too large for a float; only the comparison is safe.
@@ -116,16 +128,25 @@ def _parse_pick(record: Any, place: str) -> Pick:
     prompt, responses = record["prompt"], record["responses"]
     if not _is_text(prompt):
         raise ActiveDPOError(f"{place}: 'prompt' must be a string or a list of chat messages")
-    if not (isinstance(responses, list) and len(responses) == 2
-            and all(_is_text(r) and isinstance(r, str) == isinstance(prompt, str)
-                    for r in responses)):
+    if not (
+        isinstance(responses, list)
+        and len(responses) == 2
+        and all(_is_text(r) and isinstance(r, str) == isinstance(prompt, str) for r in responses)
+    ):
         raise ActiveDPOError(
             f"{place}: 'responses' must be two texts of the prompt's kind (string or messages)"
         )
     for name in _TEMPLATE_FIELDS:
         check_template_kwargs(record.get(name), f"{place}: {name!r}")
-    return Pick(record["id"], (pair[0], pair[1]), float(score), record["rank"], prompt,
-                (responses[0], responses[1]), *map(record.get, _TEMPLATE_FIELDS))
+    return Pick(
+        record["id"],
+        (pair[0], pair[1]),
+        float(score),
+        record["rank"],
+        prompt,
+        (responses[0], responses[1]),
+        *map(record.get, _TEMPLATE_FIELDS),
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -135,9 +156,13 @@ def _is_count(value: Any) -> bool:
 def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return True
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
     )

@@ -44,15 +44,19 @@ def prompt_key(item: PoolItem | Prompt, prompt_by: str | None) -> str | bytes:
         raise ActiveDPOError(f"prompt_by: item {item.id!r} has no {prompt_by!r}")
     name = name_of(value)
     if name is None:
-        raise ActiveDPOError(f"prompt_by: {prompt_by!r} of item {item.id!r} must be text, an "
-                             f"integer or a boolean, not {value!r}")
+        raise ActiveDPOError(
+            f"prompt_by: {prompt_by!r} of item {item.id!r} must be text, an "
+            f"integer or a boolean, not {value!r}"
+        )
     return name
 
 
 def distinct_prompts(prompts: Sequence[Prompt], prompt_by: str | None) -> list[Prompt]:
     """Return the prompts in order, without those that repeat another's text (and column)."""
-    seen = {(prompt_key(prompt, prompt_by), text_key(prompt.prompt)): prompt
-            for prompt in reversed(prompts)}
+    seen = {
+        (prompt_key(prompt, prompt_by), text_key(prompt.prompt)): prompt
+        for prompt in reversed(prompts)
+    }
     first = {prompt.id for prompt in seen.values()}
     return [prompt for prompt in prompts if prompt.id in first]
 
@@ -90,8 +94,9 @@ class PoolPrompts:
         first_row = torch.arange(pool.n_responses)
         count = Counter(of_item)
         rows: dict[tuple[int, str | bytes], int] = {}
-        for item, number, offset in zip(pool, of_item, pool.response_offsets.tolist(),
-                                        strict=False):
+        for item, number, offset in zip(
+            pool, of_item, pool.response_offsets.tolist(), strict=False
+        ):
             if count[number] > 1:
                 for row, response in enumerate(item.responses, start=offset):
                     first_row[row] = rows.setdefault((number, text_key(response)), row)
@@ -132,8 +137,7 @@ class PairFinder:
         self._by_text: dict[str | bytes, list[int]] | None = None
 
     def rows(
-        self, id: str, prompt: Text, responses: Sequence[Text],
-        own: dict[str, Any] | None = _ANY,
+        self, id: str, prompt: Text, responses: Sequence[Text], own: dict[str, Any] | None = _ANY
     ) -> list[int] | None:
         """Return the rows of two responses to `prompt` in one item: item `id`, or else the first.
 

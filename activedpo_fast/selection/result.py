@@ -18,6 +18,7 @@ from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
 if TYPE_CHECKING:
     import datasets
 
+
 @dataclass(frozen=True)
 class Selection(Sequence[Pick]):
     """The picks of one call, best first, and the name of the strategy that made them.
@@ -134,9 +135,14 @@ class Selection(Sequence[Pick]):
         item of pick number p has the id `"<id>#<p>"`.
         """
         return PreferencePool(
-            PoolItem(id=f"{pick.id}#{position}", prompt=pick.prompt, responses=pick.responses,
-                     extra={COLUMN: pick.item_chat_template_kwargs}
-                     if pick.item_chat_template_kwargs else {})
+            PoolItem(
+                id=f"{pick.id}#{position}",
+                prompt=pick.prompt,
+                responses=pick.responses,
+                extra={COLUMN: pick.item_chat_template_kwargs}
+                if pick.item_chat_template_kwargs
+                else {},
+            )
             for position, pick in enumerate(self.picks)
         )
 
@@ -151,8 +157,12 @@ def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name in ("prompt", "chosen", "rejected"):
-        keys = {frozenset(message) for text in columns[name] if not isinstance(text, str)
-                for message in text}
+        keys = {
+            frozenset(message)
+            for text in columns[name]
+            if not isinstance(text, str)
+            for message in text
+        }
         if len(keys) > 1:
             found[name] = datasets.List(datasets.Json())
     if COLUMN in columns:

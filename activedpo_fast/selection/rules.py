@@ -71,11 +71,15 @@ class PickRules:
 
     def __post_init__(self) -> None:
         if self.max_per_prompt is not None and not _is_count(self.max_per_prompt, least=1):
-            raise ActiveDPOError("max_per_prompt must be an integer from 1, not "
-                                 f"{self.max_per_prompt!r}")
+            raise ActiveDPOError(
+                f"max_per_prompt must be an integer from 1, not {self.max_per_prompt!r}"
+            )
         object.__setattr__(self, "exclude", _ids(self.exclude))
-        for name, value in (("group_by", self.group_by), ("cost", self.cost),
-                            ("prompt_by", self.prompt_by)):
+        for name, value in (
+            ("group_by", self.group_by),
+            ("cost", self.cost),
+            ("prompt_by", self.prompt_by),
+        ):
             if value is not None and not (isinstance(value, str) and value):
                 raise ActiveDPOError(f"{name} must be the name of a field, not {value!r}")
         object.__setattr__(self, "quotas", _quotas(self.quotas))
@@ -85,8 +89,9 @@ class PickRules:
         if self.min_score is not None and not _is_number(self.min_score):
             raise ActiveDPOError(f"min_score must be a finite number, not {self.min_score!r}")
         if not (_is_number(self.random_fraction) and 0 <= self.random_fraction <= 1):
-            raise ActiveDPOError("random_fraction must be a number from 0 to 1, not "
-                                 f"{self.random_fraction!r}")
+            raise ActiveDPOError(
+                f"random_fraction must be a number from 0 to 1, not {self.random_fraction!r}"
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ActiveDPOError(f"seed must be an integer, not {self.seed!r}")
 
@@ -105,8 +110,10 @@ class PickRules:
         if self.group_by is not None:
             if all(self.group_by not in item.extra for item in items):
                 columns = sorted({name for item in items for name in item.extra})
-                raise ActiveDPOError(f"group_by: there is no column {self.group_by!r}; the columns "
-                                     f"are {', '.join(columns) or 'the texts alone'}")
+                raise ActiveDPOError(
+                    f"group_by: there is no column {self.group_by!r}; the columns "
+                    f"are {', '.join(columns) or 'the texts alone'}"
+                )
             groups = {_group(item, self.group_by) for item in items}
             for group in self.quotas:
                 if group not in groups:
@@ -130,8 +137,11 @@ class PickRules:
             groups = {_group(item, self.group_by) for item in listed}
             quotas = {group: most for group, most in self.quotas.items() if group in groups}
         return dataclasses.replace(
-            self, exclude=[id for id in self.exclude if id in ids], quotas=quotas,
-            group_by=self.group_by if quotas else None)
+            self,
+            exclude=[id for id in self.exclude if id in ids],
+            quotas=quotas,
+            group_by=self.group_by if quotas else None,
+        )
 
     def bind(self, pool: PreferencePool, pairs: Tensor, n: int) -> Eligible:
         """Apply the rules to the candidates of one selection.
@@ -159,8 +169,10 @@ class PickRules:
             room = list(self.quotas.values())
         inverse_cost = None
         if self.cost is not None:
-            costs = [1.0 if out else _cost(one, self.cost)
-                     for one, out in zip(pool, excluded.tolist(), strict=True)]
+            costs = [
+                1.0 if out else _cost(one, self.cost)
+                for one, out in zip(pool, excluded.tolist(), strict=True)
+            ]
             inverse_cost = torch.tensor(costs, dtype=torch.float64).reciprocal()[item]
         n_random = round(self.random_fraction * n)
         order = None
@@ -170,10 +182,16 @@ class PickRules:
         if self.max_per_prompt is not None:
             prompt = PoolPrompts.of(pool, self.prompt_by).of_item[item]
         eligible = Eligible(
-            ~excluded[item], inverse_cost=inverse_cost, n_random=n_random, random_order=order,
+            ~excluded[item],
+            inverse_cost=inverse_cost,
+            n_random=n_random,
+            random_order=order,
             min_score=-math.inf if self.min_score is None else float(self.min_score),
             prompt=prompt,
-            max_per_prompt=self.max_per_prompt or 0, group=group, room=room)
+            max_per_prompt=self.max_per_prompt or 0,
+            group=group,
+            room=room,
+        )
         if n > 0 and len(pairs) and not eligible.left.any():
             raise ActiveDPOError(f"the rules leave none of {len(pairs)} candidate pairs")
         return eligible
@@ -257,10 +275,16 @@ class Eligible:
             return None if values is None else values[start:end]
 
         return Eligible(
-            self.left[start:end].clone(), inverse_cost=cut(self.inverse_cost),
-            min_score=self.min_score, n_random=self.n_random, random_order=cut(self.random_order),
-            prompt=cut(self._prompt), max_per_prompt=self._max_per_prompt, group=cut(self._group),
-            room=self._room)
+            self.left[start:end].clone(),
+            inverse_cost=cut(self.inverse_cost),
+            min_score=self.min_score,
+            n_random=self.n_random,
+            random_order=cut(self.random_order),
+            prompt=cut(self._prompt),
+            max_per_prompt=self._max_per_prompt,
+            group=cut(self._group),
+            room=self._room,
+        )
 
     def take(self, index: int) -> int:
         """Record the pick of candidate `index`: close it, and its prompt and group if now full.
@@ -301,7 +325,7 @@ class Eligible:
             self._taken[prompt] = self._taken.get(prompt, 0) + 1
             if self._taken[prompt] >= self._max_per_prompt and prompt < len(self._end):
                 start = int(self._end[prompt - 1]) if prompt else 0
-                self.left[self._by_prompt[start:int(self._end[prompt])]] = False
+                self.left[self._by_prompt[start : int(self._end[prompt])]] = False
         if group < 0:
             return
         self._room[group] -= 1
@@ -330,8 +354,9 @@ def warn_if_fewer(picked: int, n: int, eligible: Eligible) -> None:
     if picked < n:
         least = eligible.min_score
         which = "" if least == -math.inf else f" that scores {least} or more"
-        logger.warning("%d of %d pairs picked: the rules leave no other candidate%s", picked, n,
-                       which)
+        logger.warning(
+            "%d of %d pairs picked: the rules leave no other candidate%s", picked, n, which
+        )
 
 
 # -- validation of the rules' values ---------------------------------------------------------------
@@ -368,8 +393,10 @@ def _group(item: PoolItem | Prompt, name: str) -> str | None:
         return None
     group = name_of(value)
     if group is None:
-        raise ActiveDPOError(f"group_by: {name!r} of item {item.id!r} must be text, an integer or "
-                             f"a boolean, not {value!r}")
+        raise ActiveDPOError(
+            f"group_by: {name!r} of item {item.id!r} must be text, an integer or "
+            f"a boolean, not {value!r}"
+        )
     return group
 
 
@@ -379,8 +406,9 @@ def _cost(item: PoolItem | Prompt, name: str) -> float:
     value = item.extra[name]
     # 1 / cost must be finite too, which it is not for the smallest floats.
     if not (_is_number(value) and float(value) > 0 and _is_number(1 / float(value))):
-        raise ActiveDPOError(f"cost: {name!r} of item {item.id!r} must be a positive number, not "
-                             f"{value!r}")
+        raise ActiveDPOError(
+            f"cost: {name!r} of item {item.id!r} must be a positive number, not {value!r}"
+        )
     return float(value)
 
 

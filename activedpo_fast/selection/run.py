@@ -24,10 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_selection(
-    candidates: Candidates, signals: Signals, strategy: Strategy, n: int, *,
-    rules: PickRules | None = None, fewer_ok: bool = False,
+    candidates: Candidates,
+    signals: Signals,
+    strategy: Strategy,
+    n: int,
+    *,
+    rules: PickRules | None = None,
+    fewer_ok: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+    group: dist.ProcessGroup | None = None,
+    show_progress: bool | None = None,
 ) -> Selection:
     """Return the n candidates that the strategy picks under the rules, best first.
 
@@ -45,8 +51,9 @@ def run_selection(
     found = len(candidates.pairs)
     if fewer_ok and isinstance(n, int) and found < n:
         if first:
-            logger.warning("%d pairs are picked instead of %d: there are no other candidates",
-                           found, n)
+            logger.warning(
+                "%d pairs are picked instead of %d: there are no other candidates", found, n
+            )
         n = found
     n = check_n(n, found)
     eligible = None
@@ -54,16 +61,21 @@ def run_selection(
         eligible = rules.bind(candidates.pool, candidates.pairs, n)
         if group is not None:
             eligible = eligible.part(candidates.mine.start, candidates.mine.stop)
-    ranking = strategy.select(signals, n, eligible=eligible, group=group,
-                              show_progress=show_progress)
+    ranking = strategy.select(
+        signals, n, eligible=eligible, group=group, show_progress=show_progress
+    )
     if eligible is not None and first:
         warn_if_fewer(len(ranking.indices), n, eligible)
-    return selection_of(candidates.pool, candidates.pairs, ranking, strategy.name,
-                        chat_template_kwargs)
+    return selection_of(
+        candidates.pool, candidates.pairs, ranking, strategy.name, chat_template_kwargs
+    )
 
 
 def selection_of(
-    pool: PreferencePool, pairs: Tensor, ranking: Ranking, strategy: str,
+    pool: PreferencePool,
+    pairs: Tensor,
+    ranking: Ranking,
+    strategy: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Selection:
     """Return the picks described by a ranking of candidate `pairs`."""
@@ -75,6 +87,16 @@ def selection_of(
         item = pool[position]
         arguments = template_kwargs(item.extra, chat_template_kwargs) if pool.is_chat else None
         own = own_template_kwargs(item.extra) if pool.is_chat else None
-        picks.append(Pick(item.id, (first, second), score, rank, item.prompt,
-                          (item.responses[first], item.responses[second]), arguments or None, own))
+        picks.append(
+            Pick(
+                item.id,
+                (first, second),
+                score,
+                rank,
+                item.prompt,
+                (item.responses[first], item.responses[second]),
+                arguments or None,
+                own,
+            )
+        )
     return Selection(tuple(picks), strategy)

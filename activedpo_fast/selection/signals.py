@@ -136,35 +136,49 @@ class TensorSignals(Signals):
         for name, matrix in (("gradients", gradients), ("hidden", hidden)):
             if matrix is not None:
                 _check_matrix(matrix, name)
-        for name, given in (("gradients", gradients), ("hidden", hidden), ("logps", logps),
-                            ("ref_logps", ref_logps), ("lengths", lengths)):
+        for name, given in (
+            ("gradients", gradients),
+            ("hidden", hidden),
+            ("logps", logps),
+            ("ref_logps", ref_logps),
+            ("lengths", lengths),
+        ):
             if given is not None and len(given) != n_rows:
                 raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
         for name, vector in (("logps", logps), ("ref_logps", ref_logps)):
             if vector is not None:
                 _check_vector(vector, name)
-        for name, history, current in (("history_gradients", history_gradients, gradients),
-                                       ("history_hidden", history_hidden, hidden)):
+        for name, history, current in (
+            ("history_gradients", history_gradients, gradients),
+            ("history_hidden", history_hidden, hidden),
+        ):
             if history is not None:
                 rows, labeled = history
                 _check_matrix(rows, name)
                 check_pairs(labeled, len(rows), name)
                 if current is not None and rows.shape[1] != current.shape[1]:
-                    raise ActiveDPOError(f"{name} has {rows.shape[1]} columns, "
-                                         f"the candidates have {current.shape[1]}")
-        for name, history in (("history_logps", history_logps),
-                              ("history_ref_logps", history_ref_logps)):
+                    raise ActiveDPOError(
+                        f"{name} has {rows.shape[1]} columns, "
+                        f"the candidates have {current.shape[1]}"
+                    )
+        for name, history in (
+            ("history_logps", history_logps),
+            ("history_ref_logps", history_ref_logps),
+        ):
             if history is not None:
                 _check_vector(history[0], name)
                 check_pairs(history[1], len(history[0]), name)
         self.pairs = pairs
         self.item_of_row = item_of_row
         self.lengths = lengths
-        for name, numbers, dtype in (("prompt_of_row", prompt_of_row, torch.int64),
-                                     ("repeated", repeated, torch.bool)):
+        for name, numbers, dtype in (
+            ("prompt_of_row", prompt_of_row, torch.int64),
+            ("repeated", repeated, torch.bool),
+        ):
             if numbers is not None and (numbers.dtype, numbers.shape) != (dtype, (n_rows,)):
-                raise ActiveDPOError(f"{name} must be {dtype} [{n_rows}], not {numbers.dtype} "
-                                     f"{list(numbers.shape)}")
+                raise ActiveDPOError(
+                    f"{name} must be {dtype} [{n_rows}], not {numbers.dtype} {list(numbers.shape)}"
+                )
         self.prompt_of_row = prompt_of_row
         self.repeated = repeated
         self._gradients = gradients
@@ -172,8 +186,10 @@ class TensorSignals(Signals):
         self._logps = logps
         self._ref_logps = ref_logps
         self._histories = {
-            "history_gradients": history_gradients, "history_hidden": history_hidden,
-            "history_logps": history_logps, "history_ref_logps": history_ref_logps,
+            "history_gradients": history_gradients,
+            "history_hidden": history_hidden,
+            "history_logps": history_logps,
+            "history_ref_logps": history_ref_logps,
         }
 
     def gradients(self, *, relative: bool = False) -> Tensor | StoredRows:
@@ -227,9 +243,7 @@ def empty_history(rows: Tensor | StoredRows) -> History:
 def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
     """Raise `ActiveDPOError` unless `pairs` is int64 [N, 2] with row numbers in 0..n_rows-1."""
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
-        raise ActiveDPOError(
-            f"{name} must be int64 [N, 2], not {pairs.dtype} {list(pairs.shape)}"
-        )
+        raise ActiveDPOError(f"{name} must be int64 [N, 2], not {pairs.dtype} {list(pairs.shape)}")
     outside = ((pairs < 0) | (pairs >= n_rows)).any(dim=1).nonzero()
     if len(outside):
         position = int(outside[0])
@@ -240,8 +254,10 @@ def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
 
 def _check_vector(values: Tensor, name: str) -> None:
     if values.ndim != 1 or not values.is_floating_point():
-        raise ActiveDPOError(f"{name} must be floating-point numbers of one dimension, not "
-                             f"{values.dtype} {list(values.shape)}")
+        raise ActiveDPOError(
+            f"{name} must be floating-point numbers of one dimension, not "
+            f"{values.dtype} {list(values.shape)}"
+        )
 
 
 def _check_matrix(rows: Tensor | StoredRows, name: str) -> None:

@@ -50,7 +50,11 @@ class StoredRows:
     device = torch.device("cpu")
 
     def __init__(
-        self, files: _Files, file_of_row: Tensor, offset_of_row: Tensor, dim: int,
+        self,
+        files: _Files,
+        file_of_row: Tensor,
+        offset_of_row: Tensor,
+        dim: int,
         dtype: torch.dtype,
     ) -> None:
         self._files: _Files | None = files
@@ -63,10 +67,7 @@ class StoredRows:
 
     @classmethod
     def open(
-        cls,
-        paths: Sequence[FilePath],
-        tensor: str = "gradients",
-        order: Tensor | None = None,
+        cls, paths: Sequence[FilePath], tensor: str = "gradients", order: Tensor | None = None
     ) -> StoredRows:
         """Open the rows of the matrices called `tensor` in safetensors files.
 
@@ -92,7 +93,8 @@ class StoredRows:
             if (layout.dim, layout.dtype) != (first.dim, first.dtype):
                 raise ActiveDPOError(
                     f"{path} has rows of {layout.dim} {_name(layout.dtype)} numbers, "
-                    f"{files.paths[0]} of {first.dim} {_name(first.dtype)}")
+                    f"{files.paths[0]} of {first.dim} {_name(first.dtype)}"
+                )
         counts = torch.tensor([layout.rows for layout in layouts])
         row_bytes = first.dim * first.dtype.itemsize
         rows = cls(
@@ -144,8 +146,13 @@ class StoredRows:
     def select(self, ids: Tensor) -> StoredRows:
         """Return the rows numbered `ids`, int64 [m], as stored rows of the same open files."""
         numbers = torch.from_numpy(self._checked(ids))
-        return StoredRows(self._open_files(), self.file_of_row[numbers],
-                          self.offset_of_row[numbers], self.shape[1], self.dtype)
+        return StoredRows(
+            self._open_files(),
+            self.file_of_row[numbers],
+            self.offset_of_row[numbers],
+            self.shape[1],
+            self.dtype,
+        )
 
     def close(self) -> None:
         """Release the files; may be called more than once."""
@@ -170,8 +177,9 @@ class StoredRows:
 
     def _checked(self, ids: Tensor) -> np.ndarray:
         if ids.ndim != 1 or ids.dtype != torch.int64:
-            raise ActiveDPOError(f"row numbers must be int64 [m], not {ids.dtype} "
-                                 f"{list(ids.shape)}")
+            raise ActiveDPOError(
+                f"row numbers must be int64 [m], not {ids.dtype} {list(ids.shape)}"
+            )
         numbers = ids.cpu().numpy()
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
         if len(outside):
@@ -193,8 +201,7 @@ class StoredRows:
             taken[torch.from_numpy(order[~new])] = taken[torch.from_numpy(source[~new])]
 
     def _read_sorted(
-        self, files: _Files, file: np.ndarray, offset: np.ndarray, target: np.ndarray,
-        taken: Tensor,
+        self, files: _Files, file: np.ndarray, offset: np.ndarray, target: np.ndarray, taken: Tensor
     ) -> None:
         """Read distinct rows, sorted by file and offset, into the rows `target` of `taken`."""
         size = self.row_bytes
@@ -211,8 +218,9 @@ class StoredRows:
 
         runs = np.flatnonzero(starts_run)
         lengths = size * np.diff(runs, append=len(target))
-        places = list(zip(file[runs].tolist(), offset[runs].tolist(), lengths.tolist(),
-                          strict=True))
+        places = list(
+            zip(file[runs].tolist(), offset[runs].tolist(), lengths.tolist(), strict=True)
+        )
         if len(places) > 1:
             # Requesting many places at once may more than double a disk's speed.
             for number, position, length in places:
@@ -253,14 +261,18 @@ class _Files:
         done = 0
         while done < len(buffers):
             try:
-                count = os.preadv(self.descriptors[number],
-                                  buffers[done : done + _BUFFERS_PER_READ], offset)
+                count = os.preadv(
+                    self.descriptors[number], buffers[done : done + _BUFFERS_PER_READ], offset
+                )
             except OSError as error:
                 raise ActiveDPOError(
-                    f"{self.paths[number]} cannot be read: {error.strerror}") from None
+                    f"{self.paths[number]} cannot be read: {error.strerror}"
+                ) from None
             if count == 0:
-                raise ActiveDPOError(f"{self.paths[number]} has been cut short: it ends at byte "
-                                     f"{offset}, within its rows")
+                raise ActiveDPOError(
+                    f"{self.paths[number]} has been cut short: it ends at byte "
+                    f"{offset}, within its rows"
+                )
             offset += count
             while done < len(buffers) and count >= len(buffers[done]):
                 count -= len(buffers[done])
@@ -321,14 +333,17 @@ def _read_layout(file: _File, tensor: str) -> _Layout:
         refuse(f"no tensor {tensor!r} in it")
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
-        refuse(f"{tensor!r} has the dtype {short(entry.get('dtype'))}, not one of "
-               f"{', '.join(_DTYPES)}")
+        refuse(
+            f"{tensor!r} has the dtype {short(entry.get('dtype'))}, not one of {', '.join(_DTYPES)}"
+        )
     shape, offsets = _two_sizes(entry.get("shape")), _two_sizes(entry.get("data_offsets"))
     if shape is None or shape[1] == 0:
         refuse(f"{tensor!r} has the shape {short(entry.get('shape'))}, not that of rows")
     if offsets is None or offsets[1] - offsets[0] != shape[0] * shape[1] * dtype.itemsize:
-        refuse(f"{tensor!r} has the shape {list(shape)} and the data offsets "
-               f"{short(entry.get('data_offsets'))}")
+        refuse(
+            f"{tensor!r} has the shape {list(shape)} and the data offsets "
+            f"{short(entry.get('data_offsets'))}"
+        )
     begin = 8 + length
     if begin + offsets[1] > file.size:
         refuse(f"{tensor!r} ends at byte {begin + offsets[1]} of {file.size}")

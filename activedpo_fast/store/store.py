@@ -112,8 +112,9 @@ class FeatureStore:
             begun = (folder / _POOL).exists()  # False if killed while creating the store
             if store.manifest["pool"] != manifest["pool"]:
                 how = f" ({_difference(store.pool(), pool)})" if begun else ""
-                raise ActiveDPOError(f"{folder} holds the rows of another pool{how}: choose "
-                                     "another path")
+                raise ActiveDPOError(
+                    f"{folder} holds the rows of another pool{how}: choose another path"
+                )
             _require_same(folder, store.manifest, manifest)
             if begun:
                 store._take_columns(pool)
@@ -140,9 +141,11 @@ class FeatureStore:
             raise ActiveDPOError(f"{folder / _MANIFEST} cannot be read: {error}") from None
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if isinstance(found, int) and found < _FORMAT:
-            raise ActiveDPOError(f"{folder} is a feature store that an older version made (format "
-                                 f"{found}, now {_FORMAT}), whose rows may be of other tokens: "
-                                 "take them again into another folder")
+            raise ActiveDPOError(
+                f"{folder} is a feature store that an older version made (format "
+                f"{found}, now {_FORMAT}), whose rows may be of other tokens: "
+                "take them again into another folder"
+            )
         if found != _FORMAT:
             raise ActiveDPOError(f"{folder} is a feature store of an unknown format")
         store = cls(folder, manifest)
@@ -207,7 +210,8 @@ class FeatureStore:
                     place = tokenized.place(int(part.rows[~fits][0]))
                     raise ActiveDPOError(
                         f"{place}: its gradient row has numbers beyond "
-                        f"{self.manifest['settings']['store_dtype']}: store rows as float64")
+                        f"{self.manifest['settings']['store_dtype']}: store rows as float64"
+                    )
                 waiting.append(GradientRows(part.rows, gradients, part.logps))
                 count += len(part.rows)
                 if count >= rows_per_shard:
@@ -224,8 +228,10 @@ class FeatureStore:
         with another version of a library.
         """
         if len(tokenized.sequences) != self.manifest["responses"]:
-            raise ActiveDPOError(f"{len(tokenized.sequences)} tokenized responses are not the "
-                                 f"{self.manifest['responses']} of the pool of {self.path}")
+            raise ActiveDPOError(
+                f"{len(tokenized.sequences)} tokenized responses are not the "
+                f"{self.manifest['responses']} of the pool of {self.path}"
+            )
         hashes = _token_hashes(tokenized)
         if self.manifest.get("tokens") in (None, _digest(hashes)):
             return
@@ -238,7 +244,8 @@ class FeatureStore:
         raise ActiveDPOError(
             f"{self.path}: the tokenizer or its chat template gives other tokens than when the "
             f"store was begun, for {len(differing) or 'some'} prompts{which} (does the template "
-            "say the date?): the rows would not go together; choose another path")
+            "say the date?): the rows would not go together; choose another path"
+        )
 
     def load(self) -> GradientRows:
         """Load all rows into memory, in pool order."""
@@ -258,8 +265,11 @@ class FeatureStore:
         with self.rows_on_disk() as rows, atomic_path(path) as temporary:
             header = {
                 "__metadata__": metadata,
-                "features": {"dtype": "F32", "shape": list(rows.shape),
-                             "data_offsets": [0, 4 * rows.shape[0] * rows.shape[1]]},
+                "features": {
+                    "dtype": "F32",
+                    "shape": list(rows.shape),
+                    "data_offsets": [0, 4 * rows.shape[0] * rows.shape[1]],
+                },
             }
             with open(temporary, "wb") as file:
                 text = json.dumps(header).encode()
@@ -270,12 +280,17 @@ class FeatureStore:
 
     def _order(self) -> torch.Tensor:
         """Return the position of each row of the pool in the concatenated shards."""
-        numbers = torch.cat([torch.empty(0, dtype=torch.int64),
-                             *(self._tensor(shard, "rows") for shard in self._shards())])
+        numbers = torch.cat(
+            [
+                torch.empty(0, dtype=torch.int64),
+                *(self._tensor(shard, "rows") for shard in self._shards()),
+            ]
+        )
         found, order = numbers.sort()
         if not torch.equal(found, torch.arange(self.manifest["responses"])):
-            raise ActiveDPOError(f"{self.path} does not have every row of its pool just once: "
-                                 "build it again")
+            raise ActiveDPOError(
+                f"{self.path} does not have every row of its pool just once: build it again"
+            )
         return order
 
     def _shards(self) -> list[Path]:
@@ -288,11 +303,13 @@ class FeatureStore:
                 rows, wanted = tensors.get_tensor("rows"), tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ActiveDPOError(
-                f"{shard} cannot be read ({error}): delete it and run again") from None
+                f"{shard} cannot be read ({error}): delete it and run again"
+            ) from None
         responses = self.manifest["responses"]
         if rows.dtype != torch.int64 or bool(((rows < 0) | (rows >= responses)).any()):
-            raise ActiveDPOError(f"{shard} has rows that are not in the pool: delete it and run "
-                                 "again")
+            raise ActiveDPOError(
+                f"{shard} has rows that are not in the pool: delete it and run again"
+            )
         return wanted
 
     def _take_columns(self, pool: PreferencePool) -> None:
@@ -354,8 +371,10 @@ def _text(value: Any) -> str:
 def _is_unused(folder: Path) -> bool:
     """Return whether a folder is empty, except for files of a process killed while starting it."""
     manifest = Path(_MANIFEST)
-    return all(path.name.startswith(f".{manifest.stem}-") and path.suffix == manifest.suffix
-               for path in folder.iterdir())
+    return all(
+        path.name.startswith(f".{manifest.stem}-") and path.suffix == manifest.suffix
+        for path in folder.iterdir()
+    )
 
 
 def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -369,10 +388,14 @@ def _require_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
             continue
         what = name.removesuffix("_fingerprint")
         if what != name:
-            where = (f"{now[what]} has changed since" if before[what] == now[what] else
-                     f"{before[what]!r}, not {now[what]!r}")
-            raise ActiveDPOError(f"{folder} was made with another {what} ({where}): choose another "
-                                 "path")
+            where = (
+                f"{now[what]} has changed since"
+                if before[what] == now[what]
+                else f"{before[what]!r}, not {now[what]!r}"
+            )
+            raise ActiveDPOError(
+                f"{folder} was made with another {what} ({where}): choose another path"
+            )
         raise ActiveDPOError(
             f"{folder} was made with {name} = {old!r}, not {new!r}: choose another path"
         )

@@ -12,11 +12,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.supported import (
-    known_tokens,
-    position_limit,
-    require_supported,
-)
+from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
 from activedpo_fast.models.named import GivenModel, as_model
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.columns import check_json_columns
@@ -47,12 +43,21 @@ class PromptLike(Protocol):
 
 
 @leaves_tokenizer(1)
-def generate_responses(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
-                       prompts: Sequence[PromptLike] | datasets.Dataset, *, n_responses: int = 2,
-                       max_new_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
-                       seed: int = 0, batch_size: int = 16, max_attempts: int = 4,
-                       chat_template_kwargs: dict[str, Any] | None = None,
-                       show_progress: bool | None = None) -> PreferencePool:
+def generate_responses(
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    prompts: Sequence[PromptLike] | datasets.Dataset,
+    *,
+    n_responses: int = 2,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_attempts: int = 4,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> PreferencePool:
     """Sample `n_responses` distinct responses to each prompt from π_θ.
 
     The distribution is the model's own at `temperature`, truncated to `top_p`. Other settings of
@@ -91,8 +96,9 @@ def generate_responses(model: GivenModel, processing_class: PreTrainedTokenizerB
         PreferencePool(4 prompts, 12 responses)
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
-    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
-                           chat_template_kwargs or {})
+    generator = _Generator(
+        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+    )
     prompts = generator.prompts
     for n, prompt in enumerate(prompts, start=1):
         check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
@@ -101,13 +107,23 @@ def generate_responses(model: GivenModel, processing_class: PreTrainedTokenizerB
     found: list[dict[str, str]] = [{} for _ in prompts]
     with _forked_rng(generator.device, seed):
         for attempt in range(1, max_attempts + 1):
-            missing = [position for position, texts in enumerate(found)
-                       for _ in range(n_responses - len(texts))]
+            missing = [
+                position
+                for position, texts in enumerate(found)
+                for _ in range(n_responses - len(texts))
+            ]
             if not missing:
                 break
             description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
-            sampled = generator.run(missing, description, show_progress, do_sample=True,
-                                    temperature=temperature, top_p=top_p, top_k=0)
+            sampled = generator.run(
+                missing,
+                description,
+                show_progress,
+                do_sample=True,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=0,
+            )
             for position, text in zip(missing, sampled, strict=True):
                 if text.strip():
                     found[position].setdefault(text.strip(), text)
@@ -118,20 +134,34 @@ def generate_responses(model: GivenModel, processing_class: PreTrainedTokenizerB
             responses = tuple(_as_text(text, prompt.prompt) for text in texts.values())
             items.append(PoolItem(prompt.id, prompt.prompt, responses, dict(prompt.extra)))
     if len(items) < len(prompts):
-        logger.warning("%d of %d prompts are left out: fewer than %d distinct responses after %d "
-                       "attempts", len(prompts) - len(items), len(prompts), n_responses,
-                       max_attempts)
+        logger.warning(
+            "%d of %d prompts are left out: fewer than %d distinct responses after %d attempts",
+            len(prompts) - len(items),
+            len(prompts),
+            n_responses,
+            max_attempts,
+        )
     if not items:
-        raise ActiveDPOError(f"no prompt got {n_responses} distinct responses in {max_attempts} "
-                             "attempts: is the temperature too low, or max_new_tokens?")
+        raise ActiveDPOError(
+            f"no prompt got {n_responses} distinct responses in {max_attempts} "
+            "attempts: is the temperature too low, or max_new_tokens?"
+        )
     return PreferencePool(items)
 
 
-def try_generation(model: PreTrainedModel | PeftModel,
-                   processing_class: PreTrainedTokenizerBase, prompts: Sequence[PromptLike], *,
-                   n_responses: int = 2, max_new_tokens: int = 64, temperature: float = 1.0,
-                   top_p: float = 1.0, batch_size: int = 16, max_attempts: int = 4,
-                   chat_template_kwargs: dict[str, Any] | None = None) -> list[int]:
+def try_generation(
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptLike],
+    *,
+    n_responses: int = 2,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    max_attempts: int = 4,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
 
     Returns:
@@ -142,22 +172,31 @@ def try_generation(model: PreTrainedModel | PeftModel,
         ActiveDPOError: as `generate_responses`.
     """
     _check_sampling(n_responses, max_attempts, temperature, top_p)
-    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
-                           chat_template_kwargs or {})
+    generator = _Generator(
+        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+    )
     generator.max_new_tokens = min(max_new_tokens, 2)
     shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
     with _forked_rng(generator.device, 0):
-        generator.run(shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p,
-                      top_k=0)
+        generator.run(
+            shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p, top_k=0
+        )
     return shortest
 
 
 @leaves_tokenizer(1)
-def respond(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
-            prompts: Sequence[PromptLike] | datasets.Dataset, *, max_new_tokens: int = 64,
-            temperature: float = 0.0, seed: int = 0, batch_size: int = 16,
-            chat_template_kwargs: dict[str, Any] | None = None,
-            show_progress: bool | None = None) -> list[str]:
+def respond(
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    prompts: Sequence[PromptLike] | datasets.Dataset,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    show_progress: bool | None = None,
+) -> list[str]:
     """Return one text per prompt, in order, possibly empty, to evaluate a model.
 
     `temperature` 0 takes the most likely token at each step; above 0, tokens are sampled from the
@@ -166,8 +205,9 @@ def respond(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
     """
     if not temperature >= 0:
         raise ActiveDPOError(f"temperature: {temperature} is below 0")
-    generator = _Generator(model, processing_class, prompts, max_new_tokens, batch_size,
-                           chat_template_kwargs or {})
+    generator = _Generator(
+        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+    )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
@@ -178,9 +218,15 @@ def respond(model: GivenModel, processing_class: PreTrainedTokenizerBase | None,
 class _Generator:
     """Encoded prompts and the batches that continue them."""
 
-    def __init__(self, model: GivenModel, tokenizer: PreTrainedTokenizerBase | None,
-                 prompts: Sequence[PromptLike] | datasets.Dataset, max_new_tokens: int,
-                 batch_size: int, common: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: GivenModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        prompts: Sequence[PromptLike] | datasets.Dataset,
+        max_new_tokens: int,
+        batch_size: int,
+        common: Mapping[str, Any],
+    ) -> None:
         _check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         prompts = self.prompts = as_prompts(prompts)
         check_prompts(prompts)
@@ -191,34 +237,48 @@ class _Generator:
         pad = self.tokenizer.pad_token_id
         require_supported(self.model, pad_token_id=0 if pad is None else pad)
         # The model whose `generate` and generation config are used.
-        owner = (self.model.get_base_model() if isinstance(self.model, PeftModel)
-                 else self.model)
+        owner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.owner = cast(PreTrainedModel, owner)
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         if self.chat:
-            self.prompt_ids = [encode_chat(self.tokenizer, list(prompt.prompt), prompt.id,
-                                           add_generation_prompt=True,
-                                           **template_kwargs(prompt.extra, common))
-                               for prompt in prompts]
+            self.prompt_ids = [
+                encode_chat(
+                    self.tokenizer,
+                    list(prompt.prompt),
+                    prompt.id,
+                    add_generation_prompt=True,
+                    **template_kwargs(prompt.extra, common),
+                )
+                for prompt in prompts
+            ]
         else:
             self.prompt_ids = self._encode_plain([str(prompt.prompt) for prompt in prompts])
         self._check_lengths(prompts)
 
-    def run(self, positions: Sequence[int], description: str, show_progress: bool | None,
-            **sampling: Any) -> list[str]:
+    def run(
+        self,
+        positions: Sequence[int],
+        description: str,
+        show_progress: bool | None,
+        **sampling: Any,
+    ) -> list[str]:
         """Return one continuation for each of `positions` (a prompt may occur several times)."""
         # Longest first: little padding, and running out of memory shows at once.
-        order = sorted(range(len(positions)),
-                       key=lambda n: -len(self.prompt_ids[positions[n]]))
+        order = sorted(range(len(positions)), key=lambda n: -len(self.prompt_ids[positions[n]]))
         texts = [""] * len(positions)
-        with (undisturbed(self.model), torch.no_grad(), self._plain_generation_config(),
-              progress_bar(show_progress, total=len(positions), desc=description,
-                           unit="response") as bar):
+        with (
+            undisturbed(self.model),
+            torch.no_grad(),
+            self._plain_generation_config(),
+            progress_bar(
+                show_progress, total=len(positions), desc=description, unit="response"
+            ) as bar,
+        ):
             for begin in range(0, len(order), self.batch_size):
-                batch = order[begin:begin + self.batch_size]
+                batch = order[begin : begin + self.batch_size]
                 rows = [self.prompt_ids[positions[n]] for n in batch]
                 for n, row, new in zip(batch, rows, self._continue(rows, sampling), strict=True):
                     texts[n] = self._decode(row, new)
@@ -234,13 +294,21 @@ class _Generator:
         ids = torch.full((len(rows), length), pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for n, row in enumerate(rows):
-            ids[n, length - len(row):] = torch.tensor(row)
-            mask[n, length - len(row):] = 1
-        config = GenerationConfig(max_new_tokens=self.max_new_tokens, num_beams=1, use_cache=True,
-                                  eos_token_id=self.eos_ids or None, pad_token_id=pad, **sampling)
-        output = self.model.generate(input_ids=ids.to(self.device),
-                                     attention_mask=mask.to(self.device),
-                                     generation_config=config)
+            ids[n, length - len(row) :] = torch.tensor(row)
+            mask[n, length - len(row) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self.eos_ids or None,
+            pad_token_id=pad,
+            **sampling,
+        )
+        output = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+        )
         continuations = []
         for new in output[:, length:].tolist():
             end = next((n for n, token in enumerate(new) if token in self.eos_ids), len(new))
@@ -253,11 +321,12 @@ class _Generator:
         # SentencePiece tokenizers drop the space before a text's first word, so decode the
         # continuation together with its prompt.
         before, whole = self._to_text(prompt), self._to_text(prompt + new)
-        return whole[len(before):] if whole.startswith(before) else self._to_text(new)
+        return whole[len(before) :] if whole.startswith(before) else self._to_text(new)
 
     def _to_text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True,
-                                         clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         encoded = [list(ids) for ids in self.tokenizer(text=texts)["input_ids"]]
@@ -274,19 +343,27 @@ class _Generator:
             if not ids:
                 raise ActiveDPOError(f"item {prompt.id!r}: the prompt has no tokens")
             if known is not None and not 0 <= min(ids) <= max(ids) < known:
-                raise ActiveDPOError(f"item {prompt.id!r}: the prompt has the token id {max(ids)}, "
-                                     f"and the model has embeddings for {known} tokens: is this "
-                                     "the model's tokenizer?")
+                raise ActiveDPOError(
+                    f"item {prompt.id!r}: the prompt has the token id {max(ids)}, "
+                    f"and the model has embeddings for {known} tokens: is this "
+                    "the model's tokenizer?"
+                )
             if limit is not None and len(ids) + self.max_new_tokens > limit:
-                raise ActiveDPOError(f"item {prompt.id!r}: {len(ids)} prompt tokens and "
-                                     f"max_new_tokens={self.max_new_tokens} exceed the model's "
-                                     f"{limit} positions")
+                raise ActiveDPOError(
+                    f"item {prompt.id!r}: {len(ids)} prompt tokens and "
+                    f"max_new_tokens={self.max_new_tokens} exceed the model's "
+                    f"{limit} positions"
+                )
         # Rotary positions have no limit; the length the model was trained with is only advice.
         trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self.prompt_ids)) + self.max_new_tokens
         if limit is None and trained is not None and longest > trained:
-            logger.warning("up to %d tokens with max_new_tokens=%d: the model was made for %d",
-                           longest, self.max_new_tokens, trained)
+            logger.warning(
+                "up to %d tokens with max_new_tokens=%d: the model was made for %d",
+                longest,
+                self.max_new_tokens,
+                trained,
+            )
 
     @contextmanager
     def _plain_generation_config(self) -> Iterator[None]:
@@ -295,8 +372,13 @@ class _Generator:
         A PEFT model's `generate` copies a generation config that was set on it to the inner model,
         and leaves a method there.
         """
-        places = [vars(place) for place in {id(place): place for place in (
-            self.model, getattr(self.model, "base_model", self.model), self.owner)}.values()]
+        places = [
+            vars(place)
+            for place in {
+                id(place): place
+                for place in (self.model, getattr(self.model, "base_model", self.model), self.owner)
+            }.values()
+        ]
         names = ("generation_config", "prepare_inputs_for_generation")
         before = [{name: own[name] for name in names if name in own} for own in places]
         for own in places:
@@ -338,9 +420,7 @@ def _as_text(response: str, prompt: Text) -> Text:
     return [{"role": "assistant", "content": response}]
 
 
-def _check_sampling(
-    n_responses: int, max_attempts: int, temperature: float, top_p: float
-) -> None:
+def _check_sampling(n_responses: int, max_attempts: int, temperature: float, top_p: float) -> None:
     _check_at_least(2, n_responses=n_responses)
     _check_at_least(1, max_attempts=max_attempts)
     if not temperature > 0:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 class ActiveDPOLoop:
     """Run rounds of active DPO: sample responses, pick pairs, have them labeled, train, repeat.
 
@@ -153,13 +154,18 @@ class ActiveDPOLoop:
         extra_settings: Mapping[str, Any] | None = None,
         show_progress: bool | None = None,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("rounds", rounds),
-                            ("prompts_per_round", prompts_per_round)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("rounds", rounds),
+            ("prompts_per_round", prompts_per_round),
+        ):
             if value < 1:
                 raise ActiveDPOError(f"{name}: {value} is below 1")
-        for name, choice, known in (("train_on", train_on, ("all", "newest")),
-                                    ("start_from", start_from, ("initial", "current")),
-                                    ("reference", reference, ("initial", "round"))):
+        for name, choice, known in (
+            ("train_on", train_on, ("all", "newest")),
+            ("start_from", start_from, ("initial", "current")),
+            ("reference", reference, ("initial", "round")),
+        ):
             if choice not in known:
                 raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
         prompts = as_prompts(prompts)
@@ -174,8 +180,12 @@ class ActiveDPOLoop:
         self._prompt_by = None if rules is None else rules.prompt_by
         distinct = distinct_prompts(self.prompts, self._prompt_by)
         if len(distinct) < len(self.prompts):
-            logger.info("%d of %d prompts repeat the text of an earlier one: it is offered once, "
-                        "under its first id", len(self.prompts) - len(distinct), len(self.prompts))
+            logger.info(
+                "%d of %d prompts repeat the text of an earlier one: it is offered once, "
+                "under its first id",
+                len(self.prompts) - len(distinct),
+                len(self.prompts),
+            )
         self._offered = [prompt for prompt in distinct if prompt.id not in excluded]
         if not self._offered:
             raise ActiveDPOError("exclude: no prompt is left")
@@ -196,50 +206,73 @@ class ActiveDPOLoop:
         self.strategy = strategy if isinstance(strategy, str) else strategy.name
         options = {**selector_settings(dpo_args), **(selector_options or {})}
         if "ref_model" in options:
-            raise ActiveDPOError("selector_options: 'ref_model' is what the loop trains against; "
-                                 "set reference instead")
-        self.chat_template_kwargs = one_setting({
-            "chat_template_kwargs": chat_template_kwargs,
-            "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
-            "generation.chat_template_kwargs": self.generation.pop("chat_template_kwargs", None),
-        })
+            raise ActiveDPOError(
+                "selector_options: 'ref_model' is what the loop trains against; "
+                "set reference instead"
+            )
+        self.chat_template_kwargs = one_setting(
+            {
+                "chat_template_kwargs": chat_template_kwargs,
+                "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
+                "generation.chat_template_kwargs": self.generation.pop(
+                    "chat_template_kwargs", None
+                ),
+            }
+        )
         self.model, self.processing_class = as_policy(model, processing_class)  # last: it is slow
         self.selector = ActiveDPOSelector(
-            self.model, processing_class=self.processing_class, strategy=strategy,
-            chat_template_kwargs=self.chat_template_kwargs, **options)
-        if ((reference, start_from) == ("round", "current")
-                and "ref_logps" in (STRATEGIES[strategy] if isinstance(strategy, str)
-                                    else strategy).requires):
-            logger.warning("strategy %r compares the policy with the reference, but with reference "
-                           "'round' and start_from 'current' they are the same at selection: "
-                           "every reward difference is 0", self.strategy)
-        self._settings = _plain({
-            "model": getattr(self.model.get_base_model().config, "_name_or_path", ""),
-            "strategy": (strategy if isinstance(strategy, str) else
-                         {"name": strategy.name, **vars(strategy)}),
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "selector_options": options,
-            "batch_size": batch_size,
-            "prompts_per_round": prompts_per_round,
-            "prompts": _digest([_identity(p) for p in self.prompts]),
-            "generation": self.generation,
-            "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
-            "train_on": train_on,
-            "start_from": start_from,
-            "reference": reference,
-            "seed": seed,
-            "dpo": {name: value for name, value in dpo_args.to_dict().items()
-                    if name not in ("output_dir", "logging_dir", "run_name")}
-            | {"pad_token": dpo_args.pad_token},  # `to_dict` masks it like a secret
-            "extra_settings": dict(extra_settings or {}),
-        })
+            self.model,
+            processing_class=self.processing_class,
+            strategy=strategy,
+            chat_template_kwargs=self.chat_template_kwargs,
+            **options,
+        )
+        if (reference, start_from) == ("round", "current") and "ref_logps" in (
+            STRATEGIES[strategy] if isinstance(strategy, str) else strategy
+        ).requires:
+            logger.warning(
+                "strategy %r compares the policy with the reference, but with reference "
+                "'round' and start_from 'current' they are the same at selection: "
+                "every reward difference is 0",
+                self.strategy,
+            )
+        self._settings = _plain(
+            {
+                "model": getattr(self.model.get_base_model().config, "_name_or_path", ""),
+                "strategy": (
+                    strategy
+                    if isinstance(strategy, str)
+                    else {"name": strategy.name, **vars(strategy)}
+                ),
+                "chat_template_kwargs": self.chat_template_kwargs,
+                "selector_options": options,
+                "batch_size": batch_size,
+                "prompts_per_round": prompts_per_round,
+                "prompts": _digest([_identity(p) for p in self.prompts]),
+                "generation": self.generation,
+                "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
+                "train_on": train_on,
+                "start_from": start_from,
+                "reference": reference,
+                "seed": seed,
+                "dpo": {
+                    name: value
+                    for name, value in dpo_args.to_dict().items()
+                    if name not in ("output_dir", "logging_dir", "run_name")
+                }
+                | {"pad_token": dpo_args.pad_token},  # `to_dict` masks it like a secret
+                "extra_settings": dict(extra_settings or {}),
+            }
+        )
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; return the records of the start and of all rounds."""
         require_one_process("ActiveDPOLoop.run")
         if "strftime_now" in str(self.processing_class.chat_template):
-            logger.warning("the chat template uses the current date: rounds on different days have "
-                           "different prompts")
+            logger.warning(
+                "the chat template uses the current date: rounds on different days have "
+                "different prompts"
+            )
         settings = self._settings | policy_settings(self.model, self.processing_class)
         mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
@@ -247,8 +280,10 @@ class ActiveDPOLoop:
         if begun:
             self._check_adapter(start)
         elif any(self.output_dir.glob("round-*/adapter")):
-            raise ActiveDPOError(f"{start / 'adapter'} is gone, from which the rounds of "
-                                 f"{self.output_dir} go on: put it back, or use another output_dir")
+            raise ActiveDPOError(
+                f"{start / 'adapter'} is gone, from which the rounds of "
+                f"{self.output_dir} go on: put it back, or use another output_dir"
+            )
         if mended or not (self._folder(0) / "pool.jsonl").exists():
             self._rehearse()  # before anything is written
         write_settings(self.output_dir, settings, mended)
@@ -287,14 +322,21 @@ class ActiveDPOLoop:
     ) -> PreferencePool:
         path = folder / "pool.jsonl"
         if not path.exists():
-            asked = same_prompt(self.prompts, {p.id for picks, _ in history for p in picks},
-                                self._prompt_by)
+            asked = same_prompt(
+                self.prompts, {p.id for picks, _ in history for p in picks}, self._prompt_by
+            )
             prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
             seed = int(_digest([self.seed, t])[:12], 16)
             with timed(folder, "generate"):
-                pool = generate_responses(self.model, self.processing_class, prompts, seed=seed,
-                                          chat_template_kwargs=self.chat_template_kwargs,
-                                          show_progress=self.show_progress, **self.generation)
+                pool = generate_responses(
+                    self.model,
+                    self.processing_class,
+                    prompts,
+                    seed=seed,
+                    chat_template_kwargs=self.chat_template_kwargs,
+                    show_progress=self.show_progress,
+                    **self.generation,
+                )
             pool.to_jsonl(path)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
         return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
@@ -302,19 +344,28 @@ class ActiveDPOLoop:
     def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
         """Return the pool with its prompts' current columns, which rules and oracles read."""
         columns = {prompt.id: _plain(prompt.extra) for prompt in self.prompts}
-        changed = sorted({
-            name for item in pool for extra in [columns.get(item.id, item.extra)]
-            for name in {**item.extra, **extra} if item.extra.get(name) != extra.get(name)})
+        changed = sorted(
+            {
+                name
+                for item in pool
+                for extra in [columns.get(item.id, item.extra)]
+                for name in {**item.extra, **extra}
+                if item.extra.get(name) != extra.get(name)
+            }
+        )
         if not changed:
             return pool
-        logger.info("%s: columns of the prompts have changed and are read as they are now: %s",
-                    folder.name, ", ".join(changed))
-        return PreferencePool(replace(item, extra=columns.get(item.id, item.extra))
-                              for item in pool)
+        logger.info(
+            "%s: columns of the prompts have changed and are read as they are now: %s",
+            folder.name,
+            ", ".join(changed),
+        )
+        return PreferencePool(
+            replace(item, extra=columns.get(item.id, item.extra)) for item in pool
+        )
 
     def _picked(
-        self, folder: Path, pool: PreferencePool,
-        history: list[tuple[Selection, list[int | None]]],
+        self, folder: Path, pool: PreferencePool, history: list[tuple[Selection, list[int | None]]]
     ) -> Selection:
         path = folder / "picked.jsonl"
         if not path.exists():
@@ -322,12 +373,19 @@ class ActiveDPOLoop:
             rules = self.rules and self.rules.within(pool)
             self.selector.ref_model = self._reference_weights()
             picked = self.selector.select(
-                pool, self.batch_size, labeled=[with_one for with_one, _ in split],
-                asked=[without for _, without in split], rules=rules, fewer_ok=True,
-                show_progress=self.show_progress)
+                pool,
+                self.batch_size,
+                labeled=[with_one for with_one, _ in split],
+                asked=[without for _, without in split],
+                rules=rules,
+                fewer_ok=True,
+                show_progress=self.show_progress,
+            )
             if not picked:
-                raise ActiveDPOError(f"{folder.name}: no pair is left to pick, or none reaches "
-                                     "min_score: nothing to label")
+                raise ActiveDPOError(
+                    f"{folder.name}: no pair is left to pick, or none reaches "
+                    "min_score: nothing to label"
+                )
             add_seconds(folder, self.selector.last_timings)
             picked.to_jsonl(path)
         return Selection.from_jsonl(path, strategy=self.strategy)
@@ -339,8 +397,12 @@ class ActiveDPOLoop:
             return
         newest = history[-1][1]
         if all(label is None for label in newest):
-            logger.info("%s: none of its %d pairs got a preference: there is nothing new to train "
-                        "on, and the adapter stays as it was", folder.name, len(newest))
+            logger.info(
+                "%s: none of its %d pairs got a preference: there is nothing new to train "
+                "on, and the adapter stays as it was",
+                folder.name,
+                len(newest),
+            )
             self._load(before)
             save_adapter(self.model, self.processing_class, folder / "adapter")
             return
@@ -353,9 +415,15 @@ class ActiveDPOLoop:
             self._load(before)
         try:
             with timed(folder, "train"):
-                train_dpo(self.model, self.processing_class, dataset, self.dpo_args,
-                          reference=self.reference, initial_adapter=self._initial,
-                          show_progress=self.show_progress)
+                train_dpo(
+                    self.model,
+                    self.processing_class,
+                    dataset,
+                    self.dpo_args,
+                    reference=self.reference,
+                    initial_adapter=self._initial,
+                    show_progress=self.show_progress,
+                )
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
@@ -397,25 +465,39 @@ class ActiveDPOLoop:
             ):
                 return
             if folder == start and is_untrained(found) and is_untrained(own):
-                logger.info("going on from the fresh adapter in %s instead of the one in memory",
-                            folder / "adapter")
+                logger.info(
+                    "going on from the fresh adapter in %s instead of the one in memory",
+                    folder / "adapter",
+                )
                 return
-        raise ActiveDPOError(f"{self.output_dir} holds a run with other settings: the adapter "
-                             f"differs from {start / 'adapter'}, which the run began with; use "
-                             "another output_dir, or the same adapter")
+        raise ActiveDPOError(
+            f"{self.output_dir} holds a run with other settings: the adapter "
+            f"differs from {start / 'adapter'}, which the run began with; use "
+            "another output_dir, or the same adapter"
+        )
 
     def _rehearse(self) -> None:
         n_responses = self.generation["n_responses"]
         prompts = min(self.prompts_per_round, len(self._offered))
         pairs = prompts * n_responses * (n_responses - 1) // 2
         if n_responses > 1 and pairs < self.batch_size:
-            raise ActiveDPOError(f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
-                                 f"{prompts} prompts with {n_responses} responses have {pairs}")
+            raise ActiveDPOError(
+                f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
+                f"{prompts} prompts with {n_responses} responses have {pairs}"
+            )
         options = {name: value for name, value in self.generation.items() if name != "n_responses"}
         options["chat_template_kwargs"] = self.chat_template_kwargs
-        rehearse(self.model, self.processing_class, self._offered, self.selector, self.dpo_args,
-                 reference=self.reference, batch_size=self.batch_size, n_responses=n_responses,
-                 generation=options)
+        rehearse(
+            self.model,
+            self.processing_class,
+            self._offered,
+            self.selector,
+            self.dpo_args,
+            reference=self.reference,
+            batch_size=self.batch_size,
+            n_responses=n_responses,
+            generation=options,
+        )
 
 
 def draw_prompts(
@@ -431,8 +513,12 @@ def draw_prompts(
     order = order[first:] + order[:first]
     fresh = [prompt for prompt in order if prompt.id not in asked]
     if len(fresh) < min(n, len(order)):
-        logger.warning("round %d: only %d prompts have no labels yet; %d others are offered "
-                       "again", t, len(fresh), min(n, len(order)) - len(fresh))
+        logger.warning(
+            "round %d: only %d prompts have no labels yet; %d others are offered again",
+            t,
+            len(fresh),
+            min(n, len(order)) - len(fresh),
+        )
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
 
 

@@ -79,18 +79,24 @@ def rehearse(
         shortest = _generate(model, processing_class, prompts, n_responses, generation)
         pool = PreferencePool(
             PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
-            for prompt in shortest)
+            for prompt in shortest
+        )
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
         picked = _select(twin, pool, dpo_args)
         _train(model, processing_class, picked, dpo_args, reference, batch_size)
-    logger.info("rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
-                time.perf_counter() - started)
+    logger.info(
+        "rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
+        time.perf_counter() - started,
+    )
 
 
 def _generate(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt],
-    n_responses: int, generation: Mapping[str, Any],
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    n_responses: int,
+    generation: Mapping[str, Any],
 ) -> list[Prompt]:
     """Try generation; return the two prompts with the fewest tokens."""
     try:
@@ -111,8 +117,10 @@ def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConf
     try:
         skipped = selector.tokenize(pool, show_progress=False).skipped
         if len(skipped) == len(pool):
-            raise ActiveDPOError(f"even the shortest prompt fills dpo.max_length="
-                                 f"{dpo_args.max_length}, which leaves nothing to train on")
+            raise ActiveDPOError(
+                f"even the shortest prompt fills dpo.max_length="
+                f"{dpo_args.max_length}, which leaves nothing to train on"
+            )
         return selector.select(pool, len(pool) - len(skipped), show_progress=False)
     except UnsupportedParameterError as error:
         raise UnsupportedParameterError(f"adapter or lora: {error}") from error
@@ -136,8 +144,12 @@ def copy_selector(selector: ActiveDPOSelector) -> ActiveDPOSelector:
 
 
 def _train(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, picked: Selection, dpo_args: DPOConfig,
-    reference: Reference, batch_size: int,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    picked: Selection,
+    dpo_args: DPOConfig,
+    reference: Reference,
+    batch_size: int,
 ) -> None:
     # Use a round's number of pairs: the schedule and the last batch depend on it.
     picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
@@ -149,16 +161,24 @@ def _train(
         args.report_to = []
         try:
             _check_reports(dpo_args)
-            metrics = train_dpo(model, tokenizer, dataset, args, reference=reference,
-                                initial_adapter=adapter_state(model), callbacks=[_OneStep()],
-                                show_progress=False)
+            metrics = train_dpo(
+                model,
+                tokenizer,
+                dataset,
+                args,
+                reference=reference,
+                initial_adapter=adapter_state(model),
+                callbacks=[_OneStep()],
+                show_progress=False,
+            )
         except Exception as error:  # any library that the trainer calls may raise
             raise ActiveDPOError(_describe(error, dpo_args)) from error
     if metrics["steps"] == 0:
         raise ActiveDPOError(
             f"dpo: no training step is taken on the {batch_size} pairs of a round (loop.batch_size)"
             "; look at per_device_train_batch_size with dataloader_drop_last, max_steps and "
-            "num_train_epochs")
+            "num_train_epochs"
+        )
 
 
 class _OneStep(TrainerCallback):
@@ -180,9 +200,11 @@ def _check_reports(dpo_args: DPOConfig) -> None:
 def _describe(error: Exception, dpo_args: DPOConfig) -> str:
     """Return one line: the section, the setting if the message names it, and the reason."""
     if is_out_of_memory(error):
-        return ("dpo: one training step on short responses runs out of memory: lower "
-                "per_device_train_batch_size (and raise gradient_accumulation_steps), or switch on "
-                "gradient_checkpointing")
+        return (
+            "dpo: one training step on short responses runs out of memory: lower "
+            "per_device_train_batch_size (and raise gradient_accumulation_steps), or switch on "
+            "gradient_checkpointing"
+        )
     reason = " ".join(str(error).split())
     if isinstance(error, (LookupError, AttributeError, TypeError)) or not reason:
         reason = f"{type(error).__name__}: {reason}"
@@ -194,9 +216,16 @@ def _describe(error: Exception, dpo_args: DPOConfig) -> str:
     # Keep the order of the message: trainers name the setting at fault before the remedy.
     words = re.findall(r"\w+", reason)
     named = next((word for word in words if word in given), None) or next(
-        (name for name, value in given.items()
-         if any(isinstance(text, str) and text in words
-                for text in (value if isinstance(value, list) else [value]))), None)
+        (
+            name
+            for name, value in given.items()
+            if any(
+                isinstance(text, str) and text in words
+                for text in (value if isinstance(value, list) else [value])
+            )
+        ),
+        None,
+    )
     if named is not None:
         return f"dpo.{named}: {reason.removeprefix(f'{named}: ')}"
     return f"dpo: {reason} (given in dpo: {', '.join(given)})"
@@ -205,8 +234,12 @@ def _describe(error: Exception, dpo_args: DPOConfig) -> str:
 def _given(dpo_args: DPOConfig) -> dict[str, Any]:
     """Return the fields that differ from the defaults of `dpo_config`."""
     usual = dpo_config()
-    return {field.name: value for field in fields(dpo_args) if field.name != "output_dir"
-            and (value := getattr(dpo_args, field.name)) != getattr(usual, field.name, None)}
+    return {
+        field.name: value
+        for field in fields(dpo_args)
+        if field.name != "output_dir"
+        and (value := getattr(dpo_args, field.name)) != getattr(usual, field.name, None)
+    }
 
 
 # -- restoring state -------------------------------------------------------------------------------
@@ -242,8 +275,9 @@ def _global_state() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    with torch.random.fork_rng(devices=devices,
-                               device_type=accelerator.type if accelerator else "cuda"):
+    with torch.random.fork_rng(
+        devices=devices, device_type=accelerator.type if accelerator else "cuda"
+    ):
         try:
             yield
         finally:

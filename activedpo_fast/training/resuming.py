@@ -28,8 +28,11 @@ _STAGES: dict[str, Callable[[Path], bool]] = {
     "picked": lambda folder: any(folder.glob("round-*/picked.jsonl")),
     # By a policy other than the first one.
     "picked again": lambda folder: any(
-        (later / "picked.jsonl").exists() for later in folder.glob("round-*")
-        for first in _trained(folder)[:1] if later.name > first),
+        (later / "picked.jsonl").exists()
+        for later in folder.glob("round-*")
+        for first in _trained(folder)[:1]
+        if later.name > first
+    ),
     "labeled": lambda folder: any(folder.glob("round-*/labels.jsonl")),
     "trained": lambda folder: len(_trained(folder)) > 0,
     "trained again": lambda folder: len(_trained(folder)) > 1,
@@ -56,11 +59,25 @@ _ENTERS: dict[str, str | None] = {
     "train_on": "trained again",
     "start_from": "trained again",
     # Settings that never affect a result.
-    **dict.fromkeys(("dpo.report_to", "dpo.disable_tqdm", "dpo.push_to_hub", "dpo.log_level",
-                     "dpo.log_level_replica", "dpo.logging_strategy", "dpo.logging_steps",
-                     "dpo.logging_first_step", "dpo.save_strategy", "dpo.save_steps",
-                     "dpo.save_total_limit", "dpo.dataset_num_proc", "dpo.dataloader_num_workers",
-                     "dpo.dataloader_pin_memory"), None),
+    **dict.fromkeys(
+        (
+            "dpo.report_to",
+            "dpo.disable_tqdm",
+            "dpo.push_to_hub",
+            "dpo.log_level",
+            "dpo.log_level_replica",
+            "dpo.logging_strategy",
+            "dpo.logging_steps",
+            "dpo.logging_first_step",
+            "dpo.save_strategy",
+            "dpo.save_steps",
+            "dpo.save_total_limit",
+            "dpo.dataset_num_proc",
+            "dpo.dataloader_num_workers",
+            "dpo.dataloader_pin_memory",
+        ),
+        None,
+    ),
 }
 
 # Options of the selector that follow from fields of DPOConfig, which the user has set.
@@ -88,8 +105,10 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     path = folder / _FILE
     if not path.exists():
         if any(folder.glob("round-*/*")):
-            raise ActiveDPOError(f"{path} is gone, which has the settings of the rounds there: put "
-                                 "it back, or use another output_dir")
+            raise ActiveDPOError(
+                f"{path} is gone, which has the settings of the rounds there: put "
+                "it back, or use another output_dir"
+            )
         return []
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
@@ -98,20 +117,31 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     if config.get("format", 1) < _FORMAT:
         unknown = [name for name in settings if name not in old]
         settings = {name: value for name, value in settings.items() if name in old}
-        logger.warning("%s holds a run that an older version began, which did not record %s: "
-                       "these are not compared", folder, ", ".join(unknown))
+        logger.warning(
+            "%s holds a run that an older version began, which did not record %s: "
+            "these are not compared",
+            folder,
+            ", ".join(unknown),
+        )
     changes = list(differences(*_of_both(old, settings)))
     found = first_that_matters(changes, folder)
     if "base" not in old:  # an older version recorded only the path
         found = next((change for change in changes if change[0] == "model"), found)
     if found is not None:
-        raise ActiveDPOError(f"{folder} holds a run with other settings: "
-                             f"{describe(_origin(found, changes))} differs; use another "
-                             "output_dir, or the same settings")
+        raise ActiveDPOError(
+            f"{folder} holds a run with other settings: "
+            f"{describe(_origin(found, changes))} differs; use another "
+            "output_dir, or the same settings"
+        )
     for name, now in _versions().items():
         if (before := config.get("versions", {}).get(name)) != now:
-            logger.warning("%s was begun with %s %s, this is %s: results may differ slightly",
-                           folder, name, before, now)
+            logger.warning(
+                "%s was begun with %s %s, this is %s: results may differ slightly",
+                folder,
+                name,
+                before,
+                now,
+            )
     return changes
 
 
@@ -119,9 +149,11 @@ def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change])
     """Write the settings if the run in `folder` is new, or if some were `mended`."""
     path = folder / _FILE
     if mended:
-        logger.info("%s: settings changed that nothing there depends on yet: %s", folder,
-                    ", ".join(dict.fromkeys(describe(_origin(change, mended))
-                                            for change in mended)))
+        logger.info(
+            "%s: settings changed that nothing there depends on yet: %s",
+            folder,
+            ", ".join(dict.fromkeys(describe(_origin(change, mended)) for change in mended)),
+        )
         config = read_json(path)
         if config.get("format", 1) < _FORMAT:  # settings it does not record remain unknown
             settings = {name: settings[name] for name in settings if name in config["settings"]}
@@ -174,8 +206,11 @@ def _origin(change: Change, changes: list[Change]) -> Change:
 
 def _trained(folder: Path) -> list[str]:
     """Return the names of the trained rounds in order, without those that had no preference."""
-    return [adapter.parent.name for adapter in sorted(folder.glob("round-*/adapter"))
-            if _has_preference(adapter.parent / "labels.jsonl")]
+    return [
+        adapter.parent.name
+        for adapter in sorted(folder.glob("round-*/adapter"))
+        if _has_preference(adapter.parent / "labels.jsonl")
+    ]
 
 
 def _has_preference(labels: Path) -> bool:

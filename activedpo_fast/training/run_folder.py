@@ -64,8 +64,13 @@ def read_records(output_dir: str | Path) -> list[RoundRecord]:
 
 
 def write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
-    write_atomic(path, "".join(pick_line(pick, label=SKIP if label is None else label)
-                               for pick, label in zip(picked, labels, strict=True)))
+    write_atomic(
+        path,
+        "".join(
+            pick_line(pick, label=SKIP if label is None else label)
+            for pick, label in zip(picked, labels, strict=True)
+        ),
+    )
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -78,8 +83,9 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
     try:
-        model.save_pretrained(str(temporary), selected_adapters=["default"],
-                              save_embedding_layers=False)
+        model.save_pretrained(
+            str(temporary), selected_adapters=["default"], save_embedding_layers=False
+        )
         tokenizer.save_pretrained(str(temporary))
         temporary.chmod(0o755)
         temporary.rename(folder)
@@ -91,13 +97,15 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
     path = folder / "adapter" / "adapter_model.safetensors"
     if not path.is_file():
-        raise ActiveDPOError(f"{path} is gone, which the run goes on from: put it back, or use "
-                             "another output_dir")
+        raise ActiveDPOError(
+            f"{path} is gone, which the run goes on from: put it back, or use another output_dir"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ActiveDPOError(f"{path} cannot be read ({error}): put it back, or use another "
-                             "output_dir") from None
+        raise ActiveDPOError(
+            f"{path} cannot be read ({error}): put it back, or use another output_dir"
+        ) from None
 
 
 @contextmanager

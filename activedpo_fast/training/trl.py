@@ -137,12 +137,15 @@ def train_dpo(
         trainer.remove_callback(ProgressCallback)
         pairs = len(cast(Any, trainer.train_dataset))
         if pairs == 0:
-            raise ActiveDPOError(f"no pair to train on: every prompt fills max_length="
-                                 f"{args.max_length}")
+            raise ActiveDPOError(
+                f"no pair to train on: every prompt fills max_length={args.max_length}"
+            )
         if args.dataloader_drop_last and pairs < args.train_batch_size:
-            raise ActiveDPOError(f"dataloader_drop_last=True leaves out the only batch, of {pairs} "
-                                 "pairs: per_device_train_batch_size is "
-                                 f"{args.per_device_train_batch_size}")
+            raise ActiveDPOError(
+                f"dataloader_drop_last=True leaves out the only batch, of {pairs} "
+                "pairs: per_device_train_batch_size is "
+                f"{args.per_device_train_batch_size}"
+            )
         _set_reference(model, args, initial_adapter if reference == "initial" else None)
         output = trainer.train()
     return {
@@ -173,20 +176,28 @@ def _check(
     if not isinstance(model, PeftModel):
         raise ActiveDPOError(f"model: expected a PEFT model, got {type(model).__name__}")
     if model.active_adapters != [_ADAPTER]:
-        raise ActiveDPOError(f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
-                             f"TRL trains the one called {_ADAPTER!r}, alone")
+        raise ActiveDPOError(
+            f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
+            f"TRL trains the one called {_ADAPTER!r}, alone"
+        )
     if _REFERENCE in model.peft_config:
-        raise ActiveDPOError(f"the model has an adapter called {_REFERENCE!r}, the name that TRL "
-                             "gives to the reference; delete or rename it")
+        raise ActiveDPOError(
+            f"the model has an adapter called {_REFERENCE!r}, the name that TRL "
+            "gives to the reference; delete or rename it"
+        )
     if reference not in ("initial", "round"):
         raise ActiveDPOError(f"reference: {reference!r} is neither 'initial' nor 'round'")
     if reference == "initial" and initial_adapter is None:
-        raise ActiveDPOError("reference='initial' needs initial_adapter=adapter_state(model), "
-                             "taken before the first round")
+        raise ActiveDPOError(
+            "reference='initial' needs initial_adapter=adapter_state(model), "
+            "taken before the first round"
+        )
     if reference == "initial" and args.precompute_ref_log_probs:
         # TRL computes them when it creates the trainer, from the policy at that point.
-        raise ActiveDPOError("precompute_ref_log_probs=True does not go with reference='initial'"
-                             ": set it to False, or reference to 'round'")
+        raise ActiveDPOError(
+            "precompute_ref_log_probs=True does not go with reference='initial'"
+            ": set it to False, or reference to 'round'"
+        )
     if len(dataset) == 0:
         raise ActiveDPOError("no labeled pair to train on")
 
@@ -221,11 +232,12 @@ def _set_reference(
     copied = adapter_state(model, adapter_name=_REFERENCE)
     load_adapter_state(model, wanted, adapter_name=_REFERENCE)
     if args.precompute_ref_log_probs and not all(
-        torch.equal(copied[name], weight.to(copied[name].device))
-        for name, weight in wanted.items()
+        torch.equal(copied[name], weight.to(copied[name].device)) for name, weight in wanted.items()
     ):
-        raise ActiveDPOError("precompute_ref_log_probs=True does not go with this adapter, which "
-                             "TRL copies in part only; leave it out")
+        raise ActiveDPOError(
+            "precompute_ref_log_probs=True does not go with this adapter, which "
+            "TRL copies in part only; leave it out"
+        )
 
 
 @contextmanager
@@ -234,12 +246,19 @@ def _restored(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     modules = [(module, _attributes(module)) for module in model.modules()]
     # Rotary embeddings replace their frequencies when a sequence is longer than any before.
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.dtype)
-             for parameter in model.parameters()]
+    flags = [
+        (parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()
+    ]
     base = model.get_base_model()
-    configs = {id(c): (c, dict(vars(c))) for c in (
-        base.config, cast(Any, base.config).get_text_config(),
-        getattr(base, "generation_config", None)) if c is not None}
+    configs = {
+        id(c): (c, dict(vars(c)))
+        for c in (
+            base.config,
+            cast(Any, base.config).get_text_config(),
+            getattr(base, "generation_config", None),
+        )
+        if c is not None
+    }
     pad_token = tokenizer.pad_token
     try:
         yield
@@ -320,8 +339,9 @@ class _Bar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._bar = progress_bar(self._show_progress, total=state.max_steps, desc="train",
-                                     unit="step")
+            self._bar = progress_bar(
+                self._show_progress, total=state.max_steps, desc="train", unit="step"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

@@ -1,6 +1,6 @@
 """Run what is missing of the experiments, and write docs/evidence.md from all runs.
 
-    python -m benchmarks.claims --help
+python -m benchmarks.claims --help
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from benchmarks.report import describe_run
 
 RESULTS = Path("benchmarks/results/claims")
 DOCUMENT = Path("docs/evidence.md")
+
+
 class Task(str, Enum):
     """What `--task` takes."""
 
@@ -35,12 +37,18 @@ VERSIONS = {Task.known_reward: 1, Task.reviews: 2}  # runs of another one are ma
 
 def main(
     task: Annotated[list[Task] | None, typer.Option(help="One task only; default: all.")] = None,
-    only: Annotated[str, typer.Option(
-        help="Run the experiments whose name contains this text only.")] = "",
-    method: Annotated[list[str] | None, typer.Option(
-        help="Run this method only; may be repeated.")] = None,
-    seeds: Annotated[int | None, typer.Option(
-        min=2, help="So many seeds of each, if that is fewer than the experiment has.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Run the experiments whose name contains this text only.")
+    ] = "",
+    method: Annotated[
+        list[str] | None, typer.Option(help="Run this method only; may be repeated.")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="So many seeds of each, if that is fewer than the experiment has."
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
     write: Annotated[bool, typer.Option(help=f"Write {DOCUMENT} and its pictures.")] = True,
     results: Annotated[Path, typer.Option(help="Folder of the runs' JSON.")] = RESULTS,
@@ -53,26 +61,36 @@ def main(
     known = {t: Results(results / f"{t.name}.json", VERSIONS[t]) for t in of_task}
     for t in task or list(of_task):
         chosen = [e for e in of_task[t] if only in e.name]
-        missing = {at: variant for at, variant in missing_runs(known[t], chosen, seeds).items()
-                   if not method or variant.method in method}
+        missing = {
+            at: variant
+            for at, variant in missing_runs(known[t], chosen, seeds).items()
+            if not method or variant.method in method
+        }
         if not missing:
             continue
         seconds = {v.key: e.seconds for e in chosen for v in e.variants}
         minutes = sum(seconds[key] for _, key in missing) / 60 / workers
-        print(f"{t.value}: {len(missing)} runs are missing, about {minutes:.0f} minutes",
-              flush=True)
+        print(
+            f"{t.value}: {len(missing)} runs are missing, about {minutes:.0f} minutes", flush=True
+        )
         jobs = (known_reward_jobs if t is Task.known_reward else review_jobs)(missing)
         run_jobs(jobs, known[t], environment(), workers)
     if write:
-        document({t.name: known[t] for t in of_task},
-                 {t.name: found for t, found in of_task.items()}, DOCUMENT)
+        document(
+            {t.name: known[t] for t in of_task},
+            {t.name: found for t, found in of_task.items()},
+            DOCUMENT,
+        )
 
 
 def environment() -> dict[str, Any]:
     """Machine, versions, date and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {**describe_run(), "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or "unknown"}
+    return {
+        **describe_run(),
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
 
 
 if __name__ == "__main__":

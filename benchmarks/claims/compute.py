@@ -20,7 +20,10 @@ TRAINED = GRADIENT + FORWARD  # the forward pass is that of the reference
 
 
 def passes(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, requires: frozenset[str], epochs: int,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    requires: frozenset[str],
+    epochs: int,
     train_on: str = "all",
 ) -> list[float]:
     """Thousands of units after each round of an `ActiveDPOLoop`'s folder, 0 first.
@@ -44,8 +47,10 @@ def passes(
 
 def _per_token(requires: frozenset[str]) -> int:
     logps = FORWARD if "logps" in requires and "gradients" not in requires else 0
-    return logps + sum({"gradients": GRADIENT, "ref_logps": FORWARD, "hidden": FORWARD}.get(name, 0)
-                       for name in requires)
+    return logps + sum(
+        {"gradients": GRADIENT, "ref_logps": FORWARD, "hidden": FORWARD}.get(name, 0)
+        for name in requires
+    )
 
 
 def _tokens(

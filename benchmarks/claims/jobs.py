@@ -16,8 +16,11 @@ from benchmarks.claims.world import make_world
 
 WORK = Path("runs/claims")
 # Runs that show how far the bound of the theory holds.
-BOUND_OF = tuple(f'{method} | {{"reward": "{reward}"}}'.replace('{"reward": "linear"}', "{}")
-                 for method in ("random", "activedpo, none") for reward in ("linear", "synopsis"))
+BOUND_OF = tuple(
+    f'{method} | {{"reward": "{reward}"}}'.replace('{"reward": "linear"}', "{}")
+    for method in ("random", "activedpo, none")
+    for reward in ("linear", "synopsis")
+)
 
 
 def missing_runs(
@@ -41,8 +44,10 @@ def known_reward_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
     for (seed, _), variant in missing.items():
         world = (seed, variant.setting.reward, variant.setting.duplicates)
         worlds.setdefault(world, []).append(variant)
-    return [Job(seed, _in_one_world, (seed, reward, duplicates, variants), len(variants))
-            for (seed, reward, duplicates), variants in worlds.items()]
+    return [
+        Job(seed, _in_one_world, (seed, reward, duplicates, variants), len(variants))
+        for (seed, reward, duplicates), variants in worlds.items()
+    ]
 
 
 def _in_one_world(
@@ -61,8 +66,9 @@ def _in_one_world(
 
 def review_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
     """A job a run."""
-    return [Job(seed, _with_one_method, (seed, variant), 1)
-            for (seed, _), variant in missing.items()]
+    return [
+        Job(seed, _with_one_method, (seed, variant), 1) for (seed, _), variant in missing.items()
+    ]
 
 
 @functools.cache
@@ -73,5 +79,4 @@ def _rating() -> Rating:
 def _with_one_method(seed: int, variant: Variant) -> dict[str, Run]:
     reviews.quiet()
     folder = WORK / "reviews" / f"{variant.key}-{seed}".translate({ord(c): "_" for c in ' |{}":,'})
-    return {variant.key: reviews.run(variant.method, variant.setting, seed, folder,
-                                     _rating())}
+    return {variant.key: reviews.run(variant.method, variant.setting, seed, folder, _rating())}

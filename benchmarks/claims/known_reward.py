@@ -120,9 +120,13 @@ def run(world: World, method: str, setting: Setting, seed: int) -> Trace:
         history.add(world, theta, pairs)
         chosen += newest
         theta = fit(torch.stack(chosen if setting.train_on == "all" else newest))
-    return Trace(reward, divergence(world, theta), accuracy(world, theta),
-                 right / len(history.pairs),
-                 *bound(world, theta, torch.stack(chosen)))
+    return Trace(
+        reward,
+        divergence(world, theta),
+        accuracy(world, theta),
+        right / len(history.pairs),
+        *bound(world, theta, torch.stack(chosen)),
+    )
 
 
 class History(NamedTuple):
@@ -139,8 +143,14 @@ class History(NamedTuple):
 
 
 def select(
-    world: World, theta: Tensor, method: str, setting: Setting, prompts: Tensor, rows: Tensor,
-    history: History, seed: int,
+    world: World,
+    theta: Tensor,
+    method: str,
+    setting: Setting,
+    prompts: Tensor,
+    rows: Tensor,
+    history: History,
+    seed: int,
 ) -> list[tuple[int, int, int]]:
     """The picks of a round, as (prompt, response, response); `rows` are the responses [n, M]."""
     m = rows.shape[1]
@@ -159,11 +169,13 @@ def select(
     options = {**options, **setting.options}
     if strategy == "random":
         options["seed"] = seed
-    chosen = TRIALS[strategy](**options) if strategy in TRIALS else make_strategy(
-        strategy, **options)
+    chosen = (
+        TRIALS[strategy](**options) if strategy in TRIALS else make_strategy(strategy, **options)
+    )
     at_random = round(setting.random_share * setting.batch_size)
-    picks = chosen.select(signals, setting.batch_size - at_random,
-                          show_progress=False).indices.tolist()
+    picks = chosen.select(
+        signals, setting.batch_size - at_random, show_progress=False
+    ).indices.tolist()
     if at_random:
         order = torch.randperm(len(names), generator=_generator(seed, "share")).tolist()
         picks += [n for n in order if n not in picks][:at_random]
@@ -171,8 +183,13 @@ def select(
 
 
 def signals_of(
-    world: World, theta: Tensor, setting: Setting, pairs: Tensor, own: tuple[Tensor, Tensor],
-    history: History, m: int,
+    world: World,
+    theta: Tensor,
+    setting: Setting,
+    pairs: Tensor,
+    own: tuple[Tensor, Tensor],
+    history: History,
+    m: int,
 ) -> TensorSignals:
     """All that a strategy may look at; `own` are the candidates' prompts and responses, [n]."""
     labeled = [] if setting.history == "none" else history.pairs
@@ -183,16 +200,22 @@ def signals_of(
         past_gradients = torch.cat(history.gradients)
     if setting.proj_dim:
         gradients, past_gradients = (
-            sketched(rows, setting.proj_dim) for rows in (gradients, past_gradients))
+            sketched(rows, setting.proj_dim) for rows in (gradients, past_gradients)
+        )
     logps, past_logps = (log_probability(world, theta, *at) for at in (own, past))
     uniform, past_uniform = (torch.full_like(x, -math.log(RESPONSES)) for x in (logps, past_logps))
     return TensorSignals(
-        pairs, torch.arange(len(own[0]) // m).repeat_interleave(m), gradients=gradients,
-        hidden=world.features[own], logps=BETA * logps, ref_logps=BETA * uniform,
+        pairs,
+        torch.arange(len(own[0]) // m).repeat_interleave(m),
+        gradients=gradients,
+        hidden=world.features[own],
+        logps=BETA * logps,
+        ref_logps=BETA * uniform,
         history_gradients=(past_gradients, past_pairs),
         history_hidden=(world.features[past], past_pairs),
         history_logps=(BETA * past_logps, past_pairs),
-        history_ref_logps=(BETA * past_uniform, past_pairs))
+        history_ref_logps=(BETA * past_uniform, past_pairs),
+    )
 
 
 def sketched(rows: Tensor, dim: int) -> Tensor:
@@ -276,8 +299,9 @@ def accuracy(world: World, theta: Tensor) -> float:
     """`accuracy` of a `Trace`."""
     implicit = world.heldout_features @ theta
     first, second = torch.triu_indices(RESPONSES, RESPONSES, offset=1)
-    agree = ((implicit[:, first] > implicit[:, second])
-             == (world.heldout_reward[:, first] > world.heldout_reward[:, second]))
+    agree = (implicit[:, first] > implicit[:, second]) == (
+        world.heldout_reward[:, first] > world.heldout_reward[:, second]
+    )
     return float(agree.double().mean())
 
 
@@ -290,8 +314,10 @@ def bound(world: World, theta: Tensor, chosen: Tensor) -> tuple[list[float], lis
     width = information.score(phi).sqrt()
     error = (phi @ theta - truth).abs()
     tenths = width.argsort().tensor_split(10)
-    return ([float(error[part].mean()) for part in tenths],
-            [float(width[part].mean()) for part in tenths])
+    return (
+        [float(error[part].mean()) for part in tenths],
+        [float(width[part].mean()) for part in tenths],
+    )
 
 
 def _responses(pairs: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,13 @@ def fit(world: World) -> dict[str, float]:
     for ridge in RIDGES:
         theta = torch.linalg.solve(features.T @ features + ridge * eye, features.T @ reward)
         left = (held - held_features @ theta).square().sum() / held.square().sum()
-        found.append({"r2": 1 - float(left), "reward": earned(world, theta),
-                      "accuracy": accuracy(world, theta)})
+        found.append(
+            {
+                "r2": 1 - float(left),
+                "reward": earned(world, theta),
+                "accuracy": accuracy(world, theta),
+            }
+        )
     return max(found, key=lambda f: f["r2"])
 
 

@@ -28,7 +28,8 @@ class Results:
         self.environment: dict[str, Any] = found.get("environment", {})
         self._runs: dict[str, dict[int, Run]] = {
             key: {int(seed): run for seed, run in runs.items()}
-            for key, runs in found.get("runs", {}).items()}
+            for key, runs in found.get("runs", {}).items()
+        }
 
     def runs(self, key: str) -> dict[int, Run]:
         """The runs of a key, by seed."""
@@ -44,8 +45,10 @@ class Results:
         write_atomic(self._path, "".join(self._lines()))
 
     def _lines(self) -> Iterator[str]:
-        yield (f'{{\n"version": {self._version},\n"environment": {json.dumps(self.environment)},\n'
-               '"runs": {\n')
+        yield (
+            f'{{\n"version": {self._version},\n"environment": {json.dumps(self.environment)},\n'
+            '"runs": {\n'
+        )
         for n, (key, runs) in enumerate(sorted(self._runs.items())):
             yield ("" if n == 0 else ",\n") + f"{json.dumps(key)}: {{\n"
             yield ",\n".join(f'"{seed}": {json.dumps(run)}' for seed, run in sorted(runs.items()))

@@ -41,8 +41,10 @@ def review_gradients(folder: Path, responses: int) -> tuple[Tensor, Tensor]:
         with atomic_path(path) as temporary:
             np.savez(temporary, gradients=gradients.float().numpy(), ratings=ratings.numpy())
     with np.load(path) as arrays:
-        return (torch.from_numpy(arrays["gradients"]).double(),
-                torch.from_numpy(arrays["ratings"]).double())
+        return (
+            torch.from_numpy(arrays["gradients"]).double(),
+            torch.from_numpy(arrays["ratings"]).double(),
+        )
 
 
 def _taken(responses: int) -> tuple[Tensor, Tensor]:
@@ -50,14 +52,15 @@ def _taken(responses: int) -> tuple[Tensor, Tensor]:
     model, tokenizer = load_policy(setting, seed=0)
     prompts = read_review_prompts("pool")
     random.Random(0).shuffle(prompts)
-    pool = generate_responses(model, tokenizer, prompts[:PROMPTS], n_responses=responses, seed=0,
-                              **setting.generation)
+    pool = generate_responses(
+        model, tokenizer, prompts[:PROMPTS], n_responses=responses, seed=0, **setting.generation
+    )
     tokens = tokenize_pool(pool, tokenizer)
-    extractor = FeatureExtractor(model, Sketch("sjlt", SKETCHED), beta=1.0,
-                                 pad_token_id=tokenizer.pad_token_id or 0)
+    extractor = FeatureExtractor(
+        model, Sketch("sjlt", SKETCHED), beta=1.0, pad_token_id=tokenizer.pad_token_id or 0
+    )
     rows = extractor.gradients(tokens).gradients.view(len(pool), responses, SKETCHED)
     rows = rows - rows.mean(dim=1, keepdim=True)
     texts = [(item.prompt, response) for item in pool for response in item.responses]
     ratings = Rating()([p for p, _ in texts], [r for _, r in texts], [])
-    return (principal_components(rows, DIM),
-            torch.tensor(ratings).view(len(pool), responses))
+    return (principal_components(rows, DIM), torch.tensor(ratings).view(len(pool), responses))

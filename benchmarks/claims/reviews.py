@@ -73,10 +73,12 @@ class ReviewSetting:
     train_on: str = "all"
     heldout: int = 300
     samples: int = 2
-    generation: dict[str, Any] = field(default_factory=lambda: {
-        "max_new_tokens": 20, "temperature": 1.0, "batch_size": 300})
-    lora: dict[str, Any] = field(default_factory=lambda: {
-        "r": 8, "lora_alpha": 16, "target_modules": LINEARS})
+    generation: dict[str, Any] = field(
+        default_factory=lambda: {"max_new_tokens": 20, "temperature": 1.0, "batch_size": 300}
+    )
+    lora: dict[str, Any] = field(
+        default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}
+    )
     selection: dict[str, Any] = field(default_factory=lambda: {"proj_dim": 4096})
 
 
@@ -89,8 +91,14 @@ def load_policy(setting: ReviewSetting, seed: int) -> tuple[PeftModel, PreTraine
     return model.eval(), tokenizer
 
 
-def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Rating,
-        show_progress: bool | None = False) -> dict[str, Any]:
+def run(
+    method: str,
+    setting: ReviewSetting,
+    seed: int,
+    folder: Path,
+    rating: Rating,
+    show_progress: bool | None = False,
+) -> dict[str, Any]:
     """All rounds of one method, in `folder`, where an interrupted run goes on.
 
     Returns:
@@ -101,16 +109,26 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
     model, tokenizer = load_policy(setting, seed)
     pairs = setting.n_responses * (setting.n_responses - 1) // 2 * setting.prompts_per_round
     records = ActiveDPOLoop(
-        model, tokenizer, read_review_prompts("pool"),
+        model,
+        tokenizer,
+        read_review_prompts("pool"),
         RewardOracle(rating, temperature=setting.temperature, seed=seed),
         output_dir=folder,
         dpo_args=dpo_config(
-            output_dir=str(folder / "trainer"), seed=seed, beta=setting.beta, max_length=64,
-            learning_rate=setting.learning_rate, num_train_epochs=setting.epochs,
-            per_device_train_batch_size=16),
+            output_dir=str(folder / "trainer"),
+            seed=seed,
+            beta=setting.beta,
+            max_length=64,
+            learning_rate=setting.learning_rate,
+            num_train_epochs=setting.epochs,
+            per_device_train_batch_size=16,
+        ),
         strategy=TRIALS[strategy](**options) if strategy in TRIALS else strategy,
-        selector_options={**setting.selection, **({} if strategy in TRIALS else options),
-                          "seed": seed},
+        selector_options={
+            **setting.selection,
+            **({} if strategy in TRIALS else options),
+            "seed": seed,
+        },
         batch_size=pairs if method == EVERYTHING else setting.batch_size,
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
@@ -122,13 +140,17 @@ def run(method: str, setting: ReviewSetting, seed: int, folder: Path, rating: Ra
         show_progress=show_progress,
     ).run()
     names = records[0].metrics
-    seconds = {name: sum(r.seconds.get(name, 0.0) for r in records) for name in
-               ("generate", "features", "select", "label", "train", "evaluate")}
-    return {"labels": [r.labels_total for r in records], "seconds": seconds,
-            **{name: [r.metrics[name] for r in records] for name in names},
-            "passes": passes(folder, tokenizer, requires(method), setting.epochs,
-                             setting.train_on),
-            **_asked(folder, rating)}
+    seconds = {
+        name: sum(r.seconds.get(name, 0.0) for r in records)
+        for name in ("generate", "features", "select", "label", "train", "evaluate")
+    }
+    return {
+        "labels": [r.labels_total for r in records],
+        "seconds": seconds,
+        **{name: [r.metrics[name] for r in records] for name in names},
+        "passes": passes(folder, tokenizer, requires(method), setting.epochs, setting.train_on),
+        **_asked(folder, rating),
+    }
 
 
 def requires(method: str) -> frozenset[str]:
@@ -143,8 +165,10 @@ def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"agreement": [], "difference": []}
     for path in sorted(folder.glob("round-*/labels.jsonl")):
         rows = [row for _, row in jsonl_rows(path)]
-        first, second = (np.array(rating([r["prompt"] for r in rows],
-                                         [r["responses"][n] for r in rows], [])) for n in (0, 1))
+        first, second = (
+            np.array(rating([r["prompt"] for r in rows], [r["responses"][n] for r in rows], []))
+            for n in (0, 1)
+        )
         preferred = np.array([r["label"] == 0 for r in rows])
         found["agreement"].append(float(((first > second) == preferred).mean()))
         found["difference"].append(float(np.abs(first - second).mean()))
@@ -156,12 +180,23 @@ class Evaluation:
     response; `kl`, the mean of log pi - log pi_ref over the samples, in nats.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rating: Rating, setting: ReviewSetting,
-                 folder: Path) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rating: Rating,
+        setting: ReviewSetting,
+        folder: Path,
+    ) -> None:
         self._tokenizer = tokenizer
         self._heldout = HeldoutReward(
-            tokenizer, read_review_prompts("heldout")[: setting.heldout], rating, folder,
-            samples=setting.samples, generation=setting.generation, show_progress=False)
+            tokenizer,
+            read_review_prompts("heldout")[: setting.heldout],
+            rating,
+            folder,
+            samples=setting.samples,
+            generation=setting.generation,
+            show_progress=False,
+        )
 
     def __call__(self, model: PeftModel) -> dict[str, float]:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # `make claims` has it
@@ -169,8 +204,10 @@ class Evaluation:
         metrics = self._heldout(model)
         prompts, responses = self._heldout.prompts, self._heldout.responses
         analyzer = SentimentIntensityAnalyzer()
-        compound = [analyzer.polarity_scores(f"{p.prompt}{r}")["compound"]
-                    for p, r in zip(prompts, responses, strict=True)]
+        compound = [
+            analyzer.polarity_scores(f"{p.prompt}{r}")["compound"]
+            for p, r in zip(prompts, responses, strict=True)
+        ]
         return {
             **{name: metrics[name] for name in ("reward", "gain_se")},
             "vader": float(np.mean(compound)),
@@ -184,9 +221,12 @@ class Evaluation:
         # A pool's items have two different responses: one is another sample for the same prompt.
         half = len(prompts) // 2
         pool = PreferencePool(
-            PoolItem(p.id, p.prompt, (r, other)) for p, r, other in
-            list(zip(prompts, responses, responses[half:], strict=False))[:KL_SAMPLES // 2]
-            if r.strip() and other.strip() and r != other)
+            PoolItem(p.id, p.prompt, (r, other))
+            for p, r, other in list(zip(prompts, responses, responses[half:], strict=False))[
+                : KL_SAMPLES // 2
+            ]
+            if r.strip() and other.strip() and r != other
+        )
         tokens = tokenize_pool(pool, self._tokenizer, show_progress=False)
         extractor = FeatureExtractor(model, Sketch("sjlt", 8), verify=False)
         own = extractor.logps(tokens, show_progress=False)

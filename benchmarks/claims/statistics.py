@@ -41,8 +41,11 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    curves: Mapping[str, Curves], baseline: str, labels: Axis,
-    costs: Mapping[str, Axis] | None = None, seed: int = 0,
+    curves: Mapping[str, Curves],
+    baseline: str,
+    labels: Axis,
+    costs: Mapping[str, Axis] | None = None,
+    seed: int = 0,
 ) -> dict[str, Comparison]:
     """Every method but the baseline; all curves have the same seeds in the same order.
 
@@ -54,19 +57,28 @@ def compare(
     base = curves[baseline]
     draws = generator.integers(len(base), size=(_RESAMPLES, len(base)))
     signs = generator.choice((-1.0, 1.0), size=(_RESAMPLES, len(base)))
-    areas = {name: (curve - base)[:, 1:].mean(axis=1)
-             for name, curve in curves.items() if name != baseline}
+    areas = {
+        name: (curve - base)[:, 1:].mean(axis=1)
+        for name, curve in curves.items()
+        if name != baseline
+    }
     p = {name: _sign_flip(area, signs) for name, area in areas.items()}
     corrected = holm(p)
-    return {name: Comparison(_bootstrap(area, draws), p[name], corrected[name],
-                             saved(curves[name], base, labels, labels, draws),
-                             None if costs is None else
-                             saved(curves[name], base, costs[name], costs[baseline], draws))
-            for name, area in areas.items()}
+    return {
+        name: Comparison(
+            _bootstrap(area, draws),
+            p[name],
+            corrected[name],
+            saved(curves[name], base, labels, labels, draws),
+            None
+            if costs is None
+            else saved(curves[name], base, costs[name], costs[baseline], draws),
+        )
+        for name, area in areas.items()
+    }
 
 
-def saved(method: Curves, base: Curves, own: Axis, its: Axis,
-          draws: NDArray[np.int64]) -> Estimate:
+def saved(method: Curves, base: Curves, own: Axis, its: Axis, draws: NDArray[np.int64]) -> Estimate:
     """1 - (where the mean curve reaches the baseline's end) / (where the baseline reaches it).
 
     Both are read off the mean curves, made monotone and interpolated; the interval is of the same

@@ -27,8 +27,15 @@ class Trial(Strategy):
     requires: ClassVar[frozenset[str]] = frozenset({"gradients"})
     lam: float = 1.0
 
-    def select(self, signals: Signals, n: int, *, eligible: Any = None, group: Any = None,
-               show_progress: bool | None = None) -> Ranking:
+    def select(
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Any = None,
+        group: Any = None,
+        show_progress: bool | None = None,
+    ) -> Ranking:
         if eligible is not None or group is not None:
             raise NotImplementedError("a trial has no rules and one process")
         left = torch.ones(len(signals.pairs), dtype=torch.bool)

@@ -39,8 +39,10 @@ def run_jobs(
     saved = time.monotonic()
     failed: list[tuple[Job, BaseException]] = []
     context = multiprocessing.get_context("spawn")
-    with (ProcessPoolExecutor(workers, context, initializer=_start) as pool,
-          tqdm(total=sum(job.runs for job in jobs), unit="run") as bar):
+    with (
+        ProcessPoolExecutor(workers, context, initializer=_start) as pool,
+        tqdm(total=sum(job.runs for job in jobs), unit="run") as bar,
+    ):
         try:
             waiting = {pool.submit(job.call, *job.arguments): job for job in jobs}
             for done in as_completed(waiting):

@@ -73,9 +73,7 @@ def make_world(reward: str, seed: int, folder: Path, duplicates: float = 0.0) ->
     return World(*train, features[PROMPTS:], rewards[PROMPTS:])
 
 
-def _synopses(
-    reward: str, folder: Path, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _synopses(reward: str, folder: Path, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Features and rewards of packages, [P, 16, DIM] and [P, 16]."""
     prompts, synopses, candidates = _packages(folder)
     order = torch.randperm(len(prompts), generator=generator)[: PROMPTS + HELDOUT]
@@ -84,8 +82,9 @@ def _synopses(
     raw = raw - raw.mean(dim=1, keepdim=True)
     features = principal_components(raw, DIM)
     if reward == "linear":
-        return features, features @ torch.randn(features.shape[-1], generator=generator,
-                                                dtype=torch.float64)
+        return features, features @ torch.randn(
+            features.shape[-1], generator=generator, dtype=torch.float64
+        )
     return features, (synopses[order, None, :] * synopses[chosen]).sum(-1)
 
 
@@ -99,8 +98,12 @@ def _with_duplicates(
 ) -> tuple[Tensor, Tensor]:
     """Of the prompts, the last `share` are replaced by near copies of 1 in 50 of the others."""
     own = round(len(features) * (1 - share))
-    kept = torch.cat([torch.arange(own), torch.randint(max(1, own // 50), (len(features) - own,),
-                                                       generator=generator)])
+    kept = torch.cat(
+        [
+            torch.arange(own),
+            torch.randint(max(1, own // 50), (len(features) - own,), generator=generator),
+        ]
+    )
     noise = torch.randn(features.shape, generator=generator, dtype=torch.float64)
     noise[:own] = 0
     size = features.square().mean().sqrt()
@@ -128,10 +131,13 @@ def _embeddings(folder: Path) -> tuple[Tensor, Tensor]:
         prompts = read_prompts("pool")
         texts: tuple[list[str], list[str]] = (
             [str(p.prompt).removesuffix("\n\nTL;DR:") for p in prompts],
-            [str(p.extra["synopsis"]) for p in prompts])
+            [str(p.extra["synopsis"]) for p in prompts],
+        )
         found: list[NDArray[np.float32]] = [embed(part).numpy() for part in texts]
         with atomic_path(path) as temporary:
             np.savez(temporary, prompts=found[0], synopses=found[1])
     with np.load(path) as arrays:
-        return tuple(torch.from_numpy(arrays[name]).double()  # type: ignore[return-value]
-                     for name in ("prompts", "synopses"))
+        return tuple(
+            torch.from_numpy(arrays[name]).double()  # type: ignore[return-value]
+            for name in ("prompts", "synopses")
+        )

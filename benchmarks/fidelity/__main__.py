@@ -77,8 +77,9 @@ def prepare(name: str, n_prompts: int, folder: Path) -> Case:
     if not path.exists():
         prompts = read_prompts("pool", max_words=DEMO.max_words)
         drawn = draw_prompts(prompts, 0, n_prompts, set(), SEED)
-        generate_responses(model, tokenizer, drawn, n_responses=DEMO.n_responses, seed=SEED,
-                           **DEMO.generation).to_jsonl(path)
+        generate_responses(
+            model, tokenizer, drawn, n_responses=DEMO.n_responses, seed=SEED, **DEMO.generation
+        ).to_jsonl(path)
     pool = PreferencePool.from_jsonl(path)
     tokens = tokenize_pool(pool, tokenizer, max_length=DEMO.dpo["max_length"])
     return Case(name, model, pool, tokens)
@@ -94,17 +95,25 @@ def policy(name: str, folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]
     return model, tokenizer
 
 
-def _one_round(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any],
-               folder: Path) -> None:
+def _one_round(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], folder: Path
+) -> None:
     """One round of the demo with random pairs; the model is left with the trained adapter."""
     ActiveDPOLoop(
-        model, tokenizer, prompts,
+        model,
+        tokenizer,
+        prompts,
         RewardOracle(SynopsisSimilarity(), temperature=DEMO.temperature, seed=SEED),
         output_dir=folder,
         dpo_args=dpo_config(output_dir=str(folder / "trainer"), seed=SEED, **DEMO.dpo),
-        strategy="random", selector_options={"seed": SEED}, batch_size=DEMO.batch_size, rounds=1,
-        prompts_per_round=DEMO.prompts_per_round, n_responses=DEMO.n_responses,
-        generation=DEMO.generation, seed=SEED,
+        strategy="random",
+        selector_options={"seed": SEED},
+        batch_size=DEMO.batch_size,
+        rounds=1,
+        prompts_per_round=DEMO.prompts_per_round,
+        n_responses=DEMO.n_responses,
+        generation=DEMO.generation,
+        seed=SEED,
     ).run()
 
 
@@ -115,9 +124,14 @@ def compare(case: Case, seeds: int, folder: Path) -> Record:
     """
     setting = [case.pool.fingerprint(), CRITERIA, PICKS, RANDOM_DRAWS]
     about = _Part(folder / f"{case.name}.json", setting)
-    parts = {(method, seed): _Part(folder / f"{case.name}-{method}-{seed}.json", [
-        *setting, DIMS, DENSE_DIM, _definition(method, seed, case.parameters())])
-        for method in METHODS for seed in range(seeds)}
+    parts = {
+        (method, seed): _Part(
+            folder / f"{case.name}-{method}-{seed}.json",
+            [*setting, DIMS, DENSE_DIM, _definition(method, seed, case.parameters())],
+        )
+        for method in METHODS
+        for seed in range(seeds)
+    }
     missing = [key for key, part in parts.items() if part.records is None]
     if missing or about.records is None:
         exact = exact_rows(case)
@@ -159,8 +173,9 @@ def _definition(method: str, seed: int, parameters: Parameters) -> str:
     return digest.hexdigest()
 
 
-def _compare_sketch(case: Case, exact: Exact, references: list[Record], method: str,
-                    seed: int) -> Record:
+def _compare_sketch(
+    case: Case, exact: Exact, references: list[Record], method: str, seed: int
+) -> Record:
     pairs = case.pool.pairs()
     records: Record = {"geometry": [], "selection": []}
     for k, sketched in sketches_of(exact.rows, case.parameters(), method, seed):
@@ -189,27 +204,43 @@ def time_sketches(case: Case) -> list[Record]:
     taken: list[list[tuple[float, float]]] = [[] for _ in sketches]
     turns = [(n, extractor) for _ in range(ROUNDS) for n, extractor in enumerate(extractors)]
     for n, extractor in tqdm(turns, desc="times", disable=None):
-        taken[n].append((seconds(forward), seconds(
-            partial(extractor.gradients, tokens, show_progress=False))))
-    return [{
-        "case": case.name, "sketch": sketch.method, "k": sketch.dim,
-        "responses": len(tokens.sequences),
-        "seconds": statistics.median(rows for _, rows in runs),
-        "forward_seconds": statistics.median(plain for plain, _ in runs),
-        "ratio": statistics.median(rows / plain for plain, rows in runs),
-        "ratios": [rows / plain for plain, rows in runs],
-    } for sketch, runs in zip(sketches, taken, strict=True)]
+        taken[n].append(
+            (seconds(forward), seconds(partial(extractor.gradients, tokens, show_progress=False)))
+        )
+    return [
+        {
+            "case": case.name,
+            "sketch": sketch.method,
+            "k": sketch.dim,
+            "responses": len(tokens.sequences),
+            "seconds": statistics.median(rows for _, rows in runs),
+            "forward_seconds": statistics.median(plain for plain, _ in runs),
+            "ratio": statistics.median(rows / plain for plain, rows in runs),
+            "ratios": [rows / plain for plain, rows in runs],
+        }
+        for sketch, runs in zip(sketches, taken, strict=True)
+    ]
 
 
 def environment() -> Record:
     """Where and with what the figures were made."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parents[2], text=True,
-                              capture_output=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parents[2],
+            text=True,
+            capture_output=True,
+            check=False,
+        ).stdout.strip()
 
     changed = bool(git("status", "--porcelain", "--", "activedpo_fast", "csrc"))
-    return {**describe_run(), "date": date.today().isoformat(),
-            "commit": git("rev-parse", "HEAD"), "uncommitted_changes": changed}
+    return {
+        **describe_run(),
+        "date": date.today().isoformat(),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": changed,
+    }
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -220,24 +251,40 @@ def main(
     prompts: Annotated[int, typer.Option(min=5, help="Prompts in a pool, of 3 responses.")] = 1000,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each sketch.")] = 3,
     out: Annotated[Path, typer.Option(help="The figures, JSON.")] = Path(
-        "benchmarks/results/fidelity.json"),
+        "benchmarks/results/fidelity.json"
+    ),
     figure: Annotated[Path, typer.Option(help="The picture.")] = Path("docs/fidelity.png"),
     work: Annotated[Path, typer.Option(help="Adapter, pools, finished parts.")] = Path(
-        "runs/fidelity"),
+        "runs/fidelity"
+    ),
 ) -> None:
     """Measure what sketches cost in the quality of the selection, and what they cost in time.
 
     A run that was interrupted continues with what is in the work folder; delete it to start over.
     """
     torch.manual_seed(SEED)
-    result: Record = {"environment": environment(), "settings": {
-        "prompts": prompts, "seeds": seeds, "seed": SEED, "picks": PICKS, "kappa": 1.0,
-        "criteria": CRITERIA,
-        "dims": DIMS, "dense_dim_with_several_seeds": DENSE_DIM, "random_draws": RANDOM_DRAWS,
-        "timed_items": TIMED_ITEMS, "rounds": ROUNDS, "max_tokens_per_batch": TOKENS,
-        "model": "small", "lora": DEMO.lora, "dpo": DEMO.dpo, "generation": DEMO.generation,
-        "labels": DEMO.batch_size,
-    }}
+    result: Record = {
+        "environment": environment(),
+        "settings": {
+            "prompts": prompts,
+            "seeds": seeds,
+            "seed": SEED,
+            "picks": PICKS,
+            "kappa": 1.0,
+            "criteria": CRITERIA,
+            "dims": DIMS,
+            "dense_dim_with_several_seeds": DENSE_DIM,
+            "random_draws": RANDOM_DRAWS,
+            "timed_items": TIMED_ITEMS,
+            "rounds": ROUNDS,
+            "max_tokens_per_batch": TOKENS,
+            "model": "small",
+            "lora": DEMO.lora,
+            "dpo": DEMO.dpo,
+            "generation": DEMO.generation,
+            "labels": DEMO.batch_size,
+        },
+    }
     for name in CASES:
         case = prepare(name, prompts, work)
         for kind, records in compare(case, seeds, work / f"prompts-{prompts}").items():
@@ -252,8 +299,10 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(epilog="Examples:\n\n"
-                       "  python -m benchmarks.fidelity\n\n"
-                       "  python -m benchmarks.fidelity --prompts 40 --seeds 1 "
-                       "--out runs/trial.json --figure runs/trial.png")(main)
+    app.command(
+        epilog="Examples:\n\n"
+        "  python -m benchmarks.fidelity\n\n"
+        "  python -m benchmarks.fidelity --prompts 40 --seeds 1 "
+        "--out runs/trial.json --figure runs/trial.png"
+    )(main)
     app()

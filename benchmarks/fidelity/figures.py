@@ -24,22 +24,47 @@ def draw(result: Record, path: Path) -> None:
         _draw_loss(left, result, method, marker=marker, color=color)
         for case, line, fill in zip(CASES, ("--", "-"), ("white", color), strict=True):
             label = f"{method}, " + ("after one round" if case == "trained" else "B = 0")
-            errors = [_mean(_where(result["geometry"], case=case, sketch=method, k=k),
-                            "inner_product_error") for k in DIMS]
-            right.plot(DIMS, errors, marker=marker, color=color, linestyle=line, label=label,
-                       markerfacecolor=fill, linewidth=4 if method == "sjlt" else 1.5,
-                       markersize=9 if method == "sjlt" else 6)  # rademacher's lie upon sjlt's
+            errors = [
+                _mean(
+                    _where(result["geometry"], case=case, sketch=method, k=k), "inner_product_error"
+                )
+                for k in DIMS
+            ]
+            right.plot(
+                DIMS,
+                errors,
+                marker=marker,
+                color=color,
+                linestyle=line,
+                label=label,
+                markerfacecolor=fill,
+                linewidth=4 if method == "sjlt" else 1.5,
+                markersize=9 if method == "sjlt" else 6,
+            )  # rademacher's lie upon sjlt's
 
     exact = _where(result["exact"], case="trained", normalize="response", lam=1.0)[0]
     unsketched = _where(result["time"], sketch="none")[0]["ratio"]
-    left.axhline(1 - exact["logdet_random"] / exact["logdet"], color="gray", linestyle="--",
-                 label="random pairs")
+    left.axhline(
+        1 - exact["logdet_random"] / exact["logdet"],
+        color="gray",
+        linestyle="--",
+        label="random pairs",
+    )
     left.axvline(unsketched, color="gray", linestyle=":", label="time without a sketch")
-    left.set(xscale="log", yscale="log", xlabel="time of gradient rows / time of a forward pass",
-             ylabel="1 − log det of the picks / that of exact picks",
-             title=f"{len(exact['picks'])} picks, each k (by response, λ = 1, after one round)")
-    right.set(xscale="log", yscale="log", xlabel="k", ylabel="relative error",
-              title="Inner products of gradient rows")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="time of gradient rows / time of a forward pass",
+        ylabel="1 − log det of the picks / that of exact picks",
+        title=f"{len(exact['picks'])} picks, each k (by response, λ = 1, after one round)",
+    )
+    right.set(
+        xscale="log",
+        yscale="log",
+        xlabel="k",
+        ylabel="relative error",
+        title="Inner products of gradient rows",
+    )
     left.margins(x=0.15)  # room for the labels of points
     _ticks(left.xaxis, [2, 3, 4, 6, 8, 10])
     _ticks(right.xaxis, DIMS)
@@ -55,13 +80,33 @@ def draw(result: Record, path: Path) -> None:
 def _draw_loss(axes: Any, result: Record, method: str, **style: Any) -> None:
     """A method's loss against its time, k beside each point (sjlt's and kronecker's lie close)."""
     times = [_where(result["time"], sketch=method, k=k)[0]["ratio"] for k in DIMS]
-    losses = [1 - _mean(_where(result["selection"], case="trained", sketch=method, k=k,
-                               normalize="response", lam=1.0), "ratio") for k in DIMS]
+    losses = [
+        1
+        - _mean(
+            _where(
+                result["selection"],
+                case="trained",
+                sketch=method,
+                k=k,
+                normalize="response",
+                lam=1.0,
+            ),
+            "ratio",
+        )
+        for k in DIMS
+    ]
     axes.plot(times, losses, label=method, **style)
     for k, at, loss in zip(DIMS, times, losses, strict=True):
         offset, side = ((-8, -3), "right") if method == "sjlt" else ((8, -1), "left")
-        axes.annotate(str(k), (at, loss), textcoords="offset points", xytext=offset, ha=side,
-                      fontsize=7, color=style["color"])
+        axes.annotate(
+            str(k),
+            (at, loss),
+            textcoords="offset points",
+            xytext=offset,
+            ha=side,
+            fontsize=7,
+            color=style["color"],
+        )
 
 
 def _ticks(axis: Any, values: Sequence[float]) -> None:

@@ -29,7 +29,11 @@ DIMS = (512, 1024, 2048, 4096, 8192)
 DENSE_DIM = 4096  # the largest k at which the dense sketch is taken with more than one seed
 PICKS = 50
 CRITERIA: tuple[tuple[Normalize, float], ...] = (
-    ("response", 1.0), ("pair", 1.0), (None, 1.0), ("response", 0.01))  # (normalize, lambda)
+    ("response", 1.0),
+    ("pair", 1.0),
+    (None, 1.0),
+    ("response", 0.01),
+)  # (normalize, lambda)
 RANDOM_DRAWS = 50
 CHECKED_ITEMS = 4
 TIMED_ITEMS, ROUNDS = 50, 3
@@ -50,8 +54,9 @@ class Case:
 
     def extractor(self, sketch: Sketch) -> FeatureExtractor:
         """What takes this policy's gradient rows, with the demo's settings."""
-        return FeatureExtractor(self.model, sketch, beta=DEMO.dpo["beta"],
-                                max_tokens_per_batch=TOKENS)
+        return FeatureExtractor(
+            self.model, sketch, beta=DEMO.dpo["beta"], max_tokens_per_batch=TOKENS
+        )
 
     def parameters(self) -> Parameters:
         """(canonical name, shape) of the LoRA matrices, in the order of an unsketched row."""
@@ -100,7 +105,7 @@ def gram_matrix(rows: Tensor, width: int = 8192, height: int = 750) -> Tensor:
             continue
         part = columns.double()
         for top in range(0, len(rows), height):
-            gram[top:, top:top + height] += part[top:] @ part[top:top + height].T
+            gram[top:, top : top + height] += part[top:] @ part[top : top + height].T
     return gram.tril() + gram.tril(-1).T
 
 
@@ -114,7 +119,7 @@ def sketch_rows(rows: Tensor, parameters: Parameters, sketch: Sketch) -> Tensor:
     out = torch.zeros(len(rows), plan.dim, dtype=torch.float64)
     column = 0
     for name, shape in parameters:
-        block = rows[:, column:column + math.prod(shape)].reshape(len(rows), *shape)
+        block = rows[:, column : column + math.prod(shape)].reshape(len(rows), *shape)
         column += math.prod(shape)
         if not block.any():
             continue
@@ -129,8 +134,9 @@ def sketch_rows(rows: Tensor, parameters: Parameters, sketch: Sketch) -> Tensor:
     return out
 
 
-def sketches_of(rows: Tensor, parameters: Parameters, method: str,
-                seed: int) -> Iterator[tuple[int, Tensor]]:
+def sketches_of(
+    rows: Tensor, parameters: Parameters, method: str, seed: int
+) -> Iterator[tuple[int, Tensor]]:
     """(k, sketched rows float64 [R, k]) for every k that this method and seed are measured at."""
     if method != "rademacher":
         for k in DIMS:
@@ -147,7 +153,7 @@ def sketches_of(rows: Tensor, parameters: Parameters, method: str,
 def check_sketches(case: Case, exact: Exact) -> None:
     """Assert that what is measured is what the extractor gives, on a few items."""
     tokens, parameters = case.head(CHECKED_ITEMS), case.parameters()
-    rows = exact.rows[:len(tokens.sequences)]
+    rows = exact.rows[: len(tokens.sequences)]
     for method in METHODS:
         for k, sketched in sketches_of(rows, parameters, method, 0):
             given = case.extractor(Sketch(method, k)).gradients(tokens, show_progress=False)
@@ -157,11 +163,15 @@ def check_sketches(case: Case, exact: Exact) -> None:
 
 def check_points(case: Case, exact: Exact) -> None:
     """Assert that the selection takes the same pairs from `points` as from the rows themselves."""
-    pairs = case.pool.pairs()[:DEMO.n_responses * TIMED_ITEMS]
+    pairs = case.pool.pairs()[: DEMO.n_responses * TIMED_ITEMS]
     n, count = int(pairs.max()) + 1, min(PICKS, len(pairs))
     for normalize, lam in CRITERIA:
-        chosen = [greedy_logdet(x[:n], pairs, count, lam=lam, normalize=normalize,
-                                show_progress=False).indices for x in (exact.rows, exact.points)]
+        chosen = [
+            greedy_logdet(
+                x[:n], pairs, count, lam=lam, normalize=normalize, show_progress=False
+            ).indices
+            for x in (exact.rows, exact.points)
+        ]
         assert chosen[0].equal(chosen[1]), f"{normalize}, lambda {lam}: other picks"
 
 
@@ -178,10 +188,9 @@ def geometry(sketched: Tensor, exact: Exact, pairs: Tensor) -> Record:
     lengths = gram.diagonal().sqrt()
     angle_error = _off_diagonal(gram / lengths[:, None] / lengths - cosines)
     return {
-        "inner_product_error":
-            _size(_off_diagonal(gram - cosines)) / _size(_off_diagonal(cosines)),
+        "inner_product_error": _size(_off_diagonal(gram - cosines)) / _size(_off_diagonal(cosines)),
         "pair_product_error": _size(_off_diagonal(_of_pairs(gram - cosines, pairs)))
-            / _size(_off_diagonal(_of_pairs(cosines, pairs))),
+        / _size(_off_diagonal(_of_pairs(cosines, pairs))),
         "cosine_error": _size(angle_error) / math.sqrt(len(gram) * (len(gram) - 1)),
         "norm_error": _size(lengths - 1) / math.sqrt(len(gram)),
     }
@@ -215,18 +224,28 @@ def reference_picks(case: Case, exact: Exact) -> list[Record]:
     count = min(PICKS, len(pairs))
     for normalize, lam in CRITERIA:
         picks = greedy_logdet(exact.points, pairs, count, lam=lam, normalize=normalize).indices
-        draws = [torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]
-                 for seed in range(RANDOM_DRAWS)]
+        draws = [
+            torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]
+            for seed in range(RANDOM_DRAWS)
+        ]
         at_random = [logdet(exact.points, pairs[draw], normalize, lam) for draw in draws]
-        records.append({
-            "case": case.name, "normalize": normalize, "lam": lam, "picks": picks.tolist(),
-            "logdet": logdet(exact.points, pairs[picks], normalize, lam),
-            "logdet_random": statistics.mean(at_random),
-            "logdet_random_sd": statistics.stdev(at_random),
-            "largest_pairs_logdet": logdet(
-                exact.points, pairs[_largest(exact.points, pairs, normalize, count)],
-                normalize, lam),
-        })
+        records.append(
+            {
+                "case": case.name,
+                "normalize": normalize,
+                "lam": lam,
+                "picks": picks.tolist(),
+                "logdet": logdet(exact.points, pairs[picks], normalize, lam),
+                "logdet_random": statistics.mean(at_random),
+                "logdet_random_sd": statistics.stdev(at_random),
+                "largest_pairs_logdet": logdet(
+                    exact.points,
+                    pairs[_largest(exact.points, pairs, normalize, count)],
+                    normalize,
+                    lam,
+                ),
+            }
+        )
     return records
 
 
@@ -243,14 +262,17 @@ def selection(sketched: Tensor, exact: Exact, pairs: Tensor, reference: Record) 
     """
     normalize, lam = reference["normalize"], reference["lam"]
     count = len(reference["picks"])
-    picks = greedy_logdet(sketched, pairs, count, lam=lam, normalize=normalize,
-                          show_progress=False).indices
+    picks = greedy_logdet(
+        sketched, pairs, count, lam=lam, normalize=normalize, show_progress=False
+    ).indices
     reached = logdet(exact.points, pairs[picks], normalize, lam)
     best, chance = reference["logdet"], reference["logdet_random"]
     return {
-        "normalize": normalize, "lam": lam,
+        "normalize": normalize,
+        "lam": lam,
         "overlap": len(set(picks.tolist()) & set(reference["picks"])),
-        "logdet": reached, "ratio": reached / best,
+        "logdet": reached,
+        "ratio": reached / best,
         "fraction": (reached - chance) / (best - chance),
     }
 
@@ -259,16 +281,20 @@ def describe(case: Case, exact: Exact) -> Record:
     """What the exact rows of a case are like."""
     share, column = 0.0, 0
     for name, shape in case.parameters():
-        block = exact.rows[:, column:column + math.prod(shape)]
+        block = exact.rows[:, column : column + math.prod(shape)]
         column += math.prod(shape)
         if ".lora_A." in name:
             share += float((block.double() / exact.norms[:, None]).square().sum())
     return {
-        "case": case.name, "prompts": len(case.pool), "responses": len(exact.rows),
-        "pairs": len(case.pool.pairs()), "numbers_in_a_gradient": column,
+        "case": case.name,
+        "prompts": len(case.pool),
+        "responses": len(exact.rows),
+        "pairs": len(case.pool.pairs()),
+        "numbers_in_a_gradient": column,
         "share_of_A": share / len(exact.rows),
         "norm_quantiles": torch.quantile(
-            exact.norms, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()).tolist(),
+            exact.norms, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()
+        ).tolist(),
         "rms_cosine": _size(_off_diagonal(exact.cosines))
-            / math.sqrt(len(exact.rows) * (len(exact.rows) - 1)),
+        / math.sqrt(len(exact.rows) * (len(exact.rows) - 1)),
     }

@@ -52,21 +52,27 @@ def describe(device: str, commit: str | None) -> Result:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"device": _device() if device == "cuda" else {"name": "CPU, dry run"},
-            "versions": versions, "cores": len(os.sched_getaffinity(0)),
-            "date": datetime.date.today().isoformat(),
-            "commit": commit or _git("rev-parse", "HEAD"),
-            "dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None}
+    return {
+        "device": _device() if device == "cuda" else {"name": "CPU, dry run"},
+        "versions": versions,
+        "cores": len(os.sched_getaffinity(0)),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
+    }
 
 
 def _device() -> Result:
     properties = torch.cuda.get_device_properties(0)
     driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": properties.L2_cache_size / 2 ** 20,
-            "memory_gib": properties.total_memory / 2 ** 30,
-            "driver": driver.splitlines()[0] if driver else None}
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "memory_gib": properties.total_memory / 2**30,
+        "driver": driver.splitlines()[0] if driver else None,
+    }
 
 
 def _git(*arguments: str) -> str | None:
@@ -96,8 +102,15 @@ def begun(path: Path, described: Result) -> Result:
     return {**described, "aims": [], "sections": {}}
 
 
-def measure(names: list[str], result: Result, path: Path, device: str, tiny: bool, minutes: float,
-            environment: Mapping[str, str]) -> None:
+def measure(
+    names: list[str],
+    result: Result,
+    path: Path,
+    device: str,
+    tiny: bool,
+    minutes: float,
+    environment: Mapping[str, str],
+) -> None:
     """Run the sections one after another; `path` has what was found so far at every moment."""
     end = time.time() + 60 * minutes - RESERVE
 
@@ -109,11 +122,18 @@ def measure(names: list[str], result: Result, path: Path, device: str, tiny: boo
         for name in names:
             started = time.time()
             deadline = min(end, started + 60 * minutes * SECTIONS[name].share)
-            section: Result = {"title": SECTIONS[name].title, "commit": result["commit"],
-                               "date": result["date"], "cases": {}}
+            section: Result = {
+                "title": SECTIONS[name].title,
+                "commit": result["commit"],
+                "date": result["date"],
+                "cases": {},
+            }
             result["sections"][name] = section
-            print(f"{name}: {SECTIONS[name].title}, until {max(0.0, deadline - started):.0f} s",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{name}: {SECTIONS[name].title}, until {max(0.0, deadline - started):.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
             def changed(found: Found, section: Result = section) -> None:
                 section["cases"] = found
@@ -128,18 +148,28 @@ def measure(names: list[str], result: Result, path: Path, device: str, tiny: boo
 
 def main(
     out: Annotated[Path, typer.Option(help="The folder for the JSON, gpu_<device>.json.")],
-    only: Annotated[str, typer.Option(
-        help="Sections, comma-separated.", metavar="NAMES")] = ",".join(SECTIONS),
-    minutes: Annotated[float, typer.Option(
-        min=0.1, help="The whole time; what would not fit is left out, and said.")] = 9.0,
-    wheels: Annotated[Path | None, typer.Option(
-        exists=True, file_okay=False,
-        help="A folder of wheels for packages that are not installed (peft, psutil).")] = None,
-    commit: Annotated[str | None, typer.Option(
-        help="What is measured, where the checkout has no .git.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Sections, comma-separated.", metavar="NAMES")
+    ] = ",".join(SECTIONS),
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.1, help="The whole time; what would not fit is left out, and said."),
+    ] = 9.0,
+    wheels: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A folder of wheels for packages that are not installed (peft, psutil).",
+        ),
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option(help="What is measured, where the checkout has no .git.")
+    ] = None,
     device: Annotated[str, typer.Option(help='"cuda"; "cpu" with --tiny.')] = "cuda",
-    tiny: Annotated[bool, typer.Option(
-        "--tiny", help="A dry run in small on the CPU: no result.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A dry run in small on the CPU: no result.")
+    ] = False,
 ) -> None:
     """Build the extensions in place, run the tests marked gpu, and measure the kernels.
 
@@ -149,7 +179,8 @@ def main(
     """
     if unknown := sorted({*only.split(",")} - {*SECTIONS}):
         raise typer.BadParameter(
-            f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+            f"unknown section {', '.join(unknown)}; known: {', '.join(SECTIONS)}"
+        )
     names = [name for name in SECTIONS if name in only.split(",")]
     if device not in ("cpu", "cuda") or (device == "cpu") != tiny:
         raise typer.BadParameter("--device is cuda, or cpu together with --tiny")
@@ -161,11 +192,16 @@ def main(
         sys.path.append(site)
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(
-            part for part in (os.environ.get("PYTHONPATH"), site) if part)
+            part for part in (os.environ.get("PYTHONPATH"), site) if part
+        )
         if device == "cpu":
             environment["TRITON_INTERPRET"] = "1"
-        described = {"dry_run": tiny, **describe(device, commit), "wheels": brought,
-                     "minutes": minutes}
+        described = {
+            "dry_run": tiny,
+            **describe(device, commit),
+            "wheels": brought,
+            "minutes": minutes,
+        }
         path = out / ("gpu_dry_run.json" if tiny else file_name(described["device"]["name"]))
         result = begun(path, described)
         measure(names, result, path, device, tiny, minutes, environment)
@@ -175,9 +211,11 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(epilog="Examples:\n\n"
-                       "  python -m benchmarks.gpu --out benchmarks/results\n\n"
-                       "  python -m benchmarks.gpu --out found --only micro,selection\n\n"
-                       "  python -m benchmarks.gpu --out found --wheels wheelhouse --minutes 9\n\n"
-                       "  python -m benchmarks.gpu --out /tmp/dry --device cpu --tiny")(main)
+    app.command(
+        epilog="Examples:\n\n"
+        "  python -m benchmarks.gpu --out benchmarks/results\n\n"
+        "  python -m benchmarks.gpu --out found --only micro,selection\n\n"
+        "  python -m benchmarks.gpu --out found --wheels wheelhouse --minutes 9\n\n"
+        "  python -m benchmarks.gpu --out /tmp/dry --device cpu --tiny"
+    )(main)
     app()

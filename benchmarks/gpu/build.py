@@ -15,15 +15,19 @@ from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
 COMMAND = ("setup.py", "build_ext", "--inplace", "--parallel", "2")  # both extensions at once
-_ALONE = ("import benchmarks.gpu.checkout, json\n"
-          "from activedpo_fast.ops.backends import backends\n"
-          "print(json.dumps(backends()))")
+_ALONE = (
+    "import benchmarks.gpu.checkout, json\n"
+    "from activedpo_fast.ops.backends import backends\n"
+    "print(json.dumps(backends()))"
+)
 
 
 def cases(settings: Settings) -> list[Case]:
     """Building; then what is active, asked of a process that begins after it."""
-    return [Case("setup.py build_ext --inplace", lambda _: build(settings), 1, 240),
-            Case("backends", active, 1, 60)]
+    return [
+        Case("setup.py build_ext --inplace", lambda _: build(settings), 1, 240),
+        Case("backends", active, 1, 60),
+    ]
 
 
 def build(settings: Settings) -> Record:
@@ -37,14 +41,22 @@ def build(settings: Settings) -> Record:
     environment.setdefault("ACTIVEDPO_CUDA_ARCHS", architecture())
     if importlib.util.find_spec("pybind11") is None:
         environment.setdefault("ACTIVEDPO_PYBIND11_INCLUDE", str(torch_headers()))
-    done = subprocess.run([sys.executable, *COMMAND], cwd=ROOT, env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, *COMMAND],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     last = "\n".join(done.stdout.splitlines()[-30:])
     if done.returncode:
         raise RuntimeError(f"setup.py ended with {done.returncode}:\n{last}")
-    return {"architectures": environment["ACTIVEDPO_CUDA_ARCHS"],
-            "built": sorted(path.name for path in (ROOT / "activedpo_fast").glob("*.so")),
-            "warnings": [line for line in done.stdout.splitlines() if "not built" in line]}
+    return {
+        "architectures": environment["ACTIVEDPO_CUDA_ARCHS"],
+        "built": sorted(path.name for path in (ROOT / "activedpo_fast").glob("*.so")),
+        "warnings": [line for line in done.stdout.splitlines() if "not built" in line],
+    }
 
 
 def active(found: Found) -> Record:

@@ -23,6 +23,8 @@ def compiled(settings: Settings) -> Record:
     from benchmarks.gpu.kernel_resources import compile_all
 
     found = compile_all([int(architecture().rstrip("a"))], None, len(os.sched_getaffinity(0)))
-    return {"variants": len(found),
-            "problems": {each.name: each.problems() for each in found if each.problems()},
-            "kernels": [asdict(each) for each in found]}
+    return {
+        "variants": len(found),
+        "problems": {each.name: each.problems() for each in found if each.problems()},
+        "kernels": [asdict(each) for each in found],
+    }

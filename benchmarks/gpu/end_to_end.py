@@ -32,7 +32,7 @@ METHODS = (("sjlt", "0"), ("sjlt", "1"))
 OTHERS = (("kronecker", "0"), ("rademacher", "0"))  # of models that say so
 ROUNDS = 2
 _MOST_KERNELS = 30  # of a profile, by time
-_GIB = 2 ** 30
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,30 @@ class Model:
         return f"{self.name}, r = {self.rank}, {self.adapters} adapters"
 
 
-SMALL = {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32,
-         "num_key_value_heads": 4, "intermediate_size": 5632, "vocab_size": 32_000}
-LARGE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 32, "intermediate_size": 11_008, "vocab_size": 32_000}
-TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "intermediate_size": 48, "vocab_size": 50}
+SMALL = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5632,
+    "vocab_size": 32_000,
+}
+LARGE = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11_008,
+    "vocab_size": 32_000,
+}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+}
 # By worth: what is cut off by the end of the time is the least. PEFT makes adapters float32 unless
 # told otherwise.
 MODELS = (
@@ -82,9 +100,15 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def cases(settings: Settings) -> list[Case]:
     """One a model: the floor, the forward passes, and every sketch in the same rounds."""
-    return [Case(model.title(), partial(_measure, model, settings), model.expected,
-                 4 * model.expected + 60)
-            for model in (DRY if settings.tiny else MODELS)]
+    return [
+        Case(
+            model.title(),
+            partial(_measure, model, settings),
+            model.expected,
+            4 * model.expected + 60,
+        )
+        for model in (DRY if settings.tiny else MODELS)
+    ]
 
 
 def _measure(model: Model, settings: Settings, found: Found) -> Record:
@@ -112,18 +136,27 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
     ways: dict[str, Callable[[], Any]] = {
         "forward": lambda: extractor.logps(pool, show_progress=False),
         "floor": lambda: without_capture(lambda: rows(*METHODS[0])),
-        **{title(*key): partial(rows, *key) for key in model.methods()}}
+        **{title(*key): partial(rows, *key) for key in model.methods()},
+    }
     times, peaks = _in_rounds(ways, settings)
-    profiles = {name: _profiled_or_why(ways[name], settings)
-                for name in ("floor", title(*METHODS[0]))}
+    profiles = {
+        name: _profiled_or_why(ways[name], settings) for name in ("floor", title(*METHODS[0]))
+    }
     tokens = [len(s.input_ids) for s in pool.sequences]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     return {
-        "model": model.name, "rank": model.rank, "adapters": model.adapters,
-        "trainable": trained, "pairs": model.pairs, "batch_tokens": model.batch,
-        "prompts_shared": shared, "response_tokens": statistics.mean(
-            len(s.input_ids) - s.completion_start for s in pool.sequences),
-        "sequence_tokens": statistics.mean(tokens), "weights_gib": _weights(policy),
+        "model": model.name,
+        "rank": model.rank,
+        "adapters": model.adapters,
+        "trainable": trained,
+        "pairs": model.pairs,
+        "batch_tokens": model.batch,
+        "prompts_shared": shared,
+        "response_tokens": statistics.mean(
+            len(s.input_ids) - s.completion_start for s in pool.sequences
+        ),
+        "sequence_tokens": statistics.mean(tokens),
+        "weights_gib": _weights(policy),
         "check_seconds": checked,
         "profiles": profiles,
         "ways": {name: {**_way(name, times, model), "peak_gib": peaks[name]} for name in ways},
@@ -144,13 +177,21 @@ def build(model: Model, device: str) -> PeftModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            options: dict[str, Any] = {**model.config, "max_position_embeddings": 2048,
-                                       "attn_implementation": "sdpa"}
+            options: dict[str, Any] = {
+                **model.config,
+                "max_position_embeddings": 2048,
+                "attn_implementation": "sdpa",
+            }
             base = LlamaForCausalLM(LlamaConfig(**options))
-            config = LoraConfig(r=model.rank, lora_alpha=2 * model.rank, target_modules=TARGETS,
-                                task_type="CAUSAL_LM")
+            config = LoraConfig(
+                r=model.rank,
+                lora_alpha=2 * model.rank,
+                target_modules=TARGETS,
+                task_type="CAUSAL_LM",
+            )
             policy = get_peft_model(
-                base, config, autocast_adapter_dtype=model.adapters == "float32")
+                base, config, autocast_adapter_dtype=model.adapters == "float32"
+            )
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -216,10 +257,14 @@ def profiled(run: Callable[[], Any], settings: Settings) -> Record | None:
     for event in kernels:
         by_name.setdefault(event.name[:80], []).append(event.time_range.elapsed_us())
     most = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:_MOST_KERNELS]
-    return {"launches": len(kernels), "busy_seconds": busy / 1e6,
-            "span_seconds": (until - spans[0][0]) / 1e6,
-            "kernels": [{"name": name, "count": len(times), "seconds": sum(times) / 1e6}
-                        for name, times in most]}
+    return {
+        "launches": len(kernels),
+        "busy_seconds": busy / 1e6,
+        "span_seconds": (until - spans[0][0]) / 1e6,
+        "kernels": [
+            {"name": name, "count": len(times), "seconds": sum(times) / 1e6} for name, times in most
+        ],
+    }
 
 
 def _way(name: str, times: dict[str, list[float]], model: Model) -> Record:
@@ -227,12 +272,15 @@ def _way(name: str, times: dict[str, list[float]], model: Model) -> Record:
     own, floors, forwards = times[name], times["floor"], times["forward"]
     seconds = statistics.median(own)
     record: Record = {
-        "seconds": seconds, "pairs_a_second": model.pairs / seconds,
-        "times_floor": statistics.median(t / f for t, f in zip(own, floors, strict=True))}
+        "seconds": seconds,
+        "pairs_a_second": model.pairs / seconds,
+        "times_floor": statistics.median(t / f for t, f in zip(own, floors, strict=True)),
+    }
     if name not in ("floor", "forward"):
         record["overhead_of_backward"] = statistics.median(
             (t - floor) / (floor - forward)
-            for t, floor, forward in zip(own, floors, forwards, strict=True))
+            for t, floor, forward in zip(own, floors, forwards, strict=True)
+        )
     return record
 
 

@@ -27,11 +27,16 @@ _SPARE = 2.0  # seconds for writing down what an ended file gave
 
 def cases(settings: Settings) -> list[Case]:
     """One a file that has such tests; a dry run collects those of one."""
-    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py"))
-             if any(mark in file.read_text() for mark in _MARKS)]
+    files = [
+        file
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if any(mark in file.read_text() for mark in _MARKS)
+    ]
     files = files[:1] if settings.tiny else files
-    return [Case(str(file.relative_to(ROOT)), partial(_result, file, files, settings), 10, _LIMIT)
-            for file in files]
+    return [
+        Case(str(file.relative_to(ROOT)), partial(_result, file, files, settings), 10, _LIMIT)
+        for file in files
+    ]
 
 
 _begun: dict[Path, Future[Record]] = {}
@@ -45,7 +50,8 @@ def _result(file: Path, files: list[Path], settings: Settings, found: Found) -> 
         for each in files:
             if str(each.relative_to(ROOT)) not in found:
                 _begun[each] = pool.submit(
-                    run_file, each, limit, collect_only=settings.device != "cuda")
+                    run_file, each, limit, collect_only=settings.device != "cuda"
+                )
     return _begun[file].result()
 
 
@@ -53,13 +59,31 @@ def run_file(file: Path, limit: float, collect_only: bool = False) -> Record:
     """Counts by outcome of the file's tests, and what failed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "reports"
-        command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "gpu", "-p",
-                   "benchmarks.gpu.run_pytest", "-p", "no:cacheprovider", "--tb=short",
-                   *(["--collect-only"] if collect_only else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(file),
+            "-q",
+            "-m",
+            "gpu",
+            "-p",
+            "benchmarks.gpu.run_pytest",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            *(["--collect-only"] if collect_only else []),
+        ]
         try:
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, "GPU_REPORTS": str(log)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  timeout=limit)
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "GPU_REPORTS": str(log)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=limit,
+            )
             status, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired:
             status, output = None, ""
@@ -73,15 +97,23 @@ def _lines(log: Path) -> list[Record]:
 def _summary(lines: list[Record], status: int | None, output: str, limit: float) -> Record:
     outcome = {line["test"]: line for line in lines if "outcome" in line}
     counts = Counter(line["outcome"] for line in outcome.values())
-    record: Record = {"counts": dict(counts), "collected": _collected(lines), "failures": [
-        {"test": name, "message": line["message"]} for name, line in outcome.items()
-        if line["outcome"] == "failed"]}
+    record: Record = {
+        "counts": dict(counts),
+        "collected": _collected(lines),
+        "failures": [
+            {"test": name, "message": line["message"]}
+            for name, line in outcome.items()
+            if line["outcome"] == "failed"
+        ],
+    }
     begun = [line["test"] for line in lines if "began" in line]
     if status is None:
         record |= {"complaint": f"ended after {limit:.0f} s", "unfinished": begun[-1:]}
     elif status not in (0, 1, 5):  # all passed, some failed, none there
-        record |= {"complaint": f"pytest ended with {status}: {output[-2000:]}",
-                   "unfinished": [name for name in begun[-1:] if name not in outcome]}
+        record |= {
+            "complaint": f"pytest ended with {status}: {output[-2000:]}",
+            "unfinished": [name for name in begun[-1:] if name not in outcome],
+        }
     return record
 
 

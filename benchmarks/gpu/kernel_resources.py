@@ -111,9 +111,12 @@ class Resources:
             return 0
         limits = LIMITS[self.arch]
         warp_registers = max(-(-self.registers * 32 // 256) * 256, 256)
-        blocks = min(limits.blocks, limits.warps // self.warps,
-                     REGISTERS // warp_registers * 4 // self.warps,
-                     (limits.shared + 1) * 1024 // (self.shared + RESERVED))
+        blocks = min(
+            limits.blocks,
+            limits.warps // self.warps,
+            REGISTERS // warp_registers * 4 // self.warps,
+            (limits.shared + 1) * 1024 // (self.shared + RESERVED),
+        )
         if self.tensor_memory:
             blocks = min(blocks, TENSOR_MEMORY // self.tensor_memory)
         return blocks * self.warps
@@ -127,18 +130,23 @@ class Resources:
             found.append(f"spills registers: {self.stack} bytes of stack a thread")
         limit = LIMITS[self.arch].shared
         if self.shared > limit * 1024:
-            found.append(f"needs {self.shared / 1024:.1f} KiB of shared memory a block, over the "
-                         f"{limit} KiB of sm_{self.arch}")
+            found.append(
+                f"needs {self.shared / 1024:.1f} KiB of shared memory a block, over the "
+                f"{limit} KiB of sm_{self.arch}"
+            )
         elif not self.resident_warps:
-            found.append(f"a block of {self.warps} warps with {self.registers} registers a thread "
-                         "does not fit into a multiprocessor")
+            found.append(
+                f"a block of {self.warps} warps with {self.registers} registers a thread "
+                "does not fit into a multiprocessor"
+            )
         if not self.tensor_instructions and {"bf16", "f16"} & set(self.dots):
             found.append("multiplies 16-bit numbers without tensor cores")
         return found
 
 
-def compile_all(archs: list[int], module: str | None, jobs: int,
-                skip: str | None = None) -> list[Resources]:
+def compile_all(
+    archs: list[int], module: str | None, jobs: int, skip: str | None = None
+) -> list[Resources]:
     """The variants of a module (None: of all) for each architecture, in order, by `jobs` processes.
 
     skip: leaves out variants whose name has this word.
@@ -146,18 +154,26 @@ def compile_all(archs: list[int], module: str | None, jobs: int,
     Raises ActiveDPOError where kernels cannot be compiled here, or an architecture is unknown.
     """
     if unknown := sorted(set(archs) - set(LIMITS)):
-        raise ActiveDPOError(f"no limits are known of sm_{unknown[0]}; known: "
-                             f"{', '.join(f'sm_{arch}' for arch in LIMITS)}")
+        raise ActiveDPOError(
+            f"no limits are known of sm_{unknown[0]}; known: "
+            f"{', '.join(f'sm_{arch}' for arch in LIMITS)}"
+        )
     if missing := why_not():
         raise ActiveDPOError(missing)
     if interpreted():
         raise ActiveDPOError("TRITON_INTERPRET is set, so kernels are interpreted and not compiled")
     cuobjdump()
-    left = [Task(module, number, arch) for number, variant in enumerate(_variants(module))
-            if skip not in variant.name.split() for arch in archs]
+    left = [
+        Task(module, number, arch)
+        for number, variant in enumerate(_variants(module))
+        if skip not in variant.name.split()
+        for arch in archs
+    ]
     order, found = list(left), {}
-    with (tempfile.TemporaryDirectory() as logs,
-          tqdm(desc="compiling", total=len(left), leave=False, disable=None) as bar):
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        tqdm(desc="compiling", total=len(left), leave=False, disable=None) as bar,
+    ):
         while left:
             for task, result in _in_processes(left, jobs, logs):
                 found[task] = result
@@ -167,9 +183,15 @@ def compile_all(archs: list[int], module: str | None, jobs: int,
             begun = [task for task in left if task not in found and task.log(logs).exists()]
             for task in begun:
                 results = [result for _, result in _in_processes([task], 1, logs)]
-                found[task] = results[0] if results else Resources(
-                    task.variant().name, task.arch,
-                    error=f"the compiler's process died {_complaint(task.log(logs))}".rstrip())
+                found[task] = (
+                    results[0]
+                    if results
+                    else Resources(
+                        task.variant().name,
+                        task.arch,
+                        error=f"the compiler's process died {_complaint(task.log(logs))}".rstrip(),
+                    )
+                )
                 bar.update()
             rest = [task for task in left if task not in found]
             if rest == left:
@@ -196,8 +218,10 @@ def cuobjdump() -> str:
     own = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     found = str(own) if own.exists() else shutil.which("cuobjdump")
     if not found:
-        raise ActiveDPOError("cuobjdump is neither in Triton's package nor on the PATH; install "
-                             "triton from PyPI, or NVIDIA's package cuda-cuobjdump")
+        raise ActiveDPOError(
+            "cuobjdump is neither in Triton's package nor on the PATH; install "
+            "triton from PyPI, or NVIDIA's package cuda-cuobjdump"
+        )
     return found
 
 
@@ -215,8 +239,11 @@ def _compile(task: Task, logs: str) -> Resources:
     except Exception as error:  # the compiler raises all kinds; the run goes on to the next kernel
         why = " | ".join(line.strip() for line in str(error).splitlines() if line.strip())
         said = _complaint(task.log(logs))
-        return Resources(variant.name, task.arch,
-                         error=f"{type(error).__name__}: {why[:400]}{f' ({said})' if said else ''}")
+        return Resources(
+            variant.name,
+            task.arch,
+            error=f"{type(error).__name__}: {why[:400]}{f' ({said})' if said else ''}",
+        )
 
 
 def _complaint(log: Path) -> str:
@@ -233,16 +260,30 @@ def resources(variant: Variant, arch: int) -> Resources:
 
     arguments = list(variant.signature)
     source = ASTSource(
-        fn=variant.kernel, signature=variant.signature, constexprs=variant.constants,
-        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in variant.aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={
-        "num_warps": variant.num_warps, "num_stages": variant.num_stages,
-        "maxnreg": variant.maxnreg, **LAUNCH})
+        fn=variant.kernel,
+        signature=variant.signature,
+        constexprs=variant.constants,
+        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "maxnreg": variant.maxnreg,
+            **LAUNCH,
+        },
+    )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
-        listing = subprocess.run([cuobjdump(), "--dump-resource-usage", "--dump-sass", binary],
-                                 capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [cuobjdump(), "--dump-resource-usage", "--dump-sass", binary],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     usage = USAGE.search(listing)
     if usage is None:
         raise RuntimeError("cuobjdump names no resources")
@@ -250,36 +291,49 @@ def resources(variant: Variant, arch: int) -> Resources:
     instructions = INSTRUCTION.findall(listing)
     metadata: Any = compiled.metadata
     return Resources(
-        variant.name, arch, warps=metadata.num_warps, registers=registers, stack=stack + local,
+        variant.name,
+        arch,
+        warps=metadata.num_warps,
+        registers=registers,
+        stack=stack + local,
         shared=metadata.shared + max(static_shared - (RESERVED if arch >= 90 else 0), 0),
-        tensor_memory=getattr(metadata, "tmem_size", 0) or 0, instructions=len(instructions),
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        instructions=len(instructions),
         tensor_instructions=sum(bool(TENSOR_INSTRUCTION.match(name)) for name in instructions),
-        dots=sorted(set(DOT.findall(compiled.asm["ttir"]))))
+        dots=sorted(set(DOT.findall(compiled.asm["ttir"]))),
+    )
 
 
 def table(found: list[Resources]) -> Iterator[str]:
     """Lines of a table, a row for each variant and architecture, with its problems at the end."""
     width = max((len(each.name) for each in found), default=0)
-    yield (f"{'kernel':{width}}  arch  warps  registers  stack  shared  tmem  tensor/instructions"
-           "  resident warps")
+    yield (
+        f"{'kernel':{width}}  arch  warps  registers  stack  shared  tmem  tensor/instructions"
+        "  resident warps"
+    )
     for each in found:
         start = f"{each.name:{width}}  {each.arch:>4}"
         if not each.error:
             tensor = f"{each.tensor_instructions}/{each.instructions}"
             resident = f"{each.resident_warps} of {LIMITS[each.arch].warps}"
-            start += (f"  {each.warps:>5}  {each.registers:>9}  {each.stack:>5}  "
-                      f"{each.shared / 1024:>6.1f}  {each.tensor_memory:>4}  {tensor:>19}  "
-                      f"{resident:>14}")
+            start += (
+                f"  {each.warps:>5}  {each.registers:>9}  {each.stack:>5}  "
+                f"{each.shared / 1024:>6.1f}  {each.tensor_memory:>4}  {tensor:>19}  "
+                f"{resident:>14}"
+            )
         yield "  ".join([start, *each.problems()])
 
 
 def main(
-    arch: Annotated[list[int], typer.Option(
-        help="a compute capability without its point; may be repeated")] = ARCHS,
-    module: Annotated[str | None, typer.Option(
-        help="only the kernels of this module, by its variants()")] = None,
-    skip: Annotated[str | None, typer.Option(
-        help="leave out kernels whose name has this word, such as fp16")] = None,
+    arch: Annotated[
+        list[int], typer.Option(help="a compute capability without its point; may be repeated")
+    ] = ARCHS,
+    module: Annotated[
+        str | None, typer.Option(help="only the kernels of this module, by its variants()")
+    ] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="leave out kernels whose name has this word, such as fp16")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="write the findings here")] = None,
 ) -> None:
@@ -295,13 +349,17 @@ def main(
         typer.echo(line)
     large = sorted({each.name for each in found if each.shared > SMALLEST_SHARED * 1024})
     if large:
-        typer.echo(f"\nover the {SMALLEST_SHARED} KiB of shared memory that a block may have on "
-                   f"sm_86, sm_89 and sm_120: {', '.join(large)}")
+        typer.echo(
+            f"\nover the {SMALLEST_SHARED} KiB of shared memory that a block may have on "
+            f"sm_86, sm_89 and sm_120: {', '.join(large)}"
+        )
     bad = sum(bool(each.problems()) for each in found)
     typer.echo(f"\ntriton {triton_version}: {len(found)} binaries, {bad} with problems")
     if output:
-        rows = [{**asdict(each), "resident_warps": each.resident_warps,
-                 "problems": each.problems()} for each in found]
+        rows = [
+            {**asdict(each), "resident_warps": each.resident_warps, "problems": each.problems()}
+            for each in found
+        ]
         output.write_text(json.dumps({"triton": triton_version, "kernels": rows}, indent=1) + "\n")
     raise typer.Exit(bool(bad))
 

@@ -14,13 +14,7 @@ from typing import Any
 from benchmarks.gpu import micro_peers as peers
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.micro_inputs import Gradients, Logits, Matrix
-from benchmarks.gpu.timing import (
-    Timer,
-    copy_bandwidth,
-    input_sets,
-    matrix_rate,
-    wall_seconds,
-)
+from benchmarks.gpu.timing import Timer, copy_bandwidth, input_sets, matrix_rate, wall_seconds
 
 COPY, PRODUCT = "ceiling: copy on the device", "ceiling: bf16 matrix product"
 COMPILE_LIMIT = 40.0
@@ -54,17 +48,25 @@ class Contender:
 def cases(settings: Settings) -> list[Case]:
     """The ceilings, then ours in every group and shape, then the peers."""
     timer = Timer(settings)
-    found = [Case(COPY, lambda _: copy_bandwidth(settings, timer)),
-             Case(PRODUCT, lambda _: matrix_rate(settings, timer))]
-    work = [(group, shape, inputs, contender) for group, shape, inputs, contenders
-            in groups(settings) for contender in contenders]
+    found = [
+        Case(COPY, lambda _: copy_bandwidth(settings, timer)),
+        Case(PRODUCT, lambda _: matrix_rate(settings, timer)),
+    ]
+    work = [
+        (group, shape, inputs, contender)
+        for group, shape, inputs, contenders in groups(settings)
+        for contender in contenders
+    ]
     # Where time runs out, what takes longest and says least about ours is missing.
     work.sort(key=lambda item: (not item[3].ours, item[3].compiled))
     for group, shape, inputs, contender in work:
-        found.append(Case(
-            f"{group}, {shape}: {contender.name}",
-            partial(_measure, group, shape, inputs, contender, settings, timer),
-            limit=1.5 * COMPILE_LIMIT))
+        found.append(
+            Case(
+                f"{group}, {shape}: {contender.name}",
+                partial(_measure, group, shape, inputs, contender, settings, timer),
+                limit=1.5 * COMPILE_LIMIT,
+            )
+        )
     return found
 
 
@@ -80,55 +82,117 @@ def groups(settings: Settings) -> list[tuple[str, str, Any, list[Contender]]]:
             plain = side == "A"  # the other side has as many numbers: peers are measured once
             compiled = plain and rank == ranks[0]
             for method in ("sjlt", "kronecker"):
-                found.append((method, inputs.shape(), inputs.of(method),
-                              _sparse(method, plain, compiled, settings)))
-            found.append(("rademacher", inputs.shape(), inputs.of("rademacher"),
-                          _dense(plain, compiled, settings)))
+                found.append(
+                    (
+                        method,
+                        inputs.shape(),
+                        inputs.of(method),
+                        _sparse(method, plain, compiled, settings),
+                    )
+                )
+            found.append(
+                (
+                    "rademacher",
+                    inputs.shape(),
+                    inputs.of("rademacher"),
+                    _dense(plain, compiled, settings),
+                )
+            )
     many = Gradients("A", ranks[0], d, k, 3 if tiny else 8 * count, tokens, KEY)
-    found.append(("rademacher", many.shape(), many.of("rademacher"),
-                  _dense(False, False, settings)))
+    found.append(
+        ("rademacher", many.shape(), many.of("rademacher"), _dense(False, False, settings))
+    )
     for vocabulary in (50,) if tiny else (32_000, 128_256):
         logits = Logits(3 if tiny else 2048, vocabulary)
-        found.append(("response_logp_grad", logits.shape(), logits, [
-            Contender("**ours**", peers.ours_logps),
-            Contender("PyTorch", peers.plain_logps),
-            Contender("torch.compile", partial(peers.compiled_logps, settings=settings),
-                      compiled=True)]))
+        found.append(
+            (
+                "response_logp_grad",
+                logits.shape(),
+                logits,
+                [
+                    Contender("**ours**", peers.ours_logps),
+                    Contender("PyTorch", peers.plain_logps),
+                    Contender(
+                        "torch.compile",
+                        partial(peers.compiled_logps, settings=settings),
+                        compiled=True,
+                    ),
+                ],
+            )
+        )
     for rows in (2,) if tiny else (1, 64):
         matrix = Matrix(16 if tiny else k, rows)
-        found.append(("rank_update", matrix.shape(), matrix, [
-            Contender("**ours**", peers.ours_update), Contender("PyTorch", peers.plain_update)]))
+        found.append(
+            (
+                "rank_update",
+                matrix.shape(),
+                matrix,
+                [
+                    Contender("**ours**", peers.ours_update),
+                    Contender("PyTorch", peers.plain_update),
+                ],
+            )
+        )
     return found
 
 
 def _sparse(method: str, plain: bool, compiled: bool, settings: Settings) -> list[Contender]:
-    found = [Contender("**ours**", partial(peers.ours_sparse, method=method, deterministic=False)),
-             Contender("**ours**, the same bits on every run",
-                       partial(peers.ours_sparse, method=method, deterministic=True))]
+    found = [
+        Contender("**ours**", partial(peers.ours_sparse, method=method, deterministic=False)),
+        Contender(
+            "**ours**, the same bits on every run",
+            partial(peers.ours_sparse, method=method, deterministic=True),
+        ),
+    ]
     if plain and method == "sjlt":
-        found += [Contender("PyTorch, gradients formed", peers.plain_sjlt),
-                  Contender("sjlt, gradients formed", peers.package_sjlt, own_tables=True)]
+        found += [
+            Contender("PyTorch, gradients formed", peers.plain_sjlt),
+            Contender("sjlt, gradients formed", peers.package_sjlt, own_tables=True),
+        ]
     if compiled and method == "sjlt":
-        found.append(Contender("torch.compile, gradients formed",
-                               partial(peers.compiled_sjlt, settings=settings), compiled=True))
+        found.append(
+            Contender(
+                "torch.compile, gradients formed",
+                partial(peers.compiled_sjlt, settings=settings),
+                compiled=True,
+            )
+        )
     return found
 
 
 def _dense(plain: bool, compiled: bool, settings: Settings) -> list[Contender]:
     found = [Contender("**ours**", peers.ours_rademacher, executed=peers.PIECES)]
     if plain:
-        found += [Contender("PyTorch, gradients and signs formed", peers.plain_rademacher,
-                            executed=1.0, rotates=False),
-                  Contender("fast_jl, gradients formed", peers.fast_jl, own_tables=True)]
+        found += [
+            Contender(
+                "PyTorch, gradients and signs formed",
+                peers.plain_rademacher,
+                executed=1.0,
+                rotates=False,
+            ),
+            Contender("fast_jl, gradients formed", peers.fast_jl, own_tables=True),
+        ]
     if compiled:
-        found.append(Contender("torch.compile, gradients and signs formed",
-                               partial(peers.compiled_rademacher, settings=settings),
-                               compiled=True, rotates=False))
+        found.append(
+            Contender(
+                "torch.compile, gradients and signs formed",
+                partial(peers.compiled_rademacher, settings=settings),
+                compiled=True,
+                rotates=False,
+            )
+        )
     return found
 
 
-def _measure(group: str, shape: str, inputs: Any, contender: Contender, settings: Settings,
-             timer: Timer, found: Found) -> Record:
+def _measure(
+    group: str,
+    shape: str,
+    inputs: Any,
+    contender: Contender,
+    settings: Settings,
+    timer: Timer,
+    found: Found,
+) -> Record:
     ceilings = [found.get(name, {}) for name in (COPY, PRODUCT)]
     if any(ceiling.get("status") != "ok" for ceiling in ceilings):
         raise Skip("the ceilings were not measured")
@@ -145,10 +209,16 @@ def _measure(group: str, shape: str, inputs: Any, contender: Contender, settings
     bandwidth, rate = ceilings[0]["bytes_a_second"], ceilings[1]["flops_a_second"]
     floor = max(inputs.bytes() / bandwidth, inputs.flops() / rate)
     record = {
-        "group": group, "shape": shape, "contender": contender.name,
-        "ours": contender.ours, **times,
-        "bytes": inputs.bytes(), "flops": inputs.flops(), "floor_seconds": floor,
-        "times_floor": times["seconds"] / floor, "error": error,
+        "group": group,
+        "shape": shape,
+        "contender": contender.name,
+        "ours": contender.ours,
+        **times,
+        "bytes": inputs.bytes(),
+        "flops": inputs.flops(),
+        "floor_seconds": floor,
+        "times_floor": times["seconds"] / floor,
+        "error": error,
         "first_seconds": first_seconds,
     }
     if contender.executed is not None:

@@ -27,8 +27,10 @@ class Tokens(NamedTuple):
         """left [n, rows, T] and right [n, T, columns], zeros behind the shorter runs."""
         starts = self.segments[:, 0].tolist()
         pad = torch.nn.utils.rnn.pad_sequence
-        sides = [pad(list(side.tensor_split(starts[1:])), batch_first=True)
-                 for side in (self.left, self.right)]
+        sides = [
+            pad(list(side.tensor_split(starts[1:])), batch_first=True)
+            for side in (self.left, self.right)
+        ]
         return sides[0].transpose(1, 2).contiguous(), sides[1]
 
 
@@ -62,7 +64,8 @@ class Gradients:
         rows, columns = (self.rank, self.d) if self.side == "A" else (self.d, self.rank)
         left, right = (
             torch.randn(int(ends[-1]), width, device=device, generator=generator).bfloat16()
-            for width in (rows, columns))
+            for width in (rows, columns)
+        )
         out = torch.zeros(self.count, self.k, dtype=torch.float64, device=device)
         return Tokens(out, left, right, segments, self.key, self.method)
 
@@ -84,8 +87,9 @@ class Gradients:
         """|result - definition| / |definition|, over all numbers; None where it would take long."""
         if self.method == "rademacher" and self.rank * self.d * self.k > _MOST_SIGNS:
             return None
-        expected = reference.outer_sketch(inputs.left, inputs.right, inputs.segments, self.key,
-                                          self.k, self.count, self.method)
+        expected = reference.outer_sketch(
+            inputs.left, inputs.right, inputs.segments, self.key, self.k, self.count, self.method
+        )
         return relative(result, expected)
 
     def _lengths(self) -> Tensor:

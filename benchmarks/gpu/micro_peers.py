@@ -81,8 +81,9 @@ def package_sjlt(given: Tokens) -> Call:
     """The package sjlt, one non-zero a column; its tables are its own."""
     projection = import_module("sjlt").SJLTProjection
     left, right = given.padded()
-    project = projection(original_dim=left.shape[1] * right.shape[2], proj_dim=given.out.shape[1],
-                         c=1)
+    project = projection(
+        original_dim=left.shape[1] * right.shape[2], proj_dim=given.out.shape[1], c=1
+    )
     return lambda: project(formed(left, right))
 
 
@@ -102,7 +103,7 @@ def _rademacher_call(given: Tokens, function: Callable[..., Tensor]) -> Call:
     left, right = given.padded()
     k = given.out.shape[1]
     signs = _signs(left.shape[1] * right.shape[2], k, given)
-    return lambda: function(left, right, signs, k ** -0.5)
+    return lambda: function(left, right, signs, k**-0.5)
 
 
 def _signs(length: int, k: int, given: Tokens) -> Tensor:
@@ -153,8 +154,6 @@ def _logps_call(given: Scored, function: Callable[..., Tensor]) -> Call:
         return logps.detach(), gradient
 
     return call
-
-
 
 
 def ours_update(given: Update) -> Call:

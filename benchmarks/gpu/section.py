@@ -37,8 +37,13 @@ def measure(cases: Sequence[Case], settings: Settings, state: Path) -> int:
         if case.name in found:
             continue
         if settings.left() < case.expected:
-            found[case.name] = {"status": "skipped", "reason": (
-                f"takes about {case.expected:.0f} s, {max(0.0, settings.left()):.0f} s were left")}
+            found[case.name] = {
+                "status": "skipped",
+                "reason": (
+                    f"takes about {case.expected:.0f} s, "
+                    f"{max(0.0, settings.left()):.0f} s were left"
+                ),
+            }
             _write(state, found)
             continue
         _write(state, found, running=case)
@@ -67,15 +72,22 @@ def _record(case: Case, found: Found) -> Record:
 
 def without_paths(text: str) -> str:
     """`text` without the folders of one machine."""
-    for folder, name in ((str(ROOT), "."), (sys.prefix, "python"), (sys.base_prefix, "python"),
-                         (str(Path.home()), "~")):
+    for folder, name in (
+        (str(ROOT), "."),
+        (sys.prefix, "python"),
+        (sys.base_prefix, "python"),
+        (str(Path.home()), "~"),
+    ):
         text = text.replace(folder, name) if len(folder) > 1 else text
     return text
 
 
 def _write(state: Path, found: Found, running: Case | None = None) -> None:
-    now = None if running is None else {
-        "name": running.name, "until": time.time() + running.limit, "limit": running.limit}
+    now = (
+        None
+        if running is None
+        else {"name": running.name, "until": time.time() + running.limit, "limit": running.limit}
+    )
     write_atomic(state, json.dumps({"cases": found, "running": now}))
 
 

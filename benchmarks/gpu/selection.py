@@ -36,11 +36,15 @@ def cases(settings: Settings) -> list[Case]:
     """Ours on rows of both types, the loop, and our own definitions on few picks."""
     n, k, picks = (60, 64, 8) if settings.tiny else (100_000, 8192, 1000)
     few = 4 if settings.tiny else 50
-    found = [Case(f"ours, {dtype} rows", partial(_ours, dtype, n, k, picks, settings), 15, 90)
-             for dtype in DTYPES]
-    return [*found,
-            Case(LOOP, partial(_loop, n, k, picks, settings), 15, 60),
-            Case(REFERENCE, partial(_reference, n, k, few, settings), 30, 90)]
+    found = [
+        Case(f"ours, {dtype} rows", partial(_ours, dtype, n, k, picks, settings), 15, 90)
+        for dtype in DTYPES
+    ]
+    return [
+        *found,
+        Case(LOOP, partial(_loop, n, k, picks, settings), 15, 60),
+        Case(REFERENCE, partial(_reference, n, k, few, settings), 30, 90),
+    ]
 
 
 def problem(n: int, k: int, dtype: str, device: str) -> Problem:
@@ -53,12 +57,12 @@ def problem(n: int, k: int, dtype: str, device: str) -> Problem:
 
     rank = min(_RANK, k)
     spectrum = (1 + torch.arange(rank, device=device)).rsqrt()
-    directions = normal(rank, k) / k ** 0.5 * spectrum[:, None]
+    directions = normal(rank, k) / k**0.5 * spectrum[:, None]
     rows = torch.empty(prompts, RESPONSES, k, dtype=DTYPES[dtype], device=device)
     for part in torch.arange(prompts, device=device).split(4096):
         common = normal(len(part), 1, rank)
         own = normal(len(part), RESPONSES, rank)
-        noise = normal(len(part), RESPONSES, k) * (0.3 / k ** 0.5)
+        noise = normal(len(part), RESPONSES, k) * (0.3 / k**0.5)
         rows[part] = ((common + own) @ directions + noise).to(rows.dtype)
     first = RESPONSES * torch.arange(prompts)[:, None, None]
     pairs = (first + torch.tensor(list(combinations(range(RESPONSES), 2)))).flatten(0, 1)
@@ -77,8 +81,12 @@ def _loop(n: int, k: int, picks: int, settings: Settings, found: Found) -> Recor
     given = problem(n, k, "float32", settings.device)
     with torch.device(settings.device):
         record = _timed(lambda: sherman_morrison(given, picks), settings)
-    return {**record, "dtype": "float32", **_shape(given, picks),
-            **_agreement(record["picked"], found, "float32")}
+    return {
+        **record,
+        "dtype": "float32",
+        **_shape(given, picks),
+        **_agreement(record["picked"], found, "float32"),
+    }
 
 
 def _reference(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
@@ -86,8 +94,12 @@ def _reference(n: int, k: int, picks: int, settings: Settings, found: Found) -> 
     given = problem(n, k, "float32", settings.device)
     with patch.dict(os.environ, {"ACTIVEDPO_BACKEND": "reference"}):
         record = _timed(lambda: ours(given, picks), settings, rounds=1)
-    return {**record, "dtype": "float32", **_shape(given, picks),
-            **_agreement(record["picked"], found, "float32")}
+    return {
+        **record,
+        "dtype": "float32",
+        **_shape(given, picks),
+        **_agreement(record["picked"], found, "float32"),
+    }
 
 
 def _timed(select: Callable[[], Tensor], settings: Settings, rounds: int = _ROUNDS) -> Record:
@@ -96,9 +108,14 @@ def _timed(select: Callable[[], Tensor], settings: Settings, rounds: int = _ROUN
     if rounds > 1:
         select()
     times = [wall_seconds(lambda: picked.append(select()), settings.device) for _ in range(rounds)]
-    return {"seconds": statistics.median(times), "least": min(times), "most": max(times),
-            "rounds": rounds, "picked": picked[-1].tolist(),
-            "repeats_agree": all(p.equal(picked[0]) for p in picked)}
+    return {
+        "seconds": statistics.median(times),
+        "least": min(times),
+        "most": max(times),
+        "rounds": rounds,
+        "picked": picked[-1].tolist(),
+        "repeats_agree": all(p.equal(picked[0]) for p in picked),
+    }
 
 
 def _phases(given: Problem, picks: int, settings: Settings) -> Record:
@@ -108,8 +125,9 @@ def _phases(given: Problem, picks: int, settings: Settings) -> Record:
     kernel: by events around the launch. after: the rest. rows_a_pick: rows that were multiplied
     with new directions for a pick, counting repeats.
     """
-    norms = wall_seconds(lambda: PairFeatures(given.rows, given.pairs, given.normalize),
-                         settings.device)
+    norms = wall_seconds(
+        lambda: PairFeatures(given.rows, given.pairs, given.normalize), settings.device
+    )
     if settings.device != "cuda":
         return {"phases": {"norms": norms}}
     marks: list[float] = []
@@ -132,10 +150,16 @@ def _phases(given: Problem, picks: int, settings: Settings) -> Record:
     mark()
     start, launched, done, end = marks
     read = [] if touched is None else touched.tolist()
-    return {"phases": {"norms": norms, "before": launched - start,
-                       "kernel": begun.elapsed_time(ended) / 1e3, "after": end - done},
-            "rows_a_pick": statistics.mean(read) if read else None,
-            "rows_a_pick_most": max(read, default=None)}
+    return {
+        "phases": {
+            "norms": norms,
+            "before": launched - start,
+            "kernel": begun.elapsed_time(ended) / 1e3,
+            "after": end - done,
+        },
+        "rows_a_pick": statistics.mean(read) if read else None,
+        "rows_a_pick_most": max(read, default=None),
+    }
 
 
 def _agreement(picked: list[int], found: Found, dtype: str) -> Record:
@@ -143,12 +167,19 @@ def _agreement(picked: list[int], found: Found, dtype: str) -> Record:
     other = found.get(f"ours, {dtype} rows", {}).get("picked")
     if other is None:
         return {}
-    other = other[:len(picked)]
+    other = other[: len(picked)]
     same = [a == b for a, b in zip(picked, other, strict=True)]
-    return {"same_first_picks": (same + [False]).index(False),
-            "picks_in_common": len(set(picked) & set(other))}
+    return {
+        "same_first_picks": (same + [False]).index(False),
+        "picks_in_common": len(set(picked) & set(other)),
+    }
 
 
 def _shape(given: Problem, picks: int) -> Record:
-    return {"pairs": len(given.pairs), "rows": len(given.rows), "k": given.rows.shape[1],
-            "picks": picks, "normalize": given.normalize}
+    return {
+        "pairs": len(given.pairs),
+        "rows": len(given.rows),
+        "k": given.rows.shape[1],
+        "picks": picks,
+        "normalize": given.normalize,
+    }

@@ -37,11 +37,20 @@ def summary(result: Result) -> str:
     for name, section in result["sections"].items():
         counts = _counts(section["cases"].values())
         head.append(f"{name:<11}{section.get('seconds', 0):6.0f} s  {counts}")
-    bad = [f"  {record['status']} {name}: {_reason(record)}"[:160]
-           for section in result["sections"].values()
-           for name, record in section["cases"].items() if record["status"] != "ok"]
-    return "\n".join([*head, *_at_most(bad, 16), *_at_most(_aim_lines(result), 14),
-                      *_at_most(_figures(result), 20)])
+    bad = [
+        f"  {record['status']} {name}: {_reason(record)}"[:160]
+        for section in result["sections"].values()
+        for name, record in section["cases"].items()
+        if record["status"] != "ok"
+    ]
+    return "\n".join(
+        [
+            *head,
+            *_at_most(bad, 16),
+            *_at_most(_aim_lines(result), 14),
+            *_at_most(_figures(result), 20),
+        ]
+    )
 
 
 def load(results: Path = RESULTS, pattern: str = "gpu_*.json") -> list[Result]:
@@ -53,9 +62,15 @@ def load(results: Path = RESULTS, pattern: str = "gpu_*.json") -> list[Result]:
 def tables(runs: list[Result], before: Sequence[Result] = ()) -> dict[str, str]:
     """Markdown by table name, one block a run in each. before: runs of earlier kernels."""
     makers: dict[str, Callable[[Result], str]] = {
-        "gpu machine": _machine, "gpu aims": _aims, "gpu tests": _tests, "gpu micro": _micro,
-        "gpu selection": _selection, "gpu end to end": _end_to_end, "gpu profiles": _profiles,
-        "gpu before": partial(_changed, before)}
+        "gpu machine": _machine,
+        "gpu aims": _aims,
+        "gpu tests": _tests,
+        "gpu micro": _micro,
+        "gpu selection": _selection,
+        "gpu end to end": _end_to_end,
+        "gpu profiles": _profiles,
+        "gpu before": partial(_changed, before),
+    }
     if not runs:
         return {name: table([{}], {name.removeprefix("gpu "): lambda r: NONE}) for name in makers}
     return {name: "\n\n".join(maker(run) for run in runs) for name, maker in makers.items()}
@@ -63,11 +78,14 @@ def tables(runs: list[Result], before: Sequence[Result] = ()) -> dict[str, str]:
 
 def _machine(run: Result) -> str:
     device = run["device"]
-    versions = ", ".join(f"{name} {version or '(none)'}" for name, version in
-                         run["versions"].items())
-    return (f"{device['name']}, capability {device['capability']}, {device['multiprocessors']} "
-            f"multiprocessors, {device['l2_mib']:.0f} MiB of L2, driver {device['driver']}; "
-            f"{run['cores']} cores; {versions}. {_measured(run)}{_changes(run)}.")
+    versions = ", ".join(
+        f"{name} {version or '(none)'}" for name, version in run["versions"].items()
+    )
+    return (
+        f"{device['name']}, capability {device['capability']}, {device['multiprocessors']} "
+        f"multiprocessors, {device['l2_mib']:.0f} MiB of L2, driver {device['driver']}; "
+        f"{run['cores']} cores; {versions}. {_measured(run)}{_changes(run)}."
+    )
 
 
 def _measured(run: Result) -> str:
@@ -76,8 +94,10 @@ def _measured(run: Result) -> str:
     for name, section in run["sections"].items():
         at = section.get("date", run["date"]), (section.get("commit") or "unknown")[:10]
         names.setdefault(at, []).append(name)
-    return "; ".join(f"{', '.join(sections)}: {date}, commit {commit}"
-                     for (date, commit), sections in names.items())
+    return "; ".join(
+        f"{', '.join(sections)}: {date}, commit {commit}"
+        for (date, commit), sections in names.items()
+    )
 
 
 def _changes(run: Result) -> str:
@@ -87,28 +107,44 @@ def _changes(run: Result) -> str:
 def _changed(before: Sequence[Result], run: Result) -> str:
     """The aims as found by earlier kernels and now, on the same device."""
     now = {aim["aim"]: aim["value"] for aim in run["aims"]}
-    rows = [{**aim, "now": now[aim["aim"]], "commit": (earlier["commit"] or "unknown")[:10]}
-            for earlier in before if earlier["device"]["name"] == run["device"]["name"]
-            for aim in earlier["aims"]
-            if aim["value"] is not None and now.get(aim["aim"]) is not None]
-    return table(rows, {
-        f"{run['device']['name']}": lambda r: r["aim"],
-        "earlier commit": lambda r: r["commit"],
-        "then": lambda r: _number(r["value"]), "now": lambda r: _number(r["now"])})
+    rows = [
+        {**aim, "now": now[aim["aim"]], "commit": (earlier["commit"] or "unknown")[:10]}
+        for earlier in before
+        if earlier["device"]["name"] == run["device"]["name"]
+        for aim in earlier["aims"]
+        if aim["value"] is not None and now.get(aim["aim"]) is not None
+    ]
+    return table(
+        rows,
+        {
+            f"{run['device']['name']}": lambda r: r["aim"],
+            "earlier commit": lambda r: r["commit"],
+            "then": lambda r: _number(r["value"]),
+            "now": lambda r: _number(r["now"]),
+        },
+    )
 
 
 def _profiles(run: Result) -> str:
     """Where a model's time goes: the GPU's work, and what it waits for."""
-    rows = [{"model": name, "way": way, **profile}
-            for name, record in _cases(run, "end_to_end") if record["status"] == "ok"
-            for way, profile in record["profiles"].items() if profile and "launches" in profile]
-    return table(rows, {
-        f"under the profiler, {run['device']['name']}": lambda r: f"{r['model']}: {r['way']}",
-        "launches": lambda r: f"{r['launches']:,}",
-        "GPU busy, s": lambda r: f"{r['busy_seconds']:.3f}",
-        "from first to last, s": lambda r: f"{r['span_seconds']:.3f}",
-        "sketch kernels, s": lambda r: _kernel_seconds(r, "lora_grad_sketch"),
-        "their launches": lambda r: _kernel_count(r, "lora_grad_sketch")})
+    rows = [
+        {"model": name, "way": way, **profile}
+        for name, record in _cases(run, "end_to_end")
+        if record["status"] == "ok"
+        for way, profile in record["profiles"].items()
+        if profile and "launches" in profile
+    ]
+    return table(
+        rows,
+        {
+            f"under the profiler, {run['device']['name']}": lambda r: f"{r['model']}: {r['way']}",
+            "launches": lambda r: f"{r['launches']:,}",
+            "GPU busy, s": lambda r: f"{r['busy_seconds']:.3f}",
+            "from first to last, s": lambda r: f"{r['span_seconds']:.3f}",
+            "sketch kernels, s": lambda r: _kernel_seconds(r, "lora_grad_sketch"),
+            "their launches": lambda r: _kernel_count(r, "lora_grad_sketch"),
+        },
+    )
 
 
 def _kernel_seconds(profile: Row, name: str) -> str:
@@ -121,11 +157,15 @@ def _kernel_count(profile: Row, name: str) -> str:
 
 
 def _aims(run: Result) -> str:
-    return table(run["aims"], {
-        f"aim, {run['device']['name']}": lambda r: r["aim"],
-        "wanted": lambda r: ("≤ " if r["at_most"] else "≥ ") + _number(r["limit"]),
-        "found": lambda r: _number(r["value"]),
-        "met": lambda r: {True: "yes", False: "no", None: "not measured"}[r["met"]]})
+    return table(
+        run["aims"],
+        {
+            f"aim, {run['device']['name']}": lambda r: r["aim"],
+            "wanted": lambda r: ("≤ " if r["at_most"] else "≥ ") + _number(r["limit"]),
+            "found": lambda r: _number(r["value"]),
+            "met": lambda r: {True: "yes", False: "no", None: "not measured"}[r["met"]],
+        },
+    )
 
 
 def _tests(run: Result) -> str:
@@ -133,11 +173,16 @@ def _tests(run: Result) -> str:
     if not rows:
         return f"{run['device']['name']}: not run."
     outcomes = ("passed", "failed", "skipped")
-    return table(rows, {
-        f"tests marked gpu, {run['device']['name']}": lambda r: r["file"],
-        **{o: lambda r, o=o: str(r.get("counts", {}).get(o, 0)) for o in outcomes},
-        "note": lambda r: (r.get("complaint", "").split("\n")[0] if r["status"] == "ok"
-                           else _note(r))})
+    return table(
+        rows,
+        {
+            f"tests marked gpu, {run['device']['name']}": lambda r: r["file"],
+            **{o: lambda r, o=o: str(r.get("counts", {}).get(o, 0)) for o in outcomes},
+            "note": lambda r: (
+                r.get("complaint", "").split("\n")[0] if r["status"] == "ok" else _note(r)
+            ),
+        },
+    )
 
 
 def _micro(run: Result) -> str:
@@ -155,10 +200,13 @@ def _micro(run: Result) -> str:
             "floor, µs": lambda r: _micros(r["floor_seconds"]),
             "× floor": lambda r: f"{r['times_floor']:.2f}",
             "launch, µs": lambda r: _micros(r["host_seconds"]),
-            "error": lambda r: "–" if r["error"] is None else f"{r['error']:.1e}"}
+            "error": lambda r: "–" if r["error"] is None else f"{r['error']:.1e}",
+        }
         if any("useful_share" in r for r in rows):
-            columns |= {"of bf16 rate": lambda r: _share(r.get("useful_share")),
-                        "as carried out": lambda r: _share(r.get("executed_share"))}
+            columns |= {
+                "of bf16 rate": lambda r: _share(r.get("useful_share")),
+                "as carried out": lambda r: _share(r.get("executed_share")),
+            }
         parts.append(table(rows, columns))
     if rest:
         parts.append(table(rest, {"not measured": lambda r: r["case"], "why": _note}))
@@ -169,11 +217,14 @@ def _ceilings(cases: dict[str, Row]) -> str:
     found = []
     for record in cases.values():
         if "bytes_a_second" in record:
-            found.append(f"copy on the device: {record['bytes_a_second'] / 1e12:.2f} TB/s, read "
-                         "and written together")
+            found.append(
+                f"copy on the device: {record['bytes_a_second'] / 1e12:.2f} TB/s, read "
+                "and written together"
+            )
         if "flops_a_second" in record:
-            found.append(f"bf16 product of {record['size']}³: "
-                         f"{record['flops_a_second'] / 1e12:.0f} TFLOP/s")
+            found.append(
+                f"bf16 product of {record['size']}³: {record['flops_a_second'] / 1e12:.0f} TFLOP/s"
+            )
     return "Measured ceilings: " + ("; ".join(found) or "none") + "."
 
 
@@ -181,16 +232,22 @@ def _selection(run: Result) -> str:
     rows = [{"case": name, **r} for name, r in _cases(run, "selection")]
     if not rows:
         return f"{run['device']['name']}: not run."
-    return table(rows, {
-        f"selection, {run['device']['name']}": lambda r: r["case"],
-        "N": lambda r: _of(r, "pairs", "{:,}"), "k": lambda r: _of(r, "k", "{}"),
-        "B": lambda r: _of(r, "picks", "{}"), "seconds": lambda r: _of(r, "seconds", "{:.3f}"),
-        "before the launch": lambda r: _of(r.get("phases", {}), "before", "{:.3f}"),
-        "in the kernel": lambda r: _of(r.get("phases", {}), "kernel", "{:.3f}"),
-        "rows a pick": lambda r: _of(r, "rows_a_pick", "{:.0f}"),
-        "first picks as ours": lambda r: _of(r, "same_first_picks", "{}"),
-        "in common": lambda r: _of(r, "picks_in_common", "{}"),
-        "note": lambda r: "" if r["status"] == "ok" else _note(r)})
+    return table(
+        rows,
+        {
+            f"selection, {run['device']['name']}": lambda r: r["case"],
+            "N": lambda r: _of(r, "pairs", "{:,}"),
+            "k": lambda r: _of(r, "k", "{}"),
+            "B": lambda r: _of(r, "picks", "{}"),
+            "seconds": lambda r: _of(r, "seconds", "{:.3f}"),
+            "before the launch": lambda r: _of(r.get("phases", {}), "before", "{:.3f}"),
+            "in the kernel": lambda r: _of(r.get("phases", {}), "kernel", "{:.3f}"),
+            "rows a pick": lambda r: _of(r, "rows_a_pick", "{:.0f}"),
+            "first picks as ours": lambda r: _of(r, "same_first_picks", "{}"),
+            "in common": lambda r: _of(r, "picks_in_common", "{}"),
+            "note": lambda r: "" if r["status"] == "ok" else _note(r),
+        },
+    )
 
 
 def _end_to_end(run: Result) -> str:
@@ -200,18 +257,30 @@ def _end_to_end(run: Result) -> str:
             parts.append(f"{name}: {_note(record)}.")
             continue
         rows = [{"way": way, **values} for way, values in record["ways"].items()]
-        about = (f"{name}: {record['trainable'] / 1e6:.1f} M trainable numbers, weights "
-                 f"{record['weights_gib']:.1f} GiB; {record['pairs']} pairs, sequences of "
-                 f"{record['sequence_tokens']:.0f} tokens, responses of "
-                 f"{record['response_tokens']:.0f} (means), {record['batch_tokens']:,} tokens a "
-                 "batch.")
-        parts.append(about + "\n\n" + table(rows, {
-            f"gradient rows, {run['device']['name']}": lambda r: r["way"],
-            "pairs a second": lambda r: f"{r['pairs_a_second']:.1f}",
-            "seconds": lambda r: f"{r['seconds']:.3f}",
-            "× floor": lambda r: f"{r['times_floor']:.3f}",
-            "over it, of the backward pass": lambda r: _share(r.get("overhead_of_backward")),
-            "peak GiB": lambda r: _of(r, "peak_gib", "{:.1f}")}))
+        about = (
+            f"{name}: {record['trainable'] / 1e6:.1f} M trainable numbers, weights "
+            f"{record['weights_gib']:.1f} GiB; {record['pairs']} pairs, sequences of "
+            f"{record['sequence_tokens']:.0f} tokens, responses of "
+            f"{record['response_tokens']:.0f} (means), {record['batch_tokens']:,} tokens a "
+            "batch."
+        )
+        parts.append(
+            about
+            + "\n\n"
+            + table(
+                rows,
+                {
+                    f"gradient rows, {run['device']['name']}": lambda r: r["way"],
+                    "pairs a second": lambda r: f"{r['pairs_a_second']:.1f}",
+                    "seconds": lambda r: f"{r['seconds']:.3f}",
+                    "× floor": lambda r: f"{r['times_floor']:.3f}",
+                    "over it, of the backward pass": lambda r: _share(
+                        r.get("overhead_of_backward")
+                    ),
+                    "peak GiB": lambda r: _of(r, "peak_gib", "{:.1f}"),
+                },
+            )
+        )
     return "\n\n".join(parts) or f"{run['device']['name']}: not run."
 
 
@@ -221,23 +290,25 @@ def _cases(run: Result, section: str) -> Iterable[tuple[str, Row]]:
 
 def _verdict(result: Result) -> str:
     met = [aim["met"] for aim in result["aims"]]
-    return (f"{met.count(True)} aims met, {met.count(False)} missed, "
-            f"{met.count(None)} not measured")
+    return f"{met.count(True)} aims met, {met.count(False)} missed, {met.count(None)} not measured"
 
 
 def _aim_lines(result: Result) -> list[str]:
     marks = {True: "met   ", False: "MISSED", None: "–     "}
-    return [f"  {marks[a['met']]} {a['aim']}: {_number(a['value'])} "
-            f"({'at most' if a['at_most'] else 'at least'} {_number(a['limit'])})"
-            for a in result["aims"]]
+    return [
+        f"  {marks[a['met']]} {a['aim']}: {_number(a['value'])} "
+        f"({'at most' if a['at_most'] else 'at least'} {_number(a['limit'])})"
+        for a in result["aims"]
+    ]
 
 
 def _figures(result: Result) -> list[str]:
     """The slowest of ours over its floor, and whole models."""
     ours = [r for _, r in _cases(result, "micro") if r.get("ours") and r["status"] == "ok"]
-    lines = [f"  {r['group']}, {r['shape']}: {_micros(r['seconds'])} µs, "
-             f"{r['times_floor']:.2f} x floor"
-             for r in sorted(ours, key=lambda r: -r["times_floor"])][:10]
+    lines = [
+        f"  {r['group']}, {r['shape']}: {_micros(r['seconds'])} µs, {r['times_floor']:.2f} x floor"
+        for r in sorted(ours, key=lambda r: -r["times_floor"])
+    ][:10]
     for name, record in _cases(result, "end_to_end"):
         if record["status"] == "ok":
             ways = ", ".join(f"{way} {v['times_floor']:.3f}" for way, v in record["ways"].items())
@@ -250,8 +321,10 @@ def _figures(result: Result) -> list[str]:
 
 def _counts(records: Iterable[Row]) -> str:
     statuses = [record["status"] for record in records]
-    return ", ".join(f"{statuses.count(s)} {s}" for s in ("ok", "skipped", "failed")
-                     if s in statuses) or "nothing"
+    return (
+        ", ".join(f"{statuses.count(s)} {s}" for s in ("ok", "skipped", "failed") if s in statuses)
+        or "nothing"
+    )
 
 
 def _reason(record: Row) -> str:
@@ -265,8 +338,11 @@ def _note(record: Row) -> str:
 
 
 def _at_most(lines: list[str], count: int) -> list[str]:
-    return lines if len(lines) <= count else [*lines[:count - 1],
-                                              f"  … and {len(lines) - count + 1} more"]
+    return (
+        lines
+        if len(lines) <= count
+        else [*lines[: count - 1], f"  … and {len(lines) - count + 1} more"]
+    )
 
 
 def _of(row: Row, name: str, form: str) -> str:
@@ -287,8 +363,9 @@ def _micros(seconds: float) -> str:
 
 def main(
     results: Annotated[Path, typer.Option(help="the folder of runs' JSON")] = RESULTS,
-    write: Annotated[bool, typer.Option(help="put the tables into docs/gpu.md and README.md")]
-    = False,
+    write: Annotated[
+        bool, typer.Option(help="put the tables into docs/gpu.md and README.md")
+    ] = False,
 ) -> None:
     """Print the tables of runs on GPUs, or write them into the documentation."""
     found = tables(load(results), load(BEFORE, "*.json"))

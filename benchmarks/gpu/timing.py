@@ -33,13 +33,19 @@ class Timer:
     def __call__(self, calls: Sequence[Callable[[], Any]]) -> Record:
         """Seconds of one call, the calls (one an input) taken in turns."""
         turns = [calls[i % len(calls)] for i in range(max(self.repeats, len(calls)))]
-        for call in turns[:self.warm_up]:
+        for call in turns[: self.warm_up]:
             call()
         self._wait()
-        host = self._launched(turns[:self.warm_up])
+        host = self._launched(turns[: self.warm_up])
         times = self._events(turns, host) if self.device == "cuda" else [_clock(c) for c in turns]
-        return {"seconds": statistics.median(times), "least": min(times), "most": max(times),
-                "host_seconds": host, "repeats": len(times), "inputs": len(calls)}
+        return {
+            "seconds": statistics.median(times),
+            "least": min(times),
+            "most": max(times),
+            "host_seconds": host,
+            "repeats": len(times),
+            "inputs": len(calls),
+        }
 
     def _events(self, turns: Sequence[Callable[[], Any]], host: float) -> list[float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(turns) + 1)]
@@ -111,7 +117,7 @@ def matrix_rate(settings: Settings, timer: Timer) -> Record:
     size = 64 if settings.tiny else 8192
     a, b = (torch.randn(size, size, device=settings.device).bfloat16() for _ in range(2))
     times = timer([lambda: a @ b])
-    return {**times, "size": size, "flops_a_second": 2 * size ** 3 / times["seconds"]}
+    return {**times, "size": size, "flops_a_second": 2 * size**3 / times["seconds"]}
 
 
 def _clock(function: Callable[[], Any]) -> float:

@@ -35,12 +35,26 @@ class Child:
     log: Path
 
 
-def section_process(name: str, folder: Path, device: str, deadline: float, tiny: bool,
-                    environment: Mapping[str, str]) -> Child:
+def section_process(
+    name: str,
+    folder: Path,
+    device: str,
+    deadline: float,
+    tiny: bool,
+    environment: Mapping[str, str],
+) -> Child:
     """The process that measures a section; `folder` takes its files."""
     state = folder / f"{name}.json"
-    command = [sys.executable, "-m", "benchmarks.gpu.section", name, str(state), device,
-               str(deadline), *(["--tiny"] if tiny else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.section",
+        name,
+        str(state),
+        device,
+        str(deadline),
+        *(["--tiny"] if tiny else []),
+    ]
     return Child(command, environment, state, folder / f"{name}.log")
 
 
@@ -62,9 +76,15 @@ def run(child: Child, deadline: float, changed: Callable[[Found], None]) -> Foun
 def _watch(child: Child, deadline: float, changed: Callable[[Found], None]) -> str | None:
     """Why the process did not measure every case; None where it did."""
     with open(child.log, "ab") as log:
-        process = subprocess.Popen(child.command, cwd=ROOT, env=dict(child.environment),
-                                   stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            child.command,
+            cwd=ROOT,
+            env=dict(child.environment),
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     seen = -1
     try:
         while process.poll() is None:

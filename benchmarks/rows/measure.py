@@ -20,11 +20,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def side_by_side(
-    benchmark: Any,
-    function: Callable[[], Any],
-    yardstick: Callable[[], Any],
-    *,
-    rounds: int,
+    benchmark: Any, function: Callable[[], Any], yardstick: Callable[[], Any], *, rounds: int
 ) -> Any:
     """Time `function` with pytest-benchmark, each round right after one of `yardstick`.
 
@@ -91,5 +87,7 @@ def errors(rows: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     difference = gram(rows.double() / norms) - gram(exact.double() / norms)
     off = ~torch.eye(len(rows), dtype=torch.bool)
     distortion = (rows.double() / norms).norm(dim=1) - 1
-    return {"cosine error": float(difference[off].square().mean().sqrt()),
-            "norm distortion": float(distortion.square().mean().sqrt())}
+    return {
+        "cosine error": float(difference[off].square().mean().sqrt()),
+        "norm distortion": float(distortion.square().mean().sqrt()),
+    }

@@ -115,8 +115,11 @@ def _plan(tokenized: TokenizedPool, dim: int) -> list[list[int]]:
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         longest = lengths[batches[-1][0]] if batches else 0
-        if not batches or longest * (len(batches[-1]) + 1) > TOKENS_A_BATCH \
-                or len(batches[-1]) == _rows_at_once(dim):
+        if (
+            not batches
+            or longest * (len(batches[-1]) + 1) > TOKENS_A_BATCH
+            or len(batches[-1]) == _rows_at_once(dim)
+        ):
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -139,14 +142,16 @@ def _collate(tokenized: TokenizedPool, rows: list[int]) -> tuple[Tensor, Tensor]
 
 def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of log π over the scored tokens of all rows; logits [n, T, vocabulary]."""
-    return -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
-                            ignore_index=IGNORED, reduction="sum")
+    return -F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def _private_copy(model: nn.Module) -> Any:
     """A copy to put hooks and flags on; it shares the storage of all parameters."""
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-              for p in model.parameters()}
+    shared = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
     return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
 
 
@@ -240,8 +245,13 @@ def _trak(dim: int, k: int) -> Project:
     """TRAK's projector for the CPU, its block of columns drawn again at every call; unscaled."""
     from trak.projectors import BasicProjector, ProjectionType
 
-    projector = BasicProjector(grad_dim=dim, proj_dim=k, seed=0,
-                               proj_type=ProjectionType.rademacher, device=torch.device("cpu"))
+    projector = BasicProjector(
+        grad_dim=dim,
+        proj_dim=k,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device=torch.device("cpu"),
+    )
     return lambda x: projector.project(x, model_id=0) * k**-0.5
 
 
@@ -254,8 +264,15 @@ def _dattri(dim: int, k: int, kind: str) -> Project:
     from dattri.func.projection import random_project
 
     # The sample tells it the length and the dtype; expanded, it takes no memory.
-    project = random_project(torch.zeros(1).expand(1, dim), 1, k, proj_max_batch_size=32,
-                             proj_seed=0, proj_type=kind, device="cpu")
+    project = random_project(
+        torch.zeros(1).expand(1, dim),
+        1,
+        k,
+        proj_max_batch_size=32,
+        proj_seed=0,
+        proj_type=kind,
+        device="cpu",
+    )
     return project if kind != "random_mask" else lambda x: project(x) * math.sqrt(dim / k)
 
 
@@ -290,8 +307,9 @@ def module_side(model: nn.Module, k: int) -> tuple[int, int]:
     return side, modules * side * side
 
 
-def _bergson_hooks(model: nn.Module, tokenized: TokenizedPool, k: int | None, *,
-                   target: str) -> Compute:
+def _bergson_hooks(
+    model: nn.Module, tokenized: TokenizedPool, k: int | None, *, target: str
+) -> Compute:
     """bergson's collector, set up as its `build` command does, with the rows kept in memory.
 
     target: "per_module" projects both sides of each LoRA matrix's gradient, to p x p numbers
@@ -311,8 +329,12 @@ def _bergson_hooks(model: nn.Module, tokenized: TokenizedPool, k: int | None, *,
     side = k if k is None or target == "global" else module_side(model, k)[0]
     processor = GradientProcessor(projection_dim=side, projection_target=target)
     sequences = tokenized.sequences
-    data = Dataset.from_dict({"input_ids": [response.input_ids for response in sequences],
-                              "labels": [_labels(response) for response in sequences]})
+    data = Dataset.from_dict(
+        {
+            "input_ids": [response.input_ids for response in sequences],
+            "labels": [_labels(response) for response in sequences],
+        }
+    )
     lengths = [len(response.input_ids) for response in sequences]
     batches = allocate_batches(lengths, max(TOKENS_A_BATCH, max(lengths)))
 
@@ -320,10 +342,16 @@ def _bergson_hooks(model: nn.Module, tokenized: TokenizedPool, k: int | None, *,
         with tempfile.TemporaryDirectory() as folder, _quiet():
             config = IndexConfig(run_path=f"{folder}/run", token_batch_size=TOKENS_A_BATCH)
             config.partial_run_path.mkdir()  # a count of tokens is written there at the end
-            collector = InMemoryCollector(model=copied.base_model, data=data, cfg=config,
-                                          processor=processor, target_modules=modules)
-            CollectorComputer(copied, data, collector=collector, batches=batches,
-                              cfg=config).run_with_collector_hooks()
+            collector = InMemoryCollector(
+                model=copied.base_model,
+                data=data,
+                cfg=config,
+                processor=processor,
+                target_modules=modules,
+            )
+            CollectorComputer(
+                copied, data, collector=collector, batches=batches, cfg=config
+            ).run_with_collector_hooks()
         # It differentiates the loss, which is -log π.
         return -torch.cat(list(collector.gradients.values()), dim=1)
 
@@ -346,8 +374,13 @@ def _dattri_logra(model: nn.Module, tokenized: TokenizedPool, k: int | None) -> 
     sides = identity if side is None else {**identity, "proj_dim": side, "proj_type": "normal"}
     plan = _plan(tokenized, _dimension(model))
     compressors = setup_model_compressors(
-        copied, layers, sparsifier_kwargs=sides, projector_kwargs=identity,
-        sample_inputs={"input_ids": _collate(tokenized, plan[-1])[0]}, device="cpu")
+        copied,
+        layers,
+        sparsifier_kwargs=sides,
+        projector_kwargs=identity,
+        sample_inputs={"input_ids": _collate(tokenized, plan[-1])[0]},
+        device="cpu",
+    )
     manager = HookManager(copied, layers)
     manager.set_compressors(compressors)
 
@@ -407,23 +440,33 @@ def _sketched(
     return compute
 
 
-def _whole(name: str, package: str | None, source: Callable[[nn.Module, TokenizedPool], Gradients],
-           projection: Callable[[int, int], Project]) -> RowsPeer:
-    return RowsPeer(name, package, partial(_sketched, source=source, projection=projection),
-                    quick=projection is _torch_count_sketch)
+def _whole(
+    name: str,
+    package: str | None,
+    source: Callable[[nn.Module, TokenizedPool], Gradients],
+    projection: Callable[[int, int], Project],
+) -> RowsPeer:
+    return RowsPeer(
+        name,
+        package,
+        partial(_sketched, source=source, projection=projection),
+        quick=projection is _torch_count_sketch,
+    )
 
 
 ROWS_PEERS = [
     _whole("loop + torch CountSketch", None, _loop_gradients, _torch_count_sketch),
     _whole("loop + TRAK BasicProjector", "traker", _loop_gradients, _trak),
-    _whole("loop + dattri rademacher", "dattri", _loop_gradients,
-           partial(_dattri, kind="rademacher")),
+    _whole(
+        "loop + dattri rademacher", "dattri", _loop_gradients, partial(_dattri, kind="rademacher")
+    ),
     _whole("loop + bergson rademacher", "bergson", _loop_gradients, _bergson_dense),
     _whole("torch.func vmap + torch CountSketch", None, _vmap_gradients, _torch_count_sketch),
     _whole("Opacus + torch CountSketch", "opacus", _opacus_gradients, _torch_count_sketch),
     RowsPeer("bergson hooks, per module", "bergson", partial(_bergson_hooks, target="per_module")),
-    RowsPeer("bergson hooks, global", "bergson", partial(_bergson_hooks, target="global"),
-             quick=False),
+    RowsPeer(
+        "bergson hooks, global", "bergson", partial(_bergson_hooks, target="global"), quick=False
+    ),
     RowsPeer("dattri LoGra hooks", "dattri", _dattri_logra),
 ]
 

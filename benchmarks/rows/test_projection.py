@@ -23,8 +23,10 @@ N, D, K, KEY = 8, 1_000_000, 4096, 12345
 def gradients() -> list[Tensor]:
     """Some entries carry most of the norm, as in real gradients."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(N, D, generator=generator) * torch.rand(D, generator=generator) ** 4
-            for _ in range(8)]
+    return [
+        torch.randn(N, D, generator=generator) * torch.rand(D, generator=generator) ** 4
+        for _ in range(8)
+    ]
 
 
 def product(x: Tensor) -> Tensor:
@@ -49,8 +51,10 @@ def rademacher(x: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize(("function", "floor", "what"), [
-    (sjlt, read, "**ours**, sjlt"), (rademacher, product, "**ours**, rademacher")])
+@pytest.mark.parametrize(
+    ("function", "floor", "what"),
+    [(sjlt, read, "**ours**, sjlt"), (rademacher, product, "**ours**, rademacher")],
+)
 def test_ours(benchmark, gradients: list[Tensor], function, floor, what: str) -> None:
     _measure(benchmark, gradients, what, function, floor)
 
@@ -74,10 +78,12 @@ def _measure(
     turns, floor_turns = itertools.cycle(gradients), itertools.cycle(gradients)
     benchmark.group = "projection"
     benchmark.extra_info.update(
-        contender=name, floor="the bare matrix product" if floor is product else "reading once")
+        contender=name, floor="the bare matrix product" if floor is product else "reading once"
+    )
     rounds = 40 if floor is read else 3 if function is rademacher else 1
-    result = side_by_side(benchmark, lambda: function(next(turns)),
-                          lambda: floor(next(floor_turns)), rounds=rounds)
+    result = side_by_side(
+        benchmark, lambda: function(next(turns)), lambda: floor(next(floor_turns)), rounds=rounds
+    )
     # The only round was on the first array.
     sketched = function(gradients[0]) if rounds > 1 else result
     benchmark.extra_info.update(errors(sketched, gradients[0]))

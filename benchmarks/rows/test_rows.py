@@ -15,16 +15,27 @@ from benchmarks.rows.measure import errors, peak_memory, side_by_side
 from benchmarks.rows.peers import ROWS_PEERS, RowsPeer, title
 from benchmarks.rows.workloads import PlainForward, Workload
 
-OURS = [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "pair"), ("kronecker", "response"),
-        ("rademacher", "pair"), ("rademacher", "response")]
+OURS = [
+    ("sjlt", "pair"),
+    ("sjlt", "response"),
+    ("kronecker", "pair"),
+    ("kronecker", "response"),
+    ("rademacher", "pair"),
+    ("rademacher", "response"),
+]
 
 
 @pytest.mark.parametrize(("method", "normalize"), OURS)
 def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> None:
     extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
     extractor.check(workload.tokenized)  # once for a model, so not among the rounds
-    rows = _measure(benchmark, workload, f"**ours**, {method}, {normalize!r}",
-                    _gradients(extractor, workload, normalize), workload.rounds)
+    rows = _measure(
+        benchmark,
+        workload,
+        f"**ours**, {method}, {normalize!r}",
+        _gradients(extractor, workload, normalize),
+        workload.rounds,
+    )
     exact = workload.exact
     if normalize == "pair":
         first = _first_rows(workload)
@@ -39,12 +50,19 @@ def test_floor(benchmark, workload: Workload, normalize: str) -> None:
     extractor = FeatureExtractor(workload.model, Sketch("sjlt", workload.k), beta=1.0)
     extractor.check(workload.tokenized)
     gradients = _gradients(extractor, workload, normalize)
-    _measure(benchmark, workload, f"floor: same passes, no capture, {normalize!r}",
-             lambda: without_capture(gradients), workload.rounds)
+    _measure(
+        benchmark,
+        workload,
+        f"floor: same passes, no capture, {normalize!r}",
+        lambda: without_capture(gradients),
+        workload.rounds,
+    )
 
 
-@pytest.mark.parametrize(("method", "normalize"), [
-    ("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "response"), ("rademacher", "response")])
+@pytest.mark.parametrize(
+    ("method", "normalize"),
+    [("sjlt", "pair"), ("sjlt", "response"), ("kronecker", "response"), ("rademacher", "response")],
+)
 def test_overhead(benchmark, workload: Workload, method: str, normalize: str) -> None:
     """Capture and sketch, as a ratio to the floor in the same rounds."""
     extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
@@ -70,15 +88,21 @@ def test_training_pass(benchmark, workload: Workload) -> None:
             logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
             torch.autograd.grad((logps * mask[:, 1:]).sum(), parameters)
 
-    _measure(benchmark, workload, "forward and backward as in training, no rows", compute,
-             workload.rounds)
+    _measure(
+        benchmark,
+        workload,
+        "forward and backward as in training, no rows",
+        compute,
+        workload.rounds,
+    )
 
 
 def test_loop(benchmark, workload: Workload) -> None:
     """One backward pass a response, whole gradients and no sketch; also what exact rows are."""
     compute = ROWS_PEERS[0].make(workload.model, workload.tokenized, None)
     rows = _measure(
-        benchmark, workload, "loop of backward passes, no sketch", compute, workload.rounds)
+        benchmark, workload, "loop of backward passes, no sketch", compute, workload.rounds
+    )
     found = errors(rows, workload.exact)
     # The rows that all errors here are relative to are autograd's.
     assert found["cosine error"] < 1e-4 and found["norm distortion"] < 1e-4
@@ -99,8 +123,9 @@ def _measure(
 ) -> Any:
     """Time and memory of `compute`, beside a plain forward pass; gives what it returned."""
     benchmark.group = "rows"
-    benchmark.extra_info.update(workload=workload.name, pool=workload.describe(), contender=name,
-                                k=workload.k)
+    benchmark.extra_info.update(
+        workload=workload.name, pool=workload.describe(), contender=name, k=workload.k
+    )
     rows = side_by_side(benchmark, compute, workload.forward, rounds=rounds)
     if rounds > 1:
         benchmark.extra_info["peak MiB"] = peak_memory(compute)
@@ -110,8 +135,11 @@ def _measure(
 def _gradients(
     extractor: FeatureExtractor, workload: Workload, normalize: str
 ) -> Callable[[], Tensor]:
-    return lambda: extractor.gradients(
-        workload.tokenized, relative=normalize == "pair", show_progress=False).gradients
+    return lambda: (
+        extractor.gradients(
+            workload.tokenized, relative=normalize == "pair", show_progress=False
+        ).gradients
+    )
 
 
 def _first_rows(workload: Workload) -> Tensor:

@@ -49,8 +49,9 @@ class Workload:
     @cached_property
     def forward(self) -> Callable[[], None]:
         """The yardstick: one plain forward pass over the pool, at its best batch size."""
-        candidates = [PlainForward(self.model, self.tokenized, tokens)
-                      for tokens in (512, 1024, 2048, 4096)]
+        candidates = [
+            PlainForward(self.model, self.tokenized, tokens) for tokens in (512, 1024, 2048, 4096)
+        ]
         return min(candidates, key=lambda forward: forward.seconds(2))
 
     def describe(self) -> str:
@@ -59,9 +60,11 @@ class Workload:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters()) - trainable
         prompt, response = (sum(x) / len(lengths) for x in (starts, lengths))
-        return (f"{total / 1e6:.1f} M parameters, {trainable / 1e3:.0f} k trainable; "
-                f"{len(lengths)} responses of {response - prompt:.0f} tokens to prompts of "
-                f"{prompt:.0f} (means)")
+        return (
+            f"{total / 1e6:.1f} M parameters, {trainable / 1e3:.0f} k trainable; "
+            f"{len(lengths)} responses of {response - prompt:.0f} tokens to prompts of "
+            f"{prompt:.0f} (means)"
+        )
 
 
 class PlainForward:
@@ -99,11 +102,23 @@ def small_llama() -> Workload:
     """Random weights; the demo's tokenizer and text, cut to the lengths of summaries."""
     _, tokenizer = load_base("small")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512))
-    return Workload("Llama 256x4", with_trained_lora(model, "all-linear"),
-                    summaries(tokenizer, "small", 16), rounds=5)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+        )
+    )
+    return Workload(
+        "Llama 256x4",
+        with_trained_lora(model, "all-linear"),
+        summaries(tokenizer, "small", 16),
+        rounds=5,
+    )
 
 
 def demo() -> Workload:
@@ -113,8 +128,15 @@ def demo() -> Workload:
     model = with_trained_lora(base, settings.lora["target_modules"])
     prompts = read_prompts("pool", max_words=settings.max_words)[:50]
     with model.disable_adapter():
-        pool = generate_responses(model, tokenizer, prompts, n_responses=settings.n_responses,
-                                  seed=0, show_progress=False, **settings.generation)
+        pool = generate_responses(
+            model,
+            tokenizer,
+            prompts,
+            n_responses=settings.n_responses,
+            seed=0,
+            show_progress=False,
+            **settings.generation,
+        )
     return Workload("demo", model, tokenize_pool(pool, tokenizer), rounds=5)
 
 
@@ -136,8 +158,9 @@ def with_trained_lora(model: nn.Module, targets: str | list[str]) -> PeftModel:
     return peft_model.eval()
 
 
-def summaries(tokenizer: transformers.PreTrainedTokenizerBase, name: str,
-              prompts: int) -> TokenizedPool:
+def summaries(
+    tokenizer: transformers.PreTrainedTokenizerBase, name: str, prompts: int
+) -> TokenizedPool:
     """Prompts of about 350 tokens with two responses of about 40 each, cut from real text."""
     generator = torch.Generator().manual_seed(0)
     text: list[int] = []
@@ -161,4 +184,7 @@ def summaries(tokenizer: transformers.PreTrainedTokenizerBase, name: str,
 
 
 WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "llama": small_llama, "demo": demo, "smollm2": smollm2}
+    "llama": small_llama,
+    "demo": demo,
+    "smollm2": smollm2,
+}

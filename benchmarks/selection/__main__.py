@@ -106,14 +106,25 @@ FULL = Plan(
     pairs=(3_000, 10_000, 30_000, 100_000),
     dims=(1024, 2048, 4096, 8192),
     picks=(50, 100, 300, 1000),
-    others=(Point(3_000, 1024, 50, 3), Point(3_000, 4096, 300, 3),
-            Point(100_000, 8192, 1000, RESPONSES)),
+    others=(
+        Point(3_000, 1024, 50, 3),
+        Point(3_000, 4096, 300, 3),
+        Point(100_000, 8192, 1000, RESPONSES),
+    ),
     paper=Point(3_000, 8192, 50, 3, history=2_000),
-    parts=PARTS, budget=20.0)
+    parts=PARTS,
+    budget=20.0,
+)
 QUICK = Plan(
-    base=Point(300, 512, 20, 3), pairs=(300, 1_000, 3_000), dims=(256, 512, 1024),
-    picks=(5, 20, 50), others=(Point(2_000, 1024, 50, RESPONSES),),
-    paper=Point(150, 1024, 10, 3, history=100), parts=1, budget=0.2)
+    base=Point(300, 512, 20, 3),
+    pairs=(300, 1_000, 3_000),
+    dims=(256, 512, 1024),
+    picks=(5, 20, 50),
+    others=(Point(2_000, 1024, 50, RESPONSES),),
+    paper=Point(150, 1024, 10, 3, history=100),
+    parts=1,
+    budget=0.2,
+)
 FEW = 100  # picks of the Sherman-Morrison loop at points where all would take minutes
 LONG = 5e11  # numbers that it reads or writes at such a point
 
@@ -125,8 +136,9 @@ class Points:
         self._rows, self._folder, self._budget = rows, folder, budget
         self._code = _digest_of_code()
 
-    def __call__(self, point: Point, compared: Sequence[Contender], memory: bool = False
-                 ) -> list[Record]:
+    def __call__(
+        self, point: Point, compared: Sequence[Contender], memory: bool = False
+    ) -> list[Record]:
         """One record a contender."""
         key = [asdict(point), [c.name for c in compared], memory, self._budget, self._code]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -143,8 +155,9 @@ class Points:
             history = self._rows.problem(point.history, point.k, 2, first_prompt=prompts)
         return Problem(rows, pairs, point.normalize, point.lam, history)
 
-    def _measure(self, problem: Problem, point: Point, compared: Sequence[Contender],
-                 memory: bool) -> list[Record]:
+    def _measure(
+        self, problem: Problem, point: Point, compared: Sequence[Contender], memory: bool
+    ) -> list[Record]:
         def reading() -> float:
             return statistics.median(seconds(problem.rows.sum) for _ in range(3))
 
@@ -165,19 +178,26 @@ class Points:
         records = []
         for times in found:
             picks = times.picks
-            records.append({
-                **asdict(point), **times.record(loop),
-                "leading": _leading(picks, ranking.indices),
-                "common": len(set(picks.tolist()) & set(ranking.indices.tolist())),
-                "logdet_ratio": logdet(problem, picks) / reference
-                if len(picks) == point.picks else None,
-                "peak_mib": peak_memory(partial(
-                    times.contender.select, problem, times.contender.few or point.picks))
-                if memory else None,
-            })
+            records.append(
+                {
+                    **asdict(point),
+                    **times.record(loop),
+                    "leading": _leading(picks, ranking.indices),
+                    "common": len(set(picks.tolist()) & set(ranking.indices.tolist())),
+                    "logdet_ratio": logdet(problem, picks) / reference
+                    if len(picks) == point.picks
+                    else None,
+                    "peak_mib": peak_memory(
+                        partial(times.contender.select, problem, times.contender.few or point.picks)
+                    )
+                    if memory
+                    else None,
+                }
+            )
         touched = getattr(ranking, "touched", None)
-        records[0]["touched"] = None if touched is None else (
-            float(touched.sum()) / (point.picks * len(problem.rows)))
+        records[0]["touched"] = (
+            None if touched is None else (float(touched.sum()) / (point.picks * len(problem.rows)))
+        )
         return records
 
 
@@ -218,9 +238,9 @@ class _Times:
             "rounds": len(self._all),
             "read_seconds": statistics.median(self._read),
             "readings": statistics.median(
-                a / r for a, r in zip(self._all, self._read, strict=True)),
-            "speedup": statistics.median(
-                b / a for a, b in zip(self._all, loop._all, strict=False)),
+                a / r for a, r in zip(self._all, self._read, strict=True)
+            ),
+            "speedup": statistics.median(b / a for a, b in zip(self._all, loop._all, strict=False)),
         }
 
 
@@ -234,7 +254,7 @@ def _for_size(contender: Contender, point: Point) -> Contender:
 
 def _leading(picks: Tensor, wanted: Tensor) -> int:
     """How many picks are the same from the first one on."""
-    same = picks == wanted[:len(picks)]
+    same = picks == wanted[: len(picks)]
     return int(same.int().cumprod(0).sum())
 
 
@@ -251,12 +271,21 @@ def measure(plan: Plan, rows: Rows, folder: Path) -> Record:
         result["lam"] += points(replace(at, lam=SMALL_LAM), pair)
     for normalize in tqdm(GROWTH_NORMALIZATIONS, desc="growth", disable=None):
         for axis, line in plan.axes().items():
-            found = [{"axis": axis, **record} for point in line
-                     for record in points(replace(point, normalize=normalize), pair)]
+            found = [
+                {"axis": axis, **record}
+                for point in line
+                for record in points(replace(point, normalize=normalize), pair)
+            ]
             result["growth"] += found
             result["exponents"] += [
-                {"axis": axis, "normalize": normalize, "contender": contender.name,
-                 "exponent": exponent(found, axis, contender.name)} for contender in pair]
+                {
+                    "axis": axis,
+                    "normalize": normalize,
+                    "contender": contender.name,
+                    "exponent": exponent(found, axis, contender.name),
+                }
+                for contender in pair
+            ]
         for point in plan.others:
             result["others"] += points(replace(point, normalize=normalize), pair)
     result["paper"] = points(plan.paper, [c for c in contenders() if c.takes_history])
@@ -277,8 +306,12 @@ def exponent(records: Sequence[Record], axis: str, contender: str) -> float:
 def _digest_of_code() -> str:
     """A digest of everything that the times depend on, except the machine."""
     root = Path(__file__).parents[2]
-    patterns = ("activedpo_fast/selection/**/*.py", "activedpo_fast/ops/*.py", "csrc/**/*.*",
-                *(f"benchmarks/selection/{part}.py" for part in ("__main__", "peers", "pools")))
+    patterns = (
+        "activedpo_fast/selection/**/*.py",
+        "activedpo_fast/ops/*.py",
+        "csrc/**/*.*",
+        *(f"benchmarks/selection/{part}.py" for part in ("__main__", "peers", "pools")),
+    )
     files = [file for pattern in patterns for file in root.glob(pattern)]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -291,15 +324,23 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(
-        "--quick", help="Everything in small, within two minutes, into the work folder.")] = False,
-    out: Annotated[Path | None, typer.Option(
-        help="The figures, JSON.  [default: benchmarks/results/selection.json]")] = None,
-    figure: Annotated[Path | None, typer.Option(
-        help="The picture.  [default: docs/selection_growth.png]")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Everything in small, within two minutes, into the work folder."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The figures, JSON.  [default: benchmarks/results/selection.json]"),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="The picture.  [default: docs/selection_growth.png]")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Rows and measured points.")] = Path("runs/selection"),
     adapter: Annotated[Path, typer.Option(help="The work folder of `benchmarks.fidelity`.")] = Path(
-        "runs/fidelity"),
+        "runs/fidelity"
+    ),
 ) -> None:
     """Measure the selection beside other ways to do it, and how its time grows.
 
@@ -310,9 +351,11 @@ def main(
     rows = load(work / "pool", adapter, plan.parts)
     small, pairs = rows.problem(90, 256, 3)
     check(Problem(small, pairs, None, 1.0, rows.problem(30, 256, 2, first_prompt=30)), 20)
-    result = {"environment": environment(), "settings": {
-        "plan": asdict(plan), "rounds": ROUNDS, "lam": SMALL_LAM,
-    }, **measure(plan, rows, work / "points")}
+    result = {
+        "environment": environment(),
+        "settings": {"plan": asdict(plan), "rounds": ROUNDS, "lam": SMALL_LAM},
+        **measure(plan, rows, work / "points"),
+    }
     out = out or (work / "quick.json" if quick else Path("benchmarks/results/selection.json"))
     figure = figure or (work / "quick.png" if quick else Path("docs/selection_growth.png"))
     _write_json(out, result)
@@ -323,7 +366,9 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(epilog="Examples:\n\n"
-                       "  python -m benchmarks.selection\n\n"
-                       "  python -m benchmarks.selection --quick")(main)
+    app.command(
+        epilog="Examples:\n\n"
+        "  python -m benchmarks.selection\n\n"
+        "  python -m benchmarks.selection --quick"
+    )(main)
     app()

@@ -56,9 +56,11 @@ def main(
     dim: Annotated[int, typer.Option(help="k, numbers in a row.")] = 8192,
     picks: Annotated[int, typer.Option(help="B, pairs to pick.")] = 50,
     work: Annotated[Path, typer.Option(help="Folder for the rows (2 rows dim bytes).")] = Path(
-        "runs/selection/on-disk"),
+        "runs/selection/on-disk"
+    ),
     out: Annotated[Path, typer.Option(help="The figures, JSON.")] = Path(
-        "benchmarks/results/selection_on_disk.json"),
+        "benchmarks/results/selection_on_disk.json"
+    ),
 ) -> None:
     """Select from rows on disk, not normalized and normalized, and print time and memory."""
     stored = StoredRows.open(write_rows(work / f"{rows}x{dim}", rows, dim))
@@ -70,17 +72,33 @@ def main(
         ranking = greedy_logdet(stored, pairs, picks, normalize=normalize)
         seconds = time.perf_counter() - started
         assert ranking.touched is not None
-        found.append({"normalize": normalize or "none", "seconds": seconds,
-                      "touched": int(ranking.touched.sum()), "peak_gib": resident("VmHWM")})
-        print(f"normalize {normalize}: {seconds:.1f} s, {found[-1]['touched']} rows looked at "
-              f"after the first scores, peak {found[-1]['peak_gib']:.2f} GiB resident")
+        found.append(
+            {
+                "normalize": normalize or "none",
+                "seconds": seconds,
+                "touched": int(ranking.touched.sum()),
+                "peak_gib": resident("VmHWM"),
+            }
+        )
+        print(
+            f"normalize {normalize}: {seconds:.1f} s, {found[-1]['touched']} rows looked at "
+            f"after the first scores, peak {found[-1]['peak_gib']:.2f} GiB resident"
+        )
     # Cold or warm: as fast as the disk, or the page cache, gives the rows.
     started = time.perf_counter()
     for _ in stored.chunks(4096):
         pass
-    result = {"environment": environment(), "rows": rows, "pairs": len(pairs), "k": dim,
-              "picks": picks, "dtype": "bfloat16", "gib": stored.nbytes / 2**30,
-              "read_once_seconds": time.perf_counter() - started, "runs": found}
+    result = {
+        "environment": environment(),
+        "rows": rows,
+        "pairs": len(pairs),
+        "k": dim,
+        "picks": picks,
+        "dtype": "bfloat16",
+        "gib": stored.nbytes / 2**30,
+        "read_once_seconds": time.perf_counter() - started,
+        "runs": found,
+    }
     write_atomic(out, json.dumps(result, indent=1) + "\n")
     print(f"reading the {result['gib']:.1f} GiB once: {result['read_once_seconds']:.1f} s; {out}")
 

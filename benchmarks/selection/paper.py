@@ -42,8 +42,12 @@ def paper_round(assumed: Assumptions = Assumptions()) -> dict[str, Any]:
     sampled = a.prompts * (a.prompt_tokens + a.responses * a.response_tokens)
     # Two sequences a pair; forward and back for the policy, forward for the reference.
     trained = 3 * 2 * (a.labeled + a.batch) * (a.prompt_tokens + a.response_tokens) * a.epochs
-    passes = {"generate": sampled, "gradients": candidates,
-              "gradients of labeled pairs": history, "train": trained}
+    passes = {
+        "generate": sampled,
+        "gradients": candidates,
+        "gradients of labeled pairs": history,
+        "train": trained,
+    }
     second = a.peak * a.utilization / (2 * a.weights)  # tokens that pass once, one way
     return {"assumed": asdict(a), "seconds": {k: v / second for k, v in passes.items()}}
 

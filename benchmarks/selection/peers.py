@@ -59,8 +59,15 @@ def ours(problem: Problem, n: int) -> Tensor:
 
 def rank(problem: Problem, n: int) -> Ranking:
     """The library's `Ranking` of n picks."""
-    return greedy_logdet(problem.rows, problem.pairs, n, lam=problem.lam,
-                         normalize=problem.normalize, history=problem.history, show_progress=False)
+    return greedy_logdet(
+        problem.rows,
+        problem.pairs,
+        n,
+        lam=problem.lam,
+        normalize=problem.normalize,
+        history=problem.history,
+        show_progress=False,
+    )
 
 
 def sherman_morrison(problem: Problem, n: int, *, in_place: bool = True) -> Tensor:
@@ -116,8 +123,9 @@ def greedy_map(problem: Problem, n: int) -> Tensor:
 def greedy_map_rows(problem: Problem, n: int) -> Tensor:
     """The same without a kernel in memory: the row of a pick is formed when it is picked."""
     phi = problem.features()
-    return _greedy_map(1 + phi.square().sum(1) / problem.lam,
-                       lambda pick: phi @ (phi[pick] / problem.lam), n)
+    return _greedy_map(
+        1 + phi.square().sum(1) / problem.lam, lambda pick: phi @ (phi[pick] / problem.lam), n
+    )
 
 
 def _greedy_map(diagonal: Tensor, row: Callable[[int], Tensor], n: int) -> Tensor:
@@ -142,8 +150,13 @@ def submodlib(problem: Problem, n: int) -> Tensor:
     kernel = (phi @ phi.T).div_(problem.lam).numpy()
     function = LogDeterminantFunction(n=len(phi), mode="dense", lambdaVal=1.0, sijs=kernel)
     with redirect_stdout(io.StringIO()):
-        taken = function.maximize(budget=n, optimizer="LazyGreedy", stopIfZeroGain=False,
-                                  stopIfNegativeGain=False, show_progress=False)
+        taken = function.maximize(
+            budget=n,
+            optimizer="LazyGreedy",
+            stopIfZeroGain=False,
+            stopIfNegativeGain=False,
+            show_progress=False,
+        )
     return torch.tensor([pick for pick, _ in taken])
 
 
@@ -172,7 +185,8 @@ SHERMAN_MORRISON = Contender("Sherman–Morrison loop", sherman_morrison)
 def contenders() -> tuple[Contender, ...]:
     """All that are installed, ours and the Sherman–Morrison loop first."""
     found = (
-        OURS, SHERMAN_MORRISON,
+        OURS,
+        SHERMAN_MORRISON,
         Contender("the same, V⁻¹ not in place", partial(sherman_morrison, in_place=False)),
         Contender("re-scoring with V⁻¹", rescore, few=3),
         Contender("greedy MAP, kernel formed", greedy_map, most_pairs=20_000, takes_history=False),
@@ -182,8 +196,10 @@ def contenders() -> tuple[Contender, ...]:
         print("submodlib is not here: `make selection` installs it")
         return found
     version = metadata.version("submodlib-py")
-    return (*found, Contender(f"submodlib {version}", submodlib, most_pairs=10_000,
-                              takes_history=False))
+    return (
+        *found,
+        Contender(f"submodlib {version}", submodlib, most_pairs=10_000, takes_history=False),
+    )
 
 
 def brute_force(problem: Problem, n: int) -> Tensor:
@@ -222,7 +238,8 @@ def check(problem: Problem, n: int) -> None:
                 given = contender.select(asked, n)
                 assert given.equal(wanted), (
                     f"{contender.name}, {normalize}, {'a' if history else 'no'} history: "
-                    f"{given.tolist()} instead of {wanted.tolist()}")
+                    f"{given.tolist()} instead of {wanted.tolist()}"
+                )
 
 
 def logdet(problem: Problem, picks: Tensor) -> float:

@@ -38,8 +38,9 @@ class Rows:
 
     rows: Tensor
 
-    def problem(self, n_pairs: int, k: int, responses: int,
-                first_prompt: int = 0) -> tuple[Tensor, Tensor]:
+    def problem(
+        self, n_pairs: int, k: int, responses: int, first_prompt: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """(rows float32 [R, k], pairs int64 [n_pairs, 2]) with so many responses a prompt.
 
         The pairs are the first of consecutive prompts, all M (M - 1) / 2 of each in the library's
@@ -51,7 +52,7 @@ class Rows:
         prompts = -(-n_pairs // len(each))
         by_prompt = self.rows.view(-1, RESPONSES, self.rows.shape[1])
         assert first_prompt + prompts <= len(by_prompt), f"{n_pairs} pairs: not so many prompts"
-        taken = by_prompt[first_prompt:first_prompt + prompts, :responses].flatten(0, 1)
+        taken = by_prompt[first_prompt : first_prompt + prompts, :responses].flatten(0, 1)
         while taken.shape[1] > k:
             left, right = taken.chunk(2, dim=1)
             taken = left + right
@@ -71,21 +72,26 @@ def load(folder: Path, adapter_folder: Path, parts: int = PARTS) -> Rows:
     return Rows(torch.cat([FeatureStore.open(path / "rows").load().gradients for path in paths]))
 
 
-def make_part(part: int, path: Path, model: PeftModel,
-              tokenizer: PreTrainedTokenizerBase) -> None:
+def make_part(part: int, path: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sample and take rows of one part; what is on disk of it stays."""
     drawn = draw_prompts(read_prompts("pool"), part, PROMPTS_A_PART, set(), SEED)
     if not (path / "pool.jsonl").exists():
-        generate_responses(model, tokenizer, drawn, n_responses=RESPONSES, seed=part,
-                           **DEMO.generation).to_jsonl(path / "pool.jsonl")
+        generate_responses(
+            model, tokenizer, drawn, n_responses=RESPONSES, seed=part, **DEMO.generation
+        ).to_jsonl(path / "pool.jsonl")
     pool = PreferencePool.from_jsonl(path / "pool.jsonl")
     tokens = tokenize_pool(pool, tokenizer, max_length=MAX_LENGTH)
     sketch = Sketch("sjlt", DIM)
-    settings = {"policy": "trained", "sketch": [sketch.method, sketch.dim, sketch.seed],
-                "beta": DEMO.dpo["beta"], "max_length": MAX_LENGTH}
+    settings = {
+        "policy": "trained",
+        "sketch": [sketch.method, sketch.dim, sketch.seed],
+        "beta": DEMO.dpo["beta"],
+        "max_length": MAX_LENGTH,
+    }
     store = FeatureStore.create(path / "rows", pool, settings, skipped=tokens.skipped)
-    store.fill(FeatureExtractor(model, sketch, beta=DEMO.dpo["beta"], max_tokens_per_batch=TOKENS),
-               tokens)
+    store.fill(
+        FeatureExtractor(model, sketch, beta=DEMO.dpo["beta"], max_tokens_per_batch=TOKENS), tokens
+    )
 
 
 def _is_complete(path: Path) -> bool:

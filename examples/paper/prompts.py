@@ -33,10 +33,11 @@ SOURCES = {
     "tldr": Source("trl-lib/tldr", {"split": "train"}, lambda row: str(row["prompt"])),
     # Columns: question {full_text, ...}, answer_0, answer_1, score_0, score_1 and others. The
     # repository has a loading script, which `datasets` no longer runs; this branch has Parquet.
-    "webgpt": Source("openai/webgpt_comparisons",
-                     {"split": "train", "revision": "refs/convert/parquet"},
-                     lambda row: f"Question: {str(row['question']['full_text']).strip()}\n\n"
-                                 "Answer:"),
+    "webgpt": Source(
+        "openai/webgpt_comparisons",
+        {"split": "train", "revision": "refs/convert/parquet"},
+        lambda row: f"Question: {str(row['question']['full_text']).strip()}\n\nAnswer:",
+    ),
 }
 
 
@@ -53,7 +54,8 @@ def load(source: Source, local: Path | None) -> datasets.Dataset:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", choices=SOURCES)
     parser.add_argument("output", type=Path, help="JSONL file to write")
     parser.add_argument("--source", type=Path, help="a local copy")

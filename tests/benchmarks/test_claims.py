@@ -54,8 +54,11 @@ def test_differences_are_paired() -> None:
     generator = np.random.default_rng(1)
     luck = generator.normal(size=(12, 1))  # of a seed, far larger than what the methods differ by
     base = luck + np.linspace(0, 1, 6) + 0.01 * generator.normal(size=(12, 6))
-    curves = {"random": base, "better": base + 0.1 + 0.01 * generator.normal(size=(12, 6)),
-              "same": base + 0.01 * generator.normal(size=(12, 6))}
+    curves = {
+        "random": base,
+        "better": base + 0.1 + 0.01 * generator.normal(size=(12, 6)),
+        "same": base + 0.01 * generator.normal(size=(12, 6)),
+    }
     found = compare(curves, "random", np.arange(6.0))
     assert set(found) == {"better", "same"}
     assert found["better"].area.value == pytest.approx(0.1, abs=0.01)
@@ -78,8 +81,9 @@ def test_settings_that_are_the_same_have_the_same_runs() -> None:
     found = of_known_reward()
     keys = {(e.name, v.row, v.column): v.key for e in found for v in e.variants}
     assert keys["responses", "M = 3", "adpo_plus"] == keys["main synopsis", "", "adpo_plus"]
-    assert len(set(keys.values())) == len({
-        (v.method, repr(v.setting)) for e in found for v in e.variants})
+    assert len(set(keys.values())) == len(
+        {(v.method, repr(v.setting)) for e in found for v in e.variants}
+    )
     assert all(e.baseline(v.row).method == "random" for e in found for v in e.variants)
 
 
@@ -92,13 +96,20 @@ def _signals(seed: int = 0) -> TensorSignals:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    pairs = torch.tensor([pair for n in range(5)
-                          for pair in itertools.combinations(range(3 * n, 3 * n + 3), 2)])
+    pairs = torch.tensor(
+        [pair for n in range(5) for pair in itertools.combinations(range(3 * n, 3 * n + 3), 2)]
+    )
     known = torch.tensor([[0, 1], [2, 3]])
     return TensorSignals(
-        pairs, torch.arange(5).repeat_interleave(3), gradients=normal(15, 7), logps=9 * normal(15),
-        ref_logps=9 * normal(15), history_gradients=(normal(4, 7), known),
-        history_logps=(9 * normal(4), known), history_ref_logps=(9 * normal(4), known))
+        pairs,
+        torch.arange(5).repeat_interleave(3),
+        gradients=normal(15, 7),
+        logps=9 * normal(15),
+        ref_logps=9 * normal(15),
+        history_gradients=(normal(4, 7), known),
+        history_logps=(9 * normal(4), known),
+        history_ref_logps=(9 * normal(4), known),
+    )
 
 
 def test_a_trial_is_greedy_by_its_definition() -> None:
@@ -126,8 +137,10 @@ def test_a_pick_at_once_knows_nothing_of_the_others() -> None:
     v = 0.3 * torch.eye(7, dtype=torch.float64)
     for a, b in past_pairs.tolist():
         v += torch.outer(past_rows[a] - past_rows[b], past_rows[a] - past_rows[b])
-    scores = [float((rows[a] - rows[b]) @ torch.linalg.inv(v) @ (rows[a] - rows[b]))
-              for a, b in signals.pairs.tolist()]
+    scores = [
+        float((rows[a] - rows[b]) @ torch.linalg.inv(v) @ (rows[a] - rows[b]))
+        for a, b in signals.pairs.tolist()
+    ]
     assert picks == sorted(range(len(scores)), key=lambda n: -scores[n])[:6]
 
 
@@ -135,8 +148,11 @@ def test_equals_are_taken_in_their_order() -> None:
     signals = _signals()
     rows = signals.gradients()
     assert isinstance(rows, torch.Tensor)
-    twice = TensorSignals(torch.cat([signals.pairs, signals.pairs + 15]),
-                          torch.arange(10).repeat_interleave(3), gradients=rows.repeat(2, 1))
+    twice = TensorSignals(
+        torch.cat([signals.pairs, signals.pairs + 15]),
+        torch.arange(10).repeat_interleave(3),
+        gradients=rows.repeat(2, 1),
+    )
     picks = TRIALS["diagonal"]().select(twice, 4).indices.tolist()
     assert picks[0] < 15 and len(set(picks)) == 4
 
@@ -159,7 +175,7 @@ def test_gradients_are_those_of_the_policy(world: World) -> None:
     logps = known_reward.log_probability(world, theta, prompts, responses)
     found = known_reward.gradient(world, theta.detach(), prompts, responses)
     for row, logp in zip(found, logps, strict=True):
-        expected, = torch.autograd.grad(BETA * logp, theta, retain_graph=True)
+        (expected,) = torch.autograd.grad(BETA * logp, theta, retain_graph=True)
         torch.testing.assert_close(row, expected)
 
 
@@ -167,12 +183,15 @@ def test_the_fit_is_the_minimum_of_the_dpo_loss(world: World) -> None:
     chosen, rejected = torch.randint(RESPONSES, (2, 40), generator=torch.Generator().manual_seed(1))
     prompts = torch.arange(40)
     theta = known_reward.fit(
-        world.features[prompts, chosen] - world.features[prompts, rejected]).requires_grad_()
+        world.features[prompts, chosen] - world.features[prompts, rejected]
+    ).requires_grad_()
     start = -math.log(RESPONSES)
-    reward = [BETA * (known_reward.log_probability(world, theta, prompts, at) - start)
-              for at in (chosen, rejected)]
+    reward = [
+        BETA * (known_reward.log_probability(world, theta, prompts, at) - start)
+        for at in (chosen, rejected)
+    ]
     loss = -torch.nn.functional.logsigmoid(reward[0] - reward[1]).sum()
-    slope, = torch.autograd.grad(loss + RIDGE / 2 * theta.square().sum(), theta)
+    (slope,) = torch.autograd.grad(loss + RIDGE / 2 * theta.square().sum(), theta)
     assert slope.abs().max() < 1e-8
 
 
@@ -203,14 +222,16 @@ def test_what_v_has_of_the_history(world: World) -> None:
     own = torch.tensor([7, 7]), torch.tensor([4, 6])
 
     def rows(kind: str) -> torch.Tensor:
-        signals = known_reward.signals_of(world, now, Setting(history=kind),
-                                          torch.tensor([[0, 1]]), own, history, 2)
+        signals = known_reward.signals_of(
+            world, now, Setting(history=kind), torch.tensor([[0, 1]]), own, history, 2
+        )
         return signals.history_gradients()[0]
 
     prompts, responses = torch.tensor([3, 3, 5, 5]), torch.tensor([1, 2, 0, 9])
     for kind, theta in (("current", now), ("frozen", start)):
         torch.testing.assert_close(
-            rows(kind), known_reward.gradient(world, theta, prompts, responses))
+            rows(kind), known_reward.gradient(world, theta, prompts, responses)
+        )
     assert len(rows("none")) == 0
 
 
@@ -220,8 +241,16 @@ def test_a_share_of_the_picks_is_random(world: World) -> None:
         setting = Setting(batch_size=10, random_share=share)
         theta, prompts = torch.zeros(6, dtype=torch.float64), torch.arange(20)
         responses = known_reward.sample(world, theta, prompts, 3, torch.Generator().manual_seed(4))
-        picked[share] = known_reward.select(world, theta, "activedpo, none", setting, prompts,
-                                            responses, known_reward.History([], []), seed=3)
+        picked[share] = known_reward.select(
+            world,
+            theta,
+            "activedpo, none",
+            setting,
+            prompts,
+            responses,
+            known_reward.History([], []),
+            seed=3,
+        )
     assert picked[0.5][:5] == picked[0.0][:5]
     assert len(set(picked[0.5])) == 10 and picked[0.5][5:] != picked[0.0][5:]
     assert len(set(picked[1.0]) & set(picked[0.0])) < 10
@@ -229,8 +258,10 @@ def test_a_share_of_the_picks_is_random(world: World) -> None:
 
 def test_methods_see_the_same_first_responses(world: World) -> None:
     theta = torch.zeros(6, dtype=torch.float64)
-    rows = [known_reward.sample(world, theta, torch.arange(9), 3,
-                                torch.Generator().manual_seed(4)) for _ in range(2)]
+    rows = [
+        known_reward.sample(world, theta, torch.arange(9), 3, torch.Generator().manual_seed(4))
+        for _ in range(2)
+    ]
     assert torch.equal(*rows)
     assert all(len(set(row)) == 3 for row in rows[0].tolist())
 
@@ -238,8 +269,10 @@ def test_methods_see_the_same_first_responses(world: World) -> None:
 def test_a_linear_reward_is_fitted_and_another_one_is_not(world: World) -> None:
     assert linear_fit.fit(world)["r2"] > 0.99
     generator = torch.Generator().manual_seed(8)
-    noise = [torch.randn(r.shape, generator=generator, dtype=torch.float64)
-             for r in (world.reward, world.heldout_reward)]
+    noise = [
+        torch.randn(r.shape, generator=generator, dtype=torch.float64)
+        for r in (world.reward, world.heldout_reward)
+    ]
     other = linear_fit.fit(replace(world, reward=noise[0], heldout_reward=noise[1]))
     assert abs(other["r2"]) < 0.05
 
@@ -247,8 +280,10 @@ def test_a_linear_reward_is_fitted_and_another_one_is_not(world: World) -> None:
 def test_passes_are_counted_from_a_runs_files(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     prompt, responses = "one two", ["a b c", "d\u2028", "e f"]  # U+2028 ends no line of JSONL
-    count = {text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-             for text in (prompt, *responses)}
+    count = {
+        text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (prompt, *responses)
+    }
     for n in range(2):
         folder = tmp_path / f"round-00{n}"
         folder.mkdir()
@@ -259,9 +294,13 @@ def test_passes_are_counted_from_a_runs_files(tmp_path: Path) -> None:
     candidates = sum(count.values())
     labeled = sum(count[text] for text in (prompt, prompt, *responses[:2]))
     train = 2 * 4  # epochs; forward, backward (two) and the reference's forward pass
-    for requires, per_token in ((set(), 0), ({"hidden"}, 1), ({"logps", "ref_logps"}, 2),
-                                ({"gradients", "logps"}, 3),
-                                ({"gradients", "logps", "ref_logps"}, 4)):
+    for requires, per_token in (
+        (set(), 0),
+        ({"hidden"}, 1),
+        ({"logps", "ref_logps"}, 2),
+        ({"gradients", "logps"}, 3),
+        ({"gradients", "logps", "ref_logps"}, 4),
+    ):
         first = (1 + per_token) * candidates + train * labeled
         second = first + (1 + per_token) * candidates + (per_token + 2 * train) * labeled
         found = passes(tmp_path, tokenizer, frozenset(requires), epochs=2)
@@ -276,13 +315,25 @@ def test_passes_are_counted_from_a_runs_files(tmp_path: Path) -> None:
 def test_the_page_has_the_tables_of_what_has_run(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     setting = Setting(rounds=10, batch_size=10)
-    main = Experiment("main linear", "a reward", 200, tuple(
-        Variant("", method, method, setting) for method in (*METHODS, EVERYTHING)))
-    grid = Experiment("noise", "label noise", 100, tuple(
-        Variant(f"T = {t:g}", method, method, Setting(temperature=t))
-        for t in (1.0, 4.0) for method in ("random", "adpo_plus")))
-    absent = Experiment("batch", "not run yet", 100, (
-        Variant("B = 2", "random", "random", Setting(batch_size=2)),))
+    main = Experiment(
+        "main linear",
+        "a reward",
+        200,
+        tuple(Variant("", method, method, setting) for method in (*METHODS, EVERYTHING)),
+    )
+    grid = Experiment(
+        "noise",
+        "label noise",
+        100,
+        tuple(
+            Variant(f"T = {t:g}", method, method, Setting(temperature=t))
+            for t in (1.0, 4.0)
+            for method in ("random", "adpo_plus")
+        ),
+    )
+    absent = Experiment(
+        "batch", "not run yet", 100, (Variant("B = 2", "random", "random", Setting(batch_size=2)),)
+    )
     results = Results(tmp_path / "known_reward.json", version=1)
     for variant in (*main.variants, *grid.variants):
         for seed in range(6):
@@ -294,8 +345,12 @@ def test_the_page_has_the_tables_of_what_has_run(tmp_path: Path) -> None:
             results.add(variant.key, seed, run)
     results.save({"processor": "a CPU", "date": "today", "versions": {"torch": "2"}})
     page = tmp_path / "evidence.md"
-    page.write_text("".join(f"<!-- benchmark: claims: {name} -->\n<!-- end -->\n" for name in (
-        "known_reward machine", "main linear", "noise", "batch", "paper")))
+    page.write_text(
+        "".join(
+            f"<!-- benchmark: claims: {name} -->\n<!-- end -->\n"
+            for name in ("known_reward machine", "main linear", "noise", "batch", "paper")
+        )
+    )
     document({"known_reward": results}, {"known_reward": [main, grid, absent]}, page)
     text = page.read_text()
     assert "a CPU, one core a run, today; torch 2." in text
@@ -305,11 +360,15 @@ def test_the_page_has_the_tables_of_what_has_run(tmp_path: Path) -> None:
     assert float(cells[5].split()[0]) == pytest.approx(0.165, abs=0.01)
     assert float(cells[7].split("%")[0]) == pytest.approx(33, abs=3)  # 0.6 is 2/3 of 0.9
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| T")] == [
-        "T = 1", "T = 4"]
+        "T = 1",
+        "T = 4",
+    ]
     assert "<!-- benchmark: claims: batch -->\n<!-- end -->" in text  # nothing has run
     assert "Llama-2-7B, TL;DR" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        "evidence_known_reward.png", "evidence_bound.png"}
+        "evidence_known_reward.png",
+        "evidence_bound.png",
+    }
 
 
 def test_runs_that_are_there_are_not_missing(tmp_path: Path) -> None:

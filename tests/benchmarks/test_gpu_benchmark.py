@@ -34,8 +34,23 @@ def dry_run(tmp_path_factory) -> tuple[dict, str]:
     """The JSON and the printed summary of a dry run."""
     out = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--device", "cpu", "--tiny",
-         "--minutes", "60"], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            "--tiny",
+            "--minutes",
+            "60",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((out / "gpu_dry_run.json").read_text()), done.stdout
 
@@ -43,24 +58,36 @@ def dry_run(tmp_path_factory) -> tuple[dict, str]:
 def test_every_case_of_a_dry_run_is_measured_or_says_what_is_missing(dry_run):
     result, _ = dry_run
     assert list(result["sections"]) == list(SECTIONS)
-    records = {(section, name): record for section, content in result["sections"].items()
-               for name, record in content["cases"].items()}
+    records = {
+        (section, name): record
+        for section, content in result["sections"].items()
+        for name, record in content["cases"].items()
+    }
     for key, record in records.items():
         assert record["status"] != "failed", (key, record)
         if record["status"] == "skipped":
-            assert any(word in record["reason"] for word in
-                       ("dry run", "sjlt", "fast_jl", "triton")), (key, record)
+            assert any(
+                word in record["reason"] for word in ("dry run", "sjlt", "fast_jl", "triton")
+            ), (key, record)
     own = [r for (section, _), r in records.items() if section == "micro" and r.get("ours")]
     pytest.importorskip("triton")
     assert {r["group"] for r in own} == {
-        "sjlt", "kronecker", "rademacher", "response_logp_grad", "rank_update"}
+        "sjlt",
+        "kronecker",
+        "rademacher",
+        "response_logp_grad",
+        "rank_update",
+    }
     assert all(r["error"] < 1e-2 for r in own)  # a bfloat16 gradient of logits is the least exact
 
 
 def test_peers_that_share_our_tables_give_the_same(dry_run):
     result, _ = dry_run
-    peers = [r for r in result["sections"]["micro"]["cases"].values()
-             if r["status"] == "ok" and "group" in r and not r["ours"]]
+    peers = [
+        r
+        for r in result["sections"]["micro"]["cases"].values()
+        if r["status"] == "ok" and "group" in r and not r["ours"]
+    ]
     assert len(peers) >= 6 and all(r["error"] < 2e-2 for r in peers)
 
 
@@ -85,11 +112,21 @@ def test_a_dry_run_says_so_and_is_no_result(dry_run, tmp_path):
 def test_tables_of_a_run(dry_run):
     """A run's tables can be made of all that a run can hold: of a dry one with a GPU's name."""
     result = json.loads(json.dumps(dry_run[0]))
-    result |= {"dry_run": False, "device": {
-        "name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "multiprocessors": 132,
-        "l2_mib": 50.0, "memory_gib": 79.2, "driver": "580.1"}}
+    result |= {
+        "dry_run": False,
+        "device": {
+            "name": "NVIDIA H100 80GB HBM3",
+            "capability": "9.0",
+            "multiprocessors": 132,
+            "l2_mib": 50.0,
+            "memory_gib": 79.2,
+            "driver": "580.1",
+        },
+    }
     result["sections"]["micro"]["cases"]["odd | case"] = {
-        "status": "failed", "traceback": "Traceback\n  RuntimeError: a | b"}
+        "status": "failed",
+        "traceback": "Traceback\n  RuntimeError: a | b",
+    }
     found = gpu_tables.tables([result])
     assert "NVIDIA H100 80GB HBM3" in found["gpu machine"]
     assert "failed: RuntimeError: a / b" in found["gpu micro"]
@@ -101,8 +138,7 @@ def test_tables_of_a_run(dry_run):
 
 
 def test_documents_have_the_tables_of_the_committed_runs():
-    found = gpu_tables.tables(
-        gpu_tables.load(), gpu_tables.load(gpu_tables.BEFORE, "*.json"))
+    found = gpu_tables.tables(gpu_tables.load(), gpu_tables.load(gpu_tables.BEFORE, "*.json"))
     for document in gpu_tables.DOCUMENTS:
         text = document.read_text()
         assert write_into(text, found) == text, "run `python -m benchmarks.gpu.tables --write`"
@@ -124,24 +160,49 @@ def test_where_no_gpu_has_run_the_tables_say_so():
     assert all(gpu_tables.NONE in table for table in gpu_tables.tables([]).values())
 
 
-@pytest.mark.parametrize(("value", "limit", "at_most", "met"), [
-    (0.02, 0.03, True, True), (0.04, 0.03, True, False), (0.5, 0.5, False, True),
-    (0.4, 0.5, False, False), (None, 0.5, False, None)])
+@pytest.mark.parametrize(
+    ("value", "limit", "at_most", "met"),
+    [
+        (0.02, 0.03, True, True),
+        (0.04, 0.03, True, False),
+        (0.5, 0.5, False, True),
+        (0.4, 0.5, False, False),
+        (None, 0.5, False, None),
+    ],
+)
 def test_aims(value, limit, at_most, met):
     assert gpu_aims._aim("", value, limit, at_most=at_most)["met"] is met
 
 
 def test_aims_of_a_run():
-    micro = {"a": {"status": "ok", "group": "rademacher", "ours": True, "useful_share": 0.3,
-                   "executed_share": 0.6},
-             "b": {"status": "ok", "group": "rademacher", "ours": False, "useful_share": 0.9,
-                   "executed_share": 0.9}}
-    selection = {"ours, float32 rows": {"status": "ok", "seconds": 0.2},
-                 "torch loop, V⁻¹ in place": {"status": "ok", "seconds": 1.0}}
-    tests = {"x": {"status": "ok", "counts": {"passed": 3, "failed": 1}},
-             "y": {"status": "ok", "counts": {}, "complaint": "pytest ended with 2"}}
-    sections = {name: {"cases": cases} for name, cases in
-                {"micro": micro, "selection": selection, "tests": tests}.items()}
+    micro = {
+        "a": {
+            "status": "ok",
+            "group": "rademacher",
+            "ours": True,
+            "useful_share": 0.3,
+            "executed_share": 0.6,
+        },
+        "b": {
+            "status": "ok",
+            "group": "rademacher",
+            "ours": False,
+            "useful_share": 0.9,
+            "executed_share": 0.9,
+        },
+    }
+    selection = {
+        "ours, float32 rows": {"status": "ok", "seconds": 0.2},
+        "torch loop, V⁻¹ in place": {"status": "ok", "seconds": 1.0},
+    }
+    tests = {
+        "x": {"status": "ok", "counts": {"passed": 3, "failed": 1}},
+        "y": {"status": "ok", "counts": {}, "complaint": "pytest ended with 2"},
+    }
+    sections = {
+        name: {"cases": cases}
+        for name, cases in {"micro": micro, "selection": selection, "tests": tests}.items()
+    }
     found = {aim["aim"]: (aim["value"], aim["met"]) for aim in gpu_aims.aims(sections)}
     assert found["tests marked gpu that fail"] == (2, False)
     share = "lora_grad_rademacher, share of the bf16 rate, "
@@ -162,16 +223,23 @@ def _raise(error: BaseException):
 
 def test_cases_are_independent(tmp_path):
     state = tmp_path / "state.json"
-    cases = [Case("fails", lambda _: _raise(ValueError("so it is"))),
-             Case("lacks", lambda _: _raise(ModuleNotFoundError("No module named 'peft'"))),
-             Case("skips", lambda _: _raise(Skip("too small"))),
-             Case("long", lambda _: {}, expected=1e6),
-             Case("sees", lambda found: {"before": sorted(found)})]
+    cases = [
+        Case("fails", lambda _: _raise(ValueError("so it is"))),
+        Case("lacks", lambda _: _raise(ModuleNotFoundError("No module named 'peft'"))),
+        Case("skips", lambda _: _raise(Skip("too small"))),
+        Case("long", lambda _: {}, expected=1e6),
+        Case("sees", lambda found: {"before": sorted(found)}),
+    ]
     settings = Settings("cpu", True, time.time() + 3600)
     assert measure(cases, settings, state) == 0
     found = read_state(state)
     assert {name: record["status"] for name, record in found.items()} == {
-        "fails": "failed", "lacks": "skipped", "skips": "skipped", "long": "skipped", "sees": "ok"}
+        "fails": "failed",
+        "lacks": "skipped",
+        "skips": "skipped",
+        "long": "skipped",
+        "sees": "ok",
+    }
     assert "ValueError: so it is" in found["fails"]["traceback"]
     assert str(ROOT) not in found["fails"]["traceback"]
     assert found["lacks"]["reason"] == "No module named 'peft'"
@@ -225,8 +293,9 @@ def _watched(
     script.write_text(PROCESS)
     state = tmp_path / "state.json"
     environment = {**os.environ, "CASE_LIMIT": str(limit)}
-    child = Child([sys.executable, str(script), str(state), *cases], environment, state,
-                  tmp_path / "log")
+    child = Child(
+        [sys.executable, str(script), str(state), *cases], environment, state, tmp_path / "log"
+    )
     heard: list[list[str]] = []
     found = run(child, time.time() + seconds, lambda records: heard.append(list(records)))
     return found, heard
@@ -235,7 +304,12 @@ def _watched(
 def test_a_case_that_hangs_dies_or_breaks_the_device_costs_itself_only(tmp_path):
     found, heard = _watched(tmp_path, ["one", "hangs", "dies", "breaks", "last"])
     assert {name: record["status"] for name, record in found.items()} == {
-        "one": "ok", "hangs": "failed", "dies": "failed", "breaks": "failed", "last": "ok"}
+        "one": "ok",
+        "hangs": "failed",
+        "dies": "failed",
+        "breaks": "failed",
+        "last": "ok",
+    }
     assert found["hangs"]["traceback"] == "ended after 3 s, its limit"
     assert "the process ended with -6" in found["dies"]["traceback"]
     assert "a last word" in found["dies"]["traceback"]
@@ -269,12 +343,12 @@ MARK = "pytestmark = pytest.mark." + "gpu\n"
 def test_gpu_tests_are_counted_as_they_end(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(
-        "import os, pytest\n" + MARK +
-        "def test_passes(): pass\n"
+        "import os, pytest\n" + MARK + "def test_passes(): pass\n"
         "def test_fails(): assert 1 == 2\n"
         "def test_skips(): pytest.skip('nothing here')\n"
         "def test_ends(): os._exit(7)\n"
-        "def test_after(): pass\n")
+        "def test_after(): pass\n"
+    )
     record = run_file(file, 60)
     assert record["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     assert record["collected"] == 5
@@ -304,11 +378,14 @@ def test_wheels_of_what_is_not_installed_are_unpacked(tmp_path):
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the package's sources are not here")
 def test_the_kernels_are_importable_from_a_checkout_that_is_not_installed(tmp_path):
     """-S: without site-packages, so without an installation; the package needs none so far."""
-    code = ("import benchmarks.gpu.checkout\n"
-            "import activedpo_fast.kernels as kernels\n"
-            "print(kernels.__file__)")
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True,
-                          text=True)
+    code = (
+        "import benchmarks.gpu.checkout\n"
+        "import activedpo_fast.kernels as kernels\n"
+        "print(kernels.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py", done.stderr
 
 
@@ -318,9 +395,15 @@ def test_file_names_and_paths():
     assert without_paths(f"at {sys.base_prefix}/lib/x.py") == "at python/lib/x.py"
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--only", "micro,nothing", "--device", "cpu", "--tiny"], ["--device", "cpu"],
-    ["--device", "tpu"], ["--wheels", "/nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--only", "micro,nothing", "--device", "cpu", "--tiny"],
+        ["--device", "cpu"],
+        ["--device", "tpu"],
+        ["--wheels", "/nowhere"],
+    ],
+)
 def test_what_cannot_be_done_is_refused_at_once(arguments, tmp_path):
     app = typer.Typer()
     app.command()(gpu.main)

@@ -12,47 +12,71 @@ from activedpo_fast.errors import ActiveDPOError
 
 
 def _given(**changes: Any) -> dict[str, Any]:
-    given = {"model": "m", "prompts": "p.jsonl", "output_dir": "o", "oracle": {"kind": "files"},
-             "adapter": "a", **changes}
+    given = {
+        "model": "m",
+        "prompts": "p.jsonl",
+        "output_dir": "o",
+        "oracle": {"kind": "files"},
+        "adapter": "a",
+        **changes,
+    }
     return {key: value for key, value in given.items() if value is not ...}
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"modle": "m"}, "modle: unknown key; did you mean 'model'?"),
-    ({"loop": {"batch_sise": 5}}, "loop.batch_sise: unknown key; did you mean 'batch_size'?"),
-    ({"dpo": {"learning_rat": 1e-4}}, "dpo.learning_rat: unknown key; did you mean 'learning_rate"),
-    ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
-    ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
-    ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
-    ({"oracle": {"kind": "files", "temperature": 1.0}}, "oracle.temperature: unknown key"),
-    ({"loop": {"rounds": "five"}}, "loop.rounds: expected an integer, got 'five'"),
-    ({"loop": {"rounds": True}}, "loop.rounds: expected an integer, got True"),
-    ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
-    ({"loop": {"rounds": None}}, "loop.rounds: expected an integer, got None"),
-    ({"loop": {"train_on": "some"}}, "loop.train_on: expected 'all' or 'newest', got 'some'"),
-    ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
-    ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
-    ({"seed": "x"}, "seed: expected an integer, got 'x'"),
-    ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
-    ({"rules": {"max_per_promt": 1}}, "rules.max_per_promt: unknown key; did you mean 'max_per_p"),
-    ({"rules": {"seed": 1}}, "rules.seed: unknown key"),
-    ({"rules": {"max_per_prompt": "two"}}, "rules.max_per_prompt: expected an integer or null"),
-    ({"rules": {"max_per_prompt": 0}}, "rules: max_per_prompt must be an integer from 1, not 0"),
-    ({"rules": {"exclude": "p1"}}, "rules: exclude must be a list of ids, not 'p1'"),
-    ({"rules": {"quotas": {"law": 1}}}, "rules: group_by missing"),
-    ({"rules": {"group_by": "topic", "quotas": ["law"]}}, "rules: quotas must map groups"),
-    ({"rules": {"random_fraction": 1.5}}, "rules: random_fraction must be a number from 0 to 1"),
-    ({"rules": [1]}, "rules: expected a section of keys, got [1]"),
-    ({"loop": {"rules": {}}}, "loop.rules: unknown key"),
-    ({"model": ...}, "model: missing"),
-    ({"prompts": None}, "prompts: missing"),
-    ({"oracle": {"kind": "dice"}}, "oracle.kind: expected one of files, reward_model, got 'dice'"),
-    ({"oracle": {}}, "oracle.kind"),
-    ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
-    ({"preset": "papr"}, "unknown preset 'papr'"),
-    ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
-    ({"adapter": ...}, "adapter: missing"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "m"}, "modle: unknown key; did you mean 'model'?"),
+        ({"loop": {"batch_sise": 5}}, "loop.batch_sise: unknown key; did you mean 'batch_size'?"),
+        (
+            {"dpo": {"learning_rat": 1e-4}},
+            "dpo.learning_rat: unknown key; did you mean 'learning_rate",
+        ),
+        ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
+        ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
+        ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
+        ({"oracle": {"kind": "files", "temperature": 1.0}}, "oracle.temperature: unknown key"),
+        ({"loop": {"rounds": "five"}}, "loop.rounds: expected an integer, got 'five'"),
+        ({"loop": {"rounds": True}}, "loop.rounds: expected an integer, got True"),
+        ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
+        ({"loop": {"rounds": None}}, "loop.rounds: expected an integer, got None"),
+        ({"loop": {"train_on": "some"}}, "loop.train_on: expected 'all' or 'newest', got 'some'"),
+        ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
+        ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
+        ({"seed": "x"}, "seed: expected an integer, got 'x'"),
+        ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
+        (
+            {"rules": {"max_per_promt": 1}},
+            "rules.max_per_promt: unknown key; did you mean 'max_per_p",
+        ),
+        ({"rules": {"seed": 1}}, "rules.seed: unknown key"),
+        ({"rules": {"max_per_prompt": "two"}}, "rules.max_per_prompt: expected an integer or null"),
+        (
+            {"rules": {"max_per_prompt": 0}},
+            "rules: max_per_prompt must be an integer from 1, not 0",
+        ),
+        ({"rules": {"exclude": "p1"}}, "rules: exclude must be a list of ids, not 'p1'"),
+        ({"rules": {"quotas": {"law": 1}}}, "rules: group_by missing"),
+        ({"rules": {"group_by": "topic", "quotas": ["law"]}}, "rules: quotas must map groups"),
+        (
+            {"rules": {"random_fraction": 1.5}},
+            "rules: random_fraction must be a number from 0 to 1",
+        ),
+        ({"rules": [1]}, "rules: expected a section of keys, got [1]"),
+        ({"loop": {"rules": {}}}, "loop.rules: unknown key"),
+        ({"model": ...}, "model: missing"),
+        ({"prompts": None}, "prompts: missing"),
+        (
+            {"oracle": {"kind": "dice"}},
+            "oracle.kind: expected one of files, reward_model, got 'dice'",
+        ),
+        ({"oracle": {}}, "oracle.kind"),
+        ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
+        ({"preset": "papr"}, "unknown preset 'papr'"),
+        ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
+        ({"adapter": ...}, "adapter: missing"),
+    ],
+)
 def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ActiveDPOError) as caught:
         make_config(_given(**changes))
@@ -61,12 +85,26 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
 
 
 def test_preset_fills_what_is_not_given() -> None:
-    config = make_config(_given(preset="paper", adapter=..., lora={"r": 8},
-                                loop={"batch_size": 5, "rounds": 2}, dpo={"learning_rate": 1e-5}))
-    assert config.lora == {"r": 8, "lora_alpha": 512,
-                           "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    assert config.loop == {"batch_size": 5, "rounds": 2, "prompts_per_round": 1000,
-                           "n_responses": 3}
+    config = make_config(
+        _given(
+            preset="paper",
+            adapter=...,
+            lora={"r": 8},
+            loop={"batch_size": 5, "rounds": 2},
+            dpo={"learning_rate": 1e-5},
+        )
+    )
+    assert config.lora == {
+        "r": 8,
+        "lora_alpha": 512,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
+    assert config.loop == {
+        "batch_size": 5,
+        "rounds": 2,
+        "prompts_per_round": 1000,
+        "n_responses": 3,
+    }
     assert config.dpo == {"learning_rate": 1e-5, "num_train_epochs": 4}
     assert config.strategy == "activedpo"
     assert config.selection == {"proj_dim": 8192, "normalize": "response"}
@@ -90,13 +128,18 @@ def test_files(tmp_path: Path) -> None:
 
     path.write_text(head + "rules: {exclude: [1, p2], group_by: topic, quotas: {law: 2, 3: 0}}\n")
     assert load_config(path).rules == {
-        "exclude": [1, "p2"], "group_by": "topic", "quotas": {"law": 2, 3: 0}}
+        "exclude": [1, "p2"],
+        "group_by": "topic",
+        "quotas": {"law": 2, 3: 0},
+    }
 
-    for text, expected in ((head + "loop: {rounds: 2\n", "line"),
-                           (head + "loop: !!python/name:os.system x\n", "broken YAML"),
-                           ("- model\n", "expected a mapping"),
-                           ("", "expected a mapping"),
-                           (head + "loops: {}\n", "loops: unknown key; did you mean 'loop'?")):
+    for text, expected in (
+        (head + "loop: {rounds: 2\n", "line"),
+        (head + "loop: !!python/name:os.system x\n", "broken YAML"),
+        ("- model\n", "expected a mapping"),
+        ("", "expected a mapping"),
+        (head + "loops: {}\n", "loops: unknown key; did you mean 'loop'?"),
+    ):
         path.write_text(text)
         with pytest.raises(ActiveDPOError, match="run.yaml") as caught:
             load_config(path)

@@ -30,15 +30,19 @@ ARGV = {
 @pytest.mark.parametrize("command", ARGV)
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
 def test_commands_are_refused_first(
-    tmp_path: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, "2")
     argv = [argument.replace("{tmp}", str(tmp_path)) for argument in ARGV[command]]
     assert main([command, *argv]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"activedpo: error: {name} is 2: activedpo {command} works in "
-                                   "one process only")
+    assert captured.err.startswith(
+        f"activedpo: error: {name} is 2: activedpo {command} works in one process only"
+    )
     assert captured.err.count("\n") == 1 and captured.out == "" and not list(tmp_path.iterdir())
 
 
@@ -53,8 +57,13 @@ def test_python_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pool = PreferencePool.from_rows([{"prompt": "x", "responses": ["a", "b"]}])
     store = FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])
     loop = ActiveDPOLoop(
-        model, tokenizer, [Prompt("a", "The fox")], CallableOracle(lambda *_: 0),
-        output_dir=tmp_path / "run", dpo_args=dpo_config(output_dir=str(tmp_path / "trainer")))
+        model,
+        tokenizer,
+        [Prompt("a", "The fox")],
+        CallableOracle(lambda *_: 0),
+        output_dir=tmp_path / "run",
+        dpo_args=dpo_config(output_dir=str(tmp_path / "trainer")),
+    )
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ActiveDPOError, match="FeatureStore.create works in one process"):

@@ -36,9 +36,12 @@ def sequences(*lengths: tuple[int, ...]) -> TokenizedPool:
     for item, (prompt, *responses) in enumerate(lengths):
         prompt_ids = [20 + (7 * item + n) % 300 for n in range(prompt)]
         for m, length in enumerate(responses):
-            found.append(TokenizedResponse(
-                [*prompt_ids, *(30 + (5 * n + 11 * m + item) % 300 for n in range(length))],
-                prompt))
+            found.append(
+                TokenizedResponse(
+                    [*prompt_ids, *(30 + (5 * n + 11 * m + item) % 300 for n in range(length))],
+                    prompt,
+                )
+            )
             items.append(item)
     return TokenizedPool(found, [], items, [f"p{n}" for n in range(len(lengths))])
 
@@ -80,9 +83,11 @@ def test_positions_that_depend_on_the_longest_of_a_batch(name: str, verify: bool
     for row, sequence in enumerate(POOL.sequences):
         with torch.no_grad():
             output = copy.deepcopy(model)(
-                input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True)
+                input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True
+            )
         torch.testing.assert_close(
-            hidden[row], output.hidden_states[-1][0, -1].float(), rtol=1e-4, atol=1e-5)
+            hidden[row], output.hidden_states[-1][0, -1].float(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", VARYING)
@@ -138,8 +143,12 @@ def test_what_ran_before_changes_nothing_and_is_left_as_it_was() -> None:
 
 
 def test_ordinary_models_have_no_length_classes() -> None:
-    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0,
-                original_max_position_embeddings=ORIGINAL_LENGTH)
+    yarn = dict(
+        rope_type="yarn",
+        rope_theta=1e4,
+        factor=4.0,
+        original_max_position_embeddings=ORIGINAL_LENGTH,
+    )
     for overrides in ({}, {"rope_parameters": yarn}):
         assert length_class(tiny_causal_lm("llama", **overrides)) is None
     assert length_class(tiny_causal_lm("gpt2")) is None
@@ -179,7 +188,8 @@ def test_half_precision_hides_no_wrong_prompt(
     model = copy.deepcopy(plain)
     mlp = model.get_submodule("base_model.model.model.layers.1.mlp")
     mlp.register_forward_hook(
-        lambda module, inputs, output: output * (1.1 if output.shape[1] < 20 else 1.0))
+        lambda module, inputs, output: output * (1.1 if output.shape[1] < 20 else 1.0)
+    )
     found = FeatureExtractor(model, EXACT, precision=precision)
     assert found.check(pool) is Layout.WHOLE
     assert "where every response runs with its prompt" in caplog.text
@@ -221,12 +231,20 @@ def test_padding_that_overflows_in_float64() -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_response_that_is_not_finite_is_named(verify: bool) -> None:
     pool = PreferencePool.from_rows(
-        [{"id": f"row-{n}", "prompt": f"The {word}", "responses": [" fox", " lazy dog", " label"]}
-         for n, word in enumerate("library prompt model sketch pair zebra choose".split())])
+        [
+            {
+                "id": f"row-{n}",
+                "prompt": f"The {word}",
+                "responses": [" fox", " lazy dog", " label"],
+            }
+            for n, word in enumerate("library prompt model sketch pair zebra choose".split())
+        ]
+    )
     tokens = tokenize_pool(pool, tiny_tokenizer())
     model = lora(tiny_causal_lm("llama"), "llama")
-    odd = next(row for row, s in enumerate(tokens.sequences)
-               if tokens.items[row] == 5 and row % 3 == 1)
+    odd = next(
+        row for row, s in enumerate(tokens.sequences) if tokens.items[row] == 5 and row % 3 == 1
+    )
     # A token that occurs in this response only.
     elsewhere = {t for row, s in enumerate(tokens.sequences) if row != odd for t in s.input_ids}
     model.get_input_embeddings().weight.data[0] = 1.0
@@ -236,7 +254,11 @@ def test_a_response_that_is_not_finite_is_named(verify: bool) -> None:
     tokens.sequences[odd] = TokenizedResponse(ids, sequence.completion_start)
     model.get_input_embeddings().weight.data[rare] = torch.nan
     extractor = FeatureExtractor(model, EXACT, verify=False)
-    for take in (extractor.gradients, extractor.logps, extractor.hidden,
-                 lambda tokens: extractor.gradients(tokens, relative=True)):
+    for take in (
+        extractor.gradients,
+        extractor.logps,
+        extractor.hidden,
+        lambda tokens: extractor.gradients(tokens, relative=True),
+    ):
         with pytest.raises(ActiveDPOError, match="'row-5', response 2: .*not finite"):
             take(tokens)

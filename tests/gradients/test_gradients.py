@@ -24,10 +24,14 @@ from tests.support.models import ARCHS, lora, tiny_causal_lm, tiny_tokenizer
 EXACT = Sketch("none", None)
 
 ROWS = [
-    {"prompt": "What is a sketch? TL;DR:",
-     "responses": [" a short random projection", " a drawing", " no idea, sorry, none at all"]},
-    {"prompt": "Name the library that decides which pairs to label next. TL;DR:",
-     "responses": [" this one", " the quick brown fox jumps over the lazy dog 0123456789"]},
+    {
+        "prompt": "What is a sketch? TL;DR:",
+        "responses": [" a short random projection", " a drawing", " no idea, sorry, none at all"],
+    },
+    {
+        "prompt": "Name the library that decides which pairs to label next. TL;DR:",
+        "responses": [" this one", " the quick brown fox jumps over the lazy dog 0123456789"],
+    },
     {"prompt": "x", "responses": [" y", " zzzz"]},
 ]
 
@@ -39,8 +43,7 @@ def tokens() -> TokenizedPool:
 
 
 def subset(tokens: TokenizedPool, rows: list[int]) -> TokenizedPool:
-    return TokenizedPool(
-        [tokens.sequences[r] for r in rows], [], [tokens.items[r] for r in rows])
+    return TokenizedPool([tokens.sequences[r] for r in rows], [], [tokens.items[r] for r in rows])
 
 
 def extract(model, tokens, **options) -> torch.Tensor:
@@ -50,8 +53,12 @@ def extract(model, tokens, **options) -> torch.Tensor:
 
 
 # Gemma 2 has no other.
-IMPLEMENTATIONS = [(arch, implementation) for arch in ARCHS for implementation in ("sdpa", "eager")
-                   if (arch, implementation) != ("gemma2", "sdpa")]
+IMPLEMENTATIONS = [
+    (arch, implementation)
+    for arch in ARCHS
+    for implementation in ("sdpa", "eager")
+    if (arch, implementation) != ("gemma2", "sdpa")
+]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -71,7 +78,8 @@ def test_float64_equals_the_loop(
         part = subset(tokens, rows)
         expected, logps = loop_gradients(model, part.sequences, trainable(model))
         extractor = FeatureExtractor(
-            model, EXACT, beta=0.3, max_tokens_per_batch=160, verify=shared)
+            model, EXACT, beta=0.3, max_tokens_per_batch=160, verify=shared
+        )
         found = extractor.gradients(part)
         assert extractor.check(part) is (Layout.SHARED if shared else Layout.WHOLE)
         assert found.gradients.dtype == torch.float64
@@ -103,7 +111,8 @@ def test_relative_rows_have_the_same_differences(arch: str, tokens: TokenizedPoo
     others = torch.arange(len(first)) != first
     for shared in (True, False):
         extractor = FeatureExtractor(
-            model, EXACT, beta=1.0, max_tokens_per_batch=160, verify=shared)
+            model, EXACT, beta=1.0, max_tokens_per_batch=160, verify=shared
+        )
         found = extractor.gradients(tokens, relative=True)
         assert extractor.check(tokens) is (Layout.SHARED if shared else Layout.WHOLE)
         assert not found.gradients[~others].any()
@@ -155,18 +164,20 @@ def test_log_probs_and_hidden_states(arch: str, tokens: TokenizedPool) -> None:
         with torch.no_grad():
             output = model(input_ids=ids, output_hidden_states=True)
         scores = output.logits[0, :-1].log_softmax(-1)
-        expected = scores.gather(1, ids[0, 1:, None])[max(sequence.completion_start, 1) - 1:].sum()
+        expected = scores.gather(1, ids[0, 1:, None])[max(sequence.completion_start, 1) - 1 :].sum()
         assert float(logps[row]) == pytest.approx(float(expected), rel=1e-5)
-        torch.testing.assert_close(hidden[row], output.hidden_states[-1][0, -1], rtol=1e-4,
-                                   atol=1e-5)
+        torch.testing.assert_close(
+            hidden[row], output.hidden_states[-1][0, -1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_head_with_an_adapter_is_captured_chunk_by_chunk(
     tokens: TokenizedPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "_CHUNK_CPU", 5 * 384)  # five tokens at a time
-    model = lora(tiny_causal_lm("llama", torch.float64), "llama",
-                 target_modules=["v_proj", "lm_head"])
+    model = lora(
+        tiny_causal_lm("llama", torch.float64), "llama", target_modules=["v_proj", "lm_head"]
+    )
     expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
     extractor = FeatureExtractor(model, EXACT, beta=1.0)
     assert relative_error(extractor.gradients(tokens).gradients, expected) <= 1e-9
@@ -183,10 +194,14 @@ def test_responses_that_leave_the_prompt_early_or_have_none(tokens: TokenizedPoo
     sequences = [
         TokenizedResponse([*prompt, 40, 41], 6),
         TokenizedResponse([*prompt[:3], 50, 51, 52, 53], 6),
-        TokenizedResponse([60, 61, 62], 0), TokenizedResponse([70, 71], 0),
-        TokenizedResponse([80, 81, 82], 1), TokenizedResponse([80, 83], 1),
-        TokenizedResponse([90, 91, 92], 2), TokenizedResponse([90, 91, 93, 94], 2),
-        TokenizedResponse([*prompt], 6), TokenizedResponse([*prompt], 6),  # nothing is scored
+        TokenizedResponse([60, 61, 62], 0),
+        TokenizedResponse([70, 71], 0),
+        TokenizedResponse([80, 81, 82], 1),
+        TokenizedResponse([80, 83], 1),
+        TokenizedResponse([90, 91, 92], 2),
+        TokenizedResponse([90, 91, 93, 94], 2),
+        TokenizedResponse([*prompt], 6),
+        TokenizedResponse([*prompt], 6),  # nothing is scored
     ]
     odd = TokenizedPool(sequences, [4], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
@@ -203,8 +218,13 @@ def test_responses_that_leave_the_prompt_early_or_have_none(tokens: TokenizedPoo
 def test_a_batch_with_nothing_to_score() -> None:
     for dtype, exact in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         logps, gradient = logprobs.chunked_logps(
-            lambda hidden: hidden, torch.empty(0, 8, dtype=dtype), torch.empty(0).long(),
-            vocabulary=8, weights=torch.empty(0, dtype=exact), around=lambda i, j: nullcontext())
+            lambda hidden: hidden,
+            torch.empty(0, 8, dtype=dtype),
+            torch.empty(0).long(),
+            vocabulary=8,
+            weights=torch.empty(0, dtype=exact),
+            around=lambda i, j: nullcontext(),
+        )
         assert logps.shape == (0,) and logps.dtype == exact
         assert gradient is not None and gradient.shape == (0, 8)
 
@@ -213,8 +233,9 @@ def test_long_prompts_leave_the_sliding_window(tokens: TokenizedPool) -> None:
     """Gemma 2 with a window of 16 tokens, far shorter than the sequences."""
     model = lora(tiny_causal_lm("gemma2"), "gemma2")
     assert model.config.sliding_window == 16
-    sequences = [TokenizedResponse([*range(20, 70 + n), 5, 6 + m], 50 + n)
-                 for n in (0, 9) for m in (0, 1)]
+    sequences = [
+        TokenizedResponse([*range(20, 70 + n), 5, 6 + m], 50 + n) for n in (0, 9) for m in (0, 1)
+    ]
     pool = TokenizedPool(sequences, [], [0, 0, 1, 1])
     exact = copy.deepcopy(model).double()
     expected, _ = loop_gradients(exact, sequences, trainable(exact))
@@ -229,8 +250,18 @@ def test_other_architectures_share_or_are_run_plainly(
 ) -> None:
     """ALiBi, recurrent states: whether prompts can be shared is found out, the rows are right."""
     config = getattr(transformers, config_class)(
-        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, n_head=4,
-        n_layer=2, state_size=4, alibi=True, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        n_head=4,
+        n_layer=2,
+        state_size=4,
+        alibi=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     targets = {"MambaConfig": ["in_proj", "x_proj"]}.get(config_class, ["query_key_value"])
@@ -290,14 +321,20 @@ def test_bf16_autocast(tokens: TokenizedPool) -> None:
     for method in ("sjlt", "rademacher", "kronecker"):
         full, half = (
             FeatureExtractor(model, Sketch(method, 256), precision=precision).gradients(tokens)
-            for precision in (None, "bf16"))
+            for precision in (None, "bf16")
+        )
         assert 1e-5 < relative_error(half.gradients, full.gradients) < 0.2
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_rslora_bias_and_untrained_adapter(tokens: TokenizedPool) -> None:
-    model = lora(tiny_causal_lm("llama", torch.float64), "llama", use_rslora=True, lora_bias=True,
-                 randomize=False)
+    model = lora(
+        tiny_causal_lm("llama", torch.float64),
+        "llama",
+        use_rslora=True,
+        lora_bias=True,
+        randomize=False,
+    )
     expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
     found = extract(model, tokens)
     assert relative_error(found, expected) <= 1e-9
@@ -329,7 +366,9 @@ def test_rows_do_not_depend_on_the_adapter_name(tokens: TokenizedPool) -> None:
     rows = [
         FeatureExtractor(
             lora(tiny_causal_lm("llama"), "llama", adapter_name=name), Sketch("sjlt", 128)
-        ).gradients(tokens).gradients
+        )
+        .gradients(tokens)
+        .gradients
         for name in ("default", "policy")
     ]
     assert torch.equal(rows[0], rows[1])
@@ -401,8 +440,10 @@ def snapshot(model: torch.nn.Module) -> dict:
     return {
         "modes": [m.training for m in model.modules()],
         "flags": [p.requires_grad for p in model.parameters()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-                  for m in model.modules()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
     }
 
@@ -455,9 +496,15 @@ def test_dropout_is_off(tokens: TokenizedPool) -> None:
         ("llama", dict(target_modules=["embed_tokens", "q_proj"]), "lora_embedding_A"),
         ("llama", dict(modules_to_save=["lm_head"]), "modules_to_save"),
         ("llama", dict(trainable_token_indices=[5, 6]), "trainable_tokens"),
-        ("mixtral", dict(target_modules=["q_proj"],
-                         target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0),
-         "experts"),
+        (
+            "mixtral",
+            dict(
+                target_modules=["q_proj"],
+                target_parameters=["mlp.experts.gate_up_proj"],
+                lora_dropout=0.0,
+            ),
+            "experts",
+        ),
     ],
 )
 def test_unsupported_parameters_are_named(arch, config, named, tokens) -> None:

@@ -8,16 +8,21 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan, canonical_name
 
-SHAPES = [("q.lora_A.weight", torch.Size([4, 30])), ("q.lora_B.weight", torch.Size([25, 4])),
-          ("bias", torch.Size([7]))]
+SHAPES = [
+    ("q.lora_A.weight", torch.Size([4, 30])),
+    ("q.lora_B.weight", torch.Size([25, 4])),
+    ("bias", torch.Size([7])),
+]
 METHODS = ["sjlt", "rademacher", "kronecker", "none"]
 PROJECTIONS = METHODS[:3]
 
 
 def gradients(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
-            for name, shape in SHAPES}
+    return {
+        name: torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in SHAPES
+    }
 
 
 def rows(plan: SketchPlan, grads: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -38,15 +43,18 @@ def rows(plan: SketchPlan, grads: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_keys_are_pinned():
     """Stored features stay comparable only while these never change."""
-    assert Sketch(seed=0).key("q.lora_A.weight") == 0x73b8c8487ddd60e
-    assert Sketch(seed=7).key("q.lora_A.weight") == 0x2211f3eac5537479
+    assert Sketch(seed=0).key("q.lora_A.weight") == 0x73B8C8487DDD60E
+    assert Sketch(seed=7).key("q.lora_A.weight") == 0x2211F3EAC5537479
     assert Sketch("rademacher", 4).key("x") == Sketch("sjlt", 8).key("x")
 
 
 def test_keys_differ_by_seed_and_name():
-    keys = [Sketch(seed=seed).key(name) for seed in (0, 1, 10, 2 ** 63 - 1)
-            for name in ("a", "b", "0a", "")]
-    assert len(set(keys)) == len(keys) and all(0 <= key < 2 ** 64 for key in keys)
+    keys = [
+        Sketch(seed=seed).key(name)
+        for seed in (0, 1, 10, 2**63 - 1)
+        for name in ("a", "b", "0a", "")
+    ]
+    assert len(set(keys)) == len(keys) and all(0 <= key < 2**64 for key in keys)
 
 
 def test_none_concatenates_in_the_given_order():
@@ -65,10 +73,13 @@ def test_rows_do_not_depend_on_batch_order_or_layout(method):
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     shuffled = rows(plan, {name: grad[order] for name, grad in grads.items()})
     assert torch.equal(shuffled, whole[order])
-    singles = [rows(plan, {name: grad[i:i + 1] for name, grad in grads.items()}) for i in range(6)]
+    singles = [
+        rows(plan, {name: grad[i : i + 1] for name, grad in grads.items()}) for i in range(6)
+    ]
     assert torch.equal(torch.cat(singles), whole)
-    strided = {name: grad.transpose(0, -1).contiguous().transpose(0, -1)
-               for name, grad in grads.items()}
+    strided = {
+        name: grad.transpose(0, -1).contiguous().transpose(0, -1) for name, grad in grads.items()
+    }
     assert torch.equal(rows(plan, strided), whole)
 
 
@@ -88,8 +99,14 @@ def test_is_linear_and_mixes_names_and_seeds(method):
     assert not torch.equal(base, rows(SketchPlan(Sketch(method, 64, seed=1), two), {"a": x}))
 
 
-def products(method: str, x: torch.Tensor, y: torch.Tensor, k: int, seeds: int,
-             names: tuple[str, str] = ("w", "w")) -> torch.Tensor:
+def products(
+    method: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    k: int,
+    seeds: int,
+    names: tuple[str, str] = ("w", "w"),
+) -> torch.Tensor:
     """<S x, S y> for many seeds, float64 [seeds]; x and y as gradients of the named parameters."""
     shapes = [(name, x.shape) for name in dict.fromkeys(names)]
     values = []
@@ -121,10 +138,10 @@ def test_inner_products_are_unbiased_and_follow_the_variance_law(method, kind):
     variance = float(x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * x) @ (y * y)) / k
     assert abs(float(values.mean() - x @ y)) < 4.5 * (variance / seeds) ** 0.5
     # Standard error of the sample variance, with the kurtosis as it is seen.
-    deviations = (values - x @ y) / variance ** 0.5
-    kurtosis = float((deviations ** 4).mean())
-    error = max(kurtosis - 1, 2.0) ** 0.5 / seeds ** 0.5
-    assert abs(float((deviations ** 2).mean()) - 1) < 4.5 * error
+    deviations = (values - x @ y) / variance**0.5
+    kurtosis = float((deviations**4).mean())
+    error = max(kurtosis - 1, 2.0) ** 0.5 / seeds**0.5
+    assert abs(float((deviations**2).mean()) - 1) < 4.5 * error
     assert error < 0.15  # the bound above can fail: it is not wider than this
 
 
@@ -139,9 +156,9 @@ def test_kronecker_is_unbiased_and_spreads_unevenly():
     for kind, x in (("random", flat), ("rank one", u @ v.T)):
         values = products("kronecker", x, x, k, seeds)
         square = float((x * x).sum())
-        law = (2 * square ** 2 - 2 * float((x ** 4).sum())) / k
+        law = (2 * square**2 - 2 * float((x**4).sum())) / k
         ratio[kind] = float(values.var()) / law
-        assert abs(float(values.mean()) - square) < 4.5 * float(values.std()) / seeds ** 0.5
+        assert abs(float(values.mean()) - square) < 4.5 * float(values.std()) / seeds**0.5
     assert 0.5 < ratio["random"] < 2
     assert ratio["rank one"] > 3
 
@@ -151,33 +168,50 @@ def test_names_get_independent_sketches(method):
     """The same vector under two names: products around zero, of variance |x|^2 |y|^2 / k."""
     x, _ = vectors("related")
     values = products(method, x, x, 64, 300, names=("a", "b"))
-    standard = float(x @ x) / 64 ** 0.5
-    assert abs(float(values.mean())) < 4.5 * standard / 300 ** 0.5
-    assert float(values.var()) / standard ** 2 == pytest.approx(1, abs=4.5 * (2 / 300) ** 0.5)
+    standard = float(x @ x) / 64**0.5
+    assert abs(float(values.mean())) < 4.5 * standard / 300**0.5
+    assert float(values.var()) / standard**2 == pytest.approx(1, abs=4.5 * (2 / 300) ** 0.5)
 
 
-@pytest.mark.parametrize("name, adapter, expected", [
-    ("q.lora_A.default.weight", "default", "q.lora_A.weight"),
-    ("q.lora_B.mine.weight", "mine", "q.lora_B.weight"),
-    ("q.lora_A.other.weight", "default", "q.lora_A.other.weight"),
-    ("q.lora_A.default.weight", None, "q.lora_A.default.weight"),
-    ("model.default.lora_A.default.weight", "default", "model.default.lora_A.weight"),
-    ("module.base_model.q.weight", None, "base_model.q.weight"),
-    ("_orig_mod.module.base.layers.0._fsdp_wrapped_module.q.lora_A.default.weight", "default",
-     "base.layers.0.q.lora_A.weight"),
-    ("layers.0._checkpoint_wrapped_module.q.weight", None, "layers.0.q.weight"),
-    ("my_module.weight", None, "my_module.weight")])
+@pytest.mark.parametrize(
+    "name, adapter, expected",
+    [
+        ("q.lora_A.default.weight", "default", "q.lora_A.weight"),
+        ("q.lora_B.mine.weight", "mine", "q.lora_B.weight"),
+        ("q.lora_A.other.weight", "default", "q.lora_A.other.weight"),
+        ("q.lora_A.default.weight", None, "q.lora_A.default.weight"),
+        ("model.default.lora_A.default.weight", "default", "model.default.lora_A.weight"),
+        ("module.base_model.q.weight", None, "base_model.q.weight"),
+        (
+            "_orig_mod.module.base.layers.0._fsdp_wrapped_module.q.lora_A.default.weight",
+            "default",
+            "base.layers.0.q.lora_A.weight",
+        ),
+        ("layers.0._checkpoint_wrapped_module.q.weight", None, "layers.0.q.weight"),
+        ("my_module.weight", None, "my_module.weight"),
+    ],
+)
 def test_canonical_names(name, adapter, expected):
     assert canonical_name(name, adapter) == expected
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(method="gauss"),
-     "unknown sketch method 'gauss'; known: sjlt, rademacher, kronecker, none"),
-    (dict(dim=0), "sketch dim is 0"), (dict(dim=2 ** 31), "sketch dim is 2147483648"),
-    (dict(dim=None), "sketch dim is None"), (dict(dim=True), "sketch dim is True"),
-    (dict(dim=64.0), "sketch dim is 64.0"), (dict(seed=-1), "sketch seed is -1"),
-    (dict(seed="0"), "sketch seed is '0'"), (dict(seed=2 ** 63), "sketch seed is")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            dict(method="gauss"),
+            "unknown sketch method 'gauss'; known: sjlt, rademacher, kronecker, none",
+        ),
+        (dict(dim=0), "sketch dim is 0"),
+        (dict(dim=2**31), "sketch dim is 2147483648"),
+        (dict(dim=None), "sketch dim is None"),
+        (dict(dim=True), "sketch dim is True"),
+        (dict(dim=64.0), "sketch dim is 64.0"),
+        (dict(seed=-1), "sketch seed is -1"),
+        (dict(seed="0"), "sketch seed is '0'"),
+        (dict(seed=2**63), "sketch seed is"),
+    ],
+)
 def test_bad_sketches(arguments, message):
     with pytest.raises(ActiveDPOError) as caught:
         Sketch(**arguments)
@@ -191,17 +225,27 @@ def test_plan_needs_parameters_with_names_of_their_own():
         SketchPlan(Sketch(), [("w", torch.Size([1])), ("w", torch.Size([2]))])
 
 
-@pytest.mark.parametrize("name, left, out, message", [
-    ("nobody", torch.zeros(2, 7), (2, 8), "parameter 'nobody' is not in the sketch's"),
-    ("bias", torch.zeros(2, 6), (2, 8), r"bias: gradients have shape \[6, 1\], expected \[7, 1"),
-    ("bias", torch.zeros(2, 7), (2, 9), r"bias: out has shape \(2, 9\), expected \[n"),
-    ("bias", torch.zeros(2, 7).int(), (2, 8), "bias: outer_sketch_: left is torch.int32"),
-    ("bias", torch.zeros(2, 7), (1, 8), "bias: outer_sketch_: a segment lies outside 2 tok")])
+@pytest.mark.parametrize(
+    "name, left, out, message",
+    [
+        ("nobody", torch.zeros(2, 7), (2, 8), "parameter 'nobody' is not in the sketch's"),
+        (
+            "bias",
+            torch.zeros(2, 6),
+            (2, 8),
+            r"bias: gradients have shape \[6, 1\], expected \[7, 1",
+        ),
+        ("bias", torch.zeros(2, 7), (2, 9), r"bias: out has shape \(2, 9\), expected \[n"),
+        ("bias", torch.zeros(2, 7).int(), (2, 8), "bias: outer_sketch_: left is torch.int32"),
+        ("bias", torch.zeros(2, 7), (1, 8), "bias: outer_sketch_: a segment lies outside 2 tok"),
+    ],
+)
 def test_plan_names_the_parameter_at_fault(name, left, out, message):
     segments = torch.tensor([[0, 1, 0], [1, 2, 1]])
     with pytest.raises(ActiveDPOError, match=message):
         SketchPlan(Sketch("sjlt", 8), SHAPES).add(
-            torch.zeros(*out, dtype=torch.float64), [(name, left, left.new_ones(2, 1))], segments)
+            torch.zeros(*out, dtype=torch.float64), [(name, left, left.new_ones(2, 1))], segments
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

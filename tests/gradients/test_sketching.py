@@ -10,9 +10,12 @@ from activedpo_fast.gradients import sketching
 from activedpo_fast.pool.tokens import tokenize_pool
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
-POOL = PreferencePool.from_rows([
-    {"prompt": "What is a sketch?", "responses": [" a projection", " a drawing", " no idea"]},
-    {"prompt": "x", "responses": [" y", " zzzz"]}])
+POOL = PreferencePool.from_rows(
+    [
+        {"prompt": "What is a sketch?", "responses": [" a projection", " a drawing", " no idea"]},
+        {"prompt": "x", "responses": [" y", " zzzz"]},
+    ]
+)
 
 
 @pytest.mark.parametrize("method", ["sjlt", "kronecker", "rademacher", "none"])
@@ -22,7 +25,8 @@ def test_rows_are_the_same_whatever_is_put_aside(method, most, monkeypatch):
     tokens = tokenize_pool(POOL, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
     model = lora(tiny_causal_lm("llama"), "llama")
     extractor = FeatureExtractor(
-        model, Sketch(method, None if method == "none" else 96), max_tokens_per_batch=40)
+        model, Sketch(method, None if method == "none" else 96), max_tokens_per_batch=40
+    )
     expected = extractor.gradients(tokens, show_progress=False).gradients
     before, flushes = sketching._Sketching, []
 

@@ -8,12 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from peft import (
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from activedpo_fast import ActiveDPOSelector, FeatureExtractor, PreferencePool, Prompt, Sketch
@@ -25,27 +20,62 @@ from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-POOL = PreferencePool.from_rows([
-    {"prompt": "What is a sketch? TL;DR:",
-     "responses": [" a short random projection", " a drawing"]},
-    {"prompt": "Name the library. TL;DR:", "responses": [" this one", " the quick brown fox"]},
-])
+POOL = PreferencePool.from_rows(
+    [
+        {
+            "prompt": "What is a sketch? TL;DR:",
+            "responses": [" a short random projection", " a drawing"],
+        },
+        {"prompt": "Name the library. TL;DR:", "responses": [" this one", " the quick brown fox"]},
+    ]
+)
 EXACT = Sketch("none")
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, head_dim=8,
-    bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    head_dim=8,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 ENCODER_DECODER: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE, d_model=32, encoder_layers=1, decoder_layers=2,
-    encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
-    max_position_embeddings=64, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    vocab_size=VOCAB_SIZE,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    max_position_embeddings=64,
+    pad_token_id=1,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 LATENT: dict[str, Any] = dict(
-    SIZES, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
-    topk_group=1, num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
-    qk_nope_head_dim=4, v_head_dim=4, first_k_dense_replace=1)
+    SIZES,
+    num_key_value_heads=4,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=2,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=4,
+    first_k_dense_replace=1,
+)
 LATENT.pop("head_dim")
-EXPERTS: dict[str, Any] = dict(SIZES, moe_intermediate_size=16, num_experts=4,
-                               num_experts_per_tok=2)
+EXPERTS: dict[str, Any] = dict(
+    SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2
+)
 
 
 def tokens(max_length: int | None = None) -> TokenizedPool:
@@ -75,6 +105,7 @@ def adapted(model: PreTrainedModel, targets: Any, **config: Any) -> Any:
 
 def assert_refused(model: Any, message: str, *, gradients_only: bool = False) -> None:
     """By every way in, in one line, whether the self-check runs or not."""
+
     def refused(call: Any) -> None:
         with pytest.raises(ActiveDPOError, match=message) as caught:
             call()
@@ -110,37 +141,105 @@ def assert_exact(model: Any) -> None:
         torch.testing.assert_close(found.logps, logps.double(), rtol=1e-5, atol=0)
 
 
-BERT: dict[str, Any] = {name: value for name, value in SIZES.items()
-                        if name not in ("head_dim", "num_key_value_heads")}
-T5: dict[str, Any] = dict(vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=32, num_layers=1,
-                          num_heads=4)
+BERT: dict[str, Any] = {
+    name: value for name, value in SIZES.items() if name not in ("head_dim", "num_key_value_heads")
+}
+T5: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
+)
 
 
-@pytest.mark.parametrize(("name", "config", "options", "targets", "task", "message"), [
-    ("BartForConditionalGeneration", "BartConfig", ENCODER_DECODER, ["q_proj"], "CAUSAL_LM",
-     "BartForConditionalGeneration is an encoder-decoder model"),
-    ("T5ForConditionalGeneration", "T5Config", T5, ["q"], "SEQ_2_SEQ_LM", "an encoder-decoder"),
-    ("T5EncoderModel", "T5Config", T5, ["q"], None, "T5EncoderModel"),
-    ("LlamaForSequenceClassification", "LlamaConfig", SIZES, ["q_proj"], None,
-     "is a sequence classifier: pass a decoder-only"),
-    ("LlamaForSequenceClassification", "LlamaConfig", SIZES, ["q_proj"], "SEQ_CLS",
-     "the adapter is for sequence classifiers"),
-    ("LlamaForTokenClassification", "LlamaConfig", SIZES, ["q_proj"], None, "a token classifier"),
-    ("LlamaForQuestionAnswering", "LlamaConfig", SIZES, ["q_proj"], None, "question answering"),
-    ("LlamaModel", "LlamaConfig", SIZES, ["q_proj"], None, "LlamaModel has no language model head"),
-    ("LlamaForCausalLM", "LlamaConfig", SIZES, ["q_proj"], "SEQ_2_SEQ_LM", "task_type='CAUSAL_LM'"),
-    ("BertForMaskedLM", "BertConfig", BERT, ["query"], None, "a masked language model"),
-    ("BertLMHeadModel", "BertConfig", BERT, ["query"], "CAUSAL_LM", "is_decoder=False"),
-    ("RobertaForCausalLM", "RobertaConfig", BERT, ["query"], "CAUSAL_LM", "is_decoder=False"),
-    ("XLMWithLMHeadModel", "XLMConfig", dict(vocab_size=VOCAB_SIZE, emb_dim=32, n_layers=1,
-                                             n_heads=2), ["q_lin"], None, "causal=False"),
-    ("XLNetLMHeadModel", "XLNetConfig", dict(vocab_size=VOCAB_SIZE, d_model=32, n_layer=1, n_head=2,
-                                             d_inner=32), ["layer_1"], None, "both sides"),
-    ("Gemma3ForCausalLM", "Gemma3TextConfig", dict(SIZES, use_bidirectional_attention=True),
-     ["q_proj"], "CAUSAL_LM", "use_bidirectional_attention=True"),
-])
-def test_kinds_of_model(name: str, config: str, options: dict[str, Any], targets: list[str],
-                        task: str | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "config", "options", "targets", "task", "message"),
+    [
+        (
+            "BartForConditionalGeneration",
+            "BartConfig",
+            ENCODER_DECODER,
+            ["q_proj"],
+            "CAUSAL_LM",
+            "BartForConditionalGeneration is an encoder-decoder model",
+        ),
+        ("T5ForConditionalGeneration", "T5Config", T5, ["q"], "SEQ_2_SEQ_LM", "an encoder-decoder"),
+        ("T5EncoderModel", "T5Config", T5, ["q"], None, "T5EncoderModel"),
+        (
+            "LlamaForSequenceClassification",
+            "LlamaConfig",
+            SIZES,
+            ["q_proj"],
+            None,
+            "is a sequence classifier: pass a decoder-only",
+        ),
+        (
+            "LlamaForSequenceClassification",
+            "LlamaConfig",
+            SIZES,
+            ["q_proj"],
+            "SEQ_CLS",
+            "the adapter is for sequence classifiers",
+        ),
+        (
+            "LlamaForTokenClassification",
+            "LlamaConfig",
+            SIZES,
+            ["q_proj"],
+            None,
+            "a token classifier",
+        ),
+        ("LlamaForQuestionAnswering", "LlamaConfig", SIZES, ["q_proj"], None, "question answering"),
+        (
+            "LlamaModel",
+            "LlamaConfig",
+            SIZES,
+            ["q_proj"],
+            None,
+            "LlamaModel has no language model head",
+        ),
+        (
+            "LlamaForCausalLM",
+            "LlamaConfig",
+            SIZES,
+            ["q_proj"],
+            "SEQ_2_SEQ_LM",
+            "task_type='CAUSAL_LM'",
+        ),
+        ("BertForMaskedLM", "BertConfig", BERT, ["query"], None, "a masked language model"),
+        ("BertLMHeadModel", "BertConfig", BERT, ["query"], "CAUSAL_LM", "is_decoder=False"),
+        ("RobertaForCausalLM", "RobertaConfig", BERT, ["query"], "CAUSAL_LM", "is_decoder=False"),
+        (
+            "XLMWithLMHeadModel",
+            "XLMConfig",
+            dict(vocab_size=VOCAB_SIZE, emb_dim=32, n_layers=1, n_heads=2),
+            ["q_lin"],
+            None,
+            "causal=False",
+        ),
+        (
+            "XLNetLMHeadModel",
+            "XLNetConfig",
+            dict(vocab_size=VOCAB_SIZE, d_model=32, n_layer=1, n_head=2, d_inner=32),
+            ["layer_1"],
+            None,
+            "both sides",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            "Gemma3TextConfig",
+            dict(SIZES, use_bidirectional_attention=True),
+            ["q_proj"],
+            "CAUSAL_LM",
+            "use_bidirectional_attention=True",
+        ),
+    ],
+)
+def test_kinds_of_model(
+    name: str,
+    config: str,
+    options: dict[str, Any],
+    targets: list[str],
+    task: str | None,
+    message: str,
+) -> None:
     assert_refused(adapted(a_model(name, config, **options), targets, task_type=task), message)
 
 
@@ -150,17 +249,30 @@ def test_a_model_that_its_config_calls_not_causal() -> None:
     assert_refused(lora(model, "llama"), "is_causal=False")
 
 
-@pytest.mark.parametrize(("name", "config", "options", "targets"), [
-    ("BartForCausalLM", "BartConfig", ENCODER_DECODER, ["q_proj", "fc1"]),
-    ("BertLMHeadModel", "BertConfig", dict(BERT, is_decoder=True), ["query"]),
-    ("GPT2DoubleHeadsModel", "GPT2Config", dict(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1,
-                                                n_head=2), ["c_attn"]),
-    ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT, ["kv_b_proj", "q_a_proj", "o_proj"]),
-    ("DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT, ["kv_b_proj", "q_a_proj"]),
-    ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS, ["q_proj", "k_proj", "v_proj", "o_proj"]),
-])
-def test_kinds_that_are_exact(name: str, config: str, options: dict[str, Any],
-                              targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "config", "options", "targets"),
+    [
+        ("BartForCausalLM", "BartConfig", ENCODER_DECODER, ["q_proj", "fc1"]),
+        ("BertLMHeadModel", "BertConfig", dict(BERT, is_decoder=True), ["query"]),
+        (
+            "GPT2DoubleHeadsModel",
+            "GPT2Config",
+            dict(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=2),
+            ["c_attn"],
+        ),
+        ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT, ["kv_b_proj", "q_a_proj", "o_proj"]),
+        ("DeepseekV2ForCausalLM", "DeepseekV2Config", LATENT, ["kv_b_proj", "q_a_proj"]),
+        (
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            EXPERTS,
+            ["q_proj", "k_proj", "v_proj", "o_proj"],
+        ),
+    ],
+)
+def test_kinds_that_are_exact(
+    name: str, config: str, options: dict[str, Any], targets: list[str]
+) -> None:
     assert_exact(adapted(a_model(name, config, **options), targets))
 
 
@@ -173,10 +285,20 @@ def test_a_subclass_of_a_users_own_is_what_it_inherits_from() -> None:
 
 def test_a_vision_language_model_without_pictures_is_exact() -> None:
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        image_size=8, patch_size=4)
-    model = a_model("LlavaForConditionalGeneration", "LlavaConfig", vision_config=vision,
-                    text_config=transformers.LlamaConfig(**SIZES), image_token_index=383)
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    model = a_model(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**SIZES),
+        image_token_index=383,
+    )
     assert position_limit(model) is None  # the picture's positions are not the text's
     assert_exact(adapted(model, r".*language_model.*(q_proj|v_proj)"))
 
@@ -184,12 +306,17 @@ def test_a_vision_language_model_without_pictures_is_exact() -> None:
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Olmoe"])
 def test_fused_experts(name: str) -> None:
     model = adapted(a_model(f"{name}ForCausalLM", f"{name}Config", **EXPERTS), "all-linear")
-    assert_refused(model, r"attention-only target_modules are exact: target_modules=\['q_proj', "
-                          r"'k_proj', 'v_proj', 'o_proj'\]", gradients_only=True)
+    assert_refused(
+        model,
+        r"attention-only target_modules are exact: target_modules=\['q_proj', "
+        r"'k_proj', 'v_proj', 'o_proj'\]",
+        gradients_only=True,
+    )
     # Forward passes are the model's own, so that other strategies may use them.
     _, logps = loop_gradients(model, tokens().sequences, trainable(model))
-    torch.testing.assert_close(FeatureExtractor(model, EXACT).logps(tokens()), logps.double(),
-                               rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        FeatureExtractor(model, EXACT).logps(tokens()), logps.double(), rtol=1e-5, atol=0
+    )
 
 
 def test_dora_is_refused_once_and_for_all() -> None:
@@ -202,21 +329,30 @@ def test_dora_is_refused_once_and_for_all() -> None:
 
 
 def test_activated_lora() -> None:
-    model = lora(tiny_causal_lm("llama"), "llama",
-                 alora_invocation_tokens=tokens().sequences[0].input_ids[3:5])
+    model = lora(
+        tiny_causal_lm("llama"),
+        "llama",
+        alora_invocation_tokens=tokens().sequences[0].input_ids[3:5],
+    )
     assert_refused(model, "Activated LoRA.*alora_invocation_tokens")
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens_are_refused_for_gradients_and_counted_otherwise(kind: Any) -> None:
-    model = get_peft_model(tiny_causal_lm("llama"), kind(
-        task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    model = get_peft_model(
+        tiny_causal_lm("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
     extractor = FeatureExtractor(model, EXACT)
     with pytest.raises(ActiveDPOError, match="PromptEmbedding|PrefixEncoder|Embedding"):
         extractor.gradients(tokens())
-    last = [model(input_ids=(ids := torch.tensor([sequence.input_ids])),
-                  attention_mask=torch.ones_like(ids), output_hidden_states=True,
-                  ).hidden_states[-1][0, -1] for sequence in tokens().sequences]
+    last = [
+        model(
+            input_ids=(ids := torch.tensor([sequence.input_ids])),
+            attention_mask=torch.ones_like(ids),
+            output_hidden_states=True,
+        ).hidden_states[-1][0, -1]
+        for sequence in tokens().sequences
+    ]
     torch.testing.assert_close(extractor.hidden(tokens()), torch.stack(last).detach())
 
 
@@ -286,20 +422,48 @@ def long_rows(count: int) -> TokenizedPool:
     return TokenizedPool([TokenizedResponse([*ids[:-1], 7 + n], 5) for n in (0, 1)], [], [0, 0])
 
 
-@pytest.mark.parametrize(("name", "config", "options", "targets", "limit"), [
-    ("GPT2LMHeadModel", "GPT2Config", dict(n_embd=32, n_layer=1, n_head=2, n_positions=64),
-     ["c_attn"], 64),
-    ("OPTForCausalLM", "OPTConfig", dict(BERT, ffn_dim=32, word_embed_proj_dim=32),
-     ["q_proj"], 64),
-    ("BartForCausalLM", "BartConfig", ENCODER_DECODER, ["q_proj"], 64),
-    ("RobertaForCausalLM", "RobertaConfig", dict(BERT, is_decoder=True), ["query"], 62),
-    ("GPTJForCausalLM", "GPTJConfig", dict(n_embd=32, n_layer=1, n_head=2, n_positions=64,
-                                           rotary_dim=4), ["q_proj"], 64),
-    ("MptForCausalLM", "MptConfig", dict(d_model=32, n_layers=1, n_heads=2, max_seq_len=64),
-     ["Wqkv"], 64),
-    ("CTRLLMHeadModel", "CTRLConfig", dict(n_embd=32, n_layer=1, n_head=2, n_positions=64,
-                                           dff=32), ["Wq"], 64),
-])
+@pytest.mark.parametrize(
+    ("name", "config", "options", "targets", "limit"),
+    [
+        (
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            dict(n_embd=32, n_layer=1, n_head=2, n_positions=64),
+            ["c_attn"],
+            64,
+        ),
+        (
+            "OPTForCausalLM",
+            "OPTConfig",
+            dict(BERT, ffn_dim=32, word_embed_proj_dim=32),
+            ["q_proj"],
+            64,
+        ),
+        ("BartForCausalLM", "BartConfig", ENCODER_DECODER, ["q_proj"], 64),
+        ("RobertaForCausalLM", "RobertaConfig", dict(BERT, is_decoder=True), ["query"], 62),
+        (
+            "GPTJForCausalLM",
+            "GPTJConfig",
+            dict(n_embd=32, n_layer=1, n_head=2, n_positions=64, rotary_dim=4),
+            ["q_proj"],
+            64,
+        ),
+        (
+            "MptForCausalLM",
+            "MptConfig",
+            dict(d_model=32, n_layers=1, n_heads=2, max_seq_len=64),
+            ["Wqkv"],
+            64,
+        ),
+        (
+            "CTRLLMHeadModel",
+            "CTRLConfig",
+            dict(n_embd=32, n_layer=1, n_head=2, n_positions=64, dff=32),
+            ["Wq"],
+            64,
+        ),
+    ],
+)
 def test_positions_end_where_they_are_a_table(
     name: str, config: str, options: dict[str, Any], targets: list[str], limit: int
 ) -> None:
@@ -308,8 +472,11 @@ def test_positions_end_where_they_are_a_table(
     extractor = FeatureExtractor(model, EXACT, verify=False)
     assert bool(extractor.logps(long_rows(limit)).isfinite().all())
     for call in (extractor.gradients, extractor.logps, extractor.hidden, extractor.check):
-        with pytest.raises(ActiveDPOError, match=f"row 0.* has {limit + 1} tokens with its "
-                                                 f"prompt, .* has {limit} positions: set max_len"):
+        with pytest.raises(
+            ActiveDPOError,
+            match=f"row 0.* has {limit + 1} tokens with its "
+            f"prompt, .* has {limit} positions: set max_len",
+        ):
             call(long_rows(limit + 1))
 
 
@@ -330,11 +497,15 @@ def test_tokens_that_the_model_does_not_know() -> None:
     with pytest.raises(ActiveDPOError, match="the pad token id -1 is beyond"):
         FeatureExtractor(model, EXACT, pad_token_id=-1)
     extractor = FeatureExtractor(model, EXACT)
-    pool = TokenizedPool([TokenizedResponse([5, 6, 7], 1), TokenizedResponse([5, 6, 100], 1)], [],
-                         [0, 0])
+    pool = TokenizedPool(
+        [TokenizedResponse([5, 6, 7], 1), TokenizedResponse([5, 6, 100], 1)], [], [0, 0]
+    )
     for call in (extractor.gradients, extractor.logps, extractor.hidden, extractor.check):
-        with pytest.raises(ActiveDPOError, match="response.* 1.* has the token id 100, beyond the "
-                                                 "100 tokens .*resize_token_embeddings"):
+        with pytest.raises(
+            ActiveDPOError,
+            match="response.* 1.* has the token id 100, beyond the "
+            "100 tokens .*resize_token_embeddings",
+        ):
             call(pool)
     larger = lora(tiny_causal_lm("llama"), "llama")
     with pytest.raises(ActiveDPOError, match="token id 100"):
@@ -346,8 +517,9 @@ def test_tokens_that_the_head_does_not_predict() -> None:
     model = tiny_causal_lm("llama")
     model.lm_head = torch.nn.Linear(32, 100, bias=False)
     model = lora(model, "llama")
-    prompt_only = TokenizedPool([TokenizedResponse([200, 6, 7], 1),
-                                 TokenizedResponse([200, 6, 9], 1)], [], [0, 0])
+    prompt_only = TokenizedPool(
+        [TokenizedResponse([200, 6, 7], 1), TokenizedResponse([200, 6, 9], 1)], [], [0, 0]
+    )
     assert FeatureExtractor(model, EXACT).gradients(prompt_only).gradients.any()
     scored = TokenizedPool([TokenizedResponse([200, 6, 100], 1)], [], [0])
     with pytest.raises(ActiveDPOError, match="token id 100, beyond the 100 tokens .* predicts"):

@@ -49,9 +49,13 @@ def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
         return " ".join(_WORDS[i] for i in chosen)
 
     return [
-        {"id": f"p{i}", "prompt": words(2, 6) + "?",
-         "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
-         "topic": ("law", "math")[i % 2], "price": 1 + i % 3}
+        {
+            "id": f"p{i}",
+            "prompt": words(2, 6) + "?",
+            "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
+            "topic": ("law", "math")[i % 2],
+            "price": 1 + i % 3,
+        }
         for i in range(n)
     ]
 
@@ -85,10 +89,24 @@ def store(project: Path) -> Path:
 
 
 def _features(project: Path, output: Path, **replaced: Path) -> list[str]:
-    paths = {"pool": project / "pool.jsonl", "model": project / "model",
-             "adapter": project / "adapter", **replaced}
-    return ["features", str(paths["pool"]), "--model", str(paths["model"]), "--adapter",
-            str(paths["adapter"]), "--output", str(output), "--threads", "1"]
+    paths = {
+        "pool": project / "pool.jsonl",
+        "model": project / "model",
+        "adapter": project / "adapter",
+        **replaced,
+    }
+    return [
+        "features",
+        str(paths["pool"]),
+        "--model",
+        str(paths["model"]),
+        "--adapter",
+        str(paths["adapter"]),
+        "--output",
+        str(output),
+        "--threads",
+        "1",
+    ]
 
 
 def _policy(project: Path) -> tuple[PeftModel, Any]:
@@ -114,8 +132,15 @@ def _refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str
 
 def test_exported_exact_rows_are_those_of_a_float64_loop(project: Path, tmp_path: Path) -> None:
     export = tmp_path / "features.safetensors"
-    argv = [*_features(project, tmp_path / "store"), "--sketch", "none", "--beta", "0.3",
-            "--export", str(export)]
+    argv = [
+        *_features(project, tmp_path / "store"),
+        "--sketch",
+        "none",
+        "--beta",
+        "0.3",
+        "--export",
+        str(export),
+    ]
     assert main(argv) == 0
 
     model, tokenizer = _policy(project)
@@ -130,11 +155,19 @@ def test_exported_exact_rows_are_those_of_a_float64_loop(project: Path, tmp_path
 
 
 def test_interrupted_features_are_continued_to_the_same_rows(
-    project: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    project: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = [*_features(project, tmp_path / "store"), "--proj-dim", "64",
-            "--max-tokens-per-batch", "40"]
+    argv = [
+        *_features(project, tmp_path / "store"),
+        "--proj-dim",
+        "64",
+        "--max-tokens-per-batch",
+        "40",
+    ]
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     assert main([*argv, "--output", str(tmp_path / "other"), "--export", str(whole)]) == 0
 
@@ -152,8 +185,12 @@ def test_interrupted_features_are_continued_to_the_same_rows(
         assert main(argv) == 130
     assert capsys.readouterr().err == "activedpo: interrupted\n"
     assert len(list((tmp_path / "store").glob("rows-*.safetensors"))) == 1
-    _refused(capsys, ["select", str(tmp_path / "store"), "--output", str(tmp_path / "x.jsonl")],
-             "incomplete", "activedpo features")
+    _refused(
+        capsys,
+        ["select", str(tmp_path / "store"), "--output", str(tmp_path / "x.jsonl")],
+        "incomplete",
+        "activedpo features",
+    )
 
     assert main([*argv, "--export", str(resumed)]) == 0
     assert "rows already exist" in capsys.readouterr().err
@@ -165,7 +202,10 @@ def test_interrupted_features_are_continued_to_the_same_rows(
 
 
 def test_a_complete_store_is_left_alone_but_exported(
-    project: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    project: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in store.iterdir()}
@@ -183,16 +223,19 @@ def _all_responses() -> list[str]:
     return [response for row in _rows() for response in row["responses"]]
 
 
-@pytest.mark.parametrize(("options", "name"), [
-    (["--beta", "0.2"], "beta"),
-    (["--proj-dim", "32"], "proj_dim"),
-    (["--sketch", "rademacher"], "sketch"),
-    (["--sketch", "none"], "sketch = 'sjlt', not 'none'"),
-    (["--seed", "1"], "seed"),
-    (["--max-length", "0"], "max_length"),
-    (["--truncation-mode", "keep_end"], "truncation_mode"),
-    (["--dtype", "bfloat16"], "dtype"),
-])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--beta", "0.2"], "beta"),
+        (["--proj-dim", "32"], "proj_dim"),
+        (["--sketch", "rademacher"], "sketch"),
+        (["--sketch", "none"], "sketch = 'sjlt', not 'none'"),
+        (["--seed", "1"], "seed"),
+        (["--max-length", "0"], "max_length"),
+        (["--truncation-mode", "keep_end"], "truncation_mode"),
+        (["--dtype", "bfloat16"], "dtype"),
+    ],
+)
 def test_other_settings_on_the_same_store_are_refused(
     project: Path, store: Path, options: list[str], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,8 +255,10 @@ def test_another_adapter_model_or_pool_on_the_same_store_is_refused(
     _refused(capsys, argv, "another pool")
     _write_jsonl(own / "pool.jsonl", _rows())
 
-    for weights, setting in ((own / "adapter" / "adapter_model.safetensors", "another adapter"),
-                             (own / "model" / "model.safetensors", "another model")):
+    for weights, setting in (
+        (own / "adapter" / "adapter_model.safetensors", "another adapter"),
+        (own / "model" / "model.safetensors", "another model"),
+    ):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit of a weight
         _refused(capsys, argv, f"made with {setting}", "has changed since")
@@ -222,8 +267,11 @@ def test_another_adapter_model_or_pool_on_the_same_store_is_refused(
     other = tmp_path / "other"
     shutil.copytree(own / "model", other)
     (other / "config.json").write_text((own / "model" / "config.json").read_text() + " ")
-    _refused(capsys, _features(own, own / "rows", model=other),
-             f"another model ('{own / 'model'}', not '{other}')")
+    _refused(
+        capsys,
+        _features(own, own / "rows", model=other),
+        f"another model ('{own / 'model'}', not '{other}')",
+    )
 
 
 def test_the_same_files_elsewhere_go_on(
@@ -238,7 +286,9 @@ def test_the_same_files_elsewhere_go_on(
 
 
 def test_outputs_that_cannot_be_written_are_refused_first(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(features_command, "load_policy", None)  # no model is loaded for nothing
@@ -248,10 +298,17 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     _refused(capsys, _features(project, file / "store"), f"{file} is not a writable folder")
     config = tmp_path / "run.yaml"
     for folder in (file, file / "run"):
-        config.write_text(yaml.safe_dump({
-            "model": str(project / "model"), "adapter": str(project / "adapter"),
-            "prompts": str(project / "pool.jsonl"), "output_dir": str(folder),
-            "oracle": {"kind": "files"}}))
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "model": str(project / "model"),
+                    "adapter": str(project / "adapter"),
+                    "prompts": str(project / "pool.jsonl"),
+                    "output_dir": str(folder),
+                    "oracle": {"kind": "files"},
+                }
+            )
+        )
         _refused(capsys, ["run", str(config)], str(folder), "writ")
     assert file.read_text() == "mine" and sorted(tmp_path.iterdir()) == [file, config]
 
@@ -262,8 +319,11 @@ def test_half_a_tokenizer_is_named(
     adapter = tmp_path / "adapter"
     shutil.copytree(project / "adapter", adapter)
     shutil.copy(project / "model" / "tokenizer_config.json", adapter)
-    _refused(capsys, _features(project, tmp_path / "store", adapter=adapter),
-             f"{adapter} has no tokenizer that can be loaded: none of the files")
+    _refused(
+        capsys,
+        _features(project, tmp_path / "store", adapter=adapter),
+        f"{adapter} has no tokenizer that can be loaded: none of the files",
+    )
 
 
 def test_prompts_that_fill_max_length_are_no_candidates(
@@ -290,36 +350,62 @@ def test_parquet_pool_gives_the_same_rows(project: Path, store: Path, tmp_path: 
     argv = _features(project, tmp_path / "store", pool=tmp_path / "pool.parquet")
     export = tmp_path / "features.safetensors"
     assert main([*argv, "--proj-dim", "64", "--export", str(export)]) == 0
-    assert main([*_features(project, store), "--proj-dim", "64", "--export",
-                 str(tmp_path / "jsonl.safetensors")]) == 0
-    assert torch.equal(load_file(export)["features"],
-                       load_file(tmp_path / "jsonl.safetensors")["features"])
+    assert (
+        main(
+            [
+                *_features(project, store),
+                "--proj-dim",
+                "64",
+                "--export",
+                str(tmp_path / "jsonl.safetensors"),
+            ]
+        )
+        == 0
+    )
+    assert torch.equal(
+        load_file(export)["features"], load_file(tmp_path / "jsonl.safetensors")["features"]
+    )
 
 
 # -- select ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    {"normalize": "response", "lam": 1.0, "kappa": 1.0},
-    {"normalize": "pair", "lam": 0.5, "kappa": 1.0},
-    {"normalize": "none", "lam": 1e-3, "kappa": 2.0},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalize": "response", "lam": 1.0, "kappa": 1.0},
+        {"normalize": "pair", "lam": 0.5, "kappa": 1.0},
+        {"normalize": "none", "lam": 1e-3, "kappa": 2.0},
+    ],
+)
 def test_picks_are_those_of_the_selector(
     project: Path, store: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     model, tokenizer = _policy(project)
     pool = PreferencePool.load(project / "pool.jsonl")
     selector = ActiveDPOSelector(model, tokenizer, proj_dim=64, **options)
-    argv = ["select", str(store), "--batch-size", "6", "--normalize", options["normalize"],
-            "--lambda", str(options["lam"]), "--kappa", str(options["kappa"])]
+    argv = [
+        "select",
+        str(store),
+        "--batch-size",
+        "6",
+        "--normalize",
+        options["normalize"],
+        "--lambda",
+        str(options["lam"]),
+        "--kappa",
+        str(options["kappa"]),
+    ]
 
     first = selector.select(pool, 6, show_progress=False)
     assert main([*argv, "--output", str(tmp_path / "1.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "1.jsonl"), first)
 
     second = selector.select(pool, 6, labeled=first, show_progress=False)
-    labels = _write_jsonl(tmp_path / "labels.jsonl", [
-        {**line, "label": 1} for line in _read_jsonl(tmp_path / "1.jsonl")])
+    labels = _write_jsonl(
+        tmp_path / "labels.jsonl",
+        [{**line, "label": 1} for line in _read_jsonl(tmp_path / "1.jsonl")],
+    )
     assert main([*argv, "--labeled", str(labels), "--output", str(tmp_path / "2.jsonl")]) == 0
     _assert_same_picks(_read_jsonl(tmp_path / "2.jsonl"), second)
 
@@ -340,15 +426,25 @@ def test_rows_that_stay_on_disk_give_the_same_file(
 ) -> None:
     labels = _write_jsonl(tmp_path / "labels.jsonl", [{"id": "p2", "pair": [0, 3], "label": 0}])
     for strategy in ("activedpo", "trace", "random"):
-        argv = ["select", str(store), "--batch-size", "9", "--labeled", str(labels), "--strategy",
-                strategy, "--output"]
+        argv = [
+            "select",
+            str(store),
+            "--batch-size",
+            "9",
+            "--labeled",
+            str(labels),
+            "--strategy",
+            strategy,
+            "--output",
+        ]
         assert main([*argv, str(tmp_path / "memory.jsonl")]) == 0
         with monkeypatch.context() as patch:
             patch.setattr(select_command, "_IN_MEMORY_BYTES", 0)
             assert main([*argv, str(tmp_path / "disk.jsonl")]) == 0
         memory, disk = (_read_jsonl(tmp_path / f"{name}.jsonl") for name in ("memory", "disk"))
         assert [line.pop("score") for line in disk] == pytest.approx(
-            [line.pop("score") for line in memory], rel=1e-10)
+            [line.pop("score") for line in memory], rel=1e-10
+        )
         assert disk == memory
 
     # The same without a command; nothing is labeled, so the history is made of no row.
@@ -357,7 +453,8 @@ def test_rows_that_stay_on_disk_give_the_same_file(
     item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
     rankings = [
         make_strategy("activedpo").select(
-            TensorSignals(pool.pairs(), item_of_row, gradients=gradients), 9)
+            TensorSignals(pool.pairs(), item_of_row, gradients=gradients), 9
+        )
         for gradients in (rows.load().gradients, rows.rows_on_disk())
     ]
     assert rankings[0].indices.tolist() == rankings[1].indices.tolist()
@@ -372,10 +469,13 @@ def test_labeled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: 
 
     # Only id, pair and label are needed, in either order.
     (first, pair), (second, other) = before[:2]
-    labels = _write_jsonl(tmp_path / "labels.jsonl", [
-        {"id": first, "pair": list(pair), "label": 1},
-        {"id": second, "pair": list(other[::-1]), "label": 0},
-    ])
+    labels = _write_jsonl(
+        tmp_path / "labels.jsonl",
+        [
+            {"id": first, "pair": list(pair), "label": 1},
+            {"id": second, "pair": list(other[::-1]), "label": 0},
+        ],
+    )
     after = tmp_path / "after.jsonl"
     assert main([*select, "5", "--labeled", str(labels), "--output", str(after)]) == 0
     lines = _read_jsonl(after)
@@ -396,8 +496,10 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
     for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
         labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, **answer}])
         capsys.readouterr()
-        assert main([*select, "1", "--labeled", str(labels), "--output",
-                     str(tmp_path / "b.jsonl")]) == 0
+        assert (
+            main([*select, "1", "--labeled", str(labels), "--output", str(tmp_path / "b.jsonl")])
+            == 0
+        )
         pending = f"activedpo: {labels}: 1 of 1 pairs have no label yet: they are not picked again"
         assert (pending in capsys.readouterr().err) == (answer.get("label") is None)
         assert main([*select, "1", "--output", str(tmp_path / "c.jsonl")]) == 0
@@ -410,30 +512,37 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
         assert free["score"] == pytest.approx(1000 * first["score"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, \"skip\""),
-    ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, \"skip\""),
-    ('{"id": "p0", "pair": [0, 1]', "broken JSON"),
-    ('["p0", [0, 1]]', "not a JSON object"),
-    ('{"pair": [0, 1]}', "no 'id'"),
-    ('{"id": "p0"}', "no 'pair'"),
-    ('{"id": "zz", "pair": [0, 1]}', "no item with id 'zz'"),
-    ('{"id": "p0", "pair": [0, 0]}', "two different"),
-    ('{"id": "p0", "pair": [0, true]}', "two different"),
-    ('{"id": "p0", "pair": [0, 2]}', "has 2 responses"),
-    ('{"id": "p0", "pair": [-1, 0]}', "has 2 responses"),
-    ('{"id": "p1", "pair": [1, 0]}', "the same pair as"),
-    ('{"id": "p0", "pair": [0, 1], "prompt": "another"}', "'prompt' is not that of item 'p0'"),
-    ('{"id": "p0", "pair": [0, 1], "responses": ["a", "b"]}', "'responses' is not that of"),
-])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"id": "p0", "pair": [0, 1], "label": 2}', "'label' must be 0, 1, \"skip\""),
+        ('{"id": "p0", "pair": [0, 1], "label": true}', "'label' must be 0, 1, \"skip\""),
+        ('{"id": "p0", "pair": [0, 1]', "broken JSON"),
+        ('["p0", [0, 1]]', "not a JSON object"),
+        ('{"pair": [0, 1]}', "no 'id'"),
+        ('{"id": "p0"}', "no 'pair'"),
+        ('{"id": "zz", "pair": [0, 1]}', "no item with id 'zz'"),
+        ('{"id": "p0", "pair": [0, 0]}', "two different"),
+        ('{"id": "p0", "pair": [0, true]}', "two different"),
+        ('{"id": "p0", "pair": [0, 2]}', "has 2 responses"),
+        ('{"id": "p0", "pair": [-1, 0]}', "has 2 responses"),
+        ('{"id": "p1", "pair": [1, 0]}', "the same pair as"),
+        ('{"id": "p0", "pair": [0, 1], "prompt": "another"}', "'prompt' is not that of item 'p0'"),
+        ('{"id": "p0", "pair": [0, 1], "responses": ["a", "b"]}', "'responses' is not that of"),
+    ],
+)
 def test_bad_labels_are_refused_by_line(
     store: Path, tmp_path: Path, line: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = tmp_path / "labels.jsonl"
     labels.write_text('{"id": "p1", "pair": [0, 1]}\n' + line + "\n")
     output = tmp_path / "picked.jsonl"
-    _refused(capsys, ["select", str(store), "--labeled", str(labels), "--output", str(output)],
-             f"{labels}, line 2", expected)
+    _refused(
+        capsys,
+        ["select", str(store), "--labeled", str(labels), "--output", str(output)],
+        f"{labels}, line 2",
+        expected,
+    )
     assert not output.exists()
 
 
@@ -445,21 +554,53 @@ def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
-@pytest.mark.parametrize(("options", "rules"), [
-    (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
-    (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
-    (["--group-by", "topic", "--quota", "law=1", "--quota", "math=3"],
-     {"group_by": "topic", "quotas": {"law": 1, "math": 3}}),
-    (["--min-score", "1.6"], {"min_score": 1.6}),
-    (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
-    (["--cost", "price"], {"cost": "price"}),
-    (["--max-per-prompt", "2", "--exclude", "{exclude}", "--group-by", "topic", "--quota", "law=3",
-      "--min-score", "0.1", "--random-fraction", "0.3", "--cost", "price"],
-     {"max_per_prompt": 2, "exclude": ["p1", "p5"], "group_by": "topic", "quotas": {"law": 3},
-      "min_score": 0.1, "random_fraction": 0.3, "cost": "price"}),
-])
+@pytest.mark.parametrize(
+    ("options", "rules"),
+    [
+        (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
+        (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
+        (
+            ["--group-by", "topic", "--quota", "law=1", "--quota", "math=3"],
+            {"group_by": "topic", "quotas": {"law": 1, "math": 3}},
+        ),
+        (["--min-score", "1.6"], {"min_score": 1.6}),
+        (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
+        (["--cost", "price"], {"cost": "price"}),
+        (
+            [
+                "--max-per-prompt",
+                "2",
+                "--exclude",
+                "{exclude}",
+                "--group-by",
+                "topic",
+                "--quota",
+                "law=3",
+                "--min-score",
+                "0.1",
+                "--random-fraction",
+                "0.3",
+                "--cost",
+                "price",
+            ],
+            {
+                "max_per_prompt": 2,
+                "exclude": ["p1", "p5"],
+                "group_by": "topic",
+                "quotas": {"law": 3},
+                "min_score": 0.1,
+                "random_fraction": 0.3,
+                "cost": "price",
+            },
+        ),
+    ],
+)
 def test_rules_are_those_of_the_selector(
-    project: Path, store: Path, tmp_path: Path, options: list[str], rules: dict[str, Any],
+    project: Path,
+    store: Path,
+    tmp_path: Path,
+    options: list[str],
+    rules: dict[str, Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "done.txt").write_text("p5\n\n p1 \n")
@@ -467,7 +608,8 @@ def test_rules_are_those_of_the_selector(
     model, tokenizer = _policy(project)
     pool = PreferencePool.load(project / "pool.jsonl")
     expected = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(
-        pool, 8, rules=PickRules(**rules), show_progress=False)
+        pool, 8, rules=PickRules(**rules), show_progress=False
+    )
     free = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 8, show_progress=False)
     assert expected != free and len(expected) > 2  # the rules make a difference
     capsys.readouterr()
@@ -482,21 +624,32 @@ def test_rules_are_those_of_the_selector(
         assert not fewer
     lines = _read_jsonl(tmp_path / "x.jsonl")
     assert [(line["id"], tuple(line["pair"])) for line in lines] == [
-        (pick.id, pick.pair) for pick in expected]
+        (pick.id, pick.pair) for pick in expected
+    ]
     assert [line["score"] for line in lines] == pytest.approx(
-        [pick.score for pick in expected], rel=1e-4)
+        [pick.score for pick in expected], rel=1e-4
+    )
 
 
 def test_select_goes_by_the_prompt_and_not_by_the_row(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of one prompt, as comparison data has them, from a folder of shards."""
-    rows = [{"id": f"c{n}", "prompt": f"Post {n % 2}:", "post": n % 3,
-             "responses": [f" {_WORDS[n]}", f" b{n % 3}"]} for n in range(6)]
+    rows = [
+        {
+            "id": f"c{n}",
+            "prompt": f"Post {n % 2}:",
+            "post": n % 3,
+            "responses": [f" {_WORDS[n]}", f" b{n % 3}"],
+        }
+        for n in range(6)
+    ]
     (tmp_path / "pool").mkdir()
     _write_jsonl(tmp_path / "pool" / "a.jsonl", rows)
-    _write_jsonl(tmp_path / "pool" / "b.jsonl", [
-        {**rows[0], "id": "again", "responses": rows[0]["responses"][::-1]}])
+    _write_jsonl(
+        tmp_path / "pool" / "b.jsonl",
+        [{**rows[0], "id": "again", "responses": rows[0]["responses"][::-1]}],
+    )
     store = tmp_path / "store"
     assert main([*_features(project, store, pool=tmp_path / "pool"), "--proj-dim", "64"]) == 0
     argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--batch-size", "6"]
@@ -515,10 +668,19 @@ def test_select_goes_by_the_prompt_and_not_by_the_row(
         assert sorted(int(id[1:]) % 3 for id in by_post) == [0, 1, 2]
     (tmp_path / "done.txt").write_text("again\n")
     assert sorted(picked("--exclude", str(tmp_path / "done.txt"))) == ["c1", "c3", "c5"]
-    labels = _write_jsonl(tmp_path / "labels.jsonl", [
-        {"id": "of another pool", "pair": [1, 0], "label": 1, "prompt": rows[4]["prompt"],
-         "responses": rows[4]["responses"][::-1]},
-        {"id": "again", "pair": [0, 1], "label": 0}])
+    labels = _write_jsonl(
+        tmp_path / "labels.jsonl",
+        [
+            {
+                "id": "of another pool",
+                "pair": [1, 0],
+                "label": 1,
+                "prompt": rows[4]["prompt"],
+                "responses": rows[4]["responses"][::-1],
+            },
+            {"id": "again", "pair": [0, 1], "label": 0},
+        ],
+    )
     left = picked("--labeled", str(labels), "--batch-size", "4")
     assert sorted(left) == ["c1", "c2", "c3", "c5"]
     assert "of 4 candidate pairs and 2 labeled picked" in capsys.readouterr().out
@@ -526,22 +688,38 @@ def test_select_goes_by_the_prompt_and_not_by_the_row(
 
 
 def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:
-    argv = ["select", str(store), "--batch-size", "8", "--strategy", "random", "--output",
-            str(tmp_path / "x.jsonl")]
+    argv = [
+        "select",
+        str(store),
+        "--batch-size",
+        "8",
+        "--strategy",
+        "random",
+        "--output",
+        str(tmp_path / "x.jsonl"),
+    ]
     free = []
     for options in ([], ["--max-per-prompt", "1"]):
         assert main([*argv, *options, "--seed", "1"]) == 0
         free.append([line["id"] for line in _read_jsonl(tmp_path / "x.jsonl")])
     prompts = list(dict.fromkeys(free[0]))  # the same draws, passing over some
-    assert free[1][:len(prompts)] == prompts
+    assert free[1][: len(prompts)] == prompts
     assert sorted(free[1]) == [f"p{i}" for i in range(8)]
 
 
 def test_ids_to_exclude_must_be_of_the_pool(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--batch-size", "2",
-            "--exclude", str(tmp_path / "done.txt")]
+    argv = [
+        "select",
+        str(store),
+        "--output",
+        str(tmp_path / "x.jsonl"),
+        "--batch-size",
+        "2",
+        "--exclude",
+        str(tmp_path / "done.txt"),
+    ]
     (tmp_path / "done.txt").write_text("p1\np99\n")
     _refused(capsys, argv, "exclude: no item has the id 'p99'")
     (tmp_path / "done.txt").write_bytes(b"p1\n\xff\n")
@@ -597,8 +775,10 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0][:2] == ["round", "labels"]
     assert [line[:2] for line in table[1:]] == [["start", "0"], ["0", "2"], ["1", "4"]]
-    start, end = (load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
-                  for name in ("start", "round-001"))
+    start, end = (
+        load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
+        for name in ("start", "round-001")
+    )
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
     _run_config(project, tmp_path, selection={"proj_dim": 16})
@@ -613,8 +793,14 @@ def test_run_is_refused_before_people_label_and_goes_on_when_mended(
     good = {"learning_rate": 1e-3, "max_steps": 1}
     argv = ["run", str(_run_config(project, tmp_path))]
     for changes, expected in (
-        ({"adapter": None, "lora": {"r": 2, "target_modules": ["q_proj", "lm_head"]},
-          "strategy": "random"}, "lora.target_modules: "),
+        (
+            {
+                "adapter": None,
+                "lora": {"r": 2, "target_modules": ["q_proj", "lm_head"]},
+                "strategy": "random",
+            },
+            "lora.target_modules: ",
+        ),
         ({"dpo": {**good, "sync_ref_model": True}}, "sync_ref_model"),
         ({"dpo": {**good, "eval_strategy": "steps", "eval_steps": 1}}, "dpo.eval_strategy: "),
         ({"dpo": {**good, "pad_token": "<nope>"}}, "dpo.pad_token: "),
@@ -636,17 +822,27 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    reward = LlamaForSequenceClassification(LlamaConfig(
-        num_labels=1, vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, pad_token_id=tiny_tokenizer().pad_token_id))
+    reward = LlamaForSequenceClassification(
+        LlamaConfig(
+            num_labels=1,
+            vocab_size=384,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            pad_token_id=tiny_tokenizer().pad_token_id,
+        )
+    )
     reward.save_pretrained(tmp_path / "reward")
     tiny_tokenizer().save_pretrained(tmp_path / "reward")
-    changes = {"adapter": None, "lora": {"r": 2, "target_modules": ["q_proj"]},
-               "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"),
-                          "temperature": 0.5},
-               "strategy": "margin_large",
-               "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "n_responses": 2},
-               "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}}}
+    changes = {
+        "adapter": None,
+        "lora": {"r": 2, "target_modules": ["q_proj"]},
+        "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"), "temperature": 0.5},
+        "strategy": "margin_large",
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "n_responses": 2},
+        "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}},
+    }
     argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]
     capsys.readouterr()
     assert main(argv) == 0
@@ -655,8 +851,11 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
     assert {line["label"] for line in labels} <= {0, 1}
     for path in (tmp_path / "run").glob("round-*/*.jsonl"):
         assert "p1" not in [line["id"] for line in _read_jsonl(path)]
-    picked = [line["id"] for path in (tmp_path / "run").glob("round-*/picked.jsonl")
-              for line in _read_jsonl(path)]
+    picked = [
+        line["id"]
+        for path in (tmp_path / "run").glob("round-*/picked.jsonl")
+        for line in _read_jsonl(path)
+    ]
     assert picked and set(picked) <= {"p3", "p5", "p7"}
 
     # A causal language model has no reward head.
@@ -669,61 +868,116 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
 # -- the manners of the command line ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("argv", "expected"), [
-    (["selct"], "'select'"),
-    (["select", "--output", "x"], "STORE"),
-    (["select", "{store}"], "--output"),
-    (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
-    (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
-    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
-    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
-    (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
-    (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
-    (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
-    (["select", "{store}", "--output", "{tmp}/x", "--random-fraction", "2"], "--random-fraction"),
-    (["select", "{store}", "--output", "{tmp}/x", "--min-score", "nan"], "min_score must be a fi"),
-    (["select", "{store}", "--output", "{tmp}/x", "--min-score", "1", "--strategy", "random",
-      "--batch-size", "2"], "min_score: the strategy 'random' has no scores"),
-    (["select", "{store}", "--output", "{tmp}/x", "--exclude", "{tmp}/no.txt"], "no such file"),
-    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law"], "--quota law: expected NAME="),
-    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=-1"], "expected NAME=N"),
-    (["select", "{store}", "--output", "{tmp}/x", "--quota", "=1"], "expected NAME=N"),
-    (["select", "{store}", "--output", "{tmp}/x", "--quota", "a=1", "--quota", "a=2"],
-     "--quota a=2: 'a' has a quota already"),
-    (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=1"], "group_by missing"),
-    (["select", "{store}", "--output", "{tmp}/x", "--group-by", "topic"], "quotas missing"),
-    (["select", "{store}", "--output", "{tmp}/x", "--group-by", "topic", "--quota", "art=1",
-      "--batch-size", "2"], "quotas: no item's 'topic' is 'art'"),
-    (["select", "{store}", "--output", "{tmp}/x", "--cost", "topic", "--batch-size", "2"],
-     "cost: 'topic' of item 'p0' must be a positive number, not 'law'"),
-    (["select", "{store}", "--output", "{tmp}"], "is a folder"),
-    (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
-    (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),
-    (["select", "{store}", "--labeled", "{tmp}/no.jsonl", "--output", "{tmp}/x"], "no such file"),
-    (["features", "{tmp}/none.jsonl", "{m}", "{a}", "{o}"], "none.jsonl"),
-    (["features", "{pool}.txt", "{m}", "{a}", "{o}"], "suffix"),
-    (["features", "{pool}", "--model={tmp}/none", "{a}", "{o}"], "no such model folder"),
-    (["features", "{pool}", "--model={tmp}", "{a}", "{o}"], "not a model folder"),
-    (["features", "{pool}", "{m}", "{o}"], "pass --adapter DIR"),
-    (["features", "{pool}", "{m}", "--adapter={tmp}", "{o}"], "adapter_config.json"),
-    (["features", "{pool}", "{m}", "--adapter={m:raw}", "{o}"], "adapter_config.json"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "sketch dim"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--beta", "-1"], "beta"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "max_length"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--dtype", "int8"], "int8"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--device", "toaster"], "toaster"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"], "max_tokens"),
-    (["features", "{pool}", "{m}", "{a}", "{o}", "--export", "{tmp}"], "is a folder"),
-    (["run", "{tmp}/none.yaml"], "none.yaml"),
-    (["env", "--verbose"], "--verbose"),
-])
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["selct"], "'select'"),
+        (["select", "--output", "x"], "STORE"),
+        (["select", "{store}"], "--output"),
+        (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
+        (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
+        (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
+        (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
+        (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
+        (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
+        (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--random-fraction", "2"],
+            "--random-fraction",
+        ),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--min-score", "nan"],
+            "min_score must be a fi",
+        ),
+        (
+            [
+                "select",
+                "{store}",
+                "--output",
+                "{tmp}/x",
+                "--min-score",
+                "1",
+                "--strategy",
+                "random",
+                "--batch-size",
+                "2",
+            ],
+            "min_score: the strategy 'random' has no scores",
+        ),
+        (["select", "{store}", "--output", "{tmp}/x", "--exclude", "{tmp}/no.txt"], "no such file"),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--quota", "law"],
+            "--quota law: expected NAME=",
+        ),
+        (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=-1"], "expected NAME=N"),
+        (["select", "{store}", "--output", "{tmp}/x", "--quota", "=1"], "expected NAME=N"),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--quota", "a=1", "--quota", "a=2"],
+            "--quota a=2: 'a' has a quota already",
+        ),
+        (["select", "{store}", "--output", "{tmp}/x", "--quota", "law=1"], "group_by missing"),
+        (["select", "{store}", "--output", "{tmp}/x", "--group-by", "topic"], "quotas missing"),
+        (
+            [
+                "select",
+                "{store}",
+                "--output",
+                "{tmp}/x",
+                "--group-by",
+                "topic",
+                "--quota",
+                "art=1",
+                "--batch-size",
+                "2",
+            ],
+            "quotas: no item's 'topic' is 'art'",
+        ),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--cost", "topic", "--batch-size", "2"],
+            "cost: 'topic' of item 'p0' must be a positive number, not 'law'",
+        ),
+        (["select", "{store}", "--output", "{tmp}"], "is a folder"),
+        (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
+        (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),
+        (
+            ["select", "{store}", "--labeled", "{tmp}/no.jsonl", "--output", "{tmp}/x"],
+            "no such file",
+        ),
+        (["features", "{tmp}/none.jsonl", "{m}", "{a}", "{o}"], "none.jsonl"),
+        (["features", "{pool}.txt", "{m}", "{a}", "{o}"], "suffix"),
+        (["features", "{pool}", "--model={tmp}/none", "{a}", "{o}"], "no such model folder"),
+        (["features", "{pool}", "--model={tmp}", "{a}", "{o}"], "not a model folder"),
+        (["features", "{pool}", "{m}", "{o}"], "pass --adapter DIR"),
+        (["features", "{pool}", "{m}", "--adapter={tmp}", "{o}"], "adapter_config.json"),
+        (["features", "{pool}", "{m}", "--adapter={m:raw}", "{o}"], "adapter_config.json"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "sketch dim"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--beta", "-1"], "beta"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "max_length"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--dtype", "int8"], "int8"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--device", "toaster"], "toaster"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"], "max_tokens"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--export", "{tmp}"], "is a folder"),
+        (["run", "{tmp}/none.yaml"], "none.yaml"),
+        (["env", "--verbose"], "--verbose"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(
-    project: Path, store: Path, tmp_path: Path, argv: list[str], expected: str,
+    project: Path,
+    store: Path,
+    tmp_path: Path,
+    argv: list[str],
+    expected: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"{store}": str(store), "{tmp}": str(tmp_path), "{pool}": str(project / "pool.jsonl"),
-              "{m:raw}": str(project / "model"), "{m}": f"--model={project / 'model'}",
-              "{a}": f"--adapter={project / 'adapter'}", "{o}": f"--output={tmp_path / 'store'}"}
+    places = {
+        "{store}": str(store),
+        "{tmp}": str(tmp_path),
+        "{pool}": str(project / "pool.jsonl"),
+        "{m:raw}": str(project / "model"),
+        "{m}": f"--model={project / 'model'}",
+        "{a}": f"--adapter={project / 'adapter'}",
+        "{o}": f"--output={tmp_path / 'store'}",
+    }
     filled = []
     for argument in argv:
         for place, value in places.items():
@@ -790,8 +1044,20 @@ def test_quiet_says_nothing(
 ) -> None:
     capfd.readouterr()
     assert main([*_features(project, tmp_path / "store"), "--quiet"]) == 0
-    assert main(["select", str(tmp_path / "store"), "--batch-size", "2", "-q", "--output",
-                 str(tmp_path / "x.jsonl")]) == 0
+    assert (
+        main(
+            [
+                "select",
+                str(tmp_path / "store"),
+                "--batch-size",
+                "2",
+                "-q",
+                "--output",
+                str(tmp_path / "x.jsonl"),
+            ]
+        )
+        == 0
+    )
     assert capfd.readouterr() == ("", "")
 
 
@@ -832,11 +1098,15 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
     def process(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, *argv], capture_output=True, text=True,
-                              cwd=Path(__file__).parents[2])
+        return subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        )
 
-    light = process("-c", "import sys; from activedpo_fast.cli.app import main; main(['--help']); "
-                          "sys.exit('torch' in sys.modules)")
+    light = process(
+        "-c",
+        "import sys; from activedpo_fast.cli.app import main; main(['--help']); "
+        "sys.exit('torch' in sys.modules)",
+    )
     assert light.returncode == 0 and "features" in light.stdout
 
     picked = tmp_path / "picked.jsonl"
@@ -865,9 +1135,11 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     picked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = picked.read_bytes(), (store / "pool.jsonl").read_bytes()
     capsys.readouterr()
-    for more, said in (([str(picked)], "has 2 labels"),
-                       ([str(picked), "--labeled", str(picked)], "is the --labeled file too"),
-                       ([str(store / "pool.jsonl")], "is inside the store")):
+    for more, said in (
+        ([str(picked)], "has 2 labels"),
+        ([str(picked), "--labeled", str(picked)], "is the --labeled file too"),
+        ([str(store / "pool.jsonl")], "is inside the store"),
+    ):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err
     edited = tmp_path / "edited.jsonl"

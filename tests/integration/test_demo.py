@@ -20,8 +20,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "model", ["reviews", "small",
-              pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2])]
+    "model", ["reviews", "small", pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2])]
 )
 def test_one_round(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -42,9 +41,15 @@ def test_one_round(
         assert records[0].metrics["gain"] == records[0].metrics["gain_se"] == 0
         assert records[1].metrics["gain"] == pytest.approx((end - start).mean(), abs=1e-5)
         assert records[1].metrics["gain_se"] == pytest.approx(
-            numpy.std(end - start, ddof=1) / 2, abs=1e-5)
+            numpy.std(end - start, ddof=1) / 2, abs=1e-5
+        )
         assert records[1].seconds.keys() == {
-            "generate", "features", "select", "label", "train", "evaluate"
+            "generate",
+            "features",
+            "select",
+            "label",
+            "train",
+            "evaluate",
         }
     # All strategies start from the same model and prompts.
     assert all(records[0].metrics == runs["random"][0].metrics for records in runs.values())

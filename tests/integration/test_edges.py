@@ -28,18 +28,31 @@ from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 EXACT = Sketch("none")
-POOL = PreferencePool.from_rows([
-    {"id": f"p{n}", "prompt": "The quick brown fox " * n + "jumps",
-     "responses": [" over the dog", " high", " over the lazy dog and a fence " * n]}
-    for n in range(1, 5)])
+POOL = PreferencePool.from_rows(
+    [
+        {
+            "id": f"p{n}",
+            "prompt": "The quick brown fox " * n + "jumps",
+            "responses": [" over the dog", " high", " over the lazy dog and a fence " * n],
+        }
+        for n in range(1, 5)
+    ]
+)
 TOKENS = tokenize_pool(POOL, tiny_tokenizer())
 
 
-@pytest.mark.parametrize("config", [
-    PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
-    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True,
-                       encoder_hidden_size=16),
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+        PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=3,
+            prefix_projection=True,
+            encoder_hidden_size=16,
+        ),
+    ],
+)
 def test_encoders_of_prompts_have_no_weights_to_put_back(config: Any) -> None:
     """PEFT's state is what the encoder gives; loaded, it would replace the encoder's input."""
     model = get_peft_model(tiny_causal_lm("llama"), config)
@@ -52,18 +65,29 @@ def test_encoders_of_prompts_have_no_weights_to_put_back(config: Any) -> None:
 
 
 def test_prompt_tuning_has_weights_to_put_back() -> None:
-    model = get_peft_model(tiny_causal_lm("llama"), PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-    selector = ActiveDPOSelector(model, tiny_tokenizer(), strategy="margin_small",
-                                 ref_model=adapter_state(model))
+    model = get_peft_model(
+        tiny_causal_lm("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
+    selector = ActiveDPOSelector(
+        model, tiny_tokenizer(), strategy="margin_small", ref_model=adapter_state(model)
+    )
     assert [pick.score for pick in selector.select(POOL, 3)] == pytest.approx([0.5] * 3, abs=1e-6)
 
 
 def _doge() -> Any:
     config = transformers.DogeConfig(
-        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=256,
-        keep_window_size=8, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=256,
+        keep_window_size=8,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -84,8 +108,9 @@ def test_attention_to_a_number_of_keys_of_the_batch(verify: bool) -> None:
     hidden = extractor.hidden(TOKENS)
     for row, sequence in enumerate(TOKENS.sequences):
         with torch.no_grad():
-            states = model(input_ids=torch.tensor([sequence.input_ids]),
-                           output_hidden_states=True).hidden_states[-1]
+            states = model(
+                input_ids=torch.tensor([sequence.input_ids]), output_hidden_states=True
+            ).hidden_states[-1]
         torch.testing.assert_close(hidden[row], states[0, -1].float(), rtol=1e-4, atol=1e-5)
 
 
@@ -98,7 +123,8 @@ def test_what_one_check_finds_holds_for_the_other() -> None:
     extractor._gradient_layout = {True: (Layout.ALONE, longest)}
     seen: list[int] = []
     model.get_submodule("base_model.model.model.layers.0").register_forward_hook(
-        lambda module, inputs, output: seen.append(len(inputs[0])))
+        lambda module, inputs, output: seen.append(len(inputs[0]))
+    )
     extractor._forward_layout[model] = (Layout.SHARED, longest)
     extractor.logps(TOKENS)
     assert set(seen) == {1} and len(seen) == len(TOKENS.sequences)
@@ -120,10 +146,12 @@ def test_the_heads_weights_in_every_layout(how: str, verify: bool) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_an_a_matrix_is_silent_only_where_all_its_readers_are(verify: bool) -> None:
-    model = lora(tiny_causal_lm("llama", torch.float64), "llama", target_modules=["q_proj"],
-                 lora_dropout=0.0)
-    first, second = (model.get_submodule(f"base_model.model.model.layers.{n}.self_attn.q_proj")
-                     for n in range(2))
+    model = lora(
+        tiny_causal_lm("llama", torch.float64), "llama", target_modules=["q_proj"], lora_dropout=0.0
+    )
+    first, second = (
+        model.get_submodule(f"base_model.model.model.layers.{n}.self_attn.q_proj") for n in range(2)
+    )
     second.lora_A["default"] = first.lora_A["default"]
     nn.init.zeros_(second.lora_B["default"].weight)
     expected, _ = loop_gradients(model, TOKENS.sequences, trainable(model))
@@ -145,9 +173,11 @@ def test_an_adapter_may_be_called_as_a_part_of_the_model_is(name: str) -> None:
 
 def test_values_of_a_wrong_type_are_named() -> None:
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
-    for option, values in {"beta": ("0.1", float("inf"), float("nan"), True),
-                           "max_tokens_per_batch": (1.5, 0, True),
-                           "length_normalized": ("no", 1)}.items():
+    for option, values in {
+        "beta": ("0.1", float("inf"), float("nan"), True),
+        "max_tokens_per_batch": (1.5, 0, True),
+        "length_normalized": ("no", 1),
+    }.items():
         for value in values:
             with pytest.raises(ActiveDPOError, match=f"{option} must be"):
                 ActiveDPOSelector(model, tokenizer, **{option: value})
@@ -166,8 +196,10 @@ def test_the_callers_default_device_changes_nothing() -> None:
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     for strategy in ("activedpo", "margin_small", "random"):
         expected = ActiveDPOSelector(
-            copy.deepcopy(model), tokenizer, strategy=strategy, proj_dim=32).select(POOL, 3)
+            copy.deepcopy(model), tokenizer, strategy=strategy, proj_dim=32
+        ).select(POOL, 3)
         with torch.device("meta"):
-            found = ActiveDPOSelector(
-                model, tokenizer, strategy=strategy, proj_dim=32).select(POOL, 3)
+            found = ActiveDPOSelector(model, tokenizer, strategy=strategy, proj_dim=32).select(
+                POOL, 3
+            )
         assert found == expected

@@ -30,8 +30,10 @@ from activedpo_fast.training.trl import dpo_config
 from tests.support.models import VOCAB_SIZE, lora, saved_model, tiny_causal_lm, tiny_tokenizer
 
 WORDS = "library prompt model sketch label pair fox dog random choose".split()
-ROWS = [{"prompt": f"The {word}", "responses": [f" {word}", " fox and dog", f" {n}"], "topic": word}
-        for n, word in enumerate(WORDS)]
+ROWS = [
+    {"prompt": f"The {word}", "responses": [f" {word}", " fox and dog", f" {n}"], "topic": word}
+    for n, word in enumerate(WORDS)
+]
 PROMPTS = [{"id": f"p{n}", "prompt": f"The {word}"} for n, word in enumerate(WORDS)]
 
 
@@ -77,8 +79,14 @@ def test_a_base_model_by_name_has_no_gradients(base_and_adapter: tuple[Path, Pat
     with pytest.raises(ActiveDPOError, match="no trainable parameter .*peft.get_peft_model"):
         ActiveDPOSelector(frozen, tiny_tokenizer()).select(dataset, 3)
     with pytest.raises(ActiveDPOError, match="rounds train an adapter, which .*model does not"):
-        ActiveDPOLoop(base, None, Dataset.from_list(PROMPTS), CallableOracle(lambda *_: 0),
-                      output_dir="unused", dpo_args=dpo_config(output_dir="unused"))
+        ActiveDPOLoop(
+            base,
+            None,
+            Dataset.from_list(PROMPTS),
+            CallableOracle(lambda *_: 0),
+            output_dir="unused",
+            dpo_args=dpo_config(output_dir="unused"),
+        )
 
 
 def test_names_that_lead_nowhere(adapter: str) -> None:
@@ -104,10 +112,13 @@ def test_the_parts_take_the_same(adapter: str, loaded, tmp_path: Path) -> None:
     FeatureStore.create(tmp_path / "store", dataset, {}, skipped=[])
     assert list(FeatureStore.create(tmp_path / "store", pool, {}, skipped=[]).pool()) == list(pool)
 
-    def reward(prompts: Any, responses: Sequence[Any],
-               extras: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [float(len(extra["topic"] + response))
-                for extra, response in zip(extras, responses, strict=True)]
+    def reward(
+        prompts: Any, responses: Sequence[Any], extras: Sequence[Mapping[str, Any]]
+    ) -> list[float]:
+        return [
+            float(len(extra["topic"] + response))
+            for extra, response in zip(extras, responses, strict=True)
+        ]
 
     picked = ActiveDPOSelector(model, tokenizer, strategy="random").select(pool, 8)
     oracle = RewardOracle(reward, temperature=0)
@@ -129,18 +140,26 @@ def test_responses_by_name_to_a_data_set(adapter: str, loaded) -> None:
 
 def test_a_reward_model_by_name(tmp_path: Path, loaded) -> None:
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=1, pad_token_id=1)).eval()
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=1,
+            pad_token_id=1,
+        )
+    ).eval()
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    picked = ActiveDPOSelector(*loaded, strategy="random").select(
-        PreferencePool.from_rows(ROWS), 8)
+    picked = ActiveDPOSelector(*loaded, strategy="random").select(PreferencePool.from_rows(ROWS), 8)
     expected = RewardModelOracle(model, tiny_tokenizer(), temperature=0).label(picked)
     assert {0, 1} <= set(expected)
     assert RewardModelOracle(tmp_path, temperature=0).label(picked) == expected
-    assert RewardModelOracle(str(tmp_path), tiny_tokenizer(), temperature=0).label(
-        picked) == expected
+    assert (
+        RewardModelOracle(str(tmp_path), tiny_tokenizer(), temperature=0).label(picked) == expected
+    )
     with pytest.raises(ActiveDPOError, match="tokenizer: pass the reward model's"):
         RewardModelOracle(model)
 
@@ -148,21 +167,40 @@ def test_a_reward_model_by_name(tmp_path: Path, loaded) -> None:
 def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path: Path) -> None:
     prompts = [Prompt(row["id"], row["prompt"]) for row in PROMPTS]
     # Training changes the model: not the one of the other tests.
-    runs = {"objects": (*load_policy(base_and_adapter[0], adapter=adapter), prompts),
-            "names": (adapter, None, Dataset.from_list(PROMPTS))}
+    runs = {
+        "objects": (*load_policy(base_and_adapter[0], adapter=adapter), prompts),
+        "names": (adapter, None, Dataset.from_list(PROMPTS)),
+    }
     for folder, given in runs.items():
         loop = ActiveDPOLoop(
-            *given, CallableOracle(lambda prompt, a, b: int(a < b)), output_dir=tmp_path / folder,
-            dpo_args=dpo_config(output_dir=str(tmp_path / "trainer"), learning_rate=1e-2,
-                                max_steps=2, per_device_train_batch_size=3),
-            selector_options={"proj_dim": 64, "verify": False}, batch_size=3, rounds=1,
-            prompts_per_round=4, n_responses=2, generation={"max_new_tokens": 4},
-            show_progress=False)
+            *given,
+            CallableOracle(lambda prompt, a, b: int(a < b)),
+            output_dir=tmp_path / folder,
+            dpo_args=dpo_config(
+                output_dir=str(tmp_path / "trainer"),
+                learning_rate=1e-2,
+                max_steps=2,
+                per_device_train_batch_size=3,
+            ),
+            selector_options={"proj_dim": 64, "verify": False},
+            batch_size=3,
+            rounds=1,
+            prompts_per_round=4,
+            n_responses=2,
+            generation={"max_new_tokens": 4},
+            show_progress=False,
+        )
         assert len(loop.run()) == 2
-    for name in ("config.json", "round-000/pool.jsonl", "round-000/picked.jsonl",
-                 "round-000/labels.jsonl", "round-000/adapter/adapter_model.safetensors"):
+    for name in (
+        "config.json",
+        "round-000/pool.jsonl",
+        "round-000/picked.jsonl",
+        "round-000/labels.jsonl",
+        "round-000/adapter/adapter_model.safetensors",
+    ):
         assert (tmp_path / "names" / name).read_bytes() == (
-            tmp_path / "objects" / name).read_bytes(), name
+            tmp_path / "objects" / name
+        ).read_bytes(), name
     # The adapter of a round is a name again, with the tokenizer beside it.
     trained = ActiveDPOSelector(tmp_path / "names" / "round-000" / "adapter")
     assert len(trained.select(Dataset.from_list(ROWS), 2)) == 2

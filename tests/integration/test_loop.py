@@ -35,24 +35,42 @@ def _prefer(prompt: Any, a: Any, b: Any) -> int:
 def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: Any) -> ActiveDPOLoop:
     settings: dict[str, Any] = dict(
         output_dir=folder,
-        dpo_args=dpo_config(output_dir=str(folder / "trainer"), learning_rate=1e-2, max_steps=2,
-                            per_device_train_batch_size=3),
+        dpo_args=dpo_config(
+            output_dir=str(folder / "trainer"),
+            learning_rate=1e-2,
+            max_steps=2,
+            per_device_train_batch_size=3,
+        ),
         selector_options={"proj_dim": 64, "verify": False},
-        batch_size=3, rounds=2, prompts_per_round=4, n_responses=2,
-        generation={"max_new_tokens": 4}, show_progress=False)
+        batch_size=3,
+        rounds=2,
+        prompts_per_round=4,
+        n_responses=2,
+        generation={"max_new_tokens": 4},
+        show_progress=False,
+    )
     model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)
     prompts = options.pop("prompts", PROMPTS)
-    return ActiveDPOLoop(model, tiny_tokenizer(), prompts, oracle or CallableOracle(_prefer),
-                         **{**settings, **options})
+    return ActiveDPOLoop(
+        model,
+        tiny_tokenizer(),
+        prompts,
+        oracle or CallableOracle(_prefer),
+        **{**settings, **options},
+    )
 
 
 def _files(folder: Path) -> dict[str, bytes]:
     """Everything on disk that does not tell the time."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
-             if path.suffix in (".jsonl", ".safetensors")}
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.suffix in (".jsonl", ".safetensors")
+    }
     for record in read_records(folder):
         found[f"record {record.round}"] = json.dumps(
-            [record.labels_total, record.metrics, sorted(record.seconds)]).encode()
+            [record.labels_total, record.metrics, sorted(record.seconds)]
+        ).encode()
     return found
 
 
@@ -72,8 +90,14 @@ def test_rounds_are_recorded(whole: Path) -> None:
     assert [record.round for record in records] == [-1, 0, 1]
     assert [record.labels_total for record in records] == [0, 3, 6]
     assert {r.strategy for r in records} == {"activedpo"}
-    assert set(records[1].seconds) == {"generate", "features", "select", "label", "train",
-                                       "evaluate"}
+    assert set(records[1].seconds) == {
+        "generate",
+        "features",
+        "select",
+        "label",
+        "train",
+        "evaluate",
+    }
     assert len({record.metrics["norm"] for record in records}) == 3  # the weights moved
     for t in range(2):
         lines = (whole / f"round-00{t}" / "labels.jsonl").read_text().splitlines()
@@ -104,6 +128,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
             if calls["n"] == fail_at:
                 raise _Interrupted
             return result
+
         return call
 
     with monkeypatch.context() as patch:
@@ -143,35 +168,46 @@ def test_other_settings_are_refused_by_name(whole: Path) -> None:
 
 def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any) -> None:
     # Each round has four of the five prompts that are not excluded, and not all groups.
-    rules = PickRules(exclude=[f"p{n}" for n in range(5)], group_by="n",
-                      quotas={"5": 0, "6": 1, "7": 1}, max_per_prompt=1)
+    rules = PickRules(
+        exclude=[f"p{n}" for n in range(5)],
+        group_by="n",
+        quotas={"5": 0, "6": 1, "7": 1},
+        max_per_prompt=1,
+    )
     caplog.set_level("WARNING", logger="activedpo_fast")
     loop = _loop(tmp_path, rules=rules, n_responses=3, batch_size=4)
     records = loop.run()
     offered, picked = [], []
     for t in range(2):
-        offered.append({item.id for item in PreferencePool.load(
-            tmp_path / f"round-00{t}" / "pool.jsonl")})
-        picked.append([pick.id for pick in Selection.from_jsonl(
-            tmp_path / f"round-00{t}" / "picked.jsonl")])
+        offered.append(
+            {item.id for item in PreferencePool.load(tmp_path / f"round-00{t}" / "pool.jsonl")}
+        )
+        picked.append(
+            [pick.id for pick in Selection.from_jsonl(tmp_path / f"round-00{t}" / "picked.jsonl")]
+        )
     assert all(len(ids) == 4 and min(ids) >= "p5" for ids in offered)
     assert [set(ids) for ids in picked] == [ids - {"p5"} for ids in offered]
     assert records[-1].labels_total == sum(map(len, picked)) < 8
     assert f"{len(picked[0])} of 4 pairs picked" in caplog.text
 
     _loop(tmp_path, rules=rules, n_responses=3, batch_size=4).run()
-    for other, name in ((None, "rules"), (replace(rules, max_per_prompt=2), "rules.max_per_prompt"),
-                        (replace(rules, exclude=["p1"]), "rules.exclude"),
-                        (replace(rules, quotas={"6": 1}), "rules.quotas")):
+    for other, name in (
+        (None, "rules"),
+        (replace(rules, max_per_prompt=2), "rules.max_per_prompt"),
+        (replace(rules, exclude=["p1"]), "rules.exclude"),
+        (replace(rules, quotas={"6": 1}), "rules.quotas"),
+    ):
         with pytest.raises(ActiveDPOError, match=f"other settings: {name}"):
             _loop(tmp_path, rules=other, n_responses=3, batch_size=4).run()
 
 
 def test_rules_are_checked_against_all_prompts(tmp_path: Path) -> None:
-    for rules, message in ((PickRules(exclude=[p.id for p in PROMPTS]), "no prompt is left"),
-                           (PickRules(exclude=["p77"]), "no item has the id 'p77'"),
-                           (PickRules(group_by="n", quotas={"77": 1}), "no item's 'n' is '77'"),
-                           (PickRules(cost="n"), "'n' of item 'p0' must be a positive number")):
+    for rules, message in (
+        (PickRules(exclude=[p.id for p in PROMPTS]), "no prompt is left"),
+        (PickRules(exclude=["p77"]), "no item has the id 'p77'"),
+        (PickRules(group_by="n", quotas={"77": 1}), "no item's 'n' is '77'"),
+        (PickRules(cost="n"), "'n' of item 'p0' must be a positive number"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             _loop(tmp_path, rules=rules)
 
@@ -185,8 +221,14 @@ def test_a_round_with_nothing_to_label_is_an_error(tmp_path: Path) -> None:
 def test_people_label_between_runs(tmp_path: Path) -> None:
     oracle = FileOracle(tmp_path / "people")
     for done in range(3):
-        loop = _loop(tmp_path / "run", oracle, train_on="newest", start_from="current",
-                     reference="round", strategy="random")
+        loop = _loop(
+            tmp_path / "run",
+            oracle,
+            train_on="newest",
+            start_from="current",
+            reference="round",
+            strategy="random",
+        )
         if done == 2:
             assert [record.labels_total for record in loop.run()] == [0, 2, 4]
             break
@@ -220,16 +262,25 @@ def test_a_round_without_a_preference_is_passed_over(
         _fill_in(tmp_path / "people", answer)
     records = _loop(tmp_path / "run", oracle, rounds=3, **options).run()
     assert [record.labels_total for record in records] == [0, 0, 3, 3]
-    weights = [load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
-               for name in ("start", "round-000", "round-001", "round-002")]
-    same = [all(torch.equal(a[name], b[name]) for name in a)
-            for a, b in zip(weights, weights[1:], strict=False)]
+    weights = [
+        load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
+        for name in ("start", "round-000", "round-001", "round-002")
+    ]
+    same = [
+        all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(weights, weights[1:], strict=False)
+    ]
     assert same == [True, False, True]
     said = [r.getMessage() for r in caplog.records if "preference" in r.getMessage()]
-    assert said == [f"round-00{t}: none of its 3 pairs got a preference: there is nothing new to "
-                    "train on, and the adapter stays as it was" for t in (0, 2)]
-    labels = [json.loads(line)["label"] for line in
-              (tmp_path / "run" / "round-000" / "labels.jsonl").read_text().splitlines()]
+    assert said == [
+        f"round-00{t}: none of its 3 pairs got a preference: there is nothing new to "
+        "train on, and the adapter stays as it was"
+        for t in (0, 2)
+    ]
+    labels = [
+        json.loads(line)["label"]
+        for line in (tmp_path / "run" / "round-000" / "labels.jsonl").read_text().splitlines()
+    ]
     assert labels == ["skip"] * 3
 
 
@@ -248,8 +299,9 @@ def test_nulls_in_the_labels_of_an_earlier_version_are_no_preference(
 def test_a_prompt_in_several_rows_is_one_prompt(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     prompts = [*PROMPTS[:4], *(replace(p, id=f"again-{p.id}") for p in PROMPTS[:4])]
-    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=3,
-                 rules=PickRules(exclude=["again-p1"]))
+    loop = _loop(
+        tmp_path, prompts=prompts, prompts_per_round=3, rules=PickRules(exclude=["again-p1"])
+    )
     assert "4 of 8 prompts repeat the text of an earlier one: it is offered once" in caplog.text
     loop.run()
     for t in range(2):
@@ -259,11 +311,23 @@ def test_a_prompt_in_several_rows_is_one_prompt(tmp_path: Path, caplog: Any) -> 
 
 def test_prompts_of_one_column_value_are_asked_as_one(tmp_path: Path) -> None:
     prompts = [replace(p, extra={"post": n % 2}) for n, p in enumerate(PROMPTS[:6])]
-    loop = _loop(tmp_path, prompts=prompts, prompts_per_round=2, batch_size=1, n_responses=2,
-                 rules=PickRules(prompt_by="post"), strategy="random")
+    loop = _loop(
+        tmp_path,
+        prompts=prompts,
+        prompts_per_round=2,
+        batch_size=1,
+        n_responses=2,
+        rules=PickRules(prompt_by="post"),
+        strategy="random",
+    )
     loop.run()
-    posts = [[{p.id: p for p in prompts}[pick.id].extra["post"] for pick in Selection.from_jsonl(
-        tmp_path / f"round-00{t}" / "picked.jsonl")] for t in range(2)]
+    posts = [
+        [
+            {p.id: p for p in prompts}[pick.id].extra["post"]
+            for pick in Selection.from_jsonl(tmp_path / f"round-00{t}" / "picked.jsonl")
+        ]
+        for t in range(2)
+    ]
     offered = PreferencePool.load(tmp_path / "round-001" / "pool.jsonl")
     # What was not asked comes first: both prompts of round 1 are of the other post.
     assert {item.extra["post"] for item in offered} == {1 - posts[0][0]}
@@ -276,8 +340,14 @@ def test_pairs_without_a_preference_are_not_asked_again(tmp_path: Path) -> None:
     def nobody_knows(prompt: Any, a: Any, b: Any) -> None:
         asked.append((prompt, frozenset([a, b])))
 
-    loop = _loop(tmp_path, CallableOracle(nobody_knows), prompts=PROMPTS[:2], batch_size=2,
-                 prompts_per_round=2, rounds=2)
+    loop = _loop(
+        tmp_path,
+        CallableOracle(nobody_knows),
+        prompts=PROMPTS[:2],
+        batch_size=2,
+        prompts_per_round=2,
+        rounds=2,
+    )
     loop.run()
     texts = [(tmp_path / f"round-00{t}" / "pool.jsonl").read_text() for t in range(2)]
     # The second round with the pool of the first: every pair of it was asked.
@@ -317,9 +387,18 @@ def test_columns_of_the_prompts_are_those_of_now(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Costs that were corrected, or come only now, after responses were generated."""
+
     def prompts(cheap: str | None) -> list[Prompt]:
-        return [replace(p, extra={**p.extra, **({} if cheap is None else {
-            "tokens": 1e-6 if p.id == cheap else 1.0})}) for p in PROMPTS[:4]]
+        return [
+            replace(
+                p,
+                extra={
+                    **p.extra,
+                    **({} if cheap is None else {"tokens": 1e-6 if p.id == cheap else 1.0}),
+                },
+            )
+            for p in PROMPTS[:4]
+        ]
 
     def first(folder: Path, cheap: str | None) -> str:
         rules = None if cheap is None else PickRules(cost="tokens")
@@ -329,12 +408,18 @@ def test_columns_of_the_prompts_are_those_of_now(
     for before in ("p0", None):
         folder = tmp_path / str(before)
         with pytest.raises(LabelsPending):
-            _loop(folder, FileOracle(tmp_path / "people" / str(before)), prompts=prompts(before),
-                  rules=None if before is None else PickRules(cost="tokens"), rounds=1,
-                  batch_size=1).run()
+            _loop(
+                folder,
+                FileOracle(tmp_path / "people" / str(before)),
+                prompts=prompts(before),
+                rules=None if before is None else PickRules(cost="tokens"),
+                rounds=1,
+                batch_size=1,
+            ).run()
         (folder / "round-000" / "picked.jsonl").unlink()  # as if killed while picking
         caplog.clear()
         with caplog.at_level("INFO", logger="activedpo_fast"):
             assert first(folder, "p3") == "p3"
         assert "columns of the prompts have changed and are read as they are now: tokens" in (
-            caplog.text)
+            caplog.text
+        )

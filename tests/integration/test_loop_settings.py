@@ -33,21 +33,33 @@ TEXTS = [Prompt(f"p{n}", f"The {word}") for n, word in enumerate(WORDS)]
 CHATS = [Prompt(p.id, [{"role": "user", "content": str(p.prompt)}]) for p in TEXTS]
 
 
-def _policy(base: dict[str, Any] | None = None, randomize: bool = True, seed: int = 1,
-            **config: Any) -> PeftModel:
-    return lora(tiny_causal_lm("llama", **(base or {})), "llama", seed=seed, randomize=randomize,
-                **config)
+def _policy(
+    base: dict[str, Any] | None = None, randomize: bool = True, seed: int = 1, **config: Any
+) -> PeftModel:
+    return lora(
+        tiny_causal_lm("llama", **(base or {})), "llama", seed=seed, randomize=randomize, **config
+    )
 
 
-def _loop(folder: Path, model: PeftModel, tokenizer: Any = None, oracle: Any = None,
-          **options: Any) -> ActiveDPOLoop:
+def _loop(
+    folder: Path, model: PeftModel, tokenizer: Any = None, oracle: Any = None, **options: Any
+) -> ActiveDPOLoop:
     settings: dict[str, Any] = dict(
         output_dir=folder,
-        dpo_args=dpo_config(output_dir=str(folder / "trainer"), learning_rate=1e-2, max_steps=1,
-                            per_device_train_batch_size=2),
+        dpo_args=dpo_config(
+            output_dir=str(folder / "trainer"),
+            learning_rate=1e-2,
+            max_steps=1,
+            per_device_train_batch_size=2,
+        ),
         selector_options={"proj_dim": 32, "verify": False},
-        batch_size=2, rounds=1, prompts_per_round=3, n_responses=2,
-        generation={"max_new_tokens": 4}, show_progress=False)
+        batch_size=2,
+        rounds=1,
+        prompts_per_round=3,
+        n_responses=2,
+        generation={"max_new_tokens": 4},
+        show_progress=False,
+    )
     tokenizer = tokenizer or tiny_tokenizer()
     prompts = CHATS if tokenizer.chat_template else TEXTS
     oracle = oracle or CallableOracle(lambda prompt, a, b: 0)
@@ -75,22 +87,27 @@ def _other_eos(model: PeftModel) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: _policy(lora_alpha=800), r"lora\.lora_alpha \(8, now 800\)"),
-    (lambda: _policy(target_modules=["q_proj"]), r"lora\.target_modules"),
-    (lambda: _policy({"seed": 7}), r"base\.weights"),
-    (lambda: _changed_weight(_policy()), r"base\.weights"),
-    (lambda: _policy({"dtype": torch.bfloat16}), r"base\.dtype \('float32', now 'bfloat16'\)"),
-    (lambda: _policy({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-     r"base\.config\.rope_parameters\.rope_theta \(10000\.0, now 500000\.0\)"),
-    (lambda: _other_eos(_policy()),
-     r"base\.generation_config\.eos_token_id \(0, now \[0, 5\]\)"),
-    (lambda: _policy(seed=2), r"the adapter differs from .*start/adapter"),
-    (lambda: _policy(randomize=False), r"the adapter differs from .*start/adapter"),
-])
-def test_another_policy_is_refused(
-    run: Path, make: Callable[[], PeftModel], message: str
-) -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _policy(lora_alpha=800), r"lora\.lora_alpha \(8, now 800\)"),
+        (lambda: _policy(target_modules=["q_proj"]), r"lora\.target_modules"),
+        (lambda: _policy({"seed": 7}), r"base\.weights"),
+        (lambda: _changed_weight(_policy()), r"base\.weights"),
+        (lambda: _policy({"dtype": torch.bfloat16}), r"base\.dtype \('float32', now 'bfloat16'\)"),
+        (
+            lambda: _policy({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+            r"base\.config\.rope_parameters\.rope_theta \(10000\.0, now 500000\.0\)",
+        ),
+        (
+            lambda: _other_eos(_policy()),
+            r"base\.generation_config\.eos_token_id \(0, now \[0, 5\]\)",
+        ),
+        (lambda: _policy(seed=2), r"the adapter differs from .*start/adapter"),
+        (lambda: _policy(randomize=False), r"the adapter differs from .*start/adapter"),
+    ],
+)
+def test_another_policy_is_refused(run: Path, make: Callable[[], PeftModel], message: str) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ActiveDPOError, match=f"holds a run with other settings: {message}"):
         _loop(run, make(), rounds=2).run()
@@ -100,8 +117,11 @@ def test_another_policy_is_refused(
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|im_end|>"
-    with pytest.raises(ActiveDPOError, match=r"tokenizer\.special_tokens\.eos_token \('<\|endoft"
-                                             r"ext\|>', now '<\|im_end\|>'\)"):
+    with pytest.raises(
+        ActiveDPOError,
+        match=r"tokenizer\.special_tokens\.eos_token \('<\|endoft"
+        r"ext\|>', now '<\|im_end\|>'\)",
+    ):
         _loop(run, _policy(), tokenizer, rounds=2).run()
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["label"])
@@ -206,9 +226,7 @@ def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_that_was_moved_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_was_moved_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     for rounds, name in ((1, "here"), (2, "there")):
         model = _policy()
@@ -217,8 +235,11 @@ def test_a_model_that_was_moved_goes_on(
     assert "model ('here', now 'there')" in caplog.text
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["settings"] = {name: value for name, value in config["settings"].items()
-                          if name not in ("base", "lora", "tokenizer")}
+    config["settings"] = {
+        name: value
+        for name, value in config["settings"].items()
+        if name not in ("base", "lora", "tokenizer")
+    }
     path.write_text(json.dumps({**config, "format": 1}))  # the path is all that is known
     with pytest.raises(ActiveDPOError, match="model \\('there', now ''\\) differs"):
         _loop(tmp_path, _policy()).run()
@@ -286,8 +307,9 @@ def test_settings_do_not_depend_on_use(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(str(tmp_path / "adapter"))
-    loaded = policy_settings(*load_policy(tmp_path / "model", adapter=tmp_path / "adapter",
-                                          device="cpu"))
+    loaded = policy_settings(
+        *load_policy(tmp_path / "model", adapter=tmp_path / "adapter", device="cpu")
+    )
     assert loaded["base"] == before["base"] and loaded["tokenizer"] == before["tokenizer"]
     with torch.no_grad():
         model.get_base_model().model.embed_tokens.weight[33_333, 7] += 1e-3
@@ -299,12 +321,17 @@ def test_settings_do_not_depend_on_use(tmp_path: Path) -> None:
 
 def _yaml(folder: Path, **changes: Any) -> list[str]:
     config: dict[str, Any] = {
-        "model": str(folder / "model"), "adapter": str(folder / "adapter"),
-        "prompts": str(folder / "prompts.jsonl"), "output_dir": str(folder / "run"),
-        "device": "cpu", "selection": {"proj_dim": 32, "verify": False},
+        "model": str(folder / "model"),
+        "adapter": str(folder / "adapter"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "output_dir": str(folder / "run"),
+        "device": "cpu",
+        "selection": {"proj_dim": 32, "verify": False},
         "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
-        "generation": {"max_new_tokens": 4}, "dpo": {"max_steps": 1},
-        "oracle": {"kind": "files"}, **changes,
+        "generation": {"max_new_tokens": 4},
+        "dpo": {"max_steps": 1},
+        "oracle": {"kind": "files"},
+        **changes,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return ["run", str(folder / "run.yaml")]
@@ -325,7 +352,8 @@ def test_the_adapter_dtype_and_tokenizer_that_are_named_are_settings(
                     parameter.add_(seed)
         policy.save_pretrained(str(tmp_path / name))
     (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in TEXTS))
+        "".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in TEXTS)
+    )
     assert main(_yaml(tmp_path)) == 3
     assert main(_yaml(tmp_path)) == 3
     for changes, named in (
@@ -348,18 +376,29 @@ def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
         tiny_tokenizer().save_pretrained(tmp_path / name)
     tiny_causal_lm("llama").save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in TEXTS))
+        "".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in TEXTS)
+    )
 
     def run(seed: int = 0, **options: Any) -> int:
         torch.manual_seed(seed)
-        LlamaForSequenceClassification(LlamaConfig(
-            num_labels=1, vocab_size=384, hidden_size=16, num_hidden_layers=1,
-            num_attention_heads=2, intermediate_size=16,
-            pad_token_id=tiny_tokenizer().pad_token_id)).save_pretrained(tmp_path / "reward")
+        LlamaForSequenceClassification(
+            LlamaConfig(
+                num_labels=1,
+                vocab_size=384,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                pad_token_id=tiny_tokenizer().pad_token_id,
+            )
+        ).save_pretrained(tmp_path / "reward")
         oracle = {"kind": "reward_model", "model": str(tmp_path / "reward"), **options}
         capsys.readouterr()
-        return main(_yaml(tmp_path, adapter=None, lora={"r": 2, "target_modules": ["q_proj"]},
-                          oracle=oracle))
+        return main(
+            _yaml(
+                tmp_path, adapter=None, lora={"r": 2, "target_modules": ["q_proj"]}, oracle=oracle
+            )
+        )
 
     assert run() == 0
     assert run(temperature=1.0, batch_size=3) == 0  # the default, and what changes no label
@@ -394,10 +433,14 @@ def test_a_strategy_of_ones_own_is_a_setting_with_its_options(tmp_path: Path) ->
             return Ranking(places, torch.zeros(n, dtype=torch.float64))
 
     _loop(tmp_path, _policy(), strategy=Last()).run()
-    picked = [json.loads(line) for line in
-              (tmp_path / "round-000" / "picked.jsonl").read_text().splitlines()]
-    pool = [json.loads(line)["id"] for line in
-            (tmp_path / "round-000" / "pool.jsonl").read_text().splitlines()]
+    picked = [
+        json.loads(line)
+        for line in (tmp_path / "round-000" / "picked.jsonl").read_text().splitlines()
+    ]
+    pool = [
+        json.loads(line)["id"]
+        for line in (tmp_path / "round-000" / "pool.jsonl").read_text().splitlines()
+    ]
     assert [pick["id"] for pick in picked] == pool[:0:-1]
     _loop(tmp_path, _policy(), strategy=Last(), rounds=2).run()
     with pytest.raises(ActiveDPOError, match=r"other settings: strategy\.step \(1, now 2\)"):

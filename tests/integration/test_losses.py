@@ -29,36 +29,56 @@ PAIRS = [
     ("TL;DR: ", "choose well, label less, choose well", "label"),
     ("What is a sketch?", " A short random projection.", " It is what people prefer, one of them"),
 ]
-POOL = PreferencePool.from_rows({"id": str(n), "prompt": prompt, "responses": list(responses)}
-                                for n, (prompt, *responses) in enumerate(PAIRS))
-DATA = Dataset.from_list([{"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                          for prompt, chosen, rejected in PAIRS])
+POOL = PreferencePool.from_rows(
+    {"id": str(n), "prompt": prompt, "responses": list(responses)}
+    for n, (prompt, *responses) in enumerate(PAIRS)
+)
+DATA = Dataset.from_list(
+    [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        for prompt, chosen, rejected in PAIRS
+    ]
+)
 BETA = 0.3
 
 
 def _args(tmp_path: Path, loss_type: Any, **options: Any) -> Any:
-    return dpo_config(**{"output_dir": str(tmp_path), "beta": BETA, "loss_type": loss_type,
-                         "label_smoothing": 0.1, **options})
+    return dpo_config(
+        **{
+            "output_dir": str(tmp_path),
+            "beta": BETA,
+            "loss_type": loss_type,
+            "label_smoothing": 0.1,
+            **options,
+        }
+    )
 
 
 def _trainer(model: Any, args: Any) -> Any:
-    trainer = trl.DPOTrainer(model=model, args=args, train_dataset=DATA,
-                             processing_class=tiny_tokenizer())
+    trainer = trl.DPOTrainer(
+        model=model, args=args, train_dataset=DATA, processing_class=tiny_tokenizer()
+    )
     model.eval()
     return trainer
 
 
 def _losses(trainer: Any) -> list[torch.Tensor]:
     """TRL's own loss of every pair, with its graph."""
-    return [trainer.compute_loss(trainer.model, trainer.data_collator([row]))
-            for row in trainer.train_dataset]
+    return [
+        trainer.compute_loss(trainer.model, trainer.data_collator([row]))
+        for row in trainer.train_dataset
+    ]
 
 
 def _features(model: Any, settings: dict[str, Any]) -> torch.Tensor:
     """φ of the three pairs, exact and not normalized."""
     extractor = ActiveDPOSelector(model, tiny_tokenizer(), sketch="none", **settings).extractor
-    tokens = tokenize_pool(POOL, tiny_tokenizer(), max_length=settings["max_length"],
-                           truncation_mode=settings["truncation_mode"])
+    tokens = tokenize_pool(
+        POOL,
+        tiny_tokenizer(),
+        max_length=settings["max_length"],
+        truncation_mode=settings["truncation_mode"],
+    )
     rows = extractor.gradients(tokens, show_progress=False).gradients
     return rows[0::2] - rows[1::2]
 
@@ -71,9 +91,12 @@ def _gradients(model: Any, args: Any) -> torch.Tensor:
     """Of TRL's own loss of every pair, where policy and reference are the same."""
     trainer = _trainer(model, args)
     parameters = list(trainable(model).values())
-    return torch.stack([
-        torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
-        for loss in _losses(trainer)])
+    return torch.stack(
+        [
+            torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+            for loss in _losses(trainer)
+        ]
+    )
 
 
 # `apo_down` moves the rejected response alone where policy and reference are the same.
@@ -89,19 +112,30 @@ def test_features_point_where_the_loss_of_trl_does(loss_type: str, tmp_path: Pat
     other = _features(model, {**settings, "length_normalized": loss_type in _SUMS})
     assert float(_cosines(other, expected).abs().min()) < 0.98
     if loss_type == "ipo":  # (δ − 1/2β)² with δ = 0: the length is right, too
-        assert relative_error(-features / BETA ** 2, expected) < 1e-4
+        assert relative_error(-features / BETA**2, expected) < 1e-4
     if loss_type in ("sigmoid", "sigmoid_norm"):
         assert relative_error(-features / 2, expected) < 1e-4
 
 
-@pytest.mark.parametrize("options", [
-    {"loss_type": "robust", "label_smoothing": 0.3}, {"loss_type": "discopop", "discopop_tau": 0.5},
-    {"use_weighting": True}, {"pad_token": "The"}, {"padding_free": True},
-    {"pad_to_multiple_of": 64}, {"precompute_ref_log_probs": True}, {"disable_dropout": False},
-    {"dataset_num_proc": 1}, {"ld_alpha": 1.0}, {"label_smoothing_factor": 0.2},
-    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
-    {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.0]},
-], ids=lambda options: ", ".join(options))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "robust", "label_smoothing": 0.3},
+        {"loss_type": "discopop", "discopop_tau": 0.5},
+        {"use_weighting": True},
+        {"pad_token": "The"},
+        {"padding_free": True},
+        {"pad_to_multiple_of": 64},
+        {"precompute_ref_log_probs": True},
+        {"disable_dropout": False},
+        {"dataset_num_proc": 1},
+        {"ld_alpha": 1.0},
+        {"label_smoothing_factor": 0.2},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.0]},
+    ],
+    ids=lambda options: ", ".join(options),
+)
 @pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
 def test_irrelevant_options_do_not_turn_the_gradient(options: Any, tmp_path: Path) -> None:
     args = _args(tmp_path, **{"loss_type": "sigmoid", **options})
@@ -111,8 +145,9 @@ def test_irrelevant_options_do_not_turn_the_gradient(options: Any, tmp_path: Pat
     assert _cosines(features, expected).abs().tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "ipo"]}, {"loss_type": "apo_down"}])
+@pytest.mark.parametrize(
+    "options", [{"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "ipo"]}, {"loss_type": "apo_down"}]
+)
 def test_refused_options_do(options: Any, tmp_path: Path) -> None:
     """As does `apo_down`, of which the docs say so: its reward is that of the features, though."""
     args = _args(tmp_path, **{"loss_type": "sigmoid", **options})
@@ -121,8 +156,9 @@ def test_refused_options_do(options: Any, tmp_path: Path) -> None:
     assert float(_cosines(features, _gradients(model, args)).abs().min()) < 0.98
 
 
-@pytest.mark.parametrize(("max_length", "truncation_mode"),
-                         [(1024, "keep_start"), (12, "keep_start"), (8, "keep_end")])
+@pytest.mark.parametrize(
+    ("max_length", "truncation_mode"), [(1024, "keep_start"), (12, "keep_start"), (8, "keep_end")]
+)
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm"])
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 def test_reward_differences_are_those_of_the_loss(
@@ -136,25 +172,34 @@ def test_reward_differences_are_those_of_the_loss(
     load_adapter_state(model, {n: 1.5 * w for n, w in adapter_state(model).items()})
     losses = torch.stack(_losses(trainer)).detach().double()
     settings = selector_settings(args)
-    selector = ActiveDPOSelector(model, tiny_tokenizer(), strategy="margin_large", proj_dim=64,
-                                 **settings)
+    selector = ActiveDPOSelector(
+        model, tiny_tokenizer(), strategy="margin_large", proj_dim=64, **settings
+    )
     picked = {pick.id: pick for pick in selector.select(POOL, 3, show_progress=False)}
     d = torch.tensor([picked[item.id].score for item in POOL], dtype=torch.float64)
     assert float(d.min()) > 1e-4
-    by_sign = [((sign * d / BETA - 1 / (2 * BETA)).square() if loss_type == "ipo"
-                else -torch.nn.functional.logsigmoid(sign * d)) for sign in (1, -1)]
+    by_sign = [
+        (
+            (sign * d / BETA - 1 / (2 * BETA)).square()
+            if loss_type == "ipo"
+            else -torch.nn.functional.logsigmoid(sign * d)
+        )
+        for sign in (1, -1)
+    ]
     error = torch.minimum(*((found - losses).abs() for found in by_sign))
     assert float((error / losses).max()) < 1e-5
     tokens = selector.tokenize(POOL)
     if truncation_mode == "keep_end":
-        assert any(scored_tokens(s) < len(s.input_ids) - s.completion_start
-                   for s in tokens.sequences)
+        assert any(
+            scored_tokens(s) < len(s.input_ids) - s.completion_start for s in tokens.sequences
+        )
 
 
 def _pool_of_three() -> PreferencePool:
     return PreferencePool.from_rows(
         {"id": item.id, "prompt": item.prompt, "responses": [*item.responses, " fox dog"]}
-        for item in POOL)
+        for item in POOL
+    )
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -204,9 +249,11 @@ def test_loss_types_set_it_or_are_refused(tmp_path: Path) -> None:
         assert "length_normalized" not in settings(name)
     assert "length_normalized" not in settings(["sigmoid", "ipo"], loss_weights=[1.0, 0.0])
     assert settings(["ipo", "sigmoid_norm"])["length_normalized"] is True
-    for loss_type, message in ((["sigmoid", "ipo"], "'ipo' trains mean log-probs and 'sigmoid'"),
-                               ("sft", "'sft' learns nothing from a preference"),
-                               ("kto", "'kto' is not known; known: aot, aot_unpaired")):
+    for loss_type, message in (
+        (["sigmoid", "ipo"], "'ipo' trains mean log-probs and 'sigmoid'"),
+        ("sft", "'sft' learns nothing from a preference"),
+        ("kto", "'kto' is not known; known: aot, aot_unpaired"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             settings(loss_type)
 
@@ -217,15 +264,20 @@ def test_every_loss_type_of_trl_is_known() -> None:
     import re
 
     source = inspect.getsource(trl.DPOTrainer)
-    listed = source[source.index("Should be one of ["):]
-    listed = listed[:listed.index("]")]
+    listed = source[source.index("Should be one of [") :]
+    listed = listed[: listed.index("]")]
     assert set(re.findall(r"'(\w+)'", listed)) == _SUMS | _MEANS | {"sft"}
 
 
 def test_run_refuses_before_a_model_is_loaded(tmp_path: Path, capsys: Any) -> None:
-    config = {"model": "no_such_folder", "prompts": "none.jsonl", "oracle": {"kind": "files"},
-              "output_dir": str(tmp_path / "run"), "lora": {},
-              "dpo": {"bf16": False, "ld_alpha": 0.5}}
+    config = {
+        "model": "no_such_folder",
+        "prompts": "none.jsonl",
+        "oracle": {"kind": "files"},
+        "output_dir": str(tmp_path / "run"),
+        "lora": {},
+        "dpo": {"bf16": False, "ld_alpha": 0.5},
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     assert main(["run", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
@@ -241,13 +293,29 @@ def test_features_command(tmp_path: Path, capsys: Any) -> None:
     POOL.to_jsonl(tmp_path / "pool.jsonl")
     rows = {}
     for name, flags in (("sums", []), ("means", ["--length-normalized"])):
-        argv = ["features", str(tmp_path / "pool.jsonl"), "--model", str(tmp_path / "model"),
-                "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / name),
-                "--export", str(tmp_path / f"{name}.safetensors"), "--sketch", "none", "--quiet"]
+        argv = [
+            "features",
+            str(tmp_path / "pool.jsonl"),
+            "--model",
+            str(tmp_path / "model"),
+            "--adapter",
+            str(tmp_path / "adapter"),
+            "--output",
+            str(tmp_path / name),
+            "--export",
+            str(tmp_path / f"{name}.safetensors"),
+            "--sketch",
+            "none",
+            "--quiet",
+        ]
         assert main([*argv, *flags]) == 0
         rows[name] = load_file(tmp_path / f"{name}.safetensors")["features"]
-    lengths = torch.tensor([len(s.input_ids) - s.completion_start
-                            for s in tokenize_pool(POOL, tiny_tokenizer()).sequences])
+    lengths = torch.tensor(
+        [
+            len(s.input_ids) - s.completion_start
+            for s in tokenize_pool(POOL, tiny_tokenizer()).sequences
+        ]
+    )
     assert relative_error(rows["means"], rows["sums"] / lengths[:, None]) < 1e-6
     manifest = json.loads((tmp_path / "means" / "manifest.json").read_text())
     assert manifest["settings"]["length_normalized"] is True

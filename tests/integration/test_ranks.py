@@ -25,9 +25,10 @@ def problem():
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(PROMPTS * RESPONSES, DIM, generator=generator)
     for source, target in ((45, 2), (31, 30), (59, 16)):
-        rows[target * RESPONSES:(target + 1) * RESPONSES] = rows[
-            source * RESPONSES:(source + 1) * RESPONSES]
-    rows[RESPONSES * 20:RESPONSES * 21] = 1.0  # pairs with a zero feature
+        rows[target * RESPONSES : (target + 1) * RESPONSES] = rows[
+            source * RESPONSES : (source + 1) * RESPONSES
+        ]
+    rows[RESPONSES * 20 : RESPONSES * 21] = 1.0  # pairs with a zero feature
     within = torch.combinations(torch.arange(RESPONSES))
     pairs = torch.cat([within + RESPONSES * p for p in range(PROMPTS)])
     return rows, pairs
@@ -35,8 +36,9 @@ def problem():
 
 def share(rank, world):
     """First and last prompt of a process; the shares are uneven, and with 4 one is empty."""
-    bounds = [0, 7, 40, 40, PROMPTS] if world == 4 else [0, 41, PROMPTS] if world == 2 else [
-        0, PROMPTS]
+    bounds = (
+        [0, 7, 40, 40, PROMPTS] if world == 4 else [0, 41, PROMPTS] if world == 2 else [0, PROMPTS]
+    )
     return bounds[rank], bounds[rank + 1]
 
 
@@ -46,8 +48,9 @@ def rules(name, first, last):
     mine = slice(first * PAIRS, last * PAIRS)
     options = {}
     if name == "rules":
-        options = dict(prompt=prompt[mine], max_per_prompt=1,
-                       group=(prompt[mine] % 3) - 1, room=[3, 4])
+        options = dict(
+            prompt=prompt[mine], max_per_prompt=1, group=(prompt[mine] % 3) - 1, room=[3, 4]
+        )
     if name == "cost":
         options = dict(inverse_cost=1 / (1 + prompt[mine].double() % 5), min_score=1.9)
     if name == "random":
@@ -59,8 +62,8 @@ def cases(rank, world, group):
     """{name: (indices, scores)} of one process's view of every case."""
     rows, pairs = problem()
     first, last = share(rank, world)
-    mine = rows[first * RESPONSES:last * RESPONSES]
-    my_pairs = pairs[first * PAIRS:last * PAIRS] - first * RESPONSES
+    mine = rows[first * RESPONSES : last * RESPONSES]
+    my_pairs = pairs[first * PAIRS : last * PAIRS] - first * RESPONSES
     history = (rows[:40] + 0.5, torch.arange(40).view(-1, 2))
     found = {}
     for how in ("response", "pair", None):
@@ -72,21 +75,24 @@ def cases(rank, world, group):
     found["information"] = greedy_logdet(mine, my_pairs, 20, information=information, group=group)
     found["further"] = greedy_logdet(mine, my_pairs, 20, information=information, group=group)
     for name in ("rules", "cost", "random"):
-        found[name] = greedy_logdet(mine, my_pairs, 40, eligible=rules(name, first, last),
-                                    group=group)
+        found[name] = greedy_logdet(
+            mine, my_pairs, 40, eligible=rules(name, first, last), group=group
+        )
         scores = mine[my_pairs[:, 0], 0].double().abs()
-        found[f"top, {name}"] = rank_top(scores, scores * 1e-15, 40, rules(name, first, last),
-                                         group)
-    return {name: (ranking.indices.tolist(), ranking.scores.tolist())
-            for name, ranking in found.items()}
+        found[f"top, {name}"] = rank_top(
+            scores, scores * 1e-15, 40, rules(name, first, last), group
+        )
+    return {
+        name: (ranking.indices.tolist(), ranking.scores.tolist()) for name, ranking in found.items()
+    }
 
 
 def failures(rank, world, group):
     """What each process is told when another fails: {name: message}."""
     rows, pairs = problem()
     first, last = share(rank, world)
-    mine = rows[first * RESPONSES:last * RESPONSES].clone()
-    my_pairs = pairs[first * PAIRS:last * PAIRS] - first * RESPONSES
+    mine = rows[first * RESPONSES : last * RESPONSES].clone()
+    my_pairs = pairs[first * PAIRS : last * PAIRS] - first * RESPONSES
     told = {}
 
     def attempt(name, n=10, **settings):
@@ -120,8 +126,12 @@ def lose_one(rank, world, group):
 
         Processes.share = leave
     try:
-        greedy_logdet(rows[first * RESPONSES:last * RESPONSES],
-                      pairs[first * PAIRS:last * PAIRS] - first * RESPONSES, 10, group=group)
+        greedy_logdet(
+            rows[first * RESPONSES : last * RESPONSES],
+            pairs[first * PAIRS : last * PAIRS] - first * RESPONSES,
+            10,
+            group=group,
+        )
     except ActiveDPOError as error:
         return str(error)
     return "picked"
@@ -129,8 +139,13 @@ def lose_one(rank, world, group):
 
 def work(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                            world_size=world, timeout=timedelta(minutes=10))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=10),
+    )
     group = dist.group.WORLD
     result = {"cases": cases(rank, world, group), "failures": failures(rank, world, group)}
     result["lost"] = lose_one(rank, world, group)  # the last thing that the last process does
@@ -144,8 +159,7 @@ def results(request, tmp_path_factory):
     """What each process but the lost one has to say."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     mp.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
-    return [json.loads((folder / f"{rank}.json").read_text())
-            for rank in range(request.param - 1)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param - 1)]
 
 
 def test_all_take_the_picks_of_one_process(results):
@@ -167,8 +181,9 @@ def test_an_error_of_one_is_an_error_of_all(results):
         assert "processes 0 and 1 have lam = 2 and 1: they must agree" in told["settings"]
         assert "log det V" in told["history"]
         assert "processes 0 and 1 have min_score = -inf and 0.5" in told["rules"]
-        assert told["rows"] == (f"process {last} of {last + 1} failed, see its own error; nothing "
-                                "was selected")
+        assert told["rows"] == (
+            f"process {last} of {last + 1} failed, see its own error; nothing was selected"
+        )
 
 
 def test_a_lost_process_ends_the_selection_of_the_others(results):

@@ -23,16 +23,22 @@ trl = pytest.importorskip("trl")
 NEEDY = ("aplp", "margin_small", "margin_large", "adpo_plus", "trace_plus")
 POOL = PreferencePool.from_rows(
     {"id": f"item-{n}", "prompt": prompt, "responses": list(responses)}
-    for n, (prompt, responses) in enumerate([
-        ("The quick", (" brown fox", " dog jumps over the lazy fox")),
-        ("TL;DR: ", ("choose well", "label less")),
-        ("What is a sketch?", (" A short random projection.", " It is")),
-        ("people prefer one", (" of them", " times 0123456789")),
-        ("A library", (" that decides", " aligns a model")),
-    ]))
-DATA = Dataset.from_list([
-    {"prompt": item.prompt, "chosen": item.responses[0], "rejected": item.responses[1]}
-    for item in POOL])
+    for n, (prompt, responses) in enumerate(
+        [
+            ("The quick", (" brown fox", " dog jumps over the lazy fox")),
+            ("TL;DR: ", ("choose well", "label less")),
+            ("What is a sketch?", (" A short random projection.", " It is")),
+            ("people prefer one", (" of them", " times 0123456789")),
+            ("A library", (" that decides", " aligns a model")),
+        ]
+    )
+)
+DATA = Dataset.from_list(
+    [
+        {"prompt": item.prompt, "chosen": item.responses[0], "rejected": item.responses[1]}
+        for item in POOL
+    ]
+)
 
 
 def _model(**options: Any) -> Any:
@@ -41,14 +47,24 @@ def _model(**options: Any) -> Any:
 
 
 def _args(tmp_path: Path, **overrides: Any) -> Any:
-    return dpo_config(**{"output_dir": str(tmp_path), "learning_rate": 1e-2, "max_steps": 3,
-                         "per_device_train_batch_size": 5, "logging_steps": 1, "beta": 0.5,
-                         "lr_scheduler_type": "constant", **overrides})
+    return dpo_config(
+        **{
+            "output_dir": str(tmp_path),
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "per_device_train_batch_size": 5,
+            "logging_steps": 1,
+            "beta": 0.5,
+            "lr_scheduler_type": "constant",
+            **overrides,
+        }
+    )
 
 
 def _selector(model: Any, strategy: str = "margin_large", **options: Any) -> ActiveDPOSelector:
-    return ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, beta=0.5, proj_dim=64,
-                             **options)
+    return ActiveDPOSelector(
+        model, tiny_tokenizer(), strategy=strategy, beta=0.5, proj_dim=64, **options
+    )
 
 
 def _scores(selector: ActiveDPOSelector) -> torch.Tensor:
@@ -63,8 +79,13 @@ def _trainers_margins(trainer: Any) -> torch.Tensor:
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     model = trainer.model.eval()
     with torch.no_grad():
-        policy = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                       labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
+        policy = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        ).log_probs.sum(1)
     chosen, rejected = policy.chunk(2)
     ref_chosen, ref_rejected = trainer.compute_ref_log_probs(model, batch)
     return (0.5 * ((chosen - ref_chosen) - (rejected - ref_rejected))).abs().double()
@@ -74,9 +95,15 @@ def _state(model: Any) -> dict[str, Any]:
     """Weights, flags, modes and which adapters are active, everywhere in the model."""
     return {
         "adapters": (list(model.peft_config), model.active_adapter, model.active_adapters),
-        "layers": [(name, module.training, vars(module).get("_active_adapter"),
-                    vars(module).get("_disable_adapters"))
-                   for name, module in model.named_modules()],
+        "layers": [
+            (
+                name,
+                module.training,
+                vars(module).get("_active_adapter"),
+                vars(module).get("_disable_adapters"),
+            )
+            for name, module in model.named_modules()
+        ],
         "flags": [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
     }
@@ -91,8 +118,7 @@ def _assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_the_three_forms_agree_with_dpo_trainers_own_reference(tmp_path: Path) -> None:
     model, tokenizer = _model(), tiny_tokenizer()
     initial = adapter_state(model)
-    train_dpo(model, tokenizer, DATA, _args(tmp_path), initial_adapter=initial,
-              show_progress=False)
+    train_dpo(model, tokenizer, DATA, _args(tmp_path), initial_adapter=initial, show_progress=False)
     trained = adapter_state(model)
     by_weights = _scores(_selector(model, ref_model=initial))
     by_model = _scores(_selector(model, ref_model=_model()))
@@ -100,8 +126,9 @@ def test_the_three_forms_agree_with_dpo_trainers_own_reference(tmp_path: Path) -
 
     # TRL copies what the adapter is when the trainer is made; then it is trained.
     load_adapter_state(model, initial)
-    trainer = trl.DPOTrainer(model=model, args=_args(tmp_path), train_dataset=DATA,
-                             processing_class=tokenizer)
+    trainer = trl.DPOTrainer(
+        model=model, args=_args(tmp_path), train_dataset=DATA, processing_class=tokenizer
+    )
     load_adapter_state(model, trained)
     expected = _trainers_margins(trainer)
     assert float(expected.min()) > 1e-3
@@ -119,8 +146,9 @@ def test_the_policy_is_left_as_it_was(form: str, strategy: str) -> None:
     initial = adapter_state(model)
     name = "ref" if form == "ref" else "other"
     model.add_adapter(name, model.peft_config["default"])
-    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight \
-        .requires_grad_(False)  # flags that no adapter as a whole has
+    model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(
+        False
+    )  # flags that no adapter as a whole has
     model.base_model.model.model.layers[1].train()
     before = _state(model)
     ref_model: Any = {"weights": {n: 2 * w for n, w in initial.items()}, "name": "other"}.get(form)
@@ -172,26 +200,43 @@ def test_what_cannot_be_the_reference_is_one_clear_error() -> None:
     assert "unmerge" in error(model, None)
 
 
-PROMPTS = [Prompt(f"p{n}", f"The {word}", {}) for n, word in enumerate(
-    "library prompt model sketch label pair".split())]
+PROMPTS = [
+    Prompt(f"p{n}", f"The {word}", {})
+    for n, word in enumerate("library prompt model sketch label pair".split())
+]
 
 
 def _loop(folder: Path, **options: Any) -> ActiveDPOLoop:
     settings: dict[str, Any] = dict(
-        output_dir=folder, dpo_args=_args(folder / "trainer"), batch_size=4, rounds=2,
-        prompts_per_round=4, n_responses=2, generation={"max_new_tokens": 4},
-        selector_options={"proj_dim": 64, "verify": False}, show_progress=False)
-    return ActiveDPOLoop(_model(), tiny_tokenizer(), PROMPTS,
-                         CallableOracle(lambda prompt, a, b: int(a < b)), **{**settings, **options})
+        output_dir=folder,
+        dpo_args=_args(folder / "trainer"),
+        batch_size=4,
+        rounds=2,
+        prompts_per_round=4,
+        n_responses=2,
+        generation={"max_new_tokens": 4},
+        selector_options={"proj_dim": 64, "verify": False},
+        show_progress=False,
+    )
+    return ActiveDPOLoop(
+        _model(),
+        tiny_tokenizer(),
+        PROMPTS,
+        CallableOracle(lambda prompt, a, b: int(a < b)),
+        **{**settings, **options},
+    )
 
 
 def _picked(folder: Path, t: int) -> list[float]:
-    return [pick.score for pick in Selection.from_jsonl(
-        folder / f"round-00{t}" / "picked.jsonl", strategy="")]
+    return [
+        pick.score
+        for pick in Selection.from_jsonl(folder / f"round-00{t}" / "picked.jsonl", strategy="")
+    ]
 
 
-@pytest.mark.parametrize(("strategy", "untrained"), [
-    ("margin_small", 0.5), ("margin_large", 0.0), ("aplp", 0.0)])
+@pytest.mark.parametrize(
+    ("strategy", "untrained"), [("margin_small", 0.5), ("margin_large", 0.0), ("aplp", 0.0)]
+)
 @pytest.mark.parametrize("reference", ["initial", "round"])
 def test_before_training_every_reward_difference_is_zero(
     strategy: str, untrained: float, reference: Any, tmp_path: Path
@@ -226,21 +271,28 @@ def test_the_loops_reference_is_the_trainers_after_training(tmp_path: Path) -> N
     loop.run()
     pool = PreferencePool.from_jsonl(tmp_path / "round-001" / "pool.jsonl")
     picks = Selection.from_jsonl(tmp_path / "round-001" / "picked.jsonl", strategy="")
-    data = Dataset.from_list([{"prompt": p.prompt, "chosen": p.responses[0],
-                               "rejected": p.responses[1]} for p in picks])
+    data = Dataset.from_list(
+        [{"prompt": p.prompt, "chosen": p.responses[0], "rejected": p.responses[1]} for p in picks]
+    )
     assert len(picks) == len(pool.pairs())
     model = loop.model
     load_adapter_state(model, loop._initial)
-    trainer = trl.DPOTrainer(model=model, args=_args(tmp_path), train_dataset=data,
-                             processing_class=tiny_tokenizer())
+    trainer = trl.DPOTrainer(
+        model=model, args=_args(tmp_path), train_dataset=data, processing_class=tiny_tokenizer()
+    )
     loop._load(tmp_path / "round-000")
     assert [p.score for p in picks] == pytest.approx(_trainers_margins(trainer).tolist(), abs=2e-5)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"ld_alpha": 0.5}, "ld_alpha=0.5"), ({"sync_ref_model": True}, "sync_ref_model=True"),
-    ({"f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl'"),
-    ({"loss_type": ["sigmoid", "ipo"]}, "'ipo' trains mean log-probs")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5"),
+        ({"sync_ref_model": True}, "sync_ref_model=True"),
+        ({"f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl'"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "'ipo' trains mean log-probs"),
+    ],
+)
 def test_what_the_selection_cannot_follow_is_refused_before_a_run(
     options: Any, message: str, tmp_path: Path
 ) -> None:

@@ -27,18 +27,35 @@ PROMPTS = [Prompt(f"p{n}", f"The {word}") for n, word in enumerate(WORDS)]
 CHAT = [Prompt(p.id, [{"role": "user", "content": str(p.prompt)}]) for p in PROMPTS]
 
 
-def _loop(folder: Path, *, dpo: dict[str, Any] | None = None, model: Any = None,
-          prompts: Any = PROMPTS, generation: dict[str, Any] | None = None,
-          selector: dict[str, Any] | None = None, **options: Any) -> ActiveDPOLoop:
-    training = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 2,
-                **(dpo or {})}
+def _loop(
+    folder: Path,
+    *,
+    dpo: dict[str, Any] | None = None,
+    model: Any = None,
+    prompts: Any = PROMPTS,
+    generation: dict[str, Any] | None = None,
+    selector: dict[str, Any] | None = None,
+    **options: Any,
+) -> ActiveDPOLoop:
+    training = {
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        **(dpo or {}),
+    }
     settings: dict[str, Any] = dict(batch_size=3, rounds=2, prompts_per_round=4, n_responses=2)
     return ActiveDPOLoop(
         lora(tiny_causal_lm("llama"), "llama") if model is None else model,
-        tiny_tokenizer(chat=prompts is CHAT), prompts, FileOracle(folder / "people"),
-        output_dir=folder / "run", dpo_args=dpo_config(output_dir=str(folder / "run"), **training),
-        selector_options={"proj_dim": 64, "verify": False, **(selector or {})}, show_progress=False,
-        generation={"max_new_tokens": 4, **(generation or {})}, **{**settings, **options})
+        tiny_tokenizer(chat=prompts is CHAT),
+        prompts,
+        FileOracle(folder / "people"),
+        output_dir=folder / "run",
+        dpo_args=dpo_config(output_dir=str(folder / "run"), **training),
+        selector_options={"proj_dim": 64, "verify": False, **(selector or {})},
+        show_progress=False,
+        generation={"max_new_tokens": 4, **(generation or {})},
+        **{**settings, **options},
+    )
 
 
 def _refused(loop: ActiveDPOLoop) -> str:
@@ -49,21 +66,29 @@ def _refused(loop: ActiveDPOLoop) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("dpo", "message"), [
-    # Each of these fails in the trainer only, or after the first training step.
-    ({"eval_strategy": "steps", "eval_steps": 1}, "dpo.eval_strategy: "),
-    ({"eval_on_start": True}, "dpo: .*eval_dataset.*eval_on_start"),
-    ({"pad_token": "<nope>"}, "dpo.pad_token: "),
-    ({"precompute_ref_log_probs": True}, "dpo.precompute_ref_log_probs: .*reference to 'round'"),
-    ({"router_aux_loss_coef": 0.1}, "dpo.router_aux_loss_coef: "),
-    ({"loss_type": "exo_pair"}, "dpo.loss_type: Label smoothing"),
-    ({"lr_scheduler_kwargs": {"nope": 1}}, "dpo: TypeError: .*nope.*lr_scheduler_kwargs"),
-    ({"report_to": ["abacus"]}, "dpo.report_to: abacus"),
-    ({"dataloader_drop_last": True, "per_device_train_batch_size": 4},
-     "dpo.dataloader_drop_last: .*only batch, of 3 pairs: per_device_train_batch_size is 4"),
-    ({"max_length": 2}, "dpo.max_length=2"),
-    ({"sync_ref_model": True}, "sync_ref_model"),
-])
+@pytest.mark.parametrize(
+    ("dpo", "message"),
+    [
+        # Each of these fails in the trainer only, or after the first training step.
+        ({"eval_strategy": "steps", "eval_steps": 1}, "dpo.eval_strategy: "),
+        ({"eval_on_start": True}, "dpo: .*eval_dataset.*eval_on_start"),
+        ({"pad_token": "<nope>"}, "dpo.pad_token: "),
+        (
+            {"precompute_ref_log_probs": True},
+            "dpo.precompute_ref_log_probs: .*reference to 'round'",
+        ),
+        ({"router_aux_loss_coef": 0.1}, "dpo.router_aux_loss_coef: "),
+        ({"loss_type": "exo_pair"}, "dpo.loss_type: Label smoothing"),
+        ({"lr_scheduler_kwargs": {"nope": 1}}, "dpo: TypeError: .*nope.*lr_scheduler_kwargs"),
+        ({"report_to": ["abacus"]}, "dpo.report_to: abacus"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 4},
+            "dpo.dataloader_drop_last: .*only batch, of 3 pairs: per_device_train_batch_size is 4",
+        ),
+        ({"max_length": 2}, "dpo.max_length=2"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+    ],
+)
 def test_what_the_trainer_refuses_is_refused_before_anything_is_written(
     tmp_path: Path, dpo: dict[str, Any], message: str
 ) -> None:
@@ -90,8 +115,16 @@ def test_adapters_that_cannot_be_trained_or_scored(tmp_path: Path) -> None:
 def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
     long = [*PROMPTS[:-1], Prompt("long", "The fox " * 150)]
     # The order is drawn by the seed: with this one the long prompt is not of the first round.
-    message = _refused(_loop(tmp_path, model=lora(tiny_causal_lm("gpt2"), "gpt2"), prompts=long,
-                             prompts_per_round=1, batch_size=1, seed=1))
+    message = _refused(
+        _loop(
+            tmp_path,
+            model=lora(tiny_causal_lm("gpt2"), "gpt2"),
+            prompts=long,
+            prompts_per_round=1,
+            batch_size=1,
+            seed=1,
+        )
+    )
     assert message.startswith("generation: item 'long': ") and "256 positions" in message
     assert "generation: top_p: 2" in _refused(_loop(tmp_path, generation={"top_p": 2}))
     message = _refused(_loop(tmp_path, batch_size=5))
@@ -99,14 +132,26 @@ def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [
-    {"dpo": {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}},
-    {"dpo": {"bf16": True, "neftune_noise_alpha": 5.0}, "prompts": CHAT, "n_responses": 3,
-     "selector": {"verify": True}},
-    {"dpo": {"precompute_ref_log_probs": True, "full_determinism": True}, "reference": "round",
-     "strategy": "margin_small", "selector": {"verify": True}},
-    {"eight_bits": True},
-], ids=["checkpointing", "chat", "precompute", "8-bit"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dpo": {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}},
+        {
+            "dpo": {"bf16": True, "neftune_noise_alpha": 5.0},
+            "prompts": CHAT,
+            "n_responses": 3,
+            "selector": {"verify": True},
+        },
+        {
+            "dpo": {"precompute_ref_log_probs": True, "full_determinism": True},
+            "reference": "round",
+            "strategy": "margin_small",
+            "selector": {"verify": True},
+        },
+        {"eight_bits": True},
+    ],
+    ids=["checkpointing", "chat", "precompute", "8-bit"],
+)
 def test_a_rehearsal_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
@@ -120,16 +165,23 @@ def test_a_rehearsal_leaves_no_trace(
 
     def state() -> dict[str, Any]:
         tokenizer = loop.processing_class
-        return {**_snapshot(model), "python": random.getstate(),
-                "numpy": str(numpy.random.get_state()),
-                "torch": torch.get_rng_state().tolist(),
-                "deterministic": (torch.are_deterministic_algorithms_enabled(),
-                                  torch.backends.cudnn.deterministic),
-                "variables": dict(os.environ),
-                "tokenizer": (tokenizer.pad_token, tokenizer.padding_side),
-                "arguments": loop.dpo_args.to_dict(),
-                "layouts": (dict(loop.selector.extractor._gradient_layout),
-                            dict(loop.selector.extractor._forward_layout))}
+        return {
+            **_snapshot(model),
+            "python": random.getstate(),
+            "numpy": str(numpy.random.get_state()),
+            "torch": torch.get_rng_state().tolist(),
+            "deterministic": (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.backends.cudnn.deterministic,
+            ),
+            "variables": dict(os.environ),
+            "tokenizer": (tokenizer.pad_token, tokenizer.padding_side),
+            "arguments": loop.dpo_args.to_dict(),
+            "layouts": (
+                dict(loop.selector.extractor._gradient_layout),
+                dict(loop.selector.extractor._forward_layout),
+            ),
+        }
 
     tensors = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
     random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
@@ -171,22 +223,27 @@ def _label(folder: Path, label: int | str = 0) -> None:
     """Answer what is not answered yet."""
     for path in (folder / "people").glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(
-            json.dumps({**row, "label": label if row["label"] is None else row["label"]}) + "\n"
-            for row in rows))
+        path.write_text(
+            "".join(
+                json.dumps({**row, "label": label if row["label"] is None else row["label"]}) + "\n"
+                for row in rows
+            )
+        )
 
 
 def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> None:
     with pytest.raises(LabelsPending):
         _loop(tmp_path).run()
-    for options, name in (({"selector": {"proj_dim": 32}}, "selector_options.proj_dim"),
-                          ({"dpo": {"beta": 0.2}}, "dpo.beta"),
-                          ({"dpo": {"max_length": 99}}, "dpo.max_length"),
-                          ({"dpo": {"loss_type": "ipo"}}, "dpo.loss_type"),
-                          ({"strategy": "random"}, "strategy"),
-                          ({"generation": {"max_new_tokens": 5}}, "generation.max_new_tokens"),
-                          ({"rules": PickRules(max_per_prompt=1)}, "rules"),
-                          ({"seed": 1}, "seed")):
+    for options, name in (
+        ({"selector": {"proj_dim": 32}}, "selector_options.proj_dim"),
+        ({"dpo": {"beta": 0.2}}, "dpo.beta"),
+        ({"dpo": {"max_length": 99}}, "dpo.max_length"),
+        ({"dpo": {"loss_type": "ipo"}}, "dpo.loss_type"),
+        ({"strategy": "random"}, "strategy"),
+        ({"generation": {"max_new_tokens": 5}}, "generation.max_new_tokens"),
+        ({"rules": PickRules(max_per_prompt=1)}, "rules"),
+        ({"seed": 1}, "seed"),
+    ):
         assert f"other settings: {name} (" in _refused(_loop(tmp_path, **options))
     _label(tmp_path)
     before = _settings(tmp_path)
@@ -206,7 +263,8 @@ def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> N
     _label(tmp_path)
     assert [record.labels_total for record in _loop(tmp_path, **other).run()] == [0, 3, 6]
     assert "train_on ('all', now 'newest')" in _refused(
-        _loop(tmp_path, dpo=other["dpo"], train_on="newest"))
+        _loop(tmp_path, dpo=other["dpo"], train_on="newest")
+    )
 
 
 def test_a_round_without_a_preference_is_not_one_that_was_trained(tmp_path: Path) -> None:
@@ -225,7 +283,8 @@ def test_a_round_without_a_preference_is_not_one_that_was_trained(tmp_path: Path
     # One round was trained, so that all labels are the newest.
     _loop(tmp_path, dpo=dpo, reference="round", train_on="newest").run()
     assert "dpo.learning_rate (0.02, now 0.01)" in _refused(
-        _loop(tmp_path, reference="round", train_on="newest"))
+        _loop(tmp_path, reference="round", train_on="newest")
+    )
 
 
 def test_settings_of_earlier_stages_change_until_these_were_complete(tmp_path: Path) -> None:
@@ -250,8 +309,14 @@ def test_results_are_those_of_a_run_that_was_right_at_once(tmp_path: Path) -> No
             _loop(tmp_path / name, dpo=first, rounds=1).run()
         _label(tmp_path / name)
         _loop(tmp_path / name, rounds=1).run()
-        adapters.append([path.read_bytes() for path in sorted(
-            (tmp_path / name / "run").glob("*/adapter/adapter_model.safetensors"))])
+        adapters.append(
+            [
+                path.read_bytes()
+                for path in sorted(
+                    (tmp_path / name / "run").glob("*/adapter/adapter_model.safetensors")
+                )
+            ]
+        )
     assert len(adapters[0]) == 2 and adapters[0] == adapters[1]
 
 

@@ -6,13 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from activedpo_fast import (
-    ActiveDPOError,
-    ActiveDPOSelector,
-    PickRules,
-    PreferencePool,
-    Selection,
-)
+from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PickRules, PreferencePool, Selection
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 from tests.support.gradients import loop_gradients, trainable
@@ -27,8 +21,10 @@ def make_pool(count: int, n_responses: int = 3, start: int = 0) -> PreferencePoo
         {
             "id": f"item-{i}",
             "prompt": f"Number {i * 37 % 101} about {words[i % 9]}. TL;DR:",
-            "responses": [f" {words[(i + 2 * j) % 9]} {words[(i * j + 5) % 9]} {i * j}"
-                          for j in range(n_responses)],
+            "responses": [
+                f" {words[(i + 2 * j) % 9]} {words[(i * j + 5) % 9]} {i * j}"
+                for j in range(n_responses)
+            ],
         }
         for i in range(start, start + count)
     )
@@ -66,8 +62,9 @@ def brute_force(candidates: torch.Tensor, history: torch.Tensor, n: int):
 
 
 def selector(model, tokenizer, **options) -> ActiveDPOSelector:
-    return ActiveDPOSelector(model, processing_class=tokenizer, sketch="none", beta=BETA, lam=LAM,
-                             **options)
+    return ActiveDPOSelector(
+        model, processing_class=tokenizer, sketch="none", beta=BETA, lam=LAM, **options
+    )
 
 
 def test_select_is_the_plain_greedy(model, tokenizer) -> None:
@@ -93,10 +90,17 @@ def test_history_enters_v_and_is_no_candidate(model, tokenizer) -> None:
     rows, old = unit_rows(model, tokenizer, pool), unit_rows(model, tokenizer, earlier)
     pairs = pool.pairs()
     phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
-    taken = [int(((pool.response_offsets[pool.position(p.id)] + torch.tensor(p.pair)) == pairs)
-                 .all(1).nonzero()) for p in labeled[0]]
-    phi_old = torch.stack([old[2 * earlier.position(p.id)] - old[2 * earlier.position(p.id) + 1]
-                           for p in labeled[1]])
+    taken = [
+        int(
+            ((pool.response_offsets[pool.position(p.id)] + torch.tensor(p.pair)) == pairs)
+            .all(1)
+            .nonzero()
+        )
+        for p in labeled[0]
+    ]
+    phi_old = torch.stack(
+        [old[2 * earlier.position(p.id)] - old[2 * earlier.position(p.id) + 1] for p in labeled[1]]
+    )
     left = [i for i in range(len(pairs)) if i not in taken]
     picks, scores = brute_force(phi[left], torch.cat([phi[taken], phi_old]), 5)
     assert [p.score for p in second] == pytest.approx(scores, rel=1e-7)
@@ -119,8 +123,10 @@ def test_history_is_taken_at_the_current_weights(tokenizer) -> None:
 
 
 def test_items_that_the_trainer_would_drop_are_no_candidates(model, tokenizer) -> None:
-    rows = [{"id": "long", "prompt": "far too long " * 20, "responses": [" a", " b"]},
-            {"id": "short", "prompt": "x:", "responses": [" a", " b"]}]
+    rows = [
+        {"id": "long", "prompt": "far too long " * 20, "responses": [" a", " b"]},
+        {"id": "short", "prompt": "x:", "responses": [" a", " b"]},
+    ]
     chooser = selector(model, tokenizer, max_length=20)
     pool = PreferencePool.from_rows(rows)
     assert [pick.id for pick in chooser.select(pool, 1)] == ["short"]
@@ -134,8 +140,9 @@ def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) 
     model.train()
     flags = [p.requires_grad for p in model.parameters()]
     pool = make_pool(10)
-    chooser = ActiveDPOSelector(model, processing_class=tokenizer, strategy=strategy, proj_dim=64,
-                                seed=3)
+    chooser = ActiveDPOSelector(
+        model, processing_class=tokenizer, strategy=strategy, proj_dim=64, seed=3
+    )
     selection = chooser.select(pool, 4)
     assert selection.strategy == strategy
     assert len({(pick.id, pick.pair) for pick in selection}) == 4
@@ -157,8 +164,9 @@ def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
     chooser = selector(model, tokenizer, strategy="adpo_plus")
     labeled = [chooser.select(pool, 2), chooser.select(earlier, 3)]
     beta = 20.0  # so that the weights differ
-    chooser = ActiveDPOSelector(model, processing_class=tokenizer, strategy="adpo_plus", beta=beta,
-                                sketch="none", lam=LAM)
+    chooser = ActiveDPOSelector(
+        model, processing_class=tokenizer, strategy="adpo_plus", beta=beta, sketch="none", lam=LAM
+    )
     got = chooser.select(pool, 5, labeled=labeled)
 
     weighted = {}
@@ -170,18 +178,21 @@ def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
         d = beta * (logps - ref_logps)
         mu = (d[pairs[:, 0]] - d[pairs[:, 1]]).sigmoid()
         assert float(mu.std()) > 0.01
-        weighted[key] = (mu * (1 - mu)).sqrt()[:, None] * beta * (
-            rows[pairs[:, 0]] - rows[pairs[:, 1]])
+        weighted[key] = (
+            (mu * (1 - mu)).sqrt()[:, None] * beta * (rows[pairs[:, 0]] - rows[pairs[:, 1]])
+        )
 
     def numbers(whole: PreferencePool, picks: Selection) -> list[int]:
-        places = [whole.response_offsets[whole.position(p.id)] + torch.tensor(p.pair)
-                  for p in picks]
+        places = [
+            whole.response_offsets[whole.position(p.id)] + torch.tensor(p.pair) for p in picks
+        ]
         return [int((whole.pairs() == place).all(dim=1).nonzero()) for place in places]
 
     taken = numbers(pool, labeled[0])
     left = [i for i in range(len(pool.pairs())) if i not in taken]
-    history = torch.cat([weighted["pool"][taken],
-                         weighted["earlier"][numbers(earlier, labeled[1])]])
+    history = torch.cat(
+        [weighted["pool"][taken], weighted["earlier"][numbers(earlier, labeled[1])]]
+    )
     picks, scores = brute_force(weighted["pool"][left], history, 5)
     assert numbers(pool, got) == [left[i] for i in picks]
     assert [p.score for p in got] == pytest.approx(scores, rel=1e-7)
@@ -190,8 +201,14 @@ def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
 def test_rules(model, tokenizer, caplog) -> None:
     plain = make_pool(6)
     pool = PreferencePool.from_rows(
-        {"id": item.id, "prompt": item.prompt, "responses": item.responses,
-         "topic": "law" if i % 2 else "art"} for i, item in enumerate(plain))
+        {
+            "id": item.id,
+            "prompt": item.prompt,
+            "responses": item.responses,
+            "topic": "law" if i % 2 else "art",
+        }
+        for i, item in enumerate(plain)
+    )
     rows = unit_rows(model, tokenizer, pool)
     pairs = pool.pairs()
     phi = rows[pairs[:, 0]] - rows[pairs[:, 1]]
@@ -212,8 +229,10 @@ def test_rules(model, tokenizer, caplog) -> None:
     free = chooser.select(pool, 6)
     least = (free[3].score + free[4].score) / 2
     assert chooser.select(pool, 6, rules=PickRules(min_score=least)).picks == free.picks[:4]
-    drawn = [chooser.select(pool, 6, rules=PickRules(random_fraction=1.0, seed=seed))
-             for seed in (0, 0, 1)]
+    drawn = [
+        chooser.select(pool, 6, rules=PickRules(random_fraction=1.0, seed=seed))
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(ActiveDPOError, match="19 pairs are asked for, but there are only 18"):
         chooser.select(pool, 19, rules=rules)
@@ -226,8 +245,9 @@ def test_reference_model_is_the_base_model(tokenizer) -> None:
     base = tiny_causal_lm("llama")
     pool = make_pool(6)
     options = {"processing_class": tokenizer, "strategy": "aplp"}
-    assert (ActiveDPOSelector(model, **options).select(pool, 5)
-            == ActiveDPOSelector(model, ref_model=base, **options).select(pool, 5))
+    assert ActiveDPOSelector(model, **options).select(pool, 5) == ActiveDPOSelector(
+        model, ref_model=base, **options
+    ).select(pool, 5)
     base.requires_grad_(False)
     base.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     with pytest.raises(ActiveDPOError, match="ref_model"):
@@ -240,20 +260,36 @@ def test_options(model, tokenizer) -> None:
     own = ActiveDPOSelector(model, processing_class=tokenizer, preset="paper", proj_dim=512)
     assert own.extractor.sketch.dim == 512
     pool = make_pool(4)
-    rows = {name: selector(model, tokenizer, normalize=name).select(pool, 3)
-            for name in ("response", "pair", "none", None)}
+    rows = {
+        name: selector(model, tokenizer, normalize=name).select(pool, 3)
+        for name in ("response", "pair", "none", None)
+    }
     assert rows["none"] == rows[None]
-    plus = {name: selector(model, tokenizer, strategy="adpo_plus", normalize=name).select(pool, 3)
-            for name in ("default", "none", "response")}
+    plus = {
+        name: selector(model, tokenizer, strategy="adpo_plus", normalize=name).select(pool, 3)
+        for name in ("default", "none", "response")
+    }
     assert plus["default"] == plus["none"] != plus["response"]
     assert len({tuple(p.score for p in s) for s in rows.values()}) == 3
-    for wrong in ({"preset": "papers"}, {"strategy": "best"}, {"normalize": "l2"}, {"beta": 0.0},
-                  {"lam": -1.0}, {"sketch": "dense"}, {"strategy_options": {"color": 1}}):
+    for wrong in (
+        {"preset": "papers"},
+        {"strategy": "best"},
+        {"normalize": "l2"},
+        {"beta": 0.0},
+        {"lam": -1.0},
+        {"sketch": "dense"},
+        {"strategy_options": {"color": 1}},
+    ):
         with pytest.raises(ActiveDPOError):
             ActiveDPOSelector(model, processing_class=tokenizer, **wrong)
     with pytest.raises(ActiveDPOError, match="normalize, lam would have no effect on a Strategy"):
-        ActiveDPOSelector(model, processing_class=tokenizer, strategy=make_strategy("random"),
-                          lam=2.0, normalize="pair")
+        ActiveDPOSelector(
+            model,
+            processing_class=tokenizer,
+            strategy=make_strategy("random"),
+            lam=2.0,
+            normalize="pair",
+        )
 
 
 def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) -> None:
@@ -268,8 +304,15 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
     for method in ("sjlt", "rademacher"):
         products = []
         for seed in range(seeds):
-            chooser = ActiveDPOSelector(model, processing_class=tokenizer, sketch=method,
-                                        proj_dim=k, seed=seed, beta=BETA, verify=False)
+            chooser = ActiveDPOSelector(
+                model,
+                processing_class=tokenizer,
+                sketch=method,
+                proj_dim=k,
+                seed=seed,
+                beta=BETA,
+                verify=False,
+            )
             sketched = chooser.extractor.gradients(tokens).gradients
             products.append(sketched[0].dot(sketched[4]))
         found = torch.stack(products)
@@ -282,10 +325,12 @@ def test_what_is_no_pool_or_selection_is_named() -> None:
     selector = ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer())
     rows = [{"prompt": "x", "chosen": " a", "rejected": " b"}]
     splits = DatasetDict(train=Dataset.from_list(rows))
-    for pool, message in ((rows, "expected a PreferencePool or a datasets.Dataset, got list; "),
-                          ("pool.jsonl", "got str; make one with PreferencePool.from_rows or load"),
-                          (splits, "several splits"),
-                          (splits["train"].to_iterable_dataset(), "streamed")):
+    for pool, message in (
+        (rows, "expected a PreferencePool or a datasets.Dataset, got list; "),
+        ("pool.jsonl", "got str; make one with PreferencePool.from_rows or load"),
+        (splits, "several splits"),
+        (splits["train"].to_iterable_dataset(), "streamed"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             selector.select(pool, 1)
         with pytest.raises(ActiveDPOError, match=message):

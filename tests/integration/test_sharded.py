@@ -34,8 +34,13 @@ from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 WORLD = 2
 WORDS = ["sketch", "label", "fox", "dog", "model", "prompt", "choose", "less", "quick"]
-RULES = PickRules(max_per_prompt=1, exclude=["item-1", "item-9"], group_by="topic",
-                  quotas={"law": 2, "art": 3}, random_fraction=0.3)
+RULES = PickRules(
+    max_per_prompt=1,
+    exclude=["item-1", "item-9"],
+    group_by="topic",
+    quotas={"law": 2, "art": 3},
+    random_fraction=0.3,
+)
 COSTS = PickRules(cost="price", min_score=0.2, max_per_prompt=2)
 
 
@@ -45,10 +50,13 @@ def make_pool(count: int = 12, start: int = 0) -> PreferencePool:
         {
             "id": f"item-{i}",
             "prompt": f"Number {i * 37 % 101} about {WORDS[i % 9]}."
-                      + " far too long" * 9 * (i == 2),
-            "responses": [f" {WORDS[(i + 2 * j) % 9]} {WORDS[(i * j + 5) % 9]} {i * j}"
-                          for j in range(2 + i % 3)],
-            "topic": ("law", "art", "math")[i % 3], "price": 1.0 + i % 4,
+            + " far too long" * 9 * (i == 2),
+            "responses": [
+                f" {WORDS[(i + 2 * j) % 9]} {WORDS[(i * j + 5) % 9]} {i * j}"
+                for j in range(2 + i % 3)
+            ],
+            "topic": ("law", "art", "math")[i % 3],
+            "price": 1.0 + i % 4,
         }
         for i in range(start, start + count)
     )
@@ -59,8 +67,17 @@ def make_model():
 
 
 def chooser(model, strategy: str = "activedpo", **options) -> ActiveDPOSelector:
-    return ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, sketch="none", beta=0.3,
-                             max_length=60, seed=4, max_tokens_per_batch=4000, **options)
+    return ActiveDPOSelector(
+        model,
+        tiny_tokenizer(),
+        strategy=strategy,
+        sketch="none",
+        beta=0.3,
+        max_length=60,
+        seed=4,
+        max_tokens_per_batch=4000,
+        **options,
+    )
 
 
 def make_spread_pool() -> PreferencePool:
@@ -69,8 +86,14 @@ def make_spread_pool() -> PreferencePool:
     texts = [[f" {WORDS[(i + 2 * j) % 9]} {i * j}" for j in range(2 + i % 3)] for i in range(12)]
     texts[9][:2], texts[6][:2] = texts[1][1::-1], texts[2][1::-1]
     return PreferencePool.from_rows(
-        {"id": f"row-{i}", "prompt": f"Number {i % 4} about {WORDS[i % 4]}.", "responses": texts[i],
-         "post": i % 3} for i in range(12))
+        {
+            "id": f"row-{i}",
+            "prompt": f"Number {i % 4} about {WORDS[i % 4]}.",
+            "responses": texts[i],
+            "post": i % 3,
+        }
+        for i in range(12)
+    )
 
 
 def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
@@ -90,26 +113,39 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
     found["all"] = chooser(model).select(pool, 34, group=group)
     found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labeled=history, **few)
     found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
-        pool, 3, group=group)
+        pool, 3, group=group
+    )
     spread = make_spread_pool()
     # Pairs of the pool, labeled under ids that it does not have.
-    renamed = Selection(tuple(replace(pick, id=f"old-{pick.id}")
-                              for pick in chooser(model).select(spread, 3)), "activedpo")
+    renamed = Selection(
+        tuple(replace(pick, id=f"old-{pick.id}") for pick in chooser(model).select(spread, 3)),
+        "activedpo",
+    )
     for strategy in STRATEGIES:
-        own = chooser(model, strategy, strategy_options={"shortlist": 1.0} if strategy == "aplp"
-                      else {})
+        own = chooser(
+            model, strategy, strategy_options={"shortlist": 1.0} if strategy == "aplp" else {}
+        )
         found[f"{strategy}, spread"] = own.select(
-            spread, 8, rules=PickRules(max_per_prompt=2), labeled=renamed, group=group)
+            spread, 8, rules=PickRules(max_per_prompt=2), labeled=renamed, group=group
+        )
         found[f"{strategy}, by post"] = own.select(
-            spread, 8, rules=PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"]),
-            group=group)
+            spread,
+            8,
+            rules=PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"]),
+            group=group,
+        )
     for strategy in ("activedpo", "margin_large"):
         found[f"{strategy}, one each"] = chooser(model, strategy).select(
-            spread, 8, rules=PickRules(max_per_prompt=1, random_fraction=0.3), asked=renamed,
-            group=group)
+            spread,
+            8,
+            rules=PickRules(max_per_prompt=1, random_fraction=0.3),
+            asked=renamed,
+            group=group,
+        )
     found["all of the spread"] = chooser(model).select(spread, 33, group=group)
-    return {name: [[p.id, *p.pair, p.rank, p.score] for p in picks]
-            for name, picks in found.items()}
+    return {
+        name: [[p.id, *p.pair, p.rank, p.score] for p in picks] for name, picks in found.items()
+    }
 
 
 def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
@@ -131,14 +167,20 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     attempt("lam", options={"lam": 1.0 + rank})
     attempt("length", options={"truncation_mode": ("keep_start", "keep_end")[rank]})
     attempt("rules", rules=PickRules(max_per_prompt=1 + rank))
-    rows = [{"id": item.id, "prompt": item.prompt, "responses": item.responses,
-             "price": 1.0 + rank} for item in pool]
+    rows = [
+        {"id": item.id, "prompt": item.prompt, "responses": item.responses, "price": 1.0 + rank}
+        for item in pool
+    ]
     attempt("price", pool=PreferencePool.from_rows(rows), rules=PickRules(cost="price"))
     attempt("labeled", labeled=None if rank else chooser(model).select(pool, 1))
     attempt("asked", asked=None if rank else chooser(model).select(pool, 1))
-    posts = [PreferencePool.from_rows({"id": item.id, "prompt": item.prompt, "post": n % (2 + r),
-                                       "responses": item.responses} for n, item in enumerate(pool))
-             for r in range(WORLD)]
+    posts = [
+        PreferencePool.from_rows(
+            {"id": item.id, "prompt": item.prompt, "post": n % (2 + r), "responses": item.responses}
+            for n, item in enumerate(pool)
+        )
+        for r in range(WORLD)
+    ]
     attempt("posts", pool=posts[rank], rules=PickRules(max_per_prompt=1, prompt_by="post"))
     head = model.get_output_embeddings().weight
     if rank == 1:
@@ -157,12 +199,17 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     (folder / "labels-0.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 0}\n')
     (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
     said = {}
-    for name, port, options in (("too many", ports[0], ["--batch-size", "999"]),
-                                ("labels", ports[1],
-                                 ["--labeled", str(folder / f"labels-{rank}.jsonl"),
-                                  "--batch-size", "3"])):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+    for name, port, options in (
+        ("too many", ports[0], ["--batch-size", "999"]),
+        (
+            "labels",
+            ports[1],
+            ["--labeled", str(folder / f"labels-{rank}.jsonl"), "--batch-size", "3"],
+        ),
+    ):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
         with redirect_stderr(StringIO()) as stderr:
             code = main(["select", store, *options, "--output", str(folder / "picked.jsonl")])
         said[name] = [code, stderr.getvalue(), (folder / "picked.jsonl").exists()]
@@ -171,8 +218,13 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
 
 def work(rank: int, store: str, ports: list[int], folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                            world_size=WORLD, timeout=timedelta(minutes=10))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(minutes=10),
+    )
     result = {"cases": cases(dist.group.WORLD), "failures": failures(rank, dist.group.WORLD)}
     dist.destroy_process_group()
     result["commands"] = commands(rank, store, ports, folder)
@@ -192,10 +244,14 @@ def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("store") / "store"
     pool, model, tokenizer = make_pool(), make_model(), tiny_tokenizer()
     tokens = tokenize_pool(pool, tokenizer, max_length=60)
-    store = FeatureStore.create(path, pool, {"model": "tiny"}, skipped=tokens.skipped,
-                                dtype="float64")
-    store.fill(FeatureExtractor(model, Sketch("sjlt", 64), max_tokens_per_batch=4000), tokens,
-               rows_per_shard=8)
+    store = FeatureStore.create(
+        path, pool, {"model": "tiny"}, skipped=tokens.skipped, dtype="float64"
+    )
+    store.fill(
+        FeatureExtractor(model, Sketch("sjlt", 64), max_tokens_per_batch=4000),
+        tokens,
+        rows_per_shard=8,
+    )
     return path
 
 
@@ -219,7 +275,8 @@ def test_all_return_the_selection_of_one_process(results) -> None:
             # Hidden states are kept in float32.
             rel = 1e-4 if name.startswith("apo") else 1e-8
             assert [pick[-1] for pick in got] == pytest.approx(
-                [pick[-1] for pick in expected], rel=rel), name
+                [pick[-1] for pick in expected], rel=rel
+            ), name
     assert results[0]["cases"] == results[1]["cases"]
     pool = make_spread_pool()
     for name, picks in alone.items():
@@ -237,14 +294,24 @@ def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
     for rank, result in enumerate(results):
         told = result["failures"]
         assert "35 pairs are asked for, but there are only 34" in told["too many"]
-        assert told["too small"] == ("2 processes cannot share a pool of 1 prompts: each needs one "
-                                     "or more")
-        for name, given in (("pool", "pool"), ("n", "n"), ("strategy", "strategy"),
-                            ("lam", "strategy"), ("length", "tokenization"), ("rules", "rules"),
-                            ("price", "pool"), ("labeled", "labeled"),
-                            ("asked", "asked"), ("posts", "pool")):
-            assert told[name] == (f"process 1 has another {given} than process 0: all must be "
-                                  "given the same"), name
+        assert told["too small"] == (
+            "2 processes cannot share a pool of 1 prompts: each needs one or more"
+        )
+        for name, given in (
+            ("pool", "pool"),
+            ("n", "n"),
+            ("strategy", "strategy"),
+            ("lam", "strategy"),
+            ("length", "tokenization"),
+            ("rules", "rules"),
+            ("price", "pool"),
+            ("labeled", "labeled"),
+            ("asked", "asked"),
+            ("posts", "pool"),
+        ):
+            assert told[name] == (
+                f"process 1 has another {given} than process 0: all must be given the same"
+            ), name
         assert "norm of the trainable weights" in told["weights"]
         # Only the process whose numbers are bad can name them.
         for name, own in (("scores", "is not finite"), ("rows", "self-check failed")):
@@ -263,8 +330,10 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
         assert [p for part in parts for p in part.items] == list(range(40))
         for part in parts:
             assert len(part.items) > 0
-            assert (part.rows.start, part.rows.stop) == (offsets[part.items.start],
-                                                         offsets[part.items.stop])
+            assert (part.rows.start, part.rows.stop) == (
+                offsets[part.items.start],
+                offsets[part.items.stop],
+            )
             if size < 40:
                 assert abs(len(part.rows) - offsets[-1] / size) <= 4
 
@@ -275,35 +344,71 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
 def test_select_under_torchrun_writes_the_file_of_one_process(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "labels.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 1}\n'
-                                           '{"id": "item-11", "pair": [0, 3], "label": 0}\n')
-    argv = ["select", str(store), "--labeled", str(tmp_path / "labels.jsonl"), "--batch-size",
-            "10", "--max-per-prompt", "1", "--group-by", "topic", "--quota", "law=2",
-            "--random-fraction", "0.2", "--output"]
+    (tmp_path / "labels.jsonl").write_text(
+        '{"id": "item-0", "pair": [0, 1], "label": 1}\n'
+        '{"id": "item-11", "pair": [0, 3], "label": 0}\n'
+    )
+    argv = [
+        "select",
+        str(store),
+        "--labeled",
+        str(tmp_path / "labels.jsonl"),
+        "--batch-size",
+        "10",
+        "--max-per-prompt",
+        "1",
+        "--group-by",
+        "topic",
+        "--quota",
+        "law=2",
+        "--random-fraction",
+        "0.2",
+        "--output",
+    ]
     capsys.readouterr()
     assert main([*argv, str(tmp_path / "one.jsonl")]) == 0
     said = capsys.readouterr()
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(WORLD), "-m", "activedpo_fast", *argv, str(tmp_path / "two.jsonl")],
-        capture_output=True, text=True, timeout=1200, cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(WORLD),
+            "-m",
+            "activedpo_fast",
+            *argv,
+            str(tmp_path / "two.jsonl"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(" picked by ")[0] == said.out.split(" picked by ")[0]
     assert done.stdout.count("\n") == 1
-    one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-                for name in ("one.jsonl", "two.jsonl"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("one.jsonl", "two.jsonl")
+    )
     assert len(one) == 9  # the rules leave no more
     assert [line.pop("score") for line in two] == pytest.approx(
-        [line.pop("score") for line in one], rel=1e-10)
+        [line.pop("score") for line in one], rel=1e-10
+    )
     assert one == two
 
 
 def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> None:
     for rank, result in enumerate(results):
         said = result["commands"]
-        assert said["too many"] == [2, "activedpo: error: --batch-size 999: there are 34 candidate "
-                                       "pairs\n", False]
+        assert said["too many"] == [
+            2,
+            "activedpo: error: --batch-size 999: there are 34 candidate pairs\n",
+            False,
+        ]
         code, error, there = said["labels"]
         assert (code, there, error.count("\n")) == (2, False, 1)
         assert ("two different" if rank else "process 1 of 2 failed, see its own") in error
@@ -322,5 +427,7 @@ def test_a_launcher_that_says_too_little_is_an_error(
     assert list(tmp_path.iterdir()) == []
     for size in ("", "0"):  # what some launchers and container files leave of it
         monkeypatch.setenv("WORLD_SIZE", size)
-        assert main(["select", str(store), "--batch-size", "2", "--output",
-                     str(tmp_path / "x.jsonl")]) == 0
+        assert (
+            main(["select", str(store), "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])
+            == 0
+        )

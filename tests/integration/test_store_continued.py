@@ -19,8 +19,15 @@ from activedpo_fast.store.store import FeatureStore
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
-    {"id": f"p{n}", "prompt": f"label {n}?", "responses": [f" fox {n}", " dog", " a" * (n + 1)],
-     "topic": "law", "tokens": 1.0} for n in range(5)]
+    {
+        "id": f"p{n}",
+        "prompt": f"label {n}?",
+        "responses": [f" fox {n}", " dog", " a" * (n + 1)],
+        "topic": "law",
+        "tokens": 1.0,
+    }
+    for n in range(5)
+]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -28,8 +35,14 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _chats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "prompt": [{"role": "user", "content": row["prompt"]}], "responses": [
-        [{"role": "assistant", "content": text}] for text in row["responses"]]} for row in rows]
+    return [
+        {
+            **row,
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "responses": [[{"role": "assistant", "content": text}] for text in row["responses"]],
+        }
+        for row in rows
+    ]
 
 
 def _project(folder: Path, template: str | None = None) -> list[str]:
@@ -41,9 +54,16 @@ def _project(folder: Path, template: str | None = None) -> list[str]:
     tokenizer.save_pretrained(folder / "model")
     lora(base, "llama").save_pretrained(str(folder / "adapter"))
     _write(folder / "pool.jsonl", ROWS if template is None else _chats(ROWS))
-    return ["features", str(folder / "pool.jsonl"), f"--model={folder / 'model'}",
-            f"--adapter={folder / 'adapter'}", f"--output={folder / 'store'}", "--proj-dim=32",
-            "--device=cpu", "--max-tokens-per-batch=24"]
+    return [
+        "features",
+        str(folder / "pool.jsonl"),
+        f"--model={folder / 'model'}",
+        f"--adapter={folder / 'adapter'}",
+        f"--output={folder / 'store'}",
+        "--proj-dim=32",
+        "--device=cpu",
+        "--max-tokens-per-batch=24",
+    ]
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
@@ -63,9 +83,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
         assert main(argv) == 130
 
 
-def test_killed_while_the_store_is_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_while_the_store_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv, store = _project(tmp_path), tmp_path / "store"
     assert main(argv) == 0
     whole = {path.name: path.read_bytes() for path in store.iterdir()}
@@ -91,7 +109,9 @@ def test_killed_while_the_store_is_made(
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_columns_are_brought_up_to_date(
-    tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    finished: bool,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = _project(tmp_path)
@@ -102,8 +122,10 @@ def test_columns_are_brought_up_to_date(
         _interrupt(monkeypatch, argv)
     rows = {path.name: path.read_bytes() for path in (tmp_path / "store").glob("rows-*")}
     assert rows
-    corrected = [{**row, "tokens": 1.0 if n == 3 else 100.0, "topic": ("law", "math")[n % 2]}
-                 for n, row in enumerate(ROWS)]
+    corrected = [
+        {**row, "tokens": 1.0 if n == 3 else 100.0, "topic": ("law", "math")[n % 2]}
+        for n, row in enumerate(ROWS)
+    ]
     _write(tmp_path / "pool.jsonl", corrected)
     capsys.readouterr()
     assert main(argv) == 0
@@ -113,8 +135,23 @@ def test_columns_are_brought_up_to_date(
     for name, content in rows.items():
         assert (tmp_path / "store" / name).read_bytes() == content
     picked = tmp_path / "picked.jsonl"
-    assert main(["select", str(tmp_path / "store"), "--cost", "tokens", "--batch-size", "2",
-                 "--max-per-prompt", "2", "--output", str(picked)]) == 0
+    assert (
+        main(
+            [
+                "select",
+                str(tmp_path / "store"),
+                "--cost",
+                "tokens",
+                "--batch-size",
+                "2",
+                "--max-per-prompt",
+                "2",
+                "--output",
+                str(picked),
+            ]
+        )
+        == 0
+    )
     assert {json.loads(line)["id"] for line in picked.read_text().splitlines()} == {"p3"}
 
     # The same again changes nothing; a column that is gone is gone.
@@ -122,21 +159,30 @@ def test_columns_are_brought_up_to_date(
     assert main(argv) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()} == times
-    _write(tmp_path / "pool.jsonl",
-           [{name: row[name] for name in ("id", "prompt", "responses")} for row in ROWS])
+    _write(
+        tmp_path / "pool.jsonl",
+        [{name: row[name] for name in ("id", "prompt", "responses")} for row in ROWS],
+    )
     assert main(argv) == 0
     assert "up to date: tokens, topic" in capsys.readouterr().out
     assert FeatureStore.open(tmp_path / "store").pool()[0].extra == {}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda rows: [{**rows[0], "prompt": "other?"}, *rows[1:]],
-     "the texts of item 'p0' have changed"),
-    (lambda rows: [*rows[:4], {**rows[4], "responses": [" x", *rows[4]["responses"][1:]]}],
-     "the texts of item 'p4' have changed"),
-    (lambda rows: [rows[1], rows[0], *rows[2:]], "item 1 was 'p0', now 'p1'"),
-    (lambda rows: rows[:4], "of 5 prompts, now 4"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: [{**rows[0], "prompt": "other?"}, *rows[1:]],
+            "the texts of item 'p0' have changed",
+        ),
+        (
+            lambda rows: [*rows[:4], {**rows[4], "responses": [" x", *rows[4]["responses"][1:]]}],
+            "the texts of item 'p4' have changed",
+        ),
+        (lambda rows: [rows[1], rows[0], *rows[2:]], "item 1 was 'p0', now 'p1'"),
+        (lambda rows: rows[:4], "of 5 prompts, now 4"),
+    ],
+)
 def test_other_texts_are_refused_and_nothing_is_taken_over(
     tmp_path: Path, change: Any, message: str
 ) -> None:
@@ -147,16 +193,25 @@ def test_other_texts_are_refused_and_nothing_is_taken_over(
     with pytest.raises(ActiveDPOError, match=f"holds the rows of another pool .*{message}"):
         FeatureStore.create(tmp_path / "s", PreferencePool.from_rows(corrected), {}, skipped=[])
     with pytest.raises(ActiveDPOError, match="made with beta"):
-        FeatureStore.create(tmp_path / "s", PreferencePool.from_rows(
-            {**row, "tokens": 7} for row in ROWS), {"beta": 1}, skipped=[])
+        FeatureStore.create(
+            tmp_path / "s",
+            PreferencePool.from_rows({**row, "tokens": 7} for row in ROWS),
+            {"beta": 1},
+            skipped=[],
+        )
     assert (tmp_path / "s" / "pool.jsonl").read_bytes() == before
     assert store.columns_taken == []
 
 
 def test_other_template_arguments_of_a_row_are_refused(tmp_path: Path) -> None:
-    chat = [{"id": row["id"], "prompt": [{"role": "user", "content": row["prompt"]}],
-             "responses": [[{"role": "assistant", "content": text}] for text in row["responses"]]}
-            for row in ROWS]
+    chat = [
+        {
+            "id": row["id"],
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "responses": [[{"role": "assistant", "content": text}] for text in row["responses"]],
+        }
+        for row in ROWS
+    ]
     FeatureStore.create(tmp_path / "s", PreferencePool.from_rows(chat), {}, skipped=[])
     chat[2]["chat_template_kwargs"] = {"x": 1}
     with pytest.raises(ActiveDPOError, match="item 'p2' has another 'chat_template_kwargs'"):
@@ -183,8 +238,11 @@ def test_a_template_that_knows_the_date_is_not_continued_on_another_day(
         capsys.readouterr()
         assert main(argv) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "gives other tokens than when the store was begun, for 5 prompts, first that of 'p0'" \
-        in error and "date" in error
+    assert (
+        "gives other tokens than when the store was begun, for 5 prompts, first that of 'p0'"
+        in error
+        and "date" in error
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
     assert main(argv) == 0  # today again
 
@@ -220,7 +278,9 @@ def test_a_store_of_an_older_format_is_refused(tmp_path: Path, old: int) -> None
     FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     (tmp_path / "s" / "manifest.json").write_text(json.dumps({**manifest, "format": old}))
-    for use in (lambda: FeatureStore.open(tmp_path / "s"),
-                lambda: FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])):
+    for use in (
+        lambda: FeatureStore.open(tmp_path / "s"),
+        lambda: FeatureStore.create(tmp_path / "s", pool, {}, skipped=[]),
+    ):
         with pytest.raises(ActiveDPOError, match=rf"an older version made \(format {old}, now"):
             use()

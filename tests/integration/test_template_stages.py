@@ -62,7 +62,8 @@ def _prompts(**extra: Any) -> list[Prompt]:
 def _pool(**extra: Any) -> PreferencePool:
     return PreferencePool(
         PoolItem(p.id, p.prompt, (_assistant("yes"), _assistant(f"no {p.id}")), p.extra)
-        for p in _prompts(**extra))
+        for p in _prompts(**extra)
+    )
 
 
 def _model() -> Any:
@@ -70,18 +71,22 @@ def _model() -> Any:
 
 
 def _selector(kwargs: dict[str, Any] | None = None, **options: Any) -> ActiveDPOSelector:
-    return ActiveDPOSelector(_model(), _tokenizer(), proj_dim=32, verify=False,
-                             chat_template_kwargs=kwargs, **options)
+    return ActiveDPOSelector(
+        _model(), _tokenizer(), proj_dim=32, verify=False, chat_template_kwargs=kwargs, **options
+    )
 
 
 def _trained_on(dataset: Dataset, folder: Path) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, chosen, rejected) token ids of each pair, as DPOTrainer makes them."""
-    config = trl.DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[],
-                           disable_tqdm=True)
-    trainer = trl.DPOTrainer(model=_model(), args=config, train_dataset=dataset,
-                             processing_class=_tokenizer())
-    return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
-            for row in trainer.train_dataset]
+    config = trl.DPOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True
+    )
+    trainer = trl.DPOTrainer(
+        model=_model(), args=config, train_dataset=dataset, processing_class=_tokenizer()
+    )
+    return [
+        (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in trainer.train_dataset
+    ]
 
 
 def _scored(tokens: TokenizedPool) -> list[tuple[list[int], list[int], list[int]]]:
@@ -120,8 +125,10 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
     class Trainer(trl.DPOTrainer):  # type: ignore[misc, name-defined]
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            seen["trained"] = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
-                               for row in self.train_dataset]
+            seen["trained"] = [
+                (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+                for row in self.train_dataset
+            ]
 
     def gradients(tokenized: TokenizedPool, **options: Any) -> Any:
         seen["scored"] = _scored(tokenized)
@@ -130,10 +137,21 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
     monkeypatch.setattr(generation, "_Generator", Watched)
     monkeypatch.setattr(trl, "DPOTrainer", Trainer)
     loop = ActiveDPOLoop(
-        _model(), _tokenizer(), prompts, CallableOracle(lambda *_: 0), output_dir=tmp_path,
+        _model(),
+        _tokenizer(),
+        prompts,
+        CallableOracle(lambda *_: 0),
+        output_dir=tmp_path,
         dpo_args=dpo_config(output_dir=str(tmp_path / "trainer"), max_steps=1),
-        selector_options=options, generation=generate, batch_size=4, rounds=1,
-        prompts_per_round=4, n_responses=2, show_progress=False, **given)
+        selector_options=options,
+        generation=generate,
+        batch_size=4,
+        rounds=1,
+        prompts_per_round=4,
+        n_responses=2,
+        show_progress=False,
+        **given,
+    )
     real_gradients = loop.selector.extractor.gradients
     monkeypatch.setattr(loop.selector.extractor, "gradients", gradients)
     loop.run()
@@ -146,7 +164,8 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
     for pick, (prompt_ids, chosen_ids, rejected_ids) in zip(picked, seen["trained"], strict=True):
         # The reference: the template rendered by transformers alone.
         expected = tokenizer.apply_chat_template(
-            by_id[pick.id], add_generation_prompt=True, **kwargs)["input_ids"]
+            by_id[pick.id], add_generation_prompt=True, **kwargs
+        )["input_ids"]
         assert expected in seen["generated"]
         for ids, response in zip((chosen_ids, rejected_ids), pick.responses, strict=True):
             whole = tokenizer.apply_chat_template([*pick.prompt, *response], **kwargs)["input_ids"]
@@ -160,12 +179,23 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
 
 def test_a_selection_trains_on_what_was_scored(tmp_path: Path) -> None:
     """Through a file as well; a row's own arguments go before those of all rows."""
-    pool = PreferencePool([
-        *_pool()[:2],
-        PoolItem("own", _user("Own?"), (_assistant("yes"), _assistant("no")),
-                 {"chat_template_kwargs": {"style": "long", "unused": [1, {"a": None}]}}),
-        PoolItem("null", _user("Null?"), (_assistant("yes"), _assistant("no")),
-                 {"chat_template_kwargs": None})])
+    pool = PreferencePool(
+        [
+            *_pool()[:2],
+            PoolItem(
+                "own",
+                _user("Own?"),
+                (_assistant("yes"), _assistant("no")),
+                {"chat_template_kwargs": {"style": "long", "unused": [1, {"a": None}]}},
+            ),
+            PoolItem(
+                "null",
+                _user("Null?"),
+                (_assistant("yes"), _assistant("no")),
+                {"chat_template_kwargs": None},
+            ),
+        ]
+    )
     selector = _selector(_BRIEF)
     picked = selector.select(pool, 4)
     picked.to_jsonl(tmp_path / "picked.jsonl")
@@ -174,12 +204,19 @@ def test_a_selection_trains_on_what_was_scored(tmp_path: Path) -> None:
     for selection in (picked, again, Selection(again[:2].picks + again[2:].picks, "joined")):
         dataset = selection.to_dataset([0] * 4)
         trained = _trained_on(dataset, tmp_path)
-        assert trained == _scored(tokenize_pool(
-            pool.subset([pool.position(p.id) for p in picked]), _tokenizer(),
-            chat_template_kwargs=_BRIEF))
+        assert trained == _scored(
+            tokenize_pool(
+                pool.subset([pool.position(p.id) for p in picked]),
+                _tokenizer(),
+                chat_template_kwargs=_BRIEF,
+            )
+        )
         own = [row for row in dataset if row["id"] == "own"][0]
-        assert own["chat_template_kwargs"] == {"enable_thinking": False, "style": "long",
-                                               "unused": [1, {"a": None}]}
+        assert own["chat_template_kwargs"] == {
+            "enable_thinking": False,
+            "style": "long",
+            "unused": [1, {"a": None}],
+        }
 
 
 def test_unlike_arguments_and_messages_in_one_data_set(tmp_path: Path) -> None:
@@ -190,22 +227,36 @@ def test_unlike_arguments_and_messages_in_one_data_set(tmp_path: Path) -> None:
         "{% endif %}{% for m in messages %}{{ m.role }}{% if m.name is defined %}<{{ m.name }}>"
         "{% endif %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
     )
-    pool = PreferencePool([
-        PoolItem("a", _user("A?", name="ann"), (_assistant("yes"), _assistant("no", name="bo")),
-                 {"chat_template_kwargs": {"style": "brief"}}),
-        PoolItem("b", _user("B?"), (_assistant("yes"), _assistant("no")),
-                 {"chat_template_kwargs": {"tone": "dry"}}),
-        PoolItem("c", _user("C?"), (_assistant("yes"), _assistant("no"))),
-    ])
+    pool = PreferencePool(
+        [
+            PoolItem(
+                "a",
+                _user("A?", name="ann"),
+                (_assistant("yes"), _assistant("no", name="bo")),
+                {"chat_template_kwargs": {"style": "brief"}},
+            ),
+            PoolItem(
+                "b",
+                _user("B?"),
+                (_assistant("yes"), _assistant("no")),
+                {"chat_template_kwargs": {"tone": "dry"}},
+            ),
+            PoolItem("c", _user("C?"), (_assistant("yes"), _assistant("no"))),
+        ]
+    )
     selector = ActiveDPOSelector(_model(), tokenizer, proj_dim=32, verify=False)
     dataset = selector.select(pool, 3).to_dataset([0, 0, 0])
     assert dataset.column_names == ["id", "prompt", "chosen", "rejected", "chat_template_kwargs"]
-    config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[],
-                           disable_tqdm=True)
-    trainer = trl.DPOTrainer(model=_model(), args=config, train_dataset=dataset,
-                             processing_class=tokenizer)
-    trained = {row["id"]: (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
-               for row in trainer.train_dataset}
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True
+    )
+    trainer = trl.DPOTrainer(
+        model=_model(), args=config, train_dataset=dataset, processing_class=tokenizer
+    )
+    trained = {
+        row["id"]: (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
+        for row in trainer.train_dataset
+    }
     assert trained == dict(zip(pool.ids, _scored(selector.tokenize(pool)), strict=True))
 
 
@@ -217,8 +268,9 @@ def test_without_arguments_files_and_data_sets_are_as_before(tmp_path: Path) -> 
     assert picked.to_dataset([0, 1]).column_names == ["id", "prompt", "chosen", "rejected"]
     assert picked[0].chat_template_kwargs is None
     plain = PreferencePool([PoolItem("a", "A?", ("yes", "no"), {"chat_template_kwargs": "mine"})])
-    selector = ActiveDPOSelector(_model(), tiny_tokenizer(), proj_dim=32, verify=False,
-                                 chat_template_kwargs=_THINKING)
+    selector = ActiveDPOSelector(
+        _model(), tiny_tokenizer(), proj_dim=32, verify=False, chat_template_kwargs=_THINKING
+    )
     dataset = selector.select(plain, 1).to_dataset([0])  # TRL renders no template for plain text
     assert dataset.column_names == ["id", "prompt", "chosen", "rejected"]
 
@@ -235,15 +287,23 @@ def test_plain_text_has_no_use_for_arguments(caplog: Any) -> None:
 def test_history_is_taken_with_the_present_arguments(inside: bool, caplog: Any) -> None:
     """Labels of rounds with other arguments: the picks that brute force makes, and one line."""
     old = _selector(_BRIEF).select(_pool(), 2)
-    pool = _pool() if inside else PreferencePool(
-        PoolItem(f"n{n}", _user(f"What {n}?"), (_assistant("a"), _assistant(f"b {n}")))
-        for n in range(4))
+    pool = (
+        _pool()
+        if inside
+        else PreferencePool(
+            PoolItem(f"n{n}", _user(f"What {n}?"), (_assistant("a"), _assistant(f"b {n}")))
+            for n in range(4)
+        )
+    )
     with caplog.at_level(logging.WARNING, "activedpo_fast"):
         picked = _selector(_THINKING).select(pool, 2, labeled=old)
     assert "2 of 2 labeled pairs were picked with other chat_template_kwargs" in caplog.text
-    made_now = Selection(tuple(
-        Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses, dict(_THINKING))
-        for p in old), old.strategy)
+    made_now = Selection(
+        tuple(
+            Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses, dict(_THINKING)) for p in old
+        ),
+        old.strategy,
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING, "activedpo_fast"):
         expected = _selector(_THINKING).select(pool, 2, labeled=made_now)
@@ -255,14 +315,17 @@ def test_history_keeps_the_arguments_of_its_own_rows(caplog: Any) -> None:
     old = _selector(_THINKING).select(_pool(chat_template_kwargs={"style": "long"}), 1)
     tokens = tokenize_pool(old.as_pool(), _tokenizer())  # another setting: none
     expected = _tokenizer().apply_chat_template(
-        [*old[0].prompt, *old[0].responses[0]], style="long")["input_ids"]
+        [*old[0].prompt, *old[0].responses[0]], style="long"
+    )["input_ids"]
     assert tokens.sequences[0].input_ids == expected
 
 
 def test_label_files_keep_them_and_the_name_that_they_had(tmp_path: Path) -> None:
     picked = _selector(_THINKING).select(_pool(), 2)
-    without = Selection(tuple(Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses)
-                              for p in picked), picked.strategy)
+    without = Selection(
+        tuple(Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses) for p in picked),
+        picked.strategy,
+    )
     oracle = FileOracle(tmp_path)
     assert oracle.paths(picked) == oracle.paths(without)
     with pytest.raises(LabelsPending):
@@ -293,16 +356,26 @@ def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
 
 def test_a_reward_model_has_its_own_arguments() -> None:
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=1, pad_token_id=1)).eval()
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=1,
+            pad_token_id=1,
+        )
+    ).eval()
     picked = _selector(_BRIEF).select(_pool(), 4)
     prompts, responses = [p.prompt for p in picked], [p.responses[0] for p in picked]
-    oracle = RewardModelOracle(model, _tokenizer(), chat_template_kwargs={"style": "strict"},
-                               show_progress=False)
+    oracle = RewardModelOracle(
+        model, _tokenizer(), chat_template_kwargs={"style": "strict"}, show_progress=False
+    )
     for pick, score in zip(picked, oracle._score(prompts, responses, [{}] * 4), strict=True):
-        ids = _tokenizer().apply_chat_template([*pick.prompt, *pick.responses[0]], style="strict",
-                                               return_tensors="pt")["input_ids"]
+        ids = _tokenizer().apply_chat_template(
+            [*pick.prompt, *pick.responses[0]], style="strict", return_tensors="pt"
+        )["input_ids"]
         with torch.no_grad():
             assert score == pytest.approx(float(model(ids).logits), rel=1e-4)
     with pytest.raises(ActiveDPOError, match="no chat template"):
@@ -313,23 +386,37 @@ def test_a_reward_model_has_its_own_arguments() -> None:
 
 
 def _yaml(**sections: Any) -> dict[str, Any]:
-    return {"model": "m", "prompts": "p.jsonl", "output_dir": "o", "adapter": "a",
-            "oracle": {"kind": "files"}, **sections}
+    return {
+        "model": "m",
+        "prompts": "p.jsonl",
+        "output_dir": "o",
+        "adapter": "a",
+        "oracle": {"kind": "files"},
+        **sections,
+    }
 
 
 def test_a_configuration_has_one_setting() -> None:
     inside = {"chat_template_kwargs": dict(_THINKING)}
-    for sections in (inside, {"selection": inside}, {"generation": inside},
-                     {"selection": inside, "generation": inside, **inside}):
+    for sections in (
+        inside,
+        {"selection": inside},
+        {"generation": inside},
+        {"selection": inside, "generation": inside, **inside},
+    ):
         config = make_config(_yaml(**sections))
         assert config.chat_template_kwargs == _THINKING
         assert "chat_template_kwargs" not in {*config.selection, *config.generation}
     assert make_config(_yaml()).chat_template_kwargs is None
     for sections, message in (
-        ({"selection": inside, "generation": {"chat_template_kwargs": {}}},
-         "generation.chat_template_kwargs and selection.chat_template_kwargs differ"),
-        ({"generation": inside, "chat_template_kwargs": {"enable_thinking": True}},
-         "generation.chat_template_kwargs and chat_template_kwargs differ"),
+        (
+            {"selection": inside, "generation": {"chat_template_kwargs": {}}},
+            "generation.chat_template_kwargs and selection.chat_template_kwargs differ",
+        ),
+        (
+            {"generation": inside, "chat_template_kwargs": {"enable_thinking": True}},
+            "generation.chat_template_kwargs and chat_template_kwargs differ",
+        ),
         ({"loop": inside}, "loop.chat_template_kwargs: unknown key"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected a section"),
         (yaml.safe_load("chat_template_kwargs: {day: 2024-01-01}"), "'day' is no JSON value"),
@@ -341,22 +428,35 @@ def test_a_configuration_has_one_setting() -> None:
 
 def _small_loop(folder: Path, **options: Any) -> ActiveDPOLoop:
     return ActiveDPOLoop(
-        _model(), _tokenizer(), options.pop("prompts", _prompts()), CallableOracle(lambda *_: 0),
-        output_dir=folder, batch_size=2, rounds=1, prompts_per_round=2, n_responses=2,
-        dpo_args=dpo_config(output_dir=str(folder), max_steps=1), show_progress=False,
-        **{"selector_options": {"proj_dim": 32}, "generation": {"max_new_tokens": 3}, **options})
+        _model(),
+        _tokenizer(),
+        options.pop("prompts", _prompts()),
+        CallableOracle(lambda *_: 0),
+        output_dir=folder,
+        batch_size=2,
+        rounds=1,
+        prompts_per_round=2,
+        n_responses=2,
+        dpo_args=dpo_config(output_dir=str(folder), max_steps=1),
+        show_progress=False,
+        **{"selector_options": {"proj_dim": 32}, "generation": {"max_new_tokens": 3}, **options},
+    )
 
 
 def test_a_loop_has_one_setting(tmp_path: Path) -> None:
-    with pytest.raises(ActiveDPOError, match="generation.chat_template_kwargs and selector_options"
-                                             ".chat_template_kwargs differ"):
-        _small_loop(tmp_path, selector_options={"chat_template_kwargs": _THINKING},
-                    generation={"chat_template_kwargs": _BRIEF})
+    with pytest.raises(
+        ActiveDPOError,
+        match="generation.chat_template_kwargs and selector_options.chat_template_kwargs differ",
+    ):
+        _small_loop(
+            tmp_path,
+            selector_options={"chat_template_kwargs": _THINKING},
+            generation={"chat_template_kwargs": _BRIEF},
+        )
     assert list(tmp_path.iterdir()) == []
     # The same setting in another place is the same run; another setting is another.
     _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
-    _small_loop(tmp_path, generation={"max_new_tokens": 3,
-                                      "chat_template_kwargs": _THINKING}).run()
+    _small_loop(tmp_path, generation={"max_new_tokens": 3, "chat_template_kwargs": _THINKING}).run()
     for options in ({}, {"chat_template_kwargs": _BRIEF}):
         with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
             _small_loop(tmp_path, **options).run()
@@ -385,12 +485,15 @@ def test_runs_of_earlier_versions(tmp_path: Path) -> None:
         _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"tokenize": False}, "'tokenize' is set by the library"),
-    ({"return_tensors": "pt"}, "'return_tensors' is set by the library"),
-    ({"day": object()}, "'day' is no JSON value"),
-    ("enable_thinking", "expected an object"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tokenize": False}, "'tokenize' is set by the library"),
+        ({"return_tensors": "pt"}, "'return_tensors' is set by the library"),
+        ({"day": object()}, "'day' is no JSON value"),
+        ("enable_thinking", "expected an object"),
+    ],
+)
 def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, message: str) -> None:
     calls = [
         lambda: _selector(kwargs),
@@ -414,8 +517,18 @@ def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: An
     lora(base, "qwen").save_pretrained(tmp_path / "adapter")
     pool = PreferencePool([*_pool()[:3], *_pool(chat_template_kwargs={"style": "long"})[3:]])
     pool.to_jsonl(tmp_path / "pool.jsonl")
-    argv = ["features", str(tmp_path / "pool.jsonl"), "--model", str(tmp_path / "model"),
-            "--adapter", str(tmp_path / "adapter"), "--threads", "1", "--quiet", "--output"]
+    argv = [
+        "features",
+        str(tmp_path / "pool.jsonl"),
+        "--model",
+        str(tmp_path / "model"),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--threads",
+        "1",
+        "--quiet",
+        "--output",
+    ]
     with_kwargs = ["--chat-template-kwargs", json.dumps(_BRIEF)]
     assert main([*argv, str(tmp_path / "store"), "--proj-dim", "32", *with_kwargs]) == 0
     store = FeatureStore.open(tmp_path / "store")
@@ -426,13 +539,30 @@ def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: An
     assert store.load().logps.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
     picked_path = tmp_path / "picked.jsonl"
-    assert main(["select", str(tmp_path / "store"), "--batch-size", "4", "--quiet",
-                 "--output", str(picked_path)]) == 0
+    assert (
+        main(
+            [
+                "select",
+                str(tmp_path / "store"),
+                "--batch-size",
+                "4",
+                "--quiet",
+                "--output",
+                str(picked_path),
+            ]
+        )
+        == 0
+    )
     picked = Selection.from_jsonl(picked_path)
     assert {p.id: p.chat_template_kwargs for p in picked} == {
-        "p0": _BRIEF, "p1": _BRIEF, "p2": _BRIEF, "p3": {**_BRIEF, "style": "long"}}
+        "p0": _BRIEF,
+        "p1": _BRIEF,
+        "p2": _BRIEF,
+        "p3": {**_BRIEF, "style": "long"},
+    }
     assert _trained_on(picked.to_dataset([0] * 4), tmp_path) == [
-        _scored(tokens)[pool.position(p.id)] if p.pair == (0, 1) else None for p in picked]
+        _scored(tokens)[pool.position(p.id)] if p.pair == (0, 1) else None for p in picked
+    ]
 
     # Other arguments, in the option or in a row, are other features.
     capsys.readouterr()
@@ -441,8 +571,11 @@ def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: An
     _pool().to_jsonl(tmp_path / "pool.jsonl")
     assert main([*argv, str(tmp_path / "store"), "--proj-dim", "32", *with_kwargs]) == 2
     assert "another pool" in capsys.readouterr().err
-    for text, message in (("{", "not JSON"), ("[1]", "expected an object"),
-                          ('{"padding": true}', "'padding' is set by the library")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[1]", "expected an object"),
+        ('{"padding": true}', "'padding' is set by the library"),
+    ):
         assert main([*argv, str(tmp_path / "new"), "--chat-template-kwargs", text]) == 2
         error = capsys.readouterr().err
         assert "--chat-template-kwargs: " in error and message in error

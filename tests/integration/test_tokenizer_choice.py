@@ -19,11 +19,17 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selector import ActiveDPOSelector
 from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
-ROWS = [{"id": f"p{n}", "prompt": f"label {n}?", "responses": [f" fox {n}", " dog"]}
-        for n in range(4)]
-CHATS = [{"id": row["id"], "prompt": [{"role": "user", "content": row["prompt"]}],
-          "responses": [[{"role": "assistant", "content": text}] for text in row["responses"]]}
-         for row in ROWS]
+ROWS = [
+    {"id": f"p{n}", "prompt": f"label {n}?", "responses": [f" fox {n}", " dog"]} for n in range(4)
+]
+CHATS = [
+    {
+        "id": row["id"],
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "responses": [[{"role": "assistant", "content": text}] for text in row["responses"]],
+    }
+    for row in ROWS
+]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -45,9 +51,17 @@ def project(tmp_path: Path) -> Path:
 
 
 def _features(project: Path, output: str, *more: str, pool: str = "pool.jsonl") -> list[str]:
-    return ["features", str(project / pool), f"--model={project / 'model'}",
-            f"--adapter={project / 'adapter'}", f"--output={project / output}", "--sketch=none",
-            "--device=cpu", f"--export={project / output}.safetensors", *more]
+    return [
+        "features",
+        str(project / pool),
+        f"--model={project / 'model'}",
+        f"--adapter={project / 'adapter'}",
+        f"--output={project / output}",
+        "--sketch=none",
+        "--device=cpu",
+        f"--export={project / output}.safetensors",
+        *more,
+    ]
 
 
 def _rows(project: Path, tokenizer: Any, pool: str = "pool.jsonl") -> torch.Tensor:
@@ -73,17 +87,18 @@ def test_the_tokenizer_beside_the_adapter_is_taken_and_said(
     assert settings["tokenizer"] == str((project / "adapter").resolve())
 
     assert main(_features(project, "chats", pool="chats.jsonl")) == 0  # it has the chat template
-    torch.testing.assert_close(load_file(project / "chats.safetensors")["features"],
-                               _rows(project, tiny_tokenizer(chat=True), "chats.jsonl"))
+    torch.testing.assert_close(
+        load_file(project / "chats.safetensors")["features"],
+        _rows(project, tiny_tokenizer(chat=True), "chats.jsonl"),
+    )
 
 
-def test_another_tokenizer_can_be_given(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_tokenizer_can_be_given(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_features(project, "store", f"--tokenizer={project / 'model'}")) == 0
     assert "tokenizer: that of" not in capsys.readouterr().err
-    torch.testing.assert_close(load_file(project / "store.safetensors")["features"],
-                               _rows(project, tiny_tokenizer()))
+    torch.testing.assert_close(
+        load_file(project / "store.safetensors")["features"], _rows(project, tiny_tokenizer())
+    )
     assert main(_features(project, "store")) == 2
     assert "made with another tokenizer (" in capsys.readouterr().err
     assert main(_features(project, "no", f"--tokenizer={project / 'nowhere' / 'at' / 'all'}")) == 2
@@ -104,9 +119,7 @@ def test_tokenizer_files_are_settings_of_a_store(
     assert "made with another tokenizer (" in capsys.readouterr().err
 
 
-def test_a_lone_template_is_no_tokenizer(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_lone_template_is_no_tokenizer(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (project / "adapter").glob("tokenizer*"):
         path.unlink()
     assert main(_features(project, "store", pool="chats.jsonl")) == 2
@@ -117,18 +130,30 @@ def test_a_run_takes_the_same_tokenizer_and_leaves_it_beside_its_adapters(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(project / "prompts.jsonl", [{"id": r["id"], "prompt": r["prompt"]} for r in CHATS])
-    (project / "run.yaml").write_text(yaml.safe_dump({
-        "model": str(project / "model"), "adapter": str(project / "adapter"), "device": "cpu",
-        "prompts": str(project / "prompts.jsonl"), "output_dir": str(project / "run"),
-        "selection": {"proj_dim": 32, "verify": False}, "generation": {"max_new_tokens": 4},
-        "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
-        "dpo": {"max_steps": 1}, "oracle": {"kind": "files"}}))
+    (project / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": str(project / "model"),
+                "adapter": str(project / "adapter"),
+                "device": "cpu",
+                "prompts": str(project / "prompts.jsonl"),
+                "output_dir": str(project / "run"),
+                "selection": {"proj_dim": 32, "verify": False},
+                "generation": {"max_new_tokens": 4},
+                "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
+                "dpo": {"max_steps": 1},
+                "oracle": {"kind": "files"},
+            }
+        )
+    )
     assert main(["run", str(project / "run.yaml")]) == 3  # "no chat template" with the model's
     shutil.rmtree(project / "adapter")
     shutil.copytree(project / "run" / "start" / "adapter", project / "adapter")
     assert main(_features(project, "store", pool="chats.jsonl")) == 0
-    torch.testing.assert_close(load_file(project / "store.safetensors")["features"],
-                               _rows(project, tiny_tokenizer(chat=True), "chats.jsonl"))
+    torch.testing.assert_close(
+        load_file(project / "store.safetensors")["features"],
+        _rows(project, tiny_tokenizer(chat=True), "chats.jsonl"),
+    )
 
 
 def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(
@@ -178,8 +203,7 @@ def test_a_resized_adapter_is_told_what_to_do(
 
 def test_other_shapes_are_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(project / "adapter")
-    lora(tiny_causal_lm("llama", hidden_size=64), "llama").save_pretrained(
-        str(project / "adapter"))
+    lora(tiny_causal_lm("llama", hidden_size=64), "llama").save_pretrained(str(project / "adapter"))
     assert main(_features(project, "store")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "does not fit the model: size mismatch for" in error and "lora_A" in error

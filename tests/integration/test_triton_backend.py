@@ -28,9 +28,15 @@ def triton(request, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokens() -> TokenizedPool:
-    pool = PreferencePool.from_rows([
-        {"prompt": "What is a sketch?", "responses": [" a projection", " a drawing", " no idea"]},
-        {"prompt": "x", "responses": [" y", " zzzz"]}])
+    pool = PreferencePool.from_rows(
+        [
+            {
+                "prompt": "What is a sketch?",
+                "responses": [" a projection", " a drawing", " no idea"],
+            },
+            {"prompt": "x", "responses": [" y", " zzzz"]},
+        ]
+    )
     return tokenize_pool(pool, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
 
 
@@ -76,7 +82,8 @@ def test_a_selection_on_a_gpu_is_the_cpus(monkeypatch):
     """From the model to the picks: rows stay on the GPU, and all picks are one launch there."""
     pool = PreferencePool.from_rows(
         {"prompt": f"Number {i}", "responses": [f" one {i * j} {j}" for j in range(1, 4)]}
-        for i in range(40))
+        for i in range(40)
+    )
     model = lora(tiny_causal_lm("llama"), "llama").cuda()
     picked = {}
     for backend in ("auto", "reference"):

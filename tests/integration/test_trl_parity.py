@@ -49,16 +49,19 @@ def _chat_rows() -> list[tuple[Any, list[Any]]]:
         messages = [{"role": "user", "content": prompt}]
         if n % 2:
             messages = [{"role": "system", "content": "A library."}, *messages]
-        rows.append((messages, [[{"role": "assistant", "content": response}]
-                                for response in responses]))
+        rows.append(
+            (messages, [[{"role": "assistant", "content": response}] for response in responses])
+        )
     rows[0][1][0].append({"role": "user", "content": "And then?"})
     return rows
 
 
 def _pool(kind: str) -> PreferencePool:
     rows = _PLAIN if kind.startswith("plain") else _chat_rows()
-    return PreferencePool(PoolItem(f"item-{n}", prompt, tuple(responses))
-                          for n, (prompt, responses) in enumerate(rows))
+    return PreferencePool(
+        PoolItem(f"item-{n}", prompt, tuple(responses))
+        for n, (prompt, responses) in enumerate(rows)
+    )
 
 
 def _tokenizer(kind: str) -> PreTrainedTokenizerBase:
@@ -67,62 +70,91 @@ def _tokenizer(kind: str) -> PreTrainedTokenizerBase:
         eos = ("<|endoftext|>", 0)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<|im_start|> $A <|endoftext|>",
-            special_tokens=[("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>")), eos])
+            special_tokens=[("<|im_start|>", tokenizer.convert_tokens_to_ids("<|im_start|>")), eos],
+        )
     if kind == "chat-thinking":
         tokenizer.chat_template = _THINKING
     return tokenizer
 
 
-def _trainer(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase, tmp_path: Any, arch: str,
-             max_length: int | None, truncation_mode: str,
-             columns: dict[str, Any] | None = None, model: PeftModel | None = None) -> Any:
+def _trainer(
+    pool: PreferencePool,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Any,
+    arch: str,
+    max_length: int | None,
+    truncation_mode: str,
+    columns: dict[str, Any] | None = None,
+    model: PeftModel | None = None,
+) -> Any:
     """DPOTrainer on a data set of every pair of the pool."""
     offsets = pool.response_offsets.tolist()
     rows = []
     for a, b in pool.pairs().tolist():
         position, i = pool.locate(a)
         responses = pool[position].responses
-        rows.append({"prompt": pool[position].prompt, "chosen": responses[i],
-                     "rejected": responses[b - offsets[position]], "pair": [a, b],
-                     **(columns or {})})
-    config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[],
-                           disable_tqdm=True, per_device_train_batch_size=4,
-                           max_length=max_length, truncation_mode=truncation_mode)
+        rows.append(
+            {
+                "prompt": pool[position].prompt,
+                "chosen": responses[i],
+                "rejected": responses[b - offsets[position]],
+                "pair": [a, b],
+                **(columns or {}),
+            }
+        )
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+    )
     model = lora(tiny_causal_lm(arch), arch) if model is None else model
-    return trl.DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows),
-                          processing_class=tokenizer)
+    return trl.DPOTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
-def _assert_same_pair(collated: dict[str, torch.Tensor], which: int,
-                      ours: TokenizedResponse) -> None:
+def _assert_same_pair(
+    collated: dict[str, torch.Tensor], which: int, ours: TokenizedResponse
+) -> None:
     real = collated["attention_mask"][which].bool()
     assert collated["input_ids"][which][real].tolist() == ours.input_ids
     expected = [int(n >= ours.completion_start) for n in range(len(ours.input_ids))]
     assert collated["completion_mask"][which][real].tolist() == expected
 
 
-
-
-_LIMITS = [(None, "keep_start"), (1024, "keep_start"), (24, "keep_start"), (24, "keep_end"),
-           (2, "keep_start"), (2, "keep_end")]
+_LIMITS = [
+    (None, "keep_start"),
+    (1024, "keep_start"),
+    (24, "keep_start"),
+    (24, "keep_end"),
+    (2, "keep_start"),
+    (2, "keep_end"),
+]
 
 
 @pytest.mark.parametrize(("max_length", "truncation_mode"), _LIMITS)
 @pytest.mark.parametrize("kind", ["plain", "plain-bos-eos", "chat", "chat-thinking"])
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
-def test_tokens_of_every_pair(kind: str, max_length: int | None, truncation_mode: Any,
-                              tmp_path: Any) -> None:
+def test_tokens_of_every_pair(
+    kind: str, max_length: int | None, truncation_mode: Any, tmp_path: Any
+) -> None:
     """Items of two responses, so that nothing but the pair decides where the response starts."""
     full = _pool(kind)
     pool = PreferencePool(
         PoolItem(f"{item.id}-{i}{j}", item.prompt, (item.responses[i], item.responses[j]))
-        for item in full for i, j in ((0, 1), (0, 2), (1, 2)))
+        for item in full
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    )
     tokenizer = _tokenizer(kind)
     ours = tokenize_pool(pool, tokenizer, max_length=max_length, truncation_mode=truncation_mode)
     trainer = _trainer(pool, tokenizer, tmp_path, "llama", max_length, truncation_mode)
 
-    kept = [pair for pair in pool.pairs().tolist()
-            if pool.locate(pair[0])[0] not in ours.skipped]
+    kept = [pair for pair in pool.pairs().tolist() if pool.locate(pair[0])[0] not in ours.skipped]
     assert [row["pair"] for row in trainer.train_dataset] == kept
     if (max_length, truncation_mode) == (24, "keep_start"):
         assert 0 < len(ours.skipped) < len(pool)
@@ -138,8 +170,9 @@ def test_tokens_of_every_pair(kind: str, max_length: int | None, truncation_mode
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
-def test_items_of_three_responses(kind: str, tmp_path: Any,
-                                  caplog: pytest.LogCaptureFixture) -> None:
+def test_items_of_three_responses(
+    kind: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """The ids are always the trainer's; the start is, or lies before it and is warned about."""
     pool, tokenizer = _pool(kind), _tokenizer(kind)
     with caplog.at_level("WARNING", "activedpo_fast"):
@@ -148,8 +181,9 @@ def test_items_of_three_responses(kind: str, tmp_path: Any,
     trainer = _trainer(pool, tokenizer, tmp_path, "llama", None, "keep_start")
     differing = set()
     for row in trainer.train_dataset:
-        for response, ids in zip(row["pair"], (row["chosen_ids"], row["rejected_ids"]),
-                                 strict=True):
+        for response, ids in zip(
+            row["pair"], (row["chosen_ids"], row["rejected_ids"]), strict=True
+        ):
             sequence = ours.sequences[response]
             assert sequence.input_ids == row["prompt_ids"] + ids
             assert sequence.completion_start <= len(row["prompt_ids"])
@@ -165,8 +199,9 @@ def test_chat_template_kwargs(tmp_path: Any) -> None:
     kwargs = {"style": "brief"}
     ours = tokenize_pool(pool, tokenizer, chat_template_kwargs=kwargs)
     assert ours != tokenize_pool(pool, tokenizer)
-    trainer = _trainer(pool, tokenizer, tmp_path, "llama", 1024, "keep_start",
-                       {"chat_template_kwargs": kwargs})
+    trainer = _trainer(
+        pool, tokenizer, tmp_path, "llama", 1024, "keep_start", {"chat_template_kwargs": kwargs}
+    )
     for row in trainer.train_dataset:
         collated = trainer.data_collator([row])
         for which, response in enumerate(row["pair"]):
@@ -179,16 +214,19 @@ def _log_prob(model: torch.nn.Module, response: TokenizedResponse) -> float:
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1].double()
     log_probs = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
-    return float(log_probs[max(response.completion_start, 1) - 1:].sum())
+    return float(log_probs[max(response.completion_start, 1) - 1 :].sum())
 
 
-@pytest.mark.parametrize(("max_length", "truncation_mode"),
-                         [(200, "keep_start"), (24, "keep_start"), (24, "keep_end")])
-@pytest.mark.parametrize(("arch", "kind"), [("llama", "plain"), ("gemma", "chat"),
-                                            ("gpt2", "plain")])
+@pytest.mark.parametrize(
+    ("max_length", "truncation_mode"), [(200, "keep_start"), (24, "keep_start"), (24, "keep_end")]
+)
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("llama", "plain"), ("gemma", "chat"), ("gpt2", "plain")]
+)
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
-def test_log_probs_of_every_pair(arch: str, kind: str, max_length: int, truncation_mode: Any,
-                                 tmp_path: Any) -> None:
+def test_log_probs_of_every_pair(
+    arch: str, kind: str, max_length: int, truncation_mode: Any, tmp_path: Any
+) -> None:
     """The trainer's own padded batches and fused head against one plain pass a sequence."""
     pool, tokenizer = _pool(kind), _tokenizer(kind)
     # Pairs of the first two responses alone: see test_items_of_three_responses.
@@ -200,15 +238,20 @@ def test_log_probs_of_every_pair(arch: str, kind: str, max_length: int, truncati
     # The model as the trainer has it: patched forward, reference adapter and all.
     extracted = FeatureExtractor(model, Sketch("sjlt", 16)).gradients(ours).logps
     for begin in range(0, len(rows), 4):
-        batch = trainer.data_collator(rows[begin:begin + 4])
+        batch = trainer.data_collator(rows[begin : begin + 4])
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         with torch.no_grad():
-            per_token = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              labels=labels, use_cache=False, fused_lm_head=True).log_probs
+            per_token = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                fused_lm_head=True,
+            ).log_probs
         theirs = per_token.sum(1).chunk(2)
         # The reference starts as a copy of the adapter, so it must say the same.
         reference = trainer.compute_ref_log_probs(model, batch)
-        for n, row in enumerate(rows[begin:begin + 4]):
+        for n, row in enumerate(rows[begin : begin + 4]):
             for which, response in enumerate(row["pair"]):
                 expected = _log_prob(model, ours.sequences[response])
                 assert expected < -1.0
@@ -221,8 +264,10 @@ def test_log_probs_with_positions_by_the_length_of_the_batch(tmp_path: Any) -> N
     """Phi-3's longrope: the trainer on one pair at a time, both responses on the same side of the
     original length."""
     texts = [item for item in _PLAIN if len(set(item[1])) == 3]
-    pool = PreferencePool(PoolItem(f"item-{n}", prompt, tuple(responses[:2]))
-                          for n, (prompt, responses) in enumerate(texts))
+    pool = PreferencePool(
+        PoolItem(f"item-{n}", prompt, tuple(responses[:2]))
+        for n, (prompt, responses) in enumerate(texts)
+    )
     tokenizer = _tokenizer("plain")
     ours = tokenize_pool(pool, tokenizer, max_length=120)
     lengths = [len(sequence.input_ids) for sequence in ours.sequences]
@@ -241,8 +286,10 @@ def test_log_probs_with_positions_by_the_length_of_the_batch(tmp_path: Any) -> N
 
 
 def test_defaults_are_those_of_dpo_config(tmp_path: Any) -> None:
-    defaults = {name: parameter.default
-                for name, parameter in inspect.signature(tokenize_pool).parameters.items()}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(tokenize_pool).parameters.items()
+    }
     config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert defaults["max_length"] == config.max_length
     assert defaults["truncation_mode"] == config.truncation_mode

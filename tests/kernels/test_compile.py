@@ -29,20 +29,42 @@ def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """python -m COMMAND in a process that compiles, with a cache of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200)
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1200,
+    )
 
 
 # An architecture takes minutes: one in every run of the suite, without float16's kernels, which are
 # bfloat16's with another type.
-@pytest.fixture(scope="module", params=[
-    pytest.param((90, "fp16"), id="sm_90 without fp16"),
-    *(pytest.param((arch, "nothing"), id=f"sm_{arch}", marks=pytest.mark.slow) for arch in ARCHS)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((90, "fp16"), id="sm_90 without fp16"),
+        *(
+            pytest.param((arch, "nothing"), id=f"sm_{arch}", marks=pytest.mark.slow)
+            for arch in ARCHS
+        ),
+    ],
+)
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """What one architecture's binaries take."""
     folder = tmp_path_factory.mktemp("compiled")
-    ran = compiling(folder, "benchmarks.gpu.kernel_resources", "--arch", str(request.param[0]),
-                    "--skip", request.param[1], "--json", str(folder / "found.json"))
+    ran = compiling(
+        folder,
+        "benchmarks.gpu.kernel_resources",
+        "--arch",
+        str(request.param[0]),
+        "--skip",
+        request.param[1],
+        "--json",
+        str(folder / "found.json"),
+    )
     assert ran.returncode in (0, 1), ran.stdout
     return json.loads((folder / "found.json").read_text())["kernels"]
 
@@ -54,8 +76,11 @@ def test_every_variant_compiles(rows: Rows) -> None:
 
 
 def test_no_register_is_spilled(rows: Rows) -> None:
-    assert {row["name"]: row["stack"] for row in rows
-            if row["stack"] > LIMITS[row["arch"]].spilled + MORE} == {}
+    assert {
+        row["name"]: row["stack"]
+        for row in rows
+        if row["stack"] > LIMITS[row["arch"]].spilled + MORE
+    } == {}
 
 
 def test_a_block_fits(rows: Rows) -> None:
@@ -72,8 +97,10 @@ def test_products_are_taken_by_tensor_cores(rows: Rows) -> None:
 
 
 def test_nothing_else_is_a_problem(rows: Rows) -> None:
-    others = {row["name"]: [problem for problem in row["problems"] if "spills" not in problem]
-              for row in rows}
+    others = {
+        row["name"]: [problem for problem in row["problems"] if "spills" not in problem]
+        for row in rows
+    }
     assert {name: problems for name, problems in others.items() if problems} == {}
 
 
@@ -89,14 +116,27 @@ def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
-    ran = compiling(tmp_path, "benchmarks.gpu.kernel_resources", "--module",
-                    "tests.support.bad_kernels", "--arch", "80", "--json",
-                    str(tmp_path / "found.json"))
+    ran = compiling(
+        tmp_path,
+        "benchmarks.gpu.kernel_resources",
+        "--module",
+        "tests.support.bad_kernels",
+        "--arch",
+        "80",
+        "--json",
+        str(tmp_path / "found.json"),
+    )
     assert ran.returncode == 1, ran.stdout
     assert "6 binaries, 4 with problems" in ran.stdout
     rows = json.loads((tmp_path / "found.json").read_text())["kernels"]
     assert [row["name"] for row in rows] == [
-        "right", "spills", "large", "refused", "fatal", "after it"]
+        "right",
+        "spills",
+        "large",
+        "refused",
+        "fatal",
+        "after it",
+    ]
     right, spills, large, refused, fatal, after = rows
     assert right["problems"] == after["problems"] == []
     assert right["dots"] == ["bf16"] and 0 < right["tensor_instructions"] < right["instructions"]
@@ -114,10 +154,18 @@ def test_idle_tensor_cores_and_too_many_registers_are_faults() -> None:
     assert Resources("", 80, warps=16, registers=128, dots=["f32"]).problems() == []
 
 
-@pytest.mark.parametrize(("registers", "shared", "warps"), [
-    (32, 0, 64), (128, 0, 16), (168, 0, 12), (176, 0, 8), (255, 0, 8), (32, 40 * 1024, 16),
-    (32, 163 * 1024, 4),
-])
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps"),
+    [
+        (32, 0, 64),
+        (128, 0, 16),
+        (168, 0, 12),
+        (176, 0, 8),
+        (255, 0, 8),
+        (32, 40 * 1024, 16),
+        (32, 163 * 1024, 4),
+    ],
+)
 def test_resident_warps(registers: int, shared: int, warps: int) -> None:
     """As NVIDIA's occupancy calculator has them for blocks of 4 warps on sm_80."""
     found = Resources("", 80, warps=4, registers=registers, shared=shared)

@@ -14,8 +14,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of a gradient, by its dtype; the interpreter cuts a bfloat16 off instead of rounding it.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7,
-            torch.float16: 2**-11}
+ROUNDING = {
+    torch.float32: 0.0,
+    torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7,
+    torch.float16: 2**-11,
+}
 DTYPES = list(ROUNDING)
 INFINITY = float("inf")
 
@@ -42,8 +45,12 @@ def check(logits, targets, weights):
     assert logps.dtype == torch.float32 and grad.dtype == logits.dtype
     assert ((logps - right_logps).abs() <= 1e-6 * (1 + right_logps.abs())).all()
     least = 2**-24 if logits.dtype == torch.float16 else 1e-38
-    allowed = (ROUNDING[logits.dtype] * right_grad.abs() + 3e-6 * right_grad.abs()
-               + 1e-7 * weights.abs()[:, None] + least)
+    allowed = (
+        ROUNDING[logits.dtype] * right_grad.abs()
+        + 3e-6 * right_grad.abs()
+        + 1e-7 * weights.abs()[:, None]
+        + least
+    )
     assert ((grad.double() - right_grad).abs() <= allowed).all()
     assert torch.equal(logits, before)
 

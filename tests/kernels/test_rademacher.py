@@ -11,11 +11,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from activedpo_fast.kernels import lora_grad_rademacher as module  # noqa: E402
-from activedpo_fast.kernels.lora_grad_rademacher import (  # noqa: E402
-    TILES,
-    lora_grad_rademacher,
-    rademacher_rows,
-)
+from activedpo_fast.kernels.lora_grad_rademacher import TILES, lora_grad_rademacher, rademacher_rows  # noqa: E402
 
 # The interpreter computes with rows that pad a block, too, and with what their memory held.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -23,8 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = 2**64 - 12345
 # Two bfloat16 pieces: 2^-17 where they are rounded, 2^-16 in the interpreter, which cuts them off.
-BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-5 if DEVICE == "cuda" else 2**-16,
-         torch.float16: 1e-5 if DEVICE == "cuda" else 2**-16}
+BOUND = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-5 if DEVICE == "cuda" else 2**-16,
+    torch.float16: 1e-5 if DEVICE == "cuda" else 2**-16,
+}
 DTYPES = list(BOUND)
 SEGMENTS = torch.tensor([[0, 9, 3], [20, 41, 0], [5, 5, 1], [5, 30, 3], [9, 10, 2], [0, 3, 0]])
 
@@ -33,8 +32,9 @@ def rows_of(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def sketched(left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, n: int,
-             k: int) -> torch.Tensor:
+def sketched(
+    left: torch.Tensor, right: torch.Tensor, segments: torch.Tensor, n: int, k: int
+) -> torch.Tensor:
     out = torch.zeros(n, k, dtype=torch.float64, device=DEVICE)
     lora_grad_rademacher(out, left, right, segments, KEY)
     return out
@@ -56,8 +56,9 @@ def test_signs_are_those_of_the_reference(k):
 
 
 @triton.jit
-def write_signs_kernel(out, first: tl.int64, column_block: tl.int32, key: tl.int64,
-                       P: tl.constexpr):
+def write_signs_kernel(
+    out, first: tl.int64, column_block: tl.int32, key: tl.int64, P: tl.constexpr
+):
     i = tl.arange(0, P)
     signs = module._signs(first.to(tl.int64) + i, column_block, key.to(tl.int64), P)
     tl.store(out + tl.arange(0, 128)[:, None] * P + i[None, :], signs.to(tl.float32))
@@ -73,8 +74,10 @@ def test_signs_at_far_positions(first, key):
     assert torch.equal(out.cpu().long(), signs.T)
 
 
-@pytest.mark.parametrize("n, length, k", [(1, 1, 1), (2, 1, 200), (3, 301, 65), (33, 130, 128),
-                                          (65, 7, 64), (130, 37, 129)])
+@pytest.mark.parametrize(
+    "n, length, k",
+    [(1, 1, 1), (2, 1, 200), (3, 301, 65), (33, 130, 128), (65, 7, 64), (130, 37, 129)],
+)
 def test_rows(n, length, k):
     x = rows_of(n, length + 2)[:, 1:-1]  # a part of another tensor
     around = torch.full((n, k + 4), 7.0, device=DEVICE)
@@ -91,8 +94,9 @@ def test_gradients(dtype, rows, columns):
     left, right = rows_of(41, rows).to(dtype), rows_of(41, columns).to(dtype)
     out = torch.full((5, 140), 3.0, dtype=torch.float64, device=DEVICE)
     lora_grad_rademacher(out, left, right, SEGMENTS, KEY)
-    expected = reference.outer_sketch(left.double(), right.double(), SEGMENTS, KEY, 140, 5,
-                                      "rademacher")
+    expected = reference.outer_sketch(
+        left.double(), right.double(), SEGMENTS, KEY, 140, 5, "rademacher"
+    )
     assert error_of_rows(out[[0, 2, 3]] - 3, expected[[0, 2, 3]]) < BOUND[dtype]
     assert (out[[1, 4]] == 3).all()  # an empty segment, and none
 
@@ -102,12 +106,14 @@ def test_many_slabs_with_poisoned_scratch(rows, columns, monkeypatch):
     """Slabs of whole rows and of parts of rows; whatever their memory held, it is not used."""
     empty = torch.empty
     monkeypatch.setattr(module, "_SLAB_BYTES", 2 * 2 * 32 * 2048)  # 2048 numbers of a gradient
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(
-        float("nan")))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan"))
+    )
     left, right = rows_of(6, rows).bfloat16(), rows_of(6, columns).bfloat16()
     segments = torch.tensor([[0, 4, 1], [4, 6, 0]])
-    expected = reference.outer_sketch(left.double(), right.double(), segments, KEY, 40, 2,
-                                      "rademacher")
+    expected = reference.outer_sketch(
+        left.double(), right.double(), segments, KEY, 40, 2, "rademacher"
+    )
     found = sketched(left, right, segments, 2, 40)
     assert error_of_rows(found, expected) < BOUND[torch.bfloat16]
 
@@ -120,8 +126,20 @@ def test_many_slabs_of_ready_rows(monkeypatch):
     assert error_of_rows(out, reference.rademacher(x.double(), KEY, 70)) < 1e-6
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 5000), (16, 4096), (256, 900), (7, 300),
-                                           (3000, 16), (3000, 2), (500, 517), (2000, 1)])
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        (1, 1),
+        (1, 5000),
+        (16, 4096),
+        (256, 900),
+        (7, 300),
+        (3000, 16),
+        (3000, 2),
+        (500, 517),
+        (2000, 1),
+    ],
+)
 @pytest.mark.parametrize("positions", [2048, 2176, 65536])
 def test_parts_cover_a_gradient_once(rows, columns, positions):
     seen = torch.zeros(rows, columns, dtype=torch.int64)
@@ -130,7 +148,7 @@ def test_parts_cover_a_gradient_once(rows, columns, positions):
         assert part.whole or part.width % 128 == 0
         assert part.height * part.width <= positions
         assert part.top + part.height <= rows
-        seen[part.top:part.top + part.height, part.begin:part.begin + part.width] += 1
+        seen[part.top : part.top + part.height, part.begin : part.begin + part.width] += 1
     assert (seen == 1).all()
 
 
@@ -145,8 +163,9 @@ def test_small_rows_beside_large_ones(scale):
     left, right = rows_of(8, 3), rows_of(8, 50)
     left[4:] *= scale
     segments = torch.tensor([[0, 4, 0], [4, 8, 1]])
-    expected = reference.outer_sketch(left.double(), right.double(), segments, KEY, 100, 2,
-                                      "rademacher")
+    expected = reference.outer_sketch(
+        left.double(), right.double(), segments, KEY, 100, 2, "rademacher"
+    )
     assert error_of_rows(sketched(left, right, segments, 2, 100), expected) < 1e-6
 
 
@@ -183,8 +202,9 @@ def test_a_tile_fits_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n, length, k", [(1, 300_007, 1000), (130, 100_003, 1029),
-                                          (64, 4097, 8192)])
+@pytest.mark.parametrize(
+    "n, length, k", [(1, 300_007, 1000), (130, 100_003, 1029), (64, 4097, 8192)]
+)
 def test_large_rows(n, length, k):
     x, around = rows_of(n, length), torch.full((n, k + 64), 7.0, device=DEVICE)
     out = around[:, 32:-32]
@@ -204,8 +224,9 @@ def test_large_gradients_keep_their_bits(dtype, rows, columns):
     left, right = rows_of(tokens, rows).to(dtype), rows_of(tokens, columns).to(dtype)
     starts = torch.randint(0, tokens - 200, (2 * n,), generator=torch.Generator().manual_seed(2))
     segments = torch.stack([starts, starts + torch.arange(2 * n), torch.arange(2 * n) % n], 1)
-    expected = reference.outer_sketch(left.double(), right.double(), segments, KEY, k, n,
-                                      "rademacher")
+    expected = reference.outer_sketch(
+        left.double(), right.double(), segments, KEY, k, n, "rademacher"
+    )
     scratch = torch.full((1 << 27,), float("nan"), device=DEVICE)
     del scratch
     found = sketched(left, right, segments, n, k)

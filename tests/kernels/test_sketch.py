@@ -22,11 +22,13 @@ both_methods = pytest.mark.parametrize("method", METHODS)
 SEGMENTS = torch.tensor([[11, 40, 2], [0, 10, 0], [10, 11, 3], [10, 10, 1], [3, 36, 2]])
 
 
-def sketch(left, right, segments, k: int, n: int, method: str, deterministic: bool,
-           key: int = KEY) -> torch.Tensor:
+def sketch(
+    left, right, segments, k: int, n: int, method: str, deterministic: bool, key: int = KEY
+) -> torch.Tensor:
     out = torch.zeros(n, k, dtype=torch.float64, device=DEVICE)
     lora_grad_sketches(
-        out, [(left.to(DEVICE), right.to(DEVICE), key)], segments, method, deterministic)
+        out, [(left.to(DEVICE), right.to(DEVICE), key)], segments, method, deterministic
+    )
     return out.cpu()
 
 
@@ -44,10 +46,21 @@ def one_segment(tokens: int) -> torch.Tensor:
 
 @both_modes
 @both_methods
-@pytest.mark.parametrize(("rows", "columns", "k", "dtype"), [
-    (1, 1, 1, DTYPES[0]), (1, 100, 64, DTYPES[1]), (100, 1, 48, DTYPES[2]), (3, 17, 5, DTYPES[0]),
-    (16, 300, 128, DTYPES[1]), (300, 17, 100, DTYPES[1]), (30, 150, 4096, DTYPES[2]),
-    (150, 4, 8, DTYPES[0]), (70, 70, 7, DTYPES[1]), (65, 136, 256, DTYPES[0])])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "dtype"),
+    [
+        (1, 1, 1, DTYPES[0]),
+        (1, 100, 64, DTYPES[1]),
+        (100, 1, 48, DTYPES[2]),
+        (3, 17, 5, DTYPES[0]),
+        (16, 300, 128, DTYPES[1]),
+        (300, 17, 100, DTYPES[1]),
+        (30, 150, 4096, DTYPES[2]),
+        (150, 4, 8, DTYPES[0]),
+        (70, 70, 7, DTYPES[1]),
+        (65, 136, 256, DTYPES[0]),
+    ],
+)
 def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, deterministic):
     left, right = random(40, rows).to(dtype), random(40, columns, seed=1).to(dtype)
     found = sketch(left, right, SEGMENTS, k, 5, method, deterministic)
@@ -57,9 +70,10 @@ def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, dete
 
 @both_modes
 @both_methods
-@pytest.mark.parametrize(("rows", "columns", "k"), [
-    (5, 290, 64), (140, 20, 999), (33, 70, 4096), (40, 40, 24)])
-@pytest.mark.parametrize("key", [5, KEY, 2 ** 64 - 1])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"), [(5, 290, 64), (140, 20, 999), (33, 70, 4096), (40, 40, 24)]
+)
+@pytest.mark.parametrize("key", [5, KEY, 2**64 - 1])
 def test_buckets_and_signs_are_the_definitions(rows, columns, k, key, method, deterministic):
     """Every position a number of its own, small enough that nothing is rounded."""
     left = torch.eye(rows)
@@ -71,8 +85,9 @@ def test_buckets_and_signs_are_the_definitions(rows, columns, k, key, method, de
 @both_methods
 def test_a_row_has_the_same_bits_in_any_company(method):
     left, right = random(60, 5).float(), random(60, 150, seed=1).float()
-    segments = torch.tensor([[0, 9, 1], [9, 20, 3], [20, 43, 0], [43, 60, 1], [5, 30, 3],
-                             [50, 60, 3]])
+    segments = torch.tensor(
+        [[0, 9, 1], [9, 20, 3], [20, 43, 0], [43, 60, 1], [5, 30, 3], [50, 60, 3]]
+    )
     whole = sketch(left, right, segments, 64, 4, method, True)
     for seed in range(3):
         order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
@@ -82,8 +97,15 @@ def test_a_row_has_the_same_bits_in_any_company(method):
         assert torch.equal(alone[row], whole[row])
     moved = segments + torch.tensor([7, 7, 0])
     pad = torch.full((7, 1), float("nan"))
-    shifted = sketch(torch.cat([pad.expand(7, 5), left]), torch.cat([pad.expand(7, 150), right]),
-                     moved, 64, 4, method, True)
+    shifted = sketch(
+        torch.cat([pad.expand(7, 5), left]),
+        torch.cat([pad.expand(7, 150), right]),
+        moved,
+        64,
+        4,
+        method,
+        True,
+    )
     assert torch.equal(shifted, whole)
 
 
@@ -109,7 +131,7 @@ def test_small_and_large_rows_keep_their_accuracy(deterministic):
     left, right = random(80, 8).float(), random(80, 50, seed=1).float()
     segments = torch.stack([torch.arange(8) * 10, torch.arange(8) * 10 + 10, torch.arange(8)], 1)
     for row, scale in enumerate((1.0, 1e-8, 1e-30, 1e30, 0.0, 1e-4, 1e4)):
-        left[row * 10:row * 10 + 10] *= scale
+        left[row * 10 : row * 10 + 10] *= scale
     left[70:, 1:] *= 1e-8  # and small beside large in one gradient
     found = sketch(left, right, segments, 64, 8, "sjlt", deterministic)
     assert_near(found, define(left, right, segments, 64, 8, "sjlt"))
@@ -120,7 +142,7 @@ def test_powers_of_two_scale_the_result_exactly():
     left, right = random(40, 6).float(), random(40, 50, seed=1).float()
     whole = sketch(left, right, SEGMENTS, 64, 4, "sjlt", True)
     for one, other in ((40, 0), (-33, 20), (-80, -5)):
-        scaled = sketch(left * 2.0 ** one, right * 2.0 ** other, SEGMENTS, 64, 4, "sjlt", True)
+        scaled = sketch(left * 2.0**one, right * 2.0**other, SEGMENTS, 64, 4, "sjlt", True)
         assert torch.equal(scaled, whole * 2.0 ** (one + other))
 
 
@@ -133,10 +155,11 @@ def test_adds_in_place_and_takes_any_strides(method, deterministic):
     for offset in (0, 1, 4):
         wide = torch.full((5, 60), 9.0, dtype=torch.float64, device=DEVICE)
         wide[:, 7:55] = start
-        lefts, rights = (torch.full((40, x.shape[1] + 11), float("nan"), device=DEVICE)
-                         for x in (left, right))
-        lefts[:, offset:offset + 5], rights[:, offset:offset + 60] = left, right
-        weights = [(lefts[:, offset:offset + 5], rights[:, offset:offset + 60], KEY)]
+        lefts, rights = (
+            torch.full((40, x.shape[1] + 11), float("nan"), device=DEVICE) for x in (left, right)
+        )
+        lefts[:, offset : offset + 5], rights[:, offset : offset + 60] = left, right
+        weights = [(lefts[:, offset : offset + 5], rights[:, offset : offset + 60], KEY)]
         lora_grad_sketches(wide[:, 7:55], weights, SEGMENTS, method, deterministic)
         assert_near(wide[:, 7:55].cpu(), expected)
         assert bool((wide[:, :7] == 9).all()) and bool((wide[:, 55:] == 9).all())
@@ -147,16 +170,18 @@ def test_adds_in_place_and_takes_any_strides(method, deterministic):
 def test_many_weights_are_the_sum_of_each(method, deterministic):
     """Of all tiles and dtypes, some of the same shape, some that share an operand, one twice."""
     shapes = [(16, 40), (40, 16), (16, 40), (20, 50), (50, 20), (70, 70), (1, 30), (30, 1)]
-    weights = [(random(40, rows, seed=i).to(dtype), random(40, columns, seed=i % 3).to(dtype),
-                KEY + i)
-               for dtype in (torch.float32, torch.bfloat16)
-               for i, (rows, columns) in enumerate(shapes)]
+    weights = [
+        (random(40, rows, seed=i).to(dtype), random(40, columns, seed=i % 3).to(dtype), KEY + i)
+        for dtype in (torch.float32, torch.bfloat16)
+        for i, (rows, columns) in enumerate(shapes)
+    ]
     weights.append(weights[3])
     out = torch.zeros(5, 96, dtype=torch.float64, device=DEVICE)
     there = [(left.to(DEVICE), right.to(DEVICE), key) for left, right, key in weights]
     lora_grad_sketches(out, there, SEGMENTS, method, deterministic)
     expected = sum(
-        define(left, right, SEGMENTS, 96, 5, method, key) for left, right, key in weights)
+        define(left, right, SEGMENTS, 96, 5, method, key) for left, right, key in weights
+    )
     assert_near(out.cpu(), expected)
 
 
@@ -169,8 +194,11 @@ def test_launches_do_not_grow_with_the_weights(deterministic, monkeypatch):
     launched = []
     for kind in (JITFunction, InterpretedFunction):
         monkeypatch.setattr(kind, "run", lambda self, *args, **options: launched.append(self))
-    weights = [(torch.ones(9, rows), torch.ones(9, columns), i) for i in range(64)
-               for rows, columns in ((16, 64), (64, 16))]
+    weights = [
+        (torch.ones(9, rows), torch.ones(9, columns), i)
+        for i in range(64)
+        for rows, columns in ((16, 64), (64, 16))
+    ]
     out = torch.zeros(2, 96, dtype=torch.float64)
     lora_grad_sketches(out, weights, torch.tensor([[0, 4, 0], [4, 9, 1]]), "sjlt", deterministic)
     assert len(launched) == (9 if deterministic else 4)
@@ -181,8 +209,9 @@ def test_nothing_to_add(deterministic):
     none = torch.zeros(0, 3, dtype=torch.int64)
     left, right = random(4, 3).float(), random(4, 5, seed=1).float()
     assert not sketch(left, right, none, 8, 2, "sjlt", deterministic).any()
-    assert not sketch(left[:0], right[:0], torch.tensor([[0, 0, 1]]), 8, 2, "sjlt",
-                      deterministic).any()
+    assert not sketch(
+        left[:0], right[:0], torch.tensor([[0, 0, 1]]), 8, 2, "sjlt", deterministic
+    ).any()
     assert not sketch(left, right, torch.tensor([[2, 2, 1]]), 8, 2, "sjlt", deterministic).any()
     for shape in ((0, 4), (2, 0)):
         out = torch.zeros(shape[0], 8, device=DEVICE)
@@ -197,8 +226,9 @@ def ready(x: torch.Tensor, k: int, deterministic: bool) -> torch.Tensor:
 
 
 @both_modes
-@pytest.mark.parametrize(("n", "length", "k"), [
-    (1, 1, 1), (3, 2500, 64), (9, 1024, 7), (2, 70000, 48), (5, 130, 4096)])
+@pytest.mark.parametrize(
+    ("n", "length", "k"), [(1, 1, 1), (3, 2500, 64), (9, 1024, 7), (2, 70000, 48), (5, 130, 4096)]
+)
 def test_ready_rows(n, length, k, deterministic):
     x = random(n, length).float()
     x[0] *= 1e-30
@@ -227,9 +257,20 @@ def test_ready_rows_are_alike_in_any_company_and_add_in_place():
 @both_modes
 @both_methods
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "columns", "k"), [
-    (16, 4096, 8192), (4096, 16, 8192), (4, 11008, 8192), (128, 4096, 8192), (4096, 256, 4096),
-    (1000, 1000, 8191), (4097, 1, 8192), (31, 5000, 1000), (4096, 4096, 8192)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k"),
+    [
+        (16, 4096, 8192),
+        (4096, 16, 8192),
+        (4, 11008, 8192),
+        (128, 4096, 8192),
+        (4096, 256, 4096),
+        (1000, 1000, 8191),
+        (4097, 1, 8192),
+        (31, 5000, 1000),
+        (4096, 4096, 8192),
+    ],
+)
 def test_large_gradients_equal_the_cpus(rows, columns, k, dtype, method, deterministic):
     left, right = random(700, rows).to(dtype), random(700, columns, seed=1).to(dtype)
     segments = torch.tensor([[300, 700, 2], [0, 130, 0], [130, 131, 3], [200, 520, 2]])
@@ -259,5 +300,7 @@ def test_segments_that_change_are_copied_again():
     segments = torch.tensor([[0, 20, 0], [20, 40, 1]])
     for end in (40, 30):
         segments[1, 1] = end
-        assert_near(sketch(left, right, segments, 64, 2, "sjlt", True),
-                    define(left, right, segments, 64, 2, "sjlt"))
+        assert_near(
+            sketch(left, right, segments, 64, 2, "sjlt", True),
+            define(left, right, segments, 64, 2, "sjlt"),
+        )

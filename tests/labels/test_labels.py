@@ -29,8 +29,9 @@ from tests.support.state import differences, snapshot
 
 
 def _selection(n: int = 4, responses: tuple[str, str] = (" good", " bad")) -> Selection:
-    return Selection(tuple(Pick(f"p{i}", (0, 1), 1.0, i, f"prompt {i}", responses)
-                           for i in range(n)), "random")
+    return Selection(
+        tuple(Pick(f"p{i}", (0, 1), 1.0, i, f"prompt {i}", responses) for i in range(n)), "random"
+    )
 
 
 def _goodness(prompts: Any, responses: Any, extras: Any) -> list[float]:
@@ -77,12 +78,14 @@ def test_reward_at_temperature_zero_and_with_extras() -> None:
     assert oracle.label(_selection(1)) == [0]
     assert oracle.label(_selection(1, (" bad", " good"))) == [1]
     assert oracle.label(_selection(1, (" bad", " worse"))) == [None]
-    pool = PreferencePool([PoolItem(f"p{i}", f"prompt {i}", (" good", " bad"), {"best": i % 2})
-                           for i in range(4)])
+    pool = PreferencePool(
+        [PoolItem(f"p{i}", f"prompt {i}", (" good", " bad"), {"best": i % 2}) for i in range(4)]
+    )
 
     def reward(prompts: Any, responses: Any, extras: Any) -> list[float]:
-        return [float((" good", " bad")[e["best"]] == r)
-                for r, e in zip(responses, extras, strict=True)]
+        return [
+            float((" good", " bad")[e["best"]] == r) for r, e in zip(responses, extras, strict=True)
+        ]
 
     assert RewardOracle(reward, temperature=0).label(_selection(), pool) == [0, 1, 0, 1]
 
@@ -98,9 +101,15 @@ def test_reward_errors_name_what_is_wrong() -> None:
 
 def _reward_model(**config: Any) -> LlamaForSequenceClassification:
     torch.manual_seed(0)
-    settings: dict[str, Any] = dict(vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1,
-                                    num_attention_heads=2, intermediate_size=16, num_labels=1,
-                                    pad_token_id=1)
+    settings: dict[str, Any] = dict(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=1,
+        pad_token_id=1,
+    )
     return LlamaForSequenceClassification(LlamaConfig(**{**settings, **config}))
 
 
@@ -108,8 +117,10 @@ def _reward_model(**config: Any) -> LlamaForSequenceClassification:
 def test_reward_model_gives_each_text_its_own_score(chat: bool) -> None:
     model, tokenizer = _reward_model().train(), tiny_tokenizer(chat=chat)
     texts = [(" a", " much longer than the other one"), (" sketch", " library"), (" x y", " z")]
-    picks = tuple(Pick(f"p{i}", (0, 1), 0.0, i, "The quick brown" * (i + 1), pair)
-                  for i, pair in enumerate(texts))
+    picks = tuple(
+        Pick(f"p{i}", (0, 1), 0.0, i, "The quick brown" * (i + 1), pair)
+        for i, pair in enumerate(texts)
+    )
     oracle = RewardModelOracle(model, tokenizer, temperature=0, batch_size=4, show_progress=False)
     labels = oracle.label(Selection(picks, "x"))
     assert model.training
@@ -119,8 +130,12 @@ def test_reward_model_gives_each_text_its_own_score(chat: bool) -> None:
         for response in pick.responses:
             if chat:
                 ids = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": pick.prompt},
-                     {"role": "assistant", "content": response}], return_dict=True)["input_ids"]
+                    [
+                        {"role": "user", "content": pick.prompt},
+                        {"role": "assistant", "content": response},
+                    ],
+                    return_dict=True,
+                )["input_ids"]
             else:
                 ids = tokenizer(pick.prompt)["input_ids"] + tokenizer(response)["input_ids"]
             with torch.no_grad():
@@ -183,16 +198,19 @@ def test_files_tell_rounds_apart_that_have_an_id_and_pair_in_common(tmp_path: Pa
     assert oracle.label(both) == [0, 1]
 
 
-@pytest.mark.parametrize("fault, message", [
-    ("missing", r"no line for pair \[0, 1\] of id 'p2'"),
-    ("extra", "line 4: pair .* not one of the picks"),
-    ("text", "line 2: the texts of id 'p1'"),
-    ("label", "line 3: 'label' must be"),
-    ("bool", "line 3: 'label' must be"),
-    ("list", "line 3: 'label' must be"),
-    ("json", "line 1: broken JSON"),
-    ("twice", "line 4: .*already on line 1"),
-])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("missing", r"no line for pair \[0, 1\] of id 'p2'"),
+        ("extra", "line 4: pair .* not one of the picks"),
+        ("text", "line 2: the texts of id 'p1'"),
+        ("label", "line 3: 'label' must be"),
+        ("bool", "line 3: 'label' must be"),
+        ("list", "line 3: 'label' must be"),
+        ("json", "line 1: broken JSON"),
+        ("twice", "line 4: .*already on line 1"),
+    ],
+)
 def test_files_with_a_fault_are_refused(tmp_path: Path, fault: str, message: str) -> None:
     path = tmp_path / "x.jsonl"
     selection, oracle = _selection(3), FileOracle(path)
@@ -220,15 +238,17 @@ def test_files_with_a_fault_are_refused(tmp_path: Path, fault: str, message: str
 def test_reward_model_is_left_as_found_and_ignores_the_callers_modes() -> None:
     model, tokenizer = _reward_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(max_length=7)
-    oracle = RewardModelOracle(model, tokenizer, temperature=0, max_length=16,
-                               show_progress=False)
+    oracle = RewardModelOracle(model, tokenizer, temperature=0, max_length=16, show_progress=False)
     selection = _selection(6, (" good", " something else, and longer"))
     expected = oracle._score(["a prompt"], [" good"], [{}])
     model.train()
     list(model.modules())[4].eval()
     before = snapshot(model, tokenizer)
-    for around in (torch.no_grad, torch.inference_mode,
-                   lambda: torch.autocast("cpu", torch.bfloat16)):
+    for around in (
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ):
         with around():
             assert oracle._score(["a prompt"], [" good"], [{}]) == expected
         oracle.label(selection)

@@ -23,13 +23,19 @@ from tests.support.state import differences, snapshot
 TOKENIZER = tiny_tokenizer()
 # As many a tokenizer.json has it; a call without truncation switches it off.
 TOKENIZER.backend_tokenizer.enable_truncation(max_length=500)
-POOL = PreferencePool.from_rows([
-    {"prompt": "What is a sketch? TL;DR:",
-     "responses": [" a short random projection", " a drawing"]},
-    {"prompt": "Name the library that decides. TL;DR:",
-     "responses": [" this one", " the quick brown fox jumps over"]},
-    {"prompt": "TL;DR:", "responses": [" choose", " label less"]},
-])
+POOL = PreferencePool.from_rows(
+    [
+        {
+            "prompt": "What is a sketch? TL;DR:",
+            "responses": [" a short random projection", " a drawing"],
+        },
+        {
+            "prompt": "Name the library that decides. TL;DR:",
+            "responses": [" this one", " the quick brown fox jumps over"],
+        },
+        {"prompt": "TL;DR:", "responses": [" choose", " label less"]},
+    ]
+)
 PROMPTS = [Prompt("a", "The quick"), Prompt("b", "What is a sketch?")]
 EXACT = Sketch("none")
 
@@ -55,8 +61,9 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "plain gradients": lambda model: extractor(model, verify=False).gradients(tokens()).gradients,
     "logps": lambda model: extractor(model).logps(tokens()),
     "hidden": lambda model: extractor(model).hidden(tokens()),
-    "generate": lambda model: [item.responses for item in generate_responses(
-        model, TOKENIZER, PROMPTS, max_new_tokens=4)],
+    "generate": lambda model: [
+        item.responses for item in generate_responses(model, TOKENIZER, PROMPTS, max_new_tokens=4)
+    ],
     "respond": lambda model: respond(model, TOKENIZER, PROMPTS, max_new_tokens=4),
 }
 
@@ -244,17 +251,29 @@ def test_compiled_layers_are_run_as_they_are() -> None:
     assert compiled.check(tokens())  # prompts are shared
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_type": "dynamic", "factor": 4.0},
-    {"rope_type": "longrope", "original_max_position_embeddings": 16,
-     "short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
-])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0] * 4,
+        },
+    ],
+)
 def test_rows_do_not_depend_on_what_ran_before(rope: dict[str, Any]) -> None:
     """A sequence of 37 tokens, after one of 295 and after none: rotary frequencies remember it."""
-    rows = TokenizedPool([TokenizedResponse([*range(20, 55), 60 + n, 5], 35) for n in (0, 1)], [],
-                         [0, 1])
-    model = lora(tiny_causal_lm("llama", rope_parameters={"rope_theta": 1e4, **rope},
-                                max_position_embeddings=16), "llama")
+    rows = TokenizedPool(
+        [TokenizedResponse([*range(20, 55), 60 + n, 5], 35) for n in (0, 1)], [], [0, 1]
+    )
+    model = lora(
+        tiny_causal_lm(
+            "llama", rope_parameters={"rope_theta": 1e4, **rope}, max_position_embeddings=16
+        ),
+        "llama",
+    )
     expected, logps = loop_gradients(model, rows.sequences, trainable(model))
     model(input_ids=torch.arange(5, 300)[None])
     before = snapshot(model)

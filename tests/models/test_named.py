@@ -54,7 +54,8 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names(kind: type, folders) -> 
     expected, _ = load_policy(base, adapter=adapter)
     assert isinstance(model, PeftModel) and not model.training and _same(model, expected)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if "lora_" in name}
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab() and not tokenizer.chat_template
     tiny_tokenizer(chat=True).save_pretrained(adapter)  # as training tools leave it there
     assert as_model(kind(adapter))[1].chat_template
@@ -114,9 +115,11 @@ def test_names_on_the_hub(tmp_path: Path, folders, monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, folders) -> None:
     base, adapter = folders
-    cases = [("nowhere/at/all", "nowhere/at/all: no such model folder"),
-             (tmp_path / "gone", "gone: no such model folder"),
-             (tmp_path, "is not a model folder: no config.json in it")]
+    cases = [
+        ("nowhere/at/all", "nowhere/at/all: no such model folder"),
+        (tmp_path / "gone", "gone: no such model folder"),
+        (tmp_path, "is not a model folder: no config.json in it"),
+    ]
     for name, message in cases:
         with pytest.raises(ActiveDPOError, match=message) as caught:
             as_model(name)
@@ -124,8 +127,10 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, folders) -> None:
     for changes, message in (
         ({"base_model_name_or_path": None}, "does not name its base model"),
         ({"base_model_name_or_path": ""}, "does not name its base model"),
-        ({"base_model_name_or_path": "./gone"},
-         f"the base model of adapter {adapter}: ./gone: no such model folder"),
+        (
+            {"base_model_name_or_path": "./gone"},
+            f"the base model of adapter {adapter}: ./gone: no such model folder",
+        ),
         ({"base_model_name_or_path": str(adapter)}, "is not a model folder"),
     ):
         _edit(adapter, **changes)

@@ -22,8 +22,11 @@ needs_cpp = pytest.mark.skipif(backends._csrc is None, reason="the C++ extension
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, 0xFFFFFFFFFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), 0x299F31D0A4093822,
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        0x299F31D0A4093822,
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 
@@ -122,7 +125,7 @@ def test_bits_are_those_of_the_reference(k, monkeypatch):
 
 
 @needs_cpp
-@pytest.mark.parametrize("key", [0, 1, 2 ** 32, 2 ** 64 - 1])
+@pytest.mark.parametrize("key", [0, 1, 2**32, 2**64 - 1])
 def test_bits_agree_far_into_a_parameter(key, monkeypatch):
     """The last positions of a long row, across chunks and segments, under extreme keys."""
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
@@ -137,9 +140,19 @@ def test_bits_agree_far_into_a_parameter(key, monkeypatch):
 
 @needs_cpp
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("n, length, k", [
-    (1, 1, 1), (1, 3, 5), (7, 3, 8192), (7, 4097, 1), (1, 4097, 5), (7, 4097, 130),
-    (3, 4097, 8192), (2, 70001, 257)])
+@pytest.mark.parametrize(
+    "n, length, k",
+    [
+        (1, 1, 1),
+        (1, 3, 5),
+        (7, 3, 8192),
+        (7, 4097, 1),
+        (1, 4097, 5),
+        (7, 4097, 130),
+        (3, 4097, 8192),
+        (2, 70001, 257),
+    ],
+)
 def test_cpp_equals_reference(operation, n, length, k, monkeypatch):
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
@@ -179,8 +192,11 @@ def test_float32_rounding_does_not_grow_with_the_length(operation, monkeypatch):
     """All of a million numbers share a sign pattern's sum: one float32 running sum would be off."""
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     x = random(1, 1_000_000, dtype=torch.float32).abs() + 1
-    signs = (reference.sjlt_hash(torch.arange(x.shape[1]), KEY, 1)[1] if operation == "sjlt" else
-             reference.rademacher_signs(torch.arange(x.shape[1]), torch.arange(1), KEY)[:, 0])
+    signs = (
+        reference.sjlt_hash(torch.arange(x.shape[1]), KEY, 1)[1]
+        if operation == "sjlt"
+        else reference.rademacher_signs(torch.arange(x.shape[1]), torch.arange(1), KEY)[:, 0]
+    )
     got = sketch(operation, x * signs, KEY, 1)  # every term positive: the sum is about 1.8 million
     assert float(got) == pytest.approx(float(x.double().sum()), rel=2e-7)
 
@@ -195,8 +211,9 @@ def test_adds_in_place_and_takes_any_strides(operation, backend, monkeypatch):
     wide = torch.full((5, 20), 9.0, dtype=torch.float64)
     outs = [start.clone(), start.t().contiguous().t(), wide[:, 3:10]]
     outs[2].copy_(start)
-    for out, given in zip(outs, [x.t().contiguous().t(), x, torch.cat([x, x], 1)[:, :301]],
-                          strict=True):
+    for out, given in zip(
+        outs, [x.t().contiguous().t(), x, torch.cat([x, x], 1)[:, :301]], strict=True
+    ):
         function(out, given, KEY)
         torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
     assert bool((wide[:, :3] == 9).all()) and bool((wide[:, 10:] == 9).all())
@@ -221,20 +238,29 @@ def test_reference_is_the_same_in_chunks(monkeypatch):
 GOOD = dict(out=torch.zeros(2, 3), x=torch.zeros(2, 4), key=KEY)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(4)), "x has shape (4,), expected two dimensions"),
-    (dict(out=torch.zeros(2, 3, 1)), "out has shape (2, 3, 1), expected two dimensions"),
-    (dict(x=torch.zeros(2, 4, dtype=torch.bfloat16)), "x is torch.bfloat16, expected torch."),
-    (dict(x=torch.zeros(2, 4, dtype=torch.float64)), "out is torch.float32 and x is torch.float64"),
-    (dict(x=torch.zeros(2, 4, device="meta")), "out is on cpu and x on meta"),
-    (dict(x=torch.zeros(3, 4)), "out has 2 rows and x has 3"),
-    (dict(out=torch.zeros(2, 0)), "out has 0 columns"),
-    (dict(out=torch.zeros(1).expand(2, 2 ** 31)), "out has 2147483648 columns"),
-    (dict(x=torch.zeros(2, 4, requires_grad=True)), "x requires grad"),
-    (dict(x=torch.zeros(2, 4).to_sparse()), "x is sparse"),
-    (dict(x=[[0.0]]), "x is a list, not a tensor"),
-    (dict(key=-1), "key is -1"), (dict(key=2 ** 64), "key is 18446744073709551616"),
-    (dict(key=1.0), "key is 1.0"), (dict(key=True), "key is True")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(4)), "x has shape (4,), expected two dimensions"),
+        (dict(out=torch.zeros(2, 3, 1)), "out has shape (2, 3, 1), expected two dimensions"),
+        (dict(x=torch.zeros(2, 4, dtype=torch.bfloat16)), "x is torch.bfloat16, expected torch."),
+        (
+            dict(x=torch.zeros(2, 4, dtype=torch.float64)),
+            "out is torch.float32 and x is torch.float64",
+        ),
+        (dict(x=torch.zeros(2, 4, device="meta")), "out is on cpu and x on meta"),
+        (dict(x=torch.zeros(3, 4)), "out has 2 rows and x has 3"),
+        (dict(out=torch.zeros(2, 0)), "out has 0 columns"),
+        (dict(out=torch.zeros(1).expand(2, 2**31)), "out has 2147483648 columns"),
+        (dict(x=torch.zeros(2, 4, requires_grad=True)), "x requires grad"),
+        (dict(x=torch.zeros(2, 4).to_sparse()), "x is sparse"),
+        (dict(x=[[0.0]]), "x is a list, not a tensor"),
+        (dict(key=-1), "key is -1"),
+        (dict(key=2**64), "key is 18446744073709551616"),
+        (dict(key=1.0), "key is 1.0"),
+        (dict(key=True), "key is True"),
+    ],
+)
 @pytest.mark.parametrize("function", [ops.sjlt_, ops.rademacher_])
 def test_bad_arguments_are_one_clear_error(function, change, message):
     with pytest.raises(ActiveDPOError) as caught:
@@ -269,7 +295,8 @@ def test_reference_stands_in_with_one_warning(monkeypatch, caplog):
         for operation in OPERATIONS:
             torch.testing.assert_close(sketch(operation, x, KEY, 5), define(operation, x, KEY, 5))
     assert [record.getMessage() for record in caplog.records] == [
-        "using the slower PyTorch reference: it was left out; run this"]
+        "using the slower PyTorch reference: it was left out; run this"
+    ]
 
 
 @needs_cpp
@@ -303,8 +330,9 @@ def test_float64_is_not_for_triton(monkeypatch):
         backends.choose("sjlt", "cuda", torch.float64)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, None), ("", None), ("1", True),
-                                                 ("0", False)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, None), ("", None), ("1", True), ("0", False)]
+)
 @pytest.mark.parametrize("of_torch", [False, True])
 def test_deterministic_as_torch_unless_told(value, expected, of_torch, monkeypatch):
     monkeypatch.delenv("ACTIVEDPO_DETERMINISTIC", raising=False)
@@ -324,5 +352,9 @@ def test_deterministic_is_yes_or_no(monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_reference_is_the_same_on_a_gpu(operation):
     x = random(3, 4097)
-    torch.testing.assert_close(define(operation, x.cuda(), KEY, 130).cpu(),
-                               define(operation, x, KEY, 130), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        define(operation, x.cuda(), KEY, 130).cpu(),
+        define(operation, x, KEY, 130),
+        rtol=1e-12,
+        atol=1e-12,
+    )

@@ -15,8 +15,19 @@ from activedpo_fast.ops import reference
 from tests.ops.test_ops import KEY, needs_cpp, random, threads
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-SHAPES = [(1, 1, 1), (1, 500, 64), (500, 1, 64), (3, 7, 5), (8, 256, 64), (256, 8, 8192),
-          (70, 300, 512), (300, 70, 100), (4, 9000, 4096), (9000, 3, 300), (129, 33, 50000)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 500, 64),
+    (500, 1, 64),
+    (3, 7, 5),
+    (8, 256, 64),
+    (256, 8, 8192),
+    (70, 300, 512),
+    (300, 70, 100),
+    (4, 9000, 4096),
+    (9000, 3, 300),
+    (129, 33, 50000),
+]
 
 
 def by_hand(left, right, segments, k: int, n: int, method: str) -> torch.Tensor:
@@ -47,7 +58,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 @pytest.mark.parametrize(("height", "width", "k"), SHAPES)
 def test_equals_the_sketch_of_the_gradient(height, width, k, method, dtype, backend, monkeypatch):
     if method == "rademacher":
-        k = min(k, 10 ** 7 // (height * width))  # the reference takes its time
+        k = min(k, 10**7 // (height * width))  # the reference takes its time
     monkeypatch.setenv("ACTIVEDPO_BACKEND", backend)
     left, right = random(150, height).to(dtype), random(150, width, seed=1).to(dtype)
     # Empty, of one token, overlapping, two of one row, and out of order.
@@ -59,8 +70,14 @@ def test_equals_the_sketch_of_the_gradient(height, width, k, method, dtype, back
 
 
 @needs_cpp
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 200), st.integers(0, 30),
-       st.sampled_from(ops.METHODS), st.data())
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.integers(0, 30),
+    st.sampled_from(ops.METHODS),
+    st.data(),
+)
 def test_random_shapes(height, width, k, tokens, method, data):
     left, right = random(tokens, height), random(tokens, width, seed=1)
     bounds = st.tuples(st.integers(0, tokens), st.integers(0, tokens), st.integers(0, 3))
@@ -84,8 +101,10 @@ def test_equals_the_sketch_of_a_ready_gradient(method):
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method", ops.METHODS)
-@pytest.mark.parametrize(("height", "width", "k", "rows"), [
-    (8, 700, 256, 12), (700, 8, 256, 3), (200, 300, 128, 2), (64, 64, 8192, 20)])
+@pytest.mark.parametrize(
+    ("height", "width", "k", "rows"),
+    [(8, 700, 256, 12), (700, 8, 256, 3), (200, 300, 128, 2), (64, 64, 8192, 20)],
+)
 def test_a_row_is_the_same_for_any_threads_and_neighbors(height, width, k, rows, method, dtype):
     left, right = random(rows * 9, height).to(dtype), random(rows * 9, width, seed=1).to(dtype)
     starts = torch.arange(rows) * 9
@@ -97,7 +116,7 @@ def test_a_row_is_the_same_for_any_threads_and_neighbors(height, width, k, rows,
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sketch(left, right, segments[order], k, rows, method), results[0])
-    few = sketch(left, right, segments[:min(rows, 8)], k, rows, method)
+    few = sketch(left, right, segments[: min(rows, 8)], k, rows, method)
     if rows >= 8:  # fewer rows may be cut into parts: another order of additions
         assert torch.equal(few[:8], results[0][:8])
 
@@ -143,12 +162,21 @@ def test_reference_is_the_same_in_chunks(monkeypatch):
     monkeypatch.setattr(reference, "_GRADIENTS", 30)
     for method, expected in zip(ops.METHODS, whole, strict=True):
         torch.testing.assert_close(
-            reference.outer_sketch(left, right, segments, KEY, 16, 3, method), expected)
+            reference.outer_sketch(left, right, segments, KEY, 16, 3, method), expected
+        )
 
 
-@pytest.mark.parametrize(("rows", "columns", "k", "sides"), [
-    (8, 1024, 8192, (8, 1024)), (8, 4096, 8192, (8, 1024)), (4096, 8, 8192, (1024, 8)),
-    (4096, 4096, 8192, (90, 90)), (1, 10, 3, (1, 3)), (5, 5, 1, (1, 1))])
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "sides"),
+    [
+        (8, 1024, 8192, (8, 1024)),
+        (8, 4096, 8192, (8, 1024)),
+        (4096, 8, 8192, (1024, 8)),
+        (4096, 4096, 8192, (90, 90)),
+        (1, 10, 3, (1, 3)),
+        (5, 5, 1, (1, 1)),
+    ],
+)
 def test_kronecker_sides(rows, columns, k, sides):
     assert reference.kronecker_sides(rows, columns, k) == sides
 
@@ -171,35 +199,52 @@ def test_overlaps_of_two_matrices_are_spread():
     time, where whole blocks would share from none to all."""
     k, entries = 8192, torch.ones(1, 8, 512)
     used = [reference.kronecker(entries, key, k)[0] != 0 for key in range(60)]
-    shared = torch.tensor([float((one & other).double().mean())
-                           for one, other in zip(used[::2], used[1::2], strict=True)])
+    shared = torch.tensor(
+        [
+            float((one & other).double().mean())
+            for one, other in zip(used[::2], used[1::2], strict=True)
+        ]
+    )
     expected = (reference.kronecker_sides(8, 512, k)[0] * 512 / k) ** 2
     assert float(shared.mean()) == pytest.approx(expected, abs=0.05)
     assert float(shared.std()) < 0.05  # one long block at a random place: 0.14
 
 
-GOOD = dict(out=torch.zeros(2, 3, dtype=torch.float64), left=torch.zeros(4, 5),
-            right=torch.zeros(4, 6), segments=torch.tensor([[0, 4, 1]]), key=KEY, method="sjlt")
+GOOD = dict(
+    out=torch.zeros(2, 3, dtype=torch.float64),
+    left=torch.zeros(4, 5),
+    right=torch.zeros(4, 6),
+    segments=torch.tensor([[0, 4, 1]]),
+    key=KEY,
+    method="sjlt",
+)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(method="gauss"), "method is 'gauss'; known: sjlt, rademacher, kronecker"),
-    (dict(out=torch.zeros(2, 3)), "out is torch.float32, expected torch.float64"),
-    (dict(left=torch.zeros(4, 5).half()), "left is torch.float16 and right torch.float32"),
-    (dict(left=torch.zeros(3, 5)), "left has 3 tokens and right 4"),
-    (dict(left=torch.zeros(4, 0)), "left is 0 wide and right 6"),
-    (dict(left=torch.zeros(4, 5, device="meta")), "out is on cpu, left on meta and right on cpu"),
-    (dict(left=torch.zeros(4, 5, requires_grad=True)), "left requires grad"),
-    (dict(right=torch.zeros(4, 6, 1)), "right has shape (4, 6, 1), expected a dense matrix"),
-    (dict(right=[[0.0]]), "right is a list, not a tensor"),
-    (dict(out=torch.zeros(2, 0, dtype=torch.float64)), "out has 0 columns"),
-    (dict(segments=torch.tensor([[0, 4]])), "segments are torch.int64 (1, 2) on cpu"),
-    (dict(segments=torch.tensor([[0.0, 4, 1]])), "segments are torch.float32 (1, 3) on cpu"),
-    (dict(segments=torch.tensor([[0, 5, 1]])), "a segment lies outside 4 tokens and 2 rows"),
-    (dict(segments=torch.tensor([[-1, 2, 1]])), "a segment lies outside"),
-    (dict(segments=torch.tensor([[3, 2, 1]])), "a segment lies outside"),
-    (dict(segments=torch.tensor([[0, 4, 2]])), "a segment lies outside"),
-    (dict(key=-1), "key is -1")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(method="gauss"), "method is 'gauss'; known: sjlt, rademacher, kronecker"),
+        (dict(out=torch.zeros(2, 3)), "out is torch.float32, expected torch.float64"),
+        (dict(left=torch.zeros(4, 5).half()), "left is torch.float16 and right torch.float32"),
+        (dict(left=torch.zeros(3, 5)), "left has 3 tokens and right 4"),
+        (dict(left=torch.zeros(4, 0)), "left is 0 wide and right 6"),
+        (
+            dict(left=torch.zeros(4, 5, device="meta")),
+            "out is on cpu, left on meta and right on cpu",
+        ),
+        (dict(left=torch.zeros(4, 5, requires_grad=True)), "left requires grad"),
+        (dict(right=torch.zeros(4, 6, 1)), "right has shape (4, 6, 1), expected a dense matrix"),
+        (dict(right=[[0.0]]), "right is a list, not a tensor"),
+        (dict(out=torch.zeros(2, 0, dtype=torch.float64)), "out has 0 columns"),
+        (dict(segments=torch.tensor([[0, 4]])), "segments are torch.int64 (1, 2) on cpu"),
+        (dict(segments=torch.tensor([[0.0, 4, 1]])), "segments are torch.float32 (1, 3) on cpu"),
+        (dict(segments=torch.tensor([[0, 5, 1]])), "a segment lies outside 4 tokens and 2 rows"),
+        (dict(segments=torch.tensor([[-1, 2, 1]])), "a segment lies outside"),
+        (dict(segments=torch.tensor([[3, 2, 1]])), "a segment lies outside"),
+        (dict(segments=torch.tensor([[0, 4, 2]])), "a segment lies outside"),
+        (dict(key=-1), "key is -1"),
+    ],
+)
 def test_bad_arguments_are_one_clear_error(change, message):
     with pytest.raises(ActiveDPOError) as caught:
         ops.outer_sketch_(**{**GOOD, **change})
@@ -213,4 +258,5 @@ def test_reference_is_the_same_on_a_gpu(method):
     segments = torch.tensor([[0, 9, 2], [9, 40, 0], [5, 12, 2]])
     found = reference.outer_sketch(left.cuda(), right.cuda(), segments, KEY, 130, 3, method)
     torch.testing.assert_close(
-        found.cpu(), reference.outer_sketch(left, right, segments, KEY, 130, 3, method))
+        found.cpu(), reference.outer_sketch(left, right, segments, KEY, 130, 3, method)
+    )

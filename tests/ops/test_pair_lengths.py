@@ -23,9 +23,15 @@ def by_gpu(rows: Tensor, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     return pair_lengths(rows.cuda(), pairs, by_row=by_row)
 
 
-ways = pytest.mark.parametrize("measure", [
-    pytest.param(by_lanes, marks=pytest.mark.skipif(backends._csrc is None, reason="not built")),
-    pytest.param(by_gpu, marks=pytest.mark.gpu)])
+ways = pytest.mark.parametrize(
+    "measure",
+    [
+        pytest.param(
+            by_lanes, marks=pytest.mark.skipif(backends._csrc is None, reason="not built")
+        ),
+        pytest.param(by_gpu, marks=pytest.mark.gpu),
+    ],
+)
 
 
 @ways
@@ -37,13 +43,14 @@ def test_every_width_and_any_address(measure, dtype, by_row):
         storage = make_rows(23, k + 9, dtype, seed=k)
         storage[4] = 0
         pairs = make_pairs(21, 80, seed=k)
-        for rows in (storage[:, :k].contiguous(), storage[:, 3:k + 3], storage[:, 4:k + 4]):
+        for rows in (storage[:, :k].contiguous(), storage[:, 3 : k + 3], storage[:, 4 : k + 4]):
             norms, lengths = measure(rows, pairs, by_row)
             want_norms, want_lengths = plain_lengths(rows, pairs, by_row)
             assert norms.device.type == lengths.device.type == "cpu"
             torch.testing.assert_close(norms, want_norms, rtol=1e-14, atol=0)
-            torch.testing.assert_close(lengths, want_lengths, rtol=1e-14,
-                                       atol=4 * EPS if by_row else 0)
+            torch.testing.assert_close(
+                lengths, want_lengths, rtol=1e-14, atol=4 * EPS if by_row else 0
+            )
 
 
 @ways

@@ -21,8 +21,14 @@ def normal(*shape, seed=0):
 def tiles_(v, points, alpha):
     """What a GPU's threads do, one after another."""
     backends.csrc().rank_update(
-        v=v.data_ptr(), v_stride=v.stride(0), points=points.data_ptr(),
-        points_stride=points.stride(0), k=len(v), m=len(points), alpha=alpha)
+        v=v.data_ptr(),
+        v_stride=v.stride(0),
+        points=points.data_ptr(),
+        points_stride=points.stride(0),
+        k=len(v),
+        m=len(points),
+        alpha=alpha,
+    )
 
 
 def padded(rows, columns, device="cpu"):
@@ -89,16 +95,19 @@ def test_no_points_and_no_numbers():
     rank_update_(torch.empty(0, 0, dtype=torch.float64), torch.empty(2, 0, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("v, points, message", [
-    (torch.eye(3), normal(2, 3), "v is torch.float32"),
-    (normal(3, 3), normal(3), r"points is torch.float64 \(3,\)"),
-    (normal(3, 4), normal(2, 4), "square"),
-    (normal(3, 3).T, normal(2, 3), "rows are contiguous"),
-    (normal(1, 3).expand(3, 3), normal(2, 3), "rows are contiguous"),
-    (normal(3, 3), normal(2, 4), "4 wide"),
-    (normal(3, 3).requires_grad_(), normal(2, 3), "requires grad"),
-    (normal(3, 3), normal(2, 3).to("meta"), "on cpu and points on meta"),
-])
+@pytest.mark.parametrize(
+    "v, points, message",
+    [
+        (torch.eye(3), normal(2, 3), "v is torch.float32"),
+        (normal(3, 3), normal(3), r"points is torch.float64 \(3,\)"),
+        (normal(3, 4), normal(2, 4), "square"),
+        (normal(3, 3).T, normal(2, 3), "rows are contiguous"),
+        (normal(1, 3).expand(3, 3), normal(2, 3), "rows are contiguous"),
+        (normal(3, 3), normal(2, 4), "4 wide"),
+        (normal(3, 3).requires_grad_(), normal(2, 3), "requires grad"),
+        (normal(3, 3), normal(2, 3).to("meta"), "on cpu and points on meta"),
+    ],
+)
 def test_what_does_not_fit_is_refused(v, points, message):
     with pytest.raises(ActiveDPOError, match=message):
         rank_update_(v, points)
@@ -122,8 +131,15 @@ def test_an_explicit_information_matrix_never_reads_above_the_diagonal():
     assert base.drift() < 1e-13
     assert base.rounding() == pytest.approx(2.0**-52 * float(exact.norm()), rel=1e-12)
     rebuilt = base.rebuilt()
-    torch.testing.assert_close(rebuilt.root.T @ rebuilt.root @ exact,
-                               torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        information.score(points), (points * torch.linalg.solve(exact, points.T).T).sum(1),
-        rtol=1e-10, atol=0)
+        rebuilt.root.T @ rebuilt.root @ exact,
+        torch.eye(12, dtype=torch.float64),
+        rtol=0,
+        atol=1e-12,
+    )
+    torch.testing.assert_close(
+        information.score(points),
+        (points * torch.linalg.solve(exact, points.T).T).sum(1),
+        rtol=1e-10,
+        atol=0,
+    )

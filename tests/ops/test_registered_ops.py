@@ -16,14 +16,21 @@ SIGNED = KEY - 2**64
 
 
 def outer(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    return (torch.zeros(2, 7, dtype=torch.float64), random(9, 5).to(dtype),
-            random(9, 60, seed=1).to(dtype), SEGMENTS)
+    return (
+        torch.zeros(2, 7, dtype=torch.float64),
+        random(9, 5).to(dtype),
+        random(9, 60, seed=1).to(dtype),
+        SEGMENTS,
+    )
 
 
 def logits(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     sums = reference.sum_dtype(dtype)
-    return (random(5, 11).to(dtype), torch.tensor([0, 10, 3, 3, 1]),
-            random(1, 5, seed=2)[0].to(sums))
+    return (
+        random(5, 11).to(dtype),
+        torch.tensor([0, 10, 3, 3, 1]),
+        random(1, 5, seed=2)[0].to(sums),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -59,13 +66,21 @@ def test_compiled_without_a_break():
 def test_fake_tensors_know_shapes_and_dtypes():
     with FakeTensorMode():
         logps, gradient = ops.response_logp_grad(
-            torch.empty(4, 9, dtype=torch.bfloat16), torch.empty(4, dtype=torch.int64),
-            torch.empty(4))
+            torch.empty(4, 9, dtype=torch.bfloat16),
+            torch.empty(4, dtype=torch.int64),
+            torch.empty(4),
+        )
         assert (logps.shape, logps.dtype) == ((4,), torch.float32)
         assert (gradient.shape, gradient.dtype) == ((4, 9), torch.bfloat16)
         out = torch.zeros(2, 7, dtype=torch.float64)
-        ops.outer_sketch_(out, torch.empty(9, 5), torch.empty(9, 6),
-                          torch.empty(3, 3, dtype=torch.int64), KEY, "rademacher")
+        ops.outer_sketch_(
+            out,
+            torch.empty(9, 5),
+            torch.empty(9, 6),
+            torch.empty(3, 3, dtype=torch.int64),
+            KEY,
+            "rademacher",
+        )
         assert out.shape == (2, 7)
 
 
@@ -83,12 +98,16 @@ def test_log_probs_and_their_gradient_are_autograds(dtype):
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=rounding, atol=1e-6)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(scores=torch.zeros(5, 11, 1)), "logits are torch.float32 (5, 11, 1)"),
-    (dict(scores=torch.zeros(5, 11, dtype=torch.int64)), "logits are torch.int64"),
-    (dict(targets=torch.zeros(4, dtype=torch.int64)), "targets are (4,) on cpu, expected (5,)"),
-    (dict(targets=torch.zeros(5)), "targets are torch.float32"),
-    (dict(weights=torch.zeros(5, device="meta")), "weights are (5,) on meta")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(scores=torch.zeros(5, 11, 1)), "logits are torch.float32 (5, 11, 1)"),
+        (dict(scores=torch.zeros(5, 11, dtype=torch.int64)), "logits are torch.int64"),
+        (dict(targets=torch.zeros(4, dtype=torch.int64)), "targets are (4,) on cpu, expected (5,)"),
+        (dict(targets=torch.zeros(5)), "targets are torch.float32"),
+        (dict(weights=torch.zeros(5, device="meta")), "weights are (5,) on meta"),
+    ],
+)
 def test_bad_logits_are_one_clear_error(change, message):
     scores, targets, weights = logits()
     given = {"scores": scores, "targets": targets, "weights": weights, **change}

@@ -95,8 +95,9 @@ def test_lengths_of_every_width(backend: str, dtype: torch.dtype, by_row: bool) 
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("pairs", [torch.empty(0, 2, dtype=torch.int64), torch.tensor([[2, 0]]),
-                                   torch.tensor([[1, 1]])])
+@pytest.mark.parametrize(
+    "pairs", [torch.empty(0, 2, dtype=torch.int64), torch.tensor([[2, 0]]), torch.tensor([[1, 1]])]
+)
 def test_lengths_of_one_pair_and_none(backend: str, pairs: Tensor, by_row: bool) -> None:
     check_lengths(make_rows(3, 5, torch.float32), pairs, by_row)
 
@@ -120,8 +121,14 @@ def test_equal_rows_are_no_distance_apart(backend: str, dtype: torch.dtype, by_r
 def test_lengths_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch.dtype) -> None:
     storage = make_rows(40, 74, dtype)
     pairs = make_pairs(20, 90)
-    for rows in (storage[::2], storage[:20, 3:40], storage[:20, ::2], storage.T[:20],
-                 storage[5:6].expand(20, -1), storage[:20, 7:8]):
+    for rows in (
+        storage[::2],
+        storage[:20, 3:40],
+        storage[:20, ::2],
+        storage.T[:20],
+        storage[5:6].expand(20, -1),
+        storage[:20, 7:8],
+    ):
         for by_row in (False, True):
             check_lengths(rows, pairs, by_row)
 
@@ -136,21 +143,20 @@ def test_pairs_may_lie_anyhow(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_16_bit_number_is_read_as_it_is(backend: str, dtype: torch.dtype) -> None:
     """Subnormal numbers, infinities and NaN among them."""
-    rows = torch.arange(-2**15, 2**15, dtype=torch.int16).view(dtype)[:, None]
+    rows = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
     pairs = torch.arange(2**16).reshape(-1, 2)
     norms, lengths = pair_lengths(rows, pairs, by_row=False)
     value = rows[:, 0].double()
     torch.testing.assert_close(norms, value.abs(), rtol=0, atol=0, equal_nan=True)
     assert norms.isfinite().sum() < 2**16 and (norms[value != 0] != 0).all()
-    torch.testing.assert_close(lengths, (value[0::2] - value[1::2]).abs(), rtol=2e-16, atol=0,
-                               equal_nan=True)
+    torch.testing.assert_close(
+        lengths, (value[0::2] - value[1::2]).abs(), rtol=2e-16, atol=0, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_rows_that_are_not_finite_are_refused(
-    backend: str, dtype: torch.dtype, bad: float
-) -> None:
+def test_rows_that_are_not_finite_are_refused(backend: str, dtype: torch.dtype, bad: float) -> None:
     rows = make_rows(6, 19, dtype)
     rows[5, 3] = bad
     PairFeatures(rows, torch.tensor([[0, 1]]), "response")  # not looked at
@@ -188,7 +194,12 @@ class Scene:
     """A state, directions for it, and the scores that each number of directions really leaves."""
 
     def __init__(
-        self, rows: Tensor | StoredRows, pairs: Tensor, *, steps: int, seed: int = 0,
+        self,
+        rows: Tensor | StoredRows,
+        pairs: Tensor,
+        *,
+        steps: int,
+        seed: int = 0,
         costs: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -202,15 +213,24 @@ class Scene:
         self.exact = torch.cat([first[None], first - fall.cumsum(0)])  # [1 + steps, N]
         self.inverse_cost = None
         if costs:
-            self.inverse_cost = 4 * torch.rand(len(pairs), generator=generator,
-                                               dtype=torch.float64) + 0.1
+            self.inverse_cost = (
+                4 * torch.rand(len(pairs), generator=generator, dtype=torch.float64) + 0.1
+            )
         self.state = ScoreState.start(
-            features.rows, features.pairs, features.row_divisor, features.pair_divisor,
-            features.reach, torch.ones(len(pairs), dtype=torch.bool), self.inverse_cost,
-            first.clone(), 4 * EPS * first, steps)
+            features.rows,
+            features.pairs,
+            features.row_divisor,
+            features.pair_divisor,
+            features.reach,
+            torch.ones(len(pairs), dtype=torch.bool),
+            self.inverse_cost,
+            first.clone(),
+            4 * EPS * first,
+            steps,
+        )
 
     def learn(self, count: int) -> None:
-        for w in self.directions[self.state.count:][:count]:
+        for w in self.directions[self.state.count :][:count]:
             self.state.append(w, error=0.0, turn=0.0)
 
     def check(self, found: Tensor) -> None:
@@ -233,8 +253,7 @@ class Scene:
 @pytest.fixture(params=["kept", "not kept", "reference"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """C++ with and without products that are kept for other pairs, and the reference."""
-    monkeypatch.setenv("ACTIVEDPO_BACKEND",
-                       "reference" if request.param == "reference" else "cpp")
+    monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference" if request.param == "reference" else "cpp")
     if request.param == "not kept":
         monkeypatch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
     return str(request.param)
@@ -253,9 +272,7 @@ def test_one_step_of_every_width(way: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("costs", [False, True])
-def test_doubt_bounds_the_error_over_many_steps(
-    way: str, dtype: torch.dtype, costs: bool
-) -> None:
+def test_doubt_bounds_the_error_over_many_steps(way: str, dtype: torch.dtype, costs: bool) -> None:
     """Candidates leave and come back, some are scored afresh, and several directions come at once:
     scores of many versions."""
     generator = torch.Generator().manual_seed(7)
@@ -263,8 +280,12 @@ def test_doubt_bounds_the_error_over_many_steps(
         rows = make_rows(90, 70, dtype, seed=seed)
         rows[3] = 0
         rows[20:30] = rows[40:50]
-        pairs = torch.cat([make_pairs(90, 150, seed=seed),
-                           torch.stack([torch.arange(20, 30), torch.arange(40, 50)], dim=1)])
+        pairs = torch.cat(
+            [
+                make_pairs(90, 150, seed=seed),
+                torch.stack([torch.arange(20, 30), torch.arange(40, 50)], dim=1),
+            ]
+        )
         scene = Scene(rows, pairs, steps=60, seed=seed, costs=costs)
         state = scene.state
         while state.count < 60:
@@ -295,7 +316,7 @@ def test_a_long_wait_for_many_candidates(way: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_16_bit_numbers_of_any_size(backend: str, dtype: torch.dtype) -> None:
-    value = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.float16)
+    value = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
     value = value[value.isfinite()].to(dtype)
     rows = torch.cat([value, value.new_zeros(1)])[:, None]
     pairs = torch.stack([torch.arange(len(value)), torch.full((len(value),), len(value))], dim=1)
@@ -317,8 +338,18 @@ def test_no_candidates_and_none_left(backend: str) -> None:
     assert advance(scene.state).tolist() == [2]
     scene.check(torch.tensor([2]))
     none = torch.empty(0, dtype=torch.float64)
-    empty = ScoreState.start(rows, torch.empty(0, 2, dtype=torch.int64), torch.ones(6).double(),
-                             none, none, none.bool(), None, none, none, 2)
+    empty = ScoreState.start(
+        rows,
+        torch.empty(0, 2, dtype=torch.int64),
+        torch.ones(6).double(),
+        none,
+        none,
+        none.bool(),
+        None,
+        none,
+        none,
+        2,
+    )
     empty.append(torch.ones(5).double(), error=0.0, turn=0.0)
     assert advance(empty).tolist() == []
 
@@ -339,8 +370,7 @@ def test_scores_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kept", [True, False])
 def test_scores_from_disk_and_with_threads_are_the_same_bits(
-    kept: bool, dtype: torch.dtype, tmp_path: Path, threads: None,
-    monkeypatch: pytest.MonkeyPatch
+    kept: bool, dtype: torch.dtype, tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     if not kept:
@@ -363,9 +393,7 @@ def test_scores_from_disk_and_with_threads_are_the_same_bits(
             assert torch.equal(got, want) if isinstance(got, Tensor) else got == want
 
 
-def test_a_file_that_was_cut_short(
-    way: str, tmp_path: Path, threads: None
-) -> None:
+def test_a_file_that_was_cut_short(way: str, tmp_path: Path, threads: None) -> None:
     torch.set_num_threads(2)
     rows = make_rows(300, 45, torch.bfloat16)
     pairs = make_pairs(300, 400)
@@ -394,7 +422,11 @@ def test_a_file_that_was_cut_short(
 @pytest.mark.parametrize("history", [0, 20])
 @pytest.mark.parametrize("lam, batch", [(1e-4, 2048), (1.0, 2048), (1e-4, 7)])
 def test_doubt_bounds_the_error_of_a_selection(
-    way: str, dtype: torch.dtype, history: int, lam: float, batch: int,
+    way: str,
+    dtype: torch.dtype,
+    history: int,
+    lam: float,
+    batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against longer floating-point numbers: the root's rounding, and directions that it turned."""
@@ -445,8 +477,9 @@ def test_doubt_covers_directions_that_a_dependent_pick_turned(backend: str, seed
     scores = RunningScores(features, InformationMatrix(4, lam=1e-12), Eligible.everything(5), 2)
     scores.take(0)
     scores.take(1)
-    exact = torch.tensor([float(s) for s in exact_scores(phi[:2], phi, Fraction(1e-12))],
-                         dtype=torch.float64)
+    exact = torch.tensor(
+        [float(s) for s in exact_scores(phi[:2], phi, Fraction(1e-12))], dtype=torch.float64
+    )
     for index in range(2, 5):
         scores.state.left[:] = torch.arange(5) == index
         for fresh in (False, True):

@@ -28,15 +28,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 NVCC = shutil.which("nvcc")
 # `make wheel` runs the suite against the installed package alone.
-needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").is_file(),
-                                   reason="the package's sources are not here")
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="the package's sources are not here"
+)
 needs_cuda_extension = pytest.mark.skipif(
-    backends._cuda is None, reason="the CUDA extension is not built: there was no nvcc")
+    backends._cuda is None, reason="the CUDA extension is not built: there was no nvcc"
+)
 
 
 def pins() -> dict[str, str]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines()
-             if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pairs = dict(line.split("==") for line in lines)
     assert len(pairs) == len(lines)
     return {canonicalize_name(name): version for name, version in pairs.items()}
@@ -47,14 +52,22 @@ def checkout(target: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target / name)
     for folder in ("csrc", "kernels", "activedpo_fast"):
-        shutil.copytree(ROOT / folder, target / folder,
-                        ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(
+            ROOT / folder, target / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
     return target
 
 
 def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1800)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1800,
+    )
 
 
 def test_an_installed_torch_is_never_replaced():
@@ -62,15 +75,18 @@ def test_an_installed_torch_is_never_replaced():
     torch = next(Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch"))
     assert [specifier.operator for specifier in torch.specifier] == [">="]
     assert "2.11.0+cu128" in torch.specifier and "2.13.0+cpu" in torch.specifier
-    assert not any(Requirement(line).name.startswith("torch")
-                   for lines in EXTRAS.values() for line in lines)
+    assert not any(
+        Requirement(line).name.startswith("torch") for lines in EXTRAS.values() for line in lines
+    )
 
 
 def test_pins_are_inside_the_supported_ranges():
     pinned = pins()
     own = PROJECT["name"]
-    for line in [*PROJECT["dependencies"], *(line for name, extra in EXTRAS.items()
-                                             if name != "gpu" for line in extra)]:
+    for line in [
+        *PROJECT["dependencies"],
+        *(line for name, extra in EXTRAS.items() if name != "gpu" for line in extra),
+    ]:
         requirement = Requirement(line)
         if requirement.name != own:
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, line
@@ -81,8 +97,15 @@ def test_pins_are_inside_the_supported_ranges():
 @needs_sources
 def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     tree = checkout(tmp_path)
-    built = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=tree,
-                CC="no-such-compiler", CXX="no-such-compiler")
+    built = run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--inplace",
+        cwd=tree,
+        CC="no-such-compiler",
+        CXX="no-such-compiler",
+    )
     assert built.returncode == 0, built.stdout
     assert "activedpo_fast._csrc was not built" in built.stdout
     assert "install a C++17 compiler" in built.stdout
@@ -91,15 +114,22 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
 
     # An editable install of the checkout would lend the copy its extension, and so its kernels.
     (tree / "activedpo_fast" / "kernels").symlink_to(tree / "kernels")
-    used = run(sys.executable, "-c", (
-        "import sys\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
-        "import torch, activedpo_fast.ops as ops\n"
-        "out = torch.zeros(1, 8)\n"
-        "ops.sjlt_(out, torch.ones(1, 100), 1)\n"
-        "ops.sjlt_(out, torch.ones(1, 100), 2)\n"
-        "print('sum of squares', float(out.square().sum()) > 0)\n"
-    ), cwd=tree, PYTHONPATH=str(tree), ACTIVEDPO_BACKEND="auto")
+    used = run(
+        sys.executable,
+        "-c",
+        (
+            "import sys\n"
+            "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
+            "import torch, activedpo_fast.ops as ops\n"
+            "out = torch.zeros(1, 8)\n"
+            "ops.sjlt_(out, torch.ones(1, 100), 1)\n"
+            "ops.sjlt_(out, torch.ones(1, 100), 2)\n"
+            "print('sum of squares', float(out.square().sum()) > 0)\n"
+        ),
+        cwd=tree,
+        PYTHONPATH=str(tree),
+        ACTIVEDPO_BACKEND="auto",
+    )
     assert used.returncode == 0, used.stdout
     assert "sum of squares True" in used.stdout
     assert used.stdout.count("using the slower PyTorch reference") == 1
@@ -117,15 +147,26 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"))
 
 
 @needs_sources
-@pytest.mark.parametrize("variables, said, returncode", [
-    ({}, "note: activedpo_fast._cuda is not built (there is no nvcc: CUDACXX and CUDA_HOME are not "
-         "set, and it is neither on PATH nor in the package nvidia-cuda-nvcc)", 0),
-    ({"ACTIVEDPO_CUDA": "0"}, "activedpo_fast._cuda is not built (ACTIVEDPO_CUDA=0)", 0),
-    ({"ACTIVEDPO_CUDA": "1"}, "activedpo_fast._cuda was not built (there is no nvcc", 1),
-    ({"ACTIVEDPO_CUDA": "yes"}, "ACTIVEDPO_CUDA is 'yes'; it can be 0, 1 or not set", 0),
-    ({"CUDA_HOME": "/none"}, "activedpo_fast._cuda was not built (CUDA_HOME=/none has no nvcc)", 0),
-    ({"CUDACXX": "./not_nvcc"}, "not_nvcc does not say where its toolkit is", 0),
-])
+@pytest.mark.parametrize(
+    "variables, said, returncode",
+    [
+        (
+            {},
+            "note: activedpo_fast._cuda is not built (there is no nvcc: CUDACXX and CUDA_HOME are "
+            "not set, and it is neither on PATH nor in the package nvidia-cuda-nvcc)",
+            0,
+        ),
+        ({"ACTIVEDPO_CUDA": "0"}, "activedpo_fast._cuda is not built (ACTIVEDPO_CUDA=0)", 0),
+        ({"ACTIVEDPO_CUDA": "1"}, "activedpo_fast._cuda was not built (there is no nvcc", 1),
+        ({"ACTIVEDPO_CUDA": "yes"}, "ACTIVEDPO_CUDA is 'yes'; it can be 0, 1 or not set", 0),
+        (
+            {"CUDA_HOME": "/none"},
+            "activedpo_fast._cuda was not built (CUDA_HOME=/none has no nvcc)",
+            0,
+        ),
+        ({"CUDACXX": "./not_nvcc"}, "not_nvcc does not say where its toolkit is", 0),
+    ],
+)
 def test_without_nvcc_the_build_says_so_and_builds_the_rest(tmp_path, variables, said, returncode):
     tree = checkout(tmp_path)
     tool = tree / "not_nvcc"
@@ -148,8 +189,12 @@ def test_cuda_files_are_compiled_once_and_a_failure_keeps_the_cpu_extension(tmp_
     source, header = tree / "csrc" / "cuda" / "one.cu", tree / "csrc" / "one.h"
     source.write_text('#include "one.h"\n__global__ void one(int* x) { *x = kOne; }\n')
     header.write_text("constexpr int kOne = 1;\n")
-    variables = {"CUDACXX": "", "CUDA_HOME": "", "ACTIVEDPO_CUDA": "",
-                 "ACTIVEDPO_CUDA_ARCHS": "90a;80"}
+    variables = {
+        "CUDACXX": "",
+        "CUDA_HOME": "",
+        "ACTIVEDPO_CUDA": "",
+        "ACTIVEDPO_CUDA_ARCHS": "90a;80",
+    }
 
     def build(**more: str) -> str:
         return run(sys.executable, "-c", BUILD, cwd=tree, **variables | more).stdout
@@ -167,8 +212,10 @@ def test_cuda_files_are_compiled_once_and_a_failure_keeps_the_cpu_extension(tmp_
     assert second > first
     build(ACTIVEDPO_CUDA_ARCHS="80")
     assert made() > second
-    for archs, said in (("80;12", "does not know the GPU architectures 12; it knows"),
-                        ("80,x", "ACTIVEDPO_CUDA_ARCHS has 'x'")):
+    for archs, said in (
+        ("80;12", "does not know the GPU architectures 12; it knows"),
+        ("80,x", "ACTIVEDPO_CUDA_ARCHS has 'x'"),
+    ):
         assert said in build(ACTIVEDPO_CUDA_ARCHS=archs)
     source.write_text("no C++")
     said = build()
@@ -214,12 +261,16 @@ def test_the_cuda_extension_knows_which_gpus_it_has_code_for():
 def test_the_cuda_extension_imports_without_a_driver_and_says_what_is_missing():
     cuda = backends.cuda()
     if not torch.cuda.is_available():
-        assert re.match(r"(no NVIDIA driver is installed|there is no CUDA device) "
-                        r"\(cudaError\w+: [\w ]+\)", cuda.problem())
+        assert re.match(
+            r"(no NVIDIA driver is installed|there is no CUDA device) "
+            r"\(cudaError\w+: [\w ]+\)",
+            cuda.problem(),
+        )
         assert cuda.device_count() == 0
         with pytest.raises(RuntimeError, match=r"^cuda\w+ failed: cudaError\w+: [\w ]+"):
-            cuda.rank_update(v=0, v_stride=1, points=0, points_stride=1, k=1, m=1, alpha=1.0,
-                             device=0, stream=0)
+            cuda.rank_update(
+                v=0, v_stride=1, points=0, points_stride=1, k=1, m=1, alpha=1.0, device=0, stream=0
+            )
     else:
         assert cuda.problem() == ""
         assert cuda.device_count() == torch.cuda.device_count()
@@ -256,14 +307,29 @@ def test_the_extension_needs_no_torch():
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_no_other_top_level_name(tmp_path):
     (tmp_path / "tree").mkdir()
-    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
-                "--wheel-dir", str(tmp_path), ".", cwd=checkout(tmp_path / "tree"))
+    built = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        ".",
+        cwd=checkout(tmp_path / "tree"),
+    )
     assert built.returncode == 0, built.stdout
     (wheel,) = tmp_path.glob("activedpo_fast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"activedpo_fast"}
-    for path in ("kernels/__init__.py", "py.typed", "ops/sketch.py", "gradients/sketch.py",
-                 "demo/assets/"):
+    for path in (
+        "kernels/__init__.py",
+        "py.typed",
+        "ops/sketch.py",
+        "gradients/sketch.py",
+        "demo/assets/",
+    ):
         assert any(name.startswith(f"activedpo_fast/{path}") for name in names), path
     assert any(name.startswith("activedpo_fast/_csrc") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -25,22 +25,49 @@ pytest.importorskip("trl")
 API = Path(__file__).parents[2] / "docs" / "api.md"
 
 ROWS = [
-    {"id": "sky", "topic": "science", "prompt": "Why is the sky blue?", "responses": [
-        " Air scatters blue light more than red light.", " It mirrors the sea.", " No idea."]},
-    {"id": "tides", "topic": "science", "prompt": "What causes the tides?", "responses": [
-        " The pull of the moon and of the sun.", " Mostly the wind."]},
-    {"id": "rice", "topic": "cooking", "prompt": "How long does rice take to cook?", "responses": [
-        " White rice takes about fifteen minutes.", " It depends.", " Two hours at least."]},
-    {"id": "egg", "topic": "cooking", "prompt": "How do I boil an egg?", "responses": [
-        " Put it into boiling water for eight minutes.", " Ask a chef."]},
+    {
+        "id": "sky",
+        "topic": "science",
+        "prompt": "Why is the sky blue?",
+        "responses": [
+            " Air scatters blue light more than red light.",
+            " It mirrors the sea.",
+            " No idea.",
+        ],
+    },
+    {
+        "id": "tides",
+        "topic": "science",
+        "prompt": "What causes the tides?",
+        "responses": [" The pull of the moon and of the sun.", " Mostly the wind."],
+    },
+    {
+        "id": "rice",
+        "topic": "cooking",
+        "prompt": "How long does rice take to cook?",
+        "responses": [
+            " White rice takes about fifteen minutes.",
+            " It depends.",
+            " Two hours at least.",
+        ],
+    },
+    {
+        "id": "egg",
+        "topic": "cooking",
+        "prompt": "How do I boil an egg?",
+        "responses": [" Put it into boiling water for eight minutes.", " Ask a chef."],
+    },
 ]
 LABELS = [0, 1, None, 0]
 
 
 def _public() -> dict[str, Any]:
     """The names of the package and those of the API page, with what they stand for."""
-    found = {name: getattr(activedpo_fast, name) for name in activedpo_fast.__all__
-             if name != "__version__"}
+    found = {
+        name: getattr(activedpo_fast, name)
+        for name in activedpo_fast.__all__
+        if name != "__version__"
+    }
     for module, name in re.findall(r"^::: ([\w.]+)\.(\w+)$", API.read_text(), re.MULTILINE):
         found[name] = getattr(import_module(module), name)
     return found
@@ -54,23 +81,36 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the API page says that examples use, made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     torch.manual_seed(0)
-    reward_model = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=1, pad_token_id=tokenizer.pad_token_id))
+    reward_model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     pool = PreferencePool.from_rows(ROWS)
     return {
-        "model": model, "tokenizer": tokenizer, "pool": pool,
-        "reward_model": reward_model, "reward_tokenizer": tokenizer,
+        "model": model,
+        "tokenizer": tokenizer,
+        "pool": pool,
+        "reward_model": reward_model,
+        "reward_tokenizer": tokenizer,
         "prompts": [Prompt(item.id, item.prompt) for item in pool],
-        "picked": ActiveDPOSelector(model, tokenizer).select(pool, len(LABELS)), "labels": LABELS,
+        "picked": ActiveDPOSelector(model, tokenizer).select(pool, len(LABELS)),
+        "labels": LABELS,
         "dpo_args": dpo_config(output_dir="trainer", max_steps=1),
         "adapter": saved_model(tmp_path_factory.mktemp("models"))[1],
     }
 
 
 @pytest.fixture
-def namespace(parts: dict[str, Any], tmp_path: Path,
-              monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def namespace(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """A copy for one example, in a folder with an adapter and partly labeled picks."""
     monkeypatch.chdir(tmp_path)
     Path("adapter").symlink_to(parts["adapter"])
@@ -78,9 +118,16 @@ def namespace(parts: dict[str, Any], tmp_path: Path,
     model, tokenizer, picked = names["model"], names["tokenizer"], names["picked"]
     names["selector"] = ActiveDPOSelector(model, tokenizer)
     names["loop"] = ActiveDPOLoop(
-        model, tokenizer, names["prompts"], CallableOracle(lambda prompt, a, b: int(a < b)),
-        output_dir="loop", dpo_args=names["dpo_args"], rounds=1, batch_size=2,
-        generation={"max_new_tokens": 8})
+        model,
+        tokenizer,
+        names["prompts"],
+        CallableOracle(lambda prompt, a, b: int(a < b)),
+        output_dir="loop",
+        dpo_args=names["dpo_args"],
+        rounds=1,
+        batch_size=2,
+        generation={"max_new_tokens": 8},
+    )
     picked.to_jsonl("to_label.jsonl")
     lines = [json.loads(line) for line in Path("to_label.jsonl").read_text().splitlines()]
     for line, label in zip(lines, (0, 1, "skip"), strict=False):
@@ -93,7 +140,8 @@ def namespace(parts: dict[str, Any], tmp_path: Path,
 def test_examples_run_as_written(name: str, namespace: dict[str, Any]) -> None:
     docstrings = doctest.DocTestFinder().find(PUBLIC[name], name, globs=namespace)  # methods' too
     assert any(found.name == name and found.examples for found in docstrings), (
-        f"the docstring of {name} has no example")
+        f"the docstring of {name} has no example"
+    )
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     said: list[str] = []
     for found in docstrings:

@@ -14,22 +14,48 @@ ROOT = Path(activedpo_fast.__file__).parent
 KERNELS = Path(activedpo_fast.kernels.__file__).parent  # kernels/ of a checkout
 # The path of the data, beneath it what all of it uses, above it what uses all of it. The kernels
 # know the definitions in ops, which choose them.
-ORDER = ("errors", "_files", "_modes", "progress", "presets", "kernels", "ops", "pool",
-         "distributed", "models", "gradients", "store", "selection", "labels", "selector",
-         "training", "demo", "cli")
+ORDER = (
+    "errors",
+    "_files",
+    "_modes",
+    "progress",
+    "presets",
+    "kernels",
+    "ops",
+    "pool",
+    "distributed",
+    "models",
+    "gradients",
+    "store",
+    "selection",
+    "labels",
+    "selector",
+    "training",
+    "demo",
+    "cli",
+)
 
 
 def _imports(path: Path) -> set[str]:
     """Parts of the package that a module imports, those for its types alone left out."""
     tree = ast.parse(path.read_text())
-    for_types = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If)
-                 and ast.unparse(node.test) == "TYPE_CHECKING" for inner in ast.walk(node)}
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = set()
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
-            alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         if names == ["activedpo_fast"] and isinstance(node, ast.ImportFrom):
             names = [f"activedpo_fast.{alias.name}" for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("activedpo_fast.")}
@@ -40,13 +66,15 @@ def _imports(path: Path) -> set[str]:
 def test_imports_follow_the_path_of_the_data(part: str) -> None:
     own = KERNELS if part == "kernels" else ROOT / part
     files = sorted(own.rglob("*.py")) if own.is_dir() else [own.with_suffix(".py")]
-    later = set(ORDER[ORDER.index(part) + 1:]) - ({"ops"} if part == "kernels" else set())
-    wrong = {(f"{part}/{path.name}", name)
-             for path in files for name in _imports(path) & later}
+    later = set(ORDER[ORDER.index(part) + 1 :]) - ({"ops"} if part == "kernels" else set())
+    wrong = {(f"{part}/{path.name}", name) for path in files for name in _imports(path) & later}
     assert not wrong
 
 
 def test_every_module_has_its_place() -> None:
-    here = {path.stem for path in ROOT.iterdir()
-            if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))}
+    here = {
+        path.stem
+        for path in ROOT.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
+    }
     assert (here | {"kernels"}) - {"__init__", "__main__"} == set(ORDER)

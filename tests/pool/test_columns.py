@@ -60,13 +60,20 @@ VALUES: dict[str, Any] = {
     "margin": 2.0,
 }
 TEXTS = {"id", "prompt", "chosen", "rejected", "responses", "response_a", "response_b"}
-OTHERS = {"topic": "law", "source": None, "when": "2024-01-01T00:00:00", "tags": ["a", {"b": 1}],
-          "system": "Be brief."}
+OTHERS = {
+    "topic": "law",
+    "source": None,
+    "when": "2024-01-01T00:00:00",
+    "tags": ["a", {"b": 1}],
+    "system": "Be brief.",
+}
 
 _PLAIN = {"prompt": "The quick", "chosen": " fox", "rejected": " dog"}
-_CHAT = {"prompt": [{"role": "user", "content": "The quick"}],
-         "chosen": [{"role": "assistant", "content": "fox"}],
-         "rejected": [{"role": "assistant", "content": "dog"}]}
+_CHAT = {
+    "prompt": [{"role": "user", "content": "The quick"}],
+    "chosen": [{"role": "assistant", "content": "fox"}],
+    "rejected": [{"role": "assistant", "content": "dog"}],
+}
 
 
 def _tokenizer(chat: bool) -> Any:
@@ -77,18 +84,25 @@ def _tokenizer(chat: bool) -> Any:
 
 
 def _trained_tokens(rows: list[dict[str, Any]], chat: bool, folder: Path, **options: Any) -> Any:
-    config = DPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[],
-                       disable_tqdm=True, **options)
-    trainer = DPOTrainer(model=lora(tiny_causal_lm("llama"), "llama"), args=config,
-                         train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(chat))
+    config = DPOConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **options
+    )
+    trainer = DPOTrainer(
+        model=lora(tiny_causal_lm("llama"), "llama"),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=_tokenizer(chat),
+    )
     return [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in trainer.train_dataset]
 
 
 def _scored_tokens(pool: PreferencePool) -> Any:
     tokens = tokenize_pool(pool, _tokenizer(pool.is_chat)).sequences
     starts = [t.completion_start for t in tokens]
-    return [(a.input_ids[:s], a.input_ids[s:], b.input_ids[s:])
-            for a, b, s in zip(tokens[::2], tokens[1::2], starts[::2], strict=True)]
+    return [
+        (a.input_ids[:s], a.input_ids[s:], b.input_ids[s:])
+        for a, b, s in zip(tokens[::2], tokens[1::2], starts[::2], strict=True)
+    ]
 
 
 # -- the table itself ------------------------------------------------------------------------------
@@ -118,14 +132,21 @@ def test_the_docs_have_the_table() -> None:
 def test_the_table_has_every_column_that_trl_reads() -> None:
     trainer = inspect.getsource(dpo_trainer)
     read = set(re.findall(r'\bexample(?:s\[0\])?(?:\.get\(|\.pop\(|\[)"(\w+)"', trainer))
-    read |= set(re.findall(r'"(\w+)" (?:not )?in (?:examples?\[0\]|dataset_sample|first_example)',
-                           trainer))
+    read |= set(
+        re.findall(r'"(\w+)" (?:not )?in (?:examples?\[0\]|dataset_sample|first_example)', trainer)
+    )
     for listed in re.findall(r"_signature_columns = \[(.*?)\]", trainer, re.DOTALL):
         read |= set(re.findall(r'"(\w+)"', listed))
     for listed in re.findall(r"supported_keys = \[(.*?)\]", inspect.getsource(data_utils)):
         read |= set(re.findall(r'"(\w+)"', listed))
-    assert {"prompt", "tools", "images", "chat_template_kwargs", "ref_chosen_logps", "messages"
-            } <= read  # the patterns still find something
+    assert {
+        "prompt",
+        "tools",
+        "images",
+        "chat_template_kwargs",
+        "ref_chosen_logps",
+        "messages",
+    } <= read  # the patterns still find something
     assert read <= {column.name for column in DATA_COLUMNS}
 
 
@@ -138,15 +159,24 @@ def _readers(rows: list[dict[str, Any]], folder: Path) -> list[Callable[[], Pref
     table = pa.Table.from_pylist([{name: row.get(name) for name in rows[-1]} for row in rows])
     pq.write_table(table, folder / "pool.parquet")
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    items = [PoolItem(str(n), row["prompt"], (row["chosen"], row["rejected"]),
-                      {name: value for name, value in row.items() if name in VALUES})
-             for n, row in enumerate(rows)]
-    return [lambda: PreferencePool.from_rows(rows),
-            lambda: PreferencePool(items),
-            lambda: PreferencePool.load(folder / "pool.jsonl"),
-            lambda: PreferencePool.load(folder / "pool.parquet"),
-            lambda: PreferencePool.from_dataset(Dataset.from_list(
-                [{name: row.get(name) for name in rows[-1]} for row in rows]))]
+    items = [
+        PoolItem(
+            str(n),
+            row["prompt"],
+            (row["chosen"], row["rejected"]),
+            {name: value for name, value in row.items() if name in VALUES},
+        )
+        for n, row in enumerate(rows)
+    ]
+    return [
+        lambda: PreferencePool.from_rows(rows),
+        lambda: PreferencePool(items),
+        lambda: PreferencePool.load(folder / "pool.jsonl"),
+        lambda: PreferencePool.load(folder / "pool.parquet"),
+        lambda: PreferencePool.from_dataset(
+            Dataset.from_list([{name: row.get(name) for name in rows[-1]} for row in rows])
+        ),
+    ]
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
@@ -214,8 +244,11 @@ def test_empty_cells_and_all_other_columns_stay(chat: bool, tmp_path: Path) -> N
 def test_images_are_refused_before_they_are_decoded() -> None:
     text = Value("string")
     features = Features({"prompt": text, "chosen": text, "rejected": text, "images": List(Image())})
-    columns: dict[str, list[Any]] = {"prompt": ["a", "b"], "chosen": ["x", "x"],
-                                     "rejected": ["y", "y"]}
+    columns: dict[str, list[Any]] = {
+        "prompt": ["a", "b"],
+        "chosen": ["x", "x"],
+        "rejected": ["y", "y"],
+    }
     missing = Dataset.from_dict({**columns, "images": [None, ["/none.png"]]}, features=features)
     with pytest.raises(ActiveDPOError, match="^data set, row 2: the column 'images'"):
         PreferencePool.from_dataset(missing)
@@ -228,13 +261,21 @@ def test_images_are_refused_before_they_are_decoded() -> None:
 # -- keys of messages ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("message", "fault"), [
-    ({"role": "user", "content": [{"type": "text", "text": "Hi"}]}, "'content'.*join the parts"),
-    ({"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]},
-     "'tool_calls'.*write the calls into 'content'"),
-    ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "'tool_calls'"),
-    ({"role": "user", "content": "x", "weight": 0}, "'weight'.*make it a string"),
-])
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        (
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            "'content'.*join the parts",
+        ),
+        (
+            {"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]},
+            "'tool_calls'.*write the calls into 'content'",
+        ),
+        ({"role": "assistant", "tool_calls": [{"name": "f"}]}, "'tool_calls'"),
+        ({"role": "user", "content": "x", "weight": 0}, "'weight'.*make it a string"),
+    ],
+)
 def test_message_keys_that_are_refused(message: dict[str, Any], fault: str) -> None:
     for name in ("prompt", "chosen"):
         with pytest.raises(ActiveDPOError, match=f"^row 1: .*{fault}"):
@@ -259,11 +300,15 @@ def _model() -> Any:
 
 
 def _entrances(prompts: list[Prompt], chat: bool, folder: Path) -> list[Callable[[], Any]]:
-    options: dict[str, Any] = dict(output_dir=folder / "run",
-                                   dpo_args=dpo_config(output_dir=str(folder / "trainer")))
-    return [lambda: generate_responses(_model(), _tokenizer(chat), prompts, max_new_tokens=2),
-            lambda: ActiveDPOLoop(_model(), _tokenizer(chat), prompts,
-                                  CallableOracle(lambda *_: 0), **options)]
+    options: dict[str, Any] = dict(
+        output_dir=folder / "run", dpo_args=dpo_config(output_dir=str(folder / "trainer"))
+    )
+    return [
+        lambda: generate_responses(_model(), _tokenizer(chat), prompts, max_new_tokens=2),
+        lambda: ActiveDPOLoop(
+            _model(), _tokenizer(chat), prompts, CallableOracle(lambda *_: 0), **options
+        ),
+    ]
 
 
 @pytest.fixture
@@ -276,28 +321,40 @@ def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("column", DATA_COLUMNS, ids=lambda column: column.name)
-def test_verdict_in_prompts(column: DataColumn, chat: bool, tmp_path: Path,
-                            no_sampling: None) -> None:
+def test_verdict_in_prompts(
+    column: DataColumn, chat: bool, tmp_path: Path, no_sampling: None
+) -> None:
     if column.name in ("id", "prompt"):
         return  # what a prompt is made of
     text: Any = _CHAT["prompt"] if chat else _PLAIN["prompt"]
     value = VALUES.get(column.name, _CHAT["chosen"] if chat else _PLAIN["chosen"])
     rows = [{"id": "a", "prompt": text}, {"id": "b", "prompt": text, column.name: value}]
-    prompts = [Prompt(row["id"], row["prompt"], {k: v for k, v in row.items() if k in (
-        VALUES.keys() | TEXTS - {"id", "prompt"})}) for row in rows]
+    prompts = [
+        Prompt(
+            row["id"],
+            row["prompt"],
+            {k: v for k, v in row.items() if k in (VALUES.keys() | TEXTS - {"id", "prompt"})},
+        )
+        for row in rows
+    ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist([{k: row.get(k) for k in rows[1]} for row in rows]),
-                   tmp_path / "prompts.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{k: row.get(k) for k in rows[1]} for row in rows]),
+        tmp_path / "prompts.parquet",
+    )
     refused = (column.in_prompts or column.verdict) == "refused" and (chat or not column.chat)
     if refused:
-        for call in [*_entrances(prompts, chat, tmp_path),
-                     lambda: respond(_model(), _tokenizer(chat), prompts)]:
+        for call in [
+            *_entrances(prompts, chat, tmp_path),
+            lambda: respond(_model(), _tokenizer(chat), prompts),
+        ]:
             with pytest.raises(ActiveDPOError, match=f"^prompt 2: the column '{column.name}'"):
                 call()
         for file, place in (("prompts.jsonl", "line 2"), ("prompts.parquet", "row 2")):
-            with pytest.raises(ActiveDPOError,
-                               match=f"{file}, {place}: the column '{column.name}'"):
+            with pytest.raises(
+                ActiveDPOError, match=f"{file}, {place}: the column '{column.name}'"
+            ):
                 read_prompts(tmp_path / file)
     else:
         for call in _entrances(prompts, chat, tmp_path)[:1]:
@@ -319,8 +376,9 @@ def test_a_null_response_column_of_a_prompt_file_is_absent(tmp_path: Path) -> No
 _WHEN = datetime.datetime(2024, 1, 1)
 
 
-def test_a_timestamp_of_prompts_is_named_before_anything_is_sampled(tmp_path: Path,
-                                                                     no_sampling: None) -> None:
+def test_a_timestamp_of_prompts_is_named_before_anything_is_sampled(
+    tmp_path: Path, no_sampling: None
+) -> None:
     prompts = [Prompt("a", "The", {"when": "today"}), Prompt("b", "A", {"when": _WHEN})]
     for call in _entrances(prompts, False, tmp_path):
         with pytest.raises(ActiveDPOError, match="^prompt 2: the column 'when' is no JSON value"):
@@ -336,15 +394,29 @@ def test_a_timestamp_of_a_pool_is_named_before_features_are_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "pool.parquet"
-    pq.write_table(pa.table({"id": ["a"], "prompt": ["The"], "responses": [["x", "y"]],
-                             "when": [_WHEN]}), path)
+    pq.write_table(
+        pa.table({"id": ["a"], "prompt": ["The"], "responses": [["x", "y"]], "when": [_WHEN]}), path
+    )
     pool = PreferencePool.load(path)  # in memory it does no harm
     assert pool[0].extra == {"when": _WHEN}
     with pytest.raises(ActiveDPOError, match="item 'a': the column 'when' is no JSON value"):
         pool.to_jsonl(tmp_path / "pool.jsonl")
     # The model is not even looked for.
-    assert main(["features", str(path), "--model", str(tmp_path / "none"), "--adapter",
-                 str(tmp_path / "none"), "--output", str(tmp_path / "store")]) == 2
+    assert (
+        main(
+            [
+                "features",
+                str(path),
+                "--model",
+                str(tmp_path / "none"),
+                "--adapter",
+                str(tmp_path / "none"),
+                "--output",
+                str(tmp_path / "store"),
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert "item 'a': the column 'when' is no JSON value" in error
     assert len(error.splitlines()) == 1

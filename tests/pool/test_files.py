@@ -18,15 +18,20 @@ from activedpo_fast.pool.reading import read_prompts
 
 USER = [{"role": "user", "content": "Hi", "name": "Ann"}]
 ROWS = [{"id": n, "prompt": f"p{n}", "responses": ["a", "b"], "n": n} for n in range(4)]
-CHAT = [{"prompt": prompt, "responses": [[{"role": "assistant", "content": t}] for t in "ab"]}
-        for prompt in ([{"role": "user", "content": "Hi"}], USER)]
+CHAT = [
+    {"prompt": prompt, "responses": [[{"role": "assistant", "content": t}] for t in "ab"]}
+    for prompt in ([{"role": "user", "content": "Hi"}], USER)
+]
 READERS = [PreferencePool.load, read_prompts]
 
 
 def made_for(reader: Callable[..., Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Prompts have no responses yet."""
-    return rows if reader is not read_prompts else [
-        {name: value for name, value in row.items() if name != "responses"} for row in rows]
+    return (
+        rows
+        if reader is not read_prompts
+        else [{name: value for name, value in row.items() if name != "responses"} for row in rows]
+    )
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -62,8 +67,10 @@ def test_files(reader: Callable[..., Any], suffix: str, tmp_path: Path) -> None:
 def test_ids_do_not_depend_on_the_kind_of_file(tmp_path: Path) -> None:
     for rows in (CHAT, [{**row, "id": None} for row in ROWS]):
         for reader in READERS:
-            first, second = (ids(reader(write(tmp_path / name, made_for(reader, rows))))
-                             for name in ("x.jsonl", "x.parquet"))
+            first, second = (
+                ids(reader(write(tmp_path / name, made_for(reader, rows))))
+                for name in ("x.jsonl", "x.parquet")
+            )
             assert first == second
 
 
@@ -77,10 +84,11 @@ def test_folders_of_shards(reader: Callable[..., Any], tmp_path: Path, caplog: A
         (folder / "README.md").write_text("which rows these are")
         (folder / "_SUCCESS").write_text("")
         for n in range(2):
-            write(folder / f"train-0000{n}-of-00002{suffix}", rows[2 * n:2 * n + 2])
+            write(folder / f"train-0000{n}-of-00002{suffix}", rows[2 * n : 2 * n + 2])
         assert ids(reader(folder)) == ["0", "1", "2", "3"]
-        assert (f"{folder}: 2 files, from train-00000-of-00002{suffix} to train-00001-of-00002"
-                f"{suffix}") in caplog.text
+        assert (
+            f"{folder}: 2 files, from train-00000-of-00002{suffix} to train-00001-of-00002{suffix}"
+        ) in caplog.text
     write(tmp_path / "jsonl" / "train-00001-of-00002.jsonl", [*rows[2:], {"id": 1}])
     refused(tmp_path / "jsonl", "train-00001-of-00002.jsonl, line 3: .*no ", [reader])
 
@@ -98,8 +106,11 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_list(ROWS)
     splits = datasets.DatasetDict(train=dataset, test=dataset)
     splits.save_to_disk(str(tmp_path / "splits"))
-    refused(tmp_path / "splits", "splits: a saved data set with the splits 'test', 'train': give "
-                                 "the folder of one of them, for instance .*splits/test$")
+    refused(
+        tmp_path / "splits",
+        "splits: a saved data set with the splits 'test', 'train': give "
+        "the folder of one of them, for instance .*splits/test$",
+    )
     assert ids(PreferencePool.load(tmp_path / "splits" / "train")) == ["0", "1", "2", "3"]
     dataset.save_to_disk(str(tmp_path / "broken"))
     next((tmp_path / "broken").glob("*.arrow")).unlink()
@@ -108,19 +119,22 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     bad.save_to_disk(str(tmp_path / "bad"))
     refused(tmp_path / "bad", "bad.* row 5: the prompt is empty", [PreferencePool.load])
     datasets.Dataset.from_list([{"prompt": "x"}, {"prompt": " "}]).save_to_disk(
-        str(tmp_path / "bad prompts"))
+        str(tmp_path / "bad prompts")
+    )
     refused(tmp_path / "bad prompts", "bad prompts.* row 2: the prompt is empty", [read_prompts])
 
     def folder(name: str, *files: str) -> Path:
         (tmp_path / name).mkdir()
         for n, file in enumerate(files):
-            write(tmp_path / name / file, ROWS[n:n + 1])
+            write(tmp_path / name / file, ROWS[n : n + 1])
         return tmp_path / name
 
     refused(folder("empty"), "empty: a folder without .jsonl or .parquet files")
     refused(folder("both", "a.jsonl", "b.parquet"), "both: has .jsonl and .parquet files")
-    refused(folder("two", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
-            "two: has files of the splits 'test', 'train': give one file")
+    refused(
+        folder("two", "train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        "two: has files of the splits 'test', 'train': give one file",
+    )
     refused(folder("part", "train-00000-of-00002.jsonl"), "part: has 1 of the 2 files of 'train'")
     (folder("store", "pool.jsonl") / "manifest.json").write_text("{}")
     refused(tmp_path / "store", "store: a feature store; its pool is .*store/pool.jsonl")
@@ -133,22 +147,38 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     refused(tmp_path / "text.PARQUET", "text.PARQUET: not a Parquet file")
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ([{"prompt": "x"}, {"prompt": "y"}, {"prompt": "x"}],
-     "x.jsonl, line 3: the same prompt as .*x.jsonl, line 1: remove one of them$"),
-    ([{"id": 1, "prompt": "x"}, {"id": "1", "prompt": "x"}], "line 2: the same prompt as"),
-    ([{"id": 1, "prompt": "x"}, {"id": "1", "prompt": "y"}],
-     "line 2: id '1' is already that of .*, line 1, another prompt: prompts need ids of their own"),
-    ([{"id": True, "prompt": "x"}], "line 1: 'id' must be a string or an integer, got bool True"),
-    ([{"id": 0.5, "prompt": "x"}], "line 1: 'id' must be a string or an integer, got float 0.5"),
-    ([{"prompt": "x"}, {"prompt": USER}], "line 2: chat messages, but .*line 1 has plain text"),
-    ([{"text": "x"}], "line 1: no 'prompt'$"),
-    ([{"prompt": float("nan")}], "line 1: no 'prompt'$"),
-    (["x"], "line 1: expected an object with named columns, got str 'x'"),
-    ([{name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}],
-     "line 1: no 'prompt': the texts are whole transcripts; split each after its last"),
-    ([], "x.jsonl: no rows$"),
-])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"prompt": "x"}, {"prompt": "y"}, {"prompt": "x"}],
+            "x.jsonl, line 3: the same prompt as .*x.jsonl, line 1: remove one of them$",
+        ),
+        ([{"id": 1, "prompt": "x"}, {"id": "1", "prompt": "x"}], "line 2: the same prompt as"),
+        (
+            [{"id": 1, "prompt": "x"}, {"id": "1", "prompt": "y"}],
+            "line 2: id '1' is already that of .*, line 1, another prompt: "
+            "prompts need ids of their own",
+        ),
+        (
+            [{"id": True, "prompt": "x"}],
+            "line 1: 'id' must be a string or an integer, got bool True",
+        ),
+        (
+            [{"id": 0.5, "prompt": "x"}],
+            "line 1: 'id' must be a string or an integer, got float 0.5",
+        ),
+        ([{"prompt": "x"}, {"prompt": USER}], "line 2: chat messages, but .*line 1 has plain text"),
+        ([{"text": "x"}], "line 1: no 'prompt'$"),
+        ([{"prompt": float("nan")}], "line 1: no 'prompt'$"),
+        (["x"], "line 1: expected an object with named columns, got str 'x'"),
+        (
+            [{name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}],
+            "line 1: no 'prompt': the texts are whole transcripts; split each after its last",
+        ),
+        ([], "x.jsonl: no rows$"),
+    ],
+)
 def test_bad_prompts_are_named(rows: list[Any], message: str, tmp_path: Path) -> None:
     refused(write(tmp_path / "x.jsonl", rows), message, [read_prompts])
 

@@ -31,12 +31,22 @@ B = [{"role": "assistant", "content": "Hey"}]
 # -- strategies ----------------------------------------------------------------------------------
 
 _strings = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    lambda text: bool(text.strip()))
-_messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]),
-                                            "content": _strings}), min_size=1, max_size=2)
-_extras = st.dictionaries(st.sampled_from(["label", "meta", "note"]),
-                          st.none() | st.booleans() | st.integers() | _strings
-                          | st.lists(st.floats(allow_nan=False), max_size=2), max_size=2)
+    lambda text: bool(text.strip())
+)
+_messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": _strings}),
+    min_size=1,
+    max_size=2,
+)
+_extras = st.dictionaries(
+    st.sampled_from(["label", "meta", "note"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | _strings
+    | st.lists(st.floats(allow_nan=False), max_size=2),
+    max_size=2,
+)
 
 
 def _items(texts: st.SearchStrategy[Any]) -> st.SearchStrategy[list[PoolItem]]:
@@ -92,11 +102,23 @@ def test_ids_are_stable_under_permutation(pool: PreferencePool, seed: int) -> No
 
 def test_ids_are_these() -> None:
     """A change of the hash would make nobody's saved labels fit their pool any more."""
-    chat = ('[[{"content":"Hi","role":"user"}],[[{"content":"Größe","role":"assistant"}],'
-            '[{"content":"Hey","role":"assistant"}]]]')
-    for text, row in (('["p",["a","b"]]', {"prompt": "p", "responses": ["a", "b"]}),
-                      (chat, {"prompt": U, "chosen": [{"role": "assistant", "content": "Größe"}],
-                              "rejected": B, "id": None, "score": 1})):
+    chat = (
+        '[[{"content":"Hi","role":"user"}],[[{"content":"Größe","role":"assistant"}],'
+        '[{"content":"Hey","role":"assistant"}]]]'
+    )
+    for text, row in (
+        ('["p",["a","b"]]', {"prompt": "p", "responses": ["a", "b"]}),
+        (
+            chat,
+            {
+                "prompt": U,
+                "chosen": [{"role": "assistant", "content": "Größe"}],
+                "rejected": B,
+                "id": None,
+                "score": 1,
+            },
+        ),
+    ):
         expected = hashlib.sha256(text.encode()).hexdigest()[:16]
         assert PreferencePool.from_rows([row]).ids == [expected]
     numbered = {"id": 7, "prompt": "p", "responses": ["a", "b"]}
@@ -107,22 +129,30 @@ def test_fingerprint_sees_content_and_order_alone() -> None:
     items = [PoolItem("a", "p", ("x", "y")), PoolItem("b", "q", ("x", "y"))]
     fingerprint = PreferencePool(items).fingerprint()
     assert len(fingerprint) == 64
-    others = [items[::-1], items[:1], [items[0], PoolItem("b", "q", ("y", "x"))],
-              [items[0], PoolItem("c", "q", ("x", "y"))]]
+    others = [
+        items[::-1],
+        items[:1],
+        [items[0], PoolItem("b", "q", ("y", "x"))],
+        [items[0], PoolItem("c", "q", ("x", "y"))],
+    ]
     assert len({PreferencePool(other).fingerprint() for other in others} | {fingerprint}) == 5
     with_extra = [items[0], PoolItem("b", "q", ("x", "y"), {"note": 1})]
     assert PreferencePool(with_extra).fingerprint() == fingerprint
 
 
 def test_sequence_and_subset() -> None:
-    pool = PreferencePool(PoolItem(str(n), f"p{n}", ("a", "b", "c")[:2 + n % 2]) for n in range(5))
+    pool = PreferencePool(PoolItem(str(n), f"p{n}", ("a", "b", "c")[: 2 + n % 2]) for n in range(5))
     assert pool[-1].id == "4"
     assert pool[1:4].ids == ["1", "2", "3"]
     chosen = pool.subset([3, 0])
     assert chosen.ids == ["3", "0"] and chosen.response_offsets.tolist() == [0, 3, 5]
     assert chosen.subset(torch.tensor([1])).ids == ["0"]  # type: ignore[arg-type]
-    for positions, message in (([5], "position 5 is outside 0..4"), ([-1], "position -1"),
-                               ([1, 1], "given twice"), ([], "cannot be empty")):
+    for positions, message in (
+        ([5], "position 5 is outside 0..4"),
+        ([-1], "position -1"),
+        ([1, 1], "given twice"),
+        ([], "cannot be empty"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             pool.subset(positions)
     with pytest.raises(ActiveDPOError, match="no item with id 'x'"):
@@ -136,10 +166,12 @@ def test_sequence_and_subset() -> None:
 
 def test_all_forms_of_a_row() -> None:
     forms: list[dict[str, Any]] = [
-        {"responses": ["a", "b"]}, {"chosen": "a", "rejected": "b"},
+        {"responses": ["a", "b"]},
+        {"chosen": "a", "rejected": "b"},
         {"response_a": "a", "response_b": "b"},
         # as a table with the columns of several forms has it
-        {"responses": None, "chosen": "a", "rejected": "b", "response_a": float("nan")}]
+        {"responses": None, "chosen": "a", "rejected": "b", "response_a": float("nan")},
+    ]
     for form in forms:
         [item] = PreferencePool.from_rows([{"prompt": "p", "score": 3, **form}])
         assert item == PoolItem(item.id, "p", ("a", "b"), {"score": 3})
@@ -157,8 +189,9 @@ def test_parquet_and_datasets(chat: bool, tmp_path: Path) -> None:
     texts: tuple[Any, Any, Any] = (U, A, B) if chat else ("Hi", "Hello", "Hey")
     # The name in one message alone: tables fill the others up with null.
     texts = ([{**U[0], "name": "Ann"}], A, B) if chat else texts
-    rows = [{"id": str(n), "prompt": texts[0], "responses": list(texts[1:]), "n": n}
-            for n in range(3)]
+    rows = [
+        {"id": str(n), "prompt": texts[0], "responses": list(texts[1:]), "n": n} for n in range(3)
+    ]
     expected = list(PreferencePool.from_rows(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pool.parquet")
     assert list(PreferencePool.load(tmp_path / "pool.parquet")) == expected
@@ -167,10 +200,12 @@ def test_parquet_and_datasets(chat: bool, tmp_path: Path) -> None:
     if not chat:
         assert list(PreferencePool.from_dataset(dataset.with_format("numpy"))) == expected
     splits = datasets.DatasetDict(train=dataset, test=dataset)
-    for wrong, message in ((splits, "several splits \\('train', 'test'\\)"),
-                           (dataset.to_iterable_dataset(), "streamed"),
-                           (rows, "expected a datasets.Dataset, got list"),
-                           (dataset.select([]), "no rows")):
+    for wrong, message in (
+        (splits, "several splits \\('train', 'test'\\)"),
+        (dataset.to_iterable_dataset(), "streamed"),
+        (rows, "expected a datasets.Dataset, got list"),
+        (dataset.select([]), "no rows"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             PreferencePool.from_dataset(wrong)  # type: ignore[arg-type]
 
@@ -184,18 +219,24 @@ def test_a_data_set_is_as_good_as_a_pool() -> None:
         pass
 
     dataset = datasets.Dataset.from_list(rows)
-    for table in (dataset, Mine(dataset.data), dataset.with_format("torch"),
-                  dataset.select([2, 1, 0]).select([2, 1, 0])):
+    for table in (
+        dataset,
+        Mine(dataset.data),
+        dataset.with_format("torch"),
+        dataset.select([2, 1, 0]).select([2, 1, 0]),
+    ):
         assert list(as_pool(table)) == list(pool)
-    for wrong, message in ((datasets.DatasetDict(train=dataset), "several splits"),
-                           (dataset.to_iterable_dataset(), "streamed"),
-                           (dataset.select([]), "the data set has no rows"),
-                           (dataset.remove_columns("rejected"),
-                            "data set, row 1: 'chosen' without 'rejected'"),
-                           (datasets.Value("string"), "expected a datasets.Dataset, got Value"),
-                           (rows, "expected a PreferencePool or a datasets.Dataset, got list"),
-                           ("pool.jsonl", "got str; make one with PreferencePool.from_rows or"),
-                           (None, "got NoneType"), (datasets.Dataset, "got type")):
+    for wrong, message in (
+        (datasets.DatasetDict(train=dataset), "several splits"),
+        (dataset.to_iterable_dataset(), "streamed"),
+        (dataset.select([]), "the data set has no rows"),
+        (dataset.remove_columns("rejected"), "data set, row 1: 'chosen' without 'rejected'"),
+        (datasets.Value("string"), "expected a datasets.Dataset, got Value"),
+        (rows, "expected a PreferencePool or a datasets.Dataset, got list"),
+        ("pool.jsonl", "got str; make one with PreferencePool.from_rows or"),
+        (None, "got NoneType"),
+        (datasets.Dataset, "got type"),
+    ):
         with pytest.raises(ActiveDPOError, match=message) as caught:
             as_pool(wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
@@ -207,31 +248,38 @@ def test_prompts_from_a_data_set_are_those_of_a_file(tmp_path: Path) -> None:
     dataset = datasets.Dataset.from_list(rows)
     prompts = read_prompts(tmp_path / "prompts.jsonl")
     assert as_prompts(dataset) == prompts and as_prompts(prompts) is prompts
-    for wrong, message in ((datasets.DatasetDict(train=dataset), "several splits"),
-                           (dataset.select([]), "the data set has no rows"),
-                           (dataset.select([0, 0]), "row 2: the same prompt as data set, row 1"),
-                           (dataset.rename_column("topic", "chosen"),
-                            "data set, row 1: the column 'chosen': a prompt has no responses yet"),
-                           (dataset.remove_columns("prompt"), "data set, row 1: no 'prompt'"),
-                           ("prompts.jsonl", "prompts: expected Prompts, .*, got str"),
-                           ({"prompt": "p"}, "got dict"), (None, "got NoneType")):
+    for wrong, message in (
+        (datasets.DatasetDict(train=dataset), "several splits"),
+        (dataset.select([]), "the data set has no rows"),
+        (dataset.select([0, 0]), "row 2: the same prompt as data set, row 1"),
+        (
+            dataset.rename_column("topic", "chosen"),
+            "data set, row 1: the column 'chosen': a prompt has no responses yet",
+        ),
+        (dataset.remove_columns("prompt"), "data set, row 1: no 'prompt'"),
+        ("prompts.jsonl", "prompts: expected Prompts, .*, got str"),
+        ({"prompt": "p"}, "got dict"),
+        (None, "got NoneType"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             as_prompts(wrong)  # type: ignore[arg-type]
 
 
 def test_datasets_is_imported_for_data_sets_alone() -> None:
-    code = ("import sys\n"
-            "from activedpo_fast import ActiveDPOError, PreferencePool\n"
-            "from activedpo_fast.pool.pool import as_pool\n"
-            "from activedpo_fast.pool.reading import as_prompts\n"
-            "as_pool(PreferencePool.from_rows([{'prompt': 'p', 'responses': ['a', 'b']}]))\n"
-            "as_prompts([])\n"
-            "for wrong in ([], 'pool.jsonl', None):\n"
-            "    try:\n"
-            "        as_pool(wrong)\n"
-            "    except ActiveDPOError:\n"
-            "        pass\n"
-            "assert 'datasets' not in sys.modules")
+    code = (
+        "import sys\n"
+        "from activedpo_fast import ActiveDPOError, PreferencePool\n"
+        "from activedpo_fast.pool.pool import as_pool\n"
+        "from activedpo_fast.pool.reading import as_prompts\n"
+        "as_pool(PreferencePool.from_rows([{'prompt': 'p', 'responses': ['a', 'b']}]))\n"
+        "as_prompts([])\n"
+        "for wrong in ([], 'pool.jsonl', None):\n"
+        "    try:\n"
+        "        as_pool(wrong)\n"
+        "    except ActiveDPOError:\n"
+        "        pass\n"
+        "assert 'datasets' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -265,8 +313,13 @@ _BAD_ROWS: list[tuple[Any, str]] = [
     ({"responses": ["a", "b"]}, "missing column 'prompt'"),
     ({"prompt": None, "responses": ["a", "b"]}, "missing column 'prompt'"),
     ({"chosen": U + A, "rejected": U + B}, "no 'prompt': .* extract it first"),
-    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
-     "missing column 'prompt': the texts are whole transcripts; split each .*trl.extract_prompt"),
+    (
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Hello",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: No",
+        },
+        "missing column 'prompt': the texts are whole transcripts; split each .*trl.extract_prompt",
+    ),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "No"}, "missing column 'prompt'$"),
     ({"prompt": "p"}, "no responses: expected the column 'responses', or 'chosen' and"),
     ({"prompt": "p", "chosen": None, "rejected": None}, "no responses: expected"),
@@ -299,8 +352,10 @@ _BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [{"role": "user"}], "responses": [A, B]}, "a chat message without 'content'"),
     ({"prompt": [{"content": "x"}], "responses": [A, B]}, "a chat message without 'role'"),
     ({"prompt": [{"role": "", "content": "x"}], "responses": [A, B]}, "whose 'role' is empty"),
-    ({"prompt": [{"role": "user", "content": [{"type": "text"}]}], "responses": [A, B]},
-     "whose 'content' is not a string: list"),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "responses": [A, B]},
+        "whose 'content' is not a string: list",
+    ),
     (["p", "a", "b"], "expected an object with named columns, got list"),
     ("p", "expected an object with named columns, got str 'p'"),
     ({"prompt": "p", "responses": ["c", "b"], "id": "first"}, "id 'first' is already that of"),
@@ -330,15 +385,18 @@ def test_duplicates_name_both_rows() -> None:
         PreferencePool.from_rows(rows)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "pool.jsonl: no rows$"),
-    (b"\n \n", "pool.jsonl: no rows$"),
-    (b'%s\n{"prompt": "p",\n', "line 2: broken JSON: .* at column"),
-    (b"%s\n[1]\n", "line 2: expected an object"),
-    (b'%s\n{"prompt": "\xff"}', r"line 2: not UTF-8 \(byte 13\)"),
-    (b"%s\n" + b"[" * 200_000, "line 2: broken JSON"),
-    ("p".encode("utf-16"), "line 1: not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "pool.jsonl: no rows$"),
+        (b"\n \n", "pool.jsonl: no rows$"),
+        (b'%s\n{"prompt": "p",\n', "line 2: broken JSON: .* at column"),
+        (b"%s\n[1]\n", "line 2: expected an object"),
+        (b'%s\n{"prompt": "\xff"}', r"line 2: not UTF-8 \(byte 13\)"),
+        (b"%s\n" + b"[" * 200_000, "line 2: broken JSON"),
+        ("p".encode("utf-16"), "line 1: not UTF-8"),
+    ],
+)
 def test_broken_files(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_bytes(content.replace(b"%s", json.dumps(_OK).encode()))
@@ -351,19 +409,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "not.parquet").write_text("no")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "pool.csv").write_text("prompt,chosen,rejected")
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}),
-                                tmp_path / "empty.parquet")
-    table = pyarrow.table({"prompt": ["p", "q"], "response_a": ["a", "a"],
-                           "response_b": ["b", None]})
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), tmp_path / "empty.parquet"
+    )
+    table = pyarrow.table(
+        {"prompt": ["p", "q"], "response_a": ["a", "a"], "response_b": ["b", None]}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "null.parquet")
-    for name, message in (("missing.jsonl", "missing.jsonl: no such file"),
-                          ("missing.parquet", "missing.parquet: no such file"),
-                          ("folder.jsonl", "folder.jsonl: a folder without .jsonl or .parquet"),
-                          ("not.parquet", "not.parquet: not a Parquet file"),
-                          ("empty.parquet", "empty.parquet: no rows"),
-                          ("null.parquet", "row 2: 'response_a' without 'response_b'"),
-                          ("pool", "pool: no such file or folder"),
-                          ("pool.csv", "pool.csv: unsupported suffix '.csv', expected .jsonl or")):
+    for name, message in (
+        ("missing.jsonl", "missing.jsonl: no such file"),
+        ("missing.parquet", "missing.parquet: no such file"),
+        ("folder.jsonl", "folder.jsonl: a folder without .jsonl or .parquet"),
+        ("not.parquet", "not.parquet: not a Parquet file"),
+        ("empty.parquet", "empty.parquet: no rows"),
+        ("null.parquet", "row 2: 'response_a' without 'response_b'"),
+        ("pool", "pool: no such file or folder"),
+        ("pool.csv", "pool.csv: unsupported suffix '.csv', expected .jsonl or"),
+    ):
         with pytest.raises(ActiveDPOError, match=message) as caught:
             PreferencePool.load(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -372,12 +434,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_items_are_checked_as_rows_are() -> None:
     good = PoolItem("a", "p", ("x", "y"))
     for bad, message in (
-            (PoolItem("b", "p", ["x", "y"]), "item 2: the responses must be a tuple"),  # type: ignore
-            (PoolItem(3, "p", ("x", "y")), "item 2: 'id' must be a string"),  # type: ignore
-            (PoolItem("b", "p", ("x", "x")), "item 2: responses 1 and 2 are identical"),
-            (PoolItem("a", "q", ("x", "y")), "item 2: id 'a' is already that of item 1"),
-            (PoolItem("b", "p", ("x", "y"), {"chosen": 1}), "'chosen' cannot be the name of"),
-            ({"prompt": "p"}, "item 2: expected a PoolItem, got dict")):
+        (PoolItem("b", "p", ["x", "y"]), "item 2: the responses must be a tuple"),  # type: ignore
+        (PoolItem(3, "p", ("x", "y")), "item 2: 'id' must be a string"),  # type: ignore
+        (PoolItem("b", "p", ("x", "x")), "item 2: responses 1 and 2 are identical"),
+        (PoolItem("a", "q", ("x", "y")), "item 2: id 'a' is already that of item 1"),
+        (PoolItem("b", "p", ("x", "y"), {"chosen": 1}), "'chosen' cannot be the name of"),
+        ({"prompt": "p"}, "item 2: expected a PoolItem, got dict"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             PreferencePool([good, bad])  # type: ignore[list-item]
     with pytest.raises(ActiveDPOError, match="the pool has no items"):
@@ -386,15 +449,22 @@ def test_items_are_checked_as_rows_are() -> None:
 
 def test_responses_that_begin_with_the_prompt_are_said(caplog: pytest.LogCaptureFixture) -> None:
     human, model = "\n\nHuman: Hi\n\nAssistant:", [" Hello", " Hey"]
-    for prompt, responses, texts in ((human, [human + text for text in model], model),
-                                     (U, [[*U, *A], [*U, *B]], [A, B])):
+    for prompt, responses, texts in (
+        (human, [human + text for text in model], model),
+        (U, [[*U, *A], [*U, *B]], [A, B]),
+    ):
         whole = [{"id": f"w{n}", "prompt": prompt, "responses": responses} for n in range(2)]
         good = {"id": "g", "prompt": prompt, "responses": texts}
         caplog.clear()
         PreferencePool.from_rows([*whole, good])
         assert len(caplog.records) == 1
-        assert caplog.records[0].getMessage().startswith(
-            "the responses of 2 of 3 prompts begin with the prompt, which is then read twice")
+        assert (
+            caplog.records[0]
+            .getMessage()
+            .startswith(
+                "the responses of 2 of 3 prompts begin with the prompt, which is then read twice"
+            )
+        )
         caplog.clear()
         PreferencePool.from_rows([whole[0], good])  # one may quote its prompt
         assert not caplog.records

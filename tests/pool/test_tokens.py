@@ -17,8 +17,9 @@ EOS = "<|endoftext|>"
 
 
 def _pool(*rows: tuple[Any, list[Any]]) -> PreferencePool:
-    return PreferencePool(PoolItem(f"i{n}", prompt, tuple(responses))
-                          for n, (prompt, responses) in enumerate(rows))
+    return PreferencePool(
+        PoolItem(f"i{n}", prompt, tuple(responses)) for n, (prompt, responses) in enumerate(rows)
+    )
 
 
 def _user(text: str) -> list[dict[str, str]]:
@@ -36,7 +37,7 @@ def test_plain_text_gets_eos_once() -> None:
     prompt = tokenizer("The quick")["input_ids"]
     for sequence, text in zip(result.sequences, (" brown fox", " dog", f"{EOS} dog"), strict=True):
         assert sequence.input_ids == tokenizer(f"The quick{text}{EOS}")["input_ids"]
-        assert sequence.input_ids[:sequence.completion_start] == prompt
+        assert sequence.input_ids[: sequence.completion_start] == prompt
         assert sequence.input_ids[-1] == tokenizer.eos_token_id
     assert result.skipped == []
 
@@ -47,7 +48,7 @@ def test_chat_goes_through_the_template() -> None:
     start = "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"
     for sequence, text in zip(result.sequences, "AB", strict=True):
         assert tokenizer.decode(sequence.input_ids) == f"{start}{text}<|im_end|>\n"
-        assert tokenizer.decode(sequence.input_ids[:sequence.completion_start]) == start
+        assert tokenizer.decode(sequence.input_ids[: sequence.completion_start]) == start
 
 
 def test_tokens_that_merge_over_the_boundary() -> None:
@@ -75,7 +76,8 @@ def test_a_merge_that_leaves_a_shorter_sequence() -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_warning_counts_items_whose_pairs_the_trainer_starts_later(
-        count: int, caplog: pytest.LogCaptureFixture) -> None:
+    count: int, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [("The qui", ["ck brown", " A", " dog"][:count]), ("The quick", [" a", " b", " c"])]
     with caplog.at_level("WARNING", "activedpo_fast"):
         tokenize_pool(_pool(*rows), tiny_tokenizer())
@@ -83,8 +85,9 @@ def test_warning_counts_items_whose_pairs_the_trainer_starts_later(
     assert counts == ([(1, 2)] if count == 3 else [])
 
 
-@pytest.mark.parametrize(("mode", "kept", "scored"), [("keep_start", slice(0, 6), 1),
-                                                      ("keep_end", slice(-6, None), 5)])
+@pytest.mark.parametrize(
+    ("mode", "kept", "scored"), [("keep_start", slice(0, 6), 1), ("keep_end", slice(-6, None), 5)]
+)
 def test_truncation(mode: Any, kept: slice, scored: int) -> None:
     tokenizer = tiny_tokenizer()
     pool = _pool(("~~~~~", ["ZZZZZZZZ", "8"]))
@@ -104,7 +107,14 @@ def test_prompts_that_fill_max_length_are_skipped(caplog: pytest.LogCaptureFixtu
     assert result.skipped == [1]
     assert len(result.sequences) == pool.n_responses
     assert [scored_tokens(sequence) > 0 for sequence in result.sequences] == [
-        True, True, False, False, True, True, True]
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
     assert [record.args for record in caplog.records] == [(1, 3, 10)]
     assert tokenize_pool(pool, tokenizer, max_length=10, truncation_mode="keep_end").skipped == []
 
@@ -119,8 +129,9 @@ def test_the_limit_is_the_prompts_length() -> None:
     assert shorter.skipped == [] and scored_tokens(shorter.sequences[0]) == 1
 
 
-@pytest.mark.parametrize(("length", "start", "expected"), [(5, 2, 3), (5, 0, 4), (5, 1, 4),
-                                                           (5, 5, 0), (1, 0, 0)])
+@pytest.mark.parametrize(
+    ("length", "start", "expected"), [(5, 2, 3), (5, 0, 4), (5, 1, 4), (5, 5, 0), (1, 0, 0)]
+)
 def test_scored_tokens(length: int, start: int, expected: int) -> None:
     assert scored_tokens(TokenizedResponse(list(range(length)), start)) == expected
 
@@ -183,5 +194,7 @@ def test_truncation_is_told(mode: Any, end: str, caplog: pytest.LogCaptureFixtur
     tokenize_pool(pool, tiny_tokenizer(), max_length=100, truncation_mode=mode)
     assert "cut at" not in caplog.text
     tokenize_pool(pool, tiny_tokenizer(), max_length=8, truncation_mode=mode)
-    assert ("1 of 2 responses are longer than max_length=8 with their prompt and are cut at the "
-            f"{end}, as in DPOTrainer") in caplog.text
+    assert (
+        "1 of 2 responses are longer than max_length=8 with their prompt and are cut at the "
+        f"{end}, as in DPOTrainer"
+    ) in caplog.text

@@ -103,8 +103,9 @@ def random_case(seed, n_items, responses, k, *, duplicates, zeros, log_norms=(0.
     n_rows = n_items * responses
     rows = torch.randn(n_rows, k, generator=generator, dtype=torch.float64)
     low, high = log_norms
-    rows *= 10 ** (low + (high - low) * torch.rand(n_rows, 1, generator=generator,
-                                                   dtype=torch.float64))
+    rows *= 10 ** (
+        low + (high - low) * torch.rand(n_rows, 1, generator=generator, dtype=torch.float64)
+    )
     for _ in range(duplicates):
         a, b = torch.randint(n_rows, (2,), generator=generator).tolist()
         rows[a] = rows[b]
@@ -115,10 +116,16 @@ def random_case(seed, n_items, responses, k, *, duplicates, zeros, log_norms=(0.
     return rows, pairs
 
 
-cases = st.fixed_dictionaries(dict(
-    seed=st.integers(0, 2**20), n_items=st.integers(1, 10), responses=st.integers(2, 4),
-    k=st.integers(1, 24), duplicates=st.integers(0, 8), zeros=st.integers(0, 3),
-))
+cases = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2**20),
+        n_items=st.integers(1, 10),
+        responses=st.integers(2, 4),
+        k=st.integers(1, 24),
+        duplicates=st.integers(0, 8),
+        zeros=st.integers(0, 3),
+    )
+)
 storages = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
@@ -152,13 +159,24 @@ def rules(draw, n_pairs, first, n, typical):
     return Rules(**given)
 
 
-@given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
-       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labeled=st.integers(0, 5),
-       weighted=st.booleans(), any_pairs=st.booleans(), ruled=st.booleans(),
-       batch=st.sampled_from([3, 2048]), data=st.data())
+@given(
+    case=cases,
+    dtype=storages,
+    how=st.sampled_from(NORMALIZE),
+    log_lam=st.floats(-2, 3),
+    kappa=st.sampled_from([1.0, 0.25]),
+    log_norm=st.floats(-6, 6),
+    labeled=st.integers(0, 5),
+    weighted=st.booleans(),
+    any_pairs=st.booleans(),
+    ruled=st.booleans(),
+    batch=st.sampled_from([3, 2048]),
+    data=st.data(),
+)
 @settings(max_examples=examples(200), deadline=None)
-def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, log_norm, labeled,
-                                              weighted, any_pairs, ruled, batch, data):
+def test_same_picks_and_scores_as_brute_force(
+    case, dtype, how, log_lam, kappa, log_norm, labeled, weighted, any_pairs, ruled, batch, data
+):
     # Norms of one case span two decades, and without normalization stay where the brute force can
     # tell candidates apart; the exact test below has the rest.
     log_norm = min(log_norm, 1.0) if how is None else log_norm
@@ -189,10 +207,18 @@ def test_same_picks_and_scores_as_brute_force(case, dtype, how, log_lam, kappa, 
             patch.setenv("ACTIVEDPO_BACKEND", backend)
             patch.setattr(scores, "_BATCH", batch)
             got = greedy_logdet(
-                rows, pairs, n, lam=10**log_lam, kappa=kappa, normalize=how, weights=weights,
-                history=history if labeled else None, information=information,
+                rows,
+                pairs,
+                n,
+                lam=10**log_lam,
+                kappa=kappa,
+                normalize=how,
+                weights=weights,
+                history=history if labeled else None,
+                information=information,
                 history_weights=history_weights if labeled else None,
-                eligible=limits.eligible(len(pairs)) if ruled else None)
+                eligible=limits.eligible(len(pairs)) if ruled else None,
+            )
         assert_same(got, information, expected)
         touched.append(int(got.touched.sum()))
     assert touched[0] <= touched[1]
@@ -233,22 +259,33 @@ def replay(phi, picks, ridge, inverse_cost):
     return scores, logdet
 
 
-@given(seed=st.integers(0, 2**20), n_items=st.integers(60, 500), responses=st.integers(2, 4),
-       k=st.one_of(st.integers(64, 512), st.sampled_from([64, 128, 511, 512])),
-       n=st.integers(1, 120), dtype=storages, how=st.sampled_from(NORMALIZE),
-       lam=st.sampled_from([0.03, 1.0, 100.0]), spread=st.sampled_from([0.0, 0.5, 2.0]),
-       rank=st.sampled_from([8, 64, None]), costs=st.booleans(), kept=st.booleans(),
-       batch=st.sampled_from([16, 2048]))
+@given(
+    seed=st.integers(0, 2**20),
+    n_items=st.integers(60, 500),
+    responses=st.integers(2, 4),
+    k=st.one_of(st.integers(64, 512), st.sampled_from([64, 128, 511, 512])),
+    n=st.integers(1, 120),
+    dtype=storages,
+    how=st.sampled_from(NORMALIZE),
+    lam=st.sampled_from([0.03, 1.0, 100.0]),
+    spread=st.sampled_from([0.0, 0.5, 2.0]),
+    rank=st.sampled_from([8, 64, None]),
+    costs=st.booleans(),
+    kept=st.booleans(),
+    batch=st.sampled_from([16, 2048]),
+)
 @settings(max_examples=examples(30), deadline=None)
-def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, rank, costs, kept,
-                      batch):
+def test_larger_pools(
+    seed, n_items, responses, k, n, dtype, how, lam, spread, rank, costs, kept, batch
+):
     """Many blocks of candidates, margins that grow and shrink, panels with rows to spare."""
-    rows, pairs = random_case(seed, n_items, responses, k, duplicates=20, zeros=5,
-                              log_norms=(-spread, 0.0))
+    rows, pairs = random_case(
+        seed, n_items, responses, k, duplicates=20, zeros=5, log_norms=(-spread, 0.0)
+    )
     generator = torch.Generator().manual_seed(seed)
     if rank is not None:  # most of the rows lie in few directions, as gradients do
         mix = torch.randn(rank, k, generator=generator, dtype=torch.float64)
-        rows = rows[:, :rank] @ mix / rank ** 0.5 + 0.05 * rows
+        rows = rows[:, :rank] @ mix / rank**0.5 + 0.05 * rows
     rows = rows.to(dtype)
     inverse_cost = torch.ones(len(pairs), dtype=torch.float64)
     if costs:
@@ -259,8 +296,15 @@ def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, r
         patch.setattr(scores, "_BATCH", batch)
         if not kept:
             patch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
-        got = greedy_logdet(rows, pairs, n, lam=lam, normalize=how, information=information,
-                            eligible=Rules(inverse_cost if costs else None).eligible(len(pairs)))
+        got = greedy_logdet(
+            rows,
+            pairs,
+            n,
+            lam=lam,
+            normalize=how,
+            information=information,
+            eligible=Rules(inverse_cost if costs else None).eligible(len(pairs)),
+        )
     assert len(got.indices) == n
     picks = got.indices.tolist()
     expected = replay(plain_features(rows, pairs, how), picks, lam, inverse_cost)
@@ -268,18 +312,28 @@ def test_larger_pools(seed, n_items, responses, k, n, dtype, how, lam, spread, r
 
 
 @given(
-    case=st.fixed_dictionaries(dict(
-        seed=st.integers(0, 2**20), n_items=st.integers(1, 4), responses=st.integers(2, 3),
-        k=st.integers(1, 5), duplicates=st.integers(0, 5), zeros=st.integers(0, 2))),
+    case=st.fixed_dictionaries(
+        dict(
+            seed=st.integers(0, 2**20),
+            n_items=st.integers(1, 4),
+            responses=st.integers(2, 3),
+            k=st.integers(1, 5),
+            duplicates=st.integers(0, 5),
+            zeros=st.integers(0, 2),
+        )
+    ),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-    how=st.sampled_from(NORMALIZE), lam=st.sampled_from([1e-6, 1.0, 1e3]),
+    how=st.sampled_from(NORMALIZE),
+    lam=st.sampled_from([1e-6, 1.0, 1e3]),
     log_norm=st.sampled_from([-6.0, 0.0, 6.0, 30.0]),
-    spread=st.sampled_from([0.0, 3.0, 12.0, 60.0]), any_pairs=st.booleans(),
+    spread=st.sampled_from([0.0, 3.0, 12.0, 60.0]),
+    any_pairs=st.booleans(),
     batch=st.sampled_from([2, 2048]),
 )
 @settings(max_examples=examples(60), deadline=None)
-def test_every_pick_is_the_best_in_exact_arithmetic(case, dtype, how, lam, log_norm, spread,
-                                                    any_pairs, batch):
+def test_every_pick_is_the_best_in_exact_arithmetic(
+    case, dtype, how, lam, log_norm, spread, any_pairs, batch
+):
     """Any norms and any lambda: also where no float64 inverse of V has a correct digit."""
     # Unless it is of 60 decades, the spread stays within what each dtype can hold.
     log_norm = 30.0 if spread == 60.0 else log_norm
@@ -449,9 +503,10 @@ def test_rows_on_disk_are_as_good_as_in_memory(dtype, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("n, message", [
-    (4, "4 pairs are asked for, but there are only 3"), (-1, "0 or more"), (1.5, "integer"),
-])
+@pytest.mark.parametrize(
+    "n, message",
+    [(4, "4 pairs are asked for, but there are only 3"), (-1, "0 or more"), (1.5, "integer")],
+)
 def test_bad_n(n, message):
     with pytest.raises(ActiveDPOError, match=message):
         greedy_logdet(torch.ones(6, 2), torch.arange(6).reshape(3, 2), n)

@@ -70,13 +70,24 @@ def information_of(features, lam=1.0, kappa=1.0, form="auto"):
     return v
 
 
-@given(case=cases, dtype=storages, how=st.sampled_from(NORMALIZE), log_lam=st.floats(-2, 3),
-       kappa=st.sampled_from([1.0, 0.25]), log_norm=st.floats(-6, 6), labeled=st.integers(0, 5),
-       form=st.sampled_from(["auto", "low_rank", "explicit"]), weighted=st.booleans(),
-       any_pairs=st.booleans(), ruled=st.booleans(), data=st.data())
+@given(
+    case=cases,
+    dtype=storages,
+    how=st.sampled_from(NORMALIZE),
+    log_lam=st.floats(-2, 3),
+    kappa=st.sampled_from([1.0, 0.25]),
+    log_norm=st.floats(-6, 6),
+    labeled=st.integers(0, 5),
+    form=st.sampled_from(["auto", "low_rank", "explicit"]),
+    weighted=st.booleans(),
+    any_pairs=st.booleans(),
+    ruled=st.booleans(),
+    data=st.data(),
+)
 @settings(max_examples=examples(200), deadline=None)
-def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, log_norm, labeled,
-                                             form, weighted, any_pairs, ruled, data):
+def test_picks_of_brute_force_and_of_the_cpu(
+    case, dtype, how, log_lam, kappa, log_norm, labeled, form, weighted, any_pairs, ruled, data
+):
     log_norm = min(log_norm, 1.0) if how is None else log_norm
     if dtype == torch.float16:
         log_norm = max(-1.0, min(log_norm, 3.0))
@@ -102,9 +113,20 @@ def test_picks_of_brute_force_and_of_the_cpu(case, dtype, how, log_lam, kappa, l
         return limits.eligible(len(pairs)) if limits else Eligible.everything(len(pairs))
 
     got = on_all_hosts(PairFeatures(rows, pairs, how, weights), v, eligible(), n)
-    assert_same(got, greedy_logdet(rows, pairs, n, lam=lam, kappa=kappa, normalize=how,
-                                   weights=weights, information=copy.deepcopy(v),
-                                   eligible=eligible()))
+    assert_same(
+        got,
+        greedy_logdet(
+            rows,
+            pairs,
+            n,
+            lam=lam,
+            kappa=kappa,
+            normalize=how,
+            weights=weights,
+            information=copy.deepcopy(v),
+            eligible=eligible(),
+        ),
+    )
     indices, scores, _ = brute_force(phi, known, n, lam / kappa, limits)
     assert got.indices.tolist() == indices
     assert got.scores.tolist() == pytest.approx(scores, rel=1e-8, abs=1e-30)
@@ -119,8 +141,11 @@ def test_every_lambda(lam, labeled, form):
     k = 1100 if form == "low_rank" else 90
     rows = torch.randn(40, k, generator=generator) * torch.rand(40, 1, generator=generator)
     pairs = torch.combinations(torch.arange(40))[:400]
-    v = information_of(PairFeatures(rows[:14], torch.arange(14).reshape(7, 2)[:labeled],
-                                    "response"), lam=lam, form=form)
+    v = information_of(
+        PairFeatures(rows[:14], torch.arange(14).reshape(7, 2)[:labeled], "response"),
+        lam=lam,
+        form=form,
+    )
     want = greedy_logdet(rows, pairs, 200, lam=lam, information=copy.deepcopy(v))
     got = on_all_hosts(*everything_with(rows, pairs, "response", v), 200)
     assert_same(got, want)
@@ -154,7 +179,7 @@ def test_identical_and_zero_features():
         got = on_all_hosts(features, InformationMatrix(5), eligible, 20)
         first = [i for i in range(20) if i % 3]
         assert got.indices.tolist() == first + list(range(0, 20, 3))
-        assert got.scores[len(first):].eq(0).all()
+        assert got.scores[len(first) :].eq(0).all()
 
 
 @pytest.mark.parametrize("n_prompts", [20, 14])  # 14: six prompts have two items far apart
@@ -166,13 +191,23 @@ def test_rules_of_prompts_groups_costs_and_least_scores(n_prompts):
     costs = torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)[prompt % 3]
 
     def eligible(**given):
-        return Eligible(left.clone(), prompt=prompt, max_per_prompt=2, group=prompt % 4 - 1,
-                        room=[3, 0, 20], **given)
+        return Eligible(
+            left.clone(),
+            prompt=prompt,
+            max_per_prompt=2,
+            group=prompt % 4 - 1,
+            room=[3, 0, 20],
+            **given,
+        )
 
-    for given_ in ({}, {"inverse_cost": costs}, {"min_score": 0.4},
-                   {"min_score": 0.4, "inverse_cost": costs},
-                   {"n_random": 9, "random_order": order},
-                   {"n_random": 60, "random_order": order, "inverse_cost": costs}):
+    for given_ in (
+        {},
+        {"inverse_cost": costs},
+        {"min_score": 0.4},
+        {"min_score": 0.4, "inverse_cost": costs},
+        {"n_random": 9, "random_order": order},
+        {"n_random": 60, "random_order": order, "inverse_cost": costs},
+    ):
         ours, theirs = eligible(**given_), eligible(**given_)
         want = greedy_logdet(rows, pairs, 60, eligible=theirs)
         features = PairFeatures(rows, pairs, "response")
@@ -196,8 +231,13 @@ def test_lanes_and_groups(how, dtype):
     costs = 0.5 + (pairs[:, 0] % 3).double()
 
     def select(run):
-        eligible = Eligible(torch.ones(len(pairs), dtype=torch.bool), inverse_cost=costs,
-                            min_score=1e-3, prompt=pairs[:, 0] // 3, max_per_prompt=2)
+        eligible = Eligible(
+            torch.ones(len(pairs), dtype=torch.bool),
+            inverse_cost=costs,
+            min_score=1e-3,
+            prompt=pairs[:, 0] // 3,
+            max_per_prompt=2,
+        )
         return greedy_resident(PairFeatures(rows, pairs, how), v, eligible, 20, run)
 
     want, got, again = select(on_host(1)), select(on_host(1, True)), select(on_host(2, True))
@@ -230,8 +270,10 @@ def test_more_are_listed_than_are_advanced_between_two_barriers(dtype):
     assert_same(got, want)
     assert int(got.touched.max()) > 2 * 1024
     features, eligible = everything(rows, pairs, "response")
-    assert_same(greedy_resident(features, InformationMatrix(6, lam=0.1), eligible, 40,
-                                on_host(2, True)), want)
+    assert_same(
+        greedy_resident(features, InformationMatrix(6, lam=0.1), eligible, 40, on_host(2, True)),
+        want,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -242,8 +284,8 @@ def test_rows_at_any_address(k, dtype):
     wide = torch.zeros(len(rows), k + 6, dtype=dtype)
     found = []
     for shift in (0, 1, 4):
-        wide[:, shift:shift + k] = rows.to(dtype)
-        here = wide[:, shift:shift + k]
+        wide[:, shift : shift + k] = rows.to(dtype)
+        here = wide[:, shift : shift + k]
         features, eligible = everything(here, pairs, "response")
         assert features.rows.stride(0) == k + 6
         found.append(on_all_hosts(features, InformationMatrix(k, lam=0.1), eligible, 20))
@@ -263,8 +305,9 @@ def test_factors_of_an_information_matrix(form, points):
     if base is None:
         base = 2.0 * torch.eye(12, dtype=torch.float64)
     root = base - directions.T @ (pulled @ base)
-    expected = torch.linalg.inv(0.25 * torch.eye(12).double() + phi.T @ phi
-                                + torch.outer(phi[0], phi[0]))
+    expected = torch.linalg.inv(
+        0.25 * torch.eye(12).double() + phi.T @ phi + torch.outer(phi[0], phi[0])
+    )
     torch.testing.assert_close(root.T @ root, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -301,8 +344,9 @@ def test_nothing_asked_nothing_there_and_what_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("k, lam, form", [(8192, 1.0, "low_rank"), (2003, 1e-3, "explicit"),
-                                          (67, 1e-6, "explicit")])
+@pytest.mark.parametrize(
+    "k, lam, form", [(8192, 1.0, "low_rank"), (2003, 1e-3, "explicit"), (67, 1e-6, "explicit")]
+)
 def test_gpu_picks_what_the_cpu_picks(k, lam, form, dtype):
     generator = torch.Generator().manual_seed(k)
     rows = torch.randn(3000, k, generator=generator)
@@ -315,8 +359,13 @@ def test_gpu_picks_what_the_cpu_picks(k, lam, form, dtype):
         there = rows.to(device)
         v = InformationMatrix(k, lam=lam, form=form, device=device)
         add_all(v, PairFeatures(there, some, "response"))
-        eligible = Eligible(torch.ones(len(pairs), dtype=torch.bool), n_random=5,
-                            random_order=order, prompt=pairs[:, 0], max_per_prompt=2)
+        eligible = Eligible(
+            torch.ones(len(pairs), dtype=torch.bool),
+            n_random=5,
+            random_order=order,
+            prompt=pairs[:, 0],
+            max_per_prompt=2,
+        )
         found.append(greedy_resident(PairFeatures(there, pairs, "response"), v, eligible, 150, run))
     assert_same(found[1], found[0])
     for again in found[2:]:
@@ -329,12 +378,12 @@ def test_gpu_picks_what_the_cpu_picks(k, lam, form, dtype):
 def test_gpu_rows_at_any_address(k, shift, dtype):
     generator = torch.Generator().manual_seed(k)
     rows = torch.zeros(4000, k + 7)
-    rows[:, shift:shift + k] = torch.randn(4000, k, generator=generator)
+    rows[:, shift : shift + k] = torch.randn(4000, k, generator=generator)
     rows = (rows * (0.5 + torch.rand(4000, 1, generator=generator))).to(dtype)
     pairs = torch.randint(4000, (6001, 2), generator=generator)
     found = []
     for device, run in (("cpu", on_host(2)), ("cuda", on_gpu)):
-        there = rows.to(device)[:, shift:shift + k]
+        there = rows.to(device)[:, shift : shift + k]
         features = PairFeatures(there, pairs, "response")
         v = InformationMatrix(k, lam=0.1, device=device)
         found.append(greedy_resident(features, v, Eligible.everything(len(pairs)), 100, run))

@@ -26,8 +26,11 @@ def exact_scores(added, queries, ratio):
     k = queries.shape[1]
     added = [[Fraction(v) for v in row] for row in added.tolist()]
     queries = [[Fraction(v) for v in row] for row in queries.tolist()]
-    table = [[sum(a[i] * a[j] for a in added) + (ratio if i == j else 0) for j in range(k)]
-             + [q[i] for q in queries] for i in range(k)]
+    table = [
+        [sum(a[i] * a[j] for a in added) + (ratio if i == j else 0) for j in range(k)]
+        + [q[i] for q in queries]
+        for i in range(k)
+    ]
     for i in range(k):  # positive definite: no pivoting is needed in exact arithmetic
         table[i] = [v / table[i][i] for v in table[i]]
         for j in range(k):
@@ -53,15 +56,22 @@ def test_scores_of_unit_features_hold_to_1e_11_of_exact_arithmetic(form, many, l
         for phi in added:
             information.add(phi)
     exact = exact_scores(added, queries, Fraction(lam))
-    errors = [abs(Fraction(float(got)) - want) / want
-              for got, want in zip(information.score(queries), exact, strict=True)]
+    errors = [
+        abs(Fraction(float(got)) - want) / want
+        for got, want in zip(information.score(queries), exact, strict=True)
+    ]
     assert max(errors) < 1e-11
 
 
 @given(
-    k=st.integers(1, 24), t=st.integers(0, 30), form=st.sampled_from(FORMS),
-    log_lam=st.floats(-3, 3), log_kappa=st.floats(-1, 1), log_norm=st.floats(-6, 0),
-    split=st.integers(0, 30), seed=st.integers(0, 2**20),
+    k=st.integers(1, 24),
+    t=st.integers(0, 30),
+    form=st.sampled_from(FORMS),
+    log_lam=st.floats(-3, 3),
+    log_kappa=st.floats(-1, 1),
+    log_norm=st.floats(-6, 0),
+    split=st.integers(0, 30),
+    seed=st.integers(0, 2**20),
 )
 @settings(max_examples=80, deadline=None)
 def test_matches_torch_linalg(k, t, form, log_lam, log_kappa, log_norm, split, seed):
@@ -75,20 +85,28 @@ def test_matches_torch_linalg(k, t, form, log_lam, log_kappa, log_norm, split, s
         solved = torch.linalg.solve(v, row)
         before = information.score(queries)
         w = information.add(row)
-        torch.testing.assert_close(w, solved / torch.sqrt(1 + row @ solved), rtol=1e-8,
-                                   atol=1e-9 * float(w.norm()))
-        torch.testing.assert_close(information.score(queries), before - (queries @ w).square(),
-                                   rtol=1e-9, atol=1e-9 * float(before.max()))
+        torch.testing.assert_close(
+            w, solved / torch.sqrt(1 + row @ solved), rtol=1e-8, atol=1e-9 * float(w.norm())
+        )
+        torch.testing.assert_close(
+            information.score(queries),
+            before - (queries @ w).square(),
+            rtol=1e-9,
+            atol=1e-9 * float(before.max()),
+        )
         v += torch.outer(row, row)
     solved = torch.linalg.solve(v, queries.T).T
     size = float(solved.abs().max())
     torch.testing.assert_close(information.solve(queries), solved, rtol=1e-8, atol=1e-9 * size)
-    torch.testing.assert_close(information.solve(queries[0]), solved[0], rtol=1e-8,
-                               atol=1e-9 * size)
-    torch.testing.assert_close(information.score(queries), (queries * solved).sum(1), rtol=1e-8,
-                               atol=0.0)
-    assert information.logdet() == pytest.approx(float(torch.linalg.slogdet(v)[1]), rel=1e-9,
-                                                 abs=1e-9)
+    torch.testing.assert_close(
+        information.solve(queries[0]), solved[0], rtol=1e-8, atol=1e-9 * size
+    )
+    torch.testing.assert_close(
+        information.score(queries), (queries * solved).sum(1), rtol=1e-8, atol=0.0
+    )
+    assert information.logdet() == pytest.approx(
+        float(torch.linalg.slogdet(v)[1]), rel=1e-9, abs=1e-9
+    )
     assert information.count == t
 
 
@@ -126,11 +144,17 @@ def test_state_is_float64_for_float32_and_bfloat16_features():
         assert information.score(unit_rows(2, 5).to(dtype)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(dim=0), "dim"), (dict(dim=3, lam=0.0), "lam"), (dict(dim=3, kappa=-1.0), "kappa"),
-    (dict(dim=3, lam=float("nan")), "lam"), (dict(dim=3, lam="1"), "lam"),
-    (dict(dim=3, form="dense"), "form"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(dim=0), "dim"),
+        (dict(dim=3, lam=0.0), "lam"),
+        (dict(dim=3, kappa=-1.0), "kappa"),
+        (dict(dim=3, lam=float("nan")), "lam"),
+        (dict(dim=3, lam="1"), "lam"),
+        (dict(dim=3, form="dense"), "form"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(ActiveDPOError, match=message):
         InformationMatrix(**arguments)

@@ -18,16 +18,22 @@ EPS = torch.finfo(torch.float64).eps
 def state(information):
     """Everything a matrix answers with, as one tensor."""
     probes = unit_rows(5, information.dim, seed=99)
-    return torch.cat([information.whiten(probes).flatten(), information.pull_back(probes).flatten(),
-                      torch.tensor([information.logdet(), information.count],
-                                   dtype=torch.float64)])
+    return torch.cat(
+        [
+            information.whiten(probes).flatten(),
+            information.pull_back(probes).flatten(),
+            torch.tensor([information.logdet(), information.count], dtype=torch.float64),
+        ]
+    )
 
 
 def worst_error(information, left, queries):
     """The largest relative error of the scores, against rational arithmetic."""
     exact = exact_scores(left, queries, Fraction(information.lam) / Fraction(information.kappa))
-    return max(float(abs(Fraction(float(got)) - want) / want)
-               for got, want in zip(information.score(queries), exact, strict=True))
+    return max(
+        float(abs(Fraction(float(got)) - want) / want)
+        for got, want in zip(information.score(queries), exact, strict=True)
+    )
 
 
 # --- the primitives ---
@@ -50,8 +56,11 @@ def test_adding_a_point_does_not_copy_the_earlier_ones():
     places = set()
     for phi in unit_rows(200, 400):
         information.add(phi)
-        kept = (information._latest.directions, information._latest.triangle,
-                information._points.values)
+        kept = (
+            information._latest.directions,
+            information._latest.triangle,
+            information._points.values,
+        )
         places.add(tuple(tensor.data_ptr() for tensor in kept))
     assert len(places) <= 6  # storage for 8, 16, 32, 64, 128 and 256 rows
 
@@ -147,5 +156,6 @@ def test_a_refresh_that_fails_leaves_the_root():
     assert information.drift > 1
     fresh = InformationMatrix(24, lam=0.1)
     fresh.add_many(points)
-    torch.testing.assert_close(information.score(points[:5]), fresh.score(points[:5]), rtol=1e-11,
-                               atol=0)
+    torch.testing.assert_close(
+        information.score(points[:5]), fresh.score(points[:5]), rtol=1e-11, atol=0
+    )

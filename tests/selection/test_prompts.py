@@ -30,10 +30,14 @@ def comparisons(chat: bool = False) -> PreferencePool:
     with its responses in the other order."""
     rows = [("x", "a", "b"), ("y", "a", "b"), ("x", "b", "a"), ("x", "b", "c"), ("y", "b", "d")]
     return PreferencePool.from_rows(
-        {"id": f"row-{n}", "prompt": said("user", prompt, n > 1) if chat else prompt,
-         "responses": [said("assistant", r, n > 1) if chat else r for r in pair],
-         "post": prompt if n < 4 else "z"}
-        for n, (prompt, *pair) in enumerate(rows))
+        {
+            "id": f"row-{n}",
+            "prompt": said("user", prompt, n > 1) if chat else prompt,
+            "responses": [said("assistant", r, n > 1) if chat else r for r in pair],
+            "post": prompt if n < 4 else "z",
+        }
+        for n, (prompt, *pair) in enumerate(rows)
+    )
 
 
 def test_prompts_and_responses_are_numbered_by_their_texts() -> None:
@@ -54,12 +58,17 @@ def test_a_pair_is_a_candidate_once_and_not_again_under_another_id(
     pool, nothing = comparisons(chat), torch.empty(0, 2, dtype=torch.int64)
     assert candidate_pairs(pool, nothing, []).tolist() == [[0, 1], [2, 3], [6, 7], [8, 9]]
     assert [r.getMessage() for r in caplog.records] == [
-        "1 of 5 pairs have the prompt and responses of an earlier one: each is a candidate once"]
+        "1 of 5 pairs have the prompt and responses of an earlier one: each is a candidate once"
+    ]
     for known in ([[0, 1]], [[4, 5]], [[1, 0]]):
         assert candidate_pairs(pool, torch.tensor(known), []).tolist() == [[2, 3], [6, 7], [8, 9]]
     item = pool[2]
-    for id, responses in (("row-2", item.responses), ("row-0", item.responses[::-1]),
-                          ("elsewhere", item.responses), ("row-1", item.responses)):
+    for id, responses in (
+        ("row-2", item.responses),
+        ("row-0", item.responses[::-1]),
+        ("elsewhere", item.responses),
+        ("row-1", item.responses),
+    ):
         pick = Pick(id, (0, 1), 1.0, 0, item.prompt, responses)
         rows, others = split_history(pool, [pick])
         # The row with its id, or else the first; in the order of the pick.
@@ -77,7 +86,8 @@ def test_a_column_says_what_one_prompt_is() -> None:
     rows = [("x", 1), ("x!", 1), ("x", "1"), ("x", 2), ("w", True)]
     pool = PreferencePool.from_rows(
         {"id": str(n), "prompt": prompt, "responses": ["a", "b"], "post": post}
-        for n, (prompt, post) in enumerate(rows))
+        for n, (prompt, post) in enumerate(rows)
+    )
     prompts = PoolPrompts.of(pool, "post")
     assert prompts.of_item.tolist() == [0, 0, 0, 1, 2]
     nothing = torch.empty(0, 2, dtype=torch.int64)
@@ -89,7 +99,8 @@ def test_a_column_says_what_one_prompt_is() -> None:
     with pytest.raises(ActiveDPOError, match="prompt_by must be the name of a field, not 3"):
         PickRules(prompt_by=3)  # type: ignore[arg-type]
     bad = PreferencePool.from_rows(
-        [{"id": "q", "prompt": "x", "responses": ["a", "b"], "post": [1]}])
+        [{"id": "q", "prompt": "x", "responses": ["a", "b"], "post": [1]}]
+    )
     with pytest.raises(ActiveDPOError, match="'post' of item 'q' must be text, an integer or a"):
         PickRules(prompt_by="post").bind(bad, bad.pairs(), 1)
 
@@ -102,8 +113,10 @@ def test_excluding_one_row_excludes_its_prompt() -> None:
 
 
 def test_repeated_prompts_are_offered_once() -> None:
-    prompts = [Prompt(f"p{n}", text, {"post": post})
-               for n, (text, post) in enumerate([("x", 1), ("y", 1), ("x", 2), ("y", 1)])]
+    prompts = [
+        Prompt(f"p{n}", text, {"post": post})
+        for n, (text, post) in enumerate([("x", 1), ("y", 1), ("x", 2), ("y", 1)])
+    ]
     assert [p.id for p in distinct_prompts(prompts, None)] == ["p0", "p1"]
     assert [p.id for p in distinct_prompts(prompts, "post")] == ["p0", "p1", "p2"]
 
@@ -112,8 +125,12 @@ def test_aplp_takes_the_entropy_of_a_prompt_over_all_its_rows() -> None:
     """Prompt 0 has items 0 and 2, whose second response is one of item 0's: it counts once."""
     logps = torch.tensor([-40, -10, -21, -21, -10, -8], dtype=torch.float64)
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    parts = dict(pairs=pairs, item_of_row=torch.tensor([0, 0, 1, 1, 2, 2]), logps=logps,
-                 ref_logps=torch.zeros(6, dtype=torch.float64))
+    parts = dict(
+        pairs=pairs,
+        item_of_row=torch.tensor([0, 0, 1, 1, 2, 2]),
+        logps=logps,
+        ref_logps=torch.zeros(6, dtype=torch.float64),
+    )
 
     def prompts_kept(**more: torch.Tensor) -> list[int]:
         got = make_strategy("aplp", shortlist=1).select(TensorSignals(**parts, **more), 1)
@@ -131,32 +148,43 @@ def test_aplp_takes_the_entropy_of_a_prompt_over_all_its_rows() -> None:
 @pytest.mark.parametrize("strategy", ["activedpo", "random", "aplp", "margin_large"])
 def test_the_selector_goes_by_texts(strategy: str) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
-    chooser = ActiveDPOSelector(model, tiny_tokenizer(), strategy=strategy, proj_dim=64,
-                                verify=False)
+    chooser = ActiveDPOSelector(
+        model, tiny_tokenizer(), strategy=strategy, proj_dim=64, verify=False
+    )
     pool = PreferencePool.from_rows(
         {"id": f"row-{n}", "prompt": f"Post {n % 3}:", "responses": [f" {n % 6}", f" b{n % 2}"]}
-        for n in range(8))  # rows 6 and 7 repeat rows 0 and 1
+        for n in range(8)
+    )  # rows 6 and 7 repeat rows 0 and 1
     picked = chooser.select(pool, 6, rules=PickRules(max_per_prompt=1))
     assert sorted(pick.prompt for pick in picked) == ["Post 0:", "Post 1:", "Post 2:"]
     first = chooser.select(pool, 6)
     assert len({(pick.prompt, pick.responses) for pick in first}) == 6
     with pytest.raises(ActiveDPOError, match="7 pairs are asked for, but there are only 6"):
         chooser.select(pool, 7)
-    renamed = Selection(tuple(replace(pick, id=f"other-{pick.id}", responses=pick.responses[::-1])
-                              for pick in first[:2]), strategy)
+    renamed = Selection(
+        tuple(
+            replace(pick, id=f"other-{pick.id}", responses=pick.responses[::-1])
+            for pick in first[:2]
+        ),
+        strategy,
+    )
     texts = {frozenset(pick.responses) for pick in renamed}
     for given in ({"labeled": renamed}, {"asked": renamed}):
         later = chooser.select(pool, 4, **given)
         assert not texts & {frozenset(pick.responses) for pick in later}
-    assert (chooser.select(pool, 4, labeled=renamed).picks
-            == chooser.select(pool, 4, labeled=first[:2]).picks)
+    assert (
+        chooser.select(pool, 4, labeled=renamed).picks
+        == chooser.select(pool, 4, labeled=first[:2]).picks
+    )
 
 
 def test_what_is_asked_is_no_candidate_and_not_in_v() -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     chooser = ActiveDPOSelector(model, tiny_tokenizer(), proj_dim=64, verify=False)
-    pool = PreferencePool.from_rows({"id": f"r{n}", "prompt": f"Post {n}:",
-                                     "responses": [f" {n}", f" b{n % 2}", " c"]} for n in range(3))
+    pool = PreferencePool.from_rows(
+        {"id": f"r{n}", "prompt": f"Post {n}:", "responses": [f" {n}", f" b{n % 2}", " c"]}
+        for n in range(3)
+    )
     free = chooser.select(pool, 9)
     left = chooser.select(pool, 1, asked=free[1:])
     assert left[0].id == free[0].id and left[0].score == pytest.approx(free[0].score, rel=1e-6)
@@ -179,31 +207,48 @@ def test_labels_of_a_file_are_found_by_their_texts(tmp_path: Path) -> None:
     assert read({**line, "id": "row-0"}) == [[[7, 6]], []]  # the id of another row of the prompt
     assert read({**line, "id": "row-1"}) == [[[7, 6]], []]
     # Two labels of one pair, under two ids, are two labels.
-    assert read({"id": "row-0", "pair": [0, 1], "label": 1},
-                {"id": "row-2", "pair": [0, 1], "label": 0}) == [[[0, 1], [4, 5]], []]
+    assert read(
+        {"id": "row-0", "pair": [0, 1], "label": 1}, {"id": "row-2", "pair": [0, 1], "label": 0}
+    ) == [[[0, 1], [4, 5]], []]
     # The item's own id, with the responses in the other order, or other numbers than it has now.
     assert read({**line, "id": "row-3", "pair": [0, 1]}) == [[[7, 6]], []]
     assert read({**line, "id": "row-3", "responses": ["b", "c"]}) == [[[6, 7]], []]
     strange = {**line, "responses": ["c", "zz"]}
-    for wrong, message in ((strange, "no item with id 'old'"), (
-            {**strange, "id": "row-3"}, "'pair' is"), (
-            {**strange, "id": "row-3", "pair": [0, 1]},
-            "'responses' is not that of item 'row-3'")):
+    for wrong, message in (
+        (strange, "no item with id 'old'"),
+        ({**strange, "id": "row-3"}, "'pair' is"),
+        ({**strange, "id": "row-3", "pair": [0, 1]}, "'responses' is not that of item 'row-3'"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             read(wrong)
 
 
 def test_labels_of_a_file_are_of_items_with_the_same_template_arguments(tmp_path: Path) -> None:
     pool = PreferencePool.from_rows(
-        {"id": f"row-{n}", "prompt": said("user", "x"), "chat_template_kwargs": {"think": bool(n)},
-         "responses": [said("assistant", "a"), said("assistant", "b")]} for n in range(2))
+        {
+            "id": f"row-{n}",
+            "prompt": said("user", "x"),
+            "chat_template_kwargs": {"think": bool(n)},
+            "responses": [said("assistant", "a"), said("assistant", "b")],
+        }
+        for n in range(2)
+    )
     path = tmp_path / "labels.jsonl"
 
     def read(**changes: object) -> list[list[int]]:
-        path.write_text(json.dumps({
-            "id": "old", "pair": [0, 1], "prompt": said("user", "x"), "label": 1,
-            "responses": [said("assistant", "a"), said("assistant", "b")],
-            "item_chat_template_kwargs": {"think": True}, **changes}))
+        path.write_text(
+            json.dumps(
+                {
+                    "id": "old",
+                    "pair": [0, 1],
+                    "prompt": said("user", "x"),
+                    "label": 1,
+                    "responses": [said("assistant", "a"), said("assistant", "b")],
+                    "item_chat_template_kwargs": {"think": True},
+                    **changes,
+                }
+            )
+        )
         known: list[list[int]] = read_labeled_pairs(path, pool)[0].tolist()
         return known
 

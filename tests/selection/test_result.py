@@ -12,23 +12,41 @@ from activedpo_fast.labels.reading import by_preference, read_labels, read_pendi
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 
-STRINGS = Selection((
-    Pick("a", (0, 2), 1.5, 0, "Say hi.", ("Hi!", "Ahoy\u2028there")),
-    Pick("b", (1, 2), 0.1 + 0.2, 1, "Zählen?", ("eins", "zwei\nzwei")),
-    Pick("a", (0, 1), 0.25, 2, "Say hi.", ("Hi!", "Hello")),
-), "activedpo")
+STRINGS = Selection(
+    (
+        Pick("a", (0, 2), 1.5, 0, "Say hi.", ("Hi!", "Ahoy\u2028there")),
+        Pick("b", (1, 2), 0.1 + 0.2, 1, "Zählen?", ("eins", "zwei\nzwei")),
+        Pick("a", (0, 1), 0.25, 2, "Say hi.", ("Hi!", "Hello")),
+    ),
+    "activedpo",
+)
 
 
 def message(role, content):
     return [{"role": role, "content": content}]
 
 
-CHAT = Selection((
-    Pick("c", (0, 1), 2.0, 0, message("user", "hi"),
-         (message("assistant", "hello"), message("assistant", "go away"))),
-    Pick("d", (0, 1), 1.0, 1, message("user", "bye"),
-         (message("assistant", "ciao"), message("assistant", "no"))),
-), "random")
+CHAT = Selection(
+    (
+        Pick(
+            "c",
+            (0, 1),
+            2.0,
+            0,
+            message("user", "hi"),
+            (message("assistant", "hello"), message("assistant", "go away")),
+        ),
+        Pick(
+            "d",
+            (0, 1),
+            1.0,
+            1,
+            message("user", "bye"),
+            (message("assistant", "ciao"), message("assistant", "no")),
+        ),
+    ),
+    "random",
+)
 
 
 @pytest.mark.parametrize("selection", [STRINGS, CHAT])
@@ -67,9 +85,12 @@ def test_dataset_of_strings():
 
 def test_dataset_of_chat_messages():
     dataset = CHAT.to_dataset([0, 1])
-    assert dataset[1] == {"id": "d", "prompt": message("user", "bye"),
-                          "chosen": message("assistant", "no"),
-                          "rejected": message("assistant", "ciao")}
+    assert dataset[1] == {
+        "id": "d",
+        "prompt": message("user", "bye"),
+        "chosen": message("assistant", "no"),
+        "rejected": message("assistant", "ciao"),
+    }
 
 
 def test_dataset_without_any_preference_has_its_columns():
@@ -78,11 +99,18 @@ def test_dataset_without_any_preference_has_its_columns():
     assert dataset.column_names == ["id", "prompt", "chosen", "rejected"]
 
 
-@pytest.mark.parametrize("labels, fault", [
-    ([1, 0], "2 labels for 3 picks"), ([1, True, 0], r"label 1 \(id 'b'\).*True"),
-    ([1, 2, 0], "not 2"), ([1, -1, 0], "not -1"), ([1, "0", 0], "not '0'"),
-    ([1, 1.0, 0], "not 1.0"), ([numpy.bool_(True), 0, 0], "label 0"),
-])
+@pytest.mark.parametrize(
+    "labels, fault",
+    [
+        ([1, 0], "2 labels for 3 picks"),
+        ([1, True, 0], r"label 1 \(id 'b'\).*True"),
+        ([1, 2, 0], "not 2"),
+        ([1, -1, 0], "not -1"),
+        ([1, "0", 0], "not '0'"),
+        ([1, 1.0, 0], "not 1.0"),
+        ([numpy.bool_(True), 0, 0], "label 0"),
+    ],
+)
 def test_labels_that_are_none(labels, fault):
     with pytest.raises(ActiveDPOError, match=fault):
         STRINGS.to_dataset(labels)
@@ -128,10 +156,13 @@ def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_pat
     selection, labels = read_labels(path)
     assert selection.picks == STRINGS.picks[1:] and labels == [None, 1]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{path}: 1 of 3 pairs have no label yet and are left out"]
+        f"{path}: 1 of 3 pairs have no label yet and are left out"
+    ]
     assert read_pending(path).picks == STRINGS.picks[:1]
     assert by_preference(selection, labels) == (
-        Selection(STRINGS.picks[2:], "unknown"), Selection(STRINGS.picks[1:2], "unknown"))
+        Selection(STRINGS.picks[2:], "unknown"),
+        Selection(STRINGS.picks[1:2], "unknown"),
+    )
     records = [json.loads(line) for line in path.read_text().splitlines()]
     del records[0]["label"]
     path.write_text("\n".join(map(json.dumps, records)))
@@ -143,9 +174,11 @@ def test_nulls_of_a_file_that_is_all_answered_are_no_preference_and_said(tmp_pat
     caplog.set_level("INFO", logger="activedpo_fast")
     path = labeled_file(tmp_path, [None, 0, None])
     assert read_labels(path, all_answered=True) == (
-        Selection(STRINGS.picks, "unknown"), [None, 0, None])
+        Selection(STRINGS.picks, "unknown"),
+        [None, 0, None],
+    )
     (record,) = caplog.records
-    assert "2 labels are null, which is read as \"skip\"" in record.getMessage()
+    assert '2 labels are null, which is read as "skip"' in record.getMessage()
     caplog.clear()
     read_labels(labeled_file(tmp_path, ["skip", 0, 1]), all_answered=True)
     assert not caplog.records
@@ -170,17 +203,31 @@ def test_bad_label_in_a_file(tmp_path, label):
         read_labels(labeled_file(tmp_path, [1, label, 0]))
 
 
-@pytest.mark.parametrize("change, fault", [
-    (dict(id=3), "'id'"), (dict(pair=[0]), "'pair'"), (dict(pair=[1, 1]), "'pair'"),
-    (dict(pair=[0, -1]), "'pair'"), (dict(pair=[False, True]), "'pair'"),
-    (dict(pair="01"), "'pair'"), (dict(score="1"), "'score'"), (dict(score=True), "'score'"),
-    (dict(score=float("nan")), "'score'"), (dict(score=10**400), "'score'"),
-    (dict(score=None), "'score'"), (dict(rank=1.0), "'rank'"),
-    (dict(rank=-1), "'rank'"), (dict(prompt=None), "'prompt'"), (dict(prompt=[]), "'prompt'"),
-    (dict(prompt=[{"role": "user"}]), "'prompt'"), (dict(responses=["one"]), "'responses'"),
-    (dict(responses="ab"), "'responses'"), (dict(responses=["a", 1]), "'responses'"),
-    (dict(responses=["a", [{"role": "assistant", "content": "b"}]]), "'responses'"),
-])
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (dict(id=3), "'id'"),
+        (dict(pair=[0]), "'pair'"),
+        (dict(pair=[1, 1]), "'pair'"),
+        (dict(pair=[0, -1]), "'pair'"),
+        (dict(pair=[False, True]), "'pair'"),
+        (dict(pair="01"), "'pair'"),
+        (dict(score="1"), "'score'"),
+        (dict(score=True), "'score'"),
+        (dict(score=float("nan")), "'score'"),
+        (dict(score=10**400), "'score'"),
+        (dict(score=None), "'score'"),
+        (dict(rank=1.0), "'rank'"),
+        (dict(rank=-1), "'rank'"),
+        (dict(prompt=None), "'prompt'"),
+        (dict(prompt=[]), "'prompt'"),
+        (dict(prompt=[{"role": "user"}]), "'prompt'"),
+        (dict(responses=["one"]), "'responses'"),
+        (dict(responses="ab"), "'responses'"),
+        (dict(responses=["a", 1]), "'responses'"),
+        (dict(responses=["a", [{"role": "assistant", "content": "b"}]]), "'responses'"),
+    ],
+)
 def test_bad_field_in_a_file(tmp_path, change, fault):
     path = labeled_file(tmp_path, [1, 0, 1], **change)
     with pytest.raises(ActiveDPOError, match=f"labels.jsonl, line 1: {fault}") as caught:
@@ -188,11 +235,15 @@ def test_bad_field_in_a_file(tmp_path, change, fault):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content, fault", [
-    (b"{}\n", "line 1: no 'id', 'pair', 'score', 'rank', 'prompt', 'responses'"),
-    (b"[1]\n", "line 1: not a JSON object"), (b"\n{nope}\n", "line 2: broken JSON"),
-    (b'{"id": "\xff"}', "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        (b"{}\n", "line 1: no 'id', 'pair', 'score', 'rank', 'prompt', 'responses'"),
+        (b"[1]\n", "line 1: not a JSON object"),
+        (b"\n{nope}\n", "line 2: broken JSON"),
+        (b'{"id": "\xff"}', "not UTF-8"),
+    ],
+)
 def test_broken_files(tmp_path, content, fault):
     path = tmp_path / "picked.jsonl"
     path.write_bytes(content)

@@ -23,15 +23,25 @@ def make_pool(
 ) -> PreferencePool:
     """Item i has the prompt number i % `prompts`, as text and as the column "post"."""
     return PreferencePool.from_rows(
-        {"id": f"p{i}", "prompt": f"Prompt {i % prompts}", "post": i % prompts,
-         "responses": [f"{i} {j}" for j in range(size)],
-         "topic": topics[i % len(topics)], "cost": costs[i % len(costs)]}
+        {
+            "id": f"p{i}",
+            "prompt": f"Prompt {i % prompts}",
+            "post": i % prompts,
+            "responses": [f"{i} {j}" for j in range(size)],
+            "topic": topics[i % len(topics)],
+            "cost": costs[i % len(costs)],
+        }
         for i, size in enumerate(sizes)
     )
 
 
-def admitted(pool: PreferencePool, pairs: torch.Tensor, rules: PickRules, taken: list[int],
-             elsewhere: list[str] = ()) -> list[bool]:  # type: ignore[assignment]
+def admitted(
+    pool: PreferencePool,
+    pairs: torch.Tensor,
+    rules: PickRules,
+    taken: list[int],
+    elsewhere: list[str] = (),
+) -> list[bool]:  # type: ignore[assignment]
     """The definition: may each candidate be picked, with those of `taken` picked before?"""
     items = [pool[pool.locate(int(a))[0]] for a, _ in pairs]
     answer = []
@@ -48,17 +58,25 @@ def admitted(pool: PreferencePool, pairs: torch.Tensor, rules: PickRules, taken:
     return answer
 
 
-pools = st.builds(make_pool, st.lists(st.integers(2, 4), min_size=3, max_size=6),
-                  st.just(["law", "math", None]), st.just([1.0, 0.5, 4.0]), st.integers(1, 6))
-options = st.fixed_dictionaries({}, optional={
-    "max_per_prompt": st.integers(1, 4),
-    "exclude": st.lists(st.sampled_from(["p0", "p1", "p2"]), max_size=2),
-    "quotas": st.dictionaries(st.sampled_from(["law", "math"]), st.integers(0, 3), min_size=1),
-    "random_fraction": st.floats(0, 1),
-    "cost": st.just("cost"),
-    "min_score": st.floats(-1, 1),
-    "prompt_by": st.just("post"),
-})
+pools = st.builds(
+    make_pool,
+    st.lists(st.integers(2, 4), min_size=3, max_size=6),
+    st.just(["law", "math", None]),
+    st.just([1.0, 0.5, 4.0]),
+    st.integers(1, 6),
+)
+options = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_per_prompt": st.integers(1, 4),
+        "exclude": st.lists(st.sampled_from(["p0", "p1", "p2"]), max_size=2),
+        "quotas": st.dictionaries(st.sampled_from(["law", "math"]), st.integers(0, 3), min_size=1),
+        "random_fraction": st.floats(0, 1),
+        "cost": st.just("cost"),
+        "min_score": st.floats(-1, 1),
+        "prompt_by": st.just("post"),
+    },
+)
 
 
 def make_rules(given: dict[str, Any]) -> PickRules:
@@ -72,7 +90,7 @@ def test_what_is_left_after_every_pick(
 ) -> None:
     rules = make_rules(given)
     pairs = data.draw(st.sampled_from([pool.pairs(), pool.pairs().flip(0)]))
-    pairs = pairs[data.draw(st.integers(0, 2)):]
+    pairs = pairs[data.draw(st.integers(0, 2)) :]
     n = data.draw(st.integers(0, len(pairs)))
     if n and not any(admitted(pool, pairs, rules, [])):
         with pytest.raises(ActiveDPOError, match=f"none of {len(pairs)} candidate"):
@@ -138,12 +156,17 @@ def _parts() -> dict[str, Any]:
 
     labeled = torch.arange(4).view(2, 2)
     return dict(
-        pairs=PAIRS, item_of_row=torch.arange(P).repeat_interleave(M),
-        gradients=normal(P * M, K), hidden=normal(P * M, 4),
-        logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
-        history_gradients=(normal(4, K), labeled), history_hidden=(normal(4, 4), labeled),
+        pairs=PAIRS,
+        item_of_row=torch.arange(P).repeat_interleave(M),
+        gradients=normal(P * M, K),
+        hidden=normal(P * M, 4),
+        logps=-20 + 3 * normal(P * M),
+        ref_logps=-20 + 3 * normal(P * M),
+        history_gradients=(normal(4, K), labeled),
+        history_hidden=(normal(4, 4), labeled),
         history_logps=(-20 + 3 * normal(4), labeled),
-        history_ref_logps=(-20 + 3 * normal(4), labeled))
+        history_ref_logps=(-20 + 3 * normal(4), labeled),
+    )
 
 
 PARTS = _parts()
@@ -184,20 +207,23 @@ def plain_scores(name: str, taken: list[int]) -> torch.Tensor:
         return _forms(_differences("hidden", PAIRS), _differences("history_hidden"), 0.2)
     phi, seen = _differences("gradients", PAIRS), _differences("history_gradients")
     if name.endswith("_plus"):
-        phi, seen = ((x.sigmoid() * (1 - x.sigmoid())).sqrt()[:, None] * rows
-                     for x, rows in ((d, phi), (seen_d, seen)))
+        phi, seen = (
+            (x.sigmoid() * (1 - x.sigmoid())).sqrt()[:, None] * rows
+            for x, rows in ((d, phi), (seen_d, seen))
+        )
     known = torch.cat([seen, phi[taken]])
     if not name.startswith("trace"):
         return _forms(phi, known, LAM)
     rows = PARTS["gradients"].view(P, M, K)
     centered = rows - rows.mean(dim=1, keepdim=True)
     # 21 rows and at most 13 targets: every second prompt.
-    c = centered[::2 if name == "trace_plus" else 1].flatten(0, 1)
+    c = centered[:: 2 if name == "trace_plus" else 1].flatten(0, 1)
     inverse = (LAM * torch.eye(K, dtype=torch.float64) + known.T @ known).inverse()
     gains = []
     for own in phi:
-        after = (LAM * torch.eye(K, dtype=torch.float64) + known.T @ known
-                 + torch.outer(own, own)).inverse()
+        after = (
+            LAM * torch.eye(K, dtype=torch.float64) + known.T @ known + torch.outer(own, own)
+        ).inverse()
         gains.append(((inverse - after) @ (c.T @ c)).trace())
     return torch.stack(gains)
 
@@ -219,7 +245,7 @@ def plain_picks(
             if name == "aplp" and shortlist is None:
                 prompts = sorted({int(PAIRS[i, 0]) // M for i in left})
                 mean = PARTS["logps"].view(P, M).mean(dim=1).tolist()
-                shortlist = set(sorted(prompts, key=lambda p: mean[p])[:n - len(taken)])
+                shortlist = set(sorted(prompts, key=lambda p: mean[p])[: n - len(taken)])
             if shortlist is not None:
                 left = [i for i in left if int(PAIRS[i, 0]) // M in shortlist]
             if rules.min_score is not None:
@@ -245,7 +271,7 @@ def test_every_strategy_honors_the_rules(
     if "min_score" in given:  # one that some candidates reach and some do not
         scores = plain_scores(name, []).sort().values
         place = data.draw(st.integers(0, len(scores) - 2))
-        given["min_score"] = float(scores[place:place + 2].mean())
+        given["min_score"] = float(scores[place : place + 2].mean())
     rules = make_rules(given)
     n = data.draw(st.integers(1, 5) | st.integers(1, len(PAIRS)))
     eligible = rules.bind(POOL, PAIRS, n)
@@ -323,8 +349,10 @@ def test_random_order_is_of_seed_and_pool() -> None:
 
 
 def test_groups_may_be_numbers_and_ids_too() -> None:
-    rows = [{"id": i, "prompt": f"{i}", "responses": ["a", "b"], "level": level}
-            for i, level in enumerate([1, True, "1", None, float("nan")])]
+    rows = [
+        {"id": i, "prompt": f"{i}", "responses": ["a", "b"], "level": level}
+        for i, level in enumerate([1, True, "1", None, float("nan")])
+    ]
     pool = PreferencePool.from_rows(rows)
     assert PickRules(group_by="level", quotas={1: 0}).quotas == {"1": 0}
     assert PickRules(group_by="level", quotas={True: 0}).quotas == {"true": 0}
@@ -336,39 +364,44 @@ def test_groups_may_be_numbers_and_ids_too() -> None:
 
 
 def test_rules_for_a_part_of_the_prompts() -> None:
-    prompts = [Prompt(f"p{i}", "x", {"topic": topic})
-               for i, topic in enumerate(["law", "math", "art"])]
+    prompts = [
+        Prompt(f"p{i}", "x", {"topic": topic}) for i, topic in enumerate(["law", "math", "art"])
+    ]
     rules = PickRules(exclude=["p2", "p0"], group_by="topic", quotas={"law": 1, "art": 2}, seed=3)
     rules.check(prompts)
     assert rules.within(prompts) == rules
     assert rules.within(prompts[1:]) == PickRules(
-        exclude=["p2"], group_by="topic", quotas={"art": 2}, seed=3)
+        exclude=["p2"], group_by="topic", quotas={"art": 2}, seed=3
+    )
     assert rules.within(prompts[1:2]) == PickRules(seed=3)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"max_per_prompt": 0}, "max_per_prompt must be an integer from 1, not 0"),
-    ({"max_per_prompt": True}, "max_per_prompt"),
-    ({"max_per_prompt": 1.0}, "max_per_prompt"),
-    ({"exclude": "p1"}, "exclude must be a list of ids, not 'p1'"),
-    ({"exclude": {"p1": 1}}, "exclude must be a list"),
-    ({"exclude": 3}, "exclude must be a list"),
-    ({"exclude": ["p1", None]}, "None is not an id"),
-    ({"group_by": "topic"}, "quotas missing"),
-    ({"quotas": {"law": 1}}, "group_by missing"),
-    ({"group_by": 3, "quotas": {"law": 1}}, "group_by must be the name of a field, not 3"),
-    ({"group_by": "topic", "quotas": ["law"]}, "quotas must map"),
-    ({"group_by": "topic", "quotas": {"law": -1}}, "quotas: 'law' must have an integer from 0"),
-    ({"group_by": "topic", "quotas": {"law": 1.5}}, "integer from 0, not 1.5"),
-    ({"group_by": "topic", "quotas": {1.5: 1}}, "quotas: 1.5 is not a group"),
-    ({"min_score": math.inf}, "min_score must be a finite number, not inf"),
-    ({"min_score": "1"}, "min_score"),
-    ({"random_fraction": 1.01}, "random_fraction must be a number from 0 to 1, not 1.01"),
-    ({"random_fraction": math.nan}, "random_fraction"),
-    ({"random_fraction": True}, "random_fraction"),
-    ({"cost": ""}, "cost must be the name of a field, not ''"),
-    ({"seed": 0.5}, "seed must be an integer, not 0.5"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_per_prompt": 0}, "max_per_prompt must be an integer from 1, not 0"),
+        ({"max_per_prompt": True}, "max_per_prompt"),
+        ({"max_per_prompt": 1.0}, "max_per_prompt"),
+        ({"exclude": "p1"}, "exclude must be a list of ids, not 'p1'"),
+        ({"exclude": {"p1": 1}}, "exclude must be a list"),
+        ({"exclude": 3}, "exclude must be a list"),
+        ({"exclude": ["p1", None]}, "None is not an id"),
+        ({"group_by": "topic"}, "quotas missing"),
+        ({"quotas": {"law": 1}}, "group_by missing"),
+        ({"group_by": 3, "quotas": {"law": 1}}, "group_by must be the name of a field, not 3"),
+        ({"group_by": "topic", "quotas": ["law"]}, "quotas must map"),
+        ({"group_by": "topic", "quotas": {"law": -1}}, "quotas: 'law' must have an integer from 0"),
+        ({"group_by": "topic", "quotas": {"law": 1.5}}, "integer from 0, not 1.5"),
+        ({"group_by": "topic", "quotas": {1.5: 1}}, "quotas: 1.5 is not a group"),
+        ({"min_score": math.inf}, "min_score must be a finite number, not inf"),
+        ({"min_score": "1"}, "min_score"),
+        ({"random_fraction": 1.01}, "random_fraction must be a number from 0 to 1, not 1.01"),
+        ({"random_fraction": math.nan}, "random_fraction"),
+        ({"random_fraction": True}, "random_fraction"),
+        ({"cost": ""}, "cost must be the name of a field, not ''"),
+        ({"seed": 0.5}, "seed must be an integer, not 0.5"),
+    ],
+)
 def test_bad_values(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ActiveDPOError) as caught:
         PickRules(**given)
@@ -376,29 +409,50 @@ def test_bad_values(given: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"exclude": ["p1", "zz", "yy"]}, "exclude: no item has the id 'yy' (and 1 more)"),
-    ({"group_by": "topic", "quotas": {"law": 1, "Math": 1}},
-     "quotas: no item's 'topic' is 'Math'"),
-    ({"group_by": "Topic", "quotas": {"law": 1}}, "group_by: there is no column 'Topic'; the"),
-    ({"group_by": "tags", "quotas": {"law": 1}},
-     "group_by: 'tags' of item 'p0' must be text, an integer or a boolean, not ['a']"),
-    ({"cost": "price"}, "cost: item 'p0' has no 'price'"),
-    ({"cost": "text"}, "cost: 'text' of item 'p0' must be a positive number, not '3'"),
-    ({"cost": "zero"}, "cost: 'zero' of item 'p0' must be a positive number, not 0"),
-    ({"cost": "tiny"}, "cost: 'tiny' of item 'p0'"),
-    ({"cost": "huge"}, "cost: 'huge' of item 'p0'"),
-    ({"cost": "flag"}, "cost: 'flag' of item 'p0'"),
-    ({"cost": "half"}, "cost: item 'p1' has no 'half'"),
-    ({"exclude": ["p0", "p1"]}, "the rules leave none of 2 candidate pairs"),
-    ({"group_by": "topic", "quotas": {"law": 0}}, "the rules leave none"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"exclude": ["p1", "zz", "yy"]}, "exclude: no item has the id 'yy' (and 1 more)"),
+        (
+            {"group_by": "topic", "quotas": {"law": 1, "Math": 1}},
+            "quotas: no item's 'topic' is 'Math'",
+        ),
+        ({"group_by": "Topic", "quotas": {"law": 1}}, "group_by: there is no column 'Topic'; the"),
+        (
+            {"group_by": "tags", "quotas": {"law": 1}},
+            "group_by: 'tags' of item 'p0' must be text, an integer or a boolean, not ['a']",
+        ),
+        ({"cost": "price"}, "cost: item 'p0' has no 'price'"),
+        ({"cost": "text"}, "cost: 'text' of item 'p0' must be a positive number, not '3'"),
+        ({"cost": "zero"}, "cost: 'zero' of item 'p0' must be a positive number, not 0"),
+        ({"cost": "tiny"}, "cost: 'tiny' of item 'p0'"),
+        ({"cost": "huge"}, "cost: 'huge' of item 'p0'"),
+        ({"cost": "flag"}, "cost: 'flag' of item 'p0'"),
+        ({"cost": "half"}, "cost: item 'p1' has no 'half'"),
+        ({"exclude": ["p0", "p1"]}, "the rules leave none of 2 candidate pairs"),
+        ({"group_by": "topic", "quotas": {"law": 0}}, "the rules leave none"),
+    ],
+)
 def test_rules_that_do_not_fit_the_pool(given: dict[str, Any], message: str) -> None:
-    extra = {"topic": "law", "tags": ["a"], "text": "3", "zero": 0, "tiny": 5e-324,
-             "huge": 10**400, "flag": True}
+    extra = {
+        "topic": "law",
+        "tags": ["a"],
+        "text": "3",
+        "zero": 0,
+        "tiny": 5e-324,
+        "huge": 10**400,
+        "flag": True,
+    }
     pool = PreferencePool.from_rows(
-        {"id": f"p{i}", "prompt": f"{i}", "responses": ["a", "b"], **extra,
-         **({"half": 2} if i == 0 else {})} for i in range(2))
+        {
+            "id": f"p{i}",
+            "prompt": f"{i}",
+            "responses": ["a", "b"],
+            **extra,
+            **({"half": 2} if i == 0 else {}),
+        }
+        for i in range(2)
+    )
     with pytest.raises(ActiveDPOError) as caught:
         PickRules(**given).bind(pool, pool.pairs(), 1)
     assert message in str(caught.value)
@@ -407,8 +461,14 @@ def test_rules_that_do_not_fit_the_pool(given: dict[str, Any], message: str) -> 
 
 def test_an_excluded_prompt_needs_no_cost() -> None:
     pool = PreferencePool.from_rows(
-        {"id": f"p{i}", "prompt": f"{i}", "responses": ["a", "b"],
-         **({"cost": 4} if i == 0 else {})} for i in range(2))
+        {
+            "id": f"p{i}",
+            "prompt": f"{i}",
+            "responses": ["a", "b"],
+            **({"cost": 4} if i == 0 else {}),
+        }
+        for i in range(2)
+    )
     eligible = PickRules(exclude=["p1"], cost="cost").bind(pool, pool.pairs(), 1)
     assert eligible.left.tolist() == [True, False]
     assert eligible.inverse_cost is not None and float(eligible.inverse_cost[0]) == 0.25
@@ -424,4 +484,5 @@ def test_fewer_picks_are_said(caplog: pytest.LogCaptureFixture) -> None:
         warn_if_fewer(1, 2, eligible)
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 2 pairs picked: the rules leave no other candidate",
-        "1 of 2 pairs picked: the rules leave no other candidate that scores 0.5 or more"]
+        "1 of 2 pairs picked: the rules leave no other candidate that scores 0.5 or more",
+    ]

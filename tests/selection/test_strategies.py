@@ -28,9 +28,12 @@ def parts():
     return dict(
         pairs=torch.cat([within + M * p for p in range(P)]),
         item_of_row=torch.arange(P).repeat_interleave(M),
-        gradients=normal(P * M, K), hidden=normal(P * M, 5),
-        logps=-20 + 3 * normal(P * M), ref_logps=-20 + 3 * normal(P * M),
-        history_gradients=(normal(8, K), labeled), history_hidden=(normal(8, 5), labeled),
+        gradients=normal(P * M, K),
+        hidden=normal(P * M, 5),
+        logps=-20 + 3 * normal(P * M),
+        ref_logps=-20 + 3 * normal(P * M),
+        history_gradients=(normal(8, K), labeled),
+        history_hidden=(normal(8, 5), labeled),
         # The same labeled pairs, of rows in another order.
         history_logps=(-20 + 3 * normal(8), labeled.flip(0)),
         history_ref_logps=(-20 + 3 * normal(8), labeled),
@@ -44,16 +47,25 @@ def _margins(parts, beta):
         ((parts["logps"], parts["pairs"]), (parts["ref_logps"], parts["pairs"])),
         (parts["history_logps"], parts["history_ref_logps"]),
     ):
-        answers.append([beta * (float(logps[a] - logps[b]) - float(ref[c] - ref[d]))
-                        for (a, b), (c, d) in zip(pairs.tolist(), ref_pairs.tolist(),
-                                                  strict=True)])
+        answers.append(
+            [
+                beta * (float(logps[a] - logps[b]) - float(ref[c] - ref[d]))
+                for (a, b), (c, d) in zip(pairs.tolist(), ref_pairs.tolist(), strict=True)
+            ]
+        )
     return answers
 
 
 def test_activedpo_is_the_greedy_with_the_history(parts):
     got = make_strategy("activedpo", lam=0.1, normalize="pair").select(TensorSignals(**parts), 6)
-    want = greedy_logdet(parts["gradients"], parts["pairs"], 6, lam=0.1, normalize="pair",
-                         history=parts["history_gradients"])
+    want = greedy_logdet(
+        parts["gradients"],
+        parts["pairs"],
+        6,
+        lam=0.1,
+        normalize="pair",
+        history=parts["history_gradients"],
+    )
     assert got.indices.tolist() == want.indices.tolist()
     assert got.scores.tolist() == want.scores.tolist()
     without = greedy_logdet(parts["gradients"], parts["pairs"], 6, lam=0.1, normalize="pair")
@@ -95,8 +107,8 @@ def test_apo_takes_the_largest_of_one_fixed_matrix(parts):
 def test_aplp_shortlists_by_entropy_and_ranks_by_certainty(parts):
     got = make_strategy("aplp", beta=0.2, shortlist=1.5).select(TensorSignals(**parts), 3)
     logps, ref = parts["logps"].tolist(), parts["ref_logps"].tolist()
-    entropy = [-sum(logps[M * p:M * p + M]) / M for p in range(P)]
-    prompts = sorted(range(P), key=lambda p: -entropy[p])[:math.ceil(1.5 * 3)]
+    entropy = [-sum(logps[M * p : M * p + M]) / M for p in range(P)]
+    prompts = sorted(range(P), key=lambda p: -entropy[p])[: math.ceil(1.5 * 3)]
     certainty = {}
     for index, (a, b) in enumerate(parts["pairs"].tolist()):
         if a // M in prompts:
@@ -111,9 +123,10 @@ def test_aplp_entropy_is_of_whole_responses_whatever_the_loss(parts):
     lengths = (torch.arange(P * M) // M) % 4 + 1
     means = {**parts, **{name: parts[name] / lengths for name in ("logps", "ref_logps")}}
     got = make_strategy("aplp", beta=0.2, shortlist=1.5).select(
-        TensorSignals(**means, lengths=lengths), 3)
+        TensorSignals(**means, lengths=lengths), 3
+    )
     sums = parts["logps"].view(P, M).sum(1)
-    prompts = sums.argsort()[:math.ceil(1.5 * 3)].tolist()
+    prompts = sums.argsort()[: math.ceil(1.5 * 3)].tolist()
     reward = 0.2 * (means["logps"] - means["ref_logps"])
     first, second = parts["pairs"].unbind(1)
     certainty = (reward[first] - reward[second]).abs()
@@ -215,8 +228,11 @@ def test_adpo_plus_wants_one_history_of_all_signals(parts):
 def test_duplicate_pairs_tie_and_every_strategy_checks_n(parts, name):
     strategy = make_strategy(name)
     n_pairs = len(parts["pairs"])
-    for n, message in ((n_pairs + 1, f"{n_pairs + 1} pairs .* only {n_pairs}"),
-                       (-1, "0 or more"), (2.0, "integer")):
+    for n, message in (
+        (n_pairs + 1, f"{n_pairs + 1} pairs .* only {n_pairs}"),
+        (-1, "0 or more"),
+        (2.0, "integer"),
+    ):
         with pytest.raises(ActiveDPOError, match=message):
             strategy.select(TensorSignals(**parts), n)
     none = strategy.select(TensorSignals(**parts), 0)
@@ -246,8 +262,17 @@ def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
 
 
 def test_options():
-    names = ["activedpo", "random", "apo", "aplp", "margin_small", "margin_large", "adpo_plus",
-             "trace", "trace_plus"]
+    names = [
+        "activedpo",
+        "random",
+        "apo",
+        "aplp",
+        "margin_small",
+        "margin_large",
+        "adpo_plus",
+        "trace",
+        "trace_plus",
+    ]
     assert list(STRATEGIES) == names
     assert STRATEGIES["adpo_plus"]().normalize is None
     assert STRATEGIES["activedpo"].options() == ("lam", "kappa", "normalize")
@@ -255,14 +280,23 @@ def test_options():
         make_strategy("best")
     with pytest.raises(ActiveDPOError, match="'apo' has no option 'lam'; known: ridge"):
         make_strategy("apo", lam=1.0)
-    for name, options in (("activedpo", dict(lam=0)), ("activedpo", dict(normalize="row")),
-                          ("apo", dict(ridge=-1.0)), ("aplp", dict(beta="0.1")),
-                          ("aplp", dict(shortlist=0.5)), ("random", dict(seed=0.5)),
-                          ("activedpo", dict(kappa=True)), ("margin_small", dict(beta=0.0)),
-                          ("margin_large", dict(beta=-1)), ("adpo_plus", dict(beta=0)),
-                          ("adpo_plus", dict(normalize="l2")), ("adpo_plus", dict(lam=0)),
-                          ("trace", dict(lam=0)), ("trace", dict(targets=0)),
-                          ("trace_plus", dict(beta=-1))):
+    for name, options in (
+        ("activedpo", dict(lam=0)),
+        ("activedpo", dict(normalize="row")),
+        ("apo", dict(ridge=-1.0)),
+        ("aplp", dict(beta="0.1")),
+        ("aplp", dict(shortlist=0.5)),
+        ("random", dict(seed=0.5)),
+        ("activedpo", dict(kappa=True)),
+        ("margin_small", dict(beta=0.0)),
+        ("margin_large", dict(beta=-1)),
+        ("adpo_plus", dict(beta=0)),
+        ("adpo_plus", dict(normalize="l2")),
+        ("adpo_plus", dict(lam=0)),
+        ("trace", dict(lam=0)),
+        ("trace", dict(targets=0)),
+        ("trace_plus", dict(beta=-1)),
+    ):
         with pytest.raises(ActiveDPOError, match=next(iter(options))):
             make_strategy(name, **options)
 
@@ -283,30 +317,51 @@ def test_no_history_is_empty_but_a_half_given_one_is_an_error(parts):
             getattr(TensorSignals(**parts), name)()
     del parts["history_gradients"]
     signals = TensorSignals(**parts)
-    for name, shape in (("gradients", (0, K)), ("hidden", (0, 5)), ("logps", (0,)),
-                        ("ref_logps", (0,))):
+    for name, shape in (
+        ("gradients", (0, K)),
+        ("hidden", (0, 5)),
+        ("logps", (0,)),
+        ("ref_logps", (0,)),
+    ):
         rows, pairs = getattr(signals, f"history_{name}")()
         assert rows.shape == shape and pairs.shape == (0, 2) and pairs.dtype == torch.int64
 
 
 def test_the_base_class_names_the_signal():
-    for name in ("gradients", "history_gradients", "hidden", "history_hidden", "logps",
-                 "history_logps", "ref_logps", "history_ref_logps"):
+    for name in (
+        "gradients",
+        "history_gradients",
+        "hidden",
+        "history_hidden",
+        "logps",
+        "history_logps",
+        "ref_logps",
+        "history_ref_logps",
+    ):
         with pytest.raises(ActiveDPOError, match=f"'{name}'"):
             getattr(Signals(), name)()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(gradients=torch.ones(3, 4)), "gradients has 3 rows for 24"),
-    (dict(hidden=torch.ones(24)), "hidden must be"),
-    (dict(pairs=torch.tensor([[0, 24]])), r"pairs\[0\] is \[0, 24\]"),
-    (dict(pairs=torch.ones(3, 2)), "int64"),
-    (dict(item_of_row=torch.zeros(24)), "item_of_row"),
-    (dict(logps=torch.ones(24, 1)), "one dimension"),
-    (dict(history_logps=(torch.ones(2, 1), torch.tensor([[0, 1]]))), "history_logps .* one dim"),
-    (dict(history_ref_logps=(torch.ones(2), torch.tensor([[0, 2]]))), "history_ref_logps.0. is"),
-    (dict(history_gradients=(torch.ones(2, 3), torch.tensor([[0, 1]]))), "3 columns"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(gradients=torch.ones(3, 4)), "gradients has 3 rows for 24"),
+        (dict(hidden=torch.ones(24)), "hidden must be"),
+        (dict(pairs=torch.tensor([[0, 24]])), r"pairs\[0\] is \[0, 24\]"),
+        (dict(pairs=torch.ones(3, 2)), "int64"),
+        (dict(item_of_row=torch.zeros(24)), "item_of_row"),
+        (dict(logps=torch.ones(24, 1)), "one dimension"),
+        (
+            dict(history_logps=(torch.ones(2, 1), torch.tensor([[0, 1]]))),
+            "history_logps .* one dim",
+        ),
+        (
+            dict(history_ref_logps=(torch.ones(2), torch.tensor([[0, 2]]))),
+            "history_ref_logps.0. is",
+        ),
+        (dict(history_gradients=(torch.ones(2, 3), torch.tensor([[0, 1]]))), "3 columns"),
+    ],
+)
 def test_tensors_that_do_not_fit(parts, change, message):
     with pytest.raises(ActiveDPOError, match=message):
         TensorSignals(**{**parts, **change})

@@ -29,8 +29,14 @@ def _write(folder: Path, counts: list[int], dim: int, dtype: torch.dtype) -> lis
     generator = torch.Generator().manual_seed(dim)
     paths = [folder / f"{len(counts) - n}.safetensors" for n in range(len(counts))]
     for path, count in zip(paths, counts, strict=True):
-        save_file({"gradients": torch.randn(count, dim, generator=generator).to(dtype),
-                   "logps": torch.zeros(count), "rows": torch.arange(count)}, path)
+        save_file(
+            {
+                "gradients": torch.randn(count, dim, generator=generator).to(dtype),
+                "logps": torch.zeros(count),
+                "rows": torch.arange(count),
+            },
+            path,
+        )
     return paths
 
 
@@ -46,8 +52,7 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("dim", [1, 7, 64])
 @pytest.mark.parametrize("rows_at_once", [4, 2**16])
 def test_rows_are_those_of_the_files(
-    tmp_path: Path, dtype: torch.dtype, dim: int, rows_at_once: int,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, dtype: torch.dtype, dim: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stored_rows, "_ROWS_AT_ONCE", rows_at_once)
     paths = _write(tmp_path, [5, 1, 9, 3], dim, dtype)
@@ -57,10 +62,14 @@ def test_rows_are_those_of_the_files(
     assert rows.dtype == dtype and rows.is_floating_point() and rows.device.type == "cpu"
     assert rows.nbytes == expected.nbytes
     generator = torch.Generator().manual_seed(0)
-    for ids in (torch.arange(18), torch.arange(17, -1, -1), torch.tensor([], dtype=torch.int64),
-                torch.tensor([3, 3, 0, 3, 17, 17]),
-                torch.randperm(18, generator=generator),
-                torch.randint(18, (50,), generator=generator)):
+    for ids in (
+        torch.arange(18),
+        torch.arange(17, -1, -1),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([3, 3, 0, 3, 17, 17]),
+        torch.randperm(18, generator=generator),
+        torch.randint(18, (50,), generator=generator),
+    ):
         assert _same(rows.take(ids), expected[ids])
 
     order = torch.randperm(18, generator=generator)
@@ -156,12 +165,15 @@ def test_pickles_and_copies_are_refused(tmp_path: Path) -> None:
             make(rows)
 
 
-@pytest.mark.parametrize(("ids", "expected"), [
-    (torch.tensor([0, 4]), "no row 4, only 4 rows"),
-    (torch.tensor([-1]), "no row -1"),
-    (torch.tensor([0], dtype=torch.int32), "int64"),
-    (torch.tensor([[0]]), "int64"),
-])
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (torch.tensor([0, 4]), "no row 4, only 4 rows"),
+        (torch.tensor([-1]), "no row -1"),
+        (torch.tensor([0], dtype=torch.int32), "int64"),
+        (torch.tensor([[0]]), "int64"),
+    ],
+)
 def test_numbers_that_are_no_rows(tmp_path: Path, ids: torch.Tensor, expected: str) -> None:
     paths = _write(tmp_path, [4], 8, torch.float32)
     rows = StoredRows.open(paths)
@@ -212,41 +224,44 @@ def _header(**fields: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-@pytest.mark.parametrize("content", [
-    b"",
-    b"\x01\x00\x00",
-    struct.pack("<Q", 0) + bytes(64),
-    struct.pack("<Q", 2**63) + bytes(64),
-    struct.pack("<Q", 2**64 - 1) + bytes(64),
-    struct.pack("<Q", 57) + bytes(64),
-    struct.pack("<Q", 2) + b"[]" + bytes(64),
-    struct.pack("<Q", 4) + b"null" + bytes(64),
-    struct.pack("<Q", 17) + b'{"gradients": 12}' + bytes(64),
-    struct.pack("<Q", 8) + b"\xff" * 8 + bytes(64),
-    struct.pack("<Q", 10**6) + b"[" * 10**6 + bytes(64),
-    _header(dtype="F8_E4M3") + bytes(32),
-    _header(dtype="I32") + bytes(32),
-    _header(dtype=None) + bytes(32),
-    _header(dtype=["F32"]) + bytes(32),
-    _header(shape=[8]) + bytes(32),
-    _header(shape=[2, 2, 2]) + bytes(32),
-    _header(shape=[2, 5]) + bytes(32),
-    _header(shape=[-2, -4]) + bytes(32),
-    _header(shape=[2.0, 4]) + bytes(32),
-    _header(shape=[True, 8]) + bytes(32),
-    _header(shape=[8, 0], data_offsets=[0, 0]) + bytes(32),
-    _header(shape=[2**62, 4], data_offsets=[0, 2**66]) + bytes(32),
-    _header(shape=[10**4000, 10**4000], data_offsets=[0, 4 * 10**4000]) + bytes(32),
-    _header(shape="24") + bytes(32),
-    _header(data_offsets=[32, 0]) + bytes(32),
-    _header(data_offsets=[-16, 16]) + bytes(32),
-    _header(data_offsets=[0, 28]) + bytes(32),
-    _header(data_offsets=[2**40, 2**40 + 32]) + bytes(32),
-    _header(data_offsets=[0]) + bytes(32),
-    _header(data_offsets={"begin": 0}) + bytes(32),
-    _header(data_offsets=[1, 33]) + bytes(32),
-    _header() + bytes(31),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01\x00\x00",
+        struct.pack("<Q", 0) + bytes(64),
+        struct.pack("<Q", 2**63) + bytes(64),
+        struct.pack("<Q", 2**64 - 1) + bytes(64),
+        struct.pack("<Q", 57) + bytes(64),
+        struct.pack("<Q", 2) + b"[]" + bytes(64),
+        struct.pack("<Q", 4) + b"null" + bytes(64),
+        struct.pack("<Q", 17) + b'{"gradients": 12}' + bytes(64),
+        struct.pack("<Q", 8) + b"\xff" * 8 + bytes(64),
+        struct.pack("<Q", 10**6) + b"[" * 10**6 + bytes(64),
+        _header(dtype="F8_E4M3") + bytes(32),
+        _header(dtype="I32") + bytes(32),
+        _header(dtype=None) + bytes(32),
+        _header(dtype=["F32"]) + bytes(32),
+        _header(shape=[8]) + bytes(32),
+        _header(shape=[2, 2, 2]) + bytes(32),
+        _header(shape=[2, 5]) + bytes(32),
+        _header(shape=[-2, -4]) + bytes(32),
+        _header(shape=[2.0, 4]) + bytes(32),
+        _header(shape=[True, 8]) + bytes(32),
+        _header(shape=[8, 0], data_offsets=[0, 0]) + bytes(32),
+        _header(shape=[2**62, 4], data_offsets=[0, 2**66]) + bytes(32),
+        _header(shape=[10**4000, 10**4000], data_offsets=[0, 4 * 10**4000]) + bytes(32),
+        _header(shape="24") + bytes(32),
+        _header(data_offsets=[32, 0]) + bytes(32),
+        _header(data_offsets=[-16, 16]) + bytes(32),
+        _header(data_offsets=[0, 28]) + bytes(32),
+        _header(data_offsets=[2**40, 2**40 + 32]) + bytes(32),
+        _header(data_offsets=[0]) + bytes(32),
+        _header(data_offsets={"begin": 0}) + bytes(32),
+        _header(data_offsets=[1, 33]) + bytes(32),
+        _header() + bytes(31),
+    ],
+)
 def test_headers_are_not_believed(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "hostile"
     path.write_bytes(content)
@@ -286,8 +301,11 @@ def test_reading_everything_takes_little_memory(tmp_path: Path) -> None:
     for path in paths:
         save_file(part, path)
     done = subprocess.run(
-        [sys.executable, "-c", _READ_ALL, *map(str, paths)], capture_output=True, text=True,
-        cwd=Path(__file__).parents[2], timeout=1200,
+        [sys.executable, "-c", _READ_ALL, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     peak, size = done.stdout.split()

@@ -115,9 +115,16 @@ def test_the_command_line_sets_the_dtype(
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     lora(base, "llama").save_pretrained(tmp_path / "adapter")
     pool.to_jsonl(tmp_path / "pool.jsonl")
-    argv = ["features", str(tmp_path / "pool.jsonl"), f"--model={tmp_path / 'model'}",
-            f"--adapter={tmp_path / 'adapter'}", f"--output={tmp_path / 's'}", "--proj-dim=32",
-            "--device=cpu", "--store-dtype"]
+    argv = [
+        "features",
+        str(tmp_path / "pool.jsonl"),
+        f"--model={tmp_path / 'model'}",
+        f"--adapter={tmp_path / 'adapter'}",
+        f"--output={tmp_path / 's'}",
+        "--proj-dim=32",
+        "--device=cpu",
+        "--store-dtype",
+    ]
     assert main([*argv, "bfloat16"]) == 0
     store = FeatureStore.open(tmp_path / "s")
     assert store.rows_on_disk().dtype == torch.bfloat16
@@ -153,13 +160,15 @@ def test_picks_from_disk_are_those_from_memory(
     store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[1])
     store.fill(extractor, tokens, rows_per_shard=4)
     labels = tmp_path / "labels.jsonl"
-    labels.write_text('{"id": "0", "pair": [0, 2], "label": 1}\n'
-                      '{"id": "3", "pair": [1, 2], "label": 0}\n')
+    labels.write_text(
+        '{"id": "0", "pair": [0, 2], "label": 1}\n{"id": "3", "pair": [1, 2], "label": 0}\n'
+    )
     picks = []
     for limit in (2**30, 0):
         monkeypatch.setattr(select_command, "_IN_MEMORY_BYTES", limit)
-        select_command.select_pairs(tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5,
-                              labeled=labels)
+        select_command.select_pairs(
+            tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5, labeled=labels
+        )
         picks.append((tmp_path / "picked.jsonl").read_text())
     assert picks[0] == picks[1]
 
@@ -218,7 +227,6 @@ def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ActiveDPOError, match=r"rows-00000\.safetensors cannot be read"):
         FeatureStore.open(path)
-    (path / "pool.jsonl").write_text(
-        '{"prompt": "x", "responses": ["a", "b"]}\n', encoding="utf-8")
+    (path / "pool.jsonl").write_text('{"prompt": "x", "responses": ["a", "b"]}\n', encoding="utf-8")
     with pytest.raises(ActiveDPOError, match="changed"):
         store.pool()

@@ -46,5 +46,11 @@ def variants() -> list[Variant]:
 
 def _product(name: str, m: int, n: int, k: int, **options: Any) -> Variant:
     signature = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
-    return Variant(product, name, signature | dict.fromkeys("MNK", "constexpr"),
-                   {"M": m, "N": n, "K": k}, **options, aligned=tuple(signature))
+    return Variant(
+        product,
+        name,
+        signature | dict.fromkeys("MNK", "constexpr"),
+        {"M": m, "N": n, "K": k},
+        **options,
+        aligned=tuple(signature),
+    )

@@ -24,10 +24,14 @@ def loop_gradients(
         for position in range(max(sequence.completion_start, 1), ids.shape[1]):
             logp = logp + log_probs[position - 1, ids[0, position]]
         gradients = torch.autograd.grad(logp, list(parameters.values()), allow_unused=True)
-        rows.append(torch.cat([
-            (torch.zeros_like(p) if g is None else g).flatten()
-            for p, g in zip(parameters.values(), gradients, strict=True)
-        ]))
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(parameters.values(), gradients, strict=True)
+                ]
+            )
+        )
         logps.append(logp.detach())
     return torch.stack(rows), torch.stack(logps)
 

@@ -45,19 +45,31 @@ def recorded(wrong: set[str]) -> Iterator[list[Variant]]:
     run, backend = JITFunction.run, make_backend(GPUTarget("cuda", 90, 32))
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        wrong.update(f"{self.__name__} is launched without {name}={value}"
-                     for name, value in LAUNCH.items() if options.get(name) != value)
-        wrong.update(f"{self.__name__} is launched on a grid of {grid}"
-                     for size, most in zip(grid, GRID, strict=False) if not 0 < size <= most)
+        wrong.update(
+            f"{self.__name__} is launched without {name}={value}"
+            for name, value in LAUNCH.items()
+            if options.get(name) != value
+        )
+        wrong.update(
+            f"{self.__name__} is launched on a grid of {grid}"
+            for size, most in zip(grid, GRID, strict=False)
+            if not 0 < size <= most
+        )
         binder = create_function_from_signature(self.signature, self.params, backend)
         packed = self._pack_args(backend, options, *binder(*args, **options))
         compiled, signature, constants, attributes = packed
-        found.append(Variant(
-            self, self.__name__, signature,
-            {self.arg_names[path[0]]: value for path, value in constants.items()},
-            compiled.num_warps, compiled.num_stages,
-            tuple(self.arg_names[path[0]] for path, value in attributes.items() if value),
-            compiled.maxnreg))
+        found.append(
+            Variant(
+                self,
+                self.__name__,
+                signature,
+                {self.arg_names[path[0]]: value for path, value in constants.items()},
+                compiled.num_warps,
+                compiled.num_stages,
+                tuple(self.arg_names[path[0]] for path, value in attributes.items() if value),
+                compiled.maxnreg,
+            )
+        )
 
     JITFunction.run = record
     try:
@@ -83,8 +95,9 @@ def call_all() -> None:
             response_logp_grad(logits, torch.zeros(3, dtype=torch.int64), weights)
 
 
-def gradients(n: int, rows: int, columns: int, dtype: torch.dtype, k: int, key: int,
-              shift: int) -> None:
+def gradients(
+    n: int, rows: int, columns: int, dtype: torch.dtype, k: int, key: int, shift: int
+) -> None:
     """The sketches of n segments' gradients, the first of which is in two."""
     left, right = empty(n + 1, rows, dtype, shift), empty(n + 1, columns, dtype, shift)
     out = empty(n, k, torch.float64, shift)
@@ -101,9 +114,15 @@ def empty(rows: int, columns: int, dtype: torch.dtype, shift: int) -> torch.Tens
 
 def what(variant: Variant) -> tuple[Any, ...]:
     """Everything that makes a binary another one."""
-    return (variant.kernel.__name__, *variant.signature.items(),
-            *sorted((name, repr(value)) for name, value in variant.constants.items()),
-            variant.num_warps, variant.num_stages, variant.maxnreg, *sorted(variant.aligned))
+    return (
+        variant.kernel.__name__,
+        *variant.signature.items(),
+        *sorted((name, repr(value)) for name, value in variant.constants.items()),
+        variant.num_warps,
+        variant.num_stages,
+        variant.maxnreg,
+        *sorted(variant.aligned),
+    )
 
 
 def main() -> None:
@@ -112,12 +131,22 @@ def main() -> None:
         call_all()
     known = {what(variant): variant for variant in all_variants()}
     seen = {what(launch): launch for launch in launches}
-    Path(sys.argv[1]).write_text(json.dumps({
-        "launches": len(launches), "wrong": sorted(wrong),
-        "unknown": [asdict(replace(launch, kernel=None)) for key, launch in seen.items()
-                    if key not in known],
-        "idle": [variant.name for key, variant in known.items() if key not in seen],
-    }, default=repr, indent=1))
+    Path(sys.argv[1]).write_text(
+        json.dumps(
+            {
+                "launches": len(launches),
+                "wrong": sorted(wrong),
+                "unknown": [
+                    asdict(replace(launch, kernel=None))
+                    for key, launch in seen.items()
+                    if key not in known
+                ],
+                "idle": [variant.name for key, variant in known.items() if key not in seen],
+            },
+            default=repr,
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

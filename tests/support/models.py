@@ -38,9 +38,15 @@ def _trained_bpe() -> str:
     bpe.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(_CORPUS, trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=specials, initial_alphabet=alphabet,
-        show_progress=False))
+    bpe.train_from_iterator(
+        _CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     return bpe.to_str()
 
 
@@ -58,33 +64,54 @@ def tiny_tokenizer(chat: bool = False, padding_side: str = "right") -> PreTraine
     return tokenizer
 
 
-_COMMON: dict[str, Any] = dict(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2,
-                               num_attention_heads=4, max_position_embeddings=256,
-                               intermediate_size=48, bos_token_id=0, eos_token_id=0,
-                               pad_token_id=1)
+_COMMON: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    intermediate_size=48,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 
 # architecture -> (config class, its own arguments, modules that LoRA targets)
 _SPECS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "llama": ("LlamaConfig", dict(num_key_value_heads=2),
-              ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
-    "gemma": ("GemmaConfig", dict(num_key_value_heads=2, head_dim=8),
-              ["q_proj", "v_proj", "gate_proj"]),
-    "gemma2": ("Gemma2Config", dict(num_key_value_heads=2, head_dim=8, sliding_window=16,
-                                    query_pre_attn_scalar=8),
-               ["q_proj", "o_proj", "up_proj"]),
-    "qwen": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=8),
-             ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "llama": (
+        "LlamaConfig",
+        dict(num_key_value_heads=2),
+        ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
+    ),
+    "gemma": (
+        "GemmaConfig",
+        dict(num_key_value_heads=2, head_dim=8),
+        ["q_proj", "v_proj", "gate_proj"],
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        dict(num_key_value_heads=2, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+        ["q_proj", "o_proj", "up_proj"],
+    ),
+    "qwen": (
+        "Qwen3Config",
+        dict(num_key_value_heads=2, head_dim=8),
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
     "gpt2": ("GPT2Config", dict(), ["c_attn", "c_proj", "c_fc"]),
     "gpt_neox": ("GPTNeoXConfig", dict(), ["query_key_value", "dense", "dense_h_to_4h"]),
-    "mixtral": ("MixtralConfig", dict(num_key_value_heads=2, num_local_experts=4,
-                                      num_experts_per_tok=2),
-                ["q_proj", "v_proj", "o_proj"]),
+    "mixtral": (
+        "MixtralConfig",
+        dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+        ["q_proj", "v_proj", "o_proj"],
+    ),
 }
 ARCHS = tuple(_SPECS)
 
 
-def tiny_causal_lm(arch: str, dtype: torch.dtype = torch.float32, seed: int = 0,
-                   **overrides: Any) -> PreTrainedModel:
+def tiny_causal_lm(
+    arch: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """A random model of the named architecture, in eval mode."""
     config_class, own, _ = _SPECS[arch]
     config = getattr(transformers, config_class)(**{**_COMMON, **own, **overrides})
@@ -104,12 +131,20 @@ def _spread(model: PreTrainedModel) -> None:
                 parameter.mul_(4.0)
 
 
-def lora(model: PreTrainedModel, arch: str, *, seed: int = 1, adapter_name: str = "default",
-         randomize: bool = True, **config: Any) -> PeftModel:
+def lora(
+    model: PreTrainedModel,
+    arch: str,
+    *,
+    seed: int = 1,
+    adapter_name: str = "default",
+    randomize: bool = True,
+    **config: Any,
+) -> PeftModel:
     """Wrap `model` with LoRA; `randomize` gives B ≠ 0, as after some training."""
     _, _, targets = _SPECS[arch]
-    settings: dict[str, Any] = dict(r=4, lora_alpha=8, target_modules=targets,
-                                    task_type="CAUSAL_LM", lora_dropout=0.1)
+    settings: dict[str, Any] = dict(
+        r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.1
+    )
     settings.update(config)
     dtype = next(model.parameters()).dtype
     peft_model = get_peft_model(model, LoraConfig(**settings), adapter_name=adapter_name)
@@ -142,31 +177,61 @@ def saved_model(folder: Path, arch: str = "llama", *, chat: bool = False) -> tup
 ORIGINAL_LENGTH = 24  # the length from which positions are embedded in another way
 
 _SIZES: dict[str, Any] = dict(
-    vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=128,
-    bos_token_id=0, eos_token_id=0, pad_token_id=1)
-_LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.5, 2.0, 3.0],
-                 long_factor=[4.0, 7.0, 9.0, 20.0],
-                 original_max_position_embeddings=ORIGINAL_LENGTH)
+    vocab_size=384,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=1,
+)
+_LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=1e4,
+    short_factor=[1.0, 1.5, 2.0, 3.0],
+    long_factor=[4.0, 7.0, 9.0, 20.0],
+    original_max_position_embeddings=ORIGINAL_LENGTH,
+)
 _DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
 
 # name -> (config class, what makes its positions depend on length, LoRA targets)
 VARYING: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "phi3 longrope": ("Phi3Config", dict(
-        rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_LENGTH),
-        ["qkv_proj", "o_proj", "down_proj"]),
-    "phimoe longrope": ("PhimoeConfig", dict(
-        rope_parameters={**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.6},
-        num_local_experts=2, num_experts_per_tok=2),
-        ["q_proj", "k_proj", "v_proj", "o_proj"]),
-    "llama dynamic": ("LlamaConfig", dict(
-        rope_parameters=_DYNAMIC, max_position_embeddings=ORIGINAL_LENGTH), ["q_proj", "v_proj"]),
-    "gemma3 dynamic": ("Gemma3TextConfig", dict(
-        rope_parameters={
-            "full_attention": dict(_DYNAMIC, factor=8.0),
-            "sliding_attention": dict(rope_type="default", rope_theta=1e4)},
-        layer_types=["sliding_attention", "full_attention"], sliding_window=16,
-        max_position_embeddings=ORIGINAL_LENGTH), ["q_proj", "k_proj", "o_proj"]),
+    "phi3 longrope": (
+        "Phi3Config",
+        dict(rope_parameters=_LONGROPE, original_max_position_embeddings=ORIGINAL_LENGTH),
+        ["qkv_proj", "o_proj", "down_proj"],
+    ),
+    "phimoe longrope": (
+        "PhimoeConfig",
+        dict(
+            rope_parameters={**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.6},
+            num_local_experts=2,
+            num_experts_per_tok=2,
+        ),
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ),
+    "llama dynamic": (
+        "LlamaConfig",
+        dict(rope_parameters=_DYNAMIC, max_position_embeddings=ORIGINAL_LENGTH),
+        ["q_proj", "v_proj"],
+    ),
+    "gemma3 dynamic": (
+        "Gemma3TextConfig",
+        dict(
+            rope_parameters={
+                "full_attention": dict(_DYNAMIC, factor=8.0),
+                "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            },
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=16,
+            max_position_embeddings=ORIGINAL_LENGTH,
+        ),
+        ["q_proj", "k_proj", "o_proj"],
+    ),
 }
 
 

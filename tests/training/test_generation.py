@@ -16,8 +16,12 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.training.generation import generate_responses, respond
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
-PROMPTS = [Prompt(f"p{n}", text, {"reference": n}) for n, text in enumerate(
-    ["The quick", "What is a sketch? ", "A", "people prefer one of them " * 4, "TL;DR:"])]
+PROMPTS = [
+    Prompt(f"p{n}", text, {"reference": n})
+    for n, text in enumerate(
+        ["The quick", "What is a sketch? ", "A", "people prefer one of them " * 4, "TL;DR:"]
+    )
+]
 CHATS = [Prompt(prompt.id, [{"role": "user", "content": str(prompt.prompt)}]) for prompt in PROMPTS]
 
 
@@ -27,8 +31,9 @@ def _model(arch: str = "llama") -> Any:
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_responses_are_distinct_and_keep_their_prompts(arch: str) -> None:
-    pool = generate_responses(_model(arch), tiny_tokenizer(), PROMPTS, n_responses=3,
-                              max_new_tokens=6, batch_size=4)
+    pool = generate_responses(
+        _model(arch), tiny_tokenizer(), PROMPTS, n_responses=3, max_new_tokens=6, batch_size=4
+    )
     assert isinstance(pool, PreferencePool)
     assert pool.ids == [prompt.id for prompt in PROMPTS]
     for item, prompt in zip(pool, PROMPTS, strict=True):
@@ -68,8 +73,7 @@ def test_greedy_does_not_depend_on_batches_or_padding_side() -> None:
     model = _model()
     tokenizer = tiny_tokenizer(padding_side="right")
     together = respond(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=5)
-    alone = [respond(model, tokenizer, [prompt], max_new_tokens=7)[0]
-             for prompt in PROMPTS]
+    alone = [respond(model, tokenizer, [prompt], max_new_tokens=7)[0] for prompt in PROMPTS]
     assert together == alone
     for prompt, text in zip(PROMPTS, together, strict=True):
         start = tokenizer(str(prompt.prompt))["input_ids"]
@@ -80,7 +84,7 @@ def test_greedy_does_not_depend_on_batches_or_padding_side() -> None:
             if token == tokenizer.eos_token_id:
                 break
             ids.append(token)
-        assert text == tokenizer.decode(ids[len(start):], skip_special_tokens=True)
+        assert text == tokenizer.decode(ids[len(start) :], skip_special_tokens=True)
 
 
 def test_model_and_tokenizer_are_left_as_they_were() -> None:
@@ -93,8 +97,10 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     generate_responses(model, tokenizer, PROMPTS, max_new_tokens=4)
     with pytest.raises(RuntimeError, match="stop here"):
+
         def stop(*_: Any) -> None:
             raise RuntimeError("stop here")
+
         handle = model.base_model.model.lm_head.register_forward_hook(stop)
         try:
             respond(model, tokenizer, PROMPTS, max_new_tokens=4)
@@ -110,8 +116,12 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
 def test_the_models_generation_config_does_not_change_the_distribution() -> None:
     model, tokenizer = _model(), tiny_tokenizer()
     plain = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8)
-    own = GenerationConfig(top_k=1, suppress_tokens=list(range(4, 300)), do_sample=True,
-                           eos_token_id=model.get_base_model().generation_config.eos_token_id)
+    own = GenerationConfig(
+        top_k=1,
+        suppress_tokens=list(range(4, 300)),
+        do_sample=True,
+        eos_token_id=model.get_base_model().generation_config.eos_token_id,
+    )
     model.get_base_model().generation_config = own
     assert list(generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8)) == list(plain)
 
@@ -120,8 +130,16 @@ def test_sampling_follows_the_models_distribution() -> None:
     """One token at temperature 0.4, against the softmax given that the two texts are distinct."""
     model, tokenizer = tiny_causal_lm("llama"), tiny_tokenizer()
     prompts = [Prompt(str(n), "The quick") for n in range(1500)]
-    pool = generate_responses(model, tokenizer, prompts, n_responses=2, max_new_tokens=1,
-                              temperature=0.4, max_attempts=1, batch_size=500)
+    pool = generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        n_responses=2,
+        max_new_tokens=1,
+        temperature=0.4,
+        max_attempts=1,
+        batch_size=500,
+    )
     with torch.no_grad():
         ids = torch.tensor([tokenizer("The quick")["input_ids"]])
         probabilities = (model(input_ids=ids).logits[0, -1] / 0.4).softmax(-1)
@@ -161,11 +179,19 @@ def test_a_response_ends_at_eos() -> None:
 
 
 def test_prompts_without_enough_distinct_responses_are_left_out(
-        caplog: pytest.LogCaptureFixture) -> None:
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, tokenizer = tiny_causal_lm("llama"), tiny_tokenizer()
     with caplog.at_level("WARNING", "activedpo_fast"):
-        pool = generate_responses(model, tokenizer, PROMPTS, n_responses=8, max_new_tokens=1,
-                                  max_attempts=2, temperature=0.5)
+        pool = generate_responses(
+            model,
+            tokenizer,
+            PROMPTS,
+            n_responses=8,
+            max_new_tokens=1,
+            max_attempts=2,
+            temperature=0.5,
+        )
     left_out = len(PROMPTS) - len(pool)
     assert 0 < left_out
     assert [record.args[:2] for record in caplog.records] == [(left_out, len(PROMPTS))]
@@ -178,12 +204,13 @@ def test_the_space_before_a_continuation_is_kept() -> None:
     vocabulary = ["<unk>", "</s>", "▁", "▁the", "▁dog", "▁ran", "t", "h", "e", "d", "o", "g"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("d", "o"), ("do", "g"), ("▁", "dog")]
     vocabulary += ["th", "the", "do", "dog"]
-    bpe = Tokenizer(models.BPE({token: n for n, token in enumerate(vocabulary)}, merges,
-                               unk_token="<unk>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
-                                           normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(),
-                                     decoders.Strip(" ", 1, 0)])
+    bpe = Tokenizer(
+        models.BPE({token: n for n, token in enumerate(vocabulary)}, merges, unk_token="<unk>")
+    )
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
     dog = vocabulary.index("▁dog")
     assert tokenizer.decode([dog]) == "dog"
@@ -197,24 +224,32 @@ def test_the_space_before_a_continuation_is_kept() -> None:
     assert texts == [" dog dog"]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (dict(n_responses=1), "n_responses: 1 is below 2"),
-    (dict(max_attempts=0), "max_attempts: 0 is below 1"),
-    (dict(max_new_tokens=0), "max_new_tokens: 0 is below 1"),
-    (dict(batch_size=0), "batch_size: 0 is below 1"),
-    (dict(temperature=0.0), "temperature: 0.0 is not above 0"),
-    (dict(temperature=float("nan")), "temperature: nan is not above 0"),
-    (dict(top_p=1.5), "top_p: 1.5 is not in"),
-    (dict(prompts=[]), "there are no prompts"),
-    (dict(prompts=[PROMPTS[0], PROMPTS[0]]), "prompt 2: the same prompt as prompt 1: remove"),
-    (dict(prompts=[PROMPTS[0], replace(PROMPTS[1], id="p0")]),
-     "prompt 2: id 'p0' is already that of prompt 1, another prompt"),
-    (dict(prompts=[Prompt("a", " ")]), "prompt 1: the prompt is empty"),
-    (dict(prompts=[PROMPTS[0], CHATS[1]]), "prompt 2: chat messages, but prompt 1 has plain text"),
-    (dict(prompts=CHATS), "no chat template"),
-    (dict(max_new_tokens=255), r"item 'p0': 3 prompt tokens and max_new_tokens=255 exceed"),
-    (dict(arch="llama", vocab_size=200), r"item 'p0': the prompt has the token id \d+"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(n_responses=1), "n_responses: 1 is below 2"),
+        (dict(max_attempts=0), "max_attempts: 0 is below 1"),
+        (dict(max_new_tokens=0), "max_new_tokens: 0 is below 1"),
+        (dict(batch_size=0), "batch_size: 0 is below 1"),
+        (dict(temperature=0.0), "temperature: 0.0 is not above 0"),
+        (dict(temperature=float("nan")), "temperature: nan is not above 0"),
+        (dict(top_p=1.5), "top_p: 1.5 is not in"),
+        (dict(prompts=[]), "there are no prompts"),
+        (dict(prompts=[PROMPTS[0], PROMPTS[0]]), "prompt 2: the same prompt as prompt 1: remove"),
+        (
+            dict(prompts=[PROMPTS[0], replace(PROMPTS[1], id="p0")]),
+            "prompt 2: id 'p0' is already that of prompt 1, another prompt",
+        ),
+        (dict(prompts=[Prompt("a", " ")]), "prompt 1: the prompt is empty"),
+        (
+            dict(prompts=[PROMPTS[0], CHATS[1]]),
+            "prompt 2: chat messages, but prompt 1 has plain text",
+        ),
+        (dict(prompts=CHATS), "no chat template"),
+        (dict(max_new_tokens=255), r"item 'p0': 3 prompt tokens and max_new_tokens=255 exceed"),
+        (dict(arch="llama", vocab_size=200), r"item 'p0': the prompt has the token id \d+"),
+    ],
+)
 def test_bad_input(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"prompts": PROMPTS, **options}
     sizes = {"vocab_size": arguments.pop("vocab_size")} if "vocab_size" in arguments else {}

@@ -15,8 +15,10 @@ from activedpo_fast.training.trl import dpo_config, selector_settings
 
 trl = pytest.importorskip("trl")
 
-_HINT = ("add it to activedpo_fast/training/options.py and docs/trl.md: does it change log π, the "
-         "gradients or the selection?")
+_HINT = (
+    "add it to activedpo_fast/training/options.py and docs/trl.md: does it change log π, the "
+    "gradients or the selection?"
+)
 
 
 def test_every_field_is_in_the_table_once() -> None:
@@ -31,10 +33,11 @@ def test_every_field_is_in_the_table_once() -> None:
 
 def test_the_table_in_the_docs_is_the_packages() -> None:
     text = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
-    section = text[text.index("## DPOConfig"):].split("\n## ")[0]
+    section = text[text.index("## DPOConfig") :].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    expected = [f"| `{name}` | {field.status} | {field.why} |"
-                for name, field in DPO_FIELDS.items()]
+    expected = [
+        f"| `{name}` | {field.status} | {field.why} |" for name, field in DPO_FIELDS.items()
+    ]
     for group in INHERITED:
         names = ", ".join(f"`{name}`" for name in group.names)
         expected.append(f"| {names} | {group.status} | {group.why} |")
@@ -43,19 +46,38 @@ def test_the_table_in_the_docs_is_the_packages() -> None:
 
 # For every field that has a refused value: such values and what is said of them, values that pass.
 _REFUSED: dict[str, tuple[list[dict[str, Any]], str, list[dict[str, Any]]]] = {
-    "ld_alpha": ([{"ld_alpha": 0.5}, {"ld_alpha": 0.0}], "ld_alpha=0.[05] gives a response another",
-                 [{"ld_alpha": None}, {"ld_alpha": 1.0}]),
+    "ld_alpha": (
+        [{"ld_alpha": 0.5}, {"ld_alpha": 0.0}],
+        "ld_alpha=0.[05] gives a response another",
+        [{"ld_alpha": None}, {"ld_alpha": 1.0}],
+    ),
     "f_divergence_type": (
-        [{"f_divergence_type": "forward_kl"}, {"f_divergence_type": "js_divergence"},
-         {"f_divergence_type": "alpha_divergence"}], "f_divergence_type='.*' has another implicit",
-        [{"f_divergence_type": "reverse_kl"},
-         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}]),
-    "sync_ref_model": ([{"sync_ref_model": True}], "sync_ref_model=True changes the reference",
-                       [{"ref_model_sync_steps": 3}]),
-    "max_length": ([{"max_length": 1}, {"max_length": 0}], "max_length=[01] leaves no token",
-                   [{"max_length": 2}, {"max_length": None}]),
-    "truncation_mode": ([{"truncation_mode": "keep_middle"}], "'keep_middle' is neither",
-                        [{"truncation_mode": "keep_start"}]),
+        [
+            {"f_divergence_type": "forward_kl"},
+            {"f_divergence_type": "js_divergence"},
+            {"f_divergence_type": "alpha_divergence"},
+        ],
+        "f_divergence_type='.*' has another implicit",
+        [
+            {"f_divergence_type": "reverse_kl"},
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        ],
+    ),
+    "sync_ref_model": (
+        [{"sync_ref_model": True}],
+        "sync_ref_model=True changes the reference",
+        [{"ref_model_sync_steps": 3}],
+    ),
+    "max_length": (
+        [{"max_length": 1}, {"max_length": 0}],
+        "max_length=[01] leaves no token",
+        [{"max_length": 2}, {"max_length": None}],
+    ),
+    "truncation_mode": (
+        [{"truncation_mode": "keep_middle"}],
+        "'keep_middle' is neither",
+        [{"truncation_mode": "keep_start"}],
+    ),
 }
 
 

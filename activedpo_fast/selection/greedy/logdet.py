@@ -93,8 +93,10 @@ def greedy_logdet(
         if v is None:
             v = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=rows.device)
         elif (v.lam, v.kappa) != (lam, kappa):
-            raise ActiveDPOError(f"information has lam={v.lam}, kappa={v.kappa}, but lam={lam}, "
-                                 f"kappa={kappa} are asked for")
+            raise ActiveDPOError(
+                f"information has lam={v.lam}, kappa={v.kappa}, but lam={lam}, "
+                f"kappa={kappa} are asked for"
+            )
         if history is not None:
             add_all(v, PairFeatures(*history, normalize, history_weights))
         return features, v
@@ -114,9 +116,17 @@ def greedy_logdet(
 
     scores, v = start() if processes is None else processes.check(start)
     if processes is not None:
-        processes.require_same({
-            "n": n, "k": v.dim, "lam": lam, "kappa": kappa, "log det V": v.logdet(),
-            "random picks": allowed.n_random, "min_score": allowed.min_score})
+        processes.require_same(
+            {
+                "n": n,
+                "k": v.dim,
+                "lam": lam,
+                "kappa": kappa,
+                "log det V": v.logdet(),
+                "random picks": allowed.n_random,
+                "min_score": allowed.min_score,
+            }
+        )
 
     kept: list[Tensor] = []
 
@@ -142,9 +152,11 @@ def greedy_logdet(
     if information is not None and kept:
         information.add_many(torch.stack(kept))
     looked = torch.tensor(touched).diff()
-    return Ranking(torch.tensor(indices, dtype=torch.int64),
-                   torch.tensor(gains, dtype=torch.float64),
-                   looked if processes is None else processes.sum(looked))
+    return Ranking(
+        torch.tensor(indices, dtype=torch.int64),
+        torch.tensor(gains, dtype=torch.float64),
+        looked if processes is None else processes.sum(looked),
+    )
 
 
 def rank_top(
@@ -164,8 +176,10 @@ def rank_top(
     n = check_n(n, len(scores) if processes is None else processes.total)
     eligible = Eligible.everything(len(scores)) if eligible is None else eligible
     made = list(choices(_FixedScores(scores, doubt, eligible), n, eligible, processes))
-    return Ranking(torch.tensor([choice.index for choice in made], dtype=torch.int64),
-                   torch.tensor([choice.score for choice in made], dtype=torch.float64))
+    return Ranking(
+        torch.tensor([choice.index for choice in made], dtype=torch.int64),
+        torch.tensor([choice.score for choice in made], dtype=torch.float64),
+    )
 
 
 def add_all(
@@ -185,8 +199,9 @@ def check_n(n: int, available: int) -> int:
     if count < 0:
         raise ActiveDPOError(f"n must be 0 or more, not {count}")
     if count > available:
-        raise ActiveDPOError(f"{count} pairs are asked for, but there are only {available} "
-                             "candidate pairs")
+        raise ActiveDPOError(
+            f"{count} pairs are asked for, but there are only {available} candidate pairs"
+        )
     return count
 
 
@@ -212,8 +227,11 @@ def choices(
             choice = processes.agree(search.offer, search.lowest_from)
         else:
             offer = search.offer()
-            choice = None if offer is None else Choice(offer.index, offer.score, offer.group,
-                                                       offer.prompt, 0)
+            choice = (
+                None
+                if offer is None
+                else Choice(offer.index, offer.score, offer.group, offer.prompt, 0)
+            )
         if choice is None:
             return
         mine = processes is None or choice.owner == processes.rank
@@ -247,8 +265,15 @@ class _Draw:
         order, place = self._eligible.random_order[left].min(dim=0)
         index = int(left[place])
         value = -float(order)
-        return Offer(index, self._scores.score(index), self._eligible.group_of(index),
-                     self._eligible.prompt_of(index), value, value, value)
+        return Offer(
+            index,
+            self._scores.score(index),
+            self._eligible.group_of(index),
+            self._eligible.prompt_of(index),
+            value,
+            value,
+            value,
+        )
 
     def lowest_from(self, value: float) -> Offer | None:
         offer = self.offer()
@@ -283,9 +308,15 @@ class _Best:
             return None
         first = reaching[0]
         index = indices[first]
-        return Offer(index, scores[first], self._eligible.group_of(index),
-                     self._eligible.prompt_of(index), max(lower[at] for at in reaching),
-                     upper[first], max(upper[at] for at in reaching))
+        return Offer(
+            index,
+            scores[first],
+            self._eligible.group_of(index),
+            self._eligible.prompt_of(index),
+            max(lower[at] for at in reaching),
+            upper[first],
+            max(upper[at] for at in reaching),
+        )
 
 
 class _FixedScores:

@@ -60,27 +60,37 @@ class ResidentProblem:
     count: Tensor
 
     @classmethod
-    def of(cls, features: PairFeatures, information: InformationMatrix, eligible: Eligible, n: int,
-           show_progress: bool | None = False) -> ResidentProblem:
+    def of(
+        cls,
+        features: PairFeatures,
+        information: InformationMatrix,
+        eligible: Eligible,
+        n: int,
+        show_progress: bool | None = False,
+    ) -> ResidentProblem:
         """Return the problem of n picks from `features`, in memory, on `features.device`."""
         rows, device, n_candidates = features.rows, features.device, len(features)
         if not isinstance(rows, Tensor):
             raise ActiveDPOError("rows on disk cannot be selected from in one launch")
         if n_candidates >= 2**31 or n >= 2**31:
-            raise ActiveDPOError("2^31 candidate pairs or more cannot be selected from in one "
-                                 "launch")
+            raise ActiveDPOError(
+                "2^31 candidate pairs or more cannot be selected from in one launch"
+            )
 
         def placed(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
             # Always a copy: some of them are changed.
             return values.to(device, dtype, copy=True).contiguous()
 
         def limit(given: Limit | None) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if given is None else (
-                placed(given.numbers, torch.int32), placed(given.room, torch.int32))
+            return (
+                (None, None)
+                if given is None
+                else (placed(given.numbers, torch.int32), placed(given.room, torch.int32))
+            )
 
         def growing(begun: Tensor) -> Tensor:
             whole = torch.empty(len(begun) + n, features.dim, dtype=torch.float64, device=device)
-            whole[:len(begun)] = begun
+            whole[: len(begun)] = begun
             return whole
 
         def output(dtype: torch.dtype) -> Tensor:
@@ -93,29 +103,51 @@ class ResidentProblem:
         base, directions, pulled = information.factors()
         cost = eligible.inverse_cost
         return cls(
-            n_candidates=n_candidates, dim=features.dim, rows=rows, row_stride=rows.stride(0),
-            pairs=placed(features.pairs, torch.int64), row_divisor=placed(features.row_divisor),
-            pair_divisor=placed(features.pair_divisor), reach=placed(features.reach),
-            size=placed(features.size), score=placed(score), doubt=placed(doubt),
+            n_candidates=n_candidates,
+            dim=features.dim,
+            rows=rows,
+            row_stride=rows.stride(0),
+            pairs=placed(features.pairs, torch.int64),
+            row_divisor=placed(features.row_divisor),
+            pair_divisor=placed(features.pair_divisor),
+            reach=placed(features.reach),
+            size=placed(features.size),
+            score=placed(score),
+            doubt=placed(doubt),
             left=placed(eligible.left, torch.uint8),
             inverse_cost=None if cost is None else placed(cost),
-            prompt=prompt, prompt_room=prompt_room, group=group, group_room=group_room,
-            min_score=eligible.min_score, forced=placed(forced, torch.int64), n_forced=len(forced),
+            prompt=prompt,
+            prompt_room=prompt_room,
+            group=group,
+            group_room=group_room,
+            min_score=eligible.min_score,
+            forced=placed(forced, torch.int64),
+            n_forced=len(forced),
             root_norm=math.sqrt(information.kappa / information.lam),
             root_error=root_error(information),
             base=None if base is None else base.to(device).contiguous(),
-            directions=growing(directions), pulled=growing(pulled), n_before=len(directions),
-            rounds=information.count > 0, n_picks=n, picks=output(torch.int64),
-            scores=output(torch.float64), touched=output(torch.int64),
-            count=torch.zeros(1, dtype=torch.int64, device=device))
+            directions=growing(directions),
+            pulled=growing(pulled),
+            n_before=len(directions),
+            rounds=information.count > 0,
+            n_picks=n,
+            picks=output(torch.int64),
+            scores=output(torch.float64),
+            touched=output(torch.int64),
+            count=torch.zeros(1, dtype=torch.int64, device=device),
+        )
 
     def run(self, module: ModuleType, **where: int) -> None:
         """Make the picks by an extension module's `greedy_select_*`, called with `where`."""
         dtype = DTYPES[self.rows.dtype]
-        problem = module.GreedyProblem(**{
-            field.name: _address(getattr(self, field.name)) for field in fields(self)})
-        room = torch.empty(getattr(module, f"greedy_bytes_{dtype}")(problem), dtype=torch.uint8,
-                           device=self.rows.device)
+        problem = module.GreedyProblem(
+            **{field.name: _address(getattr(self, field.name)) for field in fields(self)}
+        )
+        room = torch.empty(
+            getattr(module, f"greedy_bytes_{dtype}")(problem),
+            dtype=torch.uint8,
+            device=self.rows.device,
+        )
         getattr(module, f"greedy_select_{dtype}")(problem, room=room.data_ptr(), **where)
 
 
@@ -160,7 +192,8 @@ def greedy_resident(
         run(problem)
     count = int(problem.count)
     picks, scores, touched = (
-        x[:count].cpu() for x in (problem.picks, problem.scores, problem.touched))
+        x[:count].cpu() for x in (problem.picks, problem.scores, problem.touched)
+    )
     for index in picks.tolist():
         eligible.take(index)
     return Ranking(picks, scores, touched)
@@ -174,8 +207,11 @@ def on_gpu(problem: ResidentProblem) -> None:
     """
     device = problem.rows.device
     try:
-        problem.run(backends.cuda(), device=device.index,
-                    stream=torch.cuda.current_stream(device).cuda_stream)
+        problem.run(
+            backends.cuda(),
+            device=device.index,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
     except RuntimeError as error:
         raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
 

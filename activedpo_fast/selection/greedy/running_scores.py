@@ -77,9 +77,16 @@ class RunningScores:
         self._error = root_error(information)
         self._w_error = self._error * scale
         self.state = score_ops.ScoreState.start(
-            features.rows, features.pairs, features.row_divisor, features.pair_divisor,
-            features.reach, eligible.left, eligible.inverse_cost,
-            *first_scores(features, information, show_progress), n)
+            features.rows,
+            features.pairs,
+            features.row_divisor,
+            features.pair_divisor,
+            features.reach,
+            eligible.left,
+            eligible.inverse_cost,
+            *first_scores(features, information, show_progress),
+            n,
+        )
         self._rounds = information.count > 0  # whether running scores round more than fresh ones
         self._last: tuple[Tensor, Tensor, Look] | None = None  # indices, features, and their look
 
@@ -184,8 +191,12 @@ def first_scores(
     else:
         everything = torch.arange(len(features))
         chunks = everything.split(features.chunk)
-        parts = [_first_part(features, information, part) for part in progress_bar(
-            show_progress, chunks, total=len(chunks), desc="first scores", unit="chunk")]
+        parts = [
+            _first_part(features, information, part)
+            for part in progress_bar(
+                show_progress, chunks, total=len(chunks), desc="first scores", unit="chunk"
+            )
+        ]
         score = torch.cat([features.length[:0], *parts])
         error = root_error(information) * features.reach
     if not bool(score.isfinite().all()):

@@ -76,8 +76,10 @@ def greedy_trace(
     allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
     if allowed.min_score > -math.inf and allowed.inverse_cost is not None:
         # Each pick can change whether a pair reaches min_score, and so the order by cost.
-        raise ActiveDPOError("min_score and cost cannot be combined for the strategies 'trace' and "
-                             "'trace_plus', whose scores may increase")
+        raise ActiveDPOError(
+            "min_score and cost cannot be combined for the strategies 'trace' and "
+            "'trace_plus', whose scores may increase"
+        )
     processes = None if group is None else Processes(group, len(pairs))
     shares = PoolProcesses(group)
     n = check_n(n, len(pairs) if processes is None else processes.total)
@@ -90,18 +92,27 @@ def greedy_trace(
         return features, v
 
     features, v = shares.check(prepare)
-    sizes = shares.gather(torch.tensor([[len(item_of_row), int(item_of_row.max()) + 1
-                                         if len(item_of_row) else 0]]))
+    sizes = shares.gather(
+        torch.tensor([[len(item_of_row), int(item_of_row.max()) + 1 if len(item_of_row) else 0]])
+    )
     every = -(-int(sizes[:, 0].sum()) // targets)
-    first = int(sizes[:shares.rank, 1].sum())
+    first = int(sizes[: shares.rank, 1].sum())
     own = shares.check(lambda: _targets(features, item_of_row, first, every))
     everyones = shares.gather(own).to(features.device)
     scores = shares.check(lambda: TraceScores(features, v, everyones, allowed))
 
     if processes is not None:
-        processes.require_same({
-            "n": n, "k": v.dim, "lam": lam, "kappa": kappa, "log det V": v.logdet(),
-            "random picks": allowed.n_random, "min_score": allowed.min_score})
+        processes.require_same(
+            {
+                "n": n,
+                "k": v.dim,
+                "lam": lam,
+                "kappa": kappa,
+                "log det V": v.logdet(),
+                "random picks": allowed.n_random,
+                "min_score": allowed.min_score,
+            }
+        )
     show = False if processes is not None and processes.rank > 0 else show_progress
     indices, gains = [], []
     with progress_bar(show, total=n, desc="selecting", unit="pair") as bar:
@@ -117,8 +128,9 @@ def greedy_trace(
             indices.append(choice.index)
             gains.append(choice.score)
             bar.update()
-    return Ranking(torch.tensor(indices, dtype=torch.int64),
-                   torch.tensor(gains, dtype=torch.float64))
+    return Ranking(
+        torch.tensor(indices, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64)
+    )
 
 
 class TraceScores:
@@ -130,17 +142,23 @@ class TraceScores:
     """
 
     def __init__(
-        self, features: PairFeatures, information: InformationMatrix, targets: Tensor,
+        self,
+        features: PairFeatures,
+        information: InformationMatrix,
+        targets: Tensor,
         eligible: Eligible,
     ) -> None:
         self._features, self._information = features, information
         self._targets, self._eligible = targets, eligible
-        self._seen = torch.cat([
-            targets @ information.solve(features.parts(part)).T for part in self._parts()
-        ] or [targets.new_zeros(len(targets), 0)], dim=1)  # C V^-1 G^T
-        self._reach = torch.cat([
-            self._difference(self._seen, part).square().sum(dim=0).cpu()
-            for part in self._pairs()] or [features.length[:0]])
+        self._seen = torch.cat(
+            [targets @ information.solve(features.parts(part)).T for part in self._parts()]
+            or [targets.new_zeros(len(targets), 0)],
+            dim=1,
+        )  # C V^-1 G^T
+        self._reach = torch.cat(
+            [self._difference(self._seen, part).square().sum(dim=0).cpu() for part in self._pairs()]
+            or [features.length[:0]]
+        )
         self._variance, self._variance_error = first_scores(features, information)
         self._picks = 0
         # Bound on |C V^-1|: the scale of the rounding error of products with a feature.
@@ -152,8 +170,7 @@ class TraceScores:
         score, error = self._scores(left)
         scale = self._eligible.inverse_cost
         factor = torch.ones_like(score) if scale is None else scale[left]
-        among = (score + error) * factor >= (((score - error) * factor).max()
-                                             if len(left) else 0.0)
+        among = (score + error) * factor >= (((score - error) * factor).max() if len(left) else 0.0)
         return Contenders(left[among], score[among], error[among])
 
     def score(self, index: int) -> float:
@@ -164,8 +181,9 @@ class TraceScores:
         """V <- V + phi phi^T."""
         w = self._information.add(phi)  # the variance of x falls by (x . w)^2
         target = self._targets @ w
-        row = torch.cat([self._features.parts(part) @ w for part in self._parts()]
-                        or [w.new_zeros(0)])
+        row = torch.cat(
+            [self._features.parts(part) @ w for part in self._parts()] or [w.new_zeros(0)]
+        )
         along = self._seen.T @ target  # component of each row's column along the change
         for part in self._pairs():
             share = self._difference(row, part).cpu()
@@ -185,7 +203,8 @@ class TraceScores:
         score = reach / (1 + variance)
         doubt = 2 * reach.sqrt() * error + error.square()
         return score, doubt / (1 + variance) + score * (
-            self._variance_error[indices] + scale * variance) / (1 + variance)
+            self._variance_error[indices] + scale * variance
+        ) / (1 + variance)
 
     def _difference(self, columns: Tensor, numbers: Tensor) -> Tensor:
         """Return differences of pairs along the last dimension, times the pairs' weights."""

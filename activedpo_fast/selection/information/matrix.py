@@ -148,8 +148,9 @@ class InformationMatrix:
         valid until then.
         """
         rows = self._checked(phi, 2)
-        return self._latest.apply(self._scale * rows if self._base is None
-                                  else rows @ self._base.root.T)
+        return self._latest.apply(
+            self._scale * rows if self._base is None else rows @ self._base.root.T
+        )
 
     def pull_back(self, u: Tensor) -> Tensor:
         """Return X^T u of every row: [m, k] -> float64 [m, k]; V^-1 phi for u = whiten(phi)."""
@@ -163,8 +164,11 @@ class InformationMatrix:
         product of reflections (Bischof and Van Loan, 1987). D and B are views.
         """
         latest = self._latest
-        return (None if self._base is None else self._base.root, latest.directions,
-                latest.triangle @ latest.directions)
+        return (
+            None if self._base is None else self._base.root,
+            latest.directions,
+            latest.triangle @ latest.directions,
+        )
 
     def add(self, phi: Tensor) -> Tensor:
         """V <- V + phi phi^T.

@@ -15,12 +15,34 @@ from activedpo_fast.selection.strategies.margin import MarginLarge, MarginSmall
 from activedpo_fast.selection.strategies.random import Random
 from activedpo_fast.selection.strategies.trace import Trace, TracePlus
 
-__all__ = ["STRATEGIES", "ActiveDPO", "AdpoPlus", "Apo", "Aplp", "MarginLarge", "MarginSmall",
-           "Random", "Strategy", "Trace", "TracePlus", "make_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "ActiveDPO",
+    "AdpoPlus",
+    "Apo",
+    "Aplp",
+    "MarginLarge",
+    "MarginSmall",
+    "Random",
+    "Strategy",
+    "Trace",
+    "TracePlus",
+    "make_strategy",
+]
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy for strategy in (
-        ActiveDPO, Random, Apo, Aplp, MarginSmall, MarginLarge, AdpoPlus, Trace, TracePlus)
+    strategy.name: strategy
+    for strategy in (
+        ActiveDPO,
+        Random,
+        Apo,
+        Aplp,
+        MarginSmall,
+        MarginLarge,
+        AdpoPlus,
+        Trace,
+        TracePlus,
+    )
 }
 
 
@@ -49,7 +71,8 @@ def make_strategy(
     known = STRATEGIES[name].options()
     for option in options:
         if option not in known:
-            raise ActiveDPOError(f"strategy {name!r} has no option {option!r}; "
-                                 f"known: {', '.join(known)}")
+            raise ActiveDPOError(
+                f"strategy {name!r} has no option {option!r}; known: {', '.join(known)}"
+            )
     fitting = {option: value for option, value in (offered or {}).items() if option in known}
     return STRATEGIES[name](**{**fitting, **options})

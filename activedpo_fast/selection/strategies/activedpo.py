@@ -36,14 +36,27 @@ class ActiveDPO(Strategy):
         check_normalize(self.normalize)
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         Part.of(signals, n, group)
         # Only the normalization by response needs individual rows, not just differences.
         relative = self.normalize != "response"
         return greedy_logdet(
-            signals.gradients(relative=relative), signals.pairs, n, lam=self.lam, kappa=self.kappa,
-            normalize=self.normalize, history=signals.history_gradients(relative=relative),
-            eligible=eligible, group=group, device=signals.device, show_progress=show_progress,
+            signals.gradients(relative=relative),
+            signals.pairs,
+            n,
+            lam=self.lam,
+            kappa=self.kappa,
+            normalize=self.normalize,
+            history=signals.history_gradients(relative=relative),
+            eligible=eligible,
+            group=group,
+            device=signals.device,
+            show_progress=show_progress,
         )

@@ -15,11 +15,7 @@ from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
-from activedpo_fast.selection.strategies.reward_margins import (
-    history_margins,
-    margins,
-    uncertainty,
-)
+from activedpo_fast.selection.strategies.reward_margins import history_margins, margins, uncertainty
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,13 @@ class AdpoPlus(Strategy):
         check_positive("beta", self.beta)
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
         relative = self.normalize != "response"
@@ -69,10 +70,22 @@ class AdpoPlus(Strategy):
         margin, _ = margins(signals, self.beta, part)
         labeled = history_margins(signals, self.beta)
         if len(labeled) != len(history[1]):
-            raise ActiveDPOError(f"{len(history[1])} labeled pairs have gradients, but "
-                                 f"{len(labeled)} have log-probabilities")
+            raise ActiveDPOError(
+                f"{len(history[1])} labeled pairs have gradients, but "
+                f"{len(labeled)} have log-probabilities"
+            )
         return greedy_logdet(
-            rows, signals.pairs, n, lam=self.lam, kappa=self.kappa, normalize=self.normalize,
-            history=history, weights=uncertainty(margin), history_weights=uncertainty(labeled),
-            eligible=eligible, group=group, device=signals.device, show_progress=show_progress,
+            rows,
+            signals.pairs,
+            n,
+            lam=self.lam,
+            kappa=self.kappa,
+            normalize=self.normalize,
+            history=history,
+            weights=uncertainty(margin),
+            history_weights=uncertainty(labeled),
+            eligible=eligible,
+            group=group,
+            device=signals.device,
+            show_progress=show_progress,
         )

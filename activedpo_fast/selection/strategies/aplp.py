@@ -52,8 +52,13 @@ class Aplp(Strategy):
             raise ActiveDPOError(f"shortlist must be 1 or more, not {self.shortlist}")
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
@@ -65,8 +70,9 @@ class Aplp(Strategy):
         left = part.n - len(drawn.indices)
         self._close_all_but_the_shortlist(signals, left, eligible, group)
         chosen = rank_top(scores, doubt, left, eligible, group)
-        return Ranking(torch.cat([drawn.indices, chosen.indices]),
-                       torch.cat([drawn.scores, chosen.scores]))
+        return Ranking(
+            torch.cat([drawn.indices, chosen.indices]), torch.cat([drawn.scores, chosen.scores])
+        )
 
     def _close_all_but_the_shortlist(
         self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
@@ -94,7 +100,7 @@ def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:
         return signals.prompt_of_row
     own = signals.item_of_row
     counts = shares.gather(torch.tensor([int(own.max()) + 1 if len(own) else 0]))
-    return own + counts[:shares.rank].sum()
+    return own + counts[: shares.rank].sum()
 
 
 def _entropy(logps: Tensor, prompt_of_row: Tensor) -> Tensor:

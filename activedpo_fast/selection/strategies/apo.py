@@ -35,16 +35,22 @@ class Apo(Strategy):
         check_positive("ridge", self.ridge)
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
         hidden, history = signals.hidden(), signals.history_hidden()
 
         def score() -> tuple[Tensor, Tensor]:
             candidates = PairFeatures(hidden, signals.pairs, None)
-            information = InformationMatrix(candidates.dim, lam=self.ridge,
-                                            device=candidates.device)
+            information = InformationMatrix(
+                candidates.dim, lam=self.ridge, device=candidates.device
+            )
             add_all(information, PairFeatures(*history, None))
             everything = torch.arange(len(candidates))
             parts = [information.score(z).cpu() for z in candidates.chunks(everything)]

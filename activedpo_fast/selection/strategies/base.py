@@ -43,8 +43,13 @@ class Strategy(ABC):
 
     @abstractmethod
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         """Return the n candidate pairs to label, best first; ties go to the lowest index.
 

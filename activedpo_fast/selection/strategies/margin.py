@@ -39,8 +39,13 @@ class MarginLarge(_Margin):
     name: ClassVar[str] = "margin_large"
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         margin, doubt = margins(signals, self.beta, Part.of(signals, n, group))
         warn_if_alike(margin, doubt)
@@ -60,8 +65,13 @@ class MarginSmall(_Margin):
     name: ClassVar[str] = "margin_small"
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         margin, doubt = margins(signals, self.beta, Part.of(signals, n, group))
         warn_if_alike(margin, doubt)

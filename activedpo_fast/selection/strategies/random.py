@@ -34,16 +34,23 @@ class Random(Strategy):
             raise ActiveDPOError(f"seed must be an integer, not {self.seed!r}")
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
         if eligible.min_score > 0:
-            raise ActiveDPOError("min_score: the strategy 'random' has no scores to compare with "
-                                 f"{eligible.min_score}")
+            raise ActiveDPOError(
+                "min_score: the strategy 'random' has no scores to compare with "
+                f"{eligible.min_score}"
+            )
         eligible.n_random = part.n
         order = random_order(part.total, self.seed)
-        eligible.random_order = order[part.offset:part.offset + len(signals.pairs)]
+        eligible.random_order = order[part.offset : part.offset + len(signals.pairs)]
         zeros = torch.zeros(len(signals.pairs), dtype=torch.float64)
         return rank_top(zeros, zeros, part.n, eligible, group)

@@ -32,22 +32,27 @@ def margins(signals: Signals, beta: float, part: Part) -> tuple[Tensor, Tensor]:
 def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
     """Log a warning if the policy equals its reference, as before any training."""
     if len(margins) and bool((margins.abs() <= error_bound).all()):
-        logger.warning("every reward difference is 0, as before any training: it does not rank the "
-                       "pairs, so the first ones in the pool are picked")
+        logger.warning(
+            "every reward difference is 0, as before any training: it does not rank the "
+            "pairs, so the first ones in the pool are picked"
+        )
 
 
 def history_margins(signals: Signals, beta: float) -> Tensor:
     """Return d of every labeled pair, float64 [t]."""
     parts = []
-    for name, history in (("history_logps", signals.history_logps()),
-                          ("history_ref_logps", signals.history_ref_logps())):
+    for name, history in (
+        ("history_logps", signals.history_logps()),
+        ("history_ref_logps", signals.history_ref_logps()),
+    ):
         numbers, pairs = history
         first, second = pairs.unbind(1)
         parts.append(check_finite(numbers, name)[first] - numbers[second])
     logps, ref_logps = parts
     if len(logps) != len(ref_logps):
-        raise ActiveDPOError(f"history_logps has {len(logps)} labeled pairs, history_ref_logps "
-                             f"has {len(ref_logps)}")
+        raise ActiveDPOError(
+            f"history_logps has {len(logps)} labeled pairs, history_ref_logps has {len(ref_logps)}"
+        )
     return beta * (logps - ref_logps)
 
 

@@ -14,11 +14,7 @@ from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
-from activedpo_fast.selection.strategies.reward_margins import (
-    history_margins,
-    margins,
-    uncertainty,
-)
+from activedpo_fast.selection.strategies.reward_margins import history_margins, margins, uncertainty
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,13 @@ class Trace(Strategy):
         check_positive("targets", self.targets)
 
     def select(
-        self, signals: Signals, n: int, *, eligible: Eligible | None = None,
-        group: dist.ProcessGroup | None = None, show_progress: bool | None = None,
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Eligible | None = None,
+        group: dist.ProcessGroup | None = None,
+        show_progress: bool | None = None,
     ) -> Ranking:
         part = Part.of(signals, n, group)
         # Gradients first: log-probs may come with them for free.
@@ -56,9 +57,19 @@ class Trace(Strategy):
         history = signals.history_gradients(relative=True)
         weights, history_weights = self._weights(signals, part)
         return greedy_trace(
-            rows, signals.pairs, n, signals.item_of_row, lam=self.lam, kappa=self.kappa,
-            weights=weights, history=history, history_weights=history_weights,
-            targets=self.targets, eligible=eligible, group=group, show_progress=show_progress,
+            rows,
+            signals.pairs,
+            n,
+            signals.item_of_row,
+            lam=self.lam,
+            kappa=self.kappa,
+            weights=weights,
+            history=history,
+            history_weights=history_weights,
+            targets=self.targets,
+            eligible=eligible,
+            group=group,
+            show_progress=show_progress,
         )
 
     def _weights(self, signals: Signals, part: Part) -> tuple[Tensor | None, Tensor | None]:
