@@ -18,14 +18,15 @@ from activedpo_fast.errors import ActiveDPOError
 class Offer:
     """A process's summary of its own best candidates.
 
-    lower: the largest lower bound of their values. index, upper, score, group: the lowest-numbered
-    candidate whose upper bound reaches `lower`; the upper bound of its value; its score; the
-    numbers of its group and prompt. upper_max: the largest upper bound.
+    lower: the largest lower bound of their values. index, upper, score, quota_group,
+    prompt: the lowest-numbered candidate whose upper bound reaches `lower`; the upper bound of its
+    value; its score; the numbers of its quota's group and of its prompt. upper_max: the largest
+    upper bound.
     """
 
     index: int
     score: float
-    group: int
+    quota_group: int
     prompt: int
     lower: float
     upper: float
@@ -34,11 +35,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The candidate that all processes pick: its global number, score, group, prompt and owner."""
+    """The candidate that all processes pick.
+
+    index: its number among those of all processes. score. quota_group, prompt: the numbers of its
+    quota's group and of its prompt. owner: the process that has it.
+    """
 
     index: int
     score: float
-    group: int
+    quota_group: int
     prompt: int
     owner: int
 
@@ -94,7 +99,7 @@ class Processes:
         """Return the candidate with the largest value, ties to the lowest number; None if none.
 
         Args:
-            make_offer: returns this process's offer; None if it has no candidate left.
+            make_offer: returns this process's offer; None if it has no remaining candidate.
             lowest_from: returns the offer with the lowest-numbered of this process's candidates
                 whose upper bound is at least the given value; None if there is none.
 
@@ -114,7 +119,7 @@ class Processes:
         reaching = [r for r, offer in offers.items() if offer.upper >= threshold]
         owner = min(reaching)  # numbers increase with the rank
         chosen = offers[owner]
-        return Choice(chosen.index, chosen.score, chosen.group, chosen.prompt, owner)
+        return Choice(chosen.index, chosen.score, chosen.quota_group, chosen.prompt, owner)
 
     def share(self, vector: Tensor | None, size: int, owner: int) -> Tensor:
         """Return the owner's `vector`, float64 [size], on all processes."""

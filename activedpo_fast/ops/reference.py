@@ -286,8 +286,8 @@ def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor
 
 
 def advance(state: Any) -> Tensor:
-    """See `ops.scores.advance`: every candidate left sees every direction."""
-    stale = (state.left & (state.version < state.count)).nonzero().flatten()
+    """See `ops.scores.advance`: every remaining candidate sees every direction."""
+    stale = (state.remaining & (state.version < state.count)).nonzero().flatten()
     used = state.pairs[stale].unique()
     start = int(state.version[stale].min()) if len(stale) else state.count
     new = state.unit[start : state.count, : state.rows.shape[1]].to(
@@ -299,26 +299,32 @@ def advance(state: Any) -> Tensor:
     state.touched += len(used)
 
     first, second = state.pairs[stale].unbind(1)
-    score, doubt, inherited = (x[stale] for x in (state.score, state.doubt, state.inherited))
+    score, error_bound, inherited = (
+        x[stale] for x in (state.score, state.error_bound, state.inherited)
+    )
     for s in range(start, state.count):
         unseen = (state.version[stale] <= s).double()
         f = (dots[first, s - start] - dots[second, s - start]) / state.pair_divisor[stale]
         f = f.abs() * state.norm[s] * unseen
         error = state.error[s] * state.reach[stale] * unseen
-        most = torch.minimum(f + error, (score + doubt).sqrt())
+        most = torch.minimum(f + error, (score + error_bound).sqrt())
         score = (score - f.square()).clamp(min=0)
-        doubt = doubt + 2 * f * error + error.square()
-        turned = state.turn[s] * (score + doubt).sqrt() * unseen
-        doubt = doubt + 2 * f * turned + turned.square()
+        error_bound = error_bound + 2 * f * error + error.square()
+        turned = state.turn[s] * (score + error_bound).sqrt() * unseen
+        error_bound = error_bound + 2 * f * turned + turned.square()
         inherited = inherited + state.turn[s] * most * unseen
-    state.score[stale], state.doubt[stale], state.inherited[stale] = score, doubt, inherited
+    state.score[stale], state.error_bound[stale], state.inherited[stale] = (
+        score,
+        error_bound,
+        inherited,
+    )
     state.version[stale] = state.count
 
-    left = state.left.nonzero().flatten()
-    scale = 1.0 if state.inverse_cost is None else state.inverse_cost[left]
-    lower = (state.score[left] - state.doubt[left]) * scale
-    upper = (state.score[left] + state.doubt[left]) * scale
-    return left[upper >= lower.max()] if len(left) else left
+    remaining = state.remaining.nonzero().flatten()
+    scale = 1.0 if state.inverse_cost is None else state.inverse_cost[remaining]
+    lower = (state.score[remaining] - state.error_bound[remaining]) * scale
+    upper = (state.score[remaining] + state.error_bound[remaining]) * scale
+    return remaining[upper >= lower.max()] if len(remaining) else remaining
 
 
 def _taken(rows: Any, numbers: Tensor) -> Tensor:

@@ -40,16 +40,16 @@ class ScoreState:
     Attributes:
         rows: [R, k], in memory or `StoredRows`.
         pairs: int64 [N, 2]; row_divisor: float64 [R]; pair_divisor: float64 [N]; reach: float64
-            [N]; see `PairFeatures`. left: bool [N]; inverse_cost: float64 [N] or None; see
+            [N]; see `PairFeatures`. remaining: bool [N]; inverse_cost: float64 [N] or None; see
             `Eligible`.
-        score, doubt, inherited: float64 [N], and version: int32 [N]; see `RunningScores`. A score
-            has seen the first `version` directions.
+        score, error_bound, inherited: float64 [N], and version: int32 [N]; see `RunningScores`. A
+            score has seen the first `version` directions.
         unit: [capacity, at least k], directions divided by their norms, then zeros; float64 for
             float64 rows and float32 for others, as are the products with rows.
         norm, error, turn: float64 [capacity]. With e = error * reach, a direction adds
-            2 |f| e + e^2 to a doubt; then, with t = turn * sqrt(score + doubt) after that, it
-            adds 2 |f| t + t^2 to the doubt. To `inherited` it adds turn times the upper bound of
-            |f|: the smaller of |f| + e and the previous sqrt(score + doubt).
+            2 |f| e + e^2 to an error bound; then, with t = turn * sqrt(score + error_bound) after
+            that, it adds 2 |f| t + t^2. To `inherited` it adds turn times the upper bound of |f|:
+            the smaller of |f| + e and the previous sqrt(score + error_bound).
         count: number of directions so far.
         touched: number of rows that `advance` has read, counting repeats.
 
@@ -61,10 +61,10 @@ class ScoreState:
     row_divisor: Tensor
     pair_divisor: Tensor
     reach: Tensor
-    left: Tensor
+    remaining: Tensor
     inverse_cost: Tensor | None
     score: Tensor
-    doubt: Tensor
+    error_bound: Tensor
     inherited: Tensor
     version: Tensor
     unit: Tensor
@@ -83,10 +83,10 @@ class ScoreState:
         row_divisor: Tensor,
         pair_divisor: Tensor,
         reach: Tensor,
-        left: Tensor,
+        remaining: Tensor,
         inverse_cost: Tensor | None,
         score: Tensor,
-        doubt: Tensor,
+        error_bound: Tensor,
         capacity: int,
     ) -> ScoreState:
         """Return scores that have seen no direction yet, with room for `capacity` directions."""
@@ -100,10 +100,10 @@ class ScoreState:
             row_divisor,
             pair_divisor,
             reach,
-            left,
+            remaining,
             inverse_cost,
             score,
-            doubt,
+            error_bound,
             torch.zeros_like(score),
             torch.zeros(len(score), dtype=torch.int32),
             torch.zeros(capacity, width, dtype=dtype),
@@ -126,12 +126,12 @@ class ScoreState:
 def advance(state: ScoreState) -> Tensor:
     """Bring scores up to date until every candidate whose value may be the largest is up to date.
 
-    A value is score (times inverse_cost), known to within doubt (times inverse_cost). The backend
-    decides which other candidates to bring up to date as well: the reference does all.
+    A value is score (times inverse_cost), known to within error_bound (times inverse_cost). The
+    backend decides which other candidates to bring up to date as well: the reference does all.
 
     Returns:
-        int64 [m], ascending: the up-to-date candidates left whose values may be the largest; there
-        is at least one if any candidate is left.
+        int64 [m], ascending: the up-to-date remaining candidates whose values may be the largest;
+        there is at least one if any candidate remains.
 
     Raises:
         ActiveDPOError: a row that cannot be read.
@@ -236,10 +236,10 @@ class _CppAdvance:
             row_divisor=state.row_divisor.data_ptr(),
             pair_divisor=state.pair_divisor.data_ptr(),
             reach=state.reach.data_ptr(),
-            left=state.left.data_ptr(),
+            left=state.remaining.data_ptr(),
             inverse_cost=0 if state.inverse_cost is None else state.inverse_cost.data_ptr(),
             score=state.score.data_ptr(),
-            doubt=state.doubt.data_ptr(),
+            doubt=state.error_bound.data_ptr(),
             inherited=state.inherited.data_ptr(),
             version=state.version.data_ptr(),
         )

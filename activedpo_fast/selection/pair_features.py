@@ -120,9 +120,9 @@ class PairFeatures:
         divisor = self.row_divisor[numbers, None].to(self.device)
         return taken.to(torch.float64, copy=True).div_(divisor)
 
-    def chunks(self, indices: Tensor) -> Iterator[Tensor]:
-        """Yield the features of `indices` in order, a bounded number at a time: float64 [m, k]."""
-        for part in indices.split(self.chunk):
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield all features in order, a bounded number at a time: float64 [m, k]."""
+        for part in torch.arange(len(self)).split(self.chunk):
             yield self.at(part)
 
 

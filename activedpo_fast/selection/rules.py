@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.selection.eligible import Eligible, random_order
 from activedpo_fast.selection.prompts import PoolPrompts, name_of, same_prompt
 from activedpo_fast.selection.signals import check_pairs
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,12 +158,12 @@ class PickRules:
         item = torch.searchsorted(pool.response_offsets, pairs[:, 0].contiguous(), right=True) - 1
         ids = self.excluded(pool)
         excluded = torch.tensor([one.id in ids for one in pool])
-        group: Tensor | None = None
+        quota_group: Tensor | None = None
         room: list[int] = []
         if self.group_by is not None:
             number: dict[str | None, int] = {name: i for i, name in enumerate(self.quotas)}
             of_item = [number.get(_group(one, self.group_by), -1) for one in pool]
-            group = torch.tensor(of_item)[item]
+            quota_group = torch.tensor(of_item)[item]
             room = list(self.quotas.values())
         inverse_cost = None
         if self.cost is not None:
@@ -189,174 +187,18 @@ class PickRules:
             min_score=-math.inf if self.min_score is None else float(self.min_score),
             prompt=prompt,
             max_per_prompt=self.max_per_prompt or 0,
-            group=group,
+            quota_group=quota_group,
             room=room,
         )
-        if n > 0 and len(pairs) and not eligible.left.any():
+        if n > 0 and len(pairs) and not eligible.remaining.any():
             raise ActiveDPOError(f"the rules leave none of {len(pairs)} candidate pairs")
         return eligible
-
-
-class Limit(NamedTuple):
-    """numbers: int64 [N], each candidate's prompt or group, -1 for one without a limit; room:
-    int64, how many more may be taken of each number."""
-
-    numbers: Tensor
-    room: Tensor
-
-
-class Eligible:
-    """Which of N candidates may still be picked, and how they are ordered.
-
-    Attributes:
-        left: bool [N] on the CPU; candidates that may still be picked. Updated in place.
-        inverse_cost: float64 [N], the factor that scores are multiplied by before they are compared
-            with each other; None without costs.
-        min_score: no pick may score less, whatever its cost; -inf for no limit.
-        n_random: the number of random picks, which come first: the candidates left with the lowest
-            `random_order`.
-        random_order: int64 [N], each candidate's rank in a permutation; None if n_random is 0.
-
-    Created by `PickRules.bind`. One selection uses it up.
-    """
-
-    def __init__(
-        self,
-        left: Tensor,
-        *,
-        inverse_cost: Tensor | None = None,
-        min_score: float = -math.inf,
-        n_random: int = 0,
-        random_order: Tensor | None = None,
-        prompt: Tensor | None = None,
-        max_per_prompt: int = 0,
-        group: Tensor | None = None,
-        room: Collection[int] = (),
-    ) -> None:
-        """
-        Args:
-            prompt: int64 [N], the number of each candidate's prompt, in the whole pool if several
-                processes select together; None for no limit.
-            max_per_prompt: how many may be taken of each prompt.
-            group: int64 [N], the group of each candidate or -1; None for no limit.
-            room: how many may be taken of each group.
-        """
-        self.left = left.contiguous()
-        self.inverse_cost = inverse_cost
-        self.min_score = min_score
-        self.n_random = n_random
-        self.random_order = random_order
-        self._prompt = prompt
-        self._max_per_prompt = max_per_prompt
-        self._taken: dict[int, int] = {}  # of each prompt
-        if prompt is not None:
-            # Candidates sorted by prompt, so that closing one prompt does not scan the others.
-            self._by_prompt = prompt.argsort(stable=True)
-            self._end = prompt.bincount().cumsum(0)
-        self._group = group
-        self._room = list(room)
-        for number, most in enumerate(self._room):
-            if most <= 0:
-                self._close_group(number)
-
-    @classmethod
-    def everything(cls, n_candidates: int) -> Eligible:
-        """Return an `Eligible` without rules: every candidate may be picked."""
-        return cls(torch.ones(n_candidates, dtype=torch.bool))
-
-    def part(self, start: int, end: int) -> Eligible:
-        """Return the same rules for candidates `start` to `end` (exclusive), before any pick.
-
-        Each part counts how much room prompts and groups have left, so it must be informed of
-        picks made by other parts (`taken_elsewhere`).
-        """
-
-        def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[start:end]
-
-        return Eligible(
-            self.left[start:end].clone(),
-            inverse_cost=cut(self.inverse_cost),
-            min_score=self.min_score,
-            n_random=self.n_random,
-            random_order=cut(self.random_order),
-            prompt=cut(self._prompt),
-            max_per_prompt=self._max_per_prompt,
-            group=cut(self._group),
-            room=self._room,
-        )
-
-    def take(self, index: int) -> int:
-        """Record the pick of candidate `index`: close it, and its prompt and group if now full.
-
-        Returns:
-            The number of its group, -1 if it is in none that has a quota.
-        """
-        self.left[index] = False
-        group = self.group_of(index)
-        self.taken_elsewhere(group, self.prompt_of(index))
-        return group
-
-    def limits(self) -> tuple[Limit | None, Limit | None]:
-        """Return how many candidates of each prompt, and of each group, may still be taken."""
-        by_prompt = by_group = None
-        if self._prompt is not None:
-            room = torch.full((len(self._end),), self._max_per_prompt)
-            for prompt, taken in self._taken.items():
-                if prompt < len(room):
-                    room[prompt] -= taken
-            by_prompt = Limit(self._prompt, room)
-        if self._group is not None:
-            by_group = Limit(self._group, torch.tensor(self._room, dtype=torch.int64))
-        return by_prompt, by_group
-
-    def group_of(self, index: int) -> int:
-        """Return the number of a candidate's group, -1 if it is in none that has a quota."""
-        return -1 if self._group is None else int(self._group[index])
-
-    def prompt_of(self, index: int) -> int:
-        """Return the number of a candidate's prompt, -1 if prompts have no limit."""
-        return -1 if self._prompt is None else int(self._prompt[index])
-
-    def taken_elsewhere(self, group: int, prompt: int = -1) -> None:
-        """Record a pick of group number `group` and prompt number `prompt` (-1: none), for instance
-        one made by another process."""
-        if prompt >= 0 and self._prompt is not None:
-            self._taken[prompt] = self._taken.get(prompt, 0) + 1
-            if self._taken[prompt] >= self._max_per_prompt and prompt < len(self._end):
-                start = int(self._end[prompt - 1]) if prompt else 0
-                self.left[self._by_prompt[start : int(self._end[prompt])]] = False
-        if group < 0:
-            return
-        self._room[group] -= 1
-        if self._room[group] <= 0:
-            self._close_group(group)
-
-    def _close_group(self, group: int) -> None:
-        assert self._group is not None
-        self.left &= self._group != group
-
-
-def random_order(n_candidates: int, seed: int) -> Tensor:
-    """Return each candidate's rank in the permutation given by `seed`; int64 [N]."""
-    drawn = torch.randperm(n_candidates, generator=torch.Generator().manual_seed(seed))
-    return drawn.argsort()
 
 
 def random_seed(seed: int, pool_fingerprint: str) -> int:
     """Return the seed of random picks from a pool: different pools get different draws."""
     text = f"{seed}/{pool_fingerprint}".encode()
     return int.from_bytes(blake2b(text, digest_size=6).digest(), "big")
-
-
-def warn_if_fewer(picked: int, n: int, eligible: Eligible) -> None:
-    """Log a warning if `picked`, the number of picks, is less than n."""
-    if picked < n:
-        least = eligible.min_score
-        which = "" if least == -math.inf else f" that scores {least} or more"
-        logger.warning(
-            "%d of %d pairs picked: the rules leave no other candidate%s", picked, n, which
-        )
 
 
 # -- validation of the rules' values ---------------------------------------------------------------

@@ -12,11 +12,12 @@ from torch import Tensor
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import own_template_kwargs, template_kwargs
 from activedpo_fast.selection.candidates import Candidates
-from activedpo_fast.selection.greedy.logdet import check_n
+from activedpo_fast.selection.eligible import warn_if_fewer
+from activedpo_fast.selection.greedy.contest import check_n
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.result import Selection
-from activedpo_fast.selection.rules import PickRules, warn_if_fewer
+from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies import Strategy
 

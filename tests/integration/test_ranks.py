@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 
 from activedpo_fast.distributed.processes import Processes
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy.logdet import greedy_logdet, rank_top
-from activedpo_fast.selection.information.matrix import InformationMatrix
-from activedpo_fast.selection.rules import Eligible, random_order
+from activedpo_fast.selection.eligible import Eligible, random_order
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
+from activedpo_fast.selection.greedy.top import rank_top
 
 PROMPTS, RESPONSES, PAIRS, DIM = 60, 3, 3, 48
 
@@ -49,7 +49,7 @@ def rules(name, first, last):
     options = {}
     if name == "rules":
         options = dict(
-            prompt=prompt[mine], max_per_prompt=1, group=(prompt[mine] % 3) - 1, room=[3, 4]
+            prompt=prompt[mine], max_per_prompt=1, quota_group=(prompt[mine] % 3) - 1, room=[3, 4]
         )
     if name == "cost":
         options = dict(inverse_cost=1 / (1 + prompt[mine].double() % 5), min_score=1.9)
@@ -71,9 +71,6 @@ def cases(rank, world, group):
         found[f"normalize {how}"] = got
     found["all"] = greedy_logdet(mine.double(), my_pairs, len(pairs), lam=1e-3, group=group)
     found["history"] = greedy_logdet(mine, my_pairs, 30, history=history, group=group)
-    information = InformationMatrix(DIM)
-    found["information"] = greedy_logdet(mine, my_pairs, 20, information=information, group=group)
-    found["further"] = greedy_logdet(mine, my_pairs, 20, information=information, group=group)
     for name in ("rules", "cost", "random"):
         found[name] = greedy_logdet(
             mine, my_pairs, 40, eligible=rules(name, first, last), group=group

@@ -16,11 +16,11 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import scores as score_ops
 from activedpo_fast.ops.scores import ScoreState, advance, pair_lengths
+from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy import running_scores as scores_module
 from activedpo_fast.selection.greedy.running_scores import RunningScores
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.store.rows import StoredRows
 from tests.selection.test_information import exact_scores
 
@@ -238,15 +238,15 @@ class Scene:
         state, everything = self.state, torch.arange(len(self.phi))
         truth = self.exact[state.version.long(), everything]
         slack = 16 * EPS * self.exact[0]  # of this float64 computation
-        assert ((state.score - truth).abs() <= state.doubt + slack).all()
+        assert ((state.score - truth).abs() <= state.error_bound + slack).all()
         assert (state.score >= 0).all() and (state.version <= state.count).all()
         scale = torch.ones(len(truth)) if self.inverse_cost is None else self.inverse_cost
-        current = state.left & (state.version == state.count)
-        upper = (state.score + state.doubt) * scale
-        best = ((state.score - state.doubt) * scale)[current].max()
+        current = state.remaining & (state.version == state.count)
+        upper = (state.score + state.error_bound) * scale
+        best = ((state.score - state.error_bound) * scale)[current].max()
         assert found.tolist() == (current & (upper >= best)).nonzero().flatten().tolist()
-        assert (upper[state.left & ~current] < best).all()
-        now = torch.where(state.left, self.exact[state.count] * scale, -1.0)
+        assert (upper[state.remaining & ~current] < best).all()
+        now = torch.where(state.remaining, self.exact[state.count] * scale, -1.0)
         assert int(now.argmax()) in found.tolist()
 
 
@@ -272,7 +272,9 @@ def test_one_step_of_every_width(way: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("costs", [False, True])
-def test_doubt_bounds_the_error_over_many_steps(way: str, dtype: torch.dtype, costs: bool) -> None:
+def test_error_bound_bounds_the_error_over_many_steps(
+    way: str, dtype: torch.dtype, costs: bool
+) -> None:
     """Candidates leave and come back, some are scored afresh, and several directions come at once:
     scores of many versions."""
     generator = torch.Generator().manual_seed(7)
@@ -290,12 +292,12 @@ def test_doubt_bounds_the_error_over_many_steps(way: str, dtype: torch.dtype, co
         state = scene.state
         while state.count < 60:
             scene.learn(int(torch.randint(4, (), generator=generator)))
-            state.left[:] = torch.rand(len(pairs), generator=generator) < 0.8
+            state.remaining[:] = torch.rand(len(pairs), generator=generator) < 0.8
             found = advance(state)
             scene.check(found)
             fresh = found[:3]  # as RunningScores.refresh does
             state.score[fresh] = scene.exact[state.count, fresh].clamp(min=0)
-            state.doubt[fresh] = 8 * EPS * scene.exact[0, fresh]
+            state.error_bound[fresh] = 8 * EPS * scene.exact[0, fresh]
         assert (state.version > 0).any()
 
 
@@ -322,9 +324,9 @@ def test_scores_of_16_bit_numbers_of_any_size(backend: str, dtype: torch.dtype) 
     pairs = torch.stack([torch.arange(len(value)), torch.full((len(value),), len(value))], dim=1)
     scene = Scene(rows, pairs, steps=1, seed=2)
     scene.learn(1)
-    scene.state.left[:] = value == value.abs().max()  # the others wait, until the last
+    scene.state.remaining[:] = value == value.abs().max()  # the others wait, until the last
     for size in sorted(set(value.abs().tolist()))[::-997]:
-        scene.state.left[:] = value.abs() <= size
+        scene.state.remaining[:] = value.abs() <= size
         scene.check(advance(scene.state))
 
 
@@ -332,9 +334,9 @@ def test_no_candidates_and_none_left(backend: str) -> None:
     rows = make_rows(6, 5, torch.float32)
     scene = Scene(rows, make_pairs(6, 4), steps=2)
     scene.learn(1)
-    scene.state.left[:] = False
+    scene.state.remaining[:] = False
     assert advance(scene.state).tolist() == []
-    scene.state.left[2] = True
+    scene.state.remaining[2] = True
     assert advance(scene.state).tolist() == [2]
     scene.check(torch.tensor([2]))
     none = torch.empty(0, dtype=torch.float64)
@@ -387,7 +389,7 @@ def test_scores_from_disk_and_with_threads_are_the_same_bits(
                 scene.learn(count)
                 found.append(advance(scene.state).tolist())
             state = scene.state
-            results.append((found, state.score, state.doubt, state.version, state.touched))
+            results.append((found, state.score, state.error_bound, state.version, state.touched))
     for result in results[1:]:
         for got, want in zip(result, results[0], strict=True):
             assert torch.equal(got, want) if isinstance(got, Tensor) else got == want
@@ -421,7 +423,7 @@ def test_a_file_that_was_cut_short(way: str, tmp_path: Path, threads: None) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("history", [0, 20])
 @pytest.mark.parametrize("lam, batch", [(1e-4, 2048), (1.0, 2048), (1e-4, 7)])
-def test_doubt_bounds_the_error_of_a_selection(
+def test_error_bound_bounds_the_error_of_a_selection(
     way: str,
     dtype: torch.dtype,
     history: int,
@@ -456,17 +458,21 @@ def test_doubt_bounds_the_error_of_a_selection(
         best = scores.best()
         seen = np.stack(truth)[scores.state.version.numpy(), np.arange(len(pairs))]
         error = torch.from_numpy(np.abs(scores.state.score.numpy() - seen).astype(float))
-        assert (error <= scores.state.doubt + slack).all()
-        top = torch.where(eligible.left, torch.from_numpy(now.astype(float)), -1.0)
+        assert (error <= scores.state.error_bound + slack).all()
+        top = torch.where(eligible.remaining, torch.from_numpy(now.astype(float)), -1.0)
         assert int(top.argmax()) in best.indices.tolist()
-        assert (best.doubt <= 1e-12 / lam * features.length[best.indices].square()).all()  # of use
-        scores.take(int(best.indices[0]))
-        eligible.take(int(best.indices[0]))
+        assert (
+            best.error_bound <= 1e-12 / lam * features.length[best.indices].square()
+        ).all()  # of use
+        scores.learn(int(best.indices[0]))
+        eligible.record_pick(int(best.indices[0]))
         root = add(exact[best.indices[0]])
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_doubt_covers_directions_that_a_dependent_pick_turned(backend: str, seed: int) -> None:
+def test_error_bound_covers_directions_that_a_dependent_pick_turned(
+    backend: str, seed: int
+) -> None:
     """The second pick is all but known: rounding turns what is left of it, and so the others."""
     generator = torch.Generator().manual_seed(seed)
     phi = torch.tensor([[1, 0, 0, 0], [1, 1e-4, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1]])
@@ -475,18 +481,20 @@ def test_doubt_covers_directions_that_a_dependent_pick_turned(backend: str, seed
     features = PairFeatures(rows.flatten(0, 1), torch.arange(10).reshape(5, 2), None)
     phi = features.at(torch.arange(5))
     scores = RunningScores(features, InformationMatrix(4, lam=1e-12), Eligible.everything(5), 2)
-    scores.take(0)
-    scores.take(1)
+    scores.learn(0)
+    scores.learn(1)
     exact = torch.tensor(
         [float(s) for s in exact_scores(phi[:2], phi, Fraction(1e-12))], dtype=torch.float64
     )
     for index in range(2, 5):
-        scores.state.left[:] = torch.arange(5) == index
+        scores.state.remaining[:] = torch.arange(5) == index
         for fresh in (False, True):
             if fresh:
                 scores.refresh(torch.tensor([index]))
             else:
                 advance(scores.state)
-            doubt = scores.state.doubt[index]
-            assert (scores.state.score - exact)[index].abs() <= doubt + 16 * EPS * exact[index]
-            assert doubt <= 1e-9 * exact[index]
+            error_bound = scores.state.error_bound[index]
+            assert (scores.state.score - exact)[index].abs() <= error_bound + 16 * EPS * exact[
+                index
+            ]
+            assert error_bound <= 1e-9 * exact[index]

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
+from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy import one_launch as resident
-from activedpo_fast.selection.greedy.logdet import add_all, greedy_logdet
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.greedy.one_launch import ResidentProblem, greedy_resident, on_gpu
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
-from activedpo_fast.selection.rules import Eligible
 from tests.selection.test_greedy import (
     NORMALIZE,
     brute_force,
@@ -64,9 +64,9 @@ def assert_same(got, expected, rel=1e-9):
 
 
 def information_of(features, lam=1.0, kappa=1.0, form="auto"):
-    v = InformationMatrix(features.dim, lam=lam, kappa=kappa, form=form)
-    if len(features):
-        add_all(v, features)
+    v = InformationMatrix(features.dim, lam=lam, kappa=kappa, form=form, device=features.device)
+    for phi in features.chunks():
+        v.add_many(phi)
     return v
 
 
@@ -123,11 +123,11 @@ def test_picks_of_brute_force_and_of_the_cpu(
             kappa=kappa,
             normalize=how,
             weights=weights,
-            information=copy.deepcopy(v),
+            history=(rows, some),
             eligible=eligible(),
         ),
     )
-    indices, scores, _ = brute_force(phi, known, n, lam / kappa, limits)
+    indices, scores = brute_force(phi, known, n, lam / kappa, limits)
     assert got.indices.tolist() == indices
     assert got.scores.tolist() == pytest.approx(scores, rel=1e-8, abs=1e-30)
 
@@ -141,12 +141,9 @@ def test_every_lambda(lam, labeled, form):
     k = 1100 if form == "low_rank" else 90
     rows = torch.randn(40, k, generator=generator) * torch.rand(40, 1, generator=generator)
     pairs = torch.combinations(torch.arange(40))[:400]
-    v = information_of(
-        PairFeatures(rows[:14], torch.arange(14).reshape(7, 2)[:labeled], "response"),
-        lam=lam,
-        form=form,
-    )
-    want = greedy_logdet(rows, pairs, 200, lam=lam, information=copy.deepcopy(v))
+    history = (rows[:14], torch.arange(14).reshape(7, 2)[:labeled])
+    v = information_of(PairFeatures(*history, "response"), lam=lam, form=form)
+    want = greedy_logdet(rows, pairs, 200, lam=lam, history=history)
     got = on_all_hosts(*everything_with(rows, pairs, "response", v), 200)
     assert_same(got, want)
 
@@ -195,7 +192,7 @@ def test_rules_of_prompts_groups_costs_and_least_scores(n_prompts):
             left.clone(),
             prompt=prompt,
             max_per_prompt=2,
-            group=prompt % 4 - 1,
+            quota_group=prompt % 4 - 1,
             room=[3, 0, 20],
             **given,
         )
@@ -214,9 +211,9 @@ def test_rules_of_prompts_groups_costs_and_least_scores(n_prompts):
         got = on_all_hosts(features, InformationMatrix(12), ours, 60)
         assert_same(got, want)
         assert 0 < len(got.indices) < 60  # the rules leave no more
-        assert ours.left.any()
+        assert ours.remaining.any()
         greedy_resident(features, InformationMatrix(12), ours, 60, on_host(2))
-        assert not ours.left[got.indices].any()
+        assert not ours.remaining[got.indices].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -357,8 +354,7 @@ def test_gpu_picks_what_the_cpu_picks(k, lam, form, dtype):
     found = []
     for device, run in (("cpu", on_host(2)), *(("cuda", on_gpu),) * 3):
         there = rows.to(device)
-        v = InformationMatrix(k, lam=lam, form=form, device=device)
-        add_all(v, PairFeatures(there, some, "response"))
+        v = information_of(PairFeatures(there, some, "response"), lam, form=form)
         eligible = Eligible(
             torch.ones(len(pairs), dtype=torch.bool),
             n_random=5,

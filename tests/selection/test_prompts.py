@@ -108,7 +108,7 @@ def test_a_column_says_what_one_prompt_is() -> None:
 def test_excluding_one_row_excludes_its_prompt() -> None:
     pool = comparisons()
     eligible = PickRules(exclude=["row-3"]).bind(pool, pool.pairs(), 1)
-    assert eligible.left.tolist() == [False, True, False, False, True]
+    assert eligible.remaining.tolist() == [False, True, False, False, True]
     assert same_prompt(pool, ["row-1", "no-such"], None) == {"row-1", "row-4"}
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from activedpo_fast import ActiveDPOError, PickRules, PreferencePool
 from activedpo_fast.pool.items import Prompt
-from activedpo_fast.selection.rules import Eligible, random_order, warn_if_fewer
+from activedpo_fast.selection.eligible import Eligible, random_order, warn_if_fewer
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 
@@ -97,24 +97,26 @@ def test_what_is_left_after_every_pick(
             rules.bind(pool, pairs, n)
         return
     eligible = rules.bind(pool, pairs, n)
-    left = eligible.left
+    left = eligible.remaining
     assert (left.dtype, left.shape, left.device.type) == (torch.bool, (len(pairs),), "cpu")
     taken: list[int] = []
     elsewhere: list[str] = []
     names = list(rules.quotas)
     while True:
         assert left.tolist() == admitted(pool, pairs, rules, taken, elsewhere)
-        assert eligible.left is left  # in place
+        assert eligible.remaining is left  # in place
         if not left.any():
             break
         if names and data.draw(st.integers(0, 3)) == 0:
             elsewhere.append(data.draw(st.sampled_from(names)))
-            eligible.taken_elsewhere(names.index(elsewhere[-1]))
-            eligible.taken_elsewhere(-1)
+            eligible.record_elsewhere(names.index(elsewhere[-1]))
+            eligible.record_elsewhere(-1)
             continue
         index = data.draw(st.sampled_from(left.nonzero().flatten().tolist()))
         topic = pool[pool.locate(int(pairs[index, 0]))[0]].extra["topic"]
-        assert eligible.take(index) == (names.index(topic) if topic in names else -1)
+        number = names.index(topic) if topic in names else -1
+        assert eligible.quota_group_of(index) == number
+        eligible.record_pick(index)
         taken.append(index)
 
 
@@ -317,12 +319,13 @@ def test_random_picks_have_no_score_to_compare() -> None:
 
 def test_everything() -> None:
     eligible = Eligible.everything(3)
-    assert eligible.left.tolist() == [True] * 3
+    assert eligible.remaining.tolist() == [True] * 3
     assert (eligible.inverse_cost, eligible.random_order) == (None, None)
     assert (eligible.min_score, eligible.n_random) == (-math.inf, 0)
-    assert eligible.take(1) == -1
-    eligible.taken_elsewhere(-1)
-    assert eligible.left.tolist() == [True, False, True]
+    assert eligible.quota_group_of(1) == -1
+    eligible.record_pick(1)
+    eligible.record_elsewhere(-1)
+    assert eligible.remaining.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -358,9 +361,10 @@ def test_groups_may_be_numbers_and_ids_too() -> None:
     assert PickRules(group_by="level", quotas={True: 0}).quotas == {"true": 0}
     rules = PickRules(exclude=[4], group_by="level", quotas={"1": 1, "true": 0})
     eligible = rules.bind(pool, pool.pairs(), 2)
-    assert eligible.left.tolist() == [True, False, True, True, False]
-    assert eligible.take(2) == 0
-    assert eligible.left.tolist() == [False, False, False, True, False]
+    assert eligible.remaining.tolist() == [True, False, True, True, False]
+    assert eligible.quota_group_of(2) == 0
+    eligible.record_pick(2)
+    assert eligible.remaining.tolist() == [False, False, False, True, False]
 
 
 def test_rules_for_a_part_of_the_prompts() -> None:
@@ -470,7 +474,7 @@ def test_an_excluded_prompt_needs_no_cost() -> None:
         for i in range(2)
     )
     eligible = PickRules(exclude=["p1"], cost="cost").bind(pool, pool.pairs(), 1)
-    assert eligible.left.tolist() == [True, False]
+    assert eligible.remaining.tolist() == [True, False]
     assert eligible.inverse_cost is not None and float(eligible.inverse_cost[0]) == 0.25
 
 

@@ -35,6 +35,11 @@ class BatchRoot:
     of products of reflections). D D^T is stored too: with it, F u and F^T F u take two reads of D
     instead of four. Reading D is most of the cost of a pick besides scanning candidates.
 
+    The class `Reflections` has the same product without D D^T. The information matrix, which needs
+    F u or F^T u but seldom both, adds many points at a time and has no limit to their number, uses
+    that: D D^T would cost it t numbers per direction and buy nothing. A batch has a maximum size,
+    so everything here is allocated once.
+
     Args:
         capacity: the maximum number of picks. dim: k. Memory: capacity (k + 2 capacity) float64
         numbers.
@@ -67,8 +72,8 @@ class BatchRoot:
         along = u @ directions.T
         change = along @ triangle.T
         onto = along - change @ gram
-        left = u.square().sum(dim=1) - (change * (along + onto)).sum(dim=1)  # |F u|^2
-        if bool((left >= _MUCH * u.square().sum(dim=1)).all()):
+        length = u.square().sum(dim=1) - (change * (along + onto)).sum(dim=1)  # |F u|^2
+        if bool((length >= _MUCH * u.square().sum(dim=1)).all()):
             mixed = onto @ triangle
             changes = torch.cat([change, mixed]) @ directions
             residual = u - changes[:m]
@@ -79,7 +84,7 @@ class BatchRoot:
         mixed = onto @ triangle
         return Look(residual, residual - mixed @ directions, onto, mixed)
 
-    def take(self, look: Look) -> float:
+    def append(self, look: Look) -> float:
         """F <- (I - e r r^T) F for r = F u of one vector, so that V grows by phi phi^T.
 
         Returns:

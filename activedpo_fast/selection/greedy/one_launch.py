@@ -15,11 +15,11 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
 from activedpo_fast.ops.scores import DTYPES
+from activedpo_fast.selection.eligible import Eligible, Limit
 from activedpo_fast.selection.greedy.running_scores import first_scores, root_error
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible, Limit
 
 
 @dataclass
@@ -97,7 +97,7 @@ class ResidentProblem:
             return torch.empty(n, dtype=dtype, device=device)
 
         rows = rows.detach() if rows.stride(1) == 1 else rows.detach().contiguous()
-        score, doubt = first_scores(features, information, show_progress)
+        score, error_bound = first_scores(features, information, show_progress)
         (prompt, prompt_room), (group, group_room) = map(limit, eligible.limits())
         forced = torch.tensor(_draws(eligible, n), dtype=torch.int64)
         base, directions, pulled = information.factors()
@@ -113,8 +113,8 @@ class ResidentProblem:
             reach=placed(features.reach),
             size=placed(features.size),
             score=placed(score),
-            doubt=placed(doubt),
-            left=placed(eligible.left, torch.uint8),
+            doubt=placed(error_bound),
+            left=placed(eligible.remaining, torch.uint8),
             inverse_cost=None if cost is None else placed(cost),
             prompt=prompt,
             prompt_room=prompt_room,
@@ -151,6 +151,11 @@ class ResidentProblem:
         getattr(module, f"greedy_select_{dtype}")(problem, room=room.data_ptr(), **where)
 
 
+def takes_one_launch(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether all picks from rows on `device` take one launch there."""
+    return backends.choose("greedy_select", device.type, dtype) == "cuda"
+
+
 def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
     """Return rows on `device` if all picks take one launch there and it has room, else unchanged.
 
@@ -158,7 +163,7 @@ def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or rows.device == device:
         return rows
-    if backends.choose("greedy_select", device.type, rows.dtype) != "cuda":
+    if not takes_one_launch(device, rows.dtype):
         return rows
     free, _ = torch.cuda.mem_get_info(device)
     # What PyTorch keeps of freed tensors is free to it, and to nobody else.
@@ -195,7 +200,7 @@ def greedy_resident(
         x[:count].cpu() for x in (problem.picks, problem.scores, problem.touched)
     )
     for index in picks.tolist():
-        eligible.take(index)
+        eligible.record_pick(index)
     return Ranking(picks, scores, touched)
 
 
@@ -227,8 +232,8 @@ def _draws(eligible: Eligible, n: int) -> list[int]:
     for index in eligible.random_order.argsort().tolist():
         if len(drawn) == count:
             break
-        if allowed.left[index]:
-            allowed.take(index)
+        if allowed.remaining[index]:
+            allowed.record_pick(index)
             drawn.append(index)
     return drawn
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,24 +11,14 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import scores as score_ops
 from activedpo_fast.progress import progress_bar
+from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy.batch_root import BatchRoot, Look
+from activedpo_fast.selection.greedy.contest import Contenders
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
-from activedpo_fast.selection.rules import Eligible
 
 _BATCH = 2048  # picks that are kept outside the information matrix
 _STAGES = 2  # both u = X_0 phi and F u round
-
-
-class Contenders(NamedTuple):
-    """Candidates that include the best one, with fresh scores.
-
-    indices: int64 [m], ascending. score, doubt: float64 [m]; the score's error is at most doubt.
-    """
-
-    indices: Tensor
-    score: Tensor
-    doubt: Tensor
 
 
 class RunningScores:
@@ -55,7 +44,7 @@ class RunningScores:
 
     Args:
         features: the candidates. information: V_0; it is not changed.
-        eligible: which candidates are left, and the factors for comparing scores.
+        eligible: which candidates remain, and the factors for comparing scores.
         n: the maximum number of picks.
         show_progress: a bar over the first scores, if V_0 has points.
     """
@@ -82,7 +71,7 @@ class RunningScores:
             features.row_divisor,
             features.pair_divisor,
             features.reach,
-            eligible.left,
+            eligible.remaining,
             eligible.inverse_cost,
             *first_scores(features, information, show_progress),
             n,
@@ -96,13 +85,13 @@ class RunningScores:
         return self.state.touched
 
     def best(self) -> Contenders:
-        """Return the candidates left that may have the largest value, with fresh scores."""
+        """Return the remaining candidates that may have the largest value, with fresh scores."""
         found = score_ops.advance(self.state)
         state = self.state
         # If V is a multiple of I, scores are fresh; those of zero features always are.
-        if self._rounds and bool((state.score[found] + state.doubt[found] > 0).any()):
+        if self._rounds and bool((state.score[found] + state.error_bound[found] > 0).any()):
             self.refresh(found)
-        return Contenders(found, state.score[found], state.doubt[found])
+        return Contenders(found, state.score[found], state.error_bound[found])
 
     def score(self, index: int) -> float:
         """Return one candidate's score, computed from scratch."""
@@ -123,11 +112,11 @@ class RunningScores:
             score = look.residual.square().sum(dim=1).cpu()
             error = self._error * self._features.size[part] + state.inherited[part]
             state.score[part] = score
-            state.doubt[part] = 2 * score.sqrt() * error + error.square()
+            state.error_bound[part] = 2 * score.sqrt() * error + error.square()
             state.version[part] = state.count
             self._last = part, phi, look
 
-    def take(self, index: int) -> float:
+    def learn(self, index: int) -> float:
         """V <- V + phi phi^T for a candidate; return phi^T V^-1 phi with the old V."""
         if self._last is None or index not in (known := self._last[0].tolist()):
             known = [index]
@@ -142,14 +131,14 @@ class RunningScores:
         phi = self._features.at(torch.tensor([index]))[0]
         return torch.cat([phi, self._features.size[index, None].to(phi.device)])
 
-    def learn(self, feature: Tensor) -> float:
-        """Like `take`, for a candidate given by its `feature`; it may be another process's."""
+    def learn_feature(self, feature: Tensor) -> float:
+        """Like `learn`, for a candidate given by its `feature`; it may be another process's."""
         phi = feature[:-1].to(self._features.device)
         look = self._batch.look(self._information.whiten(phi[None]))
         return self._learn(phi, look.row(0), float(feature[-1]))
 
     def _learn(self, phi: Tensor, look: Look, size: float) -> float:
-        gain = self._batch.take(look)
+        gain = self._batch.append(look)
         w = self._information.pull_back(look.pulled[None])[0] / math.sqrt(1 + gain)
         share = size / math.sqrt(1 + gain)
         self.state.append(w, error=self._w_error * share, turn=self._error * share)

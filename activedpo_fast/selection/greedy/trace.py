@@ -11,15 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from activedpo_fast.distributed.pool_parts import PoolProcesses
-from activedpo_fast.distributed.processes import Processes
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.progress import progress_bar
-from activedpo_fast.selection.greedy.logdet import add_all, check_n, choices
-from activedpo_fast.selection.greedy.running_scores import Contenders, first_scores
+from activedpo_fast.selection.eligible import Eligible
+from activedpo_fast.selection.greedy.contest import Contenders, Contest, may_be_best
+from activedpo_fast.selection.greedy.running_scores import first_scores
+from activedpo_fast.selection.information.labeled import labeled_information
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import History
 
 if TYPE_CHECKING:
@@ -73,64 +72,56 @@ def greedy_trace(
     """
     if targets < 1:
         raise ActiveDPOError(f"targets must be 1 or more, not {targets}")
-    allowed = Eligible.everything(len(pairs)) if eligible is None else eligible
-    if allowed.min_score > -math.inf and allowed.inverse_cost is not None:
-        # Each pick can change whether a pair reaches min_score, and so the order by cost.
+    contest = Contest(len(pairs), n, eligible, group, show_progress)
+    _require_no_cost_with_min_score(contest.eligible)
+
+    def prepare() -> tuple[PairFeatures, InformationMatrix]:
+        features = PairFeatures(rows, pairs, None, weights)
+        labeled = None if history is None else PairFeatures(*history, None, history_weights)
+        return features, labeled_information(features, labeled, lam=lam, kappa=kappa)
+
+    features, v = contest.everywhere(prepare)
+    everyones_targets = _gather_targets(contest, features, item_of_row, targets, group)
+    scores = contest.everywhere(
+        lambda: TraceScores(features, v, everyones_targets, contest.eligible)
+    )
+    contest.require_same(v)
+    indices: list[int] = []
+    gains: list[float] = []
+    for choice in contest.picks(scores):
+        phi = contest.feature(choice, lambda index: features.at(torch.tensor([index]))[0], v.dim)
+        scores.learn(phi.to(features.device))
+        indices.append(choice.index)
+        gains.append(choice.score)
+    return Ranking(
+        torch.tensor(indices, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64)
+    )
+
+
+def _require_no_cost_with_min_score(eligible: Eligible) -> None:
+    # Each pick can change whether a pair reaches min_score, and so the order by cost.
+    if eligible.min_score > -math.inf and eligible.inverse_cost is not None:
         raise ActiveDPOError(
             "min_score and cost cannot be combined for the strategies 'trace' and "
             "'trace_plus', whose scores may increase"
         )
-    processes = None if group is None else Processes(group, len(pairs))
-    shares = PoolProcesses(group)
-    n = check_n(n, len(pairs) if processes is None else processes.total)
 
-    def prepare() -> tuple[PairFeatures, InformationMatrix]:
-        features = PairFeatures(rows, pairs, None, weights)
-        v = InformationMatrix(features.dim, lam=lam, kappa=kappa, device=features.device)
-        if history is not None:
-            add_all(v, PairFeatures(*history, None, history_weights))
-        return features, v
 
-    features, v = shares.check(prepare)
-    sizes = shares.gather(
-        torch.tensor([[len(item_of_row), int(item_of_row.max()) + 1 if len(item_of_row) else 0]])
-    )
-    every = -(-int(sizes[:, 0].sum()) // targets)
-    first = int(sizes[: shares.rank, 1].sum())
-    own = shares.check(lambda: _targets(features, item_of_row, first, every))
-    everyones = shares.gather(own).to(features.device)
-    scores = shares.check(lambda: TraceScores(features, v, everyones, allowed))
-
-    if processes is not None:
-        processes.require_same(
-            {
-                "n": n,
-                "k": v.dim,
-                "lam": lam,
-                "kappa": kappa,
-                "log det V": v.logdet(),
-                "random picks": allowed.n_random,
-                "min_score": allowed.min_score,
-            }
-        )
-    show = False if processes is not None and processes.rank > 0 else show_progress
-    indices, gains = [], []
-    with progress_bar(show, total=n, desc="selecting", unit="pair") as bar:
-        for choice in choices(scores, n, allowed, processes):
-            phi = None
-            if processes is None or choice.owner == processes.rank:
-                offset = 0 if processes is None else processes.offset
-                phi = features.at(torch.tensor([choice.index - offset]))[0]
-            if processes is not None:
-                phi = processes.share(phi, v.dim, choice.owner)
-            assert phi is not None
-            scores.learn(phi.to(features.device))
-            indices.append(choice.index)
-            gains.append(choice.score)
-            bar.update()
-    return Ranking(
-        torch.tensor(indices, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64)
-    )
+def _gather_targets(
+    contest: Contest,
+    features: PairFeatures,
+    item_of_row: Tensor,
+    most: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Return the targets of all processes, float64 [T, k]."""
+    processes = PoolProcesses(group)
+    n_items = int(item_of_row.max()) + 1 if len(item_of_row) else 0
+    sizes = processes.gather(torch.tensor([[len(item_of_row), n_items]]))
+    every = -(-int(sizes[:, 0].sum()) // most)
+    first = int(sizes[: processes.rank, 1].sum())
+    own = contest.everywhere(lambda: _targets(features, item_of_row, first, every))
+    return processes.gather(own).to(features.device)
 
 
 class TraceScores:
@@ -165,13 +156,9 @@ class TraceScores:
         self._size = float(targets.square().sum().sqrt()) * information.kappa / information.lam
 
     def best(self) -> Contenders:
-        """Return the candidates left that may have the largest value."""
-        left = self._eligible.left.nonzero().flatten()
-        score, error = self._scores(left)
-        scale = self._eligible.inverse_cost
-        factor = torch.ones_like(score) if scale is None else scale[left]
-        among = (score + error) * factor >= (((score - error) * factor).max() if len(left) else 0.0)
-        return Contenders(left[among], score[among], error[among])
+        """Return the remaining candidates that may have the largest value."""
+        score, error_bound = self._scores(self._eligible.remaining.nonzero().flatten())
+        return may_be_best(score, error_bound, self._eligible)
 
     def score(self, index: int) -> float:
         """Return one candidate's score."""
@@ -201,10 +188,9 @@ class TraceScores:
         scale = (16 + 4 * math.sqrt(self._features.dim)) * _EPS * (1 + self._picks)
         error = scale * self._size * self._features.reach[indices]
         score = reach / (1 + variance)
-        doubt = 2 * reach.sqrt() * error + error.square()
-        return score, doubt / (1 + variance) + score * (
-            self._variance_error[indices] + scale * variance
-        ) / (1 + variance)
+        of_reach = 2 * reach.sqrt() * error + error.square()
+        of_variance = self._variance_error[indices] + scale * variance
+        return score, of_reach / (1 + variance) + score * of_variance / (1 + variance)
 
     def _difference(self, columns: Tensor, numbers: Tensor) -> Tensor:
         """Return differences of pairs along the last dimension, times the pairs' weights."""

@@ -39,7 +39,8 @@ class Reflections:
 
     D [t, k] holds directions and T [t, t] is lower triangular, like products of Householder
     reflections in QR (the compact WY form). Memory: t k + t^2 numbers, up to four times as many
-    while the storage doubles.
+    while the storage doubles. `BatchRoot` is the same product for the picks of one batch, which
+    also stores D D^T, to compute F u and F^T F u together.
     """
 
     def __init__(self, dim: int, device: torch.device) -> None:

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch.distributed as dist
 
+from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.pair_features import Normalize, check_normalize
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 

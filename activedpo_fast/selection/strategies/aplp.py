@@ -12,10 +12,10 @@ from torch import Tensor
 
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy.logdet import rank_top
+from activedpo_fast.selection.eligible import Eligible
+from activedpo_fast.selection.greedy.top import rank_top
 from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 from activedpo_fast.selection.strategies.reward_margins import few_ulps, margins, warn_if_alike
@@ -62,14 +62,14 @@ class Aplp(Strategy):
     ) -> Ranking:
         part = Part.of(signals, n, group)
         eligible = eligible or Eligible.everything(len(signals.pairs))
-        margin, doubt = margins(signals, self.beta, part)
-        warn_if_alike(margin, doubt)
+        margin, error_bound = margins(signals, self.beta, part)
+        warn_if_alike(margin, error_bound)
         scores = margin.abs()
-        drawn = rank_top(scores, doubt, eligible.n_random, eligible, group)
+        drawn = rank_top(scores, error_bound, eligible.n_random, eligible, group)
         eligible.n_random = 0
-        left = part.n - len(drawn.indices)
-        self._close_all_but_the_shortlist(signals, left, eligible, group)
-        chosen = rank_top(scores, doubt, left, eligible, group)
+        missing = part.n - len(drawn.indices)
+        self._close_all_but_the_shortlist(signals, missing, eligible, group)
+        chosen = rank_top(scores, error_bound, missing, eligible, group)
         return Ranking(
             torch.cat([drawn.indices, chosen.indices]), torch.cat([drawn.scores, chosen.scores])
         )
@@ -87,11 +87,11 @@ class Aplp(Strategy):
         if signals.lengths is not None:  # the policy's entropy does not depend on the loss
             logps = logps * signals.lengths
         entropy = _entropy(shares.gather(logps)[once], shares.gather(prompt_of_row)[once])
-        prompts = shares.gather(prompt_of_pair[eligible.left].unique()).unique()
+        prompts = shares.gather(prompt_of_pair[eligible.remaining].unique()).unique()
         keep = min(len(prompts), math.ceil(self.shortlist * n))
         # `prompts` is ascending, so ties keep the pool's order.
         kept = rank_top(entropy[prompts], few_ulps(entropy[prompts]), keep).indices
-        eligible.left &= torch.isin(prompt_of_pair, prompts[kept])
+        eligible.remaining &= torch.isin(prompt_of_pair, prompts[kept])
 
 
 def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from activedpo_fast.selection.greedy.logdet import add_all, rank_top
-from activedpo_fast.selection.information.matrix import InformationMatrix, check_positive
+from activedpo_fast.selection.eligible import Eligible
+from activedpo_fast.selection.greedy.top import rank_top
+from activedpo_fast.selection.information.labeled import labeled_information
+from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 
@@ -48,12 +49,9 @@ class Apo(Strategy):
 
         def score() -> tuple[Tensor, Tensor]:
             candidates = PairFeatures(hidden, signals.pairs, None)
-            information = InformationMatrix(
-                candidates.dim, lam=self.ridge, device=candidates.device
-            )
-            add_all(information, PairFeatures(*history, None))
-            everything = torch.arange(len(candidates))
-            parts = [information.score(z).cpu() for z in candidates.chunks(everything)]
+            labeled = PairFeatures(*history, None)
+            information = labeled_information(candidates, labeled, lam=self.ridge)
+            parts = [information.score(z).cpu() for z in candidates.chunks()]
             scores = torch.cat([candidates.size[:0], *parts])
             error = information.error_scale() * candidates.size
             return scores, 2 * scores.sqrt() * error + error.square()

@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from activedpo_fast.distributed.processes import Processes
-from activedpo_fast.selection.greedy.logdet import check_n
+from activedpo_fast.selection.eligible import Eligible
+from activedpo_fast.selection.greedy.contest import check_n
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ class Strategy(ABC):
 
     Examples:
         >>> from activedpo_fast import ActiveDPOSelector, Strategy
-        >>> from activedpo_fast.selection.greedy.logdet import rank_top
+        >>> from activedpo_fast.selection.greedy.top import rank_top
         >>> class Unlikely(Strategy):
         ...     name, requires = "unlikely", frozenset({"logps"})
         ...     def select(self, signals, n, *, eligible=None, group=None, show_progress=None):

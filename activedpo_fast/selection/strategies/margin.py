@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from activedpo_fast.selection.greedy.logdet import rank_top
+from activedpo_fast.selection.eligible import Eligible
+from activedpo_fast.selection.greedy.top import rank_top
 from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 from activedpo_fast.selection.strategies.reward_margins import few_ulps, margins, warn_if_alike
@@ -47,9 +47,9 @@ class MarginLarge(_Margin):
         group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
     ) -> Ranking:
-        margin, doubt = margins(signals, self.beta, Part.of(signals, n, group))
-        warn_if_alike(margin, doubt)
-        return rank_top(margin.abs(), doubt, n, eligible, group)
+        margin, error_bound = margins(signals, self.beta, Part.of(signals, n, group))
+        warn_if_alike(margin, error_bound)
+        return rank_top(margin.abs(), error_bound, n, eligible, group)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class MarginSmall(_Margin):
         group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
     ) -> Ranking:
-        margin, doubt = margins(signals, self.beta, Part.of(signals, n, group))
-        warn_if_alike(margin, doubt)
+        margin, error_bound = margins(signals, self.beta, Part.of(signals, n, group))
+        warn_if_alike(margin, error_bound)
         # A positive score, not -|d|, so that dividing it by a larger cost lowers it.
         scores = torch.sigmoid(-margin.abs())
-        doubt = scores * (1 - scores) * doubt + few_ulps(scores)
-        return rank_top(scores, doubt, n, eligible, group)
+        error_bound = scores * (1 - scores) * error_bound + few_ulps(scores)
+        return rank_top(scores, error_bound, n, eligible, group)

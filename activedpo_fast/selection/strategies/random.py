@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.selection.greedy.logdet import rank_top
+from activedpo_fast.selection.eligible import Eligible, random_order
+from activedpo_fast.selection.greedy.top import rank_top
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible, random_order
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 

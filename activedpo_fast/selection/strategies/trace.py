@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
+from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy.trace import greedy_trace
 from activedpo_fast.selection.information.matrix import check_positive
 from activedpo_fast.selection.ranking import Ranking
-from activedpo_fast.selection.rules import Eligible
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies.base import Part, Strategy
 from activedpo_fast.selection.strategies.reward_margins import history_margins, margins, uncertainty
