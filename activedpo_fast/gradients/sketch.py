@@ -126,21 +126,23 @@ class SketchPlan:
             segments: int64 [S, 3] on the CPU, of (start, end, row): the tokens start..end-1 add to
                 that row of `out`.
 
-        Raises ActiveDPOError, naming the parameter, on anything that does not fit.
+        Raises ActiveDPOError, naming the parameter at fault, on anything that does not fit.
         """
+        if out.dim() != 2 or out.shape[1] != self.dim:
+            raise ActiveDPOError(f"out has shape {tuple(out.shape)}, expected [n, {self.dim}]")
         for name, left, right in gradients:
-            self._check(out, name, left, right)
-        if self.sketch.method != "none":
-            ops.outer_sketches_(
-                out,
-                [
-                    ops.OuterSum(name, left, right, self._keys[name])
-                    for name, left, right in gradients
-                ],
-                segments,
-                self.sketch.method,
-            )
+            self._require_shape(name, left, right)
+        if self.sketch.method == "none":
+            self._add_whole(out, gradients, segments)
             return
+        weights = [
+            ops.OuterSum(name, left, right, self._keys[name]) for name, left, right in gradients
+        ]
+        ops.outer_sketches_(out, weights, segments, self.sketch.method)
+
+    def _add_whole(
+        self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]], segments: Tensor
+    ) -> None:
         runs = segments.tolist()
         for name, left, right in gradients:
             block = slice(self._offsets[name], self._offsets[name] + math.prod(self._shapes[name]))
@@ -149,14 +151,11 @@ class SketchPlan:
                 gradient = left[start:end].to(dtype).T @ right[start:end].to(dtype)
                 out[row, block] += gradient.flatten()
 
-    def _check(self, out: Tensor, name: str, left: Tensor, right: Tensor) -> None:
+    def _require_shape(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Check what only the plan knows; tensors that do not fit are the operation's errors."""
         shape = self._shapes.get(name)
         if shape is None:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
-        if out.dim() != 2 or out.shape[1] != self.dim:
-            raise ActiveDPOError(
-                f"{name}: out has shape {tuple(out.shape)}, expected [n, {self.dim}]"
-            )
         expected = (*shape, 1)[:2]
         if (left.shape[1], right.shape[1]) != expected:
             raise ActiveDPOError(

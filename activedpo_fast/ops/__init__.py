@@ -2,8 +2,8 @@
 
 Each function checks its arguments and calls the backend that `backends.choose` returns, no more.
 The selection's operations on whole candidate sets are in `scores`. As registered operations, they
-(except `outer_sketches_`, a group of `outer_sketch_`) go through torch.compile without graph breaks
-(even with `fullgraph`), and FakeTensors know their shapes.
+go through torch.compile without graph breaks (even with `fullgraph`), and FakeTensors know their
+shapes; `outer_sketches_`, which is `outer_sketch_` of many weights, is not registered.
 """
 
 from activedpo_fast.ops.logps import response_logp_grad, response_logps

@@ -13,7 +13,7 @@ from activedpo_fast.ops import backends, reference
 from activedpo_fast.ops.layout import rows_together
 
 METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
-_GROUPED = ("sjlt", "kronecker")  # those whose kernels take several weights at a time
+_TOGETHER = ("sjlt", "kronecker")  # those whose kernels take several weights at a time
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 _OUTER_DTYPES = {**_DTYPES, torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -65,7 +65,8 @@ def outer_sketch_(
     from run to run, unless `backends.deterministic`. Raises ActiveDPOError if the tensors do not
     fit.
     """
-    _check_outer(out, left, right, segments, key, method)
+    _check_target(out, segments, method)
+    _check_weight(out, left, right, key)
     _outer_sketch(out, left, right, segments, _signed(key), method)
 
 
@@ -89,25 +90,26 @@ def outer_sketches_(
     On a GPU, "sjlt" and "kronecker" take a few launches for all weights together: for LoRA weights,
     launching each costs more than its work. Not a registered operation, unlike `outer_sketch_`.
     """
-    grouped: list[OuterSum] = []
-    for weight in weights:
-        name, left, right, key = weight
+    _check_target(out, segments, method)
+    tokens = None
+    for name, left, right, key in weights:
         try:
-            _check_outer(out, left, right, segments, key, method)
-            if (
-                method in _GROUPED
-                and backends.choose("outer_sketch", out.device.type, left.dtype) == "triton"
-            ):
-                if not grouped or len(left) != len(grouped[-1].left):
-                    _check_segments(segments, len(left), len(out))
-                grouped.append(weight)
-            else:
-                _outer_sketch(out, left, right, segments, _signed(key), method)
+            _check_weight(out, left, right, key)
+            if len(left) != tokens:
+                tokens = len(left)
+                _check_segments(segments, tokens, len(out))
         except ActiveDPOError as error:
             raise ActiveDPOError(f"{name}: {error}") from None
-    if grouped:
+    together: list[OuterSum] = []
+    for weight in weights:
+        backend = backends.choose("outer_sketch", out.device.type, weight.left.dtype)
+        if backend == "triton" and method in _TOGETHER:
+            together.append(weight)
+        else:
+            _add_outer(out, weight.left, weight.right, segments, weight.key, method, backend)
+    if together:
         target = rows_together(out)
-        _triton_grouped(target, grouped, segments, method)
+        _triton_together(target, together, segments, method)
         if target is not out:
             out.copy_(target)
 
@@ -134,22 +136,10 @@ def _outer_sketch(
     key: int,
     method: str,
 ) -> None:
+    # Not checked before: under torch.compile, only the operation itself sees the numbers.
     _check_segments(segments, left.shape[0], out.shape[0])
-    if left.shape[0] == 0 or len(segments) == 0:
-        return
-    key %= 2**64
     backend = backends.choose("outer_sketch", out.device.type, left.dtype)
-    if backend == "reference":
-        out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
-        return
-    left, right = (rows_together(x) for x in (left, right))
-    target = rows_together(out)
-    if backend == "triton":
-        _triton_outer(target, left, right, segments, key, method)
-    else:
-        _cpp_outer(target, left, right, segments, key, method)
-    if target is not out:
-        out.copy_(target)
+    _add_outer(out, left, right, segments, key % 2**64, method, backend)
 
 
 @_sjlt.register_fake
@@ -200,6 +190,23 @@ def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
         out.copy_(target)
 
 
+def _add_outer(
+    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str, backend: str
+) -> None:
+    if left.shape[0] == 0 or len(segments) == 0:
+        return
+    if backend == "reference":
+        out += reference.outer_sketch(left, right, segments, key, out.shape[1], len(out), method)
+        return
+    left, right, target = (rows_together(x) for x in (left, right, out))
+    if backend == "triton":
+        _triton_outer(target, left, right, segments, key, method)
+    else:
+        _cpp_outer(target, left, right, segments, key, method)
+    if target is not out:
+        out.copy_(target)
+
+
 def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
     if operation == "sjlt":
         from activedpo_fast.kernels.sjlt_rows import sjlt_rows
@@ -214,15 +221,15 @@ def _triton_rows(operation: str, out: Tensor, x: Tensor, key: int) -> None:
 def _triton_outer(
     out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
 ) -> None:
-    if method in _GROUPED:
-        _triton_grouped(out, [OuterSum("", left, right, key)], segments, method)
+    if method in _TOGETHER:
+        _triton_together(out, [OuterSum("", left, right, key)], segments, method)
     else:
         from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher
 
         lora_grad_rademacher(out, left, right, segments, key)
 
 
-def _triton_grouped(
+def _triton_together(
     out: Tensor, weights: Sequence[OuterSum], segments: Tensor, method: str
 ) -> None:
     from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketches
@@ -296,23 +303,28 @@ def _check(name: str, out: Tensor, x: Tensor, key: int) -> None:
     _check_key(name, key)
 
 
-def _check_outer(
-    out: Tensor, left: Tensor, right: Tensor, segments: Tensor, key: int, method: str
-) -> None:
+def _check_target(out: Tensor, segments: Tensor, method: str) -> None:
+    """Check what all weights of a call have in common, except the numbers in segments."""
     name = "outer_sketch_"
     if method not in METHODS:
         raise ActiveDPOError(f"{name}: method is {method!r}; known: {', '.join(METHODS)}")
-    for label, tensor in (("out", out), ("left", left), ("right", right), ("segments", segments)):
-        if not isinstance(tensor, Tensor):
-            raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
-        if tensor.dim() != 2 or tensor.layout != torch.strided:
-            raise ActiveDPOError(
-                f"{name}: {label} has shape {tuple(tensor.shape)}, expected a dense matrix"
-            )
-        if tensor.requires_grad:
-            raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
+    _check_matrix("out", out)
+    _check_matrix("segments", segments)
     if out.dtype != torch.float64:
         raise ActiveDPOError(f"{name}: out is {out.dtype}, expected torch.float64")
+    if not 1 <= out.shape[1] < 2**31:
+        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
+    if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
+        raise ActiveDPOError(
+            f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
+            f"{segments.device}, expected torch.int64 [S, 3] on the CPU"
+        )
+
+
+def _check_weight(out: Tensor, left: Tensor, right: Tensor, key: int) -> None:
+    name = "outer_sketch_"
+    _check_matrix("left", left)
+    _check_matrix("right", right)
     if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
         raise ActiveDPOError(
             f"{name}: left is {left.dtype} and right {right.dtype}, expected "
@@ -326,14 +338,19 @@ def _check_outer(
         raise ActiveDPOError(f"{name}: left has {left.shape[0]} tokens and right {right.shape[0]}")
     if left.shape[1] == 0 or right.shape[1] == 0:
         raise ActiveDPOError(f"{name}: left is {left.shape[1]} wide and right {right.shape[1]}")
-    if not 1 <= out.shape[1] < 2**31:
-        raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
-    if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
-        raise ActiveDPOError(
-            f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
-            f"{segments.device}, expected torch.int64 [S, 3] on the CPU"
-        )
     _check_key(name, key)
+
+
+def _check_matrix(label: str, tensor: Tensor) -> None:
+    name = "outer_sketch_"
+    if not isinstance(tensor, Tensor):
+        raise ActiveDPOError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dim() != 2 or tensor.layout != torch.strided:
+        raise ActiveDPOError(
+            f"{name}: {label} has shape {tuple(tensor.shape)}, expected a dense matrix"
+        )
+    if tensor.requires_grad:
+        raise ActiveDPOError(f"{name}: {label} requires grad; a sketch is not differentiated")
 
 
 def _check_segments(segments: Tensor, tokens: int, rows: int) -> None:

@@ -235,7 +235,7 @@ def test_plan_needs_parameters_with_names_of_their_own():
             (2, 8),
             r"bias: gradients have shape \[6, 1\], expected \[7, 1",
         ),
-        ("bias", torch.zeros(2, 7), (2, 9), r"bias: out has shape \(2, 9\), expected \[n"),
+        ("bias", torch.zeros(2, 7), (2, 9), r"out has shape \(2, 9\), expected \[n"),
         ("bias", torch.zeros(2, 7).int(), (2, 8), "bias: outer_sketch_: left is torch.int32"),
         ("bias", torch.zeros(2, 7), (1, 8), "bias: outer_sketch_: a segment lies outside 2 tok"),
     ],
