@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -17,17 +17,17 @@ from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
 from activedpo_fast.gradients.hooks import Capture, row_dtype
+from activedpo_fast.gradients.layouts import KnownLayouts
 from activedpo_fast.gradients.lm_head import causal_lm
 from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
-from activedpo_fast.gradients.running import Take, Taken, run_batches
-from activedpo_fast.gradients.self_check import forward_layout, gradient_layout
+from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
-from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.gradients.trainable import TrainableLinear, trainable_linears
 from activedpo_fast.models.named import GivenModel, as_model_alone
-from activedpo_fast.models.positions import LengthClass, batch_changes_attention, length_class
+from activedpo_fast.models.positions import LengthClass, length_class
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
 
@@ -133,11 +133,9 @@ class FeatureExtractor:
         self.pad_token_id = pad_token_id
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
-        self._verify = verify
-        # How responses are batched, once known, and the longest response it was determined with:
-        # for gradients by whether the pool had prompts to share, otherwise by model.
-        self._gradient_layout: dict[bool, tuple[Layout, int]] = {}
-        self._forward_layout: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
+        self._layouts = KnownLayouts(
+            self.model, pad_token_id=pad_token_id, precision=precision, verify=verify
+        )
         self._said_lengths: WeakSet[nn.Module] = WeakSet()
 
     @in_own_modes
@@ -162,12 +160,12 @@ class FeatureExtractor:
         logps = torch.empty(count, dtype=torch.float64)
         gradients: torch.Tensor | None = None
         absolute = torch.ones(count, dtype=torch.bool)
-        for (rows, taken, taken_logps), is_relative in self._gradient_parts(
+        for (rows, part, part_logps), is_relative in self._gradient_parts(
             tokenized, range(count), relative, show_progress
         ):
             if gradients is None:
-                gradients = taken.new_empty(count, taken.shape[1])
-            gradients[rows], logps[rows], absolute[rows] = taken, taken_logps, not is_relative
+                gradients = part.new_empty(count, part.shape[1])
+            gradients[rows], logps[rows], absolute[rows] = part, part_logps, not is_relative
         assert gradients is not None
         if relative:
             _subtract_first(gradients, tokenized, absolute)
@@ -178,8 +176,8 @@ class FeatureExtractor:
         self, tokenized: TokenizedPool, rows: Sequence[int], *, show_progress: bool | None = None
     ) -> Iterator[GradientRows]:
         """Yield gradient rows batch by batch, longest sequences first, for the given `rows`."""
-        for taken, _ in self._gradient_parts(tokenized, rows, False, show_progress):
-            yield GradientRows(*taken)
+        for result, _ in self._gradient_parts(tokenized, rows, False, show_progress):
+            yield GradientRows(*result)
 
     def _gradient_parts(
         self,
@@ -187,42 +185,10 @@ class FeatureExtractor:
         rows: Sequence[int],
         relative: bool,
         show_progress: bool | None,
-    ) -> Iterator[tuple[Taken, bool]]:
+    ) -> Iterator[tuple[BatchResult, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
         linears = trainable_linears(self.model)
-        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
-        dtype = row_dtype(linears)
-
-        def taking(relative: bool) -> Take:
-            def take(batch: Batch, shared: bool) -> Taken:
-                # Sum over layers in float64, round once.
-                sketched = torch.zeros(
-                    len(batch.rows), plan.dim, dtype=torch.float64, device=batch.input_ids.device
-                )
-                lengths = self.lengths(tokenized, batch.rows.tolist())
-                with (
-                    undisturbed(self.model, self.precision),
-                    sketch_into(plan, sketched) as consume,
-                    Capture(linears, consume) as capture,
-                ):
-                    logps = gradient_pass(
-                        self.model,
-                        batch,
-                        capture,
-                        shared=shared,
-                        relative=relative,
-                        lengths=lengths,
-                    )
-                if lengths is not None:
-                    logps = logps / lengths.to(logps.device)
-                    sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
-                # β last: multiplying the objective would lose bits of small gradients in bf16.
-                gradients = sketched.mul_(self.beta).to(dtype).cpu()
-                return batch.rows, gradients, logps.double().cpu()
-
-            return take
-
         groups = group_rows(tokenized, rows, Layout.WHOLE)
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
@@ -230,26 +196,53 @@ class FeatureExtractor:
         # Rows are relative to each other if they can be in one batch.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups)
-        for taken in self._run(
+        for result in self._run(
             tokenized,
             rows,
-            taking(relative),
+            self._gradient_pass(tokenized, linears, relative),
             self.model,
             layout,
             "gradient features",
             show_progress,
             whole_items=relative,
         ):
-            finite = _finite(taken)
-            if relative and not finite.all():
-                items = [tokenized.item_of(row) for row in taken[0].tolist()]
-                spoiled = {
-                    item for item, good in zip(items, finite.tolist(), strict=True) if not good
-                }
-                finite = torch.tensor([item not in spoiled for item in items])
-            yield tuple(part[finite] for part in taken), relative
-            for alone in self._alone(tokenized, taken[0][~finite], taking(False), self.model):
+            finite = _finite(result)
+            if relative:
+                finite = _whole_items(finite, result[0], tokenized)
+            yield tuple(part[finite] for part in result), relative
+            run_alone = self._gradient_pass(tokenized, linears, relative=False)
+            for alone in self._alone(tokenized, result[0][~finite], run_alone, self.model):
                 yield alone, False
+
+    def _gradient_pass(
+        self, tokenized: TokenizedPool, linears: Sequence[TrainableLinear], relative: bool
+    ) -> RunBatch:
+        """Return a function that gives (rows, gradients, logps) of a batch."""
+        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
+        dtype = row_dtype(linears)
+
+        def run(batch: Batch, shared: bool) -> BatchResult:
+            # Sum over layers in float64, round once.
+            sketched = torch.zeros(
+                len(batch.rows), plan.dim, dtype=torch.float64, device=batch.input_ids.device
+            )
+            lengths = self.lengths(tokenized, batch.rows.tolist())
+            with (
+                undisturbed(self.model, self.precision),
+                sketch_into(plan, sketched) as consume,
+                Capture(linears, consume) as capture,
+            ):
+                logps = gradient_pass(
+                    self.model, batch, capture, shared=shared, relative=relative, lengths=lengths
+                )
+            if lengths is not None:
+                logps = logps / lengths.to(logps.device)
+                sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
+            # β last: multiplying the objective would lose bits of small gradients in bf16.
+            gradients = sketched.mul_(self.beta).to(dtype).cpu()
+            return batch.rows, gradients, logps.double().cpu()
+
+        return run
 
     @in_own_modes
     def check(self, tokenized: TokenizedPool) -> Layout:
@@ -263,25 +256,7 @@ class FeatureExtractor:
             ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        least = _fastest_allowed(self.model)
-        if not self._verify:
-            return Layout.slowest(Layout.WHOLE, least)
-        rows = range(len(tokenized.sequences))
-        has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
-        longest = _longest(tokenized)
-        layout, checked = self._gradient_layout.get(has_prompts, (Layout.SHARED, 0))
-        if longest > checked:
-            layout = gradient_layout(
-                self.model,
-                trainable_linears(self.model),
-                tokenized,
-                self.pad_token_id,
-                self.precision,
-            )
-            self._gradient_layout[has_prompts] = layout, longest
-        # The finding of either check also holds for the other.
-        forward, _ = self._forward_layout.get(self.model, (layout, 0))
-        return Layout.slowest(layout, forward, least)
+        return self._layouts.for_gradients(tokenized)
 
     @in_own_modes
     def logps(
@@ -299,11 +274,11 @@ class FeatureExtractor:
         self._require_supported(tokenized, scored_by)
         result = torch.empty(len(tokenized.sequences), dtype=torch.float64)
 
-        def take(batch: Batch, shared: bool) -> Taken:
+        def run(batch: Batch, shared: bool) -> BatchResult:
             with undisturbed(scored_by, self.precision):
                 return batch.rows, logp_pass(scored_by, batch, shared=shared).double().cpu()
 
-        for rows, logps in self._forward(tokenized, take, scored_by, "log-probs", show_progress):
+        for rows, logps in self._forward(tokenized, run, scored_by, "log-probs", show_progress):
             result[rows] = logps
         lengths = self.lengths(tokenized)
         return result if lengths is None else result / lengths
@@ -325,13 +300,13 @@ class FeatureExtractor:
         """Return the last layer's hidden state at the last response token, float32 [R, h]."""
         self._require_supported(tokenized)
 
-        def take(batch: Batch, shared: bool) -> Taken:
+        def run(batch: Batch, shared: bool) -> BatchResult:
             with undisturbed(self.model, self.precision):
                 return batch.rows, hidden_pass(self.model, batch, shared=shared).float().cpu()
 
-        taken = list(self._forward(tokenized, take, self.model, "hidden states", show_progress))
-        rows = torch.cat([rows for rows, _ in taken])
-        return torch.cat([hidden for _, hidden in taken])[rows.argsort()]
+        results = list(self._forward(tokenized, run, self.model, "hidden states", show_progress))
+        rows = torch.cat([rows for rows, _ in results])
+        return torch.cat([hidden for _, hidden in results])[rows.argsort()]
 
     def _require_supported(
         self, tokenized: TokenizedPool, model: nn.Module | None = None, *, gradients: bool = False
@@ -346,41 +321,30 @@ class FeatureExtractor:
     def _forward(
         self,
         tokenized: TokenizedPool,
-        take: Take,
+        run_batch: RunBatch,
         model: nn.Module,
         title: str,
         show_progress: bool | None,
-    ) -> Iterator[Taken]:
-        """Run `take` on all responses; all results are finite."""
-        layout = Layout.WHOLE
-        if self._verify:
-            layout, checked = self._forward_layout.get(model, (layout, 0))
-            longest = _longest(tokenized)
-            if longest > checked:
-                layout = forward_layout(model, tokenized, self.pad_token_id, self.precision)
-                self._forward_layout[model] = layout, longest
-            if model is self.model:
-                layout = Layout.slowest(
-                    layout, *(found for found, _ in self._gradient_layout.values())
-                )
-        layout = Layout.slowest(layout, _fastest_allowed(model))
+    ) -> Iterator[BatchResult]:
+        """Run `run_batch` on all responses; all results are finite."""
+        layout = self._layouts.for_forward(tokenized, model)
         rows = range(len(tokenized.sequences))
-        for taken in self._run(tokenized, rows, take, model, layout, title, show_progress):
-            finite = _finite(taken)
-            yield tuple(part[finite] for part in taken)
-            yield from self._alone(tokenized, taken[0][~finite], take, model)
+        for result in self._run(tokenized, rows, run_batch, model, layout, title, show_progress):
+            finite = _finite(result)
+            yield tuple(part[finite] for part in result)
+            yield from self._alone(tokenized, result[0][~finite], run_batch, model)
 
     def _run(
         self,
         tokenized: TokenizedPool,
         rows: Sequence[int],
-        take: Take,
+        run_batch: RunBatch,
         model: nn.Module,
         layout: Layout,
         title: str,
         show_progress: bool | None,
         whole_items: bool = False,
-    ) -> Iterator[Taken]:
+    ) -> Iterator[BatchResult]:
         budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
         classify = length_class(model)
         if (
@@ -392,7 +356,7 @@ class FeatureExtractor:
         return run_batches(
             tokenized,
             rows,
-            take,
+            run_batch,
             layout,
             budget,
             length_class=classify,
@@ -403,9 +367,9 @@ class FeatureExtractor:
         )
 
     def _alone(
-        self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
-    ) -> Iterator[Taken]:
-        """Run `take` alone on each response that was not finite in a batch.
+        self, tokenized: TokenizedPool, rows: torch.Tensor, run_batch: RunBatch, model: nn.Module
+    ) -> Iterator[BatchResult]:
+        """Run `run_batch` alone on each response that was not finite in a batch.
 
         A model with a nearly infinite mask gives NaN at padding that can attend to nothing else.
         """
@@ -416,29 +380,36 @@ class FeatureExtractor:
             len(rows),
             tokenized.place(int(rows[0])),
         )
-        for taken in self._run(tokenized, rows.tolist(), take, model, Layout.ALONE, "", False):
-            if not _finite(taken).all():
+        for result in self._run(
+            tokenized, rows.tolist(), run_batch, model, Layout.ALONE, "", False
+        ):
+            if not _finite(result).all():
                 raise ActiveDPOError(
-                    f"{tokenized.place(int(taken[0][0]))}: what the model gives for it is not "
+                    f"{tokenized.place(int(result[0][0]))}: what the model gives for it is not "
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
                     "range, or leave the item out"
                 )
-            yield taken
+            yield result
 
 
-def _fastest_allowed(model: nn.Module) -> Layout:
-    """Return the fastest layout allowed for this kind of model, whatever the self-check finds."""
-    return Layout.ALONE if batch_changes_attention(model) else Layout.SHARED
-
-
-def _finite(taken: Taken) -> torch.Tensor:
+def _finite(result: BatchResult) -> torch.Tensor:
     """Return which rows have only finite numbers, bool [n]."""
     return torch.stack(
         [
             part.isfinite().flatten(1).all(dim=1) if part.dim() > 1 else part.isfinite()
-            for part in taken[1:]
+            for part in result[1:]
         ]
     ).all(dim=0)
+
+
+def _whole_items(
+    finite: torch.Tensor, rows: torch.Tensor, tokenized: TokenizedPool
+) -> torch.Tensor:
+    """Return `finite` [n], False for all rows of an item if it is for one of them."""
+    if finite.all():
+        return finite
+    items = torch.tensor([tokenized.item_of(row) for row in rows.tolist()])
+    return ~torch.isin(items, items[~finite])
 
 
 def _is_number(value: object) -> bool:
@@ -447,10 +418,6 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _longest(tokenized: TokenizedPool) -> int:
-    return max((len(sequence.input_ids) for sequence in tokenized.sequences), default=0)
 
 
 def _subtract_first(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,18 +27,6 @@ def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
     return torch.float64 if dtypes == {torch.float64} else torch.float32
 
 
-@dataclass
-class Tokens:
-    """The tokens of one forward pass.
-
-    shape: (B, T) of the model's input. segments: which of the B·T tokens (row-major) add to which
-    row; may be replaced before every backward pass through the same forward pass.
-    """
-
-    shape: tuple[int, int]
-    segments: torch.Tensor
-
-
 class Capture:
     """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
 
@@ -49,14 +36,16 @@ class Capture:
         consume: called once per use of a layer in each backward pass; a layer's gradient is the sum
             over the calls. h and g have the dtypes that the model computes with.
 
-    Used as a context manager inside `undisturbed`; forward passes run inside `tokens(...)`.
+    Used as a context manager inside `undisturbed`. Forward passes run inside `forward(...)`, the
+    backward passes through them inside `backward(...)`.
     """
 
     def __init__(self, linears: Sequence[TrainableLinear], consume: Consumer) -> None:
         self._silent = silent_modules(linears)
         self.linears = linears
         self._consume = consume
-        self._tokens: Tokens | None = None
+        self._shape: tuple[int, int] | None = None
+        self._segments: torch.Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.first_label = linears[0].label
         self.used = False  # whether any of the layers took part in a forward pass
@@ -73,44 +62,55 @@ class Capture:
         self._handles.clear()
 
     @contextmanager
-    def tokens(self, tokens: Tokens) -> Iterator[None]:
-        """Declare that forward passes inside run these tokens."""
-        before, self._tokens = self._tokens, tokens
+    def forward(self, shape: tuple[int, int]) -> Iterator[None]:
+        """Capture the forward passes inside, of B x T tokens: `shape` of the model's input."""
+        before, self._shape = self._shape, shape
         try:
             yield
         finally:
-            self._tokens = before
+            self._shape = before
+
+    @contextmanager
+    def backward(self, segments: torch.Tensor) -> Iterator[None]:
+        """Add the gradients that arrive inside to rows.
+
+        segments: which of the B T tokens (row-major) of the forward pass add to which row.
+        """
+        before, self._segments = self._segments, segments
+        try:
+            yield
+        finally:
+            self._segments = before
 
     def _forward_hook(
         self, linear: TrainableLinear
     ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def take_input(
+        def on_forward(
             module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> None:
-            tokens = self._tokens
-            if tokens is None or not torch.is_grad_enabled():
+            shape = self._shape
+            if shape is None or not torch.is_grad_enabled():
                 return
             self.used = True
-            h = _by_token(linear, inputs[0].detach(), tokens.shape)
+            h = _by_token(linear, inputs[0].detach(), shape)
 
-            def take(g: torch.Tensor) -> None:
-                self._consume(
-                    linear, h, _by_token(linear, g.detach(), tokens.shape), tokens.segments
-                )
+            def on_gradient(g: torch.Tensor) -> None:
+                assert self._segments is not None, "a backward pass outside of `backward`"
+                self._consume(linear, h, _by_token(linear, g.detach(), shape), self._segments)
 
             if output.requires_grad:
-                output.register_hook(take)
+                output.register_hook(on_gradient)
                 return
 
-            def take_from_leaf(leaf: torch.Tensor) -> None:
+            def on_leaf_gradient(leaf: torch.Tensor) -> None:
                 assert leaf.grad is not None
                 g, leaf.grad = leaf.grad, None
-                take(g)
+                on_gradient(g)
 
             # All parameters are frozen: the graph begins here.
-            output.requires_grad_().register_post_accumulate_grad_hook(take_from_leaf)
+            output.requires_grad_().register_post_accumulate_grad_hook(on_leaf_gradient)
 
-        return take_input
+        return on_forward
 
 
 def _cut(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ through the whole model as in a training step, which any causal LM supports.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +17,16 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch
-from activedpo_fast.gradients.hooks import Capture, Tokens
+from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.lm_head import causal_lm, chunked_logps, language_model_head
 from activedpo_fast.gradients.prompt_cache import continue_prompts, run_prompts
+from activedpo_fast.gradients.segments import (
+    chunk_segments,
+    first_of_group,
+    prompt_segments,
+    response_segments,
+    row_terms,
+)
 from activedpo_fast.ops import reference
 
 
@@ -50,35 +58,71 @@ def gradient_pass(
     as their gradients cannot mix, and those of a prompt once per row: M times for M responses,
     M - 1 times with `relative`.
     """
-    terms = _terms(batch, relative)
+    terms = row_terms(batch, relative)
+    weights = _weights(batch, relative, lengths)
+    shape, segments = _shape(batch.input_ids), response_segments(batch, terms)
+    if not shared:
+        with capture.forward(shape):
+            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
+        _check_used(capture)
+        with capture.backward(segments):
+            (logps * weights).sum().backward()
+        return logps.detach()
+
+    decoder = _decoder(model)
+    with capture.forward(_shape(batch.prompt_ids)):
+        states = _prompt_states(decoder, batch)
+    continued = _one_for_each_response(states, batch)
+    with capture.forward(shape):
+        output = _continue(decoder, batch, continued)
+    logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
+    _check_used(capture)
+    if output.last_hidden_state.requires_grad:
+        with capture.backward(segments):
+            output.last_hidden_state.backward(gradient)
+    del output, gradient
+    _prompt_backward_passes(capture, batch, states, continued, relative)
+    return logps
+
+
+def _weights(batch: Batch, relative: bool, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return the weight of each response's log-prob in the objective, [B]."""
     weights = torch.ones(len(batch.rows), device=batch.input_ids.device)
     if relative:
         if lengths is not None:
             weights = (divisors(batch, lengths, relative) / lengths).to(weights.device)
         # The first response counts negatively, in whichever row of its group it is summed.
-        weights[_first_of_group(batch).to(weights.device)] = -1.0
-    responses = Tokens(_shape(batch.input_ids), _response_segments(batch, terms))
-    if not shared:
-        with capture.tokens(responses):
-            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
-        _check_used(capture)
-        (logps * weights).sum().backward()
-        return logps.detach()
+        weights[first_of_group(batch).to(weights.device)] = -1.0
+    return weights
 
-    decoder = _decoder(model)
-    prompts = Tokens(_shape(batch.prompt_ids), torch.empty(0, 3, dtype=torch.int64))
-    with capture.tokens(prompts):
-        states = _prompt_states(decoder, batch)
-    continued = _one_for_each_response(states, batch)
-    with capture.tokens(responses):
-        output = _continue(decoder, batch, continued)
-    logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
-    _check_used(capture)
-    if output.last_hidden_state.requires_grad:
-        output.last_hidden_state.backward(gradient)
-    del output, gradient
-    _prompts_back(batch, states, continued, prompts, relative)
-    return logps
+
+def _prompt_backward_passes(
+    capture: Capture,
+    batch: Batch,
+    states: list[torch.Tensor],
+    continued: list[torch.Tensor],
+    relative: bool,
+) -> None:
+    """Run the backward passes of the prompts, one per n-th response of all groups."""
+    arrived = [
+        (state, copy.grad)
+        for state, copy in zip(states, continued, strict=True)
+        if copy.grad is not None
+    ]
+    if not arrived:
+        return
+    parts = list(prompt_segments(batch, relative))
+    for number, (group, responses, segments) in enumerate(parts, start=1):
+        gradients = []
+        for state, gradient in arrived:
+            own, *others = (gradient[response.to(gradient.device)] for response in responses)
+            part = sum(others, start=own)
+            index = group.to(gradient.device)
+            gradients.append(torch.zeros_like(state).index_copy_(0, index, part))
+        with capture.backward(segments):
+            torch.autograd.backward(
+                [state for state, _ in arrived], gradients, retain_graph=number < len(parts)
+            )
 
 
 def divisors(batch: Batch, lengths: torch.Tensor, relative: bool) -> torch.Tensor:
@@ -86,7 +130,7 @@ def divisors(batch: Batch, lengths: torch.Tensor, relative: bool) -> torch.Tenso
 
     The rows are divided, not the objective, which would lose bits of small gradients in bf16.
     """
-    of = lengths[_first_of_group(batch)][batch.group_of] if relative else lengths
+    of = lengths[first_of_group(batch)][batch.group_of] if relative else lengths
     return of.double()
 
 
@@ -167,42 +211,6 @@ def _shape(ids: torch.Tensor) -> tuple[int, int]:
     return ids.shape[0], ids.shape[1]
 
 
-def _first_of_group(batch: Batch) -> torch.Tensor:
-    """Return the first response of every group, int64 [P]; groups are contiguous."""
-    return torch.searchsorted(batch.group_of, torch.arange(len(batch.prompt_ids)))
-
-
-def _terms(batch: Batch, relative: bool) -> list[tuple[int, int]]:
-    """Return (response, row) for every response whose tokens add to a row, by response."""
-    if not relative:
-        return [(b, b) for b in range(len(batch.rows))]
-    groups = batch.group_of.tolist()
-    first = _first_of_group(batch).tolist()
-    members: dict[int, list[int]] = {group: [] for group in groups}
-    for b, group in enumerate(groups):
-        members[group].append(b)
-    return [
-        (b, row)
-        for b, group in enumerate(groups)
-        for row in (members[group][1:] if b == first[group] else [b])
-    ]
-
-
-def _response_segments(batch: Batch, terms: list[tuple[int, int]]) -> torch.Tensor:
-    """Return which tokens of `input_ids` (row-major) add to which row, int64 [S, 3]."""
-    length = batch.input_ids.shape[1]
-    counts = batch.attention_mask.sum(dim=1).tolist()
-    segments: list[list[int]] = []
-    for b, row in sorted(terms, key=lambda term: (term[1], term[0])):
-        start = b * length
-        if segments and segments[-1][2] == row and segments[-1][0] == start - length:
-            # Merge adjacent responses of the same row: padding between them has no gradient.
-            segments[-1][1] = start + counts[b]
-        else:
-            segments.append([start, start + counts[b], row])
-    return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
-
-
 def _decoder(model: nn.Module) -> nn.Module:
     """Return the stack of layers of a causal LM, without its head."""
     decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
@@ -255,11 +263,15 @@ def _scored_logps(
     hidden = output.last_hidden_state
     owners = response.tolist()
 
-    def around(start: int, end: int) -> AbstractContextManager[Any]:
+    @contextmanager
+    def around(start: int, end: int) -> Iterator[None]:
         if captured is None:
-            return nullcontext()
+            yield
+            return
         capture, terms = captured
-        return capture.tokens(Tokens((1, end - start), _chunk_segments(owners[start:end], terms)))
+        segments = chunk_segments(owners[start:end], terms)
+        with capture.forward((1, end - start)), capture.backward(segments):
+            yield
 
     with language_model_head(causal_lm(model), decoder, output) as head:
         logps, gradient = chunked_logps(
@@ -274,53 +286,6 @@ def _scored_logps(
     if gradient is None:
         return total, None
     return total, torch.zeros_like(hidden).index_put_((response, position - 1), gradient)
-
-
-def _chunk_segments(owners: list[int], terms: list[tuple[int, int]]) -> torch.Tensor:
-    """Return the segments of a chunk of scored tokens, whose responses `owners` are ascending."""
-    found: dict[int, tuple[int, int]] = {}
-    for position, owner in enumerate(owners):
-        found[owner] = (found.get(owner, (position, 0))[0], position + 1)
-    segments = [[*found[b], row] for b, row in terms if b in found]
-    return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
-
-
-def _prompts_back(
-    batch: Batch,
-    states: list[torch.Tensor],
-    continued: list[torch.Tensor],
-    tokens: Tokens,
-    relative: bool,
-) -> None:
-    """Run the backward passes of the prompts, one per n-th response of all groups."""
-    arrived = [
-        (state, copy.grad)
-        for state, copy in zip(states, continued, strict=True)
-        if copy.grad is not None
-    ]
-    if not arrived:
-        return
-    groups, length = batch.prompt_ids.shape
-    first = _first_of_group(batch)
-    sizes = torch.bincount(batch.group_of, minlength=groups)
-    begins = length - batch.prompt_mask.sum(dim=1).cpu()
-    slots = range(1 if relative else 0, int(sizes.max()))
-    for slot in slots:
-        has = (sizes > slot).nonzero().squeeze(1)
-        response = first[has] + slot
-        tokens.segments = torch.stack(
-            [has * length + begins[has], (has + 1) * length, response], dim=1
-        )
-        gradients = []
-        for state, gradient in arrived:
-            device = gradient.device
-            part = gradient[response.to(device)]
-            if relative:
-                part = part + gradient[first[has].to(device)]
-            gradients.append(torch.zeros_like(state).index_copy_(0, has.to(device), part))
-        torch.autograd.backward(
-            [state for state, _ in arrived], gradients, retain_graph=slot != slots[-1]
-        )
 
 
 def _whole_inputs(batch: Batch) -> dict[str, Any]:

@@ -21,15 +21,15 @@ from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.progress import progress_bar
 
 # The results of a batch: its rows, int64 [n], then tensors [n, ...] on the CPU.
-Taken = tuple[torch.Tensor, ...]
+BatchResult = tuple[torch.Tensor, ...]
 # (batch on the device, whether its prompts are shared)
-Take = Callable[[Batch, bool], Taken]
+RunBatch = Callable[[Batch, bool], BatchResult]
 
 
 def run_batches(
     tokenized: TokenizedPool,
     rows: Sequence[int],
-    take: Take,
+    run_batch: RunBatch,
     layout: Layout,
     budget: TokenBudget,
     *,
@@ -38,8 +38,8 @@ def run_batches(
     title: str = "",
     show_progress: bool | None = False,
     whole_items: bool = False,
-) -> Iterator[Taken]:
-    """Run `take` on every batch of `rows`; when memory runs out, replan with half the tokens.
+) -> Iterator[BatchResult]:
+    """Run `run_batch` on every batch of `rows`; when memory runs out, replan with half the tokens.
 
     Args:
         length_class: which lengths may share a batch, see `models.positions`.
@@ -61,7 +61,7 @@ def run_batches(
                 try:
                     with budget.batch(padded_tokens(members)):
                         batch = collate(tokenized.sequences, members, pad_token_id=pad_token_id)
-                        taken = take(batch.to(budget.device), shared)
+                        result = run_batch(batch.to(budget.device), shared)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -74,7 +74,7 @@ def run_batches(
                 else:
                     done.update(batch.rows.tolist())
                     progress.update(len(batch.rows))
-                    yield taken
+                    yield result
                     if budget.tokens != planned:
                         break
                     continue

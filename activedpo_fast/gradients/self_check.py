@@ -21,7 +21,7 @@ from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import Batch, Layout, collate, group_rows
 from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
-from activedpo_fast.gradients.running import Take, Taken, run_batches
+from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
@@ -78,47 +78,19 @@ def gradient_layout(
     Raises:
         UnsupportedParameterError: naming the first parameter whose gradients differ in any layout.
     """
-    expected: dict[int, dict[str, torch.Tensor]] = {}
-    for row in _rows_to_check(tokenized):
-        try:
-            expected[row] = _autograd_gradients(
-                model, linears, tokenized, row, pad_token_id, precision
-            )
-        except (RuntimeError, MemoryError) as raised:
-            if not is_out_of_memory(raised) or not expected:
-                raise
-            length = len(tokenized.sequences[row].input_ids)
-        else:
-            continue
-        logger.warning(
-            "self-check: not enough memory for autograd on %d tokens; only shorter "
-            "responses are checked",
-            length,
-        )
-        break
+    expected = _autograd_rows(model, linears, tokenized, pad_token_id, precision)
     if not expected:
         return Layout.SHARED  # nothing is scored, so that every row is zero
     shapes = [shape for linear in linears for shape in linear.shapes()]
-    plan = SketchPlan(Sketch("none"), shapes)
-
-    def take(batch: Batch, shared: bool) -> Taken:
-        captured = torch.zeros(
-            len(batch.rows), plan.dim, dtype=row_dtype(linears), device=batch.input_ids.device
-        )
-        with (
-            undisturbed(model, precision),
-            sketch_into(plan, captured) as consume,
-            Capture(linears, consume) as capture,
-        ):
-            gradient_pass(model, batch, capture, shared=shared, relative=False)
-        return batch.rows, captured
-
+    run_batch = _whole_gradient_pass(model, linears, precision)
     tolerance = _tolerance(model, precision)
 
     def largest_error(layout: Layout) -> float:
         """Return the largest error of a row, relative to its norm; raise if a parameter fails."""
         errors = [0.0]
-        for rows, captured in _run(model, tokenized, list(expected), take, layout, pad_token_id):
+        for rows, captured in _run(
+            model, tokenized, list(expected), run_batch, layout, pad_token_id
+        ):
             for row, found in zip(rows.tolist(), captured, strict=True):
                 _compare(found, expected[row], shapes, tolerance.gradient)
                 whole = torch.cat([gradient.flatten() for gradient in expected[row].values()])
@@ -139,6 +111,27 @@ def gradient_layout(
     return _first_that_agrees(model, compare)
 
 
+def _whole_gradient_pass(
+    model: nn.Module, linears: Sequence[TrainableLinear], precision: str | None
+) -> RunBatch:
+    """Return a function that gives (rows, captured gradients [n, D]) of a batch."""
+    plan = SketchPlan(Sketch("none"), [shape for linear in linears for shape in linear.shapes()])
+
+    def run(batch: Batch, shared: bool) -> BatchResult:
+        captured = torch.zeros(
+            len(batch.rows), plan.dim, dtype=row_dtype(linears), device=batch.input_ids.device
+        )
+        with (
+            undisturbed(model, precision),
+            sketch_into(plan, captured) as consume,
+            Capture(linears, consume) as capture,
+        ):
+            gradient_pass(model, batch, capture, shared=shared, relative=False)
+        return batch.rows, captured
+
+    return run
+
+
 def forward_layout(
     model: nn.Module, tokenized: TokenizedPool, pad_token_id: int, precision: str | None
 ) -> Layout:
@@ -147,24 +140,24 @@ def forward_layout(
     if not rows:
         return Layout.SHARED
 
-    def take(batch: Batch, shared: bool) -> Taken:
+    def run(batch: Batch, shared: bool) -> BatchResult:
         with undisturbed(model, precision):
             logps = logp_pass(model, batch, shared=shared).double()
             return batch.rows, logps, hidden_pass(model, batch, shared=shared).double()
 
-    def run(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        taken = list(_run(model, tokenized, rows, take, layout, pad_token_id))
-        order = torch.cat([part[0] for part in taken]).argsort()
-        logps, hidden = (torch.cat([part[n].cpu() for part in taken])[order] for n in (1, 2))
+    def results(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = list(_run(model, tokenized, rows, run, layout, pad_token_id))
+        order = torch.cat([part[0] for part in parts]).argsort()
+        logps, hidden = (torch.cat([part[n].cpu() for part in parts])[order] for n in (1, 2))
         return logps, hidden
 
-    alone, hidden_alone = run(Layout.ALONE)
+    alone, hidden_alone = results(Layout.ALONE)
     tolerance = _tolerance(model, precision)
 
     def compare(layout: Layout) -> None:
         if layout is Layout.ALONE:
             return
-        logps, hidden = run(layout)
+        logps, hidden = results(layout)
         # A response with log π near 0 is measured against the size of the others.
         errors = {
             "log-prob": (
@@ -208,16 +201,16 @@ def _run(
     model: nn.Module,
     tokenized: TokenizedPool,
     rows: Sequence[int],
-    take: Take,
+    run_batch: RunBatch,
     layout: Layout,
     pad_token_id: int,
-) -> Iterator[Taken]:
+) -> Iterator[BatchResult]:
     """Run all in one batch, as far as the layout, the model's length classes and memory allow."""
     budget = TokenBudget(1 << 30, next(model.parameters()).device)
     return run_batches(
         tokenized,
         rows,
-        take,
+        run_batch,
         layout,
         budget,
         length_class=length_class(model),
@@ -247,6 +240,32 @@ def _compare(
                 f"{tolerance:.0e}); this model cannot be handled, leave the parameter out of "
                 "the adapter"
             )
+
+
+def _autograd_rows(
+    model: nn.Module,
+    linears: Sequence[TrainableLinear],
+    tokenized: TokenizedPool,
+    pad_token_id: int,
+    precision: str | None,
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Return autograd's gradients of the responses to check, as far as memory allows."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for row in _rows_to_check(tokenized):
+        try:
+            found[row] = _autograd_gradients(
+                model, linears, tokenized, row, pad_token_id, precision
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not found:
+                raise
+            logger.warning(
+                "self-check: not enough memory for autograd on %d tokens; only shorter "
+                "responses are checked",
+                len(tokenized.sequences[row].input_ids),
+            )
+            return found
+    return found
 
 
 def _autograd_gradients(

@@ -158,7 +158,7 @@ def test_log_probs_and_hidden_states(arch: str, tokens: TokenizedPool) -> None:
     model = lora(tiny_causal_lm(arch), arch)
     extractor = FeatureExtractor(model, EXACT, max_tokens_per_batch=160)
     logps, hidden = extractor.logps(tokens), extractor.hidden(tokens)
-    assert [layout for layout, _ in extractor._forward_layout.values()] == [Layout.SHARED]
+    assert [layout for layout, _ in extractor._layouts._forward.values()] == [Layout.SHARED]
     for row, sequence in enumerate(tokens.sequences):
         ids = torch.tensor([sequence.input_ids])
         with torch.no_grad():

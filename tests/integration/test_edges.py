@@ -120,12 +120,12 @@ def test_what_one_check_finds_holds_for_the_other() -> None:
     extractor = FeatureExtractor(model, EXACT, beta=1.0)
     extractor.gradients(TOKENS)
     longest = max(len(sequence.input_ids) for sequence in TOKENS.sequences)
-    extractor._gradient_layout = {True: (Layout.ALONE, longest)}
+    extractor._layouts._gradients = {True: (Layout.ALONE, longest)}
     seen: list[int] = []
     model.get_submodule("base_model.model.model.layers.0").register_forward_hook(
         lambda module, inputs, output: seen.append(len(inputs[0]))
     )
-    extractor._forward_layout[model] = (Layout.SHARED, longest)
+    extractor._layouts._forward[model] = (Layout.SHARED, longest)
     extractor.logps(TOKENS)
     assert set(seen) == {1} and len(seen) == len(TOKENS.sequences)
 

@@ -178,8 +178,8 @@ def test_a_rehearsal_leaves_no_trace(
             "tokenizer": (tokenizer.pad_token, tokenizer.padding_side),
             "arguments": loop.dpo_args.to_dict(),
             "layouts": (
-                dict(loop.selector.extractor._gradient_layout),
-                dict(loop.selector.extractor._forward_layout),
+                dict(loop.selector.extractor._layouts._gradients),
+                dict(loop.selector.extractor._layouts._forward),
             ),
         }
 
