@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -16,22 +14,19 @@ from transformers import PreTrainedModel
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
+from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_items
 from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.layouts import KnownLayouts
-from activedpo_fast.gradients.lm_head import causal_lm
 from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
-from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
+from activedpo_fast.gradients.running import BatchResult, RunBatch
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
-from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import TrainableLinear, trainable_linears
 from activedpo_fast.models.named import GivenModel, as_model_alone
-from activedpo_fast.models.positions import LengthClass, length_class
+from activedpo_fast.models.positions import length_class
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = (None, "bf16")
 
@@ -131,12 +126,11 @@ class FeatureExtractor:
         self.beta = beta
         self.length_normalized = length_normalized
         self.pad_token_id = pad_token_id
-        self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
         self._layouts = KnownLayouts(
             self.model, pad_token_id=pad_token_id, precision=precision, verify=verify
         )
-        self._said_lengths: WeakSet[nn.Module] = WeakSet()
+        self._runner = ModelRunner(pad_token_id, max_tokens_per_batch)
 
     @in_own_modes
     def gradients(
@@ -196,7 +190,7 @@ class FeatureExtractor:
         # Rows are relative to each other if they can be in one batch.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups)
-        for result in self._run(
+        for result in self._runner.run(
             tokenized,
             rows,
             self._gradient_pass(tokenized, linears, relative),
@@ -206,12 +200,14 @@ class FeatureExtractor:
             show_progress,
             whole_items=relative,
         ):
-            finite = _finite(result)
+            finite = finite_rows(result)
             if relative:
-                finite = _whole_items(finite, result[0], tokenized)
+                finite = whole_items(finite, result[0], tokenized)
             yield tuple(part[finite] for part in result), relative
             run_alone = self._gradient_pass(tokenized, linears, relative=False)
-            for alone in self._alone(tokenized, result[0][~finite], run_alone, self.model):
+            for alone in self._runner.run_alone(
+                tokenized, result[0][~finite], run_alone, self.model
+            ):
                 yield alone, False
 
     def _gradient_pass(
@@ -329,87 +325,12 @@ class FeatureExtractor:
         """Run `run_batch` on all responses; all results are finite."""
         layout = self._layouts.for_forward(tokenized, model)
         rows = range(len(tokenized.sequences))
-        for result in self._run(tokenized, rows, run_batch, model, layout, title, show_progress):
-            finite = _finite(result)
+        for result in self._runner.run(
+            tokenized, rows, run_batch, model, layout, title, show_progress
+        ):
+            finite = finite_rows(result)
             yield tuple(part[finite] for part in result)
-            yield from self._alone(tokenized, result[0][~finite], run_batch, model)
-
-    def _run(
-        self,
-        tokenized: TokenizedPool,
-        rows: Sequence[int],
-        run_batch: RunBatch,
-        model: nn.Module,
-        layout: Layout,
-        title: str,
-        show_progress: bool | None,
-        whole_items: bool = False,
-    ) -> Iterator[BatchResult]:
-        budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
-        classify = length_class(model)
-        if (
-            classify is not None
-            and model not in self._said_lengths
-            and _say_lengths_apart(model, tokenized, classify)
-        ):
-            self._said_lengths.add(model)
-        return run_batches(
-            tokenized,
-            rows,
-            run_batch,
-            layout,
-            budget,
-            length_class=classify,
-            pad_token_id=self.pad_token_id,
-            title=title,
-            show_progress=show_progress,
-            whole_items=whole_items,
-        )
-
-    def _alone(
-        self, tokenized: TokenizedPool, rows: torch.Tensor, run_batch: RunBatch, model: nn.Module
-    ) -> Iterator[BatchResult]:
-        """Run `run_batch` alone on each response that was not finite in a batch.
-
-        A model with a nearly infinite mask gives NaN at padding that can attend to nothing else.
-        """
-        if len(rows) == 0:
-            return
-        logger.warning(
-            "%d responses are not finite in a batch (first: %s); each is run alone",
-            len(rows),
-            tokenized.place(int(rows[0])),
-        )
-        for result in self._run(
-            tokenized, rows.tolist(), run_batch, model, Layout.ALONE, "", False
-        ):
-            if not _finite(result).all():
-                raise ActiveDPOError(
-                    f"{tokenized.place(int(result[0][0]))}: what the model gives for it is not "
-                    "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
-                    "range, or leave the item out"
-                )
-            yield result
-
-
-def _finite(result: BatchResult) -> torch.Tensor:
-    """Return which rows have only finite numbers, bool [n]."""
-    return torch.stack(
-        [
-            part.isfinite().flatten(1).all(dim=1) if part.dim() > 1 else part.isfinite()
-            for part in result[1:]
-        ]
-    ).all(dim=0)
-
-
-def _whole_items(
-    finite: torch.Tensor, rows: torch.Tensor, tokenized: TokenizedPool
-) -> torch.Tensor:
-    """Return `finite` [n], False for all rows of an item if it is for one of them."""
-    if finite.all():
-        return finite
-    items = torch.tensor([tokenized.item_of(row) for row in rows.tolist()])
-    return ~torch.isin(items, items[~finite])
+            yield from self._runner.run_alone(tokenized, result[0][~finite], run_batch, model)
 
 
 def _is_number(value: object) -> bool:
@@ -433,22 +354,6 @@ def _subtract_first(
         if start != row:
             gradients[row] -= gradients[start]
     gradients[list(first.values())] = 0.0
-
-
-def _say_lengths_apart(model: nn.Module, tokenized: TokenizedPool, classify: LengthClass) -> bool:
-    """Log a warning if responses are kept apart by length; return whether it was logged."""
-    groups = group_rows(tokenized, range(len(tokenized.sequences)), Layout.SHARED, classify)
-    apart = sum(len(group.rows) for group in groups if group.kind != 0)
-    if apart:
-        logger.warning(
-            "%s embeds positions by the longest sequence of a batch: %d of %d responses are longer "
-            "than its original length; they share a batch or a prompt's pass only where that "
-            "changes nothing, which is slower",
-            type(causal_lm(model)).__name__,
-            apart,
-            len(tokenized.sequences),
-        )
-    return apart > 0
 
 
 def _check_precision(precision: str | None, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from activedpo_fast.gradients.sketch import SketchPlan
 from activedpo_fast.gradients.trainable import TrainableLinear
 
 # Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
-# sees few already: a group this large keeps it busy for longer than launching the next one takes.
+# sees few already: this much keeps it busy for longer than launching the next sketches takes.
 ASIDE = 1 << 30
 
 
@@ -27,15 +27,15 @@ ASIDE = 1 << 30
 def sketch_into(plan: SketchPlan, out: Tensor) -> Iterator[Consumer]:
     """Give a consumer that adds the gradients of each layer's parameters to the rows `out`.
 
-    out: [n, plan.dim]. It has all of them once the context is left without an error.
+    out: [n, plan.dim]. It has all of them once the context ends without an error.
     """
     sketching = _Sketching(plan, out, ASIDE if out.is_cuda else 0)
-    yield sketching.take
+    yield sketching.add
     sketching.finish()
 
 
 @dataclass
-class _Group:
+class _Captured:
     """What was captured with the same segments, on the same stream."""
 
     segments: Tensor
@@ -46,21 +46,21 @@ class _Group:
 class _Sketching:
     def __init__(self, plan: SketchPlan, out: Tensor, most: int) -> None:
         self._plan, self._out, self._most = plan, out, most
-        self._groups: dict[tuple[int, Any], _Group] = {}
+        self._aside: dict[tuple[int, Any], _Captured] = {}
         self._addresses: set[int] = set()  # layers share inputs
         self._bytes = 0
 
-    def take(self, linear: TrainableLinear, h: Tensor, g: Tensor, segments: Tensor) -> None:
+    def add(self, linear: TrainableLinear, h: Tensor, g: Tensor, segments: Tensor) -> None:
         stream = torch.cuda.current_stream(g.device) if g.is_cuda else None
-        group = self._groups.setdefault((id(segments), stream), _Group(segments, stream))
+        captured = self._aside.setdefault((id(segments), stream), _Captured(segments, stream))
         if linear.weight is not None:
             # Under autocast h is the layer's input before the cast, and g has the cast dtype.
             dtype = torch.promote_types(h.dtype, g.dtype)
             h, g = h.to(dtype), g.to(dtype)
             left, right = (h, g) if linear.transposed else (g, h)
-            group.gradients.append((linear.weight, left, right))
+            captured.gradients.append((linear.weight, left, right))
         if linear.bias is not None:
-            group.gradients.append((linear.bias, g, g.new_ones(len(g), 1)))
+            captured.gradients.append((linear.bias, g, g.new_ones(len(g), 1)))
         for tensor in (h, g):
             if tensor.data_ptr() not in self._addresses:
                 self._addresses.add(tensor.data_ptr())
@@ -70,9 +70,9 @@ class _Sketching:
 
     def finish(self) -> None:
         """Sketch what was put aside."""
-        for group in self._groups.values():
-            with torch.cuda.stream(group.stream):  # None: no stream
-                self._plan.add(self._out, group.gradients, group.segments)
-        self._groups.clear()
+        for captured in self._aside.values():
+            with torch.cuda.stream(captured.stream):  # None: no stream
+                self._plan.add(self._out, captured.gradients, captured.segments)
+        self._aside.clear()
         self._addresses.clear()
         self._bytes = 0

@@ -273,12 +273,12 @@ def pair_lengths(rows: Any, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor
     norms = torch.zeros(len(rows), dtype=torch.float64)
     used = pairs.unique()
     for part in used.split(_rows_at_a_time(rows)):
-        norms[part] = torch.linalg.vector_norm(_taken(rows, part), dim=1).cpu()
+        norms[part] = torch.linalg.vector_norm(_widened(rows, part), dim=1).cpu()
     divisor = torch.where(norms > 0, norms, 1.0) if by_row else torch.ones_like(norms)
     lengths = norms.new_empty(len(pairs))
     for part in torch.arange(len(pairs)).split(_rows_at_a_time(rows)):
         a, b = (
-            (_taken(rows, side) / divisor[side, None].to(rows.device))
+            (_widened(rows, side) / divisor[side, None].to(rows.device))
             for side in pairs[part].unbind(1)
         )
         lengths[part] = torch.linalg.vector_norm(a - b, dim=1).cpu()
@@ -295,7 +295,7 @@ def advance(state: Any) -> Tensor:
     )
     dots = torch.zeros(len(state.rows), state.count - start, dtype=torch.float64)
     for part in used.split(_rows_at_a_time(state.rows)):
-        dots[part] = (_taken(state.rows, part) @ new.T).cpu() / state.row_divisor[part, None]
+        dots[part] = (_widened(state.rows, part) @ new.T).cpu() / state.row_divisor[part, None]
     state.touched += len(used)
 
     first, second = state.pairs[stale].unbind(1)
@@ -327,9 +327,9 @@ def advance(state: Any) -> Tensor:
     return remaining[upper >= lower.max()] if len(remaining) else remaining
 
 
-def _taken(rows: Any, numbers: Tensor) -> Tensor:
-    taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
-    return taken.to(torch.float64)
+def _widened(rows: Any, numbers: Tensor) -> Tensor:
+    found = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
+    return found.to(torch.float64)
 
 
 def _rows_at_a_time(rows: Any) -> int:

@@ -62,17 +62,17 @@ class ModelSignals(Signals):
         self.repeated = candidates.prompts.repeats()[mine]
 
     def gradients(self, *, relative: bool = False) -> Tensor:
-        def take() -> Tensor:
+        def compute() -> Tensor:
             rows = self._extractor.gradients(
                 self._tokens, relative=relative, show_progress=self._show_progress
             )
             self._cache.setdefault("logps", rows.logps)  # they come for free
             return rows.gradients
 
-        return self._taken(f"gradients {relative=}", take)
+        return self._own(f"gradients {relative=}", compute)
 
     def history_gradients(self, *, relative: bool = False) -> History:
-        def take(tokens: TokenizedPool) -> Tensor:
+        def extract(tokens: TokenizedPool) -> Tensor:
             rows = self._extractor.gradients(
                 tokens, relative=relative, show_progress=self._show_progress
             )
@@ -81,11 +81,11 @@ class ModelSignals(Signals):
 
         return self._once(
             f"history_gradients {relative=}",
-            lambda: self._history(self.gradients(relative=relative), take),
+            lambda: self._history(self.gradients(relative=relative), extract),
         )
 
     def hidden(self) -> Tensor:
-        return self._taken(
+        return self._own(
             "hidden",
             lambda: self._extractor.hidden(self._tokens, show_progress=self._show_progress),
         )
@@ -100,7 +100,7 @@ class ModelSignals(Signals):
         )
 
     def logps(self) -> Tensor:
-        return self._taken(
+        return self._own(
             "logps", lambda: self._extractor.logps(self._tokens, show_progress=self._show_progress)
         )
 
@@ -117,7 +117,7 @@ class ModelSignals(Signals):
         )
 
     def ref_logps(self) -> Tensor:
-        return self._taken("ref_logps", lambda: self._reference_logps(self._tokens))
+        return self._own("ref_logps", lambda: self._reference_logps(self._tokens))
 
     def history_ref_logps(self) -> History:
         return self._once(
@@ -132,7 +132,7 @@ class ModelSignals(Signals):
             self.seconds = before + time.perf_counter() - started
         return self._cache[name]
 
-    def _taken(self, name: str, compute: Callable[[], Any]) -> Any:
+    def _own(self, name: str, compute: Callable[[], Any]) -> Any:
         """Like `_once`, for values that each process computes for its own part."""
         return self._once(name, lambda: self._processes.check(compute))
 
@@ -144,7 +144,7 @@ class ModelSignals(Signals):
         inside = self._processes.gather(rows[mine])
         if not self._elsewhere:
             return inside, pairs_inside
-        tokens = self._taken("outside tokens", self._outside_tokens)
+        tokens = self._own("outside tokens", self._outside_tokens)
         outside = self._processes.gather(
             self._processes.check(lambda: rows[:0] if tokens is None else extract(tokens))
         )

@@ -113,12 +113,12 @@ class PairFeatures:
         difference = parts[:, 0] - parts[:, 1]
         return difference.div_(self.pair_divisor[indices, None].to(self.device))
 
-    def parts(self, numbers: Tensor) -> Tensor:
-        """Return rows divided by their divisors: float64 [m, k], on `device`."""
+    def parts(self, row_ids: Tensor) -> Tensor:
+        """Return rows `row_ids`, int64 [m], divided by their divisors: float64 [m, k]."""
         rows = self.rows
-        taken = rows[numbers.to(rows.device)] if isinstance(rows, Tensor) else rows.take(numbers)
-        divisor = self.row_divisor[numbers, None].to(self.device)
-        return taken.to(torch.float64, copy=True).div_(divisor)
+        found = rows[row_ids.to(rows.device)] if isinstance(rows, Tensor) else rows.take(row_ids)
+        divisor = self.row_divisor[row_ids, None].to(self.device)
+        return found.to(torch.float64, copy=True).div_(divisor)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield all features in order, a bounded number at a time: float64 [m, k]."""

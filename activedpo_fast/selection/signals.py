@@ -133,52 +133,20 @@ class TensorSignals(Signals):
             )
         n_rows = len(item_of_row)
         check_pairs(pairs, n_rows, "pairs")
-        for name, matrix in (("gradients", gradients), ("hidden", hidden)):
-            if matrix is not None:
-                _check_matrix(matrix, name)
-        for name, given in (
-            ("gradients", gradients),
-            ("hidden", hidden),
-            ("logps", logps),
-            ("ref_logps", ref_logps),
-            ("lengths", lengths),
-        ):
-            if given is not None and len(given) != n_rows:
-                raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
-        for name, vector in (("logps", logps), ("ref_logps", ref_logps)):
-            if vector is not None:
-                _check_vector(vector, name)
-        for name, history, current in (
-            ("history_gradients", history_gradients, gradients),
-            ("history_hidden", history_hidden, hidden),
-        ):
-            if history is not None:
-                rows, labeled = history
-                _check_matrix(rows, name)
-                check_pairs(labeled, len(rows), name)
-                if current is not None and rows.shape[1] != current.shape[1]:
-                    raise ActiveDPOError(
-                        f"{name} has {rows.shape[1]} columns, "
-                        f"the candidates have {current.shape[1]}"
-                    )
-        for name, history in (
-            ("history_logps", history_logps),
-            ("history_ref_logps", history_ref_logps),
-        ):
-            if history is not None:
-                _check_vector(history[0], name)
-                check_pairs(history[1], len(history[0]), name)
+        _check_matrix("gradients", gradients, n_rows)
+        _check_matrix("hidden", hidden, n_rows)
+        _check_vector("logps", logps, n_rows)
+        _check_vector("ref_logps", ref_logps, n_rows)
+        _check_count("lengths", lengths, n_rows)
+        _check_matrix_history("history_gradients", history_gradients, gradients)
+        _check_matrix_history("history_hidden", history_hidden, hidden)
+        _check_vector_history("history_logps", history_logps)
+        _check_vector_history("history_ref_logps", history_ref_logps)
+        _check_numbers("prompt_of_row", prompt_of_row, torch.int64, n_rows)
+        _check_numbers("repeated", repeated, torch.bool, n_rows)
         self.pairs = pairs
         self.item_of_row = item_of_row
         self.lengths = lengths
-        for name, numbers, dtype in (
-            ("prompt_of_row", prompt_of_row, torch.int64),
-            ("repeated", repeated, torch.bool),
-        ):
-            if numbers is not None and (numbers.dtype, numbers.shape) != (dtype, (n_rows,)):
-                raise ActiveDPOError(
-                    f"{name} must be {dtype} [{n_rows}], not {numbers.dtype} {list(numbers.shape)}"
-                )
         self.prompt_of_row = prompt_of_row
         self.repeated = repeated
         self._gradients = gradients
@@ -252,16 +220,54 @@ def check_pairs(pairs: Tensor, n_rows: int, name: str) -> None:
         )
 
 
-def _check_vector(values: Tensor, name: str) -> None:
-    if values.ndim != 1 or not values.is_floating_point():
+# -- checks of given signals; None, for one that is not given, passes ------------------------------
+
+
+def _check_count(name: str, given: Tensor | StoredRows | None, n_rows: int | None) -> None:
+    if given is not None and n_rows is not None and len(given) != n_rows:
+        raise ActiveDPOError(f"{name} has {len(given)} rows for {n_rows} responses")
+
+
+def _check_vector(name: str, values: Tensor | None, n_rows: int | None = None) -> None:
+    _check_count(name, values, n_rows)
+    if values is not None and (values.ndim != 1 or not values.is_floating_point()):
         raise ActiveDPOError(
             f"{name} must be floating-point numbers of one dimension, not "
             f"{values.dtype} {list(values.shape)}"
         )
 
 
-def _check_matrix(rows: Tensor | StoredRows, name: str) -> None:
-    if rows.ndim != 2 or not rows.is_floating_point():
+def _check_matrix(name: str, rows: Tensor | StoredRows | None, n_rows: int | None = None) -> None:
+    if rows is not None and (rows.ndim != 2 or not rows.is_floating_point()):
         raise ActiveDPOError(
             f"{name} must be a floating-point matrix [R, k], not {rows.dtype} {list(rows.shape)}"
         )
+    _check_count(name, rows, n_rows)
+
+
+def _check_numbers(name: str, numbers: Tensor | None, dtype: torch.dtype, n_rows: int) -> None:
+    if numbers is not None and (numbers.dtype, numbers.shape) != (dtype, (n_rows,)):
+        raise ActiveDPOError(
+            f"{name} must be {dtype} [{n_rows}], not {numbers.dtype} {list(numbers.shape)}"
+        )
+
+
+def _check_matrix_history(
+    name: str, history: History | None, candidates: Tensor | StoredRows | None
+) -> None:
+    if history is None:
+        return
+    rows, labeled = history
+    _check_matrix(name, rows)
+    check_pairs(labeled, len(rows), name)
+    if candidates is not None and rows.shape[1] != candidates.shape[1]:
+        raise ActiveDPOError(
+            f"{name} has {rows.shape[1]} columns, the candidates have {candidates.shape[1]}"
+        )
+
+
+def _check_vector_history(name: str, history: History | None) -> None:
+    if history is not None:
+        numbers, labeled = history
+        _check_vector(name, numbers)
+        check_pairs(labeled, len(numbers), name)

@@ -35,7 +35,7 @@ def test_rows_are_the_same_whatever_is_put_aside(method, most, monkeypatch):
             super().__init__(plan, out, most)
 
         def finish(self):
-            flushes.append(sum(len(group.gradients) for group in self._groups.values()))
+            flushes.append(sum(len(captured.gradients) for captured in self._aside.values()))
             super().finish()
 
     monkeypatch.setattr(sketching, "_Sketching", Counting)

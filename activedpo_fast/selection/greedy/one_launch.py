@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
+from activedpo_fast.ops.layout import rows_together
 from activedpo_fast.ops.scores import DTYPES
 from activedpo_fast.selection.eligible import Eligible, Limit
 from activedpo_fast.selection.greedy.running_scores import first_scores, root_error
@@ -24,7 +26,10 @@ from activedpo_fast.selection.ranking import Ranking
 
 @dataclass
 class ResidentProblem:
-    """GreedyProblem of csrc/greedy.h as tensors on one device; None stands for a null pointer."""
+    """GreedyProblem of csrc/greedy.h as tensors on one device; None stands for a null pointer.
+
+    The names are those of csrc/greedy.h.
+    """
 
     n_candidates: int
     dim: int
@@ -69,72 +74,49 @@ class ResidentProblem:
         show_progress: bool | None = False,
     ) -> ResidentProblem:
         """Return the problem of n picks from `features`, in memory, on `features.device`."""
-        rows, device, n_candidates = features.rows, features.device, len(features)
-        if not isinstance(rows, Tensor):
-            raise ActiveDPOError("rows on disk cannot be selected from in one launch")
-        if n_candidates >= 2**31 or n >= 2**31:
-            raise ActiveDPOError(
-                "2^31 candidate pairs or more cannot be selected from in one launch"
-            )
-
-        def placed(values: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-            # Always a copy: some of them are changed.
-            return values.to(device, dtype, copy=True).contiguous()
-
-        def limit(given: Limit | None) -> tuple[Tensor | None, Tensor | None]:
-            return (
-                (None, None)
-                if given is None
-                else (placed(given.numbers, torch.int32), placed(given.room, torch.int32))
-            )
-
-        def growing(begun: Tensor) -> Tensor:
-            whole = torch.empty(len(begun) + n, features.dim, dtype=torch.float64, device=device)
-            whole[: len(begun)] = begun
-            return whole
-
-        def output(dtype: torch.dtype) -> Tensor:
-            return torch.empty(n, dtype=dtype, device=device)
-
-        rows = rows.detach() if rows.stride(1) == 1 else rows.detach().contiguous()
+        rows = _rows_in_memory(features, n)
+        place = partial(_copy, device=features.device)
         score, error_bound = first_scores(features, information, show_progress)
-        (prompt, prompt_room), (group, group_room) = map(limit, eligible.limits())
+        by_prompt, by_quota_group = eligible.limits()
+        prompt, prompt_room = _limit(by_prompt, features.device)
+        group, group_room = _limit(by_quota_group, features.device)
         forced = torch.tensor(_draws(eligible, n), dtype=torch.int64)
         base, directions, pulled = information.factors()
         cost = eligible.inverse_cost
+        outputs = partial(torch.empty, n, device=features.device)
         return cls(
-            n_candidates=n_candidates,
+            n_candidates=len(features),
             dim=features.dim,
             rows=rows,
             row_stride=rows.stride(0),
-            pairs=placed(features.pairs, torch.int64),
-            row_divisor=placed(features.row_divisor),
-            pair_divisor=placed(features.pair_divisor),
-            reach=placed(features.reach),
-            size=placed(features.size),
-            score=placed(score),
-            doubt=placed(error_bound),
-            left=placed(eligible.remaining, torch.uint8),
-            inverse_cost=None if cost is None else placed(cost),
+            pairs=place(features.pairs, torch.int64),
+            row_divisor=place(features.row_divisor),
+            pair_divisor=place(features.pair_divisor),
+            reach=place(features.reach),
+            size=place(features.size),
+            score=place(score),
+            doubt=place(error_bound),
+            left=place(eligible.remaining, torch.uint8),
+            inverse_cost=None if cost is None else place(cost),
             prompt=prompt,
             prompt_room=prompt_room,
             group=group,
             group_room=group_room,
             min_score=eligible.min_score,
-            forced=placed(forced, torch.int64),
+            forced=place(forced, torch.int64),
             n_forced=len(forced),
             root_norm=math.sqrt(information.kappa / information.lam),
             root_error=root_error(information),
-            base=None if base is None else base.to(device).contiguous(),
-            directions=growing(directions),
-            pulled=growing(pulled),
+            base=None if base is None else base.to(features.device).contiguous(),
+            directions=_with_room(directions, n, features.device),
+            pulled=_with_room(pulled, n, features.device),
             n_before=len(directions),
             rounds=information.count > 0,
             n_picks=n,
-            picks=output(torch.int64),
-            scores=output(torch.float64),
-            touched=output(torch.int64),
-            count=torch.zeros(1, dtype=torch.int64, device=device),
+            picks=outputs(dtype=torch.int64),
+            scores=outputs(dtype=torch.float64),
+            touched=outputs(dtype=torch.int64),
+            count=torch.zeros(1, dtype=torch.int64, device=features.device),
         )
 
     def run(self, module: ModuleType, **where: int) -> None:
@@ -219,6 +201,37 @@ def on_gpu(problem: ResidentProblem) -> None:
         )
     except RuntimeError as error:
         raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
+
+
+def _rows_in_memory(features: PairFeatures, n: int) -> Tensor:
+    """Return the rows, each contiguous; raise if one launch cannot make n picks from them."""
+    rows = features.rows
+    if not isinstance(rows, Tensor):
+        raise ActiveDPOError("rows on disk cannot be selected from in one launch")
+    if len(features) >= 2**31 or n >= 2**31:
+        raise ActiveDPOError("2^31 candidate pairs or more cannot be selected from in one launch")
+    return rows_together(rows.detach())
+
+
+def _copy(values: Tensor, dtype: torch.dtype = torch.float64, *, device: torch.device) -> Tensor:
+    # Always a copy: some of them are changed.
+    return values.to(device, dtype, copy=True).contiguous()
+
+
+def _limit(given: Limit | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    if given is None:
+        return None, None
+    return (
+        _copy(given.numbers, torch.int32, device=device),
+        _copy(given.room, torch.int32, device=device),
+    )
+
+
+def _with_room(begun: Tensor, n: int, device: torch.device) -> Tensor:
+    """Return rows [t, k] with uninitialized room for n more, float64 [t + n, k]."""
+    whole = torch.empty(len(begun) + n, begun.shape[1], dtype=torch.float64, device=device)
+    whole[: len(begun)] = begun
+    return whole
 
 
 def _draws(eligible: Eligible, n: int) -> list[int]:

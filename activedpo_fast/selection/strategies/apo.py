@@ -56,4 +56,4 @@ class Apo(Strategy):
             error = information.error_scale() * candidates.size
             return scores, 2 * scores.sqrt() * error + error.square()
 
-        return rank_top(*part.check(score), n, eligible, group)
+        return rank_top(*part.everywhere(score), n, eligible, group)

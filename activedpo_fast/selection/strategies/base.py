@@ -57,8 +57,8 @@ class Strategy(ABC):
             eligible: which candidates may be picked (see `PickRules.bind`); all, by default. It is
                 used up. With it, there may be fewer than n picks. Random picks come first.
             group: processes that select together, each with the signals (and `eligible`) of its
-                part of the candidates: whole items, numbered consecutively, rank after rank. All
-                get the ranking that one process with all the candidates would get.
+                part of the candidates: whole items, numbered consecutively, process after process.
+                All get the ranking that one process with all the candidates would get.
 
         Raises:
             ActiveDPOError: n is not an integer from 0 to the number of candidate pairs, or a signal
@@ -92,6 +92,6 @@ class Part(NamedTuple):
         processes = Processes(group, count)
         return cls(check_n(n, processes.total), processes.offset, processes.total, processes)
 
-    def check(self, compute: Callable[[], Result]) -> Result:
+    def everywhere(self, compute: Callable[[], Result]) -> Result:
         """Return `compute()`; if it raises in one process, all of them raise."""
         return compute() if self.processes is None else self.processes.check(compute)

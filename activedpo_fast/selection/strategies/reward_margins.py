@@ -26,7 +26,7 @@ def margins(signals: Signals, beta: float, part: Part) -> tuple[Tensor, Tensor]:
         size = beta * (logps.abs() + ref_logps.abs())
         return reward[first] - reward[second], few_ulps(size[first] + size[second])
 
-    return part.check(compute)
+    return part.everywhere(compute)
 
 
 def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
