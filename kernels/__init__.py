@@ -9,6 +9,7 @@
     lora_grad_sketch       sparse or Kronecker sketches of gradients, tile by tile
     sjlt_rows              sparse sketches of existing rows
     lora_grad_rademacher   dense sign projections of gradients, slab by slab
+    slabs                  how that is cut into slabs of a gradient
     response_logp_grad     log-probs of responses and their gradient at the LM head
     variants               the kernel variants to compile ahead of time
 

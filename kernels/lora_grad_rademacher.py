@@ -26,8 +26,6 @@ in float64 beyond that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -38,6 +36,7 @@ from torch import Tensor
 
 from activedpo_fast.kernels.launching import NAMES, cdiv, in_units, on, operand, signed
 from activedpo_fast.kernels.philox import random_words
+from activedpo_fast.kernels.slabs import GRADIENT_TILES, TILES, gradient_tile_for, parts, tile_for
 from activedpo_fast.kernels.variants import LAUNCH, Variant
 
 _STREAM = tl.constexpr(2)  # reference.RADEMACHER_STREAM
@@ -192,77 +191,6 @@ def add_partials_kernel(out, out_stride: tl.int64, plan, rows: tl.int32, k: tl.i
 _COPIED, _ADDED = 1024, (64, 32)  # blocks of copy_slab_kernel and add_partials_kernel
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A configuration of `project_slab_kernel`: number of rows, and of positions at a time."""
-
-    rows: int
-    warps: int
-    stages: int
-    block: int = 128
-
-    def shared(self, pieces: int) -> int:
-        """Return the maximum bytes of shared memory it needs: numbers and random bits."""
-        return 2 * self.stages * pieces * self.rows * self.block + 16 * self.block
-
-
-# For two and three pieces. All except the last need at most 99 KiB of shared memory, which every
-# GPU from sm_80 on has.
-TILES = {2: (Tile(32, 4, 3), Tile(64, 8, 3), Tile(128, 8, 2)),
-         3: (Tile(32, 4, 3), Tile(64, 8, 2), Tile(128, 8, 2))}
-GRADIENT_TILES = ((16, 128), (128, 16), (64, 64))  # of form_slab_kernel: wide, tall, square
-
-
-def tile_for(rows: int, pieces: int, shared: int) -> Tile:
-    """Return the tile for a number of rows, on a GPU with `shared` bytes of shared memory."""
-    fitting = [tile for tile in TILES[pieces] if tile.shared(pieces) <= shared]
-    return next((tile for tile in fitting if tile.rows >= rows), fitting[-1])
-
-
-def gradient_tile_for(rows: int, columns: int) -> tuple[int, int]:
-    """Return the tile of a [rows, columns] gradient, whose short side is a LoRA rank."""
-    wide, tall, square = GRADIENT_TILES
-    if min(rows, columns) > 16:
-        return square
-    return wide if rows <= columns else tall
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The part of a gradient in a slab, starting at row `top` and column `begin`."""
-
-    top: int
-    height: int
-    begin: int
-    width: int  # may extend beyond the gradient
-    whole: bool  # whole rows, flattened and then padded to whole blocks; else each row is padded
-
-
-def _parts(rows: int, columns: int, positions: int, block: int) -> Iterator[_Part]:
-    """Split a gradient into parts of at most `positions` numbers, padded to blocks.
-
-    Parts have many rows if possible, because tokens are read again for every part. All parts start
-    at multiples of 16.
-    """
-    most = max(16, min(256, positions // block // 16 * 16))
-    if min(rows, most) * columns <= positions:
-        height = rows if rows * columns <= positions else _even(rows, positions // columns, 16)
-        for top in range(0, rows, height):
-            yield _Part(top, min(height, rows - top), 0, columns, True)
-        return
-    height = rows if rows <= most else _even(rows, most, 16)
-    width = _even(columns, positions // height, block)
-    for top in range(0, rows, height):
-        for begin in range(0, columns, width):
-            yield _Part(top, min(height, rows - top), begin, width, False)
-
-
-def _even(length: int, most: int, multiple: int) -> int:
-    """Return a part size that splits `length` evenly: a multiple of `multiple`, at most `most`."""
-    count = cdiv(length, most // multiple * multiple)
-    return cdiv(cdiv(length, count), multiple) * multiple
-
-
 class _Projection:
     """The projection of some rows of `length` numbers, slab by slab, added to rows of `out`.
 
@@ -350,7 +278,7 @@ def _add_gradients(out: Tensor, left: Tensor, right: Tensor, numbers: Tensor, fi
     unit = 16 // left.element_size()
     projection = _Projection(out, plan, count, rows * columns, pieces, key)
     a, b = gradient_tile_for(rows, columns)
-    for part in _parts(rows, columns, projection.positions, projection.tile.block):
+    for part in parts(rows, columns, projection.positions, projection.tile.block):
         length = projection.padded(part.height * part.width)
         # Rows that contain only the padding of whole rows count too.
         across = cdiv(part.width, b)
@@ -383,7 +311,7 @@ def rademacher_rows(out: Tensor, x: Tensor, key: int) -> None:
             sums = torch.zeros(count, out.shape[1], dtype=torch.float64, device=out.device)
             plan = torch.arange(count, device=out.device)
             projection = _Projection(sums, plan, count, columns, 3, key)
-            for part in _parts(1, columns, projection.positions, projection.tile.block):
+            for part in parts(1, columns, projection.positions, projection.tile.block):
                 length = projection.padded(part.width)
                 tiles = cdiv(length, _COPIED)
                 copy_slab_kernel[(tiles * count,)](

@@ -76,16 +76,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move the model inputs to `device`; `rows` and `group_of` stay on the CPU."""
-        inputs = (
-            "prompt_ids",
-            "prompt_mask",
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            "scored",
-        )
         return Batch(
-            self.rows, self.group_of, **{name: getattr(self, name).to(device) for name in inputs}
+            self.rows,
+            self.group_of,
+            self.prompt_ids.to(device),
+            self.prompt_mask.to(device),
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.scored.to(device),
         )
 
 
@@ -142,9 +141,8 @@ def plan_batches(groups: Sequence[Group], max_tokens: int, *, split: bool) -> It
 def padded_tokens(groups: Sequence[Group]) -> int:
     """Return the number of tokens in a batch of `groups`, padding included: P·L + B·T."""
     responses = sum(len(group.rows) for group in groups)
-    return len(groups) * max(group.shared for group in groups) + responses * max(
-        group.own for group in groups
-    )
+    length, longest = max(group.shared for group in groups), max(group.own for group in groups)
+    return len(groups) * length + responses * longest
 
 
 def collate(

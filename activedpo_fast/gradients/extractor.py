@@ -365,6 +365,6 @@ def _check_precision(precision: str | None, model: nn.Module) -> None:
     )
     if precision == "bf16" and on_cpu and not has_bf16:
         raise ActiveDPOError(
-            "precision 'bf16' would be slower here: this CPU has no bfloat16 "
-            "instructions (AVX512-BF16 or AMX); leave it out"
+            "precision 'bf16' would be slower here: this CPU has no bfloat16 instructions "
+            "(AVX512-BF16 or AMX); leave it out"
         )

@@ -68,8 +68,8 @@ def run_batches(
                     if len(members) == 1 and (whole_items or len(members[0].rows) == 1):
                         raise ActiveDPOError(
                             f"out of memory for {len(members[0].rows)} responses of one prompt "
-                            f"({padded_tokens(members)} tokens); use a smaller max_length or "
-                            "a device with more memory"
+                            f"({padded_tokens(members)} tokens); use a smaller max_length or a "
+                            "device with more memory"
                         ) from error
                 else:
                     done.update(batch.rows.tolist())

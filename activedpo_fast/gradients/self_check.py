@@ -235,10 +235,9 @@ def _compare(
         # Written so that NaN is refused, too.
         if not bool(error <= tolerance * scale):
             raise UnsupportedParameterError(
-                f"self-check failed: the captured gradient of {name!r} differs from "
-                f"autograd's by {float(error / scale):.1e} of its norm (allowed "
-                f"{tolerance:.0e}); this model cannot be handled, leave the parameter out of "
-                "the adapter"
+                f"self-check failed: the captured gradient of {name!r} differs from autograd's by "
+                f"{float(error / scale):.1e} of its norm (allowed {tolerance:.0e}); this model "
+                "cannot be handled, leave the parameter out of the adapter"
             )
 
 
@@ -260,8 +259,8 @@ def _autograd_rows(
             if not is_out_of_memory(error) or not found:
                 raise
             logger.warning(
-                "self-check: not enough memory for autograd on %d tokens; only shorter "
-                "responses are checked",
+                "self-check: not enough memory for autograd on %d tokens; only shorter responses "
+                "are checked",
                 len(tokenized.sequences[row].input_ids),
             )
             return found

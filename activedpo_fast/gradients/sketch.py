@@ -159,8 +159,8 @@ class SketchPlan:
         expected = (*shape, 1)[:2]
         if (left.shape[1], right.shape[1]) != expected:
             raise ActiveDPOError(
-                f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, "
-                f"expected {list(expected)}"
+                f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, expected "
+                f"{list(expected)}"
             )
 
 

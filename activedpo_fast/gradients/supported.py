@@ -152,8 +152,8 @@ def _check_kind(model: nn.Module) -> None:
     config: Any = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ActiveDPOError(
-            f"{name} is an encoder-decoder model, whose encoder would read the "
-            f"response too: {_WANTED}"
+            f"{name} is an encoder-decoder model, whose encoder would read the response too: "
+            f"{_WANTED}"
         )
     for peft_class, task in _PEFT_TASKS:
         if isinstance(model, peft_class):
@@ -182,8 +182,8 @@ def _check_kind(model: nn.Module) -> None:
     reason = _why_not_causal(known[0] if known else name, config)
     if reason is not None:
         raise ActiveDPOError(
-            f"{name}: {reason}, so that each token would see those after it, and "
-            f"log π(y|x) is not defined: {_WANTED}"
+            f"{name}: {reason}, so that each token would see those after it, and log π(y|x) is not "
+            f"defined: {_WANTED}"
         )
 
 
@@ -217,8 +217,8 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if distributed is not None and isinstance(parameter, distributed.DTensor):
             raise ActiveDPOError(
-                f"{name!r} is sharded over processes (a DTensor, of FSDP2 or "
-                f"tensor parallelism); {_WHOLE} sharding"
+                f"{name!r} is sharded over processes (a DTensor, of FSDP2 or tensor parallelism); "
+                f"{_WHOLE} sharding"
             )
         if hasattr(parameter, "ds_id"):
             raise ActiveDPOError(f"{name!r} is a ZeRO-3 shard of DeepSpeed; {_WHOLE} ZeRO-3")
@@ -240,14 +240,14 @@ def _check_gradients(model: nn.Module) -> None:
     tensor_parallel = getattr(_inner(model), "_tp_size", None) or 1
     if tensor_parallel > 1:
         raise ActiveDPOError(
-            f"the model is split over {tensor_parallel} processes (tensor "
-            f"parallelism); {_WHOLE} tp_plan"
+            f"the model is split over {tensor_parallel} processes (tensor parallelism); {_WHOLE} "
+            "tp_plan"
         )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ActiveDPOError(
-                f"{name!r} was made inside torch.inference_mode(), where no "
-                "gradient can be taken: load the model outside of it"
+                f"{name!r} was made inside torch.inference_mode(), where no gradient can be taken: "
+                "load the model outside of it"
             )
     for path, layer in _trained_lora(model):
         if isinstance(layer, ParamWrapper):
@@ -268,15 +268,16 @@ def _check_gradients(model: nn.Module) -> None:
 def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the LoRA layers in which an active adapter has a trainable weight."""
     for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and any(
-            parameter.requires_grad
+        if not isinstance(layer, LoraLayer):
+            continue
+        parameters = [
+            parameter
             for adapter in layer.active_adapters
             if adapter in layer.lora_A
-            for parameter in (
-                *layer.lora_A[adapter].parameters(),
-                *layer.lora_B[adapter].parameters(),
-            )
-        ):
+            for matrix in (layer.lora_A[adapter], layer.lora_B[adapter])
+            for parameter in matrix.parameters()
+        ]
+        if any(parameter.requires_grad for parameter in parameters):
             yield path, layer
 
 
@@ -307,9 +308,9 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
     what = "add the token by model.resize_token_embeddings(len(tokenizer))"
     if known is not None and not 0 <= pad_token_id < known:
         raise ActiveDPOError(
-            f"the pad token id {pad_token_id} is beyond the {known} tokens that "
-            f"the model has embeddings for: {what}, or use another pad token, "
-            "such as tokenizer.pad_token = tokenizer.eos_token"
+            f"the pad token id {pad_token_id} is beyond the {known} tokens that the model has "
+            f"embeddings for: {what}, or use another pad token, such as tokenizer.pad_token = "
+            "tokenizer.eos_token"
         )
     if tokenized is None or not tokenized.sequences:
         return
@@ -320,22 +321,20 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
         where = tokenized.place(row)
         if limit is not None and len(ids) > limit:
             raise ActiveDPOError(
-                f"{where} has {len(ids)} tokens with its prompt, and the model "
-                f"has {limit} positions: set max_length to {limit} or less, as "
-                "for DPOTrainer"
+                f"{where} has {len(ids)} tokens with its prompt, and the model has {limit} "
+                f"positions: set max_length to {limit} or less, as for DPOTrainer"
             )
         if known is not None and ids and not 0 <= min(ids) <= max(ids) < known:
             token = max(ids) if max(ids) >= known else min(ids)
             raise ActiveDPOError(
-                f"{where} has the token id {token}, beyond the {known} tokens "
-                f"that the model has embeddings for: is it the model's "
-                f"tokenizer? {what}"
+                f"{where} has the token id {token}, beyond the {known} tokens that the model has "
+                f"embeddings for: is it the model's tokenizer? {what}"
             )
         scored = ids[len(ids) - scored_tokens(sequence) :]
         if predicted is not None and scored and max(scored) >= predicted:
             raise ActiveDPOError(
-                f"{where} has the token id {max(scored)}, beyond the {predicted} "
-                f"tokens that the model's head predicts: {what}"
+                f"{where} has the token id {max(scored)}, beyond the {predicted} tokens that the "
+                f"model's head predicts: {what}"
             )
 
 

@@ -39,8 +39,8 @@ try:
 except ImportError as error:
     _cuda = None
     _WHY_NO_CUDA = (
-        f"the CUDA extension is not built ({error}); with CUDA's compiler nvcc, run "
-        "`pip install .` again, or `python setup.py build_ext --inplace` in a checkout"
+        f"the CUDA extension is not built ({error}); with CUDA's compiler nvcc, run `pip install "
+        ".` again, or `python setup.py build_ext --inplace` in a checkout"
     )
 
 log = logging.getLogger(__name__)
@@ -173,14 +173,11 @@ def _why_not(backend: str, device: str, dtype: torch.dtype, forced: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton" and device == "cpu" and kernels.interpreted():
+        only_tests = "its interpreter serves tests: ACTIVEDPO_BACKEND=triton"
         return (
             _has_not(backend, dtype)
             or kernels.why_not()
-            or (
-                ""
-                if forced == "triton"
-                else "its interpreter serves tests: ACTIVEDPO_BACKEND=triton"
-            )
+            or ("" if forced == "triton" else only_tests)
         )
     reasons: dict[str, Callable[[], str]] = {
         "cpp": lambda: _WHY_NO_CPP,

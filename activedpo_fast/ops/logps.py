@@ -71,14 +71,14 @@ def _(
 def _check_logits(name: str, logits: Tensor, of_tokens: dict[str, Tensor]) -> None:
     if logits.dim() != 2 or not logits.is_floating_point() or logits.requires_grad:
         raise ActiveDPOError(
-            f"{name}: logits are {logits.dtype} {tuple(logits.shape)}, expected a "
-            "detached floating [n, V]"
+            f"{name}: logits are {logits.dtype} {tuple(logits.shape)}, expected a detached "
+            "floating [n, V]"
         )
     for label, given in of_tokens.items():
         if given.shape != logits.shape[:1] or given.device != logits.device:
             raise ActiveDPOError(
-                f"{name}: {label} are {tuple(given.shape)} on {given.device}, "
-                f"expected ({len(logits)},) on {logits.device}"
+                f"{name}: {label} are {tuple(given.shape)} on {given.device}, expected "
+                f"({len(logits)},) on {logits.device}"
             )
     if of_tokens["targets"].dtype != torch.int64:
         raise ActiveDPOError(f"{name}: targets are {of_tokens['targets'].dtype}, expected int64")

@@ -59,15 +59,15 @@ def _check_rank_update(v: Tensor, points: Tensor) -> None:
     for label, tensor in (("v", v), ("points", points)):
         if tensor.dim() != 2 or tensor.dtype != torch.float64 or tensor.layout != torch.strided:
             raise ActiveDPOError(
-                f"{name}: {label} is {tensor.dtype} {tuple(tensor.shape)}, "
-                "expected a dense matrix of torch.float64"
+                f"{name}: {label} is {tensor.dtype} {tuple(tensor.shape)}, expected a dense matrix "
+                "of torch.float64"
             )
         if tensor.requires_grad:
             raise ActiveDPOError(f"{name}: {label} requires grad; it is not differentiated")
     if v.shape[0] != v.shape[1] or v.stride(1) != 1 or v.stride(0) < len(v):
         raise ActiveDPOError(
-            f"{name}: v is {tuple(v.shape)} with strides {v.stride()}, expected a "
-            "square matrix whose rows are contiguous"
+            f"{name}: v is {tuple(v.shape)} with strides {v.stride()}, expected a square matrix "
+            "whose rows are contiguous"
         )
     if points.shape[1] != len(v):
         raise ActiveDPOError(f"{name}: points are {points.shape[1]} wide, expected {len(v)}")

@@ -318,6 +318,6 @@ def _row_source(rows: Tensor | StoredRows) -> Any:
 
 def _unreadable(row: int) -> ActiveDPOError:
     return ActiveDPOError(
-        f"row {row} of the gradient rows on disk cannot be read: was a file of "
-        "the feature store changed or cut short?"
+        f"row {row} of the gradient rows on disk cannot be read: was a file of the feature store "
+        "changed or cut short?"
     )

@@ -316,8 +316,8 @@ def _check_target(out: Tensor, segments: Tensor, method: str) -> None:
         raise ActiveDPOError(f"{name}: out has {out.shape[1]} columns, expected 1 to 2^31 - 1")
     if segments.dtype != torch.int64 or segments.device.type != "cpu" or segments.shape[1] != 3:
         raise ActiveDPOError(
-            f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on "
-            f"{segments.device}, expected torch.int64 [S, 3] on the CPU"
+            f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on {segments.device}, "
+            "expected torch.int64 [S, 3] on the CPU"
         )
 
 
@@ -327,8 +327,8 @@ def _check_weight(out: Tensor, left: Tensor, right: Tensor, key: int) -> None:
     _check_matrix("right", right)
     if left.dtype not in _OUTER_DTYPES or left.dtype != right.dtype:
         raise ActiveDPOError(
-            f"{name}: left is {left.dtype} and right {right.dtype}, expected "
-            "both torch.float32, float64, bfloat16 or float16"
+            f"{name}: left is {left.dtype} and right {right.dtype}, expected both torch.float32, "
+            "float64, bfloat16 or float16"
         )
     if not out.device == left.device == right.device:
         raise ActiveDPOError(

@@ -130,14 +130,7 @@ def split_history(pool: PreferencePool, history: Sequence[Pick]) -> tuple[Tensor
 
 def pool_text(pool: PreferencePool, rules: PickRules | None) -> str:
     """Return a text that is equal for two pools only if these rules cannot tell them apart."""
-    columns = (
-        []
-        if rules is None
-        else [c for c in (rules.group_by, rules.cost, rules.prompt_by) if c is not None]
-    )
-    return repr(
-        (
-            pool.fingerprint(),
-            [[item.extra.get(c) for c in columns] for item in pool] if columns else [],
-        )
-    )
+    names = () if rules is None else (rules.group_by, rules.cost, rules.prompt_by)
+    columns = [name for name in names if name is not None]
+    values = [[item.extra.get(name) for name in columns] for item in pool] if columns else []
+    return repr((pool.fingerprint(), values))

@@ -45,8 +45,8 @@ def prompt_key(item: PoolItem | Prompt, prompt_by: str | None) -> str | bytes:
     name = name_of(value)
     if name is None:
         raise ActiveDPOError(
-            f"prompt_by: {prompt_by!r} of item {item.id!r} must be text, an "
-            f"integer or a boolean, not {value!r}"
+            f"prompt_by: {prompt_by!r} of item {item.id!r} must be text, an integer or a boolean, "
+            f"not {value!r}"
         )
     return name
 

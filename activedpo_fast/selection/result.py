@@ -134,17 +134,12 @@ class Selection(Sequence[Pick]):
         The same prompt may have been picked more than once, but ids in a pool are unique, so the
         item of pick number p has the id `"<id>#<p>"`.
         """
-        return PreferencePool(
-            PoolItem(
-                id=f"{pick.id}#{position}",
-                prompt=pick.prompt,
-                responses=pick.responses,
-                extra={COLUMN: pick.item_chat_template_kwargs}
-                if pick.item_chat_template_kwargs
-                else {},
-            )
-            for position, pick in enumerate(self.picks)
-        )
+        items = []
+        for position, pick in enumerate(self.picks):
+            own = pick.item_chat_template_kwargs
+            extra = {COLUMN: own} if own else {}
+            items.append(PoolItem(f"{pick.id}#{position}", pick.prompt, pick.responses, extra))
+        return PreferencePool(items)
 
 
 def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:

@@ -109,8 +109,8 @@ class PickRules:
             if all(self.group_by not in item.extra for item in items):
                 columns = sorted({name for item in items for name in item.extra})
                 raise ActiveDPOError(
-                    f"group_by: there is no column {self.group_by!r}; the columns "
-                    f"are {', '.join(columns) or 'the texts alone'}"
+                    f"group_by: there is no column {self.group_by!r}; the columns are "
+                    f"{', '.join(columns) or 'the texts alone'}"
                 )
             groups = {_group(item, self.group_by) for item in items}
             for group in self.quotas:
@@ -236,8 +236,8 @@ def _group(item: PoolItem | Prompt, name: str) -> str | None:
     group = name_of(value)
     if group is None:
         raise ActiveDPOError(
-            f"group_by: {name!r} of item {item.id!r} must be text, an integer or "
-            f"a boolean, not {value!r}"
+            f"group_by: {name!r} of item {item.id!r} must be text, an integer or a boolean, not "
+            f"{value!r}"
         )
     return group
 

@@ -81,23 +81,14 @@ def selection_of(
 ) -> Selection:
     """Return the picks described by a ranking of candidate `pairs`."""
     picks = []
-    for rank, (index, score) in enumerate(
-        zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)
-    ):
+    ranked = zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True)
+    for rank, (index, score) in enumerate(ranked):
         (position, first), (_, second) = (pool.locate(row) for row in pairs[index].tolist())
         item = pool[position]
         arguments = template_kwargs(item.extra, chat_template_kwargs) if pool.is_chat else None
         own = own_template_kwargs(item.extra) if pool.is_chat else None
+        pair, responses = (first, second), (item.responses[first], item.responses[second])
         picks.append(
-            Pick(
-                item.id,
-                (first, second),
-                score,
-                rank,
-                item.prompt,
-                (item.responses[first], item.responses[second]),
-                arguments or None,
-                own,
-            )
+            Pick(item.id, pair, score, rank, item.prompt, responses, arguments or None, own)
         )
     return Selection(tuple(picks), strategy)

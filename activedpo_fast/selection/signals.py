@@ -232,8 +232,8 @@ def _check_vector(name: str, values: Tensor | None, n_rows: int | None = None) -
     _check_count(name, values, n_rows)
     if values is not None and (values.ndim != 1 or not values.is_floating_point()):
         raise ActiveDPOError(
-            f"{name} must be floating-point numbers of one dimension, not "
-            f"{values.dtype} {list(values.shape)}"
+            f"{name} must be floating-point numbers of one dimension, not {values.dtype} "
+            f"{list(values.shape)}"
         )
 
 

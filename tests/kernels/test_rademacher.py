@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from activedpo_fast.kernels import lora_grad_rademacher as module  # noqa: E402
-from activedpo_fast.kernels.lora_grad_rademacher import TILES, lora_grad_rademacher, rademacher_rows  # noqa: E402
+from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher, rademacher_rows  # noqa: E402
+from activedpo_fast.kernels.slabs import TILES, parts, tile_for  # noqa: E402
 
 # The interpreter computes with rows that pad a block, too, and with what their memory held.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -143,7 +144,7 @@ def test_many_slabs_of_ready_rows(monkeypatch):
 @pytest.mark.parametrize("positions", [2048, 2176, 65536])
 def test_parts_cover_a_gradient_once(rows, columns, positions):
     seen = torch.zeros(rows, columns, dtype=torch.int64)
-    for part in module._parts(rows, columns, positions, 128):
+    for part in parts(rows, columns, positions, 128):
         assert part.top % 16 == 0 and part.begin % 16 == 0
         assert part.whole or part.width % 128 == 0
         assert part.height * part.width <= positions
@@ -196,7 +197,7 @@ def test_nothing_to_add():
 def test_a_tile_fits_the_gpu():
     for pieces in TILES:
         for rows in (1, 32, 33, 64, 65, 500):
-            small, large = (module.tile_for(rows, pieces, shared) for shared in (101376, 232448))
+            small, large = (tile_for(rows, pieces, shared) for shared in (101376, 232448))
             assert small.shared(pieces) <= 101376
             assert small.rows == min(large.rows, 64) and large.rows >= min(rows, 128)
 

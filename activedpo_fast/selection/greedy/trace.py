@@ -102,8 +102,8 @@ def _require_no_cost_with_min_score(eligible: Eligible) -> None:
     # Each pick can change whether a pair reaches min_score, and so the order by cost.
     if eligible.min_score > -math.inf and eligible.inverse_cost is not None:
         raise ActiveDPOError(
-            "min_score and cost cannot be combined for the strategies 'trace' and "
-            "'trace_plus', whose scores may increase"
+            "min_score and cost cannot be combined for the strategies 'trace' and 'trace_plus', "
+            "whose scores may increase"
         )
 
 

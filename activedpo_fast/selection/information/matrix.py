@@ -65,6 +65,10 @@ class InformationMatrix:
         form: see above.
         device: the device of the state; features are moved there.
 
+    Attributes:
+        drift: the last measured drift; None in the low-rank form and before the first measurement.
+        count: the number of points added.
+
     All state and all results are float64, whatever the features' dtype.
 
     Raises:
@@ -103,23 +107,13 @@ class InformationMatrix:
         self.device = torch.device(device)
         self.count = 0  # t, the points added
         self._log_gain = 0.0  # log det V - log det V_0
-        self._drift: float | None = None
+        self.drift: float | None = None  # as last measured
         self._unwatched = 0  # points since the drift was measured
         self._base: DenseBase | None = None  # B and A, once the form is explicit
         self._latest = Reflections(self.dim, self.device)
         self._points = Rows(self.dim, self.device)
         if self.form == "explicit":
             self._fold()
-
-    @property
-    def is_explicit(self) -> bool:
-        """Whether X and V are currently stored as [k, k] matrices."""
-        return self._base is not None
-
-    @property
-    def drift(self) -> float | None:
-        """The last measured drift; None in the low-rank form and before the first measurement."""
-        return self._drift
 
     def score(self, phi: Tensor) -> Tensor:
         """Return phi^T V^-1 phi of every row: [N, k] -> float64 [N], never negative."""
@@ -243,11 +237,11 @@ class InformationMatrix:
     def _watch(self, base: DenseBase) -> None:
         """Measure the drift after `_fold`, and rebuild X if that helps."""
         self._unwatched = 0
-        self._drift = base.drift()
-        if self._drift > base.drift_bound():
+        self.drift = base.drift()
+        if self.drift > base.drift_bound():
             rebuilt = base.rebuilt()
-            if rebuilt is not None and (better := rebuilt.drift()) < self._drift:
-                self._base, self._drift, self._log_gain = rebuilt, better, rebuilt.log_gain()
+            if rebuilt is not None and (better := rebuilt.drift()) < self.drift:
+                self._base, self.drift, self._log_gain = rebuilt, better, rebuilt.log_gain()
 
     def _checked(self, phi: Tensor, ndim: int) -> Tensor:
         if phi.ndim != ndim or phi.shape[-1] != self.dim:

@@ -71,8 +71,8 @@ class AdpoPlus(Strategy):
         labeled = history_margins(signals, self.beta)
         if len(labeled) != len(history[1]):
             raise ActiveDPOError(
-                f"{len(history[1])} labeled pairs have gradients, but "
-                f"{len(labeled)} have log-probabilities"
+                f"{len(history[1])} labeled pairs have gradients, but {len(labeled)} have "
+                "log-probabilities"
             )
         return greedy_logdet(
             rows,

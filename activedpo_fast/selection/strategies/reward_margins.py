@@ -33,8 +33,8 @@ def warn_if_alike(margins: Tensor, error_bound: Tensor) -> None:
     """Log a warning if the policy equals its reference, as before any training."""
     if len(margins) and bool((margins.abs() <= error_bound).all()):
         logger.warning(
-            "every reward difference is 0, as before any training: it does not rank the "
-            "pairs, so the first ones in the pool are picked"
+            "every reward difference is 0, as before any training: it does not rank the pairs, so "
+            "the first ones in the pool are picked"
         )
 
 
