@@ -20,7 +20,7 @@ from activedpo_fast.gradients.trainable import TrainableLinear
 
 # Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
 # sees few already: this much keeps it busy for longer than launching the next sketches takes.
-ASIDE = 1 << 30
+_ASIDE = 1 << 30
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def sketch_into(plan: SketchPlan, out: Tensor) -> Iterator[Consumer]:
 
     out: [n, plan.dim]. It has all of them once the context ends without an error.
     """
-    sketching = _Sketching(plan, out, ASIDE if out.is_cuda else 0)
+    sketching = _Sketching(plan, out, _ASIDE if out.is_cuda else 0)
     yield sketching.add
     sketching.finish()
 

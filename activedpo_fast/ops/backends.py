@@ -58,7 +58,7 @@ _FASTER = {
     "greedy_select": ("cuda",),
 }
 OPERATIONS = tuple(_FASTER)
-DEVICES = ("cpu", "cuda")
+_DEVICES = ("cpu", "cuda")
 _ON_GPU_ALONE = {"greedy_select"}  # on the CPU it is a loop over `advance`
 _warned: set[str] = set()
 
@@ -117,7 +117,7 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     return {
         operation: {
             device: statuses(operation, device)
-            for device in DEVICES
+            for device in _DEVICES
             if device == "cuda" or operation not in _ON_GPU_ALONE
         }
         for operation in OPERATIONS

@@ -60,7 +60,7 @@ def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
         "rank": pick.rank,
         "prompt": pick.prompt,
         "responses": list(pick.responses),
-        **(template_fields(pick) if template else {}),
+        **(_template_fields(pick) if template else {}),
         **more,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
@@ -97,7 +97,7 @@ def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
     return found
 
 
-def template_fields(pick: Pick) -> dict[str, Any]:
+def _template_fields(pick: Pick) -> dict[str, Any]:
     """Return the chat template fields of a pick's JSONL line; empty if there are none."""
     values = {name: getattr(pick, name) for name in _TEMPLATE_FIELDS}
     return {name: value for name, value in values.items() if value}

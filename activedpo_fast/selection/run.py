@@ -67,12 +67,12 @@ def run_selection(
     )
     if eligible is not None and first:
         warn_if_fewer(len(ranking.indices), n, eligible)
-    return selection_of(
+    return _selection_of(
         candidates.pool, candidates.pairs, ranking, strategy.name, chat_template_kwargs
     )
 
 
-def selection_of(
+def _selection_of(
     pool: PreferencePool,
     pairs: Tensor,
     ranking: Ranking,

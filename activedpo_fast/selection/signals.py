@@ -194,7 +194,7 @@ class TensorSignals(Signals):
             return given
         if any(history is not None for history in self._histories.values()):
             self._missing(name)
-        return empty_history(current())
+        return _empty_history(current())
 
     def _given(self, tensor: Tensor | None, name: str) -> Tensor:
         if tensor is None:
@@ -202,7 +202,7 @@ class TensorSignals(Signals):
         return tensor
 
 
-def empty_history(rows: Tensor | StoredRows) -> History:
+def _empty_history(rows: Tensor | StoredRows) -> History:
     """Return a history without labeled pairs, with width, dtype and device of `rows` [R, ...]."""
     pairs = torch.empty(0, 2, dtype=torch.int64, device=rows.device)
     return (rows[:0] if isinstance(rows, Tensor) else rows.take(pairs[:, 0])), pairs

@@ -83,7 +83,7 @@ def greedy_trace(
     features, v = contest.everywhere(prepare)
     everyones_targets = _gather_targets(contest, features, item_of_row, targets, group)
     scores = contest.everywhere(
-        lambda: TraceScores(features, v, everyones_targets, contest.eligible)
+        lambda: _TraceScores(features, v, everyones_targets, contest.eligible)
     )
     contest.require_same(v)
     indices: list[int] = []
@@ -124,7 +124,7 @@ def _gather_targets(
     return processes.gather(own).to(features.device)
 
 
-class TraceScores:
+class _TraceScores:
     """|C V^-1 phi|^2 / (1 + phi^T V^-1 phi) of all pairs, updated by each pick.
 
     Args:

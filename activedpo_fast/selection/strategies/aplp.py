@@ -78,29 +78,29 @@ class Aplp(Strategy):
         self, signals: Signals, n: int, eligible: Eligible, group: dist.ProcessGroup | None
     ) -> None:
         # A prompt may have items in several processes, so every process considers all prompts.
-        shares = PoolProcesses(group)
-        prompt_of_row = _prompt_of_row(signals, shares)
+        processes = PoolProcesses(group)
+        prompt_of_row = _prompt_of_row(signals, processes)
         prompt_of_pair = prompt_of_row[signals.pairs[:, 0]]
         repeated = torch.zeros_like(prompt_of_row) if signals.repeated is None else signals.repeated
-        once = ~shares.gather(repeated).bool()
+        once = ~processes.gather(repeated).bool()
         logps = signals.logps()
         if signals.lengths is not None:  # the policy's entropy does not depend on the loss
             logps = logps * signals.lengths
-        entropy = _entropy(shares.gather(logps)[once], shares.gather(prompt_of_row)[once])
-        prompts = shares.gather(prompt_of_pair[eligible.remaining].unique()).unique()
+        entropy = _entropy(processes.gather(logps)[once], processes.gather(prompt_of_row)[once])
+        prompts = processes.gather(prompt_of_pair[eligible.remaining].unique()).unique()
         keep = min(len(prompts), math.ceil(self.shortlist * n))
         # `prompts` is ascending, so ties keep the pool's order.
         kept = rank_top(entropy[prompts], few_ulps(entropy[prompts]), keep).indices
         eligible.remaining &= torch.isin(prompt_of_pair, prompts[kept])
 
 
-def _prompt_of_row(signals: Signals, shares: PoolProcesses) -> Tensor:
+def _prompt_of_row(signals: Signals, processes: PoolProcesses) -> Tensor:
     """Return the number of each response's prompt in the whole pool, int64 [R]."""
     if signals.prompt_of_row is not None:
         return signals.prompt_of_row
     own = signals.item_of_row
-    counts = shares.gather(torch.tensor([int(own.max()) + 1 if len(own) else 0]))
-    return own + counts[: shares.rank].sum()
+    counts = processes.gather(torch.tensor([int(own.max()) + 1 if len(own) else 0]))
+    return own + counts[: processes.rank].sum()
 
 
 def _entropy(logps: Tensor, prompt_of_row: Tensor) -> Tensor:
