@@ -183,6 +183,7 @@ class FeatureExtractor:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
         linears = trainable_linears(self.model)
+        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
         groups = group_rows(tokenized, rows, Layout.WHOLE)
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
@@ -190,10 +191,11 @@ class FeatureExtractor:
         # Rows are relative to each other if they can be in one batch.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups)
+        run_alone = self._gradient_pass(tokenized, linears, plan, relative=False)
         for result in self._runner.run(
             tokenized,
             rows,
-            self._gradient_pass(tokenized, linears, relative),
+            self._gradient_pass(tokenized, linears, plan, relative),
             self.model,
             layout,
             "gradient features",
@@ -204,17 +206,19 @@ class FeatureExtractor:
             if relative:
                 finite = whole_items(finite, result[0], tokenized)
             yield tuple(part[finite] for part in result), relative
-            run_alone = self._gradient_pass(tokenized, linears, relative=False)
             for alone in self._runner.run_alone(
                 tokenized, result[0][~finite], run_alone, self.model
             ):
                 yield alone, False
 
     def _gradient_pass(
-        self, tokenized: TokenizedPool, linears: Sequence[TrainableLinear], relative: bool
+        self,
+        tokenized: TokenizedPool,
+        linears: Sequence[TrainableLinear],
+        plan: SketchPlan,
+        relative: bool,
     ) -> RunBatch:
         """Return a function that gives (rows, gradients, logps) of a batch."""
-        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
         dtype = row_dtype(linears)
 
         def run(batch: Batch, shared: bool) -> BatchResult:

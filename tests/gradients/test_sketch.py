@@ -248,6 +248,19 @@ def test_plan_names_the_parameter_at_fault(name, left, out, message):
         )
 
 
+def test_nothing_is_added_if_a_later_parameter_does_not_fit():
+    plan = SketchPlan(Sketch("sjlt", 8), SHAPES)
+    out = torch.zeros(2, 8, dtype=torch.float64)
+    good = ("bias", torch.ones(2, 7), torch.ones(2, 1))
+    bad = ("bias", torch.ones(3, 7), torch.ones(2, 1))
+    segments = torch.tensor([[0, 1, 0], [1, 2, 1]])
+    with pytest.raises(ActiveDPOError, match="left has 3 tokens and right 2"):
+        plan.add(out, [good, bad], segments)
+    assert not out.any()
+    plan.add(out, [good], segments)
+    assert out.any()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_samples(method):
     plan = SketchPlan(Sketch(method, 16), SHAPES)
