@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ class FeatureExtractor:
             self.model, pad_token_id=pad_token_id, precision=precision, verify=verify
         )
         self._runner = ModelRunner(pad_token_id, max_tokens_per_batch)
+
+    def copy(self) -> FeatureExtractor:
+        """Return one with the same model and settings, and its own findings of the self-check."""
+        twin = copy.copy(self)
+        twin._layouts, twin._runner = self._layouts.copy(), self._runner.copy()
+        return twin
 
     @in_own_modes
     def gradients(

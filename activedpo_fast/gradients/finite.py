@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from weakref import WeakSet
@@ -31,6 +32,12 @@ class ModelRunner:
         self._pad_token_id = pad_token_id
         self._max_tokens_per_batch = max_tokens_per_batch
         self._said_lengths: WeakSet[nn.Module] = WeakSet()
+
+    def copy(self) -> ModelRunner:
+        """Return one that has warned of the same models."""
+        twin = copy.copy(self)
+        twin._said_lengths = self._said_lengths.copy()
+        return twin
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -38,6 +39,12 @@ class KnownLayouts:
         # had prompts to share, otherwise by model.
         self._gradients: dict[bool, tuple[Layout, int]] = {}
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
+
+    def copy(self) -> KnownLayouts:
+        """Return one that knows the same; what either finds out later is its own."""
+        twin = copy.copy(self)
+        twin._gradients, twin._forward = self._gradients.copy(), self._forward.copy()
+        return twin
 
     def for_gradients(self, tokenized: TokenizedPool) -> Layout:
         """Return the layout for gradients of the model."""

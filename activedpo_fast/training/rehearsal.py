@@ -134,11 +134,10 @@ def copy_selector(selector: ActiveDPOSelector) -> ActiveDPOSelector:
     The self-check's result on dummy responses says nothing about the run's own.
     """
     twin = copy.copy(selector)
-    twin.extractor = copy.copy(selector.extractor)
-    for owner in (twin, twin.extractor):
-        for name, value in vars(owner).items():
-            if isinstance(value, (dict, list, set, WeakKeyDictionary, WeakSet)):
-                setattr(owner, name, copy.copy(value))
+    for name, value in vars(twin).items():
+        if isinstance(value, (dict, list, set, WeakKeyDictionary, WeakSet)):
+            setattr(twin, name, copy.copy(value))
+    twin.extractor = selector.extractor.copy()
     twin.strategy = copy.deepcopy(selector.strategy)
     return twin
 
