@@ -11,6 +11,7 @@ from benchmarks.claims.known_reward import Setting
 from benchmarks.claims.reviews import ReviewSetting
 
 RANDOM, EVERYTHING = "random", "all labels"
+_SECOND_MODEL = (RANDOM, "activedpo, response", "activedpo, none", "trace_plus")
 ABLATED = (RANDOM, "activedpo, none", "adpo_plus", "trace_plus")
 
 
@@ -236,4 +237,42 @@ def of_reviews() -> list[Experiment]:
         compared=False,
         seconds=60,
     )
-    return [gate, steps, main]
+    gemma = ReviewSetting(model="gemma")
+    gate_gemma = Experiment(
+        "gate gemma",
+        "All pairs of 400 prompts labeled at once, Gemma's architecture",
+        2,
+        (Variant("", EVERYTHING, EVERYTHING, replace(gemma, rounds=1, prompts_per_round=400)),),
+        compared=False,
+        seconds=300,
+    )
+    main_gemma = Experiment(
+        "main gemma",
+        "the same, Gemma's architecture",
+        8,
+        tuple(Variant("", method, method, gemma) for method in _SECOND_MODEL),
+        seconds=300,
+    )
+    responses = Experiment(
+        "responses of reviews",
+        "M responses to each prompt, at the same number of labels",
+        4,
+        tuple(
+            Variant(f"M = {m}", method, method, replace(ReviewSetting(), n_responses=m))
+            for m in (2, 3, 8)
+            for method in (RANDOM, "activedpo, none", "trace_plus")
+        ),
+        seconds=400,
+    )
+    newest = Experiment(
+        "newest of reviews",
+        "training on all labels, or on the newest round's only",
+        4,
+        tuple(
+            Variant(which, method, method, replace(ReviewSetting(), train_on=which))
+            for which in ("all", "newest")
+            for method in (RANDOM, "activedpo, response")
+        ),
+        seconds=200,
+    )
+    return [gate, steps, main, gate_gemma, main_gemma, responses, newest]
