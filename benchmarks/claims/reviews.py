@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast.demo.evaluation import HeldoutReward
+from activedpo_fast.demo.evaluation import HeldoutReward, heldout_files, heldout_rewards
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
@@ -155,8 +155,17 @@ def run(
         "seconds": seconds,
         **{name: [r.metrics[name] for r in records] for name in names},
         "passes": passes(folder, tokenizer, requires(method), setting.epochs, setting.train_on),
+        "win_rate": win_rates(folder),
         **_asked(folder, rating),
     }
+
+
+def win_rates(folder: Path) -> list[float]:
+    """After each evaluation, the share of held-out prompts whose responses are rated higher than
+    at the start, on average over a prompt's responses; an equal rating counts as half."""
+    rewards = np.array([heldout_rewards(path) for path in heldout_files(folder)])
+    difference = rewards - rewards[0]
+    return ((difference > 0) + (difference == 0) / 2).mean(axis=1).tolist()
 
 
 def _trial(name: str, folder: Path, rating: Rating) -> Trial:
