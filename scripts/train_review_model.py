@@ -14,8 +14,8 @@ that it is close to SiLU; embeddings divided by what Gemma multiplies them by.
 
 Examples:
     python scripts/train_review_model.py --minutes 18 --reviews-minutes 5
-    python scripts/train_review_model.py --shape gemma --minutes 30 --reviews-minutes 6 \
-        --work runs/review_model_gemma --out benchmarks/claims/gemma
+    python scripts/train_review_model.py --shape gemma --minutes 28 --reviews-minutes 6 \
+        --lr 7e-4 --work runs/review_model_gemma --out benchmarks/claims/gemma
 """
 
 from __future__ import annotations
