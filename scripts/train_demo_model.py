@@ -322,7 +322,7 @@ def run_phase(
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the model as float16 (half the size) and its tokenizer, in transformers' format."""
     folder.mkdir(parents=True, exist_ok=True)
-    half = LlamaForCausalLM(model.config)
+    half = type(model)(model.config)
     half.load_state_dict(model.state_dict())
     half = half.half()
     half.generation_config = GenerationConfig(

@@ -8,8 +8,14 @@ last on the reviews alone; the checkpoint of that phase with the lowest held-out
 are only 375,000 tokens of reviews: without hidden input tokens, and with more time, the held-out
 loss rises again. The same command continues an interrupted run.
 
-Example:
+`--shape gemma` trains a model of Gemma's architecture instead, by the same two phases. It starts
+from the finished Llama: one key and value head, the mean of the four; GELU with the gate scaled so
+that it is close to SiLU; embeddings divided by what Gemma multiplies them by.
+
+Examples:
     python scripts/train_review_model.py --minutes 18 --reviews-minutes 5
+    python scripts/train_review_model.py --shape gemma --minutes 28 --reviews-minutes 6 \
+        --lr 7e-4 --work runs/review_model_gemma --out benchmarks/claims/gemma
 """
 
 from __future__ import annotations
@@ -40,11 +46,19 @@ from train_demo_model import (
     report,
     run_phase,
 )
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 PROMPT_WORDS = 4
 MIXTURE = {"reviews": 2, "others": 1}  # repeats per epoch of the mixture; descriptions appear once
 DESCRIPTIONS = 9000
+SILU_AS_GELU = 1.702  # silu(x) is close to 1.702 gelu(x / 1.702)
 ADDED_AFTER = (1, 3)  # layers, counted from 0, after which a new one is added
 
 
@@ -112,6 +126,47 @@ def deeper_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model.train()
 
 
+def gemma_from_llama(tokenizer: PreTrainedTokenizerFast) -> GemmaForCausalLM:
+    """Return a Gemma that starts close to the finished Llama, apart from its keys and values."""
+    llama, _ = load(ASSETS / "reviews" / "model")
+    old = llama.config
+    model = GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=old.hidden_size,
+            intermediate_size=old.intermediate_size,
+            num_hidden_layers=old.num_hidden_layers,
+            num_attention_heads=old.num_attention_heads,
+            num_key_value_heads=1,
+            head_dim=old.head_dim,
+            hidden_act="gelu_pytorch_tanh",
+            max_position_embeddings=POSITIONS,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )
+    scale = old.hidden_size**0.5
+    weights = dict(llama.state_dict())
+    for name in weights:
+        if name.endswith("norm.weight"):
+            weights[name] = weights[name] - 1  # Gemma multiplies by 1 + weight
+        elif name.endswith(("k_proj.weight", "v_proj.weight")):
+            heads = weights[name].view(old.num_attention_heads, old.head_dim, -1)
+            weights[name] = heads.mean(dim=0)
+        elif name.endswith("gate_proj.weight"):
+            weights[name] = weights[name] / SILU_AS_GELU
+        elif name.endswith("up_proj.weight"):
+            weights[name] = weights[name] * SILU_AS_GELU
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weights[name] = weights[name] / scale
+    weights["model.norm.weight"] = (weights["model.norm.weight"] + 1) * scale - 1
+    model.load_state_dict(weights)
+    return model.train()
+
+
 def example(tokenizer: PreTrainedTokenizerFast, text: str, prompt: str) -> Example:
     """Encode a text that starts with `prompt`; the rest must not change the prompt's tokens."""
     ids = tokenizer(text + END)["input_ids"][:POSITIONS]
@@ -141,7 +196,10 @@ def train(args: argparse.Namespace) -> None:
         "train": [s.text for s in sentences if not s.heldout],
         "heldout": [s.text for s in sentences if s.heldout],
     }
-    if not (args.work / "tokenizer" / "tokenizer.json").exists():
+    if args.shape == "gemma":
+        _, llama_tokenizer = load(ASSETS / "reviews" / "model")
+        llama_tokenizer.save_pretrained(args.work / "tokenizer")
+    elif not (args.work / "tokenizer" / "tokenizer.json").exists():
         train_tokenizer(reviews["train"] + others + descriptions[:1000]).save_pretrained(
             args.work / "tokenizer"
         )
@@ -162,7 +220,7 @@ def train(args: argparse.Namespace) -> None:
             review_examples["train"],
         ),
     }
-    model = deeper_model(tokenizer)
+    model = (deeper_model if args.shape == "llama" else gemma_from_llama)(tokenizer)
     print(
         f"{model.num_parameters():,} parameters; tokens: "
         f"{ {name: sum(len(e.ids) for e in data) for name, (_, data) in phases.items()} }",
@@ -175,6 +233,7 @@ def train(args: argparse.Namespace) -> None:
     export(model, tokenizer, args.out)
     stored, _ = load(args.out)
     summary = {
+        "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
         "layers": model.config.num_hidden_layers,
@@ -210,6 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--texts", type=Path, default=Path("runs/reviews"), help="folder to download the texts to"
     )
+    parser.add_argument("--shape", choices=("llama", "gemma"), default="llama", help="architecture")
     parser.add_argument("--work", type=Path, default=Path("runs/review_model"), help="checkpoints")
     parser.add_argument("--minutes", type=float, default=18.0, help="minutes on the mixture")
     parser.add_argument("--reviews-minutes", type=float, default=5.0, help="minutes on reviews")

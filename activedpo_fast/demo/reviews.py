@@ -45,10 +45,12 @@ class Rating:
         return (self._embed(texts) @ self._weights + self._bias).tolist()
 
 
-def load_review_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the vendored model before DPO, float32, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(_ASSETS / "model", dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(_ASSETS / "model")
+def load_review_model(
+    folder: Path = _ASSETS / "model",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model before DPO, by default the vendored one, in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def read_review_prompts(split: str) -> list[Prompt]:

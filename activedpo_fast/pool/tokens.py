@@ -128,14 +128,7 @@ def tokenize_pool(
         ActiveDPOError: no usable tokenizer, no EOS token (plain text), no chat template (chat), a
             template that refuses a conversation or renders nothing for a response, bad options.
     """
-    if max_length is not None and not isinstance(max_length, int):
-        raise ActiveDPOError(f"max_length: {max_length!r} is not an integer")
-    if max_length is not None and max_length < 2:
-        raise ActiveDPOError(f"max_length: {max_length} leaves no token to score, 2 is the least")
-    if truncation_mode not in ("keep_start", "keep_end"):
-        raise ActiveDPOError(
-            f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor 'keep_end'"
-        )
+    _check_truncation(max_length, truncation_mode)
     pool = as_pool(pool)
     check_tokenizer(processing_class, chat=pool.is_chat)
     check_template_kwargs(chat_template_kwargs)
@@ -178,38 +171,15 @@ def tokenize_pool(
         elif max_length is not None:
             cut += sum(len(ids) > max_length for ids in full_ids)
 
-    if merged:
-        logger.warning(
-            "%d of %d prompts are not tokenized the same alone as with a response "
-            "(tokens merge at the boundary, or the chat template renders them "
-            "differently); the response starts where they diverge, as in DPOTrainer",
-            merged,
-            len(pool),
-        )
-    if unequal:
-        logger.warning(
-            "%d of %d prompts have three or more responses that start at different "
-            "tokens; all start at the earliest, while DPOTrainer starts some pairs "
-            "later",
-            unequal,
-            len(pool),
-        )
-    if cut:
-        logger.warning(
-            "%d of %d responses are longer than max_length=%d with their prompt and are "
-            "cut at the %s, as in DPOTrainer",
-            cut,
-            len(sequences),
-            max_length,
-            "end" if truncation_mode == "keep_start" else "beginning",
-        )
-    if skipped:
-        logger.warning(
-            "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
-            len(skipped),
-            len(pool),
-            max_length,
-        )
+    _warn(
+        len(pool),
+        merged=merged,
+        unequal=unequal,
+        skipped=len(skipped),
+        cut=f"{cut} of {len(sequences)}" if cut else "",
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+    )
     return TokenizedPool(sequences, skipped, items, pool.ids)
 
 
@@ -248,6 +218,60 @@ def encode_chat(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ActiveDPOError(f"item {id!r}: the chat template failed: {reason}") from error
     return list(encoded["input_ids"])
+
+
+def _check_truncation(max_length: int | None, truncation_mode: str) -> None:
+    if max_length is not None and not isinstance(max_length, int):
+        raise ActiveDPOError(f"max_length: {max_length!r} is not an integer")
+    if max_length is not None and max_length < 2:
+        raise ActiveDPOError(f"max_length: {max_length} leaves no token to score, 2 is the least")
+    if truncation_mode not in ("keep_start", "keep_end"):
+        raise ActiveDPOError(
+            f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor 'keep_end'"
+        )
+
+
+def _warn(
+    prompts: int,
+    *,
+    merged: int,
+    unequal: int,
+    skipped: int,
+    cut: str,
+    max_length: int | None,
+    truncation_mode: str,
+) -> None:
+    """Log how many prompts and responses DPOTrainer treats in a way that may surprise."""
+    if merged:
+        logger.warning(
+            "%d of %d prompts are not tokenized the same alone as with a response "
+            "(tokens merge at the boundary, or the chat template renders them "
+            "differently); the response starts where they diverge, as in DPOTrainer",
+            merged,
+            prompts,
+        )
+    if unequal:
+        logger.warning(
+            "%d of %d prompts have three or more responses that start at different "
+            "tokens; all start at the earliest, while DPOTrainer starts some pairs later",
+            unequal,
+            prompts,
+        )
+    if cut:
+        logger.warning(
+            "%s responses are longer than max_length=%d with their prompt and are "
+            "cut at the %s, as in DPOTrainer",
+            cut,
+            max_length,
+            "end" if truncation_mode == "keep_start" else "beginning",
+        )
+    if skipped:
+        logger.warning(
+            "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
+            skipped,
+            prompts,
+            max_length,
+        )
 
 
 _Encoded = Iterator[tuple[list[int], list[list[int]]]]

@@ -36,6 +36,7 @@ _METRICS = {
     "accuracy": ("ranked right", "{:.1%}"),
     "agreement": ("labels right", "{:.1%}"),
     "difference": ("ratings apart", "{:.2f}"),
+    "win_rate": ("wins over the start", "{:.1%}"),
     "vader": ("VADER", "{:.3f}"),
     "words": ("words", "{:.1f}"),
     "kl": ("KL", "{:.2f}"),

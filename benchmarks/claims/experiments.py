@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -58,182 +59,172 @@ class Experiment:
 
 def of_known_reward() -> list[Experiment]:
     """In the order in which they are run and shown."""
-    found = []
-    for reward, what, seeds in (
-        ("linear", "a reward that the policy can learn exactly", 200),
-        ("synopsis", "a reward that it can only come near", 200),
-        ("reviews", "the review task, linearized", 100),
-    ):
-        name = {"reviews": "linearized"}.get(reward, reward)
-        found.append(
-            Experiment(
-                f"main {name}",
-                what,
-                seeds,
-                tuple(
-                    Variant("", method, method, Setting(reward=reward))
-                    for method in (*known_reward.METHODS, EVERYTHING)
-                ),
-                drawn=reward != "reviews",
-                seconds=3.0 if reward == "reviews" else 0.25,
-            )
-        )
-    base = Setting(reward="synopsis")
-    found.append(
+    unweighted = ("activedpo, none", "activedpo, response", "adpo_plus", "trace_plus")
+    normalized = ("activedpo, none", "activedpo, response", "activedpo, pair", "adpo_plus")
+    lambdas = {f"λ = {lam:g}": {"options": {"lam": lam}} for lam in (1e-4, 1e-2, 1e-1, 10.0)}
+    lambdas["λ = 1"] = {}
+    lambdas["V left out"] = {"options": {"lam": 1e9}}
+    in_order = sorted(lambdas, key=lambda row: lambdas[row].get("options", {}).get("lam", 1.0))
+    return [
+        _main("linear", "a reward that the policy can learn exactly", 200),
+        _main("synopsis", "a reward that it can only come near", 200),
+        _main("reviews", "the review task, linearized", 100),
         _grid(
             "lambda",
             "λ; V left out is λ = 10⁹: the longest φ",
-            [
-                (
-                    "V left out" if lam > 1e6 else f"λ = {lam:g}",
-                    method,
-                    replace(base, options={} if lam == 1 else {"lam": lam}),
-                )
-                for method in (
-                    "activedpo, none",
-                    "activedpo, response",
-                    "activedpo, pair",
-                    "adpo_plus",
-                )
-                for lam in (1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e9)
-            ],
-        )
-    )
-    found.append(
+            normalized,
+            {row: lambdas[row] for row in in_order},
+        ),
         _grid(
             "responses",
             "M responses to each prompt, at the same number of labels",
-            [
-                (f"M = {m}", method, replace(base, n_responses=m))
-                for m in (2, 3, 8, 16)
-                for method in ABLATED
-            ],
-        )
-    )
-    found.append(
+            ABLATED,
+            {f"M = {m}": {"n_responses": m} for m in (2, 3, 8, 16)},
+        ),
         _grid(
             "batch",
             "B pairs labeled in a round, 100 in all",
-            [
-                (f"B = {b}", method, replace(base, batch_size=b, rounds=100 // b))
-                for b in (2, 10, 50)
-                for method in ABLATED
-            ],
-        )
-    )
-    found.append(
+            ABLATED,
+            {f"B = {b}": {"batch_size": b, "rounds": 100 // b} for b in (2, 10, 50)},
+        ),
         _grid(
             "noise",
             "label noise: the temperature T of the labels",
-            [
-                (f"T = {t:g}", method, replace(base, temperature=t))
-                for t in (0.1, 1.0, 4.0)
-                for method in ABLATED
-            ],
-        )
-    )
-    found.append(
+            ABLATED,
+            {f"T = {t:g}": {"temperature": t} for t in (0.1, 1.0, 4.0)},
+        ),
         _grid(
             "duplicates",
             "share of prompts that are near-duplicates of others",
-            [
-                (f"{share:.0%}", method, replace(base, duplicates=share))
-                for share in (0.0, 0.5, 0.9)
-                for method in (*ABLATED, "apo", "diagonal V")
-            ],
-        )
-    )
-    found.append(
+            (*ABLATED, "apo", "diagonal V"),
+            {f"{share:.0%}": {"duplicates": share} for share in (0.0, 0.5, 0.9)},
+        ),
         _grid(
             "newest",
             "training on all labels, or on the newest round's only; B = 20",
-            [
-                (which, method, replace(base, train_on=which, batch_size=20))
-                for which in ("all", "newest")
-                for method in ABLATED
-            ],
-        )
-    )
-    histories: list[tuple[str, dict[str, Any]]] = [
-        ("usual", {}),
-        ("history frozen", {"history": "frozen"}),
-        ("no history", {"history": "none"}),
-        *((f"k = {k}", {"proj_dim": k}) for k in (32, 16, 8, 4)),
-    ]
-    found.append(
+            ABLATED,
+            {on: {"train_on": on, "batch_size": 20} for on in ("all", "newest")},
+        ),
         _grid(
             "features",
             "what V has of the labeled pairs; gradients (64 numbers) sketched to k",
-            [
-                (row, method, replace(base, **options))
-                for row, options in histories
-                for method in ("activedpo, none", "activedpo, response", "adpo_plus", "trace_plus")
-            ],
-        )
-    )
-    found.append(
+            unweighted,
+            {
+                "usual": {},
+                "history frozen": {"history": "frozen"},
+                "no history": {"history": "none"},
+                **{f"k = {k}": {"proj_dim": k} for k in (32, 16, 8, 4)},
+            },
+        ),
         _grid(
             "share",
             "share of each batch that is picked at random",
-            [
-                (f"{share:.0%}", method, replace(base, random_share=share))
-                for share in (0.0, 0.3, 0.5, 0.7)
-                for method in ABLATED[1:]
-            ],
-        )
-    )
-    return found
-
-
-def _grid(name: str, title: str, cells: list[tuple[str, str, Setting]]) -> Experiment:
-    return Experiment(
-        name,
-        title,
-        100,
-        tuple(Variant(row, method, method, setting) for row, method, setting in cells),
-    )
+            ABLATED[1:],
+            {f"{share:.0%}": {"random_share": share} for share in (0.0, 0.3, 0.5, 0.7)},
+        ),
+    ]
 
 
 def of_reviews() -> list[Experiment]:
     """In the order in which they are run and shown."""
-    main = Experiment(
-        "main reviews",
-        "sentiment of reviews",
-        8,
-        tuple(Variant("", method, method, ReviewSetting()) for method in reviews.METHODS),
-        seconds=300,
-    )
-    gate = Experiment(
-        "gate",
-        "All pairs of 400 prompts labeled at once",
-        2,
-        (Variant("", EVERYTHING, EVERYTHING, ReviewSetting(rounds=1, prompts_per_round=400)),),
-        compared=False,
-        seconds=200,
-    )
+    usual, gemma = ReviewSetting(), ReviewSetting(model="gemma")
     once = ReviewSetting(rounds=1, prompts_per_round=200, batch_size=192)
-    steps = Experiment(
-        "steps",
-        "192 random labels at once, by learning rate and epochs",
-        2,
-        tuple(
-            Variant(
-                f"{rate:g}, {epochs} epochs",
-                RANDOM,
-                RANDOM,
-                replace(once, learning_rate=rate, epochs=epochs),
-            )
-            for rate, epochs in (
-                (1e-3, 2),
-                (1e-3, 8),
-                (2e-3, 2),
-                (2e-3, 4),
-                (2e-3, 8),
-                (4e-3, 2),
-                (4e-3, 4),
-            )
+    steps = [(1e-3, 2), (1e-3, 8), (2e-3, 2), (2e-3, 4), (2e-3, 8), (4e-3, 2), (4e-3, 4)]
+    return [
+        _gate("gate", "All pairs of 400 prompts labeled at once", usual),
+        Experiment(
+            "steps",
+            "192 random labels at once, by learning rate and epochs",
+            2,
+            tuple(
+                Variant(
+                    f"{rate:g}, {epochs} epochs",
+                    RANDOM,
+                    RANDOM,
+                    replace(once, learning_rate=rate, epochs=epochs),
+                )
+                for rate, epochs in steps
+            ),
+            compared=False,
+            seconds=60,
         ),
-        compared=False,
-        seconds=60,
+        Experiment(
+            "main reviews",
+            "sentiment of reviews",
+            8,
+            _variants(reviews.METHODS, usual, {"": {}}),
+            seconds=300,
+        ),
+        _gate("gate gemma", "The same with Gemma's architecture", gemma),
+        Experiment(
+            "main gemma",
+            "the same, Gemma's architecture",
+            8,
+            _variants(
+                (RANDOM, "activedpo, response", "activedpo, none", "trace_plus"), gemma, {"": {}}
+            ),
+            seconds=300,
+        ),
+        Experiment(
+            "responses of reviews",
+            "M responses to each prompt, at the same number of labels",
+            4,
+            _variants(
+                (RANDOM, "activedpo, none", "trace_plus"),
+                usual,
+                {f"M = {m}": {"n_responses": m} for m in (2, 3, 8)},
+            ),
+            seconds=400,
+        ),
+        Experiment(
+            "newest of reviews",
+            "training on all labels, or on the newest round's only",
+            4,
+            _variants(
+                (RANDOM, "activedpo, response"),
+                usual,
+                {on: {"train_on": on} for on in ("all", "newest")},
+            ),
+            seconds=200,
+        ),
+    ]
+
+
+def _main(reward: str, title: str, seeds: int) -> Experiment:
+    """All methods with a known reward; the linearized task is not in the picture."""
+    linearized = reward == "reviews"
+    return Experiment(
+        "main linearized" if linearized else f"main {reward}",
+        title,
+        seeds,
+        _variants((*known_reward.METHODS, EVERYTHING), Setting(reward=reward), {"": {}}),
+        drawn=not linearized,
+        seconds=3.0 if linearized else 0.25,
     )
-    return [gate, steps, main]
+
+
+def _grid(
+    name: str, title: str, methods: Iterable[str], rows: Mapping[str, dict[str, Any]]
+) -> Experiment:
+    """Methods in changed settings of the reward that the policy can only come near."""
+    base = Setting(reward="synopsis")
+    return Experiment(name, title, 100, _variants(methods, base, rows))
+
+
+def _gate(name: str, title: str, setting: ReviewSetting) -> Experiment:
+    """What all labels at once are worth: a task on which that is little compares nothing."""
+    setting = replace(setting, rounds=1, prompts_per_round=400)
+    return Experiment(
+        name, title, 2, _variants([EVERYTHING], setting, {"": {}}), compared=False, seconds=250
+    )
+
+
+def _variants(
+    methods: Iterable[str], base: Any, rows: Mapping[str, dict[str, Any]]
+) -> tuple[Variant, ...]:
+    """Every method in every row, whose settings differ from `base` as it says."""
+    return tuple(
+        Variant(row, method, method, replace(base, **changes))
+        for row, changes in rows.items()
+        for method in methods
+    )

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast.demo.evaluation import HeldoutReward
+from activedpo_fast.demo.evaluation import HeldoutReward, heldout_files, heldout_rewards
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
@@ -32,10 +33,12 @@ from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from benchmarks.claims.compute import passes
-from benchmarks.claims.trial_strategies import TRIALS
+from benchmarks.claims.trial_strategies import TRIALS, Trial, TrueMargin
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = "all labels"
+TRUE_MARGIN = "largest true difference"
+GEMMA = Path(__file__).parent / "gemma"
 KL_SAMPLES = 150  # of the held-out responses
 
 # name: (strategy, options of the selector)
@@ -51,6 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin_large": ("margin_large", {}),
     "trace": ("trace", {}),
     "trace_plus": ("trace_plus", {}),
+    TRUE_MARGIN: ("true_margin", {}),
     EVERYTHING: ("random", {}),
 }
 
@@ -60,6 +64,7 @@ class ReviewSetting:
     """One experiment; the defaults are those of the main comparison.
 
     temperature: of the labels, in units of the ratings. samples: of each held-out prompt.
+    model: "llama" or "gemma", the architecture.
     """
 
     rounds: int = 6
@@ -80,11 +85,12 @@ class ReviewSetting:
         default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}
     )
     selection: dict[str, Any] = field(default_factory=lambda: {"proj_dim": 4096})
+    model: str = "llama"
 
 
 def load_policy(setting: ReviewSetting, seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The language model with a fresh adapter, and its tokenizer."""
-    base, tokenizer = load_review_model()
+    base, tokenizer = load_review_model(*([GEMMA] if setting.model == "gemma" else []))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base, LoraConfig(**setting.lora, task_type="CAUSAL_LM"))
@@ -123,7 +129,7 @@ def run(
             num_train_epochs=setting.epochs,
             per_device_train_batch_size=16,
         ),
-        strategy=TRIALS[strategy](**options) if strategy in TRIALS else strategy,
+        strategy=_trial(strategy, folder, rating) if strategy in TRIALS else strategy,
         selector_options={
             **setting.selection,
             **({} if strategy in TRIALS else options),
@@ -149,8 +155,32 @@ def run(
         "seconds": seconds,
         **{name: [r.metrics[name] for r in records] for name in names},
         "passes": passes(folder, tokenizer, requires(method), setting.epochs, setting.train_on),
+        "win_rate": win_rates(folder),
         **_asked(folder, rating),
     }
+
+
+def win_rates(folder: Path) -> list[float]:
+    """After each evaluation, the share of held-out prompts whose responses are rated higher than
+    at the start, on average over a prompt's responses; an equal rating counts as half."""
+    rewards = np.array([heldout_rewards(path) for path in heldout_files(folder)])
+    difference = rewards - rewards[0]
+    return ((difference > 0) + (difference == 0) / 2).mean(axis=1).tolist()
+
+
+def _trial(name: str, folder: Path, rating: Rating) -> Trial:
+    """A strategy on trial; `TrueMargin` is told the rewards of the newest round's pool."""
+    if name != TrueMargin.name:
+        return TRIALS[name]()
+
+    def rewards() -> Tensor:
+        newest = max(folder.glob("round-*/pool.jsonl"))
+        texts = [(row["prompt"], r) for _, row in jsonl_rows(newest) for r in row["responses"]]
+        return torch.tensor(
+            rating([p for p, _ in texts], [r for _, r in texts], []), dtype=torch.float64
+        )
+
+    return TrueMargin(rewards=rewards)
 
 
 def requires(method: str) -> frozenset[str]:

@@ -6,7 +6,7 @@ One that the data speaks for moves into the library, with bounds on its rounding
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -86,7 +86,28 @@ class AtOnce(Trial):
             yield scores
 
 
-TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce)}
+@dataclass(frozen=True)
+class TrueMargin(Trial):
+    """The largest true difference of rewards, which only the oracle knows: a bound, not a method.
+
+    It says what choosing pairs can be worth on a task.
+
+    rewards: returns float64 [R], those of the candidate responses.
+    """
+
+    name: ClassVar[str] = "true_margin"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    rewards: Callable[[], Tensor] | None = None
+
+    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
+        assert self.rewards is not None
+        found = self.rewards()
+        margins = (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
+        while True:
+            yield margins
+
+
+TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce, TrueMargin)}
 
 
 def _rows(rows: Any) -> Tensor:
