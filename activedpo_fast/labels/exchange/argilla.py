@@ -8,7 +8,6 @@ response: the nested one, which `records.to_json` writes, does not tell drafts f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from activedpo_fast.labels.exchange.answers import (
     as_text,
 )
 from activedpo_fast.labels.exchange.reading import read_json_list
-from activedpo_fast.labels.exchange.shown import ShownPick
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 _TEXTS = ("prompt", "left", "right")
 _STRENGTHS = (1, 2, 3)
@@ -41,8 +40,8 @@ def export(picks: Sequence[ShownPick]) -> dict[str, str]:
         for pick in picks
     ]
     return {
-        "settings.json": json.dumps(_settings(), indent=1) + "\n",
-        "records.json": json.dumps(records, indent=1, ensure_ascii=False) + "\n",
+        "settings.json": json_text(_settings(), indent=1),
+        "records.json": json_text(records, indent=1),
     }
 
 

@@ -6,7 +6,6 @@ output adds `ratings`, `rationales` and `model_name`. Other raters with these co
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from activedpo_fast.labels.exchange.answers import Answer, Found, Problem, as_labeler
 from activedpo_fast.labels.exchange.reading import read_rows
-from activedpo_fast.labels.exchange.shown import ShownPick
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 _ID = "activedpo_id"
 
@@ -30,7 +29,7 @@ def export(picks: Sequence[ShownPick]) -> dict[str, str]:
         }
         for pick in picks
     )
-    return {"": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)}
+    return {"": "".join(json_text(row) for row in rows)}
 
 
 def answers(path: Path, labeler: str) -> Found:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from activedpo_fast.labels.exchange.answers import Found
 from activedpo_fast.labels.exchange.reading import read_rows
 from activedpo_fast.labels.exchange.rows import answer_of, row_of
-from activedpo_fast.labels.exchange.shown import ShownPick
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 
 def export(picks: Sequence[ShownPick]) -> dict[str, str]:
     """Return the file: `rows.row_of` of every pick, one a line."""
-    return {"": "".join(json.dumps(row_of(pick), ensure_ascii=False) + "\n" for pick in picks)}
+    return {"": "".join(json_text(row_of(pick)) for pick in picks)}
 
 
 def answers(path: Path, labeler: str) -> Found:

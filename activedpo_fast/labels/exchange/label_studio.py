@@ -7,7 +7,6 @@ right or none), and JSON_MIN as `label_studio_sdk.converter` of label-studio-sdk
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from activedpo_fast.labels.exchange.answers import (
     as_text,
 )
 from activedpo_fast.labels.exchange.reading import read_json_list
-from activedpo_fast.labels.exchange.shown import ShownPick
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 _ID = "activedpo_id"  # JSON_MIN puts the task's number into `id`
 
@@ -59,10 +58,7 @@ def export(picks: Sequence[ShownPick]) -> dict[str, str]:
         }
         for pick in picks
     ]
-    return {
-        "tasks.json": json.dumps(tasks, indent=1, ensure_ascii=False) + "\n",
-        "config.xml": CONFIG,
-    }
+    return {"tasks.json": json_text(tasks, indent=1), "config.xml": CONFIG}
 
 
 def answers(path: Path, labeler: str) -> Found:

@@ -9,14 +9,13 @@ Model A is on the left.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from activedpo_fast.labels.exchange.answers import Answer, Found, Problem, as_labeler
 from activedpo_fast.labels.exchange.reading import read_rows
-from activedpo_fast.labels.exchange.shown import ShownPick, as_shown
+from activedpo_fast.labels.exchange.shown import ShownPick, as_shown, json_text
 from activedpo_fast.pool.texts import Message, Text
 
 _WINNERS = {"model_a": "left", "model_b": "right", "tie": "tie"}
@@ -26,7 +25,7 @@ _PROMPT_MESSAGES = "prompt_messages"  # how many messages are the prompt; 0 for 
 
 def export(picks: Sequence[ShownPick]) -> dict[str, str]:
     """Return the JSONL file of the rows, whose `winner` is null."""
-    return {"": "".join(json.dumps(_row(pick), ensure_ascii=False) + "\n" for pick in picks)}
+    return {"": "".join(json_text(_row(pick)) for pick in picks)}
 
 
 def answers(path: Path, labeler: str) -> Found:

@@ -7,7 +7,6 @@ potato/user_state_management.py saves for every annotator below `annotation_outp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.exchange.answers import Answer, Found, Problem, as_labeler, as_text
 from activedpo_fast.labels.exchange.reading import check_size, read_json
-from activedpo_fast.labels.exchange.shown import ShownPick
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 _STATE = "user_state.json"
 _TILES = {"A": "left", "B": "right", "tie": "tie"}
@@ -104,7 +103,7 @@ def _project(picks: Sequence[ShownPick], mode: Mapping[str, Any]) -> dict[str, s
     )
     return {
         "config.yaml": yaml.safe_dump(config, sort_keys=False),
-        _ITEMS: "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items),
+        _ITEMS: "".join(json_text(item) for item in items),
     }
 
 
@@ -125,14 +124,14 @@ def _of_item(
     tile = values.get(("better", "selection"))
     comments = [value for (scheme, _), value in values.items() if scheme == "comment"]
     found: dict[str, Any] = {"comment": as_text(comments[0]) if comments else None}
-    if skip:
-        found["choice"] = "skip"
-    elif scale not in (None, ""):
+    if scale not in (None, ""):
         found.update(_on_scale(scale))
     elif tile not in (None, ""):
         found["choice"] = _TILES.get(str(tile), str(tile))
-    else:
+    elif not skip:
         return None
+    if skip:  # with a side as well it is no valid choice, and is reported as such
+        found["choice"] = f"{found['choice']} and skip" if "choice" in found else "skip"
     if _was_swapped(record_id, state) and found["choice"] in ("left", "right"):
         found["choice"] = "left" if found["choice"] == "right" else "right"
     return found

@@ -12,6 +12,8 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.texts import Text, check_string
 from activedpo_fast.selection.picks_jsonl import Pick
 
+# Line separators that some readers of JSONL end a line at, and codes that terminals obey.
+_NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029]")
 _RECORD_ID = re.compile(r"([0-9a-f]{16})-(01|10)")
 
 
@@ -113,6 +115,12 @@ def as_shown(text: Text) -> str:
     if isinstance(text, str):
         return text
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """Return JSON for files: readable, without characters that break lines or terminals."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _NOT_PLAIN.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def _digest(value: object) -> str:

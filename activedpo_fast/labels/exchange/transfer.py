@@ -25,7 +25,7 @@ from activedpo_fast.labels.exchange import (
 from activedpo_fast.labels.exchange.answers import Found, Problem
 from activedpo_fast.labels.exchange.matching import Label, match
 from activedpo_fast.labels.exchange.reading import check_size
-from activedpo_fast.labels.exchange.shown import ShownPick, show_picks
+from activedpo_fast.labels.exchange.shown import ShownPick, json_text, show_picks
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
 
 _OPTIONAL = ("seconds", "comment", "strength")
@@ -211,7 +211,7 @@ def _line(row: Mapping[str, Any], label: Label | None, labeler: str) -> str:
         optional = {name: getattr(label.answer, name) for name in _OPTIONAL}
         filled.update(label=label.label, labeler=labeler)
         filled.update({name: value for name, value in optional.items() if value is not None})
-    return json.dumps(filled, ensure_ascii=False) + "\n"
+    return json_text(filled)
 
 
 def _files(output: Path, labelers: Iterable[str]) -> dict[str, Path]:
