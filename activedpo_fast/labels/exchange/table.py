@@ -68,17 +68,21 @@ def _guarded(value: str | int | None) -> str:
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line in the file where it ends, cells) for every row."""
+    """Yield (line of the file where it begins, cells) for every row."""
     text = read_text(path)
     if "\0" in text:
         raise ActiveDPOError(f"{path}: has a NUL character, so it is not CSV: save it as CSV UTF-8")
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
     with _FIELD_LIMIT:
         before = csv.field_size_limit(max(len(text), 1))
         try:
-            rows = [(reader.line_num, cells) for cells in reader]
+            line = 1
+            for cells in reader:
+                rows.append((line, cells))
+                line = reader.line_num + 1
         except csv.Error as error:
             raise ActiveDPOError(
                 f"{path}, line {reader.line_num}: broken CSV: {first_line(error)}"
