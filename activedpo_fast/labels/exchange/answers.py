@@ -53,6 +53,15 @@ class Problem:
 Found = Iterator[Answer | Problem]
 
 
+def short(value: object) -> str:
+    """Return a value for a message: one line, escaped, not too long."""
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = "a deeply nested value"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
 def as_text(value: Any) -> str | None:
     """Return a text that is not blank, or None."""
     return value if isinstance(value, str) and value.strip() else None

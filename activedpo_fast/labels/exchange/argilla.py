@@ -21,6 +21,7 @@ from activedpo_fast.labels.exchange.answers import (
     as_labeler,
     as_strength,
     as_text,
+    short,
 )
 from activedpo_fast.labels.exchange.reading import read_json_list
 from activedpo_fast.labels.exchange.shown import ShownPick, json_text
@@ -109,10 +110,14 @@ def _of_record(record: Mapping[str, Any], place: str, labeler: str) -> Found:
     users: dict[str, dict[str, Any]] = {}
     for question in ("better", "strength", "comment"):
         for user, status, value in _responses(record, question, place):
-            mine = users.setdefault(as_labeler(user, labeler), {})
+            mine = users.setdefault(as_labeler(user, labeler), {"twice": False})
+            mine["twice"] |= question in mine
             mine[question], mine["status"] = value, status
     for user, mine in users.items():
-        where = f"{place}, user {user}"
+        where = f"{place}, user {short(user)}"
+        if mine["twice"]:
+            yield Problem(where, "the user has two responses to one question", dict(record))
+            continue
         if mine["status"] == "draft":
             continue
         # A record that was discarded has no label, whatever was chosen before.
@@ -146,5 +151,7 @@ def _responses(record: Mapping[str, Any], question: str, place: str) -> list[tup
         )
     unknown = [status for status in columns[1] if status not in ("submitted", "discarded", "draft")]
     if unknown:
-        raise ActiveDPOError(f"{place}: '{name}.status' has {unknown[0]!r}, which is no status")
+        raise ActiveDPOError(
+            f"{place}: '{name}.status' has {short(unknown[0])}, which is no status"
+        )
     return list(zip(*columns, strict=True))

@@ -19,10 +19,12 @@ from activedpo_fast.labels.exchange.answers import (
     as_labeler,
     as_seconds,
     as_text,
+    short,
 )
 from activedpo_fast.labels.exchange.reading import read_json_list
 from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
+_CONTROLS = ("better", "no_preference", "comment")
 _ID = "activedpo_id"  # JSON_MIN puts the task's number into `id`
 
 # valueType: a response that is an address is shown, not fetched.
@@ -69,10 +71,9 @@ def answers(path: Path, labeler: str) -> Found:
         if "annotations" in task:
             yield from _of_task(task, place, labeler)
         elif task.get("annotation_id") is not None:  # None: no annotation yet
-            answer = {name: task.get(name) for name in ("better", "no_preference", "comment")}
-            yield _answer(
-                answer, task, task, f"{place}, annotation {task['annotation_id']}", labeler
-            )
+            values = {name: task.get(name) for name in _CONTROLS}
+            where = f"{place}, annotation {short(task['annotation_id'])}"
+            yield _answer(values, task, task, where, labeler, task)
 
 
 def _of_task(task: Mapping[str, Any], place: str, labeler: str) -> Found:
@@ -83,17 +84,13 @@ def _of_task(task: Mapping[str, Any], place: str, labeler: str) -> Found:
         if not isinstance(annotation, dict):
             raise ActiveDPOError(f"{place}: annotation {n} is not an object")
         results = annotation.get("result") or []
-        values = {
-            result.get("from_name"): result.get("value")
-            for result in results
-            if isinstance(result, dict)
-        }
+        values = {name: _of_control(results, name) for name in _CONTROLS}
         meta = {
             "annotator": annotation.get("completed_by"),
             "lead_time": annotation.get("lead_time"),
             "cancelled": annotation.get("was_cancelled") or annotation.get("skipped"),
         }
-        where = f"{place}, annotation {annotation.get('id', n)}"
+        where = f"{place}, annotation {short(annotation.get('id', n))}"
         yield _answer(values, data, meta, where, labeler, {"data": data, "annotation": annotation})
 
 
@@ -103,24 +100,23 @@ def _answer(
     meta: Mapping[str, Any],
     place: str,
     labeler: str,
-    record: Any = None,
+    record: Any,
 ) -> Answer | Problem:
-    record = data if record is None else record
-    side = _first(values.get("better"), "selected")
-    other = _first(values.get("no_preference"), "choices")
-    # Label Studio's own button "Skip" cancels the annotation, whatever was filled in.
-    choice = "skip" if meta.get("cancelled") else side or other
-    if choice is None:
+    chosen = [*_texts(values["better"], "selected"), *_texts(values["no_preference"], "choices")]
+    if meta.get("cancelled"):  # Label Studio's own button "Skip", whatever was filled in
+        chosen = ["skip"]
+    if not chosen:
         return Problem(place, "the annotation has no answer", record)
-    if side and other and not meta.get("cancelled"):
-        return Problem(place, f"the annotation has both {side!r} and {other!r}", record)
+    if len(chosen) > 1:
+        several = " and ".join(map(short, chosen[:3]))
+        return Problem(place, f"the annotation has several answers: {several}", record)
     who = meta.get("annotator")
     if isinstance(who, dict):
         who = who.get("email") or who.get("id")
     return Answer(
         place=place,
         record_id=str(data.get(_ID)),
-        choice=choice,
+        choice=chosen[0],
         labeler=as_labeler(who, labeler),
         record=record,
         prompt=str(data.get("prompt")),
@@ -128,12 +124,22 @@ def _answer(
         right=str(data.get("right")),
         identity=data,
         seconds=as_seconds(meta.get("lead_time")),
-        comment=as_text(_first(values.get("comment"), "text")),
+        comment=as_text("\n".join(_texts(values["comment"], "text"))),
     )
 
 
-def _first(value: Any, key: str) -> str | None:
-    """Return the text in a result: "x", {key: "x"}, {key: ["x"]}, or a list of one of these."""
-    while isinstance(value, (list, dict)):
-        value = value.get(key) if isinstance(value, dict) else (value or [None])[0]
-    return value if isinstance(value, str) else None
+def _of_control(results: Any, name: str) -> list[Any]:
+    """Return the values that an annotation has for a control."""
+    if not isinstance(results, list):
+        return []
+    mine = [r for r in results if isinstance(r, dict) and r.get("from_name") == name]
+    return [result.get("value") for result in mine]
+
+
+def _texts(value: Any, key: str) -> list[str]:
+    """Return the texts in a result: "x", {key: "x"}, {key: ["x"]}, or a list of these."""
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        inner = one.get(key) if isinstance(one, dict) else one
+        found += [text for text in (inner if isinstance(inner, list) else [inner])]
+    return [text for text in found if isinstance(text, str)]

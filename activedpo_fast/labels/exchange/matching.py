@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels.exchange.answers import CHOICES, Answer, Problem
+from activedpo_fast.labels.exchange.answers import CHOICES, Answer, Problem, short
 from activedpo_fast.labels.exchange.shown import as_shown, pick_key, split_record_id, text_hash
 from activedpo_fast.pool.texts import check_string
 from activedpo_fast.selection.picks_jsonl import Pick
@@ -64,13 +64,13 @@ def match(
 def _label_of(answer: Answer, picks: Sequence[Pick], position: Mapping[str, int]) -> Label:
     parts = split_record_id(answer.record_id)
     if parts is None:
-        raise _Mismatch(f"the id {_short(answer.record_id)} is not one that was exported")
+        raise _Mismatch(f"the id {short(answer.record_id)} is not one that was exported")
     if parts[0] not in position:
         raise _Mismatch(f"the id {answer.record_id!r} is of a pair that is not in the batch")
     n = position[parts[0]]
     pick = picks[n]
     if answer.choice not in CHOICES:
-        raise _Mismatch(f"the answer {_short(answer.choice)} is not one of {', '.join(CHOICES)}")
+        raise _Mismatch(f"the answer {short(answer.choice)} is not one of {', '.join(CHOICES)}")
     left = _left_position(answer, pick, parts[1])
     label: int | str = answer.choice
     if answer.choice in ("left", "right"):
@@ -92,22 +92,20 @@ def _checked_name(answer: Answer) -> str:
 
 def _left_position(answer: Answer, pick: Pick, exported: int) -> int:
     """Return the position in `pick.responses` of the response that was on the left."""
-    identity = answer.identity or {}
-    if identity.get("pick_id", pick.id) != pick.id:
-        raise _Mismatch(
-            f"'pick_id' is {_short(identity['pick_id'])}, but the id is that of {pick.id!r}"
-        )
+    name = short(pick.id)
     if answer.prompt is not None and answer.prompt != as_shown(pick.prompt):
-        raise _Mismatch(f"the prompt is not that of {pick.id!r}: its text was changed")
+        raise _Mismatch(f"the prompt is not that of {name}: its text was changed")
     hashes = [text_hash(response) for response in pick.responses]
     texts = [as_shown(response) for response in pick.responses]
-    by_text = _order(
-        answer.left, answer.right, texts, f"the responses are not those of {pick.id!r}"
-    )
+    by_text = _order(answer.left, answer.right, texts, f"the responses are not those of {name}")
     if by_text is not None:
         return by_text
+    # Only now: a spreadsheet may have made another number of an id or of a hash.
+    identity = answer.identity or {}
+    if identity.get("pick_id") not in (None, pick.id):
+        raise _Mismatch(f"'pick_id' is {short(identity['pick_id'])}, but the id is that of {name}")
     left, right = identity.get("left_sha256"), identity.get("right_sha256")
-    by_hash = _order(left, right, hashes, f"the response hashes are not those of {pick.id!r}")
+    by_hash = _order(left, right, hashes, f"the response hashes are not those of {name}")
     return exported if by_hash is None else by_hash
 
 
@@ -115,6 +113,8 @@ def _order(left: object, right: object, own: Sequence[str], wrong: str) -> int |
     """Return which of the two is on the left; None if that cannot be told from these."""
     if left is None and right is None:
         return None
+    if not isinstance(left, str) or not isinstance(right, str):
+        raise _Mismatch(f"{wrong}: {short(left)} and {short(right)}")
     if [left, right] == [own[0], own[1]]:
         return None if own[0] == own[1] else 0
     if [left, right] == [own[1], own[0]]:
@@ -132,9 +132,9 @@ def _once_each(labels: Sequence[Label], picks: Sequence[Pick]) -> tuple[list[Lab
     kept: list[Label] = []
     problems: list[Problem] = []
     for (position, labeler), group in groups.items():
-        pair = f"pair {list(picks[position].pair)} of id {picks[position].id!r}"
+        pair = f"pair {list(picks[position].pair)} of id {short(picks[position].id)}"
         first = group[0].answer
-        who = f"labeler {_short(labeler)}"
+        who = f"labeler {short(labeler)}"
         if len({label.label for label in group}) > 1:
             given = ", ".join(repr(label.label) for label in group)
             problems.extend(
@@ -156,8 +156,3 @@ def _once_each(labels: Sequence[Label], picks: Sequence[Pick]) -> tuple[list[Lab
             for label in group[1:]
         )
     return kept, problems
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

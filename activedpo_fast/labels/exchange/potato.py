@@ -7,6 +7,7 @@ potato/user_state_management.py saves for every annotator below `annotation_outp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ from typing import Any
 import yaml
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels.exchange.answers import Answer, Found, Problem, as_labeler, as_text
-from activedpo_fast.labels.exchange.reading import check_size, read_json
+from activedpo_fast.labels.exchange.answers import (
+    Answer,
+    Found,
+    Problem,
+    as_labeler,
+    as_seconds,
+    as_text,
+    short,
+)
+from activedpo_fast.labels.exchange.reading import read_json
 from activedpo_fast.labels.exchange.shown import ShownPick, json_text
 
 _STATE = "user_state.json"
@@ -47,7 +56,6 @@ def export_scale(picks: Sequence[ShownPick]) -> dict[str, str]:
 
 def answers(path: Path, labeler: str) -> Found:
     """Yield the answers below an annotation output folder, or of one `user_state.json`."""
-    check_size(path)
     files = sorted(path.glob(f"*/{_STATE}")) if path.is_dir() else [path]
     if not files:
         raise ActiveDPOError(
@@ -60,9 +68,10 @@ def answers(path: Path, labeler: str) -> Found:
             raise ActiveDPOError(f"{file}: no 'instance_id_to_label_to_value', so not Potato's")
         who = as_labeler(state.get("user_id"), labeler)
         for record_id, values in items.items():
-            found = _of_item(record_id, _by_name(values, f"{file}, item {record_id!r}"), state)
+            place = f"{file}, item {short(record_id)}"
+            found = _of_item(_by_name(values, place))
             if found is not None:
-                yield _answer(record_id, who, found, file, state)
+                yield _answer(record_id, who, found, place, state)
 
 
 def _project(picks: Sequence[ShownPick], mode: Mapping[str, Any]) -> dict[str, str]:
@@ -115,9 +124,7 @@ def _by_name(values: Any, place: str) -> dict[tuple[str, str], Any]:
         raise ActiveDPOError(f"{place}: its labels are not in Potato's form") from error
 
 
-def _of_item(
-    record_id: str, values: Mapping[tuple[str, str], Any], state: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def _of_item(values: Mapping[tuple[str, str], Any]) -> dict[str, Any] | None:
     """Return what was answered: choice, strength, comment; None if nothing was chosen."""
     skip = bool(values.get(("no_answer", "skip")))
     scale = values.get(("better", "scale_value"))
@@ -127,46 +134,48 @@ def _of_item(
     if scale not in (None, ""):
         found.update(_on_scale(scale))
     elif tile not in (None, ""):
-        found["choice"] = _TILES.get(str(tile), str(tile))
+        found["choice"] = _TILES.get(tile, short(tile)) if isinstance(tile, str) else short(tile)
     elif not skip:
         return None
     if skip:  # with a side as well it is no valid choice, and is reported as such
         found["choice"] = f"{found['choice']} and skip" if "choice" in found else "skip"
-    if _was_swapped(record_id, state) and found["choice"] in ("left", "right"):
-        found["choice"] = "left" if found["choice"] == "right" else "right"
     return found
 
 
 def _on_scale(value: Any) -> dict[str, Any]:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        return {"choice": str(value)}
+    if not isinstance(value, str) or not re.fullmatch(r"-?\d{1,3}", value, re.ASCII):
+        return {"choice": short(value)}
+    number = int(value)
     if number == 0:
         return {"choice": "tie"}
     return {"choice": "left" if number < 0 else "right", "strength": abs(number)}
 
 
-def _was_swapped(record_id: str, state: Mapping[str, Any]) -> bool:
-    """Whether Potato showed this annotator the responses in the other order (randomize_order)."""
-    orders = state.get("instance_id_to_presentation_order")
-    order = orders.get(record_id) if isinstance(orders, dict) else None
-    shown = order.get("better") if isinstance(order, dict) else None
-    return isinstance(shown, list) and [str(n) for n in shown] == ["1", "0"]
-
-
 def _answer(
-    record_id: str, labeler: str, found: Mapping[str, Any], file: Path, state: Mapping[str, Any]
+    record_id: str, labeler: str, found: dict[str, Any], place: str, state: Mapping[str, Any]
 ) -> Answer | Problem:
-    times = state.get("instance_id_to_behavioral_data")
-    behavior = times.get(record_id) if isinstance(times, dict) else None
-    spent = behavior.get("total_time_ms") if isinstance(behavior, dict) else None
+    record = {"id": record_id, "user_id": labeler, **found}
+    order = _of_record(state, "instance_id_to_presentation_order", record_id).get("better")
+    if order not in (None, [0, 1], [1, 0]):
+        return Problem(place, f"the order {short(order)} of its responses is unknown", record)
+    # With randomize_order, Potato shows the responses to each annotator in an order of its own.
+    if order == [1, 0]:
+        swapped = {"left": "right", "right": "left"}
+        found["choice"] = swapped.get(found["choice"], found["choice"])
+    behavior = _of_record(state, "instance_id_to_behavioral_data", record_id)
+    spent = as_seconds(behavior.get("total_time_ms"))
     return Answer(
-        place=f"{file}, item {record_id!r}",
+        place=place,
         record_id=record_id,
         labeler=labeler,
-        record={"id": record_id, "user_id": labeler, **found},
-        # 0: not measured
-        seconds=spent / 1000 if isinstance(spent, (int, float)) and spent > 0 else None,
+        record=record,
+        seconds=spent / 1000 if spent else None,  # 0: not measured
         **found,
     )
+
+
+def _of_record(state: Mapping[str, Any], name: str, record_id: str) -> dict[str, Any]:
+    """Return what a state has about an item under a name; empty if nothing."""
+    everything = state.get(name)
+    found = everything.get(record_id) if isinstance(everything, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -11,6 +11,7 @@ from activedpo_fast.labels.exchange.answers import (
     as_seconds,
     as_strength,
     as_text,
+    short,
 )
 from activedpo_fast.labels.exchange.shown import ShownPick
 
@@ -38,7 +39,7 @@ def answer_of(row: Mapping[str, Any], place: str, labeler: str) -> Answer | None
     return Answer(
         place=place,
         record_id=str(row.get("id")),
-        choice=choice.strip().lower() if isinstance(choice, str) else repr(choice),
+        choice=choice.strip().lower() if isinstance(choice, str) else short(choice),
         labeler=as_labeler(row.get("labeler"), labeler),
         record=dict(row),
         prompt=row.get("prompt"),

@@ -45,6 +45,12 @@ def _swap_hashes_and_drop_texts(rows: Rows) -> None:
         del row["left"], row["right"], row["prompt"]
 
 
+def _only_hashes(row: dict[str, Any]) -> dict[str, Any]:
+    for name in ("left", "right", "prompt"):
+        del row[name]
+    return row
+
+
 @pytest.mark.parametrize("change", [_swap_texts, _swap_hashes_and_drop_texts])
 def test_swapped_sides_are_recognized(change: Callable[[Rows], None], tmp_path: Path) -> None:
     _import(_answered(tmp_path, change))
@@ -58,7 +64,14 @@ def test_swapped_sides_are_recognized(change: Callable[[Rows], None], tmp_path: 
         (lambda rows: rows[1].update(id="../../x"), "line 2: the id '../../x' is not one", 3),
         (lambda rows: rows[1].update(id="\x1b[31m" * 99), r"line 2: the id '\\x1b\[31m.*\.\.\.", 3),
         (lambda rows: rows[1].update(id="0123456789abcdef-01"), "not in the batch", 3),
-        (lambda rows: rows[1].update(id=rows[0]["id"]), "'pick_id' is '../../q2'", 3),
+        (lambda rows: rows[1].update(id=rows[0]["id"]), "the prompt is not that of 'q1'", 3),
+        (lambda rows: _only_hashes(rows[1]).update(pick_id="q1"), "'pick_id' is 'q1', but", 3),
+        (
+            lambda rows: _only_hashes(rows[1]).update(left_sha256="0"),
+            "hashes are .* the left one",
+            3,
+        ),
+        (lambda rows: rows[1].update(left=[[]]), r"not those of '../../q2': \[\[\]\] and", 3),
         (lambda rows: rows[1].update(left="other"), "the left one was changed", 3),
         (lambda rows: rows[1].update(right=rows[1]["left"]), "both sides are the same", 3),
         (lambda rows: rows[1].update(prompt="other"), "the prompt is not that of '../../q2'", 3),
@@ -113,7 +126,9 @@ def test_both_a_side_and_no_preference(tmp_path: Path) -> None:
     tasks[0]["annotations"][0]["result"].append(tie)
     tasks[1]["annotations"][0]["result"] = []
     path.write_text(json.dumps(tasks))
-    with pytest.raises(ActiveDPOError, match="annotation 0: .* both 'left' and 'tie'.*and 1 more"):
+    with pytest.raises(
+        ActiveDPOError, match="annotation 0: .* several answers: 'left' and 'tie'.*and 1 more"
+    ):
         _import(path, "label-studio")
     _import(path, "label-studio", set_aside=tmp_path / "aside.jsonl")
     assert "annotation has no answer" in (tmp_path / "aside.jsonl").read_text()

@@ -102,6 +102,10 @@ def test_potatos_own_shuffling_is_undone(tmp_path: Path) -> None:
     import_answers(BATCH, tmp_path / "user_state.json", "potato", output)
     assert _labels(output) == [0, "tie", "skip", None]
     assert read_picks(output)[0][2]["seconds"] == 2.5
+    state["instance_id_to_presentation_order"] = {first: {"better": [0]}}
+    (tmp_path / "user_state.json").write_text(json.dumps(state))
+    with pytest.raises(ActiveDPOError, match=r"the order \[0\] of its responses is unknown"):
+        import_answers(BATCH, tmp_path / "user_state.json", "potato", output)
 
 
 def test_the_older_form_of_arena_rows(tmp_path: Path) -> None:
