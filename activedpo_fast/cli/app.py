@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from activedpo_fast._files import reason_of
+from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.errors import ActiveDPOError
 
 PENDING = 3  # exit code of `run` when it waits for labels from people
@@ -33,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(exchange)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

@@ -1090,9 +1090,11 @@ def test_env_names_what_is_active(
     _refused(capsys, ["env"], "ACTIVEDPO_BACKEND", "abacus")
 
 
-@pytest.mark.parametrize("command", ["env", "features", "select", "run", "demo"])
+@pytest.mark.parametrize(
+    "command", ["env", "features", "select", "exchange export", "exchange import", "run", "demo"]
+)
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     assert f"  activedpo {command}" in capsys.readouterr().out
 
 

@@ -1,0 +1,126 @@
+"""`activedpo exchange`: picks to an annotation tool, and its labels back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from activedpo_fast.labels.exchange import Imported
+
+exchange = typer.Typer(
+    name="exchange",
+    help="Have pairs labeled in an annotation tool: export the picks, import the labels.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+# The names of labels.exchange.TOOLS; a test compares them.
+ToolName = Literal[
+    "label-studio", "argilla", "potato", "potato-scale", "distilabel", "lmarena", "csv", "jsonl"
+]
+
+Batch = Annotated[
+    Path, typer.Argument(metavar="BATCH", help="JSONL file of picks, such as picked.jsonl.")
+]
+ToolOption = Annotated[
+    ToolName, typer.Option("--tool", help="The annotation tool, or the kind of file.")
+]
+
+
+@exchange.command(
+    "export",
+    epilog="""\b
+Examples:
+  activedpo exchange export picked.jsonl --tool label-studio --output to_label
+  activedpo exchange export picked.jsonl --tool csv --output to_label.csv --seed 7
+""",
+)
+def export_command(
+    batch: Batch,
+    tool: ToolOption,
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="Folder to write to; a .csv file for csv, .jsonl for distilabel, lmarena, jsonl."
+        ),
+    ],
+    seed: Annotated[int, typer.Option(help="Chooses which response of a pair is on the left.")] = 0,
+    keep_sides: Annotated[
+        bool, typer.Option("--keep-sides", help="The first response of every pair is on the left.")
+    ] = False,
+) -> None:
+    """Write picks as an annotation tool reads them.
+
+    Every record has an id, hashes of the responses and the seed, so that its label is matched to
+    the right response even if the sides are swapped later.
+    """
+    from activedpo_fast.labels.exchange import export_picks
+
+    number = export_picks(batch, tool, output, seed=None if keep_sides else seed)
+    typer.echo(f"{output}: {number} pairs for {tool}")
+
+
+@exchange.command(
+    "import",
+    epilog="""\b
+Examples:
+  activedpo exchange import picked.jsonl export.json --tool label-studio --output labels.jsonl
+  activedpo exchange import picked.jsonl to_label/annotation_output --tool potato \\
+      --output labels.jsonl --set-aside not_used.jsonl
+  activedpo exchange import picked.jsonl to_label.csv --tool csv --output labels.jsonl --labeler ann
+""",
+)
+def import_command(
+    batch: Batch,
+    answers: Annotated[
+        Path, typer.Argument(metavar="ANSWERS", help="What the tool exported: a file, or a folder.")
+    ],
+    tool: ToolOption,
+    output: Annotated[
+        Path,
+        typer.Option(help="JSONL file of labels; several labelers get one file each, beside it."),
+    ],
+    set_aside: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSONL file for answers that cannot be used: unknown ids, changed texts, second "
+            "or conflicting answers. Without it they are an error.",
+        ),
+    ] = None,
+    labeler: Annotated[
+        str, typer.Option(help="The labeler's name where the tool has none.")
+    ] = "unknown",
+) -> None:
+    """Write the labels that come back from an annotation tool.
+
+    BATCH is the file that was exported. The output has its lines with "label", and can be read
+    wherever labels are read; pairs without an answer have null.
+    """
+    from activedpo_fast.labels.exchange import import_answers
+
+    done = import_answers(batch, answers, tool, output, set_aside=set_aside, labeler=labeler)
+    for line in _report(done):
+        typer.echo(line)
+    if set_aside is not None:
+        typer.echo(f"{set_aside}: {done.set_aside} answers set aside")
+
+
+def _report(done: Imported) -> list[str]:
+    lines = [
+        f"{file}: {sum(done.answered[name].values())} of {done.picks} pairs answered by {name!r} "
+        f"({_counts(done.answered[name])})"
+        for name, file in done.files.items()
+    ]
+    if done.unanswered:
+        lines.append(f"{done.unanswered} of {done.picks} pairs have no answer yet")
+    return lines
+
+
+def _counts(answered: Counter[int | str]) -> str:
+    preferences = answered[0] + answered[1]
+    return f"{preferences} with a preference, {answered['tie']} ties, {answered['skip']} skips"
