@@ -17,7 +17,7 @@ import typer
 from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError
 
-PENDING = 3  # exit code of `run` when it waits for labels from people
+PENDING = 3  # exit code while labels from people are missing
 
 # Warnings that libraries print at every start and that users can do nothing about.
 _HARMLESS = (
@@ -41,7 +41,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted.
+    0: done; 2: bad input, one line on stderr; 3: labels are missing; 130: interrupted.
     Unexpected exceptions keep their traceback.
     """
     _wait_politely()
@@ -383,6 +383,88 @@ def select(
                 show_progress=_progress(quiet),
             ),
         )
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  activedpo label picked.jsonl
+  activedpo label picked.jsonl --labeler ann --overlap 20
+  activedpo label picked.jsonl --report
+"""
+)
+def label(
+    batch: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BATCH", help="Pairs that `activedpo select` or `activedpo run` wrote."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labels file. Default: labels-NAME.jsonl next to BATCH, where `activedpo run` "
+            "looks for it."
+        ),
+    ] = None,
+    labeler: Annotated[
+        str, typer.Option(metavar="NAME", help="Who labels; several people take turns or share.")
+    ] = "labeler",
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="PERCENT",
+            help="Share of the pairs that every labeler gets, to measure agreement; the others "
+            "go to one labeler each. Default: 0.",
+        ),
+    ] = None,
+    combine: Annotated[
+        Literal["majority", "dawid-skene"],
+        typer.Option(help="How several answers to a pair become one label."),
+    ] = "majority",
+    question: Annotated[
+        str, typer.Option(help="What the page asks.")
+    ] = "Which response is better?",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sides and of the shared pairs. Default: 0.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for any free one.")
+    ] = 0,
+    open_browser: Annotated[
+        bool, typer.Option("--open", help="Open the page in the default browser.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only print the report of the labels so far.")
+    ] = False,
+) -> None:
+    """Label pairs in a page that this machine serves to itself.
+
+    Every answer is on disk before the next pair is shown, and the same command goes on where it was
+    ended. Exit code 3 means that pairs are left to label.
+    """
+    with _session(quiet=False):
+        from activedpo_fast.cli.label import label_batch, report_of
+
+        if report:
+            typer.echo(report_of(batch, output=output, combine=combine))
+            return
+        text, complete = label_batch(
+            batch,
+            output=output,
+            labeler=labeler,
+            overlap=overlap,
+            seed=seed,
+            combine=combine,
+            question=question,
+            port=port,
+            open_browser=open_browser,
+        )
+        typer.echo(text)
+        if not complete:
+            raise typer.Exit(PENDING)
 
 
 @app.command(
