@@ -73,8 +73,7 @@ for n in range(60):
 def test_two_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     both = [
-        subprocess.Popen([sys.executable, "-c", _APPEND, str(path), who, *sys.path])
-        for who in "ab"
+        subprocess.Popen([sys.executable, "-c", _APPEND, str(path), who, *sys.path]) for who in "ab"
     ]
     assert [process.wait() for process in both] == [0, 0]
     found = _entries(path)

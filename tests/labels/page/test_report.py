@@ -32,9 +32,7 @@ def test_report_of_two_labelers(tmp_path: Path) -> None:
     # 9 pairs with both: 7 the same. p_e = (4*2 + 4*6 + 1*1) / 81
     assert said[4] == "ann and ben: the same answer to 7 of 9 pairs, Cohen's kappa 0.62"
     # Coincidences: 0 six, 1 ten, tie two; n = 18, D = 4: 1 - 17 * 4 / (324 - 36 - 100 - 4)
-    assert said[5] == (
-        "all: 9 pairs with two or more answers, Krippendorff's alpha (nominal) 0.63"
-    )
+    assert said[5] == ("all: 9 pairs with two or more answers, Krippendorff's alpha (nominal) 0.63")
     assert said[6] == "2 pairs are split and count as ties: p2, p6"
 
 

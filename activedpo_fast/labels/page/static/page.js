@@ -126,7 +126,7 @@ function showTexts() {
   for (const part of ["prompt", "left", "right"]) {
     byId(part).replaceChildren(...shown[part].map(messageElement));
   }
-  byId("markdown").setAttribute("aria-pressed", String(markdown));
+  byId("markdown").setAttribute("aria-pressed", String(markdown && !comparing));
   byId("compare").setAttribute("aria-pressed", String(comparing));
 }
 
@@ -168,7 +168,7 @@ const toggleDifferences = () => whileBusy(async () => {
 
 function toggleMarkdown() {
   if (shown === null || busy) return;
-  markdown = !markdown;
+  if (!comparing) markdown = !markdown;
   comparing = false;
   localStorage.setItem("markdown", markdown ? "on" : "off");
   showTexts();
