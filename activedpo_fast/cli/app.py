@@ -484,21 +484,17 @@ def run(
     """Run the rounds that a YAML file describes.
 
     A round generates responses, selects pairs, has them labeled and trains. Work that an earlier
-    run finished is not repeated. Exit code 3 means that the run waits for labels from people: fill
-    in the file that it names, then run the same command again.
+    run finished is not repeated. Exit code 3 means that the run waits for labels from people: do
+    what it says (`activedpo label FILE`), then run the same command again.
     """
     with _session(quiet):
         _one_process("activedpo run")
         from activedpo_fast.cli.run import run_rounds
         from activedpo_fast.cli.run_file import load_config
-        from activedpo_fast.labels import LabelsPending
 
         _hush()
-        try:
+        with _exit_when_labels_are_missing():
             _say(quiet, run_rounds(load_config(config), show_progress=_progress(quiet)))
-        except LabelsPending as pending:
-            print(f"activedpo: {pending}", file=sys.stderr)
-            raise typer.Exit(PENDING) from None
 
 
 @app.command(
@@ -506,6 +502,7 @@ def run(
 Examples:
   activedpo demo
   activedpo demo --model smollm2 --output runs/smollm2
+  activedpo demo --label
 """
 )
 def demo(
@@ -525,6 +522,12 @@ def demo(
         bool,
         typer.Option("--fresh", help="Start over instead of continuing the run in the folder."),
     ] = False,
+    label: Annotated[
+        bool,
+        typer.Option(
+            "--label", help="You label 20 pairs in a local page, and the model is trained on them."
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run ActiveDPO and random selection side by side, on real text and a real model."""
@@ -536,14 +539,16 @@ def demo(
         # Warns that some responses continue the prompt's last word; TRL and this library tokenize
         # these the same.
         logging.getLogger("trl").setLevel(logging.ERROR)
-        run_demo(
-            model=model,
-            output=output,
-            rounds=rounds,
-            seed=seed,
-            fresh=fresh,
-            show_progress=_progress(quiet),
-        )
+        with _exit_when_labels_are_missing():
+            run_demo(
+                model=model,
+                output=output,
+                rounds=rounds,
+                seed=seed,
+                fresh=fresh,
+                label=label,
+                show_progress=_progress(quiet),
+            )
 
 
 # -- shared by the commands ------------------------------------------------------------------------
@@ -554,6 +559,18 @@ def _one_process(command: str) -> None:
     from activedpo_fast.distributed.launcher import require_one_process
 
     require_one_process(command)
+
+
+@contextmanager
+def _exit_when_labels_are_missing() -> Iterator[None]:
+    """Say what people have to do, and end with an exit code of its own."""
+    from activedpo_fast.labels import LabelsPending
+
+    try:
+        yield
+    except LabelsPending as pending:
+        print(f"activedpo: {pending}", file=sys.stderr)
+        raise typer.Exit(PENDING) from None
 
 
 def _progress(quiet: bool) -> bool | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.files import labels_file
 from activedpo_fast.labels.page.batch import Batch
-from activedpo_fast.labels.page.labeling import Labeling, journal_path
+from activedpo_fast.labels.page.labeling import Labeling, is_begun
 from activedpo_fast.labels.page.report import report
 from activedpo_fast.labels.page.server import serve
 from activedpo_fast.labels.page.session import QUESTION, Session
@@ -72,9 +72,8 @@ def report_of(batch_path: Path, *, output: Path | None = None, combine: str = "m
     """
     batch = Batch.read(batch_path)
     output = output or labels_file(batch_path)
-    if not journal_path(output).exists():
+    if not is_begun(output):
         raise ActiveDPOError(
-            f"{journal_path(output)}: no such file: nothing has been labeled yet with "
-            f"`activedpo label {batch_path}`"
+            f"{output}: nothing has been labeled yet with `activedpo label {batch_path}`"
         )
     return report(Labeling(batch, output, combine=combine))

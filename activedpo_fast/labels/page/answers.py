@@ -78,7 +78,7 @@ class Answers:
             ActiveDPOError: an entry that no version of this journal has; names `place`.
         """
         try:
-            self._apply(dict(entry))
+            self._apply(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise ActiveDPOError(
                 f"{place}: an entry that is not understood ({type(error).__name__}: {error}): put "
@@ -86,7 +86,8 @@ class Answers:
             ) from None
 
     def _apply(self, entry: dict[str, Any]) -> None:
-        kind = entry.pop("kind")
+        kind = entry["kind"]
+        content = {name: value for name, value in entry.items() if name != "kind"}
         if (kind == "batch") != (self.head is None):
             raise ValueError("the first entry has to say which pairs the others are about")
         if kind == "batch":
@@ -94,7 +95,7 @@ class Answers:
                 raise ValueError(f"format {entry['format']}")
             self.head = entry
         elif kind == "answer":
-            answer = Answer(**entry)
+            answer = Answer(**content)
             self._standing[answer.labeler, answer.pair] = answer
             self._labelers.setdefault(answer.pair, set()).add(answer.labeler)
         elif kind == "shown":

@@ -46,17 +46,17 @@ class Labeling:
         self._combine = COMBINERS[combine]
         self.journal = Journal(journal_path(output))
         check_file_target(output)
-        if output.exists() and not self.journal.path.exists():
+        if output.resolve() == batch.path.resolve():
+            raise ActiveDPOError(f"{output} is the file of the pairs: choose another --output")
+        if output.exists() and not is_begun(output):
             raise ActiveDPOError(
                 f"{output} exists and was not written by this command (there is no "
                 f"{self.journal.path.name}): choose another --output, or move it away"
             )
-        if output.resolve() == batch.path.resolve():
-            raise ActiveDPOError(f"{output} is the file of the pairs: choose another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            if self.answers.head is None:
-                self.append(head_entry(batch.digest(), seed or 0, overlap or 0.0))
+            # It goes to disk with the first entry: a start that fails fixes no setting.
+            self._head = self.answers.head or head_entry(batch.digest(), seed or 0, overlap or 0.0)
             self._check_head({"seed": seed, "overlap": overlap})
 
     @property
@@ -66,11 +66,6 @@ class Labeling:
     @property
     def overlap(self) -> float:
         return self._head["overlap"]
-
-    @property
-    def _head(self) -> dict[str, Any]:
-        assert self.answers.head is not None
-        return self.answers.head
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -82,6 +77,13 @@ class Labeling:
 
     def append(self, *entries: dict[str, Any]) -> None:
         """Save entries, inside `locked`. They are on disk when this returns."""
+        if self.answers.head is None:
+            entries = (self._head, *entries)
+        elif self.answers.head != self._head:
+            raise ActiveDPOError(
+                f"{self.journal.path}: somebody else began with other settings: run the command "
+                "again"
+            )
         self.journal.append(*entries)
         for entry in entries:
             self.answers.apply(entry, self.journal.path)
@@ -127,3 +129,9 @@ class Labeling:
 
 def journal_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.journal.jsonl")
+
+
+def is_begun(output: Path) -> bool:
+    """Return whether there is anything in the journal of a labels file."""
+    path = journal_path(output)
+    return path.exists() and path.stat().st_size > 0

@@ -50,7 +50,7 @@ def _answer(pair: int, choice: str = "left", **more: object) -> dict:
 
 def _journal(path: Path) -> list[dict]:
     journal = labels_file(path).with_name("labels-picked.journal.jsonl")
-    return [json.loads(line) for line in journal.open()]
+    return [json.loads(line) for line in journal.open()] if journal.exists() else []
 
 
 def test_all_pairs_are_answered_in_turn(path: Path) -> None:
@@ -131,7 +131,7 @@ def test_answers_that_the_page_does_not_send(
     refused = client.post("/api/answer", content=body, headers={"Content-Type": "application/json"})
     assert refused.status_code == 400
     assert refused.json()["error"].startswith(error)
-    assert [entry["kind"] for entry in _journal(path)] == ["batch"]
+    assert _journal(path) == []
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "1", "null"])
@@ -172,7 +172,7 @@ def test_requests_of_others_are_refused(
         assert refused.json().keys() == {"error"}
     if status != 415:
         assert client.get("/api/pair", headers=given).status_code == status
-    assert [entry["kind"] for entry in _journal(path)] == ["batch"]
+    assert _journal(path) == []
 
 
 def test_requests_of_the_page_pass_from_both_names(client: TestClient) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -58,55 +59,43 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> N
         _entries(tmp_path / "missing" / "journal.jsonl")
 
 
-_APPEND = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-from activedpo_fast.labels.page.journal import Journal
-journal = Journal(Path(sys.argv[1]))
-for n in range(60):
-    with journal.locked() as new:
-        journal.append({"who": sys.argv[2], "n": n, "text": "x" * 5000})
-"""
+FORK = multiprocessing.get_context("fork")  # torch is loaded already
+
+
+def _append(path: Path, who: str) -> None:
+    journal = Journal(path)
+    for n in range(60):
+        with journal.locked():
+            journal.append({"who": who, "n": n, "text": "x" * 5000})
 
 
 def test_two_processes_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    both = [
-        subprocess.Popen([sys.executable, "-c", _APPEND, str(path), who, *sys.path]) for who in "ab"
-    ]
-    assert [process.wait() for process in both] == [0, 0]
+    both = [FORK.Process(target=_append, args=(path, who)) for who in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
     found = _entries(path)
     for who in "ab":
         assert [entry["n"] for entry in found if entry["who"] == who] == list(range(60))
 
 
-_FULL = """
-import resource, signal, sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels.page.journal import Journal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-journal = Journal(Path(sys.argv[1]))
-with journal.locked():
-    journal.append({"n": 0})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    with journal.locked():
+def _append_beyond_the_limit(path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    journal = Journal(path)
+    with pytest.raises(ActiveDPOError, match=f"{path}: file too large"), journal.locked() as new:
+        assert new == [{"n": 0}]
         journal.append({"n": 1, "text": "x" * 500})
-except ActiveDPOError as error:
-    print(error)
-"""
 
 
 def test_an_entry_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, str(path), *sys.path],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{path}: file too large\n"
+    path.write_text('{"n": 0}\n')
+    process = FORK.Process(target=_append_beyond_the_limit, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert path.read_text() == '{"n": 0}\n'

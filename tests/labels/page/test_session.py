@@ -151,13 +151,21 @@ def test_overlap_goes_to_every_labeler(picks: Path, overlap: float, shared: int)
 
 
 def test_settings_that_all_labelers_share_stay(picks: Path) -> None:
-    open_labeling(picks, overlap=20.0, seed=3)
+    assert Session(open_labeling(picks, overlap=20.0, seed=3), "ann").current() == 0
     assert open_labeling(picks).overlap == 20.0
     assert open_labeling(picks, overlap=20.0, seed=3).seed == 3
     with pytest.raises(ActiveDPOError, match="--overlap 30: this labeling began with --overlap 20"):
         open_labeling(picks, overlap=30.0)
     with pytest.raises(ActiveDPOError, match="--seed 0: this labeling began with --seed 3"):
         open_labeling(picks, seed=0)
+
+
+def test_two_first_starts_with_different_settings(picks: Path) -> None:
+    ann, ben = _session(picks, "ann", overlap=50.0), _session(picks, "ben")
+    assert ann.current() == 0
+    with pytest.raises(ActiveDPOError, match="began with other settings: run the command again"):
+        ben.current()
+    assert _session(picks, "ben").labeling.overlap == 50.0
 
 
 def test_files_that_do_not_belong_together_are_refused(picks: Path, tmp_path: Path) -> None:
@@ -177,7 +185,8 @@ def test_files_that_do_not_belong_together_are_refused(picks: Path, tmp_path: Pa
 
 
 def test_a_journal_that_was_edited_is_one_clear_error(picks: Path) -> None:
-    labeling = open_labeling(picks)
+    labeling = _session(picks).labeling
+    _answer(_session(picks))
     with labeling.journal.path.open("a") as file:
         file.write('{"kind": "undo", "pair": 3, "labeler": "ann", "time": "x"}\n')
     with pytest.raises(ActiveDPOError, match="not understood.*put the file back"):
