@@ -16,6 +16,11 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float 
 
     Returns:
         None if it is not defined: no pair, or both always give one and the same answer.
+
+    Examples:
+        >>> from activedpo_fast.labels.agreement import cohen_kappa
+        >>> round(cohen_kappa([0, 0, 1, 1], [0, 1, 1, 1]), 2)
+        0.5
     """
     total = len(first)
     if not total:
@@ -40,6 +45,11 @@ def krippendorff_alpha(answers: Sequence[Sequence[Hashable]]) -> float | None:
 
     Returns:
         None if it is not defined: no pair has two answers, or all answers are the same.
+
+    Examples:
+        >>> from activedpo_fast.labels.agreement import krippendorff_alpha
+        >>> round(krippendorff_alpha([[0, 0, 0], [0, 1], [1, 1], [1]]), 2)
+        0.5
     """
     coincidences: Counter[tuple[Hashable, Hashable]] = Counter()
     for given in answers:

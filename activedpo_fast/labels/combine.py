@@ -37,6 +37,12 @@ def majority(answers: Sequence[Votes]) -> list[CombinedLabel | None]:
 
     "skip" is no vote; a pair that all labelers skipped is "skip". If two labels have the most
     votes, the pair is a "tie" and `split`. None for a pair without answers.
+
+    Examples:
+        >>> from activedpo_fast.labels.combine import majority
+        >>> votes = [{"ann": 0, "ben": 0, "cleo": 1}, {"ann": 0, "ben": 1}]
+        >>> [(label.label, round(label.weight, 2), label.split) for label in majority(votes)]
+        [(0, 0.67, False), ('tie', 0.5, True)]
     """
     found = []
     for votes in answers:
@@ -115,6 +121,13 @@ def dawid_skene(answers: Sequence[Votes]) -> list[CombinedLabel | None]:
 
     Labelers who often differ from the others count less (see `fit_dawid_skene`). Otherwise as
     `majority`.
+
+    Examples:
+        >>> from activedpo_fast.labels.combine import dawid_skene
+        >>> votes = [{"ann": n % 2, "ben": n % 2, "cleo": 0} for n in range(20)]
+        >>> combined = dawid_skene([*votes, {"ann": 1, "cleo": 0}])
+        >>> combined[-1].label, combined[-1].weight > 0.9  # cleo always answers 0
+        (1, True)
     """
     fitted = fit_dawid_skene(answers)
     found = []

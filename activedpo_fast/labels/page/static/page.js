@@ -77,7 +77,7 @@ const undo = () => whileBusy(async () => show(await ask("/api/undo", {})));
 
 const finish = () => whileBusy(async () => {
   await ask("/api/finish", {});
-  byId("finish").hidden = true;
+  byId("finish").hidden = byId("done-note").hidden = true;
   byId("undo").disabled = true;
   say("Finished. You can close this page.");
   byId("done-title").textContent = "Finished. You can close this page.";
