@@ -30,10 +30,10 @@ class Guard:
 
     * `Host` has to be one of `hosts`: another name that resolves to this machine (DNS rebinding) is
       refused.
-    * `Origin`, if there is one, has to be `http://` and that host, and `Sec-Fetch-Site` must not
-      say that another site asks.
-    * Below `/api/`, the header `Authorization: Bearer TOKEN` is needed, which no other site can
-      send. The files of the page itself are no secret.
+    * `Origin`, if there is one, has to be `http://` and that host.
+    * Below `/api/`, `Sec-Fetch-Site` must not say that another site asks, and the header
+      `Authorization: Bearer TOKEN` is needed, which no other site can send. The files of the page
+      itself are no secret.
     * A body is JSON and has at most `MAX_BODY` bytes.
     """
 
@@ -75,10 +75,10 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{host}":
             return 403, "another site may not send requests here"
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            return 403, "another site may not send requests here"
         if not scope["path"].startswith("/api/"):
             return None
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            return 403, "another site may not send requests here"
         given = headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, self._credentials):
             return 401, "the token is wrong: open the address that the command printed"

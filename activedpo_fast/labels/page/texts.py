@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from activedpo_fast.pool.texts import Text
 
-_EXACT = 3000  # words; in longer texts frequent words do not start a match, which is far quicker
+_EXACT = 1500  # words; in longer texts frequent words do not start a match, which is far quicker
 
 # HTML in a text is shown as text. So are links and images, by their addresses: a labeler judges
 # what was written, and a page must not load or lead to what a model made up.
