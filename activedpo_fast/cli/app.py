@@ -18,7 +18,7 @@ from activedpo_fast._files import reason_of
 from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.errors import ActiveDPOError
 
-PENDING = 3  # exit code of `run` when it waits for labels from people
+PENDING = 3  # exit code while labels from people are missing
 
 # Warnings that libraries print at every start and that users can do nothing about.
 _HARMLESS = (
@@ -44,7 +44,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; 2: bad input, one line on stderr; 3: `run` waits for labels; 130: interrupted.
+    0: done; 2: bad input, one line on stderr; 3: labels are missing; 130: interrupted.
     Unexpected exceptions keep their traceback.
     """
     _wait_politely()
@@ -391,6 +391,88 @@ def select(
 @app.command(
     epilog="""\b
 Examples:
+  activedpo label picked.jsonl
+  activedpo label picked.jsonl --labeler ann --overlap 20
+  activedpo label picked.jsonl --report
+"""
+)
+def label(
+    batch: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BATCH", help="Pairs that `activedpo select` or `activedpo run` wrote."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labels file. Default: labels-NAME.jsonl next to BATCH, where `activedpo run` "
+            "looks for it."
+        ),
+    ] = None,
+    labeler: Annotated[
+        str, typer.Option(metavar="NAME", help="Who labels; several people take turns or share.")
+    ] = "labeler",
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="PERCENT",
+            help="Share of the pairs that every labeler gets, to measure agreement; the others "
+            "go to one labeler each. Default: 0.",
+        ),
+    ] = None,
+    combine: Annotated[
+        Literal["majority", "dawid-skene"],
+        typer.Option(help="How several answers to a pair become one label."),
+    ] = "majority",
+    question: Annotated[
+        str, typer.Option(help="What the page asks.")
+    ] = "Which response is better?",
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sides and of the shared pairs. Default: 0.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 for any free one.")
+    ] = 0,
+    open_browser: Annotated[
+        bool, typer.Option("--open", help="Open the page in the default browser.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only print the report of the labels so far.")
+    ] = False,
+) -> None:
+    """Label pairs in a page that this machine serves to itself.
+
+    Every answer is on disk before the next pair is shown, and the same command goes on where it was
+    ended. Exit code 3 means that pairs are left to label.
+    """
+    with _session(quiet=False):
+        from activedpo_fast.cli.label import label_batch, report_of
+
+        if report:
+            typer.echo(report_of(batch, output=output, combine=combine))
+            return
+        text, complete = label_batch(
+            batch,
+            output=output,
+            labeler=labeler,
+            overlap=overlap,
+            seed=seed,
+            combine=combine,
+            question=question,
+            port=port,
+            open_browser=open_browser,
+        )
+        typer.echo(text)
+        if not complete:
+            raise typer.Exit(PENDING)
+
+
+@app.command(
+    epilog="""\b
+Examples:
   activedpo run run.yaml
   activedpo run examples/run.yaml --quiet
 """
@@ -405,21 +487,17 @@ def run(
     """Run the rounds that a YAML file describes.
 
     A round generates responses, selects pairs, has them labeled and trains. Work that an earlier
-    run finished is not repeated. Exit code 3 means that the run waits for labels from people: fill
-    in the file that it names, then run the same command again.
+    run finished is not repeated. Exit code 3 means that the run waits for labels from people: do
+    what it says (`activedpo label FILE`), then run the same command again.
     """
     with _session(quiet):
         _one_process("activedpo run")
         from activedpo_fast.cli.run import run_rounds
         from activedpo_fast.cli.run_file import load_config
-        from activedpo_fast.labels import LabelsPending
 
         _hush()
-        try:
+        with _exit_when_labels_are_missing():
             _say(quiet, run_rounds(load_config(config), show_progress=_progress(quiet)))
-        except LabelsPending as pending:
-            print(f"activedpo: {pending}", file=sys.stderr)
-            raise typer.Exit(PENDING) from None
 
 
 @app.command(
@@ -427,6 +505,7 @@ def run(
 Examples:
   activedpo demo
   activedpo demo --model smollm2 --output runs/smollm2
+  activedpo demo --label
 """
 )
 def demo(
@@ -446,6 +525,12 @@ def demo(
         bool,
         typer.Option("--fresh", help="Start over instead of continuing the run in the folder."),
     ] = False,
+    label: Annotated[
+        bool,
+        typer.Option(
+            "--label", help="You label 20 pairs in a local page, and the model is trained on them."
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Run ActiveDPO and random selection side by side, on real text and a real model."""
@@ -457,14 +542,16 @@ def demo(
         # Warns that some responses continue the prompt's last word; TRL and this library tokenize
         # these the same.
         logging.getLogger("trl").setLevel(logging.ERROR)
-        run_demo(
-            model=model,
-            output=output,
-            rounds=rounds,
-            seed=seed,
-            fresh=fresh,
-            show_progress=_progress(quiet),
-        )
+        with _exit_when_labels_are_missing():
+            run_demo(
+                model=model,
+                output=output,
+                rounds=rounds,
+                seed=seed,
+                fresh=fresh,
+                label=label,
+                show_progress=_progress(quiet),
+            )
 
 
 # -- shared by the commands ------------------------------------------------------------------------
@@ -475,6 +562,18 @@ def _one_process(command: str) -> None:
     from activedpo_fast.distributed.launcher import require_one_process
 
     require_one_process(command)
+
+
+@contextmanager
+def _exit_when_labels_are_missing() -> Iterator[None]:
+    """Say what people have to do, and end with an exit code of its own."""
+    from activedpo_fast.labels import LabelsPending
+
+    try:
+        yield
+    except LabelsPending as pending:
+        print(f"activedpo: {pending}", file=sys.stderr)
+        raise typer.Exit(PENDING) from None
 
 
 def _progress(quiet: bool) -> bool | None:

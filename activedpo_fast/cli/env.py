@@ -20,6 +20,7 @@ _PACKAGES: dict[str, str | None] = {
     "accelerate": "for `activedpo run` and the loop: pip install accelerate",
     "triton": "for kernels on NVIDIA GPUs; it comes with torch's CUDA builds for Linux",
     "gguf": "for GGUF models: pip install gguf",
+    "starlette": "for `activedpo label`: pip install activedpo-fast[label]",
     "matplotlib": "for the demo's picture: pip install matplotlib",
 }
 

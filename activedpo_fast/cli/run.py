@@ -45,8 +45,8 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         raise ActiveDPOError(f"dpo: {error}") from error
     prompts = read_prompts(config.prompts)
     oracle: Oracle
-    if config.oracle["kind"] == "files":
-        oracle = FileOracle(output / "labeling")
+    if config.oracle["kind"] == "people":
+        oracle = FileOracle(output / "labeling", via=config.oracle.get("via", "page"))
     else:
         options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
         oracle = RewardModelOracle(
@@ -89,6 +89,7 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
     """Return what the loop's own arguments do not show: the given adapter, and the oracle."""
     adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
     oracle = dict(config.oracle)
+    oracle.pop("via", None)  # the labels are read from the same file
     if oracle["kind"] == "reward_model":
         options = inspect.signature(RewardModelOracle).parameters
         oracle = {

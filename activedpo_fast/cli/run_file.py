@@ -39,7 +39,7 @@ class RunConfig:
         generation: options of `generate_responses`.
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
-        oracle: `kind` ("files" or "reward_model") and its options.
+        oracle: `kind` ("people" or "reward_model") and its options.
     """
 
     model: str
@@ -190,7 +190,7 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     from activedpo_fast.labels import RewardModelOracle
 
     known: dict[str, dict[str, Any]] = {
-        "files": {"kind": str},
+        "people": {"kind": str, "via": Literal["page", "files"]},
         "reward_model": {
             "kind": str,
             "model": str,

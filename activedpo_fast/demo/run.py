@@ -20,23 +20,30 @@ from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import Reward, RewardOracle
+from activedpo_fast.labels import Oracle, Reward, RewardOracle
+from activedpo_fast.labels.page.oracle import PageOracle
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord
 from activedpo_fast.training.trl import dpo_config
 
+_PERSON_LABELS = 20  # pairs that `--label` asks
+
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 class _Task(NamedTuple):
-    """A model's task: a loader of the fresh model, its prompts, and the reward in `unit`."""
+    """A model's task: a loader of the fresh model, its prompts, and the reward in `unit`.
+
+    `question` is what a person is asked to judge by.
+    """
 
     load: Callable[[], Loaded]
     prompts: list[Prompt]
     heldout: list[Prompt]
     reward: Reward
     unit: str
+    question: str
 
     @classmethod
     def of(cls, model: str, settings: DemoSettings) -> _Task:
@@ -48,6 +55,7 @@ class _Task(NamedTuple):
                 heldout[: settings.heldout],
                 Rating(),
                 "rating from −4 to 4",
+                "Which review is more favorable?",
             )
         pool, heldout = (
             read_prompts(split, model, max_words=settings.max_words)
@@ -59,6 +67,7 @@ class _Task(NamedTuple):
             heldout[: settings.heldout],
             SynopsisSimilarity(),
             "cosine to the true synopsis",
+            "Which is the better synopsis?",
         )
 
 
@@ -69,6 +78,7 @@ def run_demo(
     rounds: int | None = None,
     seed: int = 0,
     fresh: bool = False,
+    label: bool = False,
     show_progress: bool | None = None,
 ) -> dict[str, list[RoundRecord]]:
     """Run all strategies from the same start; print the table and write the picture.
@@ -80,18 +90,28 @@ def run_demo(
         rounds: overrides the number of rounds.
         seed: seed of everything: adapter, prompts, responses, labels, selection, training.
         fresh: delete the results of an earlier demo in `output`.
+        label: a person labels 20 pairs a round in the page of `activedpo label`, one round unless
+            `rounds` is given, with ActiveDPO alone.
 
     Returns:
         The records of the rounds by strategy. The first record is the start, before any label.
+
+    Raises:
+        LabelsPending: the person ended before all pairs were labeled.
     """
     require_one_process("activedpo demo")
     if model not in SETTINGS:
         raise ActiveDPOError(f"unknown demo model {model!r}; known: {', '.join(SETTINGS)}")
     check_folder_target(output)
     settings = SETTINGS[model]
+    output = Path(output)
+    if label:
+        output /= "labeled"  # next to a demo without people
+        only = {"activedpo": settings.strategies["activedpo"]}
+        settings = replace(settings, rounds=1, batch_size=_PERSON_LABELS, strategies=only)
     if rounds is not None:
         settings = replace(settings, rounds=rounds)
-    folders = {strategy: Path(output) / strategy for strategy in settings.strategies}
+    folders = {strategy: output / strategy for strategy in settings.strategies}
     if fresh:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -103,24 +123,40 @@ def run_demo(
         print(
             f"\n== {strategy}: {settings.rounds} rounds of {settings.batch_size} labels", flush=True
         )
-        runs[strategy] = _run_strategy(strategy, settings, task, folder, seed, show_progress)
+        oracle = (
+            PageOracle(folder / "labeling", question=task.question, ready=_announce)
+            if label
+            else RewardOracle(task.reward, temperature=settings.temperature, seed=seed)
+        )
+        runs[strategy] = _run_strategy(
+            strategy, settings, task, oracle, folder, seed, show_progress
+        )
 
     text, said = table(runs), verdict(runs, folders)
-    write_atomic(Path(output) / "table.md", f"{text}\n\n{said}\n")
+    write_atomic(output / "table.md", f"{text}\n\n{said}\n")
     title = f"{model} model, seed {seed}, {len(task.heldout)} held-out prompts"
-    picture = Path(output) / "curves.png"
+    picture = output / "curves.png"
     draw(runs, picture, title, task.unit)
     print(
-        f"\n{text}\n\n{said}\n\ntable: {Path(output) / 'table.md'}   picture: {picture}   "
+        f"\n{text}\n\n{said}\n\ntable: {output / 'table.md'}   picture: {picture}   "
         f"{time.perf_counter() - started:.0f} s in all"
     )
     return runs
+
+
+def _announce(address: str) -> None:
+    print(
+        f"Your turn: label the pairs at {address}\n(every answer is saved; press Finish there "
+        "when all are done)",
+        flush=True,
+    )
 
 
 def _run_strategy(
     strategy: str,
     settings: DemoSettings,
     task: _Task,
+    oracle: Oracle,
     folder: Path,
     seed: int,
     show_progress: bool | None,
@@ -150,7 +186,7 @@ def _run_strategy(
         with_fresh_lora(base, settings, seed),
         tokenizer,
         task.prompts,
-        RewardOracle(task.reward, temperature=settings.temperature, seed=seed),
+        oracle,
         output_dir=folder,
         dpo_args=dpo_config(output_dir=str(folder / "trainer"), seed=seed, **settings.dpo),
         strategy=strategy,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from activedpo_fast._files import FilePath, write_atomic
 from activedpo_fast.errors import ActiveDPOError
@@ -22,6 +22,15 @@ class LabelsPending(ActiveDPOError):
     """Labels are awaited; the message says which file to fill in."""
 
 
+def labels_file(to_label: FilePath) -> Path:
+    """Return where the labels of a file of picks are expected: `labels-NAME.jsonl`, next to it.
+
+    NAME is the name of the file, without a leading "to_label-".
+    """
+    path = Path(to_label)
+    return path.with_name(f"labels-{path.name.removeprefix('to_label-')}")
+
+
 class FileOracle:
     """Write a selection for people to label, and read the labels when they are done.
 
@@ -33,9 +42,10 @@ class FileOracle:
 
     Args:
         path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:
-            the file is `to_label-<digest>.jsonl`, with the selection's digest. Labels are also
-            accepted in a file `labels-<digest>.jsonl` next to it, which takes precedence. A file
-            serves one selection.
+            the file is `to_label-<digest>.jsonl`, with the selection's digest. A file serves one
+            selection. Labels are also accepted in `labels_file` of that file, which takes
+            precedence; `activedpo label` writes it.
+        via: how people label, for the message: in "files", or in the "page" of `activedpo label`.
 
     Raises:
         LabelsPending: from `label`, while a label is missing.
@@ -53,8 +63,9 @@ class FileOracle:
         "responses") or "skip", then run again
     """
 
-    def __init__(self, path: FilePath) -> None:
+    def __init__(self, path: FilePath, *, via: Literal["files", "page"] = "files") -> None:
         self._path = Path(path)
+        self._via = via
 
     def label(
         self, selection: Selection, pool: PreferencePool | datasets.Dataset | None = None
@@ -65,27 +76,28 @@ class FileOracle:
         source = labels if labels.exists() else to_label
         if not source.exists():
             write_atomic(to_label, "".join(pick_line(pick, label=None) for pick in selection))
-            raise LabelsPending(_what_to_do(len(selection), len(selection), to_label))
+            raise LabelsPending(self._what_to_do(len(selection), selection, to_label))
         found = _read(source, selection)
         missing = sum(value is None for value in found)
         if missing:
-            raise LabelsPending(_what_to_do(missing, len(selection), source))
+            raise LabelsPending(self._what_to_do(missing, selection, source))
         return [None if value == SKIP else int(value) for value in found]
 
     def paths(self, selection: Selection) -> tuple[Path, Path]:
         """Return the file that the picks are written to, and the file checked first for labels."""
         if self._path.suffix == ".jsonl":
-            return self._path, self._path
+            return self._path, labels_file(self._path)
         lines = "".join(pick_line(pick, template=False, label=None) for pick in selection)
         digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
-        return (self._path / f"to_label-{digest}.jsonl", self._path / f"labels-{digest}.jsonl")
+        to_label = self._path / f"to_label-{digest}.jsonl"
+        return to_label, labels_file(to_label)
 
-
-def _what_to_do(missing: int, total: int, path: Path) -> str:
-    return (
-        f'{missing} of {total} pairs have no label yet: in {path} set each "label" to 0 or 1 '
-        f'(the better of "responses") or "{SKIP}", then run again'
-    )
+    def _what_to_do(self, missing: int, selection: Selection, path: Path) -> str:
+        if self._via == "page":
+            todo = f"label them with `activedpo label {self.paths(selection)[0]}`"
+        else:
+            todo = f'in {path} set each "label" to 0 or 1 (the better of "responses") or "{SKIP}"'
+        return f"{missing} of {len(selection)} pairs have no label yet: {todo}, then run again"
 
 
 def _read(path: Path, selection: Selection) -> list[Any]:

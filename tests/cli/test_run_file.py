@@ -16,7 +16,7 @@ def _given(**changes: Any) -> dict[str, Any]:
         "model": "m",
         "prompts": "p.jsonl",
         "output_dir": "o",
-        "oracle": {"kind": "files"},
+        "oracle": {"kind": "people", "via": "files"},
         "adapter": "a",
         **changes,
     }
@@ -35,7 +35,7 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
         ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
         ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
-        ({"oracle": {"kind": "files", "temperature": 1.0}}, "oracle.temperature: unknown key"),
+        ({"oracle": {"kind": "people", "temperature": 1.0}}, "oracle.temperature: unknown key"),
         ({"loop": {"rounds": "five"}}, "loop.rounds: expected an integer, got 'five'"),
         ({"loop": {"rounds": True}}, "loop.rounds: expected an integer, got True"),
         ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
@@ -68,7 +68,11 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"prompts": None}, "prompts: missing"),
         (
             {"oracle": {"kind": "dice"}},
-            "oracle.kind: expected one of files, reward_model, got 'dice'",
+            "oracle.kind: expected one of people, reward_model, got 'dice'",
+        ),
+        (
+            {"oracle": {"kind": "people", "via": "phone"}},
+            "oracle.via: expected 'page' or 'files', got 'phone'",
         ),
         ({"oracle": {}}, "oracle.kind"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
@@ -121,7 +125,7 @@ def test_without_a_preset_the_library_decides() -> None:
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    head = "model: m\nprompts: p.jsonl\noutput_dir: o\nadapter: a\noracle: {kind: files}\n"
+    head = "model: m\nprompts: p.jsonl\noutput_dir: o\nadapter: a\noracle: {kind: people}\n"
     # YAML 1.1 takes 1e-4 for text.
     path.write_text(head + "dpo: {learning_rate: 1e-4}\n")
     assert load_config(path).dpo == {"learning_rate": 1e-4}

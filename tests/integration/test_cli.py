@@ -26,6 +26,7 @@ from activedpo_fast.cli import features as features_command
 from activedpo_fast.cli import select as select_command
 from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
+from activedpo_fast.labels.page.session import Session
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.selection.result import Selection
@@ -35,6 +36,7 @@ from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
 from tests.support.gradients import loop_gradients, relative_error, trainable
+from tests.support.labeling import open_labeling
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 _WORDS = "label prefer model align choose respond sketch brown fox lazy dog people".split()
@@ -305,7 +307,7 @@ def test_outputs_that_cannot_be_written_are_refused_first(
                     "adapter": str(project / "adapter"),
                     "prompts": str(project / "pool.jsonl"),
                     "output_dir": str(folder),
-                    "oracle": {"kind": "files"},
+                    "oracle": {"kind": "people", "via": "files"},
                 }
             )
         )
@@ -745,7 +747,7 @@ def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
         "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
         "generation": {"max_new_tokens": 4},
         "dpo": {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 2},
-        "oracle": {"kind": "files"},
+        "oracle": {"kind": "people", "via": "files"},
         **changes,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -785,6 +787,29 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     _refused(capsys, argv, "other settings", "proj_dim")
     _run_config(project, tmp_path, rules={"max_per_prompt": 1})
     _refused(capsys, argv, "other settings", "rules")
+
+
+def test_run_goes_on_with_labels_from_the_page(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2}
+    argv = ["run", str(_run_config(project, tmp_path, loop=loop, oracle={"kind": "people"}))]
+    assert main(argv) == 3
+    (to_label,) = (tmp_path / "run" / "labeling").iterdir()
+    assert f"2 of 2 pairs have no label yet: label them with `activedpo label {to_label}`" in (
+        capsys.readouterr().err
+    )
+    session = Session(open_labeling(to_label), "ann")
+    for missing in (1, 0):
+        session.answer(session.current() or 0, "left", seconds=1)
+        session.labeling.write_labels()
+        assert main(argv) == (3 if missing else 0)
+        assert ("1 of 2 pairs have no label yet" in capsys.readouterr().err) == bool(missing)
+    labels = _read_jsonl(tmp_path / "run" / "round-000" / "labels.jsonl")
+    assert [line["label"] for line in labels] == [session.left(0), session.left(1)]
+    # How people labeled is no setting of the results.
+    _run_config(project, tmp_path, loop=loop, oracle={"kind": "people", "via": "files"})
+    assert main(argv) == 0
 
 
 def test_run_is_refused_before_people_label_and_goes_on_when_mended(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import threading
+import urllib.request
 from pathlib import Path
 
 import numpy
 import pytest
 
 from activedpo_fast import ActiveDPOError
+from activedpo_fast.demo import run as demo
 from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards
 from activedpo_fast.demo.run import run_demo
 from activedpo_fast.demo.settings import SETTINGS
@@ -66,3 +70,46 @@ def test_one_round(
 def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="model 'large'; known: reviews, small, smollm2"):
         run_demo(model="large", output=tmp_path)
+
+
+def test_a_person_labels_the_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    little = dataclasses.replace(SETTINGS["reviews"], prompts_per_round=10, heldout=4)
+    monkeypatch.setitem(SETTINGS, "reviews", little)
+    asked: list[str] = []
+
+    def person(address: str) -> None:
+        """Answer every pair as the page does, in a thread of its own: the demo waits."""
+        asked.append(address)
+        threading.Thread(target=_prefer_the_left, args=(address,)).start()
+
+    monkeypatch.setattr(demo, "_announce", person)
+    runs = run_demo(output=tmp_path, label=True, show_progress=False)
+    assert list(runs) == ["activedpo"] and len(asked) == 1
+    assert [record.labels_total for record in runs["activedpo"]] == [0, 20]
+    assert runs["activedpo"][1].seconds["train"] > 0
+    labels = (tmp_path / "labeled" / "activedpo" / "round-000" / "labels.jsonl").read_text()
+    assert len(labels.splitlines()) == 20
+    assert "| activedpo |     20 |" in capsys.readouterr().out
+    # Nobody is asked again.
+    assert run_demo(output=tmp_path, label=True, show_progress=False) == runs
+    assert len(asked) == 1
+
+
+def _prefer_the_left(address: str) -> None:
+    base, token = address.split("/#")
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+
+    def ask(path: str, body: dict | None = None) -> dict:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(base + path, data, headers)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return json.load(response)
+
+    state = ask("/api/pair")
+    assert state["question"] == "Which review is more favorable?"
+    while state["pair"] is not None:
+        answer = {"pair": state["pair"]["number"], "choice": "left", "seconds": 1, "comment": ""}
+        state = ask("/api/answer", answer)
+    ask("/api/finish", {})

@@ -330,7 +330,7 @@ def _yaml(folder: Path, **changes: Any) -> list[str]:
         "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
         "generation": {"max_new_tokens": 4},
         "dpo": {"max_steps": 1},
-        "oracle": {"kind": "files"},
+        "oracle": {"kind": "people", "via": "files"},
         **changes,
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))

@@ -273,7 +273,7 @@ def test_run_refuses_before_a_model_is_loaded(tmp_path: Path, capsys: Any) -> No
     config = {
         "model": "no_such_folder",
         "prompts": "none.jsonl",
-        "oracle": {"kind": "files"},
+        "oracle": {"kind": "people", "via": "files"},
         "output_dir": str(tmp_path / "run"),
         "lora": {},
         "dpo": {"bf16": False, "ld_alpha": 0.5},

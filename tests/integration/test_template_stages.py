@@ -391,7 +391,7 @@ def _yaml(**sections: Any) -> dict[str, Any]:
         "prompts": "p.jsonl",
         "output_dir": "o",
         "adapter": "a",
-        "oracle": {"kind": "files"},
+        "oracle": {"kind": "people", "via": "files"},
         **sections,
     }
 

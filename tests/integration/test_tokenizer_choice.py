@@ -142,7 +142,7 @@ def test_a_run_takes_the_same_tokenizer_and_leaves_it_beside_its_adapters(
                 "generation": {"max_new_tokens": 4},
                 "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
                 "dpo": {"max_steps": 1},
-                "oracle": {"kind": "files"},
+                "oracle": {"kind": "people", "via": "files"},
             }
         )
     )

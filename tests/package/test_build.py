@@ -329,6 +329,7 @@ def test_wheel_holds_the_package_and_no_other_top_level_name(tmp_path):
         "ops/sketch.py",
         "gradients/sketch.py",
         "demo/assets/",
+        "labels/page/static/page.html",
     ):
         assert any(name.startswith(f"activedpo_fast/{path}") for name in names), path
     assert any(name.startswith("activedpo_fast/_csrc") for name in names)

@@ -1,0 +1,79 @@
+"""The command `activedpo label`: people label the picked pairs in a local page."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.files import labels_file
+from activedpo_fast.labels.page.batch import Batch
+from activedpo_fast.labels.page.labeling import Labeling, is_begun
+from activedpo_fast.labels.page.report import report
+from activedpo_fast.labels.page.server import serve
+from activedpo_fast.labels.page.session import QUESTION, Session
+
+
+def label_batch(
+    batch_path: Path,
+    *,
+    output: Path | None = None,
+    labeler: str = "labeler",
+    overlap: float | None = None,
+    seed: int | None = None,
+    combine: str = "majority",
+    question: str = QUESTION,
+    port: int = 0,
+    open_browser: bool = False,
+) -> tuple[str, bool]:
+    """Serve the page for one labeler until they are done, and write the labels file.
+
+    The page is not served if nothing is left for this labeler.
+
+    Args:
+        output: the labels file; None for `labels_file(batch_path)`.
+        others: as in `Labeling`, `Session` and `serve`.
+
+    Returns:
+        The report, and whether every pair has a label.
+
+    Raises:
+        ActiveDPOError: bad input; nothing is labeled then.
+    """
+    batch = Batch.read(batch_path)
+    output = output or labels_file(batch_path)
+    labeling = Labeling(batch, output, seed=seed, overlap=overlap, combine=combine)
+    session = Session(labeling, labeler, question)
+    left = session.progress().left
+
+    def announce(address: str) -> None:
+        print(
+            f"{left} pairs for {labeler}: open {address}\n"
+            "in a browser on this machine. Every answer is saved at once; Ctrl-C ends, and the "
+            "same command goes on.",
+            flush=True,
+        )
+        if open_browser:
+            webbrowser.open(address)
+
+    if left:
+        serve(session, port=port, ready=announce)
+    else:
+        labeling.write_labels()
+    complete = all(label is not None for label in labeling.labels())
+    return f"{report(labeling)}\nlabels: {output}", complete
+
+
+def report_of(batch_path: Path, *, output: Path | None = None, combine: str = "majority") -> str:
+    """Return the report of what has been labeled so far.
+
+    Raises:
+        ActiveDPOError: bad input, or nothing has been labeled.
+    """
+    batch = Batch.read(batch_path)
+    output = output or labels_file(batch_path)
+    if not is_begun(output):
+        raise ActiveDPOError(
+            f"{output}: nothing has been labeled yet with `activedpo label {batch_path}`"
+        )
+    return report(Labeling(batch, output, combine=combine))

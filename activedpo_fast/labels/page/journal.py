@@ -1,0 +1,99 @@
+"""The journal of a labeling: what every labeler did, appended and on disk before the next pair.
+
+Several processes may use one journal at once. Each change is made while the file is locked, after
+what the others appended has been read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast._files import reason_of
+from activedpo_fast.errors import ActiveDPOError
+
+
+class Journal:
+    """An append-only file of JSON objects, one per line. `locked` creates it.
+
+    Raises:
+        ActiveDPOError: from `locked` and `append`: the file cannot be read or written, or a line
+            is not a JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_to = 0  # bytes
+        self._lines = 0
+        self._file: int | None = None  # while it is locked
+
+    @contextmanager
+    def locked(self) -> Iterator[list[dict[str, Any]]]:
+        """Lock the file and yield the entries that were appended since the last call."""
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ActiveDPOError(f"{self.path}: {reason_of(error)}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._file = file
+            yield self._new_entries(file)
+        finally:
+            self._file = None
+            os.close(file)  # and unlock
+
+    def append(self, *entries: dict[str, Any]) -> None:
+        """Append entries, inside `locked`, and return when they are on disk."""
+        if self._file is None:
+            raise RuntimeError("append needs the lock")
+        data = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+        size = os.fstat(self._file).st_size
+        rest = data
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+            if size == 0:
+                _sync_folder(self.path.parent)
+        except OSError as error:  # a full disk: leave no half of an entry
+            os.ftruncate(self._file, size)
+            raise ActiveDPOError(f"{self.path}: {reason_of(error)}") from None
+        self._read_to = size + len(data)
+        self._lines += len(entries)
+
+    def _new_entries(self, file: int) -> list[dict[str, Any]]:
+        data = os.pread(file, os.fstat(file).st_size - self._read_to, self._read_to)
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            # The machine stopped during a write. Nobody was told that this entry was saved.
+            os.ftruncate(file, self._read_to + whole)
+        entries = []
+        for line in data[:whole].split(b"\n")[:-1]:
+            self._lines += 1
+            entries.append(_parse(line, f"{self.path}, line {self._lines}"))
+        self._read_to += whole
+        return entries
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ActiveDPOError(f"{place}: broken JSON: {error}") from None
+    if not isinstance(entry, dict):
+        raise ActiveDPOError(f"{place}: not a JSON object")
+    return entry
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the name of a new file is on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,151 @@
+"""The command `activedpo label`, as a process of its own: killed, continued, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("markdown_it")
+
+from activedpo_fast.cli.app import main  # noqa: E402
+from activedpo_fast.labels.files import labels_file  # noqa: E402
+from activedpo_fast.labels.page.session import Session  # noqa: E402
+from tests.support.labeling import open_labeling, plain_picks, write_picks  # noqa: E402
+
+
+class _Command:
+    """`activedpo label`, and requests like those of its page."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "activedpo_fast", "label", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert self.process.stdout is not None
+        self.said = self.process.stdout.readline()
+        found = re.search(r"(http://127\.0\.0\.1:\d+)/#(\S+)", self.said)
+        assert found is not None, (self.said, self.process.stderr.read())  # type: ignore[union-attr]
+        self.base, self.token = found.groups()
+
+    def ask(self, path: str, body: dict | None = None) -> dict:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, headers)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return json.load(response)
+
+    def answer(self, choice: str) -> dict:
+        pair = self.ask("/api/pair")["pair"]["number"]
+        return self.ask(
+            "/api/answer", {"pair": pair, "choice": choice, "seconds": 1, "comment": ""}
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def picks(tmp_path: Path) -> Path:
+    return write_picks(tmp_path / "picked.jsonl", plain_picks(4))
+
+
+def test_killed_and_continued_and_finished(picks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = _Command(picks, "--labeler", "ann")
+    assert "4 pairs for ann" in command.said
+    command.answer("left")
+    command.answer("tie")
+    command.process.send_signal(signal.SIGKILL)  # right after the response
+    assert command.end()[0] == -signal.SIGKILL
+
+    assert main(["label", str(picks), "--report"]) == 0
+    assert f"{picks}: 2 of 4 pairs have a label" in capfd.readouterr().out
+
+    command = _Command(picks, "--labeler", "ann")
+    assert "2 pairs for ann" in command.said
+    command.answer("right")
+    command.process.send_signal(signal.SIGINT)
+    code, out, err = command.end()
+    assert (code, err) == (3, "")  # a pair is left
+    assert "3 of 4 pairs have a label" in out and out.endswith(f"labels: {labels_file(picks)}\n")
+
+    command = _Command(picks, "--labeler", "ann")
+    assert command.answer("skip")["pair"] is None
+    command.ask("/api/finish", {})
+    code, out, err = command.end()
+    assert (code, err) == (0, "")
+    assert "4 of 4 pairs have a label" in out
+    labels = [json.loads(line)["label"] for line in labels_file(picks).open()]
+    assert labels[0] in (0, 1) and labels[1] == "tie" and labels[2] in (0, 1)
+    assert labels[3] == "skip"
+    # Nothing is left: the command does not wait for anybody.
+    labels_file(picks).unlink()
+    assert main(["label", str(picks)]) == 0
+    assert [json.loads(line)["label"] for line in labels_file(picks).open()] == labels
+
+
+def test_a_labeler_without_open_pairs_gets_the_report(
+    picks: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ann", "ben"):
+        one = Session(open_labeling(picks, overlap=50.0), name)
+        while (pair := one.current()) is not None:
+            one.answer(pair, "left" if one.left(pair) == 0 else "right", seconds=1)
+    assert main(["label", str(picks), "--labeler", "ben", "--combine", "dawid-skene"]) == 0
+    said = capfd.readouterr().out
+    assert "ann and ben: the same answer to 2 of 2 pairs, Cohen's kappa not defined" in said
+    records = [json.loads(line) for line in labels_file(picks).open()]
+    assert [record["label"] for record in records] == [0] * 4
+    assert sorted(len(record["answers"]) for record in records) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--report"], "nothing has been labeled yet with `activedpo label "),
+        (["--labeler", ""], "a name has 1 to 64 characters"),
+        (["--overlap", "101"], "less than or equal to 100"),
+        (["--output", "{picks}"], "is the file of the pairs: choose another --output"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    picks: Path, arguments: list[str], error: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(picks=picks) for argument in arguments]
+    before = picks.read_bytes()
+    assert main(["label", str(picks), *given]) == 2
+    said = capfd.readouterr().err
+    assert error in said and said.count("\n") == 1
+    assert picks.read_bytes() == before
+    assert not labels_file(picks).exists()
+    assert open_labeling(picks, overlap=30.0, seed=5).overlap == 30.0  # nothing was begun
+
+
+def test_a_port_in_use_is_one_clear_line(picks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["label", str(picks), "--port", str(port)]) == 2
+    assert f"--port {port}: address already in use; choose another" in capfd.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(
+    picks: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    assert main(["label", str(picks)]) == 2
+    assert "pip install activedpo-fast[label]" in capfd.readouterr().err
