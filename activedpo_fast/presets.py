@@ -38,7 +38,7 @@ PRESETS: dict[str, Preset] = {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         },
         dpo={"num_train_epochs": 4, "learning_rate": 1e-4},
-        loop={"batch_size": 50, "prompts_per_round": 1000, "n_responses": 3},
+        loop={"batch_size": 50, "prompts_per_round": 1000, "num_generations": 3},
     )
 }
 

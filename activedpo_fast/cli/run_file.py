@@ -164,7 +164,7 @@ def _sections() -> dict[str, dict[str, Any]]:
             },
         ),
         "generation": _options(
-            generate_responses, without={"n_responses", "seed", "show_progress"}
+            generate_responses, without={"num_generations", "seed", "show_progress"}
         ),
         "rules": _dataclass_fields(PickRules, without={"seed"}),
     }

@@ -158,7 +158,7 @@ def _run_strategy(
         batch_size=settings.batch_size,
         rounds=settings.rounds,
         prompts_per_round=settings.prompts_per_round,
-        n_responses=settings.n_responses,
+        num_generations=settings.num_generations,
         generation=settings.generation,
         evaluate=evaluate,
         seed=seed,

@@ -92,7 +92,7 @@ class ActiveDPOLoop:
             given (see `selector_settings`, which also refuses what selection cannot follow);
             ref_model is set by the loop.
         batch_size: pairs labeled per round (B).
-        n_responses, generation: for `generate_responses`.
+        num_generations, generation: for `generate_responses`.
         chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
             training. They may also be in `selector_options` or `generation`, if all given values
             agree.
@@ -123,7 +123,7 @@ class ActiveDPOLoop:
         >>> oracle = CallableOracle(lambda prompt, a, b: int(len(b) < len(a)))
         >>> loop = ActiveDPOLoop(
         ...     model, tokenizer, prompts, oracle, output_dir="run", dpo_args=dpo_args,
-        ...     rounds=2, batch_size=2, generation={"max_new_tokens": 8})
+        ...     rounds=2, batch_size=2, generation={"max_completion_length": 8})
         >>> [record.labels_total for record in loop.run()]
         [0, 2, 4]
     """
@@ -142,7 +142,7 @@ class ActiveDPOLoop:
         batch_size: int = 50,
         rounds: int = 5,
         prompts_per_round: int = 1000,
-        n_responses: int = 3,
+        num_generations: int = 3,
         generation: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         rules: PickRules | None = None,
@@ -195,7 +195,7 @@ class ActiveDPOLoop:
         self.batch_size = batch_size
         self.rounds = rounds
         self.prompts_per_round = prompts_per_round
-        self.generation = {"n_responses": n_responses, **(generation or {})}
+        self.generation = {"num_generations": num_generations, **(generation or {})}
         self.rules = rules
         self.train_on = train_on
         self.start_from = start_from
@@ -477,15 +477,17 @@ class ActiveDPOLoop:
         )
 
     def _rehearse(self) -> None:
-        n_responses = self.generation["n_responses"]
+        num_generations = self.generation["num_generations"]
         prompts = min(self.prompts_per_round, len(self._offered))
-        pairs = prompts * n_responses * (n_responses - 1) // 2
-        if n_responses > 1 and pairs < self.batch_size:
+        pairs = prompts * num_generations * (num_generations - 1) // 2
+        if num_generations > 1 and pairs < self.batch_size:
             raise ActiveDPOError(
                 f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
-                f"{prompts} prompts with {n_responses} responses have {pairs}"
+                f"{prompts} prompts with {num_generations} responses have {pairs}"
             )
-        options = {name: value for name, value in self.generation.items() if name != "n_responses"}
+        options = {
+            name: value for name, value in self.generation.items() if name != "num_generations"
+        }
         options["chat_template_kwargs"] = self.chat_template_kwargs
         rehearse(
             self.model,
@@ -495,7 +497,7 @@ class ActiveDPOLoop:
             self.dpo_args,
             reference=self.reference,
             batch_size=self.batch_size,
-            n_responses=n_responses,
+            num_generations=num_generations,
             generation=options,
         )
 

@@ -81,6 +81,15 @@ class ReviewSetting:
     )
     selection: dict[str, Any] = field(default_factory=lambda: {"proj_dim": 4096})
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """`generation` by the library's names; its own are keys of stored results."""
+        return {
+            "max_completion_length": self.generation["max_new_tokens"],
+            "temperature": self.generation["temperature"],
+            "generation_batch_size": self.generation["batch_size"],
+        }
+
 
 def load_policy(setting: ReviewSetting, seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The language model with a fresh adapter, and its tokenizer."""
@@ -132,8 +141,8 @@ def run(
         batch_size=pairs if method == EVERYTHING else setting.batch_size,
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
-        n_responses=setting.n_responses,
-        generation=setting.generation,
+        num_generations=setting.n_responses,
+        generation=setting.sampling,
         train_on=setting.train_on,  # type: ignore[arg-type]
         evaluate=Evaluation(tokenizer, rating, setting, folder),
         seed=seed,
@@ -194,7 +203,7 @@ class Evaluation:
             rating,
             folder,
             samples=setting.samples,
-            generation=setting.generation,
+            generation=setting.sampling,
             show_progress=False,
         )
 

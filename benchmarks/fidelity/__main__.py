@@ -78,7 +78,12 @@ def prepare(name: str, n_prompts: int, folder: Path) -> Case:
         prompts = read_prompts("pool", max_words=DEMO.max_words)
         drawn = draw_prompts(prompts, 0, n_prompts, set(), SEED)
         generate_responses(
-            model, tokenizer, drawn, n_responses=DEMO.n_responses, seed=SEED, **DEMO.generation
+            model,
+            tokenizer,
+            drawn,
+            num_generations=DEMO.num_generations,
+            seed=SEED,
+            **DEMO.generation,
         ).to_jsonl(path)
     pool = PreferencePool.from_jsonl(path)
     tokens = tokenize_pool(pool, tokenizer, max_length=DEMO.dpo["max_length"])
@@ -111,7 +116,7 @@ def _one_round(
         batch_size=DEMO.batch_size,
         rounds=1,
         prompts_per_round=DEMO.prompts_per_round,
-        n_responses=DEMO.n_responses,
+        num_generations=DEMO.num_generations,
         generation=DEMO.generation,
         seed=SEED,
     ).run()

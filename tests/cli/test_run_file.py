@@ -103,7 +103,7 @@ def test_preset_fills_what_is_not_given() -> None:
         "batch_size": 5,
         "rounds": 2,
         "prompts_per_round": 1000,
-        "n_responses": 3,
+        "num_generations": 3,
     }
     assert config.dpo == {"learning_rate": 1e-5, "num_train_epochs": 4}
     assert config.strategy == "activedpo"

@@ -742,8 +742,8 @@ def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
         "output_dir": str(folder / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 32},
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
-        "generation": {"max_new_tokens": 4},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "num_generations": 2},
+        "generation": {"max_completion_length": 4},
         "dpo": {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 2},
         "oracle": {"kind": "files"},
         **changes,
@@ -840,7 +840,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         "lora": {"r": 2, "target_modules": ["q_proj"]},
         "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"), "temperature": 0.5},
         "strategy": "margin_large",
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "n_responses": 2},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "num_generations": 2},
         "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}},
     }
     argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]

@@ -45,8 +45,8 @@ def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: An
         batch_size=3,
         rounds=2,
         prompts_per_round=4,
-        n_responses=2,
-        generation={"max_new_tokens": 4},
+        num_generations=2,
+        generation={"max_completion_length": 4},
         show_progress=False,
     )
     model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)
@@ -175,7 +175,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
         max_per_prompt=1,
     )
     caplog.set_level("WARNING", logger="activedpo_fast")
-    loop = _loop(tmp_path, rules=rules, n_responses=3, batch_size=4)
+    loop = _loop(tmp_path, rules=rules, num_generations=3, batch_size=4)
     records = loop.run()
     offered, picked = [], []
     for t in range(2):
@@ -190,7 +190,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
     assert records[-1].labels_total == sum(map(len, picked)) < 8
     assert f"{len(picked[0])} of 4 pairs picked" in caplog.text
 
-    _loop(tmp_path, rules=rules, n_responses=3, batch_size=4).run()
+    _loop(tmp_path, rules=rules, num_generations=3, batch_size=4).run()
     for other, name in (
         (None, "rules"),
         (replace(rules, max_per_prompt=2), "rules.max_per_prompt"),
@@ -198,7 +198,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
         (replace(rules, quotas={"6": 1}), "rules.quotas"),
     ):
         with pytest.raises(ActiveDPOError, match=f"other settings: {name}"):
-            _loop(tmp_path, rules=other, n_responses=3, batch_size=4).run()
+            _loop(tmp_path, rules=other, num_generations=3, batch_size=4).run()
 
 
 def test_rules_are_checked_against_all_prompts(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_prompts_of_one_column_value_are_asked_as_one(tmp_path: Path) -> None:
         prompts=prompts,
         prompts_per_round=2,
         batch_size=1,
-        n_responses=2,
+        num_generations=2,
         rules=PickRules(prompt_by="post"),
         strategy="random",
     )

@@ -43,7 +43,7 @@ def _loop(
         "per_device_train_batch_size": 2,
         **(dpo or {}),
     }
-    settings: dict[str, Any] = dict(batch_size=3, rounds=2, prompts_per_round=4, n_responses=2)
+    settings: dict[str, Any] = dict(batch_size=3, rounds=2, prompts_per_round=4, num_generations=2)
     return ActiveDPOLoop(
         lora(tiny_causal_lm("llama"), "llama") if model is None else model,
         tiny_tokenizer(chat=prompts is CHAT),
@@ -53,7 +53,7 @@ def _loop(
         dpo_args=dpo_config(output_dir=str(folder / "run"), **training),
         selector_options={"proj_dim": 64, "verify": False, **(selector or {})},
         show_progress=False,
-        generation={"max_new_tokens": 4, **(generation or {})},
+        generation={"max_completion_length": 4, **(generation or {})},
         **{**settings, **options},
     )
 
@@ -139,7 +139,7 @@ def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
         {
             "dpo": {"bf16": True, "neftune_noise_alpha": 5.0},
             "prompts": CHAT,
-            "n_responses": 3,
+            "num_generations": 3,
             "selector": {"verify": True},
         },
         {
@@ -240,7 +240,7 @@ def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> N
         ({"dpo": {"max_length": 99}}, "dpo.max_length"),
         ({"dpo": {"loss_type": "ipo"}}, "dpo.loss_type"),
         ({"strategy": "random"}, "strategy"),
-        ({"generation": {"max_new_tokens": 5}}, "generation.max_new_tokens"),
+        ({"generation": {"max_completion_length": 5}}, "generation.max_completion_length"),
         ({"rules": PickRules(max_per_prompt=1)}, "rules"),
         ({"seed": 1}, "seed"),
     ):

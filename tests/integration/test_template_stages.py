@@ -110,7 +110,7 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
         given["chat_template_kwargs"] = kwargs
     prompts = _prompts(**({"chat_template_kwargs": kwargs} if place == "column" else {}))
     options: dict[str, Any] = {"proj_dim": 32, "verify": False}
-    generate: dict[str, Any] = {"max_new_tokens": 3}
+    generate: dict[str, Any] = {"max_completion_length": 3}
     if place in ("selector_options", "both"):
         options["chat_template_kwargs"] = dict(kwargs)
     if place in ("generation", "both"):
@@ -148,7 +148,7 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
         batch_size=4,
         rounds=1,
         prompts_per_round=4,
-        n_responses=2,
+        num_generations=2,
         show_progress=False,
         **given,
     )
@@ -347,7 +347,7 @@ def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(generation, "_Generator", Watched)
     model, prompts = _model(), _prompts(chat_template_kwargs=_BRIEF)
-    options: dict[str, Any] = dict(max_new_tokens=1, show_progress=False)
+    options: dict[str, Any] = dict(max_completion_length=1, show_progress=False)
     respond(model, _tokenizer(), prompts, **options)
     respond(model, _tokenizer(), _prompts(), chat_template_kwargs=_BRIEF, **options)
     respond(model, _tokenizer(), _prompts(), **options)
@@ -436,10 +436,14 @@ def _small_loop(folder: Path, **options: Any) -> ActiveDPOLoop:
         batch_size=2,
         rounds=1,
         prompts_per_round=2,
-        n_responses=2,
+        num_generations=2,
         dpo_args=dpo_config(output_dir=str(folder), max_steps=1),
         show_progress=False,
-        **{"selector_options": {"proj_dim": 32}, "generation": {"max_new_tokens": 3}, **options},
+        **{
+            "selector_options": {"proj_dim": 32},
+            "generation": {"max_completion_length": 3},
+            **options,
+        },
     )
 
 
@@ -456,7 +460,9 @@ def test_a_loop_has_one_setting(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     # The same setting in another place is the same run; another setting is another.
     _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
-    _small_loop(tmp_path, generation={"max_new_tokens": 3, "chat_template_kwargs": _THINKING}).run()
+    _small_loop(
+        tmp_path, generation={"max_completion_length": 3, "chat_template_kwargs": _THINKING}
+    ).run()
     for options in ({}, {"chat_template_kwargs": _BRIEF}):
         with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
             _small_loop(tmp_path, **options).run()
