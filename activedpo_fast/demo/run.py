@@ -159,7 +159,7 @@ def _run_strategy(
         rounds=settings.rounds,
         prompts_per_round=settings.prompts_per_round,
         num_generations=settings.num_generations,
-        generation=settings.generation,
+        **settings.generation,
         evaluate=evaluate,
         seed=seed,
         show_progress=show_progress,

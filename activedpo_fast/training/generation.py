@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._checks import check_at_least
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
 from activedpo_fast.models.named import GivenModel, as_model
@@ -24,6 +25,7 @@ from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
 from activedpo_fast.progress import progress_bar
+from activedpo_fast.settings import check_sampling
 
 if TYPE_CHECKING:
     import datasets
@@ -96,7 +98,14 @@ def generate_responses(
         >>> pool
         PreferencePool(4 prompts, 12 responses)
     """
-    _check_sampling(num_generations, max_attempts, temperature, top_p)
+    check_sampling(
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        generation_batch_size=generation_batch_size,
+        max_attempts=max_attempts,
+    )
     generator = _Generator(
         model,
         processing_class,
@@ -177,7 +186,14 @@ def try_generation(
     Raises:
         ActiveDPOError: as `generate_responses`.
     """
-    _check_sampling(num_generations, max_attempts, temperature, top_p)
+    check_sampling(
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        generation_batch_size=generation_batch_size,
+        max_attempts=max_attempts,
+    )
     generator = _Generator(
         model,
         processing_class,
@@ -243,7 +259,7 @@ class _Generator:
         generation_batch_size: int,
         common: Mapping[str, Any],
     ) -> None:
-        _check_at_least(
+        check_at_least(
             1,
             max_completion_length=max_completion_length,
             generation_batch_size=generation_batch_size,
@@ -438,20 +454,3 @@ def _as_text(response: str, prompt: Text) -> Text:
     if isinstance(prompt, str):
         return response
     return [{"role": "assistant", "content": response}]
-
-
-def _check_sampling(
-    num_generations: int, max_attempts: int, temperature: float, top_p: float
-) -> None:
-    _check_at_least(2, num_generations=num_generations)
-    _check_at_least(1, max_attempts=max_attempts)
-    if not temperature > 0:
-        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
-    if not 0 < top_p <= 1:
-        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
-
-
-def _check_at_least(least: int, **options: int) -> None:
-    for name, value in options.items():
-        if value < least:
-            raise ActiveDPOError(f"{name}: {value} is below {least}")

@@ -142,8 +142,8 @@ def run(
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
         num_generations=setting.n_responses,
-        generation=setting.sampling,
-        train_on=setting.train_on,  # type: ignore[arg-type]
+        **setting.sampling,
+        train_on=setting.train_on,
         evaluate=Evaluation(tokenizer, rating, setting, folder),
         seed=seed,
         show_progress=show_progress,

@@ -35,7 +35,8 @@ from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.labels import RewardOracle
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.prompts import draw_prompts
 from activedpo_fast.training.trl import dpo_config
 from benchmarks.fidelity.figures import draw
 from benchmarks.fidelity.measures import (
@@ -117,7 +118,7 @@ def _one_round(
         rounds=1,
         prompts_per_round=DEMO.prompts_per_round,
         num_generations=DEMO.num_generations,
-        generation=DEMO.generation,
+        **DEMO.generation,
         seed=SEED,
     ).run()
 

@@ -32,7 +32,7 @@ def _given(**changes: Any) -> dict[str, Any]:
             {"dpo": {"learning_rat": 1e-4}},
             "dpo.learning_rat: unknown key; did you mean 'learning_rate",
         ),
-        ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
+        ({"loop": {"max_tokens": 5}}, "loop.max_tokens: unknown key"),
         ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
         ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
         ({"oracle": {"kind": "files", "temperature": 1.0}}, "oracle.temperature: unknown key"),
@@ -44,7 +44,7 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
         ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
         ({"seed": "x"}, "seed: expected an integer, got 'x'"),
-        ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
+        ({"loop": {"temperature": "hot"}}, "loop.temperature: expected a number"),
         (
             {"rules": {"max_per_promt": 1}},
             "rules.max_per_promt: unknown key; did you mean 'max_per_p",
@@ -114,7 +114,7 @@ def test_preset_fills_what_is_not_given() -> None:
 
 def test_without_a_preset_the_library_decides() -> None:
     config = make_config(_given())
-    assert (config.selection, config.loop, config.generation, config.dpo) == ({}, {}, {}, {})
+    assert (config.selection, config.loop, config.dpo) == ({}, {}, {})
     assert config.rules == {}
     assert config.strategy is None
 

@@ -391,7 +391,7 @@ def test_picks_are_those_of_the_selector(
         "6",
         "--normalize",
         options["normalize"],
-        "--lambda",
+        "--lam",
         str(options["lam"]),
         "--kappa",
         str(options["kappa"]),
@@ -490,7 +490,7 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select = ["select", str(store), "--batch-size"]
-    assert main([*select, "8", "--lambda", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert main([*select, "8", "--lam", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
     # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
     for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
@@ -742,8 +742,13 @@ def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
         "output_dir": str(folder / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 32},
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "num_generations": 2},
-        "generation": {"max_completion_length": 4},
+        "loop": {
+            "rounds": 2,
+            "batch_size": 2,
+            "prompts_per_round": 3,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
         "dpo": {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 2},
         "oracle": {"kind": "files"},
         **changes,
@@ -879,7 +884,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
-        (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
+        (["select", "{store}", "--output", "{tmp}/x", "--lam", "0"], "lam"),
         (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
         (
             ["select", "{store}", "--output", "{tmp}/x", "--random-fraction", "2"],

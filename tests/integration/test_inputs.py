@@ -187,7 +187,7 @@ def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path
             rounds=1,
             prompts_per_round=4,
             num_generations=2,
-            generation={"max_completion_length": 4},
+            max_completion_length=4,
             show_progress=False,
         )
         assert len(loop.run()) == 2

@@ -19,7 +19,8 @@ from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.prompts import draw_prompts
 from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
@@ -46,7 +47,7 @@ def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: An
         rounds=2,
         prompts_per_round=4,
         num_generations=2,
-        generation={"max_completion_length": 4},
+        max_completion_length=4,
         show_progress=False,
     )
     model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)

@@ -214,7 +214,7 @@ def _loop(folder: Path, **options: Any) -> ActiveDPOLoop:
         rounds=2,
         prompts_per_round=4,
         num_generations=2,
-        generation={"max_completion_length": 4},
+        max_completion_length=4,
         selector_options={"proj_dim": 64, "verify": False},
         show_progress=False,
     )
