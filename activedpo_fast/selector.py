@@ -111,6 +111,11 @@ class ActiveDPOSelector:
         peft_config: PeftConfig | None = None,
         **options: Any,
     ) -> None:
+        if preset is not None and args is not None:
+            raise ActiveDPOError(
+                "preset: settings are given twice, in args too; let the preset make them "
+                "(activedpo_fast.presets.preset(name).selector_config)"
+            )
         if preset is not None:
             named = {"strategy": strategy} if isinstance(strategy, str) else {}
             options = find_preset(preset).selector_options({**options, **named})

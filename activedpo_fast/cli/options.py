@@ -6,16 +6,25 @@ import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
 from activedpo_fast._checks import describe
-from activedpo_fast.cli.run_file import section_keys
+from activedpo_fast.cli.run_file import FROM_ELSEWHERE, section_keys
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.settings import LoopConfig, SelectorConfig
+from activedpo_fast.settings import SelectorConfig
 
 _WIDTH = 80
+
+
+class Row(NamedTuple):
+    """A setting in a table."""
+
+    name: str
+    type: str
+    default: str
+    help: str
 
 
 def option(settings: type, name: str, **more: Any) -> Any:
@@ -40,12 +49,17 @@ def selector_config(**values: Any) -> SelectorConfig:
         raise ActiveDPOError(f"--{name.replace('_', '-')}:{reason}") from None
 
 
-def key_rows(section: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, help) of the keys of "selection" or "loop" in the run file."""
-    settings = {"selection": SelectorConfig, "loop": LoopConfig}[section]
-    for name, hint in section_keys(section).items():
-        own = _field(settings, name)
-        yield name, describe(typing.cast(Any, hint)), _default(own), _help(own)
+def key_rows(section: str) -> Iterator[Row]:
+    """Yield the rows of the keys of "selection" or "loop" in the run file."""
+    rows = {row.name: row for row in field_rows(FROM_ELSEWHERE[section][0])}
+    return (rows[name] for name in section_keys(section))
+
+
+def field_rows(settings: type) -> Iterator[Row]:
+    """Yield the rows of all fields of `SelectorConfig` or `LoopConfig`."""
+    hints = typing.get_type_hints(settings)
+    for own in fields(settings):
+        yield Row(own.name, describe(hints[own.name]), _default(own), _help(own))
 
 
 def keys_help() -> str:
@@ -53,9 +67,9 @@ def keys_help() -> str:
     lines = ["\b"]
     for section, settings in (("loop", "LoopConfig"), ("selection", "SelectorConfig")):
         lines.append(f"Keys of {section} (fields of {settings}):")
-        for name, _, default, text in key_rows(section):
+        for row in key_rows(section):
             lines += textwrap.wrap(
-                f"{name}: {text} [{default}]",
+                f"{row.name}: {row.help} [{row.default}]",
                 _WIDTH,
                 initial_indent="  ",
                 subsequent_indent="      ",
@@ -73,6 +87,8 @@ def _help(own: Field[Any]) -> str:
 
 
 def _default(own: Field[Any]) -> str:
-    if own.default is MISSING or own.default is None:
-        return "none"
+    if own.default is MISSING:
+        return "to be given"
+    if own.default is None:
+        return "null"
     return str(own.default).lower() if isinstance(own.default, bool) else str(own.default)

@@ -484,7 +484,7 @@ def test_runs_of_earlier_versions(tmp_path: Path) -> None:
         ({"tokenize": False}, "'tokenize' is set by the library"),
         ({"return_tensors": "pt"}, "'return_tensors' is set by the library"),
         ({"day": object()}, "'day' is no JSON value"),
-        ("enable_thinking", "expected an object"),
+        (["enable_thinking"], "expected an object"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, message: str) -> None:
