@@ -12,14 +12,14 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from activedpo_fast._files import FilePath, read_json, write_json
+from activedpo_fast._files import read_json, write_json
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.fingerprints import is_untrained, policy_settings
-from activedpo_fast.models.named import as_policy
+from activedpo_fast.models.named import GivenModel, as_policy
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import one_setting
@@ -74,8 +74,8 @@ class ActiveDPOLoop:
 
     Args:
         model: a PEFT model with the adapter "default", or the folder or hub name of an adapter, as
-            in `ActiveDPOSelector`. Its weights are the initial policy. The trained model is
-            `loop.model`.
+            in `ActiveDPOSelector`; with `peft_config`, a model without one. The adapter's weights
+            are the initial policy. The trained model is `loop.model`.
         processing_class: its tokenizer; None for that of a model given by name.
         prompts: `Prompt`s, or a `datasets.Dataset` with a column `prompt`. Each round takes
             `prompts_per_round` of them in a seeded order, continuing where the last round ended and
@@ -123,7 +123,7 @@ class ActiveDPOLoop:
 
     def __init__(
         self,
-        model: PeftModel | FilePath,
+        model: GivenModel,
         processing_class: PreTrainedTokenizerBase | None,
         prompts: Sequence[Prompt] | datasets.Dataset,
         oracle: Oracle,
