@@ -845,7 +845,13 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         "lora": {"r": 2, "target_modules": ["q_proj"]},
         "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"), "temperature": 0.5},
         "strategy": "margin_large",
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "num_generations": 2},
+        "loop": {
+            "rounds": 2,
+            "batch_size": 2,
+            "prompts_per_round": 5,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
         "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}},
     }
     argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]
@@ -955,12 +961,15 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         (["features", "{pool}", "{m}", "{o}"], "pass --adapter DIR"),
         (["features", "{pool}", "{m}", "--adapter={tmp}", "{o}"], "adapter_config.json"),
         (["features", "{pool}", "{m}", "--adapter={m:raw}", "{o}"], "adapter_config.json"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "sketch dim"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "--proj-dim: 0"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--beta", "-1"], "beta"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "max_length"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "--max-length: 1"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--dtype", "int8"], "int8"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--device", "toaster"], "toaster"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"], "max_tokens"),
+        (
+            ["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"],
+            "--max-tokens",
+        ),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--export", "{tmp}"], "is a folder"),
         (["run", "{tmp}/none.yaml"], "none.yaml"),
         (["env", "--verbose"], "--verbose"),

@@ -163,7 +163,7 @@ def test_a_complete_run_is_only_read(whole: Path) -> None:
 def test_other_settings_are_refused_by_name(whole: Path) -> None:
     with pytest.raises(ActiveDPOError, match=r"batch_size \(3, now 2\)"):
         _loop(whole, batch_size=2).run()
-    with pytest.raises(ActiveDPOError, match="none of all, newest"):
+    with pytest.raises(ActiveDPOError, match="train_on: expected 'all' or 'newest', got 'some'"):
         _loop(whole, train_on="some")
 
 
