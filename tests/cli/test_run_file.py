@@ -41,6 +41,9 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
         ({"loop": {"rounds": None}}, "loop.rounds: expected an integer, got None"),
         ({"loop": {"train_on": "some"}}, "loop.train_on: expected 'all' or 'newest', got 'some'"),
+        ({"loop": {"num_generations": 1}}, "loop.num_generations: 1 is below 2"),
+        ({"selection": {"lam": -1}}, "selection.lam: -1 is not positive and finite"),
+        ({"strategy": "best"}, "strategy: expected 'activedpo' or 'random' or"),
         ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
         ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
         ({"seed": "x"}, "seed: expected an integer, got 'x'"),
@@ -108,7 +111,9 @@ def test_preset_fills_what_is_not_given() -> None:
     assert config.dpo == {"learning_rate": 1e-5, "num_train_epochs": 4}
     assert config.strategy == "activedpo"
     assert config.selection == {"proj_dim": 8192, "normalize": "response"}
-    assert make_config(_given(preset="paper", strategy="random")).strategy == "random"
+    other = make_config(_given(preset="paper", strategy="adpo_plus"))
+    # The preset's normalization is for its own strategy.
+    assert (other.strategy, other.selection) == ("adpo_plus", {"proj_dim": 8192})
     assert make_config(_given(preset="paper")).lora is None  # the adapter is there already
 
 
