@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +131,7 @@ class ActiveDPOSelector:
         self.model, self.processing_class = as_model(
             model, processing_class, peft_config=peft_config, seed=config.seed
         )
-        check_ref_model(self.model, ref_model, needed="ref_logps" in requires)
+        check_ref_model(self.model, ref_model)
         pad_token_id = self.processing_class.pad_token_id
         self.extractor = FeatureExtractor(
             self.model,
@@ -144,11 +144,14 @@ class ActiveDPOSelector:
             verify=config.verify,
         )
         self.last_timings: dict[str, float] = {}
-        self._check_model(is_name(model), gradients="gradients" in requires)
+        self._check_model(requires, named=is_name(model))
 
-    def _check_model(self, named: bool, *, gradients: bool) -> None:
+    def _check_model(self, requires: Collection[str], *, named: bool) -> None:
+        """Refuse models that cannot give the signals which the strategy requires."""
         pad_token_id = self.extractor.pad_token_id
+        gradients = "gradients" in requires
         require_supported(self.model, gradients=gradients, pad_token_id=pad_token_id)
+        check_ref_model(self.model, self.ref_model, needed="ref_logps" in requires)
         if gradients and named:
             trainable_linears(self.model)  # the flags of a model in memory may still change
         if isinstance(self.ref_model, torch.nn.Module):
