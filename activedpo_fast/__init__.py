@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from activedpo_fast.selection.rules import PickRules
     from activedpo_fast.selection.strategies import Strategy, make_strategy
     from activedpo_fast.selector import ActiveDPOSelector
+    from activedpo_fast.settings import LoopConfig, SelectorConfig
     from activedpo_fast.store.store import FeatureStore
     from activedpo_fast.training.generation import generate_responses
     from activedpo_fast.training.loop import ActiveDPOLoop
@@ -45,6 +46,7 @@ _HOME = {
     "FeatureExtractor": "gradients.extractor",
     "FeatureStore": "store.store",
     "InformationMatrix": "selection.information.matrix",
+    "LoopConfig": "settings",
     "Pick": "selection.picks_jsonl",
     "PickRules": "selection.rules",
     "PoolItem": "pool.items",
@@ -52,6 +54,7 @@ _HOME = {
     "Prompt": "pool.items",
     "RoundRecord": "training.run_folder",
     "Selection": "selection.result",
+    "SelectorConfig": "settings",
     "Sketch": "gradients.sketch",
     "Strategy": "selection.strategies",
     "UnsupportedParameterError": "errors",
@@ -70,6 +73,7 @@ __all__ = [
     "FeatureExtractor",
     "FeatureStore",
     "InformationMatrix",
+    "LoopConfig",
     "Pick",
     "PickRules",
     "PoolItem",
@@ -77,6 +81,7 @@ __all__ = [
     "Prompt",
     "RoundRecord",
     "Selection",
+    "SelectorConfig",
     "Sketch",
     "Strategy",
     "UnsupportedParameterError",

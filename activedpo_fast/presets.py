@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.settings import LoopConfig, SelectorConfig
 
 
 @dataclass(frozen=True)
@@ -13,16 +15,41 @@ class Preset:
     """Named settings for the parts of a run.
 
     Attributes:
-        selection: options of `ActiveDPOSelector`.
+        selection: options of `ActiveDPOSelector`, its strategy among them.
         lora: arguments of `peft.LoraConfig`.
         dpo: arguments of `trl.DPOConfig`.
-        loop: arguments of `ActiveDPOLoop`.
+        loop: options of `ActiveDPOLoop`.
     """
 
     selection: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
+
+    def selector_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a selector: those given, over the preset's.
+
+        The preset's normalization is for its own strategy: another one keeps its default.
+        """
+        merged = {**self.selection, **options}
+        if merged.get("strategy") != self.selection.get("strategy"):
+            return {k: v for k, v in merged.items() if k != "normalize" or k in options}
+        return merged
+
+    def selector_config(self, **options: Any) -> SelectorConfig:
+        """Return settings of the selector, with options on top of the preset's."""
+        return SelectorConfig(**self.selector_options(options))
+
+    def loop_config(self, **options: Any) -> LoopConfig:
+        """Return settings of the loop, with options on top of the preset's."""
+        selection = self.selector_options(
+            {name: options[name] for name in ("strategy",) if name in options}
+            | (options.pop("selector_options", None) or {})
+        )
+        strategy = selection.pop("strategy")
+        return LoopConfig(
+            **{**self.loop, "strategy": strategy, "selector_options": selection, **options}
+        )
 
 
 PRESETS: dict[str, Preset] = {
@@ -38,7 +65,7 @@ PRESETS: dict[str, Preset] = {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         },
         dpo={"num_train_epochs": 4, "learning_rate": 1e-4},
-        loop={"batch_size": 50, "prompts_per_round": 1000, "n_responses": 3},
+        loop={"batch_size": 50, "prompts_per_round": 1000, "num_generations": 3},
     )
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._modes import in_own_modes
@@ -22,13 +22,7 @@ from activedpo_fast.gradients.trainable import trainable_linears
 from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
 from activedpo_fast.pool.pool import PreferencePool, as_pool
-from activedpo_fast.pool.template import check_template_kwargs
-from activedpo_fast.pool.tokens import (
-    DEFAULT_MAX_LENGTH,
-    DEFAULT_TRUNCATION_MODE,
-    TokenizedPool,
-    tokenize_pool,
-)
+from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.candidates import Candidates, pool_text, split_history
 from activedpo_fast.selection.model_signals import ModelSignals
@@ -37,6 +31,7 @@ from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
 from activedpo_fast.selection.strategies import Strategy, make_strategy
+from activedpo_fast.settings import SelectorConfig, read_settings
 
 if TYPE_CHECKING:
     import datasets
@@ -58,40 +53,29 @@ class ActiveDPOSelector:
             adapter (on the base model that it names), or of a model, which is frozen then and
             serves the strategies that need no gradients.
         processing_class: its tokenizer; may be left out for a model given by name.
-        strategy: "activedpo" (default), "random", "apo", "aplp", "margin_small", "margin_large",
-            "adpo_plus", "trace", "trace_plus", or a `Strategy`. A `Strategy` has options of its
-            own: lam, kappa, normalize and strategy_options are refused with it, seed is for the
-            sketch alone, and beta for the gradient rows.
+        args: the settings. Or give them as keyword options, by the names of `SelectorConfig`:
+            `ActiveDPOSelector(model, tokenizer, normalize="pair", seed=1)`. β, the lengths and
+            `length_normalized` have to be those of training: `selector_settings` reads them from a
+            DPOConfig.
+        strategy: the name of one, a setting like the others, or a `Strategy`. A `Strategy` has
+            options of its own: lam, kappa, normalize and strategy_options are refused with it, seed
+            is for the sketch alone, and beta for the gradient rows.
         preset: "paper" uses the settings of arXiv 2505.19241; options given here override it.
-        beta: β of the implicit reward β log(π/π_ref); 0.1 is also TRL's default.
-        length_normalized: the implicit reward is β times the difference of the *mean* log-probs of
-            a response's tokens, as some losses train it (TRL's "ipo" and "sigmoid_norm";
-            `selector_settings` checks `loss_type`).
-        sketch: "sjlt" (default), "rademacher", "kronecker", or "none" for the exact gradient rows.
-        proj_dim: k, the number of columns of a sketched row; default 8192.
-        seed: for the sketch and the strategy "random".
-        normalize: "response" (default; scale each gradient to unit norm before the difference),
-            "pair" (scale the difference to unit norm) or "none" (also None; the default of
-            "adpo_plus").
-        lam, kappa: λ and κ of V = (λ/κ) I + Σ φφᵀ; both 1 by default. The paper does not state λ.
-        max_length, truncation_mode: as in `trl.DPOConfig`, with its defaults; pass the values you
-            train with (`selector_settings` reads them from a DPOConfig).
-        chat_template_kwargs: passed to the chat template, as in `tokenize_pool`. Picks keep
-            them, and `Selection.to_dataset` passes them to the trainer; give `generate_responses`
-            the same ones.
         ref_model: π_ref for the strategies that need it (aplp, margin_small, margin_large,
             adpo_plus, trace_plus): a model, the name of an adapter of `model`, or the weights of
             its adapter as returned by `activedpo_fast.models.adapters.adapter_state`. Default: the
             adapter "ref" of a PEFT model that has one (DPOTrainer creates it), else the base model
             with all adapters disabled. If DPO continues from an adapter trained by SFT,
             DPOTrainer's reference is that adapter: without "ref", pass its weights.
-        strategy_options: more options for the strategy (see `make_strategy`).
-        max_tokens_per_batch, precision, verify: see `FeatureExtractor`.
+        peft_config: puts a fresh adapter on a model without one, as `DPOTrainer` does; its random
+            weights depend on the setting `seed`. The PEFT model is `selector.model`.
+        options: the fields of `SelectorConfig`.
 
     Raises:
-        ActiveDPOError: an option is unknown or out of range; the model or the reference model is
-            of an unsupported kind; a model cannot be loaded by its name, or has nothing to train
-            and the strategy needs gradients; a model in memory without its tokenizer.
+        ActiveDPOError: an option is unknown or out of range, or given beside `args`; the model or
+            the reference model is of an unsupported kind, or the strategy needs a reference and
+            there is none; a model cannot be loaded by its name, or has nothing to train and the
+            strategy needs gradients; a model in memory without its tokenizer.
 
     Source: Lin et al., ActiveDPO, arXiv 2505.19241; see docs/method.md.
 
@@ -120,77 +104,58 @@ class ActiveDPOSelector:
         model: GivenModel,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        args: SelectorConfig | None = None,
         strategy: str | Strategy | None = None,
         preset: str | None = None,
-        beta: float = 0.1,
-        length_normalized: bool = False,
-        sketch: str = "sjlt",
-        proj_dim: int | None = None,
-        seed: int = 0,
-        normalize: str | None = "default",
-        lam: float = 1.0,
-        kappa: float = 1.0,
-        max_length: int | None = DEFAULT_MAX_LENGTH,
-        truncation_mode: str = DEFAULT_TRUNCATION_MODE,
-        chat_template_kwargs: dict[str, Any] | None = None,
         ref_model: RefModel | None = None,
-        strategy_options: dict[str, Any] | None = None,
-        max_tokens_per_batch: int | None = None,
-        precision: str | None = None,
-        verify: bool = True,
+        peft_config: PeftConfig | None = None,
+        **options: Any,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "strategy": "activedpo",
-            "proj_dim": 8192,
-            "normalize": "default",
-        }
-        if preset is not None:
-            defaults.update(find_preset(preset).selection)
-        if strategy is not None and not isinstance(strategy, str):
-            _refuse_its_options(
-                normalize=(normalize, "default"),
-                lam=(lam, 1.0),
-                kappa=(kappa, 1.0),
-                strategy_options=(strategy_options or {}, {}),
+        if preset is not None and args is not None:
+            raise ActiveDPOError(
+                "preset: settings are given twice, in args too; let the preset make them "
+                "(activedpo_fast.presets.preset(name).selector_config)"
             )
-        check_template_kwargs(chat_template_kwargs)
-        self.strategy = defaults["strategy"] if strategy is None else strategy
-        self.seed = seed
+        if preset is not None:
+            named = {"strategy": strategy} if isinstance(strategy, str) else {}
+            options = find_preset(preset).selector_options({**options, **named})
+            strategy = options.pop("strategy") if not isinstance(strategy, Strategy) else strategy
+        self.args, self.strategy = read_settings(SelectorConfig, args, options, strategy)
+        if not isinstance(self.strategy, str):
+            _refuse_its_options(self.args)
         self.ref_model = ref_model
-        self._offered: dict[str, Any] = {"beta": beta, "lam": lam, "kappa": kappa}
-        if normalize == "default" and self.strategy == defaults["strategy"]:
-            normalize = defaults["normalize"]
-        if normalize != "default":
-            self._offered["normalize"] = None if normalize == "none" else normalize
-        self._strategy_options = dict(strategy_options or {})
-        self._tokenization: dict[str, Any] = {
-            "max_length": max_length,
-            "truncation_mode": truncation_mode,
-            "chat_template_kwargs": chat_template_kwargs,
-        }
-        dim = defaults["proj_dim"] if proj_dim is None else proj_dim
-        projection = Sketch(sketch, None if sketch == "none" else dim, seed)
+        config = self.args
+        projection = Sketch(config.sketch, config.proj_dim, config.seed)
         # Report an unknown name or option, or an unsupported model, now rather than after an hour.
-        gradients = "gradients" in getattr(self._make_strategy(""), "requires", ())
-        self.model, self.processing_class = as_model(model, processing_class)
+        requires = getattr(self._make_strategy(""), "requires", ())
+        self.model, self.processing_class = as_model(
+            model, processing_class, peft_config=peft_config, seed=config.seed
+        )
         check_ref_model(self.model, ref_model)
         pad_token_id = self.processing_class.pad_token_id
         self.extractor = FeatureExtractor(
             self.model,
             projection,
-            beta=beta,
-            length_normalized=length_normalized,
+            beta=config.beta,
+            length_normalized=config.length_normalized,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
-            max_tokens_per_batch=max_tokens_per_batch,
-            precision=precision,
-            verify=verify,
+            max_tokens_per_batch=config.max_tokens_per_batch,
+            precision="bf16" if config.bf16 else None,
+            verify=config.verify,
         )
         self.last_timings: dict[str, float] = {}
-        require_supported(self.model, gradients=gradients, pad_token_id=self.extractor.pad_token_id)
-        if gradients and is_name(model):
+        self._check_model(requires, named=is_name(model))
+
+    def _check_model(self, requires: Collection[str], *, named: bool) -> None:
+        """Refuse models that cannot give the signals which the strategy requires."""
+        pad_token_id = self.extractor.pad_token_id
+        gradients = "gradients" in requires
+        require_supported(self.model, gradients=gradients, pad_token_id=pad_token_id)
+        check_ref_model(self.model, self.ref_model, needed="ref_logps" in requires)
+        if gradients and named:
             trainable_linears(self.model)  # the flags of a model in memory may still change
-        if isinstance(ref_model, torch.nn.Module):
-            require_supported(ref_model, pad_token_id=self.extractor.pad_token_id)
+        if isinstance(self.ref_model, torch.nn.Module):
+            require_supported(self.ref_model, pad_token_id=pad_token_id)
 
     @in_own_modes
     def select(
@@ -248,7 +213,7 @@ class ActiveDPOSelector:
         started = time.perf_counter()
         history = [pick for selection in _as_list(labeled, "labeled") for pick in selection]
         undecided = [pick for selection in _as_list(asked, "asked") for pick in selection]
-        template = self._tokenization["chat_template_kwargs"]
+        template = self.args.tokenization["chat_template_kwargs"]
         if processes.rank == 0:
             _tell_of_other_arguments(history, template)
         else:
@@ -306,14 +271,15 @@ class ActiveDPOSelector:
     ) -> TokenizedPool:
         """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
         return tokenize_pool(
-            pool, self.processing_class, show_progress=show_progress, **self._tokenization
+            pool, self.processing_class, show_progress=show_progress, **self.args.tokenization
         )
 
     def _make_strategy(self, pool_fingerprint: str) -> Strategy:
         if isinstance(self.strategy, Strategy):
             return self.strategy
-        offered = {**self._offered, "seed": random_seed(self.seed, pool_fingerprint)}
-        return make_strategy(self.strategy, offered=offered, **self._strategy_options)
+        offered = {**self.args.offered, "seed": random_seed(self.args.seed, pool_fingerprint)}
+        options: Any = self.args.strategy_options or {}
+        return make_strategy(self.strategy, offered=offered, **options)
 
     def _require_same(
         self,
@@ -358,7 +324,7 @@ class ActiveDPOSelector:
                     if isinstance(self.ref_model, str)
                     else type(self.ref_model).__name__
                 ),
-                "tokenization": repr(sorted(self._tokenization.items())),
+                "tokenization": repr(sorted(self.args.tokenization.items())),
             },
             {"norm of the trainable weights": _norm(self.model)},
         )
@@ -404,9 +370,13 @@ def _as_list(given: Labeled | None, name: str) -> list[Selection]:
     return list(listed)
 
 
-def _refuse_its_options(**options: tuple[Any, Any]) -> None:
-    """Raise if an option of a strategy, (value, default), was given beside a `Strategy` object."""
-    given = [name for name, (value, default) in options.items() if value != default]
+def _refuse_its_options(args: SelectorConfig) -> None:
+    """Raise if an option of a named strategy was given beside a `Strategy` object."""
+    usual = SelectorConfig()
+    names = ("normalize", "lam", "kappa", "strategy_options")
+    given = [
+        name for name in names if (getattr(args, name) or None) != (getattr(usual, name) or None)
+    ]
     if given:
         raise ActiveDPOError(
             f"{', '.join(given)} would have no effect on a Strategy object; give it to the "

@@ -51,8 +51,8 @@ for step in range(3):
         model,
         tokenizer,
         prompts[20 * step : 20 * (step + 1)],
-        n_responses=2,
-        max_new_tokens=24,
+        num_generations=2,
+        max_completion_length=24,
         temperature=0.8,
         seed=step,
     )

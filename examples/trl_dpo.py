@@ -36,8 +36,8 @@ pool = generate_responses(
     model,
     tokenizer,
     demo_prompts("pool")[:40],
-    n_responses=3,
-    max_new_tokens=24,
+    num_generations=3,
+    max_completion_length=24,
     temperature=0.8,
     seed=0,
 )

@@ -16,7 +16,15 @@ import typer
 
 from activedpo_fast._files import reason_of
 from activedpo_fast.cli.exchange import exchange
+from activedpo_fast.cli.options import flag, keys_help, option, selector_config
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.settings import (
+    LoopConfig,
+    Normalization,
+    SelectorConfig,
+    SketchName,
+    Truncation,
+)
 
 PENDING = 3  # exit code while labels from people are missing
 
@@ -153,53 +161,31 @@ def features(
             "folder has one, else the model's."
         ),
     ] = None,
-    sketch: Annotated[
-        Literal["sjlt", "rademacher", "kronecker", "none"],
-        typer.Option(help="Random projection of the gradients; none keeps them whole."),
-    ] = "sjlt",
-    proj_dim: Annotated[int, typer.Option(help="k, the length of a projected row.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Seed of the sketch.")] = 0,
+    sketch: Annotated[SketchName, option(SelectorConfig, "sketch")] = SelectorConfig.sketch,
+    proj_dim: Annotated[int, option(SelectorConfig, "proj_dim")] = SelectorConfig.proj_dim,
+    seed: Annotated[int, option(SelectorConfig, "seed")] = SelectorConfig.seed,
     export: Annotated[
         Path | None,
         typer.Option(help="Also write all rows as one matrix to this .safetensors file."),
     ] = None,
-    beta: Annotated[float, typer.Option(help="DPO's β; the rows are multiplied by it.")] = 0.1,
+    beta: Annotated[float, option(SelectorConfig, "beta")] = SelectorConfig.beta,
     length_normalized: Annotated[
-        bool,
-        typer.Option(
-            "--length-normalized",
-            help="Gradients of mean log-probs, for losses that use them (ipo, sigmoid_norm).",
-        ),
-    ] = False,
+        bool, flag(SelectorConfig, "length_normalized")
+    ] = SelectorConfig.length_normalized,
     max_length: Annotated[
-        int,
-        typer.Option(help="Longest prompt + response in tokens, as in DPOConfig; 0 for no limit."),
-    ] = 1024,
+        int, option(SelectorConfig, "max_length", metavar="INTEGER, 0 for no limit")
+    ] = SelectorConfig.max_length or 0,
     truncation_mode: Annotated[
-        Literal["keep_start", "keep_end"],
-        typer.Option(help="Which end of longer sequences is kept, as in DPOConfig."),
-    ] = "keep_start",
+        Truncation, option(SelectorConfig, "truncation_mode")
+    ] = SelectorConfig.truncation_mode,
     chat_template_kwargs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSON",
-            help="Arguments of the chat template, such as "
-            "'{\"enable_thinking\": false}'; use those that you train with.",
-        ),
+        str | None, option(SelectorConfig, "chat_template_kwargs", metavar="JSON")
     ] = None,
     max_tokens_per_batch: Annotated[
-        int | None,
-        typer.Option(
-            help="Padded tokens in a forward and backward pass. Default: as many as suit the "
-            "device."
-        ),
-    ] = None,
-    bf16: Annotated[
-        bool,
-        typer.Option(
-            "--bf16", help="Matrix products in bfloat16 (autocast), on devices that have it."
-        ),
-    ] = False,
+        int | None, option(SelectorConfig, "max_tokens_per_batch")
+    ] = SelectorConfig.max_tokens_per_batch,
+    bf16: Annotated[bool, flag(SelectorConfig, "bf16")] = SelectorConfig.bf16,
+    verify: Annotated[bool, flag(SelectorConfig, "verify")] = SelectorConfig.verify,
     dtype: Annotated[
         str,
         typer.Option(
@@ -212,9 +198,6 @@ def features(
         Literal["float32", "bfloat16", "float64"],
         typer.Option(help="Dtype of the stored rows; bfloat16 takes half the space."),
     ] = "float32",
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the self-check against autograd.")
-    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -229,8 +212,6 @@ def features(
 
         _one_process("activedpo features")
         from activedpo_fast.cli.features import FeatureOptions, take_features
-        from activedpo_fast.gradients.sketch import Sketch
-        from activedpo_fast.pool.template import parse_template_kwargs
 
         _hush()
         if threads is not None:
@@ -240,28 +221,26 @@ def features(
             adapter=adapter,
             gguf_file=gguf_file,
             tokenizer=tokenizer,
-            sketch=Sketch(sketch, None if sketch == "none" else proj_dim, seed),
-            beta=beta,
-            length_normalized=length_normalized,
-            max_length=max_length or None,
-            truncation_mode=truncation_mode,
+            rows=selector_config(
+                sketch=sketch,
+                proj_dim=proj_dim,
+                seed=seed,
+                beta=beta,
+                length_normalized=length_normalized,
+                max_length=max_length or None,
+                truncation_mode=truncation_mode,
+                chat_template_kwargs=chat_template_kwargs,
+                max_tokens_per_batch=max_tokens_per_batch,
+                bf16=bf16,
+                verify=verify,
+            ),
             dtype=dtype,
             device=device,
-            precision="bf16" if bf16 else None,
             store_dtype=store_dtype,
-            chat_template_kwargs=parse_template_kwargs(chat_template_kwargs),
         )
         _say(
             quiet,
-            take_features(
-                pool,
-                output,
-                options,
-                export=export,
-                max_tokens_per_batch=max_tokens_per_batch,
-                verify=not no_verify,
-                show_progress=_progress(quiet),
-            ),
+            take_features(pool, output, options, export=export, show_progress=_progress(quiet)),
         )
 
 
@@ -281,19 +260,15 @@ def select(
         Path, typer.Argument(metavar="STORE", help="A store that `activedpo features` wrote.")
     ],
     output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="B, the number of pairs.")] = 50,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="B, the number of pairs.")
+    ] = LoopConfig.batch_size,
     strategy: Annotated[
-        Literal["activedpo", "trace", "random"], typer.Option(help="How pairs are chosen.")
+        Literal["activedpo", "trace", "random"], option(SelectorConfig, "strategy")
     ] = "activedpo",
-    normalize: Annotated[
-        Literal["response", "pair", "none"],
-        typer.Option(
-            help="What is scaled to unit norm: each response's row, their difference, or nothing; "
-            "trace uses rows as they are."
-        ),
-    ] = "response",
-    lam: Annotated[float, typer.Option("--lambda", help="λ of V = (λ/κ) I + Σ φφᵀ.")] = 1.0,
-    kappa: Annotated[float, typer.Option(help="κ of V.")] = 1.0,
+    normalize: Annotated[Normalization, option(SelectorConfig, "normalize")] = "default",
+    lam: Annotated[float, option(SelectorConfig, "lam")] = SelectorConfig.lam,
+    kappa: Annotated[float, option(SelectorConfig, "kappa")] = SelectorConfig.kappa,
     labeled: Annotated[
         Path | None,
         typer.Option(
@@ -349,7 +324,7 @@ def select(
             "picked by score / cost.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random picks.")] = 0,
+    seed: Annotated[int, option(SelectorConfig, "seed")] = SelectorConfig.seed,
     quiet: Quiet = False,
 ) -> None:
     """Pick the pairs of a store to label next.
@@ -359,6 +334,9 @@ def select(
     with _session(quiet):
         from activedpo_fast.cli.select import read_rules, select_pairs
 
+        args = selector_config(
+            strategy=strategy, normalize=normalize, lam=lam, kappa=kappa, seed=seed
+        )
         rules = read_rules(
             max_per_prompt=max_per_prompt,
             exclude=exclude,
@@ -376,11 +354,7 @@ def select(
                 store,
                 output,
                 batch_size=batch_size,
-                strategy=strategy,
-                normalize=normalize,
-                lam=lam,
-                kappa=kappa,
-                seed=seed,
+                args=args,
                 labeled=labeled,
                 rules=rules,
                 show_progress=_progress(quiet),
@@ -471,10 +445,12 @@ def label(
 
 
 @app.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   activedpo run run.yaml
   activedpo run examples/run.yaml --quiet
+
+{keys_help()}
 """
 )
 def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,30 @@ from activedpo_fast.models.folders import resolve_source, tokenizer_source
 from activedpo_fast.models.loading import NO_ADAPTER, load_policy, resolve_device, resolve_dtype
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.template import check_template_kwargs
-from activedpo_fast.pool.tokens import TruncationMode, tokenize_pool
+from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.store import FeatureStore
 
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """Everything that the gradient rows of a pool depend on, except the pool itself."""
+    """Everything that the gradient rows of a pool depend on, except the pool itself.
+
+    `rows` has settings of the selector; those of strategies have no effect.
+    """
 
     model: str
     adapter: str | None
     gguf_file: str | None = None
     tokenizer: str | None = None
-    sketch: Sketch = Sketch()
-    beta: float = 0.1
-    length_normalized: bool = False
-    max_length: int | None = 1024
-    truncation_mode: TruncationMode = "keep_start"
+    rows: SelectorConfig = field(default_factory=SelectorConfig)
     dtype: str = "auto"
     device: str = "auto"
-    precision: str | None = None
     store_dtype: str = "float32"
-    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def sketch(self) -> Sketch:
+        return Sketch(self.rows.sketch, self.rows.proj_dim, self.rows.seed)
 
     def settings(self) -> dict[str, Any]:
         """Return JSON values that identify the rows; a store's must equal those of the options.
@@ -56,6 +57,7 @@ class FeatureOptions:
         if self.adapter is None:
             raise ActiveDPOError(NO_ADAPTER)
         dtype = resolve_dtype(self.model, self.dtype, resolve_device(self.device), self.gguf_file)
+        rows, sketch = self.rows, self.sketch
         adapter_fingerprint = fingerprint_adapter(self.adapter)  # checks that it is an adapter
         tokenizer = tokenizer_source(self.model, self.adapter, self.tokenizer, self.gguf_file)
         return {
@@ -67,22 +69,22 @@ class FeatureOptions:
             "tokenizer": str(tokenizer.folder.resolve()),
             "tokenizer_fingerprint": fingerprint_tokenizer(tokenizer.folder),
             "dtype": str(dtype).removeprefix("torch."),
-            "precision": self.precision,
-            "sketch": self.sketch.method,
-            "proj_dim": self.sketch.dim,
-            "seed": self.sketch.seed,
-            "beta": self.beta,
-            "max_length": self.max_length,
-            "truncation_mode": self.truncation_mode,
+            "precision": "bf16" if rows.bf16 else None,
+            "sketch": sketch.method,
+            "proj_dim": sketch.dim,
+            "seed": sketch.seed,
+            "beta": rows.beta,
+            "max_length": rows.max_length,
+            "truncation_mode": rows.truncation_mode,
             # Absent if there are none, as in stores made before this option existed.
             **(
-                {"chat_template_kwargs": self.chat_template_kwargs}
-                if self.chat_template_kwargs
+                {"chat_template_kwargs": rows.chat_template_kwargs}
+                if rows.chat_template_kwargs
                 else {}
             ),
             "version": __version__,
             # Only if true: stores of sums do not have the key.
-            **({"length_normalized": True} if self.length_normalized else {}),
+            **({"length_normalized": True} if rows.length_normalized else {}),
         }
 
 
@@ -92,8 +94,6 @@ def take_features(
     options: FeatureOptions,
     *,
     export: FilePath | None = None,
-    max_tokens_per_batch: int | None = None,
-    verify: bool = True,
     show_progress: bool | None = None,
 ) -> str:
     """Create the feature store at `output`, or finish an existing one; return a one-line summary.
@@ -108,7 +108,7 @@ def take_features(
     require_one_process("activedpo features")
     check_file_target(export)
     check_folder_target(output)
-    check_template_kwargs(options.chat_template_kwargs)
+    rows = options.rows
     pool = PreferencePool.load(pool_path)
     for item in pool:
         check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
@@ -135,29 +135,22 @@ def take_features(
         device=options.device,
         tokenizer=options.tokenizer,
     )
-    tokenized = tokenize_pool(
-        pool,
-        tokenizer,
-        max_length=options.max_length,
-        truncation_mode=options.truncation_mode,
-        chat_template_kwargs=options.chat_template_kwargs,
-        show_progress=show_progress,
-    )
+    tokenized = tokenize_pool(pool, tokenizer, show_progress=show_progress, **rows.tokenization)
     if len(tokenized.skipped) == len(pool):
         raise ActiveDPOError(
-            f"every prompt fills --max-length {options.max_length}: there is nothing to score"
+            f"every prompt fills --max-length {rows.max_length}: there is nothing to score"
         )
     if store is not None:
         store.check_tokens(tokenized)
     extractor = FeatureExtractor(
         model,
         options.sketch,
-        beta=options.beta,
-        length_normalized=options.length_normalized,
+        beta=rows.beta,
+        length_normalized=rows.length_normalized,
         pad_token_id=tokenizer.pad_token_id or 0,
-        max_tokens_per_batch=max_tokens_per_batch,
-        precision=options.precision,
-        verify=verify,
+        max_tokens_per_batch=rows.max_tokens_per_batch,
+        precision=settings["precision"],
+        verify=rows.verify,
     )
     extractor.check(tokenized)  # before anything is written
     if store is None:

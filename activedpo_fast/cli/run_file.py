@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
+from activedpo_fast._checks import describe, fits, nearest
 from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
 from activedpo_fast.presets import preset as find_preset
+from activedpo_fast.settings import LoopConfig, SelectorConfig, StrategyName
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,9 @@ class RunConfig:
         seed: seed of everything random.
         strategy: name of the strategy; None for the default.
         chat_template_kwargs: arguments of the chat template, for all stages. If given in
-            `selection` or `generation`, they are moved here.
-        selection: options of `ActiveDPOSelector`.
-        loop: options of `ActiveDPOLoop`.
-        generation: options of `generate_responses`.
+            `selection`, they are moved here.
+        selection: fields of `SelectorConfig`.
+        loop: fields of `LoopConfig`.
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
         oracle: `kind` ("people" or "reward_model") and its options.
@@ -54,11 +53,10 @@ class RunConfig:
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
-    strategy: str | None = None
+    strategy: StrategyName | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     selection: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
     rules: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
 
@@ -102,7 +100,9 @@ def make_config(given: Any) -> RunConfig:
     _check_oracle(values["oracle"])
     _check_rules(values.get("rules", {}))
     _move_template_kwargs(values)
-    return RunConfig(**_with_preset(values))
+    values = _with_preset(values)
+    _check_settings(values)
+    return RunConfig(**values)
 
 
 def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str = "") -> None:
@@ -110,70 +110,52 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
     for key, value in given.items():
         name = f"{section}.{key}" if section else str(key)
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise ActiveDPOError(f"{name}: unknown key; {hint}")
-        if not _fits(value, known[key]) and not (value is None and not section):
-            raise ActiveDPOError(f"{name}: expected {_describe(known[key])}, got {value!r}")
+            raise ActiveDPOError(f"{name}: unknown key; {nearest(str(key), known)}")
+        if not fits(value, known[key]) and not (value is None and not section):
+            raise ActiveDPOError(f"{name}: expected {describe(known[key])}, got {value!r}")
 
 
 # -- what the sections may hold --------------------------------------------------------------------
 
 
+# What these two take from other keys of the file.
+FROM_ELSEWHERE: dict[str, tuple[type, set[str]]] = {
+    "selection": (
+        SelectorConfig,
+        {"strategy", "seed", "beta", "length_normalized", "max_length", "truncation_mode"},
+    ),
+    "loop": (
+        LoopConfig,
+        {"output_dir", "strategy", "selector_options", "chat_template_kwargs", "seed"},
+    ),
+}
+
+
+def section_keys(section: str) -> dict[str, Any]:
+    """Return the keys and types of "selection" or "loop"."""
+    settings, elsewhere = FROM_ELSEWHERE[section]
+    return _dataclass_fields(settings, without=elsewhere)
+
+
 def _sections() -> dict[str, dict[str, Any]]:
-    """Return the keys and types of each section, from the signatures that receive the values."""
+    """Return the keys and types of each section, from the classes that receive the values."""
     from peft import LoraConfig
 
     from activedpo_fast.selection.rules import PickRules
-    from activedpo_fast.selector import ActiveDPOSelector
-    from activedpo_fast.training.generation import generate_responses
-    from activedpo_fast.training.loop import ActiveDPOLoop
     from activedpo_fast.training.trl import dpo_config
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
         "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
-        "selection": _options(
-            ActiveDPOSelector.__init__,
-            without={
-                "strategy",
-                "preset",
-                "seed",
-                "ref_model",
-                "beta",
-                "length_normalized",
-                "max_length",
-                "truncation_mode",
-            },
-        ),
-        "loop": _options(
-            ActiveDPOLoop.__init__,
-            without={
-                "output_dir",
-                "dpo_args",
-                "strategy",
-                "selector_options",
-                "generation",
-                "rules",
-                "chat_template_kwargs",
-                "evaluate",
-                "seed",
-                "extra_settings",
-                "show_progress",
-            },
-        ),
-        "generation": _options(
-            generate_responses, without={"n_responses", "seed", "show_progress"}
-        ),
+        "selection": section_keys("selection"),
+        "loop": section_keys("loop"),
         "rules": _dataclass_fields(PickRules, without={"seed"}),
     }
 
 
 def _options(function: Any, without: Collection[str]) -> dict[str, Any]:
-    # Modules import these two for type checkers only: the packages are slow to import.
-    slow = {"DPOConfig": Any, "datasets": types.SimpleNamespace(Dataset=Any)}
-    hints = typing.get_type_hints(function, localns=slow)
+    hints = typing.get_type_hints(function)
     return {
         name: hints.get(name, Any)
         for name, parameter in inspect.signature(function).parameters.items()
@@ -214,14 +196,22 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
         raise ActiveDPOError(f"rules: {error}") from None
 
 
+def _check_settings(values: Mapping[str, Any]) -> None:
+    """Refuse what the settings of the selector and the loop refuse, before anything is loaded."""
+    for section, (settings, _) in FROM_ELSEWHERE.items():
+        needed = {"output_dir": values["output_dir"]} if section == "loop" else {}
+        try:
+            settings(**needed, **values.get(section, {}))
+        except ActiveDPOError as error:
+            raise ActiveDPOError(f"{section}.{error}") from None
+
+
 def _move_template_kwargs(values: dict[str, Any]) -> None:
-    """Merge the settings at the top level and in the sections into one, in place."""
+    """Merge the settings at the top level and in `selection` into one, in place."""
     name = "chat_template_kwargs"
-    given = {name: values.get(name)}
-    for section in ("selection", "generation"):
-        inside = dict(values.get(section, {}))
-        given[f"{section}.{name}"] = inside.pop(name, None)
-        values[section] = inside
+    selection = dict(values.get("selection", {}))
+    given = {name: values.get(name), f"selection.{name}": selection.pop(name, None)}
+    values["selection"] = selection
     values[name] = one_setting(given)
 
 
@@ -230,12 +220,12 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
         raise ActiveDPOError("adapter, lora: give one of them, not both")
     if "preset" in values:
         preset = find_preset(values["preset"])
-        selection = dict(preset.selection)
-        strategy = selection.pop("strategy", None)
+        named = {"strategy": values["strategy"]} if "strategy" in values else {}
+        selection = preset.selector_options({**values.get("selection", {}), **named})
         values = {
-            "strategy": strategy,
             **values,
-            "selection": {**selection, **values.get("selection", {})},
+            "strategy": selection.pop("strategy"),
+            "selection": selection,
             "loop": {**preset.loop, **values.get("loop", {})},
             "dpo": {**preset.dpo, **values.get("dpo", {})},
         }
@@ -246,46 +236,6 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
             "adapter: missing; give an adapter's folder, or the section lora for a fresh one"
         )
     return values
-
-
-# -- types -----------------------------------------------------------------------------------------
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether `value` can be of the type `hint`; types that YAML does not have pass."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    plain = origin or hint
-    if plain is type(None):
-        return value is None
-    if plain is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if plain is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if plain in (bool, str, dict, list):
-        return isinstance(value, plain)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(repr(argument) for argument in arguments)
-    names = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        dict: "a section of keys",
-        list: "a list",
-        type(None): "null",
-    }
-    return names.get(origin or hint, str(hint))
 
 
 class _Loader(yaml.SafeLoader):

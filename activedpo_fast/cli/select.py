@@ -24,6 +24,7 @@ from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
 from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
+from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.rows import StoredRows
 from activedpo_fast.store.store import FeatureStore
 
@@ -35,18 +36,15 @@ def select_pairs(
     output: FilePath,
     *,
     batch_size: int,
-    strategy: str = "activedpo",
-    normalize: str = "response",
-    lam: float = 1.0,
-    kappa: float = 1.0,
-    seed: int = 0,
+    args: SelectorConfig | None = None,
     labeled: FilePath | None = None,
     rules: PickRules | None = None,
     show_progress: bool | None = None,
 ) -> str | None:
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
-    `rules` may leave fewer than `batch_size` pairs. Processes started by a launcher such as
+    `args` has the strategy and its settings; those of the rows, which are in the store, have no
+    effect. `rules` may leave fewer than `batch_size` pairs. Processes started by a launcher such as
     torchrun (WORLD_SIZE in the environment) make one selection together, each with its part of the
     rows. The first process writes it, and the others return None.
 
@@ -54,6 +52,7 @@ def select_pairs(
         ActiveDPOError: bad input, or another process failed; nothing is written then.
     """
     started = time.perf_counter()
+    args = SelectorConfig() if args is None else args
     with _launched() as group:
         processes = PoolProcesses(group)
 
@@ -79,23 +78,17 @@ def select_pairs(
         store, candidates, asked = processes.check(prepare)
         pool, known = candidates.pool, candidates.labeled
         if group is not None:
-            settings = (batch_size, strategy, normalize, lam, kappa, seed)
             processes.require_same(
                 {
                     "store": pool_text(pool, rules) + repr(store.manifest),
                     "--labeled": repr((known.tolist(), asked.tolist())),
                     "rules": repr(rules),
-                    "settings": repr(settings),
+                    "settings": repr((batch_size, args)),
                 }
             )
         chosen = make_strategy(
-            strategy,
-            offered={
-                "lam": lam,
-                "kappa": kappa,
-                "normalize": None if normalize == "none" else normalize,
-                "seed": random_seed(seed, pool.fingerprint()),
-            },
+            args.strategy,
+            offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
         )
         found = len(candidates.pairs)
         if batch_size > found:
@@ -121,12 +114,12 @@ def select_pairs(
             return None
         picked.to_jsonl(output)
     gain = ""
-    if strategy == "activedpo":
+    if args.strategy == "activedpo":
         # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ) at each pick
         gain = f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
     labels = f" and {len(known)} labeled" if len(known) else ""
     return (
-        f"{len(picked)} of {found} candidate pairs{labels} picked by {strategy}{gain}: "
+        f"{len(picked)} of {found} candidate pairs{labels} picked by {args.strategy}{gain}: "
         f"{output} ({time.perf_counter() - started:.1f} s)"
     )
 

@@ -28,7 +28,7 @@ class HeldoutReward:
     Args:
         samples: responses to each prompt, sampled at `generation`'s temperature; 0 for one greedy
             response.
-        generation: `max_new_tokens`, `temperature` and `batch_size`.
+        generation: `max_completion_length`, `temperature` and `generation_batch_size`.
 
     A call returns `reward`, the mean, and `reward_se`, its standard error; `gain`, the difference
     from the start, and `gain_se`, its standard error, paired over the prompts.

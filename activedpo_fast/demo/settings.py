@@ -22,7 +22,7 @@ class DemoSettings:
     rounds: int
     batch_size: int
     prompts_per_round: int
-    n_responses: int
+    num_generations: int
     heldout: int
     lora: dict[str, Any]
     dpo: dict[str, Any]
@@ -43,7 +43,7 @@ SETTINGS: dict[str, DemoSettings] = {
         rounds=3,
         batch_size=128,
         prompts_per_round=150,
-        n_responses=3,
+        num_generations=3,
         heldout=300,
         samples=2,
         temperature=0.3,  # of ratings from -4 to 4
@@ -55,7 +55,7 @@ SETTINGS: dict[str, DemoSettings] = {
             "per_device_train_batch_size": 16,
             "max_length": 64,
         },
-        generation={"max_new_tokens": 20, "temperature": 1.0, "batch_size": 300},
+        generation={"max_completion_length": 20, "temperature": 1.0, "generation_batch_size": 300},
         selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
         strategies={"random": {}, "activedpo": {}},
     ),
@@ -64,7 +64,7 @@ SETTINGS: dict[str, DemoSettings] = {
         rounds=4,
         batch_size=32,
         prompts_per_round=100,
-        n_responses=3,
+        num_generations=3,
         heldout=300,
         lora={"r": 8, "lora_alpha": 16, "target_modules": _LINEARS},
         dpo={
@@ -74,7 +74,7 @@ SETTINGS: dict[str, DemoSettings] = {
             "per_device_train_batch_size": 8,
             "max_length": 256,
         },
-        generation={"max_new_tokens": 24, "temperature": 0.8, "batch_size": 60},
+        generation={"max_completion_length": 24, "temperature": 0.8, "generation_batch_size": 60},
         selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
     ),
     "smollm2": DemoSettings(
@@ -82,7 +82,7 @@ SETTINGS: dict[str, DemoSettings] = {
         rounds=2,
         batch_size=8,
         prompts_per_round=12,
-        n_responses=2,
+        num_generations=2,
         heldout=12,
         lora={"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
         dpo={
@@ -92,7 +92,7 @@ SETTINGS: dict[str, DemoSettings] = {
             "per_device_train_batch_size": 4,
             "max_length": 512,
         },
-        generation={"max_new_tokens": 32, "temperature": 0.8, "batch_size": 12},
+        generation={"max_completion_length": 32, "temperature": 0.8, "generation_batch_size": 12},
         selection={"proj_dim": 4096, "max_tokens_per_batch": 2048},
     ),
 }

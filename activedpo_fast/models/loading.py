@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -356,14 +356,26 @@ def _check_embeddings(base: PreTrainedModel, folder: Path) -> None:
         raise ActiveDPOError(f"adapter {folder} cannot be read: {first_line(error)}") from error
 
 
+def with_fresh_adapter(base: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+    """Put a fresh adapter on a model, in place; `seed` is that of its random weights.
+
+    Raises:
+        TypeError, ValueError: PEFT refuses the configuration, or it does not fit the model.
+    """
+    device = base.device
+    with torch.random.fork_rng(
+        devices=[] if device.type == "cpu" else [device], device_type=device.type
+    ):
+        torch.manual_seed(seed)
+        return cast(PeftModel, get_peft_model(base, config)).train(base.training)
+
+
 def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
     # The names of `LoraConfig`'s arguments are checked where user input is read.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return get_peft_model(base, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))
-        except (TypeError, ValueError) as error:
-            raise ActiveDPOError(f"lora: {first_line(error)}") from error
+    try:
+        return with_fresh_adapter(base, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), seed)
+    except (TypeError, ValueError) as error:
+        raise ActiveDPOError(f"lora: {first_line(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

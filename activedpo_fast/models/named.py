@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activedpo_fast._files import FilePath
+from activedpo_fast._files import FilePath, first_line
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.folders import ADAPTER_CONFIG, check_adapter_folder, local_folder
-from activedpo_fast.models.loading import load_model, load_reward_model
+from activedpo_fast.models.loading import load_model, load_reward_model, with_fresh_adapter
 
 GivenModel = PreTrainedModel | PeftModel | FilePath
 """A model, or its name: a folder of a model or of an adapter, or a name on the hub."""
@@ -26,7 +26,11 @@ def is_name(model: Any) -> bool:
 
 @in_own_modes  # weights made in the caller's inference mode could have no gradient
 def as_model(
-    model: GivenModel, processing_class: PreTrainedTokenizerBase | None = None
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    *,
+    peft_config: PeftConfig | None = None,
+    seed: int = 0,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a model and its tokenizer; a name is loaded as the `activedpo` command loads it.
 
@@ -39,11 +43,41 @@ def as_model(
         model: returned as it is unless it is a name.
         processing_class: None for the tokenizer that comes with a name: the adapter's, if its
             folder has one, otherwise the model's.
+        peft_config: of a fresh adapter for a model that has none; the model in memory is changed
+            in place, as `peft.get_peft_model` does.
+        seed: of the fresh adapter's random weights.
 
     Raises:
         ActiveDPOError: a model in memory without a tokenizer; an adapter that does not name its
-            base model; what `load_policy` refuses.
+            base model; what `load_policy` refuses; a `peft_config` of another type, or beside an
+            adapter.
     """
+    loaded, tokenizer = _loaded(model, processing_class)
+    if peft_config is not None:
+        loaded = _with_adapter(loaded, peft_config, seed)
+    return loaded, tokenizer
+
+
+def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, seed: int) -> PeftModel:
+    if not isinstance(config, PeftConfig):
+        raise ActiveDPOError(
+            "peft_config: expected a peft.PeftConfig such as peft.LoraConfig, got "
+            f"{type(config).__name__}"
+        )
+    if isinstance(model, PeftModel):
+        raise ActiveDPOError(
+            "peft_config: the model has an adapter already; leave peft_config out, or pass the "
+            "model without its adapter"
+        )
+    try:
+        return with_fresh_adapter(model, config, seed)
+    except (TypeError, ValueError) as error:
+        raise ActiveDPOError(f"peft_config: {first_line(error)}") from error
+
+
+def _loaded(
+    model: GivenModel, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     if not is_name(model):
         if processing_class is None:
             raise ActiveDPOError(
@@ -63,16 +97,19 @@ def as_model_alone(model: GivenModel) -> PreTrainedModel | PeftModel:
 
 
 def as_policy(
-    model: GivenModel, processing_class: PreTrainedTokenizerBase | None = None
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    *,
+    peft_config: PeftConfig | None = None,
+    seed: int = 0,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The same for a model whose adapter is to be trained; one without an adapter is refused."""
-    policy, tokenizer = as_model(model, processing_class)
+    policy, tokenizer = as_model(model, processing_class, peft_config=peft_config, seed=seed)
     if not isinstance(policy, PeftModel):
         name = str(model) if is_name(model) else type(model).__name__
         raise ActiveDPOError(
             f"model: rounds train an adapter, which {name} does not have: pass a "
-            "PEFT model, or the folder of an adapter (a fresh one can be made "
-            "with peft.get_peft_model)"
+            "PEFT model, the folder of an adapter, or peft_config for a fresh one"
         )
     return policy, tokenizer
 

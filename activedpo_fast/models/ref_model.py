@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -32,8 +33,17 @@ _BESIDE_LAYERS = (
 _SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "_adapters_disabled")
 
 
-def check_ref_model(model: nn.Module, ref_model: RefModel | None) -> None:
-    """Raise `ActiveDPOError` if `ref_model` cannot be the reference of the policy `model`."""
+def check_ref_model(model: nn.Module, ref_model: RefModel | None, *, needed: bool = False) -> None:
+    """Raise `ActiveDPOError` if `ref_model` cannot be the reference of the policy `model`.
+
+    Args:
+        needed: also if there is none.
+    """
+    if needed and ref_model is None and not isinstance(model, PeftModel):
+        raise ActiveDPOError(
+            "this strategy needs the reference model: pass ref_model=, or a PEFT "
+            "model, whose base model is then the reference"
+        )
     if isinstance(ref_model, (str, Mapping)):
         if not isinstance(model, PeftModel):
             raise ActiveDPOError(
@@ -74,15 +84,11 @@ def reference_policy(
         ActiveDPOError: no reference, or one that is the policy itself; merged adapters; trained
             weights outside the adapter, which would be in every adapter's reference.
     """
-    check_ref_model(model, ref_model)
+    check_ref_model(model, ref_model, needed=True)
     if ref_model is not None and not isinstance(ref_model, (str, Mapping)):
         yield ref_model
         return
-    if not isinstance(model, PeftModel):
-        raise ActiveDPOError(
-            "this strategy needs the reference model: pass ref_model=, or a PEFT "
-            "model, whose base model is then the reference"
-        )
+    model = cast(PeftModel, model)
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         raise ActiveDPOError(
             "the adapter is merged into the model, which then has no reference; "

@@ -45,7 +45,7 @@ class Prompt:
         >>> from activedpo_fast import Prompt, generate_responses
         >>> color = Prompt("color", "Name a color.")
         >>> hello = Prompt("hello", "Say hello.", {"topic": "manners"})
-        >>> pool = generate_responses(model, tokenizer, [color, hello], max_new_tokens=16)
+        >>> pool = generate_responses(model, tokenizer, [color, hello], max_completion_length=16)
         >>> pool[1].extra
         {'topic': 'manners'}
     """

@@ -52,18 +52,6 @@ def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
             ) from None
 
 
-def parse_template_kwargs(text: str | None) -> dict[str, Any] | None:
-    """Parse the value of `--chat-template-kwargs`."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ActiveDPOError(f"--chat-template-kwargs: not JSON ({error}): {text!r}") from None
-    check_template_kwargs(value, "--chat-template-kwargs")
-    return value or None
-
-
 def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the arguments in a row's own column, or None."""
     own = extra.get(COLUMN)

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from activedpo_fast._checks import check_at_least
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
 from activedpo_fast.models.named import GivenModel, as_model
@@ -24,6 +25,7 @@ from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
 from activedpo_fast.progress import progress_bar
+from activedpo_fast.settings import check_sampling
 
 if TYPE_CHECKING:
     import datasets
@@ -48,23 +50,23 @@ def generate_responses(
     processing_class: PreTrainedTokenizerBase | None,
     prompts: Sequence[PromptLike] | datasets.Dataset,
     *,
-    n_responses: int = 2,
-    max_new_tokens: int = 64,
+    num_generations: int = 2,
+    max_completion_length: int = 64,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 16,
+    generation_batch_size: int = 16,
     max_attempts: int = 4,
     chat_template_kwargs: dict[str, Any] | None = None,
     show_progress: bool | None = None,
 ) -> PreferencePool:
-    """Sample `n_responses` distinct responses to each prompt from π_θ.
+    """Sample `num_generations` distinct responses to each prompt from π_θ.
 
     The distribution is the model's own at `temperature`, truncated to `top_p`. Other settings of
     the model's generation config (top-k, repetition penalty and so on) are not applied. A response
-    ends at the tokenizer's or the model's EOS token or after `max_new_tokens`. Plain-text responses
-    keep a leading space, so that prompt + response is the text that the model wrote. Chat responses
-    are one assistant message, without surrounding white space.
+    ends at the tokenizer's or the model's EOS token or after `max_completion_length`. Plain-text
+    responses keep a leading space, so that prompt + response is the text that the model wrote. Chat
+    responses are one assistant message, without surrounding white space.
 
     Responses that are empty, or differ only in surrounding white space from another one to the same
     prompt, are sampled again, in up to `max_attempts` rounds in total. Prompts that still have too
@@ -78,26 +80,39 @@ def generate_responses(
         processing_class: None for that of a model given by name.
         prompts: `Prompt`s, a `PreferencePool`, or a `datasets.Dataset` with a column `prompt` and
             no responses. The result keeps their ids and extra columns.
-        batch_size: sequences generated at once.
+        generation_batch_size: sequences generated at once.
         chat_template_kwargs: passed to the chat template, as in `tokenize_pool`; give the same as
             to the selector. Those in a prompt's own column of this name take precedence.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
         ActiveDPOError: no prompts, a malformed prompt or option, no usable tokenizer, a prompt that
-            with `max_new_tokens` exceeds the model's positions (if they are limited; rotary
+            with `max_completion_length` exceeds the model's positions (if they are limited; rotary
             positions are not, and only give a warning), token ids that the model lacks, or no
             prompt with enough responses.
 
     Examples:
         >>> from activedpo_fast import generate_responses
-        >>> pool = generate_responses(model, tokenizer, prompts, n_responses=3, max_new_tokens=16)
+        >>> pool = generate_responses(
+        ...     model, tokenizer, prompts, num_generations=3, max_completion_length=16)
         >>> pool
         PreferencePool(4 prompts, 12 responses)
     """
-    _check_sampling(n_responses, max_attempts, temperature, top_p)
+    check_sampling(
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        generation_batch_size=generation_batch_size,
+        max_attempts=max_attempts,
+    )
     generator = _Generator(
-        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+        model,
+        processing_class,
+        prompts,
+        max_completion_length,
+        generation_batch_size,
+        chat_template_kwargs or {},
     )
     prompts = generator.prompts
     for n, prompt in enumerate(prompts, start=1):
@@ -110,7 +125,7 @@ def generate_responses(
             missing = [
                 position
                 for position, texts in enumerate(found)
-                for _ in range(n_responses - len(texts))
+                for _ in range(num_generations - len(texts))
             ]
             if not missing:
                 break
@@ -130,7 +145,7 @@ def generate_responses(
 
     items = []
     for prompt, texts in zip(prompts, found, strict=True):
-        if len(texts) == n_responses:
+        if len(texts) == num_generations:
             responses = tuple(_as_text(text, prompt.prompt) for text in texts.values())
             items.append(PoolItem(prompt.id, prompt.prompt, responses, dict(prompt.extra)))
     if len(items) < len(prompts):
@@ -138,13 +153,13 @@ def generate_responses(
             "%d of %d prompts are left out: fewer than %d distinct responses after %d attempts",
             len(prompts) - len(items),
             len(prompts),
-            n_responses,
+            num_generations,
             max_attempts,
         )
     if not items:
         raise ActiveDPOError(
-            f"no prompt got {n_responses} distinct responses in {max_attempts} "
-            "attempts: is the temperature too low, or max_new_tokens?"
+            f"no prompt got {num_generations} distinct responses in {max_attempts} "
+            "attempts: is the temperature too low, or max_completion_length?"
         )
     return PreferencePool(items)
 
@@ -154,11 +169,11 @@ def try_generation(
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[PromptLike],
     *,
-    n_responses: int = 2,
-    max_new_tokens: int = 64,
+    num_generations: int = 2,
+    max_completion_length: int = 64,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    batch_size: int = 16,
+    generation_batch_size: int = 16,
     max_attempts: int = 4,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
@@ -171,11 +186,23 @@ def try_generation(
     Raises:
         ActiveDPOError: as `generate_responses`.
     """
-    _check_sampling(n_responses, max_attempts, temperature, top_p)
-    generator = _Generator(
-        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+    check_sampling(
+        num_generations=num_generations,
+        max_completion_length=max_completion_length,
+        temperature=temperature,
+        top_p=top_p,
+        generation_batch_size=generation_batch_size,
+        max_attempts=max_attempts,
     )
-    generator.max_new_tokens = min(max_new_tokens, 2)
+    generator = _Generator(
+        model,
+        processing_class,
+        prompts,
+        max_completion_length,
+        generation_batch_size,
+        chat_template_kwargs or {},
+    )
+    generator.max_completion_length = min(max_completion_length, 2)
     shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
     with _forked_rng(generator.device, 0):
         generator.run(
@@ -190,10 +217,10 @@ def respond(
     processing_class: PreTrainedTokenizerBase | None,
     prompts: Sequence[PromptLike] | datasets.Dataset,
     *,
-    max_new_tokens: int = 64,
+    max_completion_length: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
-    batch_size: int = 16,
+    generation_batch_size: int = 16,
     chat_template_kwargs: dict[str, Any] | None = None,
     show_progress: bool | None = None,
 ) -> list[str]:
@@ -206,7 +233,12 @@ def respond(
     if not temperature >= 0:
         raise ActiveDPOError(f"temperature: {temperature} is below 0")
     generator = _Generator(
-        model, processing_class, prompts, max_new_tokens, batch_size, chat_template_kwargs or {}
+        model,
+        processing_class,
+        prompts,
+        max_completion_length,
+        generation_batch_size,
+        chat_template_kwargs or {},
     )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -223,11 +255,15 @@ class _Generator:
         model: GivenModel,
         tokenizer: PreTrainedTokenizerBase | None,
         prompts: Sequence[PromptLike] | datasets.Dataset,
-        max_new_tokens: int,
-        batch_size: int,
+        max_completion_length: int,
+        generation_batch_size: int,
         common: Mapping[str, Any],
     ) -> None:
-        _check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_at_least(
+            1,
+            max_completion_length=max_completion_length,
+            generation_batch_size=generation_batch_size,
+        )
         prompts = self.prompts = as_prompts(prompts)
         check_prompts(prompts)
         check_template_kwargs(common)
@@ -239,8 +275,8 @@ class _Generator:
         # The model whose `generate` and generation config are used.
         owner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.owner = cast(PreTrainedModel, owner)
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self.max_completion_length = max_completion_length
+        self.generation_batch_size = generation_batch_size
         self.device: torch.device = self.model.get_input_embeddings().weight.device
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         if self.chat:
@@ -277,8 +313,8 @@ class _Generator:
                 show_progress, total=len(positions), desc=description, unit="response"
             ) as bar,
         ):
-            for begin in range(0, len(order), self.batch_size):
-                batch = order[begin : begin + self.batch_size]
+            for begin in range(0, len(order), self.generation_batch_size):
+                batch = order[begin : begin + self.generation_batch_size]
                 rows = [self.prompt_ids[positions[n]] for n in batch]
                 for n, row, new in zip(batch, rows, self._continue(rows, sampling), strict=True):
                     texts[n] = self._decode(row, new)
@@ -297,7 +333,7 @@ class _Generator:
             ids[n, length - len(row) :] = torch.tensor(row)
             mask[n, length - len(row) :] = 1
         config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_completion_length,
             num_beams=1,
             use_cache=True,
             eos_token_id=self.eos_ids or None,
@@ -348,20 +384,20 @@ class _Generator:
                     f"and the model has embeddings for {known} tokens: is this "
                     "the model's tokenizer?"
                 )
-            if limit is not None and len(ids) + self.max_new_tokens > limit:
+            if limit is not None and len(ids) + self.max_completion_length > limit:
                 raise ActiveDPOError(
                     f"item {prompt.id!r}: {len(ids)} prompt tokens and "
-                    f"max_new_tokens={self.max_new_tokens} exceed the model's "
+                    f"max_completion_length={self.max_completion_length} exceed the model's "
                     f"{limit} positions"
                 )
         # Rotary positions have no limit; the length the model was trained with is only advice.
         trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, self.prompt_ids)) + self.max_new_tokens
+        longest = max(map(len, self.prompt_ids)) + self.max_completion_length
         if limit is None and trained is not None and longest > trained:
             logger.warning(
-                "up to %d tokens with max_new_tokens=%d: the model was made for %d",
+                "up to %d tokens with max_completion_length=%d: the model was made for %d",
                 longest,
-                self.max_new_tokens,
+                self.max_completion_length,
                 trained,
             )
 
@@ -418,18 +454,3 @@ def _as_text(response: str, prompt: Text) -> Text:
     if isinstance(prompt, str):
         return response
     return [{"role": "assistant", "content": response}]
-
-
-def _check_sampling(n_responses: int, max_attempts: int, temperature: float, top_p: float) -> None:
-    _check_at_least(2, n_responses=n_responses)
-    _check_at_least(1, max_attempts=max_attempts)
-    if not temperature > 0:
-        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
-    if not 0 < top_p <= 1:
-        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
-
-
-def _check_at_least(least: int, **options: int) -> None:
-    for name, value in options.items():
-        if value < least:
-            raise ActiveDPOError(f"{name}: {value} is below {least}")

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from activedpo_fast._files import FilePath, read_json, write_json
+from activedpo_fast._files import read_json, write_json
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.models.fingerprints import is_untrained, policy_settings
-from activedpo_fast.models.named import as_policy
-from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.items import Prompt, check_prompts
+from activedpo_fast.models.named import GivenModel, as_policy
+from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.reading import as_prompts
-from activedpo_fast.pool.template import one_setting, own_template_kwargs
-from activedpo_fast.selection.prompts import distinct_prompts, same_prompt
+from activedpo_fast.pool.template import one_setting
+from activedpo_fast.selection.prompts import same_prompt
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
 from activedpo_fast.training.generation import generate_responses
+from activedpo_fast.training.prompts import draw_prompts, read_and_offer
+from activedpo_fast.training.recorded import digest, plain, recorded_settings
 from activedpo_fast.training.rehearsal import rehearse
 from activedpo_fast.training.resuming import check_settings, write_settings
 from activedpo_fast.training.run_folder import (
@@ -46,7 +44,7 @@ from activedpo_fast.training.run_folder import (
     timed,
     write_labels,
 )
-from activedpo_fast.training.trl import selector_settings, train_dpo
+from activedpo_fast.training.trl import dpo_config, selector_settings, train_dpo
 
 if TYPE_CHECKING:
     import datasets
@@ -76,8 +74,8 @@ class ActiveDPOLoop:
 
     Args:
         model: a PEFT model with the adapter "default", or the folder or hub name of an adapter, as
-            in `ActiveDPOSelector`. Its weights are the initial policy. The trained model is
-            `loop.model`.
+            in `ActiveDPOSelector`; with `peft_config`, a model without one. The adapter's weights
+            are the initial policy. The trained model is `loop.model`.
         processing_class: its tokenizer; None for that of a model given by name.
         prompts: `Prompt`s, or a `datasets.Dataset` with a column `prompt`. Each round takes
             `prompts_per_round` of them in a seeded order, continuing where the last round ended and
@@ -86,30 +84,25 @@ class ActiveDPOLoop:
             `PickRules.prompt_by`), offered as the first of them.
         oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. A round
             in which no pair gets a preference is not trained on and keeps the previous adapter.
-        dpo_args: see `activedpo_fast.training.trl.dpo_config`; the same in each round.
-        strategy, selector_options: for `ActiveDPOSelector`; `strategy` may also be a `Strategy`.
-            beta, max_length, truncation_mode and length_normalized come from `dpo_args` unless
-            given (see `selector_settings`, which also refuses what selection cannot follow);
-            ref_model is set by the loop.
-        batch_size: pairs labeled per round (B).
-        n_responses, generation: for `generate_responses`.
-        chat_template_kwargs: passed to the chat template by all stages: generating, selecting and
-            training. They may also be in `selector_options` or `generation`, if all given values
-            agree.
+        args: the settings. Or give them as keyword options, by the names of `LoopConfig`. Only
+            `output_dir` has to be given.
+        dpo_args: a `trl.DPOConfig`, the same in each round. Default: TRL's values, for short rounds
+            (see `activedpo_fast.training.trl.dpo_config`). The selector gets beta, max_length,
+            truncation_mode and length_normalized from it, unless `selector_options` has them (see
+            `selector_settings`, which also refuses what selection cannot follow).
+        strategy: the name of one, a setting like the others, or a `Strategy`.
         rules: constraints on each round's picks, see `PickRules`; ids, groups and costs are
             those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
             pair, or none that reaches `min_score`, the run ends with an error.
-        train_on: "all" labels so far or the "newest" round's. *The paper does not state it.*
-        start_from: each round trains from the "initial" adapter or from the "current" one. *The
-            paper does not state it.*
-        reference: π_ref, the "initial" policy or the one at the start of the "round" (the weights
-            that training starts from). *The paper does not state it.* Strategies that need π_ref
-            use the same one. With "round" and `start_from="current"`, π_ref is the policy itself
-            at selection, and all reward differences are 0.
         evaluate: returns metrics of the model; called before the first round and after each.
-        seed: for the order of the prompts and, with the round's number, for the responses.
+        callbacks: for each round's `DPOTrainer`.
+        peft_config: of a fresh adapter for a model without one, as in `ActiveDPOSelector`.
         extra_settings: JSON values that the run depends on and the loop cannot see, for example
             the oracle's. They are compared with the other settings when a run is resumed.
+        options: the fields of `LoopConfig`. `chat_template_kwargs` are for all stages; if
+            `selector_options` has them too, they have to agree. Strategies that need π_ref use the
+            one of `reference`. With `reference="round"` and `start_from="current"` that is the
+            policy itself at selection, and all reward differences are 0.
 
     Raises:
         ActiveDPOError: bad options. From `run` also: `output_dir` holds a run with other settings,
@@ -123,147 +116,94 @@ class ActiveDPOLoop:
         >>> oracle = CallableOracle(lambda prompt, a, b: int(len(b) < len(a)))
         >>> loop = ActiveDPOLoop(
         ...     model, tokenizer, prompts, oracle, output_dir="run", dpo_args=dpo_args,
-        ...     rounds=2, batch_size=2, generation={"max_new_tokens": 8})
+        ...     rounds=2, batch_size=2, max_completion_length=8)
         >>> [record.labels_total for record in loop.run()]
         [0, 2, 4]
     """
 
     def __init__(
         self,
-        model: PeftModel | FilePath,
+        model: GivenModel,
         processing_class: PreTrainedTokenizerBase | None,
         prompts: Sequence[Prompt] | datasets.Dataset,
         oracle: Oracle,
         *,
-        output_dir: str | Path,
-        dpo_args: DPOConfig,
-        strategy: str | Strategy = "activedpo",
-        selector_options: dict[str, Any] | None = None,
-        batch_size: int = 50,
-        rounds: int = 5,
-        prompts_per_round: int = 1000,
-        n_responses: int = 3,
-        generation: dict[str, Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        args: LoopConfig | None = None,
+        dpo_args: DPOConfig | None = None,
+        strategy: str | Strategy | None = None,
         rules: PickRules | None = None,
-        train_on: Literal["all", "newest"] = "all",
-        start_from: Literal["initial", "current"] = "initial",
-        reference: Literal["initial", "round"] = "initial",
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
-        seed: int = 0,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: PeftConfig | None = None,
         extra_settings: Mapping[str, Any] | None = None,
         show_progress: bool | None = None,
+        **options: Any,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("rounds", rounds),
-            ("prompts_per_round", prompts_per_round),
-        ):
-            if value < 1:
-                raise ActiveDPOError(f"{name}: {value} is below 1")
-        for name, choice, known in (
-            ("train_on", train_on, ("all", "newest")),
-            ("start_from", start_from, ("initial", "current")),
-            ("reference", reference, ("initial", "round")),
-        ):
-            if choice not in known:
-                raise ActiveDPOError(f"{name}: {choice!r} is none of {', '.join(known)}")
-        prompts = as_prompts(prompts)
-        check_prompts(prompts)
-        for n, prompt in enumerate(prompts, start=1):
-            check_json_columns(prompt.extra, f"prompt {n}")
-        excluded: set[str] = set()
-        if rules is not None:
-            rules.check(prompts)
-            excluded.update(rules.excluded(prompts))
-        self.prompts = list(prompts)
-        self._prompt_by = None if rules is None else rules.prompt_by
-        distinct = distinct_prompts(self.prompts, self._prompt_by)
-        if len(distinct) < len(self.prompts):
-            logger.info(
-                "%d of %d prompts repeat the text of an earlier one: it is offered once, "
-                "under its first id",
-                len(self.prompts) - len(distinct),
-                len(self.prompts),
-            )
-        self._offered = [prompt for prompt in distinct if prompt.id not in excluded]
-        if not self._offered:
-            raise ActiveDPOError("exclude: no prompt is left")
+        self.args, strategy = read_settings(LoopConfig, args, options, strategy)
+        self.output_dir = Path(self.args.output_dir)
+        self.prompts, self._offered = read_and_offer(prompts, rules)
         self.oracle = oracle
-        self.output_dir = Path(output_dir)
+        if dpo_args is None:
+            dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)
         self.dpo_args = dpo_args
-        self.batch_size = batch_size
-        self.rounds = rounds
-        self.prompts_per_round = prompts_per_round
-        self.generation = {"n_responses": n_responses, **(generation or {})}
         self.rules = rules
-        self.train_on = train_on
-        self.start_from = start_from
-        self.reference = reference
         self.evaluate = evaluate
-        self.seed = seed
+        self.callbacks = callbacks
         self.show_progress = show_progress
-        self.strategy = strategy if isinstance(strategy, str) else strategy.name
-        options = {**selector_settings(dpo_args), **(selector_options or {})}
-        if "ref_model" in options:
-            raise ActiveDPOError(
-                "selector_options: 'ref_model' is what the loop trains against; "
-                "set reference instead"
-            )
-        self.chat_template_kwargs = one_setting(
-            {
-                "chat_template_kwargs": chat_template_kwargs,
-                "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
-                "generation.chat_template_kwargs": self.generation.pop(
-                    "chat_template_kwargs", None
-                ),
-            }
+        self.strategy: str = strategy if isinstance(strategy, str) else strategy.name
+        selection = self._selector_settings()
+        self.model, self.processing_class = as_policy(  # late: it is slow
+            model, processing_class, peft_config=peft_config, seed=self.args.seed
         )
-        self.model, self.processing_class = as_policy(model, processing_class)  # last: it is slow
         self.selector = ActiveDPOSelector(
             self.model,
             processing_class=self.processing_class,
             strategy=strategy,
             chat_template_kwargs=self.chat_template_kwargs,
-            **options,
+            **selection,
         )
-        if (reference, start_from) == ("round", "current") and "ref_logps" in (
-            STRATEGIES[strategy] if isinstance(strategy, str) else strategy
-        ).requires:
+        self._warn_of_the_policy_as_reference(strategy)
+        self._settings = recorded_settings(
+            self.args,
+            self.dpo_args,
+            model=getattr(self.model.get_base_model().config, "_name_or_path", ""),
+            strategy=strategy,
+            selector_options=selection,
+            chat_template_kwargs=self.chat_template_kwargs,
+            prompts=self.prompts,
+            rules=rules,
+            extra_settings=extra_settings or {},
+        )
+
+    def _selector_settings(self) -> dict[str, Any]:
+        """Return the selector's options, checked; the template's arguments are `self`'s then."""
+        given: Any = self.args.selector_options or {}
+        for name, instead in (
+            ("ref_model", "what the loop trains against; set reference"),
+            ("strategy", "a setting of the loop; set strategy"),
+        ):
+            if name in given:
+                raise ActiveDPOError(f"selector_options: {name!r} is {instead} instead")
+        options = {**selector_settings(self.dpo_args), **given}
+        self.chat_template_kwargs = one_setting(
+            {
+                "chat_template_kwargs": self.args.chat_template_kwargs,
+                "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
+            }
+        )
+        read_settings(SelectorConfig, None, options, None)
+        return options
+
+    def _warn_of_the_policy_as_reference(self, strategy: str | Strategy) -> None:
+        requires = (STRATEGIES[strategy] if isinstance(strategy, str) else strategy).requires
+        same = (self.args.reference, self.args.start_from) == ("round", "current")
+        if same and "ref_logps" in requires:
             logger.warning(
                 "strategy %r compares the policy with the reference, but with reference "
                 "'round' and start_from 'current' they are the same at selection: "
                 "every reward difference is 0",
                 self.strategy,
             )
-        self._settings = _plain(
-            {
-                "model": getattr(self.model.get_base_model().config, "_name_or_path", ""),
-                "strategy": (
-                    strategy
-                    if isinstance(strategy, str)
-                    else {"name": strategy.name, **vars(strategy)}
-                ),
-                "chat_template_kwargs": self.chat_template_kwargs,
-                "selector_options": options,
-                "batch_size": batch_size,
-                "prompts_per_round": prompts_per_round,
-                "prompts": _digest([_identity(p) for p in self.prompts]),
-                "generation": self.generation,
-                "rules": rules and {**asdict(rules), "exclude": _digest(sorted(rules.exclude))},
-                "train_on": train_on,
-                "start_from": start_from,
-                "reference": reference,
-                "seed": seed,
-                "dpo": {
-                    name: value
-                    for name, value in dpo_args.to_dict().items()
-                    if name not in ("output_dir", "logging_dir", "run_name")
-                }
-                | {"pad_token": dpo_args.pad_token},  # `to_dict` masks it like a secret
-                "extra_settings": dict(extra_settings or {}),
-            }
-        )
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; return the records of the start and of all rounds."""
@@ -293,7 +233,7 @@ class ActiveDPOLoop:
         self._load(start)
         records = [self._record(start, START, 0)]
         history: list[tuple[Selection, list[int | None]]] = []
-        for t in range(self.rounds):
+        for t in range(self.args.rounds):
             folder = self._folder(t)
             history.append(self._labels(t, folder, history))
             self._train(folder, self._folder(t - 1) if t else start, history)
@@ -323,10 +263,14 @@ class ActiveDPOLoop:
         path = folder / "pool.jsonl"
         if not path.exists():
             asked = same_prompt(
-                self.prompts, {p.id for picks, _ in history for p in picks}, self._prompt_by
+                self.prompts,
+                {p.id for picks, _ in history for p in picks},
+                None if self.rules is None else self.rules.prompt_by,
             )
-            prompts = draw_prompts(self._offered, t, self.prompts_per_round, asked, self.seed)
-            seed = int(_digest([self.seed, t])[:12], 16)
+            prompts = draw_prompts(
+                self._offered, t, self.args.prompts_per_round, asked, self.args.seed
+            )
+            seed = int(digest([self.args.seed, t])[:12], 16)
             with timed(folder, "generate"):
                 pool = generate_responses(
                     self.model,
@@ -335,7 +279,7 @@ class ActiveDPOLoop:
                     seed=seed,
                     chat_template_kwargs=self.chat_template_kwargs,
                     show_progress=self.show_progress,
-                    **self.generation,
+                    **self.args.sampling,
                 )
             pool.to_jsonl(path)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
@@ -343,7 +287,7 @@ class ActiveDPOLoop:
 
     def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
         """Return the pool with its prompts' current columns, which rules and oracles read."""
-        columns = {prompt.id: _plain(prompt.extra) for prompt in self.prompts}
+        columns = {prompt.id: plain(prompt.extra) for prompt in self.prompts}
         changed = sorted(
             {
                 name
@@ -374,7 +318,7 @@ class ActiveDPOLoop:
             self.selector.ref_model = self._reference_weights()
             picked = self.selector.select(
                 pool,
-                self.batch_size,
+                self.args.batch_size,
                 labeled=[with_one for with_one, _ in split],
                 asked=[without for _, without in split],
                 rules=rules,
@@ -406,10 +350,10 @@ class ActiveDPOLoop:
             self._load(before)
             save_adapter(self.model, self.processing_class, folder / "adapter")
             return
-        used = history if self.train_on == "all" else history[-1:]
+        used = history if self.args.train_on == "all" else history[-1:]
         picks = Selection(tuple(p for selection, _ in used for p in selection), self.strategy)
         dataset = picks.to_dataset([label for _, labels in used for label in labels])
-        if self.start_from == "initial":
+        if self.args.start_from == "initial":
             load_adapter_state(self.model, self._initial)
         else:
             self._load(before)
@@ -420,8 +364,9 @@ class ActiveDPOLoop:
                     self.processing_class,
                     dataset,
                     self.dpo_args,
-                    reference=self.reference,
+                    reference=self.args.reference,
                     initial_adapter=self._initial,
+                    callbacks=self.callbacks,
                     show_progress=self.show_progress,
                 )
         except BaseException:
@@ -444,7 +389,7 @@ class ActiveDPOLoop:
 
     def _reference_weights(self) -> Mapping[str, torch.Tensor]:
         """Return the adapter weights that make the model π_ref in this round's training."""
-        if "initial" in (self.reference, self.start_from):
+        if "initial" in (self.args.reference, self.args.start_from):
             return self._initial
         return adapter_state(self.model)
 
@@ -477,61 +422,21 @@ class ActiveDPOLoop:
         )
 
     def _rehearse(self) -> None:
-        n_responses = self.generation["n_responses"]
-        prompts = min(self.prompts_per_round, len(self._offered))
-        pairs = prompts * n_responses * (n_responses - 1) // 2
-        if n_responses > 1 and pairs < self.batch_size:
+        args = self.args
+        prompts = min(args.prompts_per_round, len(self._offered))
+        pairs = prompts * args.num_generations * (args.num_generations - 1) // 2
+        if pairs < args.batch_size:
             raise ActiveDPOError(
-                f"loop.batch_size: {self.batch_size} pairs are to be picked, but "
-                f"{prompts} prompts with {n_responses} responses have {pairs}"
+                f"loop.batch_size: {args.batch_size} pairs are to be picked, but "
+                f"{prompts} prompts with {args.num_generations} responses have {pairs}"
             )
-        options = {name: value for name, value in self.generation.items() if name != "n_responses"}
-        options["chat_template_kwargs"] = self.chat_template_kwargs
         rehearse(
             self.model,
             self.processing_class,
             self._offered,
             self.selector,
             self.dpo_args,
-            reference=self.reference,
-            batch_size=self.batch_size,
-            n_responses=n_responses,
-            generation=options,
+            reference=args.reference,
+            batch_size=args.batch_size,
+            generation={**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
         )
-
-
-def draw_prompts(
-    prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
-) -> list[Prompt]:
-    """Return the prompts of round t: up to `n` distinct ones, those in `asked` last.
-
-    The order is a permutation that depends on `seed`, starting at t·n and wrapping around.
-    """
-    order = list(prompts)
-    random.Random(seed).shuffle(order)
-    first = t * n % len(order)
-    order = order[first:] + order[:first]
-    fresh = [prompt for prompt in order if prompt.id not in asked]
-    if len(fresh) < min(n, len(order)):
-        logger.warning(
-            "round %d: only %d prompts have no labels yet; %d others are offered again",
-            t,
-            len(fresh),
-            min(n, len(order)) - len(fresh),
-        )
-    return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
-
-
-def _identity(prompt: Prompt) -> list[Any]:
-    """Return the id of a prompt and everything its tokens depend on."""
-    own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
-    return [prompt.id, prompt.prompt, *([] if own is None else [own])]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` after a JSON round trip; objects (a reference model) become type names."""
-    return json.loads(json.dumps(value, default=lambda other: type(other).__name__))

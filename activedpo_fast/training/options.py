@@ -169,7 +169,7 @@ INHERITED: tuple[Group, ...] = (
         ),
         "irrelevant",
         "rounding in training; features are computed in the model's dtype, or with "
-        '`precision="bf16"` of the selector as with `bf16`',
+        "`bf16=True` of the selector as with `bf16`",
     ),
     Group(
         (

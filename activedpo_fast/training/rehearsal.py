@@ -53,7 +53,6 @@ def rehearse(
     *,
     reference: Reference,
     batch_size: int,
-    n_responses: int,
     generation: Mapping[str, Any],
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
@@ -68,7 +67,7 @@ def rehearse(
     Args:
         prompts: all prompts that the run may offer.
         batch_size: pairs in a round.
-        n_responses, generation: for `generate_responses`.
+        generation: arguments of `generate_responses`.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
@@ -76,7 +75,7 @@ def rehearse(
     """
     started = time.perf_counter()
     with _unchanged(model), _quiet():
-        shortest = _generate(model, processing_class, prompts, n_responses, generation)
+        shortest = _generate(model, processing_class, prompts, generation)
         pool = PreferencePool(
             PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
             for prompt in shortest
@@ -95,12 +94,11 @@ def _generate(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    n_responses: int,
     generation: Mapping[str, Any],
 ) -> list[Prompt]:
     """Try generation; return the two prompts with the fewest tokens."""
     try:
-        shortest = try_generation(model, tokenizer, prompts, n_responses=n_responses, **generation)
+        shortest = try_generation(model, tokenizer, prompts, **generation)
     except ActiveDPOError as error:
         raise ActiveDPOError(f"generation: {error}") from error
     return [prompts[n] for n in shortest]

@@ -12,6 +12,7 @@ from typing import Any
 
 from activedpo_fast._files import read_json, write_json
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.settings import SAMPLING
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _ENTERS: dict[str, str | None] = {
     "model": None,  # a path; its content is compared as `base`
     "prompts": "generated",
     "prompts_per_round": "generated",
-    "generation": "generated",
+    **dict.fromkeys(SAMPLING, "generated"),
     "chat_template_kwargs": "generated",
     "rules": "picked",
     "rules.exclude": "generated",  # excluded prompts get no responses

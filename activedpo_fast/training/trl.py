@@ -69,7 +69,7 @@ def selector_settings(args: DPOConfig) -> dict[str, Any]:
     Examples:
         >>> from trl import DPOConfig
         >>> from activedpo_fast import ActiveDPOSelector, selector_settings
-        >>> args = DPOConfig(output_dir="trainer", beta=0.2, max_length=512, bf16=False)
+        >>> args = DPOConfig(output_dir="trainer", beta=0.2, max_length=512, use_cpu=True)
         >>> selector_settings(args)
         {'beta': 0.2, 'max_length': 512, 'truncation_mode': 'keep_start'}
         >>> selector = ActiveDPOSelector(model, tokenizer, **selector_settings(args))

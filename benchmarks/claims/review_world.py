@@ -53,7 +53,7 @@ def _taken(responses: int) -> tuple[Tensor, Tensor]:
     prompts = read_review_prompts("pool")
     random.Random(0).shuffle(prompts)
     pool = generate_responses(
-        model, tokenizer, prompts[:PROMPTS], n_responses=responses, seed=0, **setting.generation
+        model, tokenizer, prompts[:PROMPTS], num_generations=responses, seed=0, **setting.sampling
     )
     tokens = tokenize_pool(pool, tokenizer)
     extractor = FeatureExtractor(

@@ -87,6 +87,15 @@ class ReviewSetting:
     selection: dict[str, Any] = field(default_factory=lambda: {"proj_dim": 4096})
     model: str = "llama"
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """`generation` by the library's names; its own are keys of stored results."""
+        return {
+            "max_completion_length": self.generation["max_new_tokens"],
+            "temperature": self.generation["temperature"],
+            "generation_batch_size": self.generation["batch_size"],
+        }
+
 
 def load_policy(setting: ReviewSetting, seed: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The language model with a fresh adapter, and its tokenizer."""
@@ -138,9 +147,9 @@ def run(
         batch_size=pairs if method == EVERYTHING else setting.batch_size,
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
-        n_responses=setting.n_responses,
-        generation=setting.generation,
-        train_on=setting.train_on,  # type: ignore[arg-type]
+        num_generations=setting.n_responses,
+        **setting.sampling,
+        train_on=setting.train_on,
         evaluate=Evaluation(tokenizer, rating, setting, folder),
         seed=seed,
         show_progress=show_progress,
@@ -224,7 +233,7 @@ class Evaluation:
             rating,
             folder,
             samples=setting.samples,
-            generation=setting.generation,
+            generation=setting.sampling,
             show_progress=False,
         )
 

@@ -35,7 +35,8 @@ from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.labels import RewardOracle
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.prompts import draw_prompts
 from activedpo_fast.training.trl import dpo_config
 from benchmarks.fidelity.figures import draw
 from benchmarks.fidelity.measures import (
@@ -78,7 +79,12 @@ def prepare(name: str, n_prompts: int, folder: Path) -> Case:
         prompts = read_prompts("pool", max_words=DEMO.max_words)
         drawn = draw_prompts(prompts, 0, n_prompts, set(), SEED)
         generate_responses(
-            model, tokenizer, drawn, n_responses=DEMO.n_responses, seed=SEED, **DEMO.generation
+            model,
+            tokenizer,
+            drawn,
+            num_generations=DEMO.num_generations,
+            seed=SEED,
+            **DEMO.generation,
         ).to_jsonl(path)
     pool = PreferencePool.from_jsonl(path)
     tokens = tokenize_pool(pool, tokenizer, max_length=DEMO.dpo["max_length"])
@@ -111,8 +117,8 @@ def _one_round(
         batch_size=DEMO.batch_size,
         rounds=1,
         prompts_per_round=DEMO.prompts_per_round,
-        n_responses=DEMO.n_responses,
-        generation=DEMO.generation,
+        num_generations=DEMO.num_generations,
+        **DEMO.generation,
         seed=SEED,
     ).run()
 

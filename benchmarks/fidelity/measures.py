@@ -163,7 +163,7 @@ def check_sketches(case: Case, exact: Exact) -> None:
 
 def check_points(case: Case, exact: Exact) -> None:
     """Assert that the selection takes the same pairs from `points` as from the rows themselves."""
-    pairs = case.pool.pairs()[: DEMO.n_responses * TIMED_ITEMS]
+    pairs = case.pool.pairs()[: DEMO.num_generations * TIMED_ITEMS]
     n, count = int(pairs.max()) + 1, min(PICKS, len(pairs))
     for normalize, lam in CRITERIA:
         chosen = [

@@ -132,7 +132,7 @@ def demo() -> Workload:
             model,
             tokenizer,
             prompts,
-            n_responses=settings.n_responses,
+            num_generations=settings.num_generations,
             seed=0,
             show_progress=False,
             **settings.generation,

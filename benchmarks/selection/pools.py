@@ -22,7 +22,7 @@ from activedpo_fast.demo.language_model import read_prompts
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
 from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.loop import draw_prompts
+from activedpo_fast.training.prompts import draw_prompts
 from benchmarks.fidelity.__main__ import policy
 from benchmarks.fidelity.measures import DEMO, SEED, TOKENS
 
@@ -77,7 +77,7 @@ def make_part(part: int, path: Path, model: PeftModel, tokenizer: PreTrainedToke
     drawn = draw_prompts(read_prompts("pool"), part, PROMPTS_A_PART, set(), SEED)
     if not (path / "pool.jsonl").exists():
         generate_responses(
-            model, tokenizer, drawn, n_responses=RESPONSES, seed=part, **DEMO.generation
+            model, tokenizer, drawn, num_generations=RESPONSES, seed=part, **DEMO.generation
         ).to_jsonl(path / "pool.jsonl")
     pool = PreferencePool.from_jsonl(path / "pool.jsonl")
     tokens = tokenize_pool(pool, tokenizer, max_length=MAX_LENGTH)

@@ -32,7 +32,7 @@ def _given(**changes: Any) -> dict[str, Any]:
             {"dpo": {"learning_rat": 1e-4}},
             "dpo.learning_rat: unknown key; did you mean 'learning_rate",
         ),
-        ({"generation": {"max_tokens": 5}}, "generation.max_tokens: unknown key"),
+        ({"loop": {"max_tokens": 5}}, "loop.max_tokens: unknown key"),
         ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
         ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
         ({"oracle": {"kind": "people", "temperature": 1.0}}, "oracle.temperature: unknown key"),
@@ -41,10 +41,13 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"loop": {"rounds": 2.5}}, "loop.rounds: expected an integer, got 2.5"),
         ({"loop": {"rounds": None}}, "loop.rounds: expected an integer, got None"),
         ({"loop": {"train_on": "some"}}, "loop.train_on: expected 'all' or 'newest', got 'some'"),
+        ({"loop": {"num_generations": 1}}, "loop.num_generations: 1 is below 2"),
+        ({"selection": {"lam": -1}}, "selection.lam: -1 is not positive and finite"),
+        ({"strategy": "best"}, "strategy: expected 'activedpo' or 'random' or"),
         ({"loop": [1]}, "loop: expected a section of keys, got [1]"),
         ({"dpo": {"beta": "small"}}, "dpo.beta: expected a number, got 'small'"),
         ({"seed": "x"}, "seed: expected an integer, got 'x'"),
-        ({"generation": {"temperature": "hot"}}, "generation.temperature: expected a number"),
+        ({"loop": {"temperature": "hot"}}, "loop.temperature: expected a number"),
         (
             {"rules": {"max_per_promt": 1}},
             "rules.max_per_promt: unknown key; did you mean 'max_per_p",
@@ -107,18 +110,20 @@ def test_preset_fills_what_is_not_given() -> None:
         "batch_size": 5,
         "rounds": 2,
         "prompts_per_round": 1000,
-        "n_responses": 3,
+        "num_generations": 3,
     }
     assert config.dpo == {"learning_rate": 1e-5, "num_train_epochs": 4}
     assert config.strategy == "activedpo"
     assert config.selection == {"proj_dim": 8192, "normalize": "response"}
-    assert make_config(_given(preset="paper", strategy="random")).strategy == "random"
+    other = make_config(_given(preset="paper", strategy="adpo_plus"))
+    # The preset's normalization is for its own strategy.
+    assert (other.strategy, other.selection) == ("adpo_plus", {"proj_dim": 8192})
     assert make_config(_given(preset="paper")).lora is None  # the adapter is there already
 
 
 def test_without_a_preset_the_library_decides() -> None:
     config = make_config(_given())
-    assert (config.selection, config.loop, config.generation, config.dpo) == ({}, {}, {}, {})
+    assert (config.selection, config.loop, config.dpo) == ({}, {}, {})
     assert config.rules == {}
     assert config.strategy is None
 

@@ -486,7 +486,7 @@ def test_rotary_positions_do_not_end(caplog: pytest.LogCaptureFixture) -> None:
     rows = FeatureExtractor(model, EXACT, beta=1.0).gradients(long_rows(40))
     expected, _ = loop_gradients(model, long_rows(40).sequences, trainable(model))
     assert relative_error(rows.gradients, expected) < 1e-4
-    generate_responses(model, TOKENIZER, [Prompt("a", "The quick")], max_new_tokens=30)
+    generate_responses(model, TOKENIZER, [Prompt("a", "The quick")], max_completion_length=30)
     assert "the model was made for 16" in caplog.text
 
 

@@ -88,8 +88,8 @@ def test_after_a_bf16_trainer_rows_are_those_of_the_weights(
         ]
         assert picks[0] == picks[1]
     prompts = [Prompt("a", "The quick")]
-    assert respond(model, TOKENIZER, prompts, max_new_tokens=4) == respond(
-        plain, TOKENIZER, prompts, max_new_tokens=4
+    assert respond(model, TOKENIZER, prompts, max_completion_length=4) == respond(
+        plain, TOKENIZER, prompts, max_completion_length=4
     )
     assert differences(before, snapshot(model, TOKENIZER)) == []
 

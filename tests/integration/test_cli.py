@@ -393,7 +393,7 @@ def test_picks_are_those_of_the_selector(
         "6",
         "--normalize",
         options["normalize"],
-        "--lambda",
+        "--lam",
         str(options["lam"]),
         "--kappa",
         str(options["kappa"]),
@@ -492,7 +492,7 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     select = ["select", str(store), "--batch-size"]
-    assert main([*select, "8", "--lambda", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert main([*select, "8", "--lam", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
     # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
     for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
@@ -744,8 +744,13 @@ def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
         "output_dir": str(folder / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 32},
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
-        "generation": {"max_new_tokens": 4},
+        "loop": {
+            "rounds": 2,
+            "batch_size": 2,
+            "prompts_per_round": 3,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
         "dpo": {"learning_rate": 1e-3, "max_steps": 1, "per_device_train_batch_size": 2},
         "oracle": {"kind": "people", "via": "files"},
         **changes,
@@ -865,7 +870,13 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         "lora": {"r": 2, "target_modules": ["q_proj"]},
         "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"), "temperature": 0.5},
         "strategy": "margin_large",
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 5, "n_responses": 2},
+        "loop": {
+            "rounds": 2,
+            "batch_size": 2,
+            "prompts_per_round": 5,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
         "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}},
     }
     argv = ["run", str(_run_config(project, tmp_path, **changes)), "--quiet"]
@@ -904,7 +915,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
-        (["select", "{store}", "--output", "{tmp}/x", "--lambda", "0"], "lam"),
+        (["select", "{store}", "--output", "{tmp}/x", "--lam", "0"], "lam"),
         (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
         (
             ["select", "{store}", "--output", "{tmp}/x", "--random-fraction", "2"],
@@ -975,12 +986,15 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         (["features", "{pool}", "{m}", "{o}"], "pass --adapter DIR"),
         (["features", "{pool}", "{m}", "--adapter={tmp}", "{o}"], "adapter_config.json"),
         (["features", "{pool}", "{m}", "--adapter={m:raw}", "{o}"], "adapter_config.json"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "sketch dim"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--proj-dim", "0"], "--proj-dim: 0"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--beta", "-1"], "beta"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "max_length"),
+        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-length", "1"], "--max-length: 1"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--dtype", "int8"], "int8"),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--device", "toaster"], "toaster"),
-        (["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"], "max_tokens"),
+        (
+            ["features", "{pool}", "{m}", "{a}", "{o}", "--max-tokens-per-batch", "0"],
+            "--max-tokens",
+        ),
         (["features", "{pool}", "{m}", "{a}", "{o}", "--export", "{tmp}"], "is a folder"),
         (["run", "{tmp}/none.yaml"], "none.yaml"),
         (["env", "--verbose"], "--verbose"),

@@ -128,7 +128,7 @@ def test_the_parts_take_the_same(adapter: str, loaded, tmp_path: Path) -> None:
 def test_responses_by_name_to_a_data_set(adapter: str, loaded) -> None:
     prompts = [Prompt(row["id"], row["prompt"]) for row in PROMPTS[:4]]
     dataset = Dataset.from_list(PROMPTS[:4])
-    options: dict[str, Any] = dict(max_new_tokens=4, seed=3, show_progress=False)
+    options: dict[str, Any] = dict(max_completion_length=4, seed=3, show_progress=False)
     pool = generate_responses(adapter, None, dataset, **options)
     assert list(pool) == list(generate_responses(*loaded, prompts, **options))
     assert respond(adapter, None, dataset, **options) == respond(*loaded, prompts, **options)
@@ -186,8 +186,8 @@ def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path
             batch_size=3,
             rounds=1,
             prompts_per_round=4,
-            n_responses=2,
-            generation={"max_new_tokens": 4},
+            num_generations=2,
+            max_completion_length=4,
             show_progress=False,
         )
         assert len(loop.run()) == 2

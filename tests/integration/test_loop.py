@@ -19,7 +19,8 @@ from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.training.loop import ActiveDPOLoop, draw_prompts
+from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.prompts import draw_prompts
 from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
@@ -45,8 +46,8 @@ def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: An
         batch_size=3,
         rounds=2,
         prompts_per_round=4,
-        n_responses=2,
-        generation={"max_new_tokens": 4},
+        num_generations=2,
+        max_completion_length=4,
         show_progress=False,
     )
     model = lora(tiny_causal_lm("llama"), "llama", seed=adapter_seed)
@@ -162,7 +163,7 @@ def test_a_complete_run_is_only_read(whole: Path) -> None:
 def test_other_settings_are_refused_by_name(whole: Path) -> None:
     with pytest.raises(ActiveDPOError, match=r"batch_size \(3, now 2\)"):
         _loop(whole, batch_size=2).run()
-    with pytest.raises(ActiveDPOError, match="none of all, newest"):
+    with pytest.raises(ActiveDPOError, match="train_on: expected 'all' or 'newest', got 'some'"):
         _loop(whole, train_on="some")
 
 
@@ -175,7 +176,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
         max_per_prompt=1,
     )
     caplog.set_level("WARNING", logger="activedpo_fast")
-    loop = _loop(tmp_path, rules=rules, n_responses=3, batch_size=4)
+    loop = _loop(tmp_path, rules=rules, num_generations=3, batch_size=4)
     records = loop.run()
     offered, picked = [], []
     for t in range(2):
@@ -190,7 +191,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
     assert records[-1].labels_total == sum(map(len, picked)) < 8
     assert f"{len(picked[0])} of 4 pairs picked" in caplog.text
 
-    _loop(tmp_path, rules=rules, n_responses=3, batch_size=4).run()
+    _loop(tmp_path, rules=rules, num_generations=3, batch_size=4).run()
     for other, name in (
         (None, "rules"),
         (replace(rules, max_per_prompt=2), "rules.max_per_prompt"),
@@ -198,7 +199,7 @@ def test_rules_hold_in_every_round_and_are_settings(tmp_path: Path, caplog: Any)
         (replace(rules, quotas={"6": 1}), "rules.quotas"),
     ):
         with pytest.raises(ActiveDPOError, match=f"other settings: {name}"):
-            _loop(tmp_path, rules=other, n_responses=3, batch_size=4).run()
+            _loop(tmp_path, rules=other, num_generations=3, batch_size=4).run()
 
 
 def test_rules_are_checked_against_all_prompts(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_prompts_of_one_column_value_are_asked_as_one(tmp_path: Path) -> None:
         prompts=prompts,
         prompts_per_round=2,
         batch_size=1,
-        n_responses=2,
+        num_generations=2,
         rules=PickRules(prompt_by="post"),
         strategy="random",
     )

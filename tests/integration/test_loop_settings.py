@@ -56,8 +56,8 @@ def _loop(
         batch_size=2,
         rounds=1,
         prompts_per_round=3,
-        n_responses=2,
-        generation={"max_new_tokens": 4},
+        num_generations=2,
+        max_completion_length=4,
         show_progress=False,
     )
     tokenizer = tokenizer or tiny_tokenizer()
@@ -327,8 +327,13 @@ def _yaml(folder: Path, **changes: Any) -> list[str]:
         "output_dir": str(folder / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 32, "verify": False},
-        "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
-        "generation": {"max_new_tokens": 4},
+        "loop": {
+            "rounds": 1,
+            "batch_size": 2,
+            "prompts_per_round": 3,
+            "num_generations": 2,
+            "max_completion_length": 4,
+        },
         "dpo": {"max_steps": 1},
         "oracle": {"kind": "people", "via": "files"},
         **changes,

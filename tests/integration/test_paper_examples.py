@@ -107,8 +107,7 @@ def test_a_first_round(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     )
     # What a small machine cannot do; everything else is the file's.
     small: dict[str, dict[str, Any]] = {
-        "loop": {"rounds": 1, "batch_size": 4, "prompts_per_round": 4},
-        "generation": {"max_new_tokens": 4},
+        "loop": {"rounds": 1, "batch_size": 4, "prompts_per_round": 4, "max_completion_length": 4},
         "selection": {"proj_dim": 64},
         "dpo": {"num_train_epochs": 1, "bf16": False},
         "lora": {"r": 4, "lora_alpha": 16},

@@ -213,8 +213,8 @@ def _loop(folder: Path, **options: Any) -> ActiveDPOLoop:
         batch_size=4,
         rounds=2,
         prompts_per_round=4,
-        n_responses=2,
-        generation={"max_new_tokens": 4},
+        num_generations=2,
+        max_completion_length=4,
         selector_options={"proj_dim": 64, "verify": False},
         show_progress=False,
     )

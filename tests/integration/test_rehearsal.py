@@ -33,7 +33,6 @@ def _loop(
     dpo: dict[str, Any] | None = None,
     model: Any = None,
     prompts: Any = PROMPTS,
-    generation: dict[str, Any] | None = None,
     selector: dict[str, Any] | None = None,
     **options: Any,
 ) -> ActiveDPOLoop:
@@ -43,7 +42,9 @@ def _loop(
         "per_device_train_batch_size": 2,
         **(dpo or {}),
     }
-    settings: dict[str, Any] = dict(batch_size=3, rounds=2, prompts_per_round=4, n_responses=2)
+    settings: dict[str, Any] = dict(
+        batch_size=3, rounds=2, prompts_per_round=4, num_generations=2, max_completion_length=4
+    )
     return ActiveDPOLoop(
         lora(tiny_causal_lm("llama"), "llama") if model is None else model,
         tiny_tokenizer(chat=prompts is CHAT),
@@ -53,7 +54,6 @@ def _loop(
         dpo_args=dpo_config(output_dir=str(folder / "run"), **training),
         selector_options={"proj_dim": 64, "verify": False, **(selector or {})},
         show_progress=False,
-        generation={"max_new_tokens": 4, **(generation or {})},
         **{**settings, **options},
     )
 
@@ -126,7 +126,8 @@ def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
         )
     )
     assert message.startswith("generation: item 'long': ") and "256 positions" in message
-    assert "generation: top_p: 2" in _refused(_loop(tmp_path, generation={"top_p": 2}))
+    with pytest.raises(ActiveDPOError, match="top_p: 2 is not in"):  # as soon as it is given
+        _loop(tmp_path, top_p=2)
     message = _refused(_loop(tmp_path, batch_size=5))
     assert message.startswith("loop.batch_size: 5 pairs") and "have 4" in message
     assert list(tmp_path.iterdir()) == []
@@ -139,7 +140,7 @@ def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
         {
             "dpo": {"bf16": True, "neftune_noise_alpha": 5.0},
             "prompts": CHAT,
-            "n_responses": 3,
+            "num_generations": 3,
             "selector": {"verify": True},
         },
         {
@@ -240,7 +241,7 @@ def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> N
         ({"dpo": {"max_length": 99}}, "dpo.max_length"),
         ({"dpo": {"loss_type": "ipo"}}, "dpo.loss_type"),
         ({"strategy": "random"}, "strategy"),
-        ({"generation": {"max_new_tokens": 5}}, "generation.max_new_tokens"),
+        ({"max_completion_length": 5}, "max_completion_length"),
         ({"rules": PickRules(max_per_prompt=1)}, "rules"),
         ({"seed": 1}, "seed"),
     ):
@@ -289,13 +290,13 @@ def test_a_round_without_a_preference_is_not_one_that_was_trained(tmp_path: Path
 
 def test_settings_of_earlier_stages_change_until_these_were_complete(tmp_path: Path) -> None:
     # Nothing was generated: so cold that all responses are the same.
-    assert "distinct responses" in _refused(_loop(tmp_path, generation={"temperature": 1e-6}))
+    assert "distinct responses" in _refused(_loop(tmp_path, temperature=1e-6))
     assert "seed (0, now 1)" in _refused(_loop(tmp_path, seed=1))  # the first adapter's too
     # Generated, but nothing picked.
     assert "min_score" in _refused(_loop(tmp_path, rules=PickRules(min_score=1e6)))
     pool = (tmp_path / "run" / "round-000" / "pool.jsonl").read_bytes()
     assert "rules.exclude (" in _refused(_loop(tmp_path, rules=PickRules(exclude=["p0"])))
-    assert "generation.temperature" in _refused(_loop(tmp_path, generation={"temperature": 2.0}))
+    assert "temperature (1.0, now 2.0)" in _refused(_loop(tmp_path, temperature=2.0))
     with pytest.raises(LabelsPending):
         _loop(tmp_path, selector={"proj_dim": 32}, batch_size=2).run()
     assert (tmp_path / "run" / "round-000" / "pool.jsonl").read_bytes() == pool

@@ -100,21 +100,18 @@ def _scored(tokens: TokenizedPool) -> list[tuple[list[int], list[int], list[int]
 
 
 @pytest.mark.parametrize("kwargs", [_THINKING, _BRIEF])
-@pytest.mark.parametrize("place", ["loop", "selector_options", "generation", "both", "column"])
+@pytest.mark.parametrize("place", ["loop", "selector_options", "both", "column"])
 def test_every_stage_of_the_loop_has_the_same_tokens(
     kwargs: dict[str, Any], place: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """What is fed to `generate`, what features are taken of, and what the trainer holds."""
     given: dict[str, Any] = {}
-    if place == "loop":
+    if place in ("loop", "both"):
         given["chat_template_kwargs"] = kwargs
     prompts = _prompts(**({"chat_template_kwargs": kwargs} if place == "column" else {}))
     options: dict[str, Any] = {"proj_dim": 32, "verify": False}
-    generate: dict[str, Any] = {"max_new_tokens": 3}
     if place in ("selector_options", "both"):
         options["chat_template_kwargs"] = dict(kwargs)
-    if place in ("generation", "both"):
-        generate["chat_template_kwargs"] = dict(kwargs)
     seen: dict[str, Any] = {}  # of each stage, the last call
 
     class Watched(generation._Generator):
@@ -144,11 +141,11 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
         output_dir=tmp_path,
         dpo_args=dpo_config(output_dir=str(tmp_path / "trainer"), max_steps=1),
         selector_options=options,
-        generation=generate,
+        max_completion_length=3,
         batch_size=4,
         rounds=1,
         prompts_per_round=4,
-        n_responses=2,
+        num_generations=2,
         show_progress=False,
         **given,
     )
@@ -347,7 +344,7 @@ def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(generation, "_Generator", Watched)
     model, prompts = _model(), _prompts(chat_template_kwargs=_BRIEF)
-    options: dict[str, Any] = dict(max_new_tokens=1, show_progress=False)
+    options: dict[str, Any] = dict(max_completion_length=1, show_progress=False)
     respond(model, _tokenizer(), prompts, **options)
     respond(model, _tokenizer(), _prompts(), chat_template_kwargs=_BRIEF, **options)
     respond(model, _tokenizer(), _prompts(), **options)
@@ -398,24 +395,19 @@ def _yaml(**sections: Any) -> dict[str, Any]:
 
 def test_a_configuration_has_one_setting() -> None:
     inside = {"chat_template_kwargs": dict(_THINKING)}
-    for sections in (
-        inside,
-        {"selection": inside},
-        {"generation": inside},
-        {"selection": inside, "generation": inside, **inside},
-    ):
+    for sections in (inside, {"selection": inside}, {"selection": inside, **inside}):
         config = make_config(_yaml(**sections))
         assert config.chat_template_kwargs == _THINKING
-        assert "chat_template_kwargs" not in {*config.selection, *config.generation}
+        assert "chat_template_kwargs" not in config.selection
     assert make_config(_yaml()).chat_template_kwargs is None
     for sections, message in (
         (
-            {"selection": inside, "generation": {"chat_template_kwargs": {}}},
-            "generation.chat_template_kwargs and selection.chat_template_kwargs differ",
+            {"selection": inside, "chat_template_kwargs": {}},
+            "selection.chat_template_kwargs and chat_template_kwargs differ",
         ),
         (
-            {"generation": inside, "chat_template_kwargs": {"enable_thinking": True}},
-            "generation.chat_template_kwargs and chat_template_kwargs differ",
+            {"selection": inside, "chat_template_kwargs": {"enable_thinking": True}},
+            "selection.chat_template_kwargs and chat_template_kwargs differ",
         ),
         ({"loop": inside}, "loop.chat_template_kwargs: unknown key"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected a section"),
@@ -436,27 +428,29 @@ def _small_loop(folder: Path, **options: Any) -> ActiveDPOLoop:
         batch_size=2,
         rounds=1,
         prompts_per_round=2,
-        n_responses=2,
+        num_generations=2,
         dpo_args=dpo_config(output_dir=str(folder), max_steps=1),
         show_progress=False,
-        **{"selector_options": {"proj_dim": 32}, "generation": {"max_new_tokens": 3}, **options},
+        **{"selector_options": {"proj_dim": 32}, "max_completion_length": 3, **options},
     )
 
 
 def test_a_loop_has_one_setting(tmp_path: Path) -> None:
     with pytest.raises(
         ActiveDPOError,
-        match="generation.chat_template_kwargs and selector_options.chat_template_kwargs differ",
+        match="selector_options.chat_template_kwargs and chat_template_kwargs differ",
     ):
         _small_loop(
             tmp_path,
             selector_options={"chat_template_kwargs": _THINKING},
-            generation={"chat_template_kwargs": _BRIEF},
+            chat_template_kwargs=_BRIEF,
         )
     assert list(tmp_path.iterdir()) == []
     # The same setting in another place is the same run; another setting is another.
     _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
-    _small_loop(tmp_path, generation={"max_new_tokens": 3, "chat_template_kwargs": _THINKING}).run()
+    _small_loop(
+        tmp_path, selector_options={"proj_dim": 32, "chat_template_kwargs": _THINKING}
+    ).run()
     for options in ({}, {"chat_template_kwargs": _BRIEF}):
         with pytest.raises(ActiveDPOError, match="other settings: chat_template_kwargs"):
             _small_loop(tmp_path, **options).run()
@@ -478,8 +472,7 @@ def test_runs_of_earlier_versions(tmp_path: Path) -> None:
     del config["settings"]["chat_template_kwargs"], config["format"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _small_loop(tmp_path).run()
-    for section in ("selector_options", "generation"):
-        config["settings"][section]["chat_template_kwargs"] = _THINKING
+    config["settings"]["selector_options"]["chat_template_kwargs"] = _THINKING
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ActiveDPOError, match="other settings: .*chat_template_kwargs"):
         _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
@@ -491,7 +484,7 @@ def test_runs_of_earlier_versions(tmp_path: Path) -> None:
         ({"tokenize": False}, "'tokenize' is set by the library"),
         ({"return_tensors": "pt"}, "'return_tensors' is set by the library"),
         ({"day": object()}, "'day' is no JSON value"),
-        ("enable_thinking", "expected an object"),
+        (["enable_thinking"], "expected an object"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, message: str) -> None:

@@ -139,8 +139,13 @@ def test_a_run_takes_the_same_tokenizer_and_leaves_it_beside_its_adapters(
                 "prompts": str(project / "prompts.jsonl"),
                 "output_dir": str(project / "run"),
                 "selection": {"proj_dim": 32, "verify": False},
-                "generation": {"max_new_tokens": 4},
-                "loop": {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2},
+                "loop": {
+                    "max_completion_length": 4,
+                    "rounds": 1,
+                    "batch_size": 2,
+                    "prompts_per_round": 3,
+                    "num_generations": 2,
+                },
                 "dpo": {"max_steps": 1},
                 "oracle": {"kind": "people", "via": "files"},
             }

@@ -62,9 +62,10 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "logps": lambda model: extractor(model).logps(tokens()),
     "hidden": lambda model: extractor(model).hidden(tokens()),
     "generate": lambda model: [
-        item.responses for item in generate_responses(model, TOKENIZER, PROMPTS, max_new_tokens=4)
+        item.responses
+        for item in generate_responses(model, TOKENIZER, PROMPTS, max_completion_length=4)
     ],
-    "respond": lambda model: respond(model, TOKENIZER, PROMPTS, max_new_tokens=4),
+    "respond": lambda model: respond(model, TOKENIZER, PROMPTS, max_completion_length=4),
 }
 
 

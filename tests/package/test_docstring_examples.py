@@ -126,7 +126,7 @@ def namespace(
         dpo_args=names["dpo_args"],
         rounds=1,
         batch_size=2,
-        generation={"max_new_tokens": 8},
+        max_completion_length=8,
     )
     picked.to_jsonl("to_label.jsonl")
     lines = [json.loads(line) for line in Path("to_label.jsonl").read_text().splitlines()]

@@ -16,13 +16,15 @@ KERNELS = Path(activedpo_fast.kernels.__file__).parent  # kernels/ of a checkout
 # know the definitions in ops, which choose them.
 ORDER = (
     "errors",
+    "_checks",
     "_files",
     "_modes",
     "progress",
-    "presets",
     "kernels",
     "ops",
     "pool",
+    "settings",
+    "presets",
     "distributed",
     "models",
     "gradients",

@@ -304,7 +304,7 @@ def _entrances(prompts: list[Prompt], chat: bool, folder: Path) -> list[Callable
         output_dir=folder / "run", dpo_args=dpo_config(output_dir=str(folder / "trainer"))
     )
     return [
-        lambda: generate_responses(_model(), _tokenizer(chat), prompts, max_new_tokens=2),
+        lambda: generate_responses(_model(), _tokenizer(chat), prompts, max_completion_length=2),
         lambda: ActiveDPOLoop(
             _model(), _tokenizer(chat), prompts, CallableOracle(lambda *_: 0), **options
         ),

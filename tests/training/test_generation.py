@@ -32,7 +32,12 @@ def _model(arch: str = "llama") -> Any:
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_responses_are_distinct_and_keep_their_prompts(arch: str) -> None:
     pool = generate_responses(
-        _model(arch), tiny_tokenizer(), PROMPTS, n_responses=3, max_new_tokens=6, batch_size=4
+        _model(arch),
+        tiny_tokenizer(),
+        PROMPTS,
+        num_generations=3,
+        max_completion_length=6,
+        generation_batch_size=4,
     )
     assert isinstance(pool, PreferencePool)
     assert pool.ids == [prompt.id for prompt in PROMPTS]
@@ -43,7 +48,7 @@ def test_responses_are_distinct_and_keep_their_prompts(arch: str) -> None:
 
 
 def test_chat_responses_are_one_assistant_message() -> None:
-    pool = generate_responses(_model(), tiny_tokenizer(chat=True), CHATS, max_new_tokens=6)
+    pool = generate_responses(_model(), tiny_tokenizer(chat=True), CHATS, max_completion_length=6)
     assert pool.is_chat
     for item in pool:
         for response in item.responses:
@@ -56,7 +61,9 @@ def test_seed_decides_and_the_global_generator_is_left_alone() -> None:
     model, tokenizer = _model(), tiny_tokenizer()
 
     def sample(seed: int) -> list[Any]:
-        return list(generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8, seed=seed))
+        return list(
+            generate_responses(model, tokenizer, PROMPTS, max_completion_length=8, seed=seed)
+        )
 
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -72,8 +79,8 @@ def test_greedy_does_not_depend_on_batches_or_padding_side() -> None:
     """Each prompt alone, all in one batch, and a step-by-step argmax agree."""
     model = _model()
     tokenizer = tiny_tokenizer(padding_side="right")
-    together = respond(model, tokenizer, PROMPTS, max_new_tokens=7, batch_size=5)
-    alone = [respond(model, tokenizer, [prompt], max_new_tokens=7)[0] for prompt in PROMPTS]
+    together = respond(model, tokenizer, PROMPTS, max_completion_length=7, generation_batch_size=5)
+    alone = [respond(model, tokenizer, [prompt], max_completion_length=7)[0] for prompt in PROMPTS]
     assert together == alone
     for prompt, text in zip(PROMPTS, together, strict=True):
         start = tokenizer(str(prompt.prompt))["input_ids"]
@@ -95,7 +102,7 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
     own = model.get_base_model().generation_config
     modes = [module.training for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    generate_responses(model, tokenizer, PROMPTS, max_new_tokens=4)
+    generate_responses(model, tokenizer, PROMPTS, max_completion_length=4)
     with pytest.raises(RuntimeError, match="stop here"):
 
         def stop(*_: Any) -> None:
@@ -103,7 +110,7 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
 
         handle = model.base_model.model.lm_head.register_forward_hook(stop)
         try:
-            respond(model, tokenizer, PROMPTS, max_new_tokens=4)
+            respond(model, tokenizer, PROMPTS, max_completion_length=4)
         finally:
             handle.remove()
     assert [module.training for module in model.modules()] == modes
@@ -115,7 +122,7 @@ def test_model_and_tokenizer_are_left_as_they_were() -> None:
 
 def test_the_models_generation_config_does_not_change_the_distribution() -> None:
     model, tokenizer = _model(), tiny_tokenizer()
-    plain = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8)
+    plain = generate_responses(model, tokenizer, PROMPTS, max_completion_length=8)
     own = GenerationConfig(
         top_k=1,
         suppress_tokens=list(range(4, 300)),
@@ -123,7 +130,9 @@ def test_the_models_generation_config_does_not_change_the_distribution() -> None
         eos_token_id=model.get_base_model().generation_config.eos_token_id,
     )
     model.get_base_model().generation_config = own
-    assert list(generate_responses(model, tokenizer, PROMPTS, max_new_tokens=8)) == list(plain)
+    assert list(generate_responses(model, tokenizer, PROMPTS, max_completion_length=8)) == list(
+        plain
+    )
 
 
 def test_sampling_follows_the_models_distribution() -> None:
@@ -134,11 +143,11 @@ def test_sampling_follows_the_models_distribution() -> None:
         model,
         tokenizer,
         prompts,
-        n_responses=2,
-        max_new_tokens=1,
+        num_generations=2,
+        max_completion_length=1,
         temperature=0.4,
         max_attempts=1,
-        batch_size=500,
+        generation_batch_size=500,
     )
     with torch.no_grad():
         ids = torch.tensor([tokenizer("The quick")["input_ids"]])
@@ -170,7 +179,9 @@ def test_a_response_ends_at_eos() -> None:
     bias[[stop, tokenizer.eos_token_id]] = 5.0
     handle = model.get_output_embeddings().register_forward_hook(lambda *args: args[2] + bias)
     try:
-        pool = generate_responses(model, tokenizer, PROMPTS, max_new_tokens=40, max_attempts=30)
+        pool = generate_responses(
+            model, tokenizer, PROMPTS, max_completion_length=40, max_attempts=30
+        )
     finally:
         handle.remove()
     texts = [str(response) for item in pool for response in item.responses]
@@ -187,8 +198,8 @@ def test_prompts_without_enough_distinct_responses_are_left_out(
             model,
             tokenizer,
             PROMPTS,
-            n_responses=8,
-            max_new_tokens=1,
+            num_generations=8,
+            max_completion_length=1,
             max_attempts=2,
             temperature=0.5,
         )
@@ -196,7 +207,7 @@ def test_prompts_without_enough_distinct_responses_are_left_out(
     assert 0 < left_out
     assert [record.args[:2] for record in caplog.records] == [(left_out, len(PROMPTS))]
     with pytest.raises(ActiveDPOError, match="no prompt got 2 distinct responses"):
-        generate_responses(model, tokenizer, PROMPTS, max_new_tokens=2, temperature=1e-4)
+        generate_responses(model, tokenizer, PROMPTS, max_completion_length=2, temperature=1e-4)
 
 
 def test_the_space_before_a_continuation_is_kept() -> None:
@@ -220,17 +231,17 @@ def test_the_space_before_a_continuation_is_kept() -> None:
         return torch.zeros_like(logits).index_fill(-1, torch.tensor([dog]), 50.0)
 
     model.get_output_embeddings().register_forward_hook(always_dog)
-    texts = respond(model, tokenizer, [Prompt("a", "the dog")], max_new_tokens=2)
+    texts = respond(model, tokenizer, [Prompt("a", "the dog")], max_completion_length=2)
     assert texts == [" dog dog"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(n_responses=1), "n_responses: 1 is below 2"),
+        (dict(num_generations=1), "num_generations: 1 is below 2"),
         (dict(max_attempts=0), "max_attempts: 0 is below 1"),
-        (dict(max_new_tokens=0), "max_new_tokens: 0 is below 1"),
-        (dict(batch_size=0), "batch_size: 0 is below 1"),
+        (dict(max_completion_length=0), "max_completion_length: 0 is below 1"),
+        (dict(generation_batch_size=0), "generation_batch_size: 0 is below 1"),
         (dict(temperature=0.0), "temperature: 0.0 is not above 0"),
         (dict(temperature=float("nan")), "temperature: nan is not above 0"),
         (dict(top_p=1.5), "top_p: 1.5 is not in"),
@@ -246,7 +257,10 @@ def test_the_space_before_a_continuation_is_kept() -> None:
             "prompt 2: chat messages, but prompt 1 has plain text",
         ),
         (dict(prompts=CHATS), "no chat template"),
-        (dict(max_new_tokens=255), r"item 'p0': 3 prompt tokens and max_new_tokens=255 exceed"),
+        (
+            dict(max_completion_length=255),
+            r"item 'p0': 3 prompt tokens and max_completion_length=255 exceed",
+        ),
         (dict(arch="llama", vocab_size=200), r"item 'p0': the prompt has the token id \d+"),
     ],
 )

@@ -1,0 +1,352 @@
+"""Settings of the selector and of the loop: dataclasses that `trl.TrlParser` reads, like TRL's own.
+
+Their names, defaults and help texts are those of the keyword options of `ActiveDPOSelector` and
+`ActiveDPOLoop`, of the file of `activedpo run` and of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from activedpo_fast._checks import check_at_least, describe, fits, nearest
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.template import check_template_kwargs
+
+StrategyName = Literal[
+    "activedpo",
+    "random",
+    "apo",
+    "aplp",
+    "margin_small",
+    "margin_large",
+    "adpo_plus",
+    "trace",
+    "trace_plus",
+]
+SketchName = Literal["sjlt", "rademacher", "kronecker", "none"]
+Normalization = Literal["default", "response", "pair", "none"]
+Truncation = Literal["keep_start", "keep_end"]
+
+Settings = TypeVar("Settings", "SelectorConfig", "LoopConfig")
+
+
+@dataclass
+class SelectorConfig:
+    """Settings of `ActiveDPOSelector`: `args=SelectorConfig(...)`, or the same names as keywords.
+
+    `trl.TrlParser` and `transformers.HfArgumentParser` read them from the command line and from
+    YAML. There, mappings are JSON text.
+
+    Raises:
+        ActiveDPOError: a value of the wrong type or out of range, naming the setting.
+
+    Examples:
+        >>> from trl import TrlParser
+        >>> from activedpo_fast import ActiveDPOSelector, SelectorConfig
+        >>> parser = TrlParser(SelectorConfig)
+        >>> (args,) = parser.parse_args_and_config(["--normalize", "pair", "--proj_dim", "1024"])
+        >>> args.normalize, args.proj_dim, args.beta
+        ('pair', 1024, 0.1)
+        >>> picked = ActiveDPOSelector(model, args=args, processing_class=tokenizer).select(pool, 4)
+    """
+
+    strategy: StrategyName = field(
+        default="activedpo", metadata={"help": "How pairs are chosen; README.md lists the methods."}
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "β of DPO, in the implicit reward β log(π/π_ref); gradient rows are multiplied "
+            "by it."
+        },
+    )
+    length_normalized: bool = field(
+        default=False,
+        metadata={
+            "help": "Use mean log-probs of a response's tokens, for losses that train them (ipo, "
+            "sigmoid_norm)."
+        },
+    )
+    sketch: SketchName = field(
+        default="sjlt",
+        metadata={"help": "Random projection of the gradients; none keeps them whole."},
+    )
+    proj_dim: int = field(
+        default=8192, metadata={"help": "k, the length of a projected gradient row."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sketch and of random picks."})
+    normalize: Normalization | None = field(
+        default="default",
+        metadata={
+            "help": "What is scaled to unit norm: each response's gradient, their difference "
+            "(pair), or nothing. The default is response; for adpo_plus none. trace takes rows as "
+            "they are."
+        },
+    )
+    lam: float = field(
+        default=1.0, metadata={"help": "λ of V = (λ/κ) I + Σ φφᵀ. The paper does not state it."}
+    )
+    kappa: float = field(default=1.0, metadata={"help": "κ of V."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest prompt + response in tokens, as in DPOConfig."}
+    )
+    truncation_mode: Truncation = field(
+        default="keep_start",
+        metadata={"help": "Which end of longer sequences is kept, as in DPOConfig."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Arguments of the chat template, such as {"enable_thinking": false}; use those '
+            "that you train with."
+        },
+    )
+    strategy_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "More options of the strategy, such as aplp's shortlist."}
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Padded tokens in a forward and backward pass. Default: as many as suit the "
+            "device."
+        },
+    )
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Matrix products of the features in bfloat16 (autocast), on devices that have "
+            "it."
+        },
+    )
+    verify: bool = field(
+        default=True, metadata={"help": "Check the first gradients against autograd."}
+    )
+
+    def __post_init__(self) -> None:
+        _read_json(self, "chat_template_kwargs", "strategy_options")
+        check_template_kwargs(self.chat_template_kwargs)
+        _check_types(self)
+        _check_positive(self, "beta", "lam", "kappa")
+        check_at_least(0, seed=self.seed)
+        check_at_least(1, proj_dim=self.proj_dim, max_tokens_per_batch=self.max_tokens_per_batch)
+        if self.max_length is not None and self.max_length < 2:
+            raise ActiveDPOError(
+                f"max_length: {self.max_length} leaves no token to score, 2 is the least"
+            )
+
+    @property
+    def tokenization(self) -> dict[str, Any]:
+        """The arguments of `tokenize_pool`."""
+        names = ("max_length", "truncation_mode", "chat_template_kwargs")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def offered(self) -> dict[str, Any]:
+        """Options for any strategy that has them (see `make_strategy`); its own defaults apply."""
+        offered: dict[str, Any] = {name: getattr(self, name) for name in ("beta", "lam", "kappa")}
+        if self.normalize != "default":
+            offered["normalize"] = None if self.normalize == "none" else self.normalize
+        return offered
+
+
+@dataclass
+class LoopConfig:
+    """Settings of `ActiveDPOLoop`: `args=LoopConfig(...)`, or the same names as keywords.
+
+    Read by parsers as `SelectorConfig` is.
+
+    Raises:
+        ActiveDPOError: a value of the wrong type or out of range, naming the setting.
+
+    Examples:
+        >>> from activedpo_fast import ActiveDPOLoop, LoopConfig
+        >>> from activedpo_fast.labels import CallableOracle
+        >>> oracle = CallableOracle(lambda prompt, a, b: int(len(b) < len(a)))
+        >>> args = LoopConfig(output_dir="run", rounds=1, batch_size=2, max_completion_length=8)
+        >>> loop = ActiveDPOLoop(model, tokenizer, prompts, oracle, args=args, dpo_args=dpo_args)
+        >>> [record.labels_total for record in loop.run()]
+        [0, 2]
+    """
+
+    output_dir: str | Path = field(
+        metadata={"help": "Folder of the run, from which it continues when interrupted."}
+    )
+    strategy: StrategyName = field(
+        default="activedpo", metadata={"help": "How pairs are chosen; README.md lists the methods."}
+    )
+    selector_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of SelectorConfig. β, the lengths and length_normalized are those of "
+            "the DPOConfig unless given."
+        },
+    )
+    rounds: int = field(default=5, metadata={"help": "Rounds of the run; may be raised later."})
+    batch_size: int = field(default=50, metadata={"help": "B, the pairs labeled per round."})
+    prompts_per_round: int = field(
+        default=1000, metadata={"help": "How many prompts get responses in a round."}
+    )
+    num_generations: int = field(
+        default=3, metadata={"help": "M, the responses per prompt: M (M − 1) / 2 candidate pairs."}
+    )
+    max_completion_length: int = field(default=64, metadata={"help": "Longest response in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens with this probability."}
+    )
+    generation_batch_size: int = field(default=16, metadata={"help": "Responses sampled at once."})
+    max_attempts: int = field(
+        default=4,
+        metadata={
+            "help": "How often responses that are empty or repeat another one are sampled again, "
+            "the first time included."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Arguments of the chat template, such as {"enable_thinking": false}, for '
+            "generating, selecting and training."
+        },
+    )
+    train_on: Literal["all", "newest"] = field(
+        default="all",
+        metadata={"help": "Labels that a round trains on. The paper does not state it."},
+    )
+    start_from: Literal["initial", "current"] = field(
+        default="initial",
+        metadata={"help": "Adapter that a round trains from. The paper does not state it."},
+    )
+    reference: Literal["initial", "round"] = field(
+        default="initial",
+        metadata={
+            "help": "π_ref: the initial policy, or the one that the round's training starts from. "
+            "The paper does not state it."
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the order of the prompts and, with the round, of responses."},
+    )
+
+    def __post_init__(self) -> None:
+        _read_json(self, "chat_template_kwargs", "selector_options")
+        check_template_kwargs(self.chat_template_kwargs)
+        _check_types(self)
+        check_at_least(
+            1,
+            rounds=self.rounds,
+            batch_size=self.batch_size,
+            prompts_per_round=self.prompts_per_round,
+        )
+        check_sampling(**self.sampling)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate_responses`."""
+        return {name: getattr(self, name) for name in SAMPLING}
+
+
+SAMPLING = (
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "generation_batch_size",
+    "max_attempts",
+)
+
+
+def read_settings(
+    kind: type[Settings], args: Settings | None, options: Mapping[str, Any], strategy: Any
+) -> tuple[Settings, Any]:
+    """Return settings, from `args` or from keyword options, and the strategy.
+
+    Args:
+        strategy: a name, which is one of the options; an object, which comes beside the settings
+            and replaces theirs; or None for theirs.
+
+    Raises:
+        ActiveDPOError: settings are given twice, or `args` is something else; an unknown option; a
+            required one is missing; what the settings refuse.
+    """
+    own = strategy is not None and not isinstance(strategy, str)
+    if strategy is not None and not own:
+        options = {"strategy": strategy, **options}
+    if args is None:
+        args = _from_options(kind, options)
+    elif not isinstance(args, kind):
+        raise ActiveDPOError(f"args: expected a {kind.__name__}, got {type(args).__name__}")
+    elif options:
+        raise ActiveDPOError(
+            f"{', '.join(options)}: settings are given twice, in args too; put all of them into "
+            "args, or leave args out"
+        )
+    return args, strategy if own else args.strategy
+
+
+def _from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
+    known = [option.name for option in fields(kind)]
+    for name in options:
+        if name not in known:
+            raise ActiveDPOError(f"{name}: unknown option; {nearest(name, known)}")
+    if kind is LoopConfig and "output_dir" not in options:
+        raise ActiveDPOError("output_dir: missing, the folder of the run")
+    return kind(**options)
+
+
+def check_sampling(
+    *,
+    num_generations: int,
+    max_completion_length: int,
+    temperature: float,
+    top_p: float,
+    generation_batch_size: int,
+    max_attempts: int,
+) -> None:
+    """Raise `ActiveDPOError`, naming the argument, for what `generate_responses` cannot do."""
+    check_at_least(2, num_generations=num_generations)
+    check_at_least(
+        1,
+        max_completion_length=max_completion_length,
+        generation_batch_size=generation_batch_size,
+        max_attempts=max_attempts,
+    )
+    if not temperature > 0:
+        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
+    if not 0 < top_p <= 1:
+        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
+
+
+def _read_json(settings: Any, *names: str) -> None:
+    """Replace JSON text, which is what a command line has, by the mapping that it stands for."""
+    for name in names:
+        text = getattr(settings, name)
+        if isinstance(text, str):
+            try:
+                setattr(settings, name, json.loads(text))
+            except (ValueError, RecursionError) as error:
+                raise ActiveDPOError(f"{name}: not JSON ({error}): {text!r}") from None
+
+
+def _check_types(settings: Any) -> None:
+    hints = typing.get_type_hints(type(settings))
+    for option in fields(settings):
+        value = getattr(settings, option.name)
+        if not fits(value, hints[option.name]):
+            raise ActiveDPOError(
+                f"{option.name}: expected {describe(hints[option.name])}, got {value!r}"
+            )
+
+
+def _check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ActiveDPOError(f"{name}: {value!r} is not positive and finite")

@@ -1,0 +1,72 @@
+"""The prompts of a run: which are offered at all, and which in a round."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.columns import check_json_columns
+from activedpo_fast.pool.items import Prompt, check_prompts
+from activedpo_fast.pool.reading import as_prompts
+from activedpo_fast.selection.prompts import distinct_prompts
+from activedpo_fast.selection.rules import PickRules
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+def read_and_offer(
+    prompts: Sequence[Prompt] | datasets.Dataset, rules: PickRules | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return all prompts, and those that may get responses: distinct, and not excluded.
+
+    Raises:
+        ActiveDPOError: malformed prompts, rules that do not fit them, or none that is left.
+    """
+    found = list(as_prompts(prompts))
+    check_prompts(found)
+    for n, prompt in enumerate(found, start=1):
+        check_json_columns(prompt.extra, f"prompt {n}")
+    excluded: set[str] = set()
+    if rules is not None:
+        rules.check(found)
+        excluded.update(rules.excluded(found))
+    distinct = distinct_prompts(found, None if rules is None else rules.prompt_by)
+    if len(distinct) < len(found):
+        logger.info(
+            "%d of %d prompts repeat the text of an earlier one: it is offered once, "
+            "under its first id",
+            len(found) - len(distinct),
+            len(found),
+        )
+    offered = [prompt for prompt in distinct if prompt.id not in excluded]
+    if not offered:
+        raise ActiveDPOError("exclude: no prompt is left")
+    return found, offered
+
+
+def draw_prompts(
+    prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
+) -> list[Prompt]:
+    """Return the prompts of round t: up to `n` distinct ones, those in `asked` last.
+
+    The order is a permutation that depends on `seed`, starting at t·n and wrapping around.
+    """
+    order = list(prompts)
+    random.Random(seed).shuffle(order)
+    first = t * n % len(order)
+    order = order[first:] + order[:first]
+    fresh = [prompt for prompt in order if prompt.id not in asked]
+    if len(fresh) < min(n, len(order)):
+        logger.warning(
+            "round %d: only %d prompts have no labels yet; %d others are offered again",
+            t,
+            len(fresh),
+            min(n, len(order)) - len(fresh),
+        )
+    return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]

@@ -1,0 +1,74 @@
+"""The settings of a run as JSON values, which its folder records and a resumed run compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.template import own_template_kwargs
+from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.strategies import Strategy
+from activedpo_fast.settings import LoopConfig
+
+if TYPE_CHECKING:
+    from trl import DPOConfig
+
+
+def recorded_settings(
+    args: LoopConfig,
+    dpo_args: DPOConfig,
+    *,
+    model: str,
+    strategy: str | Strategy,
+    selector_options: Mapping[str, Any],
+    chat_template_kwargs: Mapping[str, Any] | None,
+    prompts: Sequence[Prompt],
+    rules: PickRules | None,
+    extra_settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return everything that a run depends on, except the model and the tokenizer.
+
+    `rounds` is left out: it may be raised. So are folders, and a model's name is only informative.
+    """
+    dpo = {
+        name: value
+        for name, value in dpo_args.to_dict().items()
+        if name not in ("output_dir", "logging_dir", "run_name")
+    }
+    dpo["pad_token"] = dpo_args.pad_token  # `to_dict` masks it like a secret
+    settings: dict[str, Any] = asdict(args)
+    for name in ("output_dir", "rounds"):
+        del settings[name]
+    settings |= {
+        "model": model,
+        "strategy": (
+            strategy if isinstance(strategy, str) else {"name": strategy.name, **vars(strategy)}
+        ),
+        "selector_options": selector_options,
+        "chat_template_kwargs": chat_template_kwargs,
+        "prompts": digest([_identity(prompt) for prompt in prompts]),
+        "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
+        "dpo": dpo,
+        "extra_settings": extra_settings,
+    }
+    recorded: dict[str, Any] = plain(settings)
+    return recorded
+
+
+def plain(value: Any) -> Any:
+    """Return `value` after a JSON round trip; objects (a reference model) become type names."""
+    return json.loads(json.dumps(value, default=lambda other: type(other).__name__))
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(prompt: Prompt) -> list[Any]:
+    """Return the id of a prompt and everything its tokens depend on."""
+    own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
+    return [prompt.id, prompt.prompt, *([] if own is None else [own])]
