@@ -1,18 +1,18 @@
-// Bindings of a greedy selection in both extension modules: its problem, as addresses and numbers.
+// Bindings of a greedy selection in _cuda and _testing: its problem, as addresses and numbers.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
-#include "greedy.h"
+#include "greedy/problem.h"
 
 namespace activedpo {
 
 inline void bind_greedy_problem(pybind11::module_& module) {
   namespace py = pybind11;
   using Address = std::uintptr_t;
-  // Local, because _csrc and _cuda both have it.
+  // Local, because both have it.
   py::class_<GreedyProblem>(module, "GreedyProblem", py::module_local())
       .def(py::init([](std::int64_t n_candidates, std::int64_t dim, Address rows,
                        std::int64_t row_stride, Address pairs, Address row_divisor,
@@ -72,10 +72,13 @@ inline void bind_greedy_problem(pybind11::module_& module) {
 // greedy_bytes_<dtype>(problem): size of the selection's workspace in bytes.
 template <typename T>
 void bind_greedy_bytes(pybind11::module_& module, const char* name) {
-  module.def(name, [](const GreedyProblem& problem) {
-    GreedyRoom<typename Sum<T>::Type> room{};
-    return room.lay_out(problem, nullptr);
-  });
+  module.def(
+      name,
+      [](const GreedyProblem& problem) {
+        GreedyRoom<typename Sum<T>::Type> room{};
+        return room.lay_out(problem, nullptr);
+      },
+      pybind11::arg("problem"));
 }
 
 }  // namespace activedpo

@@ -1,12 +1,12 @@
-// Bindings for the selection: rows, lengths of pairs, running scores.
+// Bindings of scores/: rows, norms of pairs, running scores.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 
-#include "advance.h"
-#include "bindings.h"
-#include "lengths.h"
+#include "bindings/parts.h"
+#include "scores/pair_norms.h"
+#include "scores/refresh_bounds.h"
 
 namespace py = pybind11;
 
@@ -41,22 +41,22 @@ Candidates candidates(std::int64_t n, std::uintptr_t pairs, std::uintptr_t row_d
 
 template <typename T>
 void bind_dtype(py::module_& module, const char* dtype) {
-  module.def((std::string("lengths_") + dtype).c_str(),
-             [](std::uintptr_t row_norm, std::uintptr_t pair_length, const RowSource& rows,
+  module.def((std::string("pair_norms_") + dtype).c_str(),
+             [](std::uintptr_t row_norm, std::uintptr_t pair_norm, const RowSource& rows,
                 std::int64_t k, std::uintptr_t pairs, std::int64_t n_pairs, bool by_row,
                 int num_threads) {
-               return lengths<T>(to<double>(row_norm), to<double>(pair_length), rows, k,
-                                 at<std::int64_t>(pairs), n_pairs, by_row, num_threads);
+               return pair_norms<T>(to<double>(row_norm), to<double>(pair_norm), rows, k,
+                                    at<std::int64_t>(pairs), n_pairs, by_row, num_threads);
              },
              py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("row_norm"),
-             py::arg("pair_length"), py::arg("rows"), py::arg("k"), py::arg("pairs"),
+             py::arg("pair_norm"), py::arg("rows"), py::arg("k"), py::arg("pairs"),
              py::arg("n_pairs"), py::arg("by_row"), py::arg("num_threads"));
-  module.def((std::string("advance_") + dtype).c_str(),
+  module.def((std::string("refresh_bounds_") + dtype).c_str(),
              [](std::uintptr_t contenders, std::uintptr_t touched, const RowSource& rows,
                 std::int64_t k, const Candidates& candidates, const Directions& directions,
                 Memory& memory, int num_threads) {
-               return advance<T>(to<std::int64_t>(contenders), to<std::int64_t>(touched), rows, k,
-                                 candidates, directions, &memory, num_threads);
+               return refresh_bounds<T>(to<std::int64_t>(contenders), to<std::int64_t>(touched),
+                                        rows, k, candidates, directions, &memory, num_threads);
              },
              py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("contenders"),
              py::arg("touched"), py::arg("rows"), py::arg("k"), py::arg("candidates"),
@@ -65,7 +65,7 @@ void bind_dtype(py::module_& module, const char* dtype) {
 
 }  // namespace
 
-void bind_selection(py::module_& module) {
+void bind_scores(py::module_& module) {
   py::class_<RowSource>(module, "RowSource")
       .def(py::init(&row_source), py::kw_only(), py::arg("base"), py::arg("stride"),
            py::arg("descriptors"), py::arg("file_of_row"), py::arg("offset_of_row"),

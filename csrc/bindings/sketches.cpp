@@ -1,5 +1,4 @@
-// Python bindings over raw addresses: no libtorch, so one build serves every torch. The caller
-// (activedpo_fast/ops) has checked shapes, dtypes and strides, and keeps the tensors alive.
+// Bindings of sketch/.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,13 +6,14 @@
 #include <cstdint>
 #include <string>
 
-#include "bindings.h"
-#include "outer.h"
-#include "philox.h"
-#include "rademacher.h"
-#include "sjlt.h"
+#include "bindings/parts.h"
+#include "sketch/outer.h"
+#include "sketch/rademacher.h"
+#include "sketch/sjlt.h"
 
 namespace py = pybind11;
+
+namespace activedpo {
 
 namespace {
 
@@ -38,7 +38,7 @@ void bind(py::module_& module, const char* name, Sketch<T> sketch) {
 
 template <typename T>
 void bind_outer(py::module_& module, const char* method, const char* dtype,
-                void (activedpo::OuterSketch<T>::*sketch)() const) {
+                void (OuterSketch<T>::*sketch)() const) {
   const std::string name = std::string("outer_") + method + "_" + dtype;
   module.def(
       name.c_str(),
@@ -48,11 +48,11 @@ void bind_outer(py::module_& module, const char* method, const char* dtype,
                std::int64_t columns, std::int64_t k, std::uint64_t key,
                std::array<std::int64_t, 2> sides, std::array<std::int64_t, 2> place,
                int num_threads) {
-        const activedpo::OuterSketch<T> outer{
+        const OuterSketch<T> outer{
             reinterpret_cast<double*>(out), out_stride,
             reinterpret_cast<const T*>(left), left_stride,
             reinterpret_cast<const T*>(right), right_stride,
-            reinterpret_cast<const activedpo::Segment*>(segments), n_segments,
+            reinterpret_cast<const Segment*>(segments), n_segments,
             rows, columns, k, key, {sides[0], sides[1]}, place[0], place[1],
             num_threads};
         const py::gil_scoped_release released;
@@ -66,43 +66,21 @@ void bind_outer(py::module_& module, const char* method, const char* dtype,
 
 template <typename T>
 void bind_outer_sketches(py::module_& module, const char* dtype) {
-  bind_outer<T>(module, "sjlt", dtype, &activedpo::OuterSketch<T>::sjlt);
-  bind_outer<T>(module, "rademacher", dtype, &activedpo::OuterSketch<T>::rademacher);
-  bind_outer<T>(module, "kronecker", dtype, &activedpo::OuterSketch<T>::kronecker);
-}
-
-std::array<std::uint32_t, 4> philox_block(std::array<std::uint32_t, 4> counter, std::uint64_t key) {
-  std::uint32_t words[4][1] = {{counter[0]}, {counter[1]}, {counter[2]}, {counter[3]}};
-  activedpo::philox4x32<1>(words, key);
-  return {words[0][0], words[1][0], words[2][0], words[3][0]};
+  bind_outer<T>(module, "sjlt", dtype, &OuterSketch<T>::sjlt);
+  bind_outer<T>(module, "rademacher", dtype, &OuterSketch<T>::rademacher);
+  bind_outer<T>(module, "kronecker", dtype, &OuterSketch<T>::kronecker);
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_csrc, module) {
-  module.doc() = "Sketches and selection on the CPU; called through activedpo_fast.ops.";
-  bind<float>(module, "sjlt_float32", activedpo::sjlt<float>);
-  bind<double>(module, "sjlt_float64", activedpo::sjlt<double>);
-  bind<float>(module, "rademacher_float32", activedpo::rademacher<float>);
-  bind<double>(module, "rademacher_float64", activedpo::rademacher<double>);
+void bind_sketches(py::module_& module) {
+  bind<float>(module, "sjlt_float32", sjlt<float>);
+  bind<double>(module, "sjlt_float64", sjlt<double>);
+  bind<float>(module, "rademacher_float32", rademacher<float>);
+  bind<double>(module, "rademacher_float64", rademacher<double>);
   bind_outer_sketches<float>(module, "float32");
   bind_outer_sketches<double>(module, "float64");
-  bind_outer_sketches<activedpo::BFloat16>(module, "bfloat16");
-  module.def(
-      "philox4x32",
-      [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3,
-         std::uint64_t key) {
-        const auto words = philox_block({c0, c1, c2, c3}, key);
-        return py::make_tuple(words[0], words[1], words[2], words[3]);
-      },
-      "The four words of one Philox4x32-10 block.");
-  activedpo::bind_selection(module);
-  activedpo::bind_rank_update(module);
-  activedpo::bind_pair_lengths(module);
-  activedpo::bind_greedy(module);
-#ifdef _OPENMP
-  module.attr("openmp") = true;
-#else
-  module.attr("openmp") = false;
-#endif
+  bind_outer_sketches<BFloat16>(module, "bfloat16");
 }
+
+}  // namespace activedpo

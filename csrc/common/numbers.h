@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "philox.h"
+#include "common/philox.h"
 
 namespace activedpo {
 

@@ -7,7 +7,7 @@
 #include <unistd.h>
 #endif
 
-#include "numbers.h"
+#include "common/numbers.h"
 
 namespace activedpo {
 

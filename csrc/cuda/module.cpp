@@ -9,9 +9,9 @@
 #include <sstream>
 #include <string>
 
-#include "../bindings.h"
-#include "errors.h"
-#include "launch.h"
+#include "bindings/parts.h"
+#include "cuda/errors.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 
@@ -101,6 +101,6 @@ PYBIND11_MODULE(_cuda, module) {
       py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("v"), py::arg("v_stride"),
       py::arg("points"), py::arg("points_stride"), py::arg("k"), py::arg("m"), py::arg("alpha"),
       py::arg("device"), py::arg("stream"));
-  activedpo::bind_pair_lengths(module);
+  activedpo::bind_pair_norms(module);
   activedpo::bind_greedy(module);
 }

@@ -1,13 +1,13 @@
-// Norms of rows and lengths of pairs: a warp for each.
+// Norms of rows and of their pairs' differences: a warp for each.
 #include <algorithm>
 #include <cstdint>
 
-// LaneLengths is compiled for the GPU only here, with numbers that only the GPU has.
+// LaneNorms is compiled for the GPU only here, with numbers that only the GPU has.
 #pragma nv_diag_suppress 20011, 20012, 20014
-#include "../pair_lengths.h"
-#include "device_numbers.h"
-#include "errors.h"
-#include "launch.h"
+#include "cuda/device_numbers.h"
+#include "cuda/errors.h"
+#include "cuda/launch.h"
+#include "cuda/pair_norms.h"
 
 namespace activedpo {
 
@@ -34,17 +34,17 @@ __device__ void write_root(double* to, double part, int lane) {
 
 // Warps that share a row write the same number.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) norms_kernel(const PairLengths given) {
+__global__ void __launch_bounds__(32 * kWarps) norms_kernel(const PairNorms given) {
   each(2 * given.n_pairs, [&](std::int64_t at, int lane) {
     const std::int64_t row = given.pairs[at];
-    write_root(given.row_norm + row, LaneLengths<T, DeviceNumbers>(given, lane).of_row(row), lane);
+    write_root(given.row_norm + row, LaneNorms<T, DeviceNumbers>(given, lane).of_row(row), lane);
   });
 }
 
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps) lengths_kernel(const PairLengths given) {
+__global__ void __launch_bounds__(32 * kWarps) differences_kernel(const PairNorms given) {
   each(given.n_pairs, [&](std::int64_t pair, int lane) {
-    write_root(given.pair_length + pair, LaneLengths<T, DeviceNumbers>(given, lane).of_pair(pair),
+    write_root(given.pair_norm + pair, LaneNorms<T, DeviceNumbers>(given, lane).of_pair(pair),
                lane);
   });
 }
@@ -56,18 +56,18 @@ unsigned blocks(std::int64_t units) {
 }  // namespace
 
 template <typename T>
-void pair_lengths(const PairLengths& given, const Target& target) {
+void pair_norms(const PairNorms& given, const Target& target) {
   if (given.n_pairs == 0) return;
   const DeviceGuard guard(target.device);
   norms_kernel<T><<<blocks(2 * given.n_pairs), 32 * kWarps, 0, target.stream>>>(given);
-  check_launch("launch of pair_lengths");
-  lengths_kernel<T><<<blocks(given.n_pairs), 32 * kWarps, 0, target.stream>>>(given);
-  check_launch("launch of pair_lengths");
+  check_launch("launch of pair_norms");
+  differences_kernel<T><<<blocks(given.n_pairs), 32 * kWarps, 0, target.stream>>>(given);
+  check_launch("launch of pair_norms");
 }
 
-template void pair_lengths<float>(const PairLengths&, const Target&);
-template void pair_lengths<double>(const PairLengths&, const Target&);
-template void pair_lengths<BFloat16>(const PairLengths&, const Target&);
-template void pair_lengths<Half>(const PairLengths&, const Target&);
+template void pair_norms<float>(const PairNorms&, const Target&);
+template void pair_norms<double>(const PairNorms&, const Target&);
+template void pair_norms<BFloat16>(const PairNorms&, const Target&);
+template void pair_norms<Half>(const PairNorms&, const Target&);
 
 }  // namespace activedpo

@@ -1,16 +1,16 @@
-// Norms of rows, and lengths of the differences of pairs of them, for rows in a GPU's memory: what
-// one lane of a warp sums. cuda/pair_lengths.cu runs it on a GPU, pair_lengths.cpp on the CPU for the
-// tests. lengths.h is the CPU's own.
+// Norms of rows and of the differences of pairs of them, for rows in a GPU's memory: what one lane
+// of a warp sums. pair_norms.cu runs it on a GPU, testing/pair_norms.cpp on the CPU for the tests.
+// scores/pair_norms.h is the CPU's own.
 #pragma once
 
 #include <cstdint>
 
-#include "four.h"
-#include "host_device.h"
+#include "common/four.h"
+#include "common/host_device.h"
 
 namespace activedpo {
 
-struct PairLengths {
+struct PairNorms {
   const void* rows;
   std::int64_t row_stride;  // in numbers
   std::int64_t k;
@@ -18,16 +18,16 @@ struct PairLengths {
   std::int64_t n_pairs;
   bool by_row;
   double* row_norm;     // of every row that is in a pair; the others are unchanged
-  double* pair_length;  // [n_pairs]
+  double* pair_norm;  // [n_pairs]
 };
 
-// `Numbers` has four(p), widen(x) and product(x, y): see greedy.h.
+// `Numbers` has four(p), widen(x) and product(x, y): see greedy/problem.h.
 template <typename T, class Numbers>
-class LaneLengths {
+class LaneNorms {
  public:
   static constexpr int kLanes = 32;
 
-  ACTIVEDPO_HOST_DEVICE LaneLengths(const PairLengths& given, int lane)
+  ACTIVEDPO_HOST_DEVICE LaneNorms(const PairNorms& given, int lane)
       : given_(given), lane_(lane) {}
 
   // The lane's part of |row|^2.
@@ -46,7 +46,7 @@ class LaneLengths {
     return sum;
   }
 
-  // Its part of the square of a pair's length, once the norms are known.
+  // Its part of the square of a pair's norm, once the norms are known.
   ACTIVEDPO_HOST_DEVICE double of_pair(std::int64_t pair) const {
     const std::int64_t a = given_.pairs[2 * pair], b = given_.pairs[2 * pair + 1];
     const double over_a = over(a), over_b = over(b);
@@ -79,7 +79,7 @@ class LaneLengths {
     return given_.by_row && given_.row_norm[row] > 0 ? 1 / given_.row_norm[row] : 1;
   }
 
-  const PairLengths& given_;
+  const PairNorms& given_;
   const int lane_;
 };
 

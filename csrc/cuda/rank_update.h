@@ -1,12 +1,12 @@
 // V <- V + alpha * sum of p p^T over the points, on and below the diagonal of V: the work of one
-// thread of one tile. cuda/rank_update.cu runs it on a GPU; rank_update.cpp runs the same functions
-// on the CPU, thread after thread, for the tests.
+// thread of one tile. rank_update.cu runs it on a GPU; testing/rank_update.cpp runs the same
+// functions on the CPU, thread after thread, for the tests.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace activedpo {
 

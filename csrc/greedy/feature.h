@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "greedy.h"
+#include "greedy/problem.h"
 
 namespace activedpo {
 

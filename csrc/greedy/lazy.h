@@ -1,13 +1,14 @@
-// Running scores, brought up to date if they may be the largest: advance.cpp for a grid of threads.
+// Running scores, brought up to date if they may be the largest: scores/refresh_bounds.cpp for a
+// grid of threads.
 // Old scores are upper bounds, because scores only fall.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "greedy.h"
-#include "greedy_products.h"
-#include "greedy_team.h"
+#include "greedy/problem.h"
+#include "greedy/products.h"
+#include "greedy/team.h"
 
 namespace activedpo {
 

@@ -1,9 +1,9 @@
 // Greedy log-det selection in one launch: one grid of threads makes all picks of a batch; on a GPU
-// it stays resident (cuda/greedy.cu). This file defines inputs, outputs and workspace;
-// greedy_select.h has the loop over picks, greedy_lazy.h and greedy_root.h the parts of a pick.
-// The policy and its error bounds are those of running_scores.py and advance.cpp.
+// it stays resident (cuda/greedy.cu). This file defines inputs, outputs and workspace; select.h has
+// the loop over picks, lazy.h and root.h the parts of a pick. The policy and its error bounds are
+// those of running_scores.py and scores/refresh_bounds.cpp.
 //
-// The code is written for a `Grid`: cuda/greedy.cu has the GPU's, and greedy_host.cpp has one of
+// The code is written for a `Grid`: cuda/greedy.cu has the GPU's, and testing/greedy.cpp has one of
 // CPU threads, for the tests:
 //   kLanes, kGroups     lanes of a group (a warp), groups of a block
 //   lane(), group()     this thread's lane and group; block(), blocks() likewise, in the grid
@@ -25,9 +25,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "four.h"
-#include "host_device.h"
-#include "numbers.h"
+#include "common/four.h"
+#include "common/host_device.h"
+#include "common/numbers.h"
 
 namespace activedpo {
 

@@ -1,11 +1,11 @@
-// Products of listed candidates with the directions that they have not seen (greedy_lazy.h).
+// Products of listed candidates with the directions that they have not seen (lazy.h).
 #pragma once
 
 #include <cstdint>
 
-#include "greedy.h"
-#include "greedy_feature.h"
-#include "greedy_team.h"
+#include "greedy/feature.h"
+#include "greedy/problem.h"
+#include "greedy/team.h"
 
 namespace activedpo {
 

@@ -1,12 +1,12 @@
-// Fresh scores, from the root X = F B of V^-1 in float64, and its update by a pick (greedy.h).
+// Fresh scores, from the root X = F B of V^-1 in float64, and its update by a pick (problem.h).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "greedy.h"
-#include "greedy_feature.h"
-#include "greedy_team.h"
+#include "greedy/feature.h"
+#include "greedy/problem.h"
+#include "greedy/team.h"
 
 namespace activedpo {
 

@@ -1,13 +1,13 @@
-// The loop over picks of greedy.h.
+// The loop over picks (problem.h).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "greedy.h"
-#include "greedy_lazy.h"
-#include "greedy_root.h"
-#include "greedy_team.h"
+#include "greedy/lazy.h"
+#include "greedy/problem.h"
+#include "greedy/root.h"
+#include "greedy/team.h"
 
 namespace activedpo {
 

@@ -1,10 +1,10 @@
-// Collective operations of a greedy selection's threads, on a Grid (see greedy.h).
+// Collective operations of a greedy selection's threads, on a Grid (see problem.h).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "greedy.h"
+#include "greedy/problem.h"
 
 namespace activedpo {
 

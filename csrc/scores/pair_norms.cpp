@@ -1,10 +1,10 @@
-#include "lengths.h"
+#include "scores/pair_norms.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 
-#include "scratch.h"
+#include "common/scratch.h"
 
 namespace activedpo {
 
@@ -111,9 +111,9 @@ class Reader {
 }  // namespace
 
 template <typename T>
-std::int64_t lengths(double* row_norm, double* pair_length, const RowSource& rows, std::int64_t k,
-                     const std::int64_t* pairs, std::int64_t n_pairs, bool by_row,
-                     int num_threads) {
+std::int64_t pair_norms(double* row_norm, double* pair_norm, const RowSource& rows,
+                        std::int64_t k, const std::int64_t* pairs, std::int64_t n_pairs,
+                        bool by_row, int num_threads) {
   std::atomic<std::int64_t> unread{-1};
   const std::int64_t blocks = (n_pairs + kPairsAtATime - 1) / kPairsAtATime;
   const int threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(
@@ -135,7 +135,7 @@ std::int64_t lengths(double* row_norm, double* pair_length, const RowSource& row
       // Threads that share a row write the same value.
       row_norm[a] = first.norm;
       row_norm[b] = second.norm;
-      pair_length[i] = std::sqrt(square_between(
+      pair_norm[i] = std::sqrt(square_between(
           first.numbers, by_row && first.norm > 0 ? first.norm : 1.0, second.numbers,
           by_row && second.norm > 0 ? second.norm : 1.0, k));
     }
@@ -143,13 +143,13 @@ std::int64_t lengths(double* row_norm, double* pair_length, const RowSource& row
   return unread;
 }
 
-#define ACTIVEDPO_LENGTHS(T)                                                                      \
-  template std::int64_t lengths<T>(double*, double*, const RowSource&, std::int64_t,              \
-                                   const std::int64_t*, std::int64_t, bool, int);
-ACTIVEDPO_LENGTHS(float)
-ACTIVEDPO_LENGTHS(double)
-ACTIVEDPO_LENGTHS(BFloat16)
-ACTIVEDPO_LENGTHS(Half)
-#undef ACTIVEDPO_LENGTHS
+#define ACTIVEDPO_PAIR_NORMS(T)                                                                   \
+  template std::int64_t pair_norms<T>(double*, double*, const RowSource&, std::int64_t,           \
+                                      const std::int64_t*, std::int64_t, bool, int);
+ACTIVEDPO_PAIR_NORMS(float)
+ACTIVEDPO_PAIR_NORMS(double)
+ACTIVEDPO_PAIR_NORMS(BFloat16)
+ACTIVEDPO_PAIR_NORMS(Half)
+#undef ACTIVEDPO_PAIR_NORMS
 
 }  // namespace activedpo

@@ -1,4 +1,4 @@
-#include "advance.h"
+#include "scores/refresh_bounds.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,8 +6,8 @@
 #include <limits>
 #include <vector>
 
-#include "dots.h"
-#include "scratch.h"
+#include "common/scratch.h"
+#include "scores/row_dot_products.h"
 
 namespace activedpo {
 
@@ -28,17 +28,17 @@ struct Bound {
 };
 
 template <typename T>
-class Advance {
+class BoundRefresh {
  public:
   using S = typename Sum<T>::Type;
 
-  Advance(const RowSource& rows, std::int64_t k, const Candidates& candidates,
-          const Directions& directions, const Memory& memory, int num_threads)
+  BoundRefresh(const RowSource& rows, std::int64_t k, const Candidates& candidates,
+               const Directions& directions, const Memory& memory, int num_threads)
       : rows_(rows), k_(k), c_(candidates), d_(directions), m_(memory), threads_(num_threads),
         dots_room_(num_threads, kDotScratch),
         row_room_(num_threads, rows.in_memory() ? 0 : kDotRows * rows.row_bytes) {}
 
-  // See advance(); `unread` is set to the row that could not be read.
+  // See refresh_bounds(); `unread` is set to the row that could not be read.
   std::int64_t run(std::int64_t* contenders, Memory* memory) {
     double best = -std::numeric_limits<double>::infinity(), top = 0;
     std::vector<std::int64_t> up_to_date;
@@ -231,9 +231,9 @@ class Advance {
         if (numbers[r] == nullptr) unread = task[r].row;
       }
       if (unread >= 0) continue;
-      dots<T>(products_.data() + task->first, numbers, here, k_,
-              static_cast<const S*>(d_.unit) + task->start * d_.stride, d_.stride,
-              task->end - task->start, dots_room_.of(thread_number()));
+      row_dot_products<T>(products_.data() + task->first, numbers, here, k_,
+                          static_cast<const S*>(d_.unit) + task->start * d_.stride, d_.stride,
+                          task->end - task->start, dots_room_.of(thread_number()));
       for (std::int64_t r = 0; kept() && r < here; ++r) {
         const double* product = products_.data() + task[r].first - task[r].start;
         S* target = kept_products(task[r].row);
@@ -310,22 +310,23 @@ class Advance {
 }  // namespace
 
 template <typename T>
-std::int64_t advance(std::int64_t* contenders, std::int64_t* touched, const RowSource& rows,
-                     std::int64_t k, const Candidates& candidates, const Directions& directions,
-                     Memory* memory, int num_threads) {
-  Advance<T> work(rows, k, candidates, directions, *memory, num_threads);
+std::int64_t refresh_bounds(std::int64_t* contenders, std::int64_t* touched,
+                            const RowSource& rows, std::int64_t k, const Candidates& candidates,
+                            const Directions& directions, Memory* memory, int num_threads) {
+  BoundRefresh<T> work(rows, k, candidates, directions, *memory, num_threads);
   const std::int64_t found = work.run(contenders, memory);
   *touched += work.touched;
   return work.unread >= 0 ? -1 - work.unread : found;
 }
 
-#define ACTIVEDPO_ADVANCE(T)                                                                      \
-  template std::int64_t advance<T>(std::int64_t*, std::int64_t*, const RowSource&, std::int64_t,  \
-                                   const Candidates&, const Directions&, Memory*, int);
-ACTIVEDPO_ADVANCE(float)
-ACTIVEDPO_ADVANCE(double)
-ACTIVEDPO_ADVANCE(BFloat16)
-ACTIVEDPO_ADVANCE(Half)
-#undef ACTIVEDPO_ADVANCE
+#define ACTIVEDPO_REFRESH_BOUNDS(T)                                                               \
+  template std::int64_t refresh_bounds<T>(std::int64_t*, std::int64_t*, const RowSource&,         \
+                                          std::int64_t, const Candidates&, const Directions&,     \
+                                          Memory*, int);
+ACTIVEDPO_REFRESH_BOUNDS(float)
+ACTIVEDPO_REFRESH_BOUNDS(double)
+ACTIVEDPO_REFRESH_BOUNDS(BFloat16)
+ACTIVEDPO_REFRESH_BOUNDS(Half)
+#undef ACTIVEDPO_REFRESH_BOUNDS
 
 }  // namespace activedpo

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "rows.h"
+#include "common/rows.h"
 
 namespace activedpo {
 
@@ -51,8 +51,8 @@ struct Memory {
 // ascending, and returns their number, or -1 - r if row r could not be read. Adds the number of
 // rows read to `touched`.
 template <typename T>
-std::int64_t advance(std::int64_t* contenders, std::int64_t* touched, const RowSource& rows,
-                     std::int64_t k, const Candidates& candidates, const Directions& directions,
-                     Memory* memory, int num_threads);
+std::int64_t refresh_bounds(std::int64_t* contenders, std::int64_t* touched,
+                            const RowSource& rows, std::int64_t k, const Candidates& candidates,
+                            const Directions& directions, Memory* memory, int num_threads);
 
 }  // namespace activedpo

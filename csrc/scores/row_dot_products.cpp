@@ -1,4 +1,4 @@
-#include "dots.h"
+#include "scores/row_dot_products.h"
 
 #include <algorithm>
 #include <cstring>
@@ -110,7 +110,7 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
 
 }  // namespace
 
-#define ACTIVEDPO_DOTS(T)                                                                         \
+#define ACTIVEDPO_ROW_DOT_PRODUCTS(T)                                                             \
   ACTIVEDPO_CLONES                                                                                \
   void dots_of(double* out, const T* const* rows, std::int64_t n_rows, std::int64_t k,            \
                const Sum<T>::Type* w, std::int64_t w_stride, std::int64_t n_w,                    \
@@ -118,15 +118,15 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
     add_dots(out, rows, n_rows, k, w, w_stride, n_w, scratch);                                    \
   }                                                                                               \
   template <>                                                                                     \
-  void dots<T>(double* out, const T* const* rows, std::int64_t n_rows, std::int64_t k,            \
-               const Sum<T>::Type* w, std::int64_t w_stride, std::int64_t n_w,                    \
-               Sum<T>::Type* scratch) {                                                           \
+  void row_dot_products<T>(double* out, const T* const* rows, std::int64_t n_rows,                \
+                           std::int64_t k, const Sum<T>::Type* w, std::int64_t w_stride,          \
+                           std::int64_t n_w, Sum<T>::Type* scratch) {                             \
     dots_of(out, rows, n_rows, k, w, w_stride, n_w, scratch);                                     \
   }
-ACTIVEDPO_DOTS(float)
-ACTIVEDPO_DOTS(double)
-ACTIVEDPO_DOTS(BFloat16)
-ACTIVEDPO_DOTS(Half)
-#undef ACTIVEDPO_DOTS
+ACTIVEDPO_ROW_DOT_PRODUCTS(float)
+ACTIVEDPO_ROW_DOT_PRODUCTS(double)
+ACTIVEDPO_ROW_DOT_PRODUCTS(BFloat16)
+ACTIVEDPO_ROW_DOT_PRODUCTS(Half)
+#undef ACTIVEDPO_ROW_DOT_PRODUCTS
 
 }  // namespace activedpo

@@ -1,4 +1,4 @@
-#include "outer.h"
+#include "sketch/outer.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,10 +6,10 @@
 #include <numeric>
 #include <vector>
 
-#include "philox.h"
-#include "rademacher.h"
-#include "scratch.h"
-#include "sjlt.h"
+#include "common/philox.h"
+#include "common/scratch.h"
+#include "sketch/rademacher.h"
+#include "sketch/sjlt.h"
 
 namespace activedpo {
 

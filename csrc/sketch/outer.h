@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "product.h"
+#include "sketch/product.h"
 
 namespace activedpo {
 

@@ -1,8 +1,8 @@
-#include "product.h"
+#include "sketch/product.h"
 
 #include <algorithm>
 
-#include "philox.h"
+#include "common/philox.h"
 
 namespace activedpo {
 

@@ -1,4 +1,4 @@
-#include "rademacher.h"
+#include "sketch/rademacher.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,7 @@
 #include <omp.h>
 #endif
 
-#include "philox.h"
+#include "common/philox.h"
 
 namespace activedpo {
 

@@ -1,9 +1,9 @@
-#include "sjlt.h"
+#include "sketch/sjlt.h"
 
 #include <cstring>
 #include <numeric>
 
-#include "philox.h"
+#include "common/philox.h"
 
 namespace activedpo {
 

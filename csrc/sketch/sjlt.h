@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "scratch.h"
+#include "common/scratch.h"
 
 namespace activedpo {
 

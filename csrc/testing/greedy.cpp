@@ -1,4 +1,4 @@
-// The greedy selection of greedy.h on CPU threads: the GPU's code and its phases, for the tests.
+// The greedy selection of greedy/ on CPU threads: the GPU's code and its phases, for the tests.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 #include <thread>
 #include <vector>
 
-#include "bindings.h"
-#include "greedy_bindings.h"
-#include "greedy_select.h"
-#include "host_numbers.h"
+#include "bindings/greedy_problem.h"
+#include "bindings/parts.h"
+#include "greedy/select.h"
+#include "testing/host_numbers.h"
 
 namespace activedpo {
 

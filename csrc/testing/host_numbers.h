@@ -1,8 +1,8 @@
 // The same on the CPU as cuda/device_numbers.h on a GPU, for the tests.
 #pragma once
 
-#include "four.h"
-#include "numbers.h"
+#include "common/four.h"
+#include "common/numbers.h"
 
 namespace activedpo {
 

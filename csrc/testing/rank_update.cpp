@@ -1,5 +1,5 @@
 // The GPU's rank_update on the CPU, for the tests: tiles and threads one after another.
-#include "rank_update.h"
+#include "cuda/rank_update.h"
 
 #include <pybind11/pybind11.h>
 
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "bindings.h"
+#include "bindings/parts.h"
 
 namespace py = pybind11;
 
@@ -43,7 +43,7 @@ void bind_rank_update(py::module_& module) {
                                 k, m, alpha};
         for (std::int64_t tile = 0; tile < RankTile::count(k); ++tile) run_tile(update, tile);
       },
-      "The arithmetic of activedpo_fast._cuda.rank_update; slow, for tests.",
+      "The arithmetic of activedpo_fast._cuda.rank_update.",
       py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("v"), py::arg("v_stride"),
       py::arg("points"), py::arg("points_stride"), py::arg("k"), py::arg("m"), py::arg("alpha"));
 }

@@ -1,4 +1,4 @@
-"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy.h)."""
+"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy/)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from activedpo_fast.selection.rules import Eligible, Limit
 
 @dataclass
 class ResidentProblem:
-    """GreedyProblem of csrc/greedy.h as tensors on one device; None stands for a null pointer."""
+    """csrc/greedy/problem.h's GreedyProblem as tensors on a device; None: a null pointer."""
 
     n_candidates: int
     dim: int
@@ -205,12 +205,12 @@ def on_gpu(problem: ResidentProblem) -> None:
     Raises:
         ActiveDPOError: the kernel does not fit the device or does not start.
     """
+    from activedpo_fast import _cuda
+
     device = problem.rows.device
     try:
         problem.run(
-            backends.cuda(),
-            device=device.index,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            _cuda, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream
         )
     except RuntimeError as error:
         raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
