@@ -57,7 +57,7 @@ test: env  ## the test suite, without slow and GPU tests
 test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-lint: env  ## ruff (rules and format), and mypy on the package and the benchmarks
+lint: env  ## ruff (rules and format), and mypy (strict) on the package, kernels/, setup.py and the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -25,6 +25,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -36,16 +37,16 @@ except ImportError:  # its headers are enough, and torch ships them
     if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
         raise
 
-    class Pybind11Extension(Extension):
+    class Pybind11Extension(Extension):  # type: ignore[no-redef]
         """The parts of pybind11's class that are needed here."""
 
-        def __init__(self, *args, cxx_std: int, **options) -> None:
+        def __init__(self, *args: Any, cxx_std: int, **options: Any) -> None:
             super().__init__(*args, language="c++", **options)
             self.include_dirs.append(os.environ["ACTIVEDPO_PYBIND11_INCLUDE"])
             self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
 else:
     # The .cpp files of an extension side by side: setuptools compiles one after another.
-    ParallelCompile(default=os.cpu_count()).install()
+    ParallelCompile(default=os.cpu_count() or 1).install()
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
@@ -202,13 +203,16 @@ class Nvcc:
 class BuildExtension(build_ext):
     """Build what is possible, and explain failures."""
 
+    extensions: list[Extension]
+    force: bool
+
     def finalize_options(self) -> None:
         """Leave out the tests' extension unless the build is for this checkout: not in wheels."""
         super().finalize_options()
         if not (self.inplace or self.editable_mode):
             self.extensions = [ext for ext in self.extensions if ext is not testing]
 
-    def build_extension(self, ext) -> None:
+    def build_extension(self, ext: Extension) -> None:
         try:
             if ext is cuda and not self._add_cuda_objects(ext):
                 return
@@ -230,7 +234,7 @@ class BuildExtension(build_ext):
             self.warn(f"{ext.name} was not built ({error}). {hint}")
             raise
 
-    def _add_cuda_objects(self, ext) -> bool:
+    def _add_cuda_objects(self, ext: Extension) -> bool:
         """Compile the .cu files; return False, and print why, if they are not to be compiled."""
         wanted = os.environ.get("ACTIVEDPO_CUDA") or "auto"
         if wanted not in ("auto", "0", "1"):
@@ -268,7 +272,7 @@ class BuildExtension(build_ext):
         self.force = self.force or any(new for _, new in compiled)
         return True
 
-    def _forget(self, ext) -> None:
+    def _forget(self, ext: Extension) -> None:
         """Remove the file of an earlier build: it would be installed as if this build made it."""
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class ScoreState:
     turn: Tensor
     count: int = 0
     touched: int = 0
-    cpp: Any = None  # state that the C++ backend keeps between calls
+    cpp: _CppAdvance | None = None  # state that the C++ backend keeps between calls
 
     @classmethod
     def start(
