@@ -260,7 +260,8 @@ def _parts(rows: int, columns: int, positions: int, block: int) -> Iterator[_Par
 def _even(length: int, most: int, multiple: int) -> int:
     """Return a part size that splits `length` evenly: a multiple of `multiple`, at most `most`."""
     count = cdiv(length, most // multiple * multiple)
-    return cdiv(cdiv(length, count), multiple) * multiple
+    rounded: int = cdiv(cdiv(length, count), multiple) * multiple
+    return rounded
 
 
 class _Projection:
@@ -296,7 +297,8 @@ class _Projection:
         return self.slab.stride(1) // block, self.slab.stride(0) // block
 
     def padded(self, length: int) -> int:
-        return cdiv(length, self.tile.block) * self.tile.block
+        rounded: int = cdiv(length, self.tile.block) * self.tile.block
+        return rounded
 
     def add(self, first: int, pitch: int, run: int, length: int) -> None:
         """Project the slab's `length` numbers: runs of `run` numbers, `pitch` positions apart."""
