@@ -41,7 +41,8 @@ def _response_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
         return reference.response_logps(logits, targets)
     from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
 
-    return kernel(rows_together(logits), targets, None)[0]
+    logps: torch.Tensor = kernel(rows_together(logits), targets, None)[0]
+    return logps
 
 
 @torch.library.custom_op("activedpo::response_logp_grad", mutates_args=())
