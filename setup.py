@@ -1,5 +1,8 @@
 """Build the C++ and CUDA extensions; set the folder mapping. The rest is in pyproject.toml.
 
+activedpo_fast._csrc is for the CPU, _cuda for NVIDIA GPUs. _testing is made in a checkout (editable
+installs, `build_ext --inplace`), not for wheels: only tests call it.
+
 ACTIVEDPO_CUDA        "1": failing to build activedpo_fast._cuda is an error; "0": skip it;
                       unset: build it if there is nvcc, otherwise install the rest without it.
 ACTIVEDPO_CUDA_ARCHS  GPU architectures, default "80;86;89;90a;100;120"; architectures of the
@@ -22,6 +25,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -33,16 +37,16 @@ except ImportError:  # its headers are enough, and torch ships them
     if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
         raise
 
-    class Pybind11Extension(Extension):
+    class Pybind11Extension(Extension):  # type: ignore[no-redef]
         """The parts of pybind11's class that are needed here."""
 
-        def __init__(self, *args, cxx_std: int, **options) -> None:
+        def __init__(self, *args: Any, cxx_std: int, **options: Any) -> None:
             super().__init__(*args, language="c++", **options)
             self.include_dirs.append(os.environ["ACTIVEDPO_PYBIND11_INCLUDE"])
             self.extra_compile_args += [f"-std=c++{cxx_std}", "-fvisibility=hidden"]
 else:
     # The .cpp files of an extension side by side: setuptools compiles one after another.
-    ParallelCompile(default=os.cpu_count()).install()
+    ParallelCompile(default=os.cpu_count() or 1).install()
 
 OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
@@ -50,23 +54,39 @@ OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
 ARCHS = "80;86;89;90a;100;120"
 OBJECTS = Path("build/cuda")  # compiled .cu files, kept from build to build
 
-cpu = Pybind11Extension(
-    "activedpo_fast._csrc",
-    sources=sorted(glob("csrc/*.cpp")),
-    depends=sorted(glob("csrc/*.h")),
-    cxx_std=17,
-    extra_compile_args=[*OPTIMIZE, *OPENMP],
-    extra_link_args=[] if sys.platform == "win32" else OPENMP,
-    # Without a compiler the package still installs; `activedpo env` reports what is missing.
-    optional=True,
-)
+HEADERS = sorted(glob("csrc/*/*.h"))
+
+
+def sources(*folders: str) -> list[str]:
+    """Return the .cpp files of folders of csrc/."""
+    return [path for folder in folders for path in sorted(glob(f"csrc/{folder}/*.cpp"))]
+
+
+def cpu_extension(name: str, folders: tuple[str, ...]) -> Pybind11Extension:
+    """Return an extension for the CPU. Without a compiler the package installs without it."""
+    return Pybind11Extension(
+        f"activedpo_fast.{name}",
+        sources=sources(*folders),
+        depends=HEADERS,
+        include_dirs=["csrc"],
+        cxx_std=17,
+        extra_compile_args=[*OPTIMIZE, *OPENMP],
+        extra_link_args=[] if sys.platform == "win32" else OPENMP,
+        optional=True,
+    )
+
+
+cpu = cpu_extension("_csrc", ("bindings", "scores", "sketch"))
+# Called by tests alone; see BuildExtension.finalize_options.
+testing = cpu_extension("_testing", ("testing",))
 
 # Its .cu files are compiled by nvcc (BuildExtension) and linked as objects. The CUDA runtime is
 # linked in (libcudart_static.a) and looks for the driver on the first call, not at import.
 cuda = Pybind11Extension(
     "activedpo_fast._cuda",
-    sources=sorted(glob("csrc/cuda/*.cpp")),
-    depends=sorted([*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cu")]),
+    sources=sources("cuda"),
+    depends=[*HEADERS, *sorted(glob("csrc/cuda/*.cu"))],
+    include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=OPTIMIZE,
     libraries=["cudart_static", "dl", "pthread", "rt"],
@@ -183,7 +203,16 @@ class Nvcc:
 class BuildExtension(build_ext):
     """Build what is possible, and explain failures."""
 
-    def build_extension(self, ext) -> None:
+    extensions: list[Extension]
+    force: bool
+
+    def finalize_options(self) -> None:
+        """Leave out the tests' extension unless the build is for this checkout: not in wheels."""
+        super().finalize_options()
+        if not (self.inplace or self.editable_mode):
+            self.extensions = [ext for ext in self.extensions if ext is not testing]
+
+    def build_extension(self, ext: Extension) -> None:
         try:
             if ext is cuda and not self._add_cuda_objects(ext):
                 return
@@ -194,6 +223,8 @@ class BuildExtension(build_ext):
                     "activedpo_fast works on GPUs without it, with fewer custom kernels; "
                     "ACTIVEDPO_CUDA=0 skips building it."
                 )
+            elif ext is testing:
+                hint = "The tests that need it are skipped."
             else:
                 hint = (
                     "activedpo_fast works without it, on the slower PyTorch reference; for "
@@ -203,7 +234,7 @@ class BuildExtension(build_ext):
             self.warn(f"{ext.name} was not built ({error}). {hint}")
             raise
 
-    def _add_cuda_objects(self, ext) -> bool:
+    def _add_cuda_objects(self, ext: Extension) -> bool:
         """Compile the .cu files; return False, and print why, if they are not to be compiled."""
         wanted = os.environ.get("ACTIVEDPO_CUDA") or "auto"
         if wanted not in ("auto", "0", "1"):
@@ -226,22 +257,22 @@ class BuildExtension(build_ext):
                 file=sys.stderr,
             )
             return False
-        sources = [Path(path) for path in sorted(glob("csrc/cuda/*.cu"))]
+        files = [Path(path) for path in sorted(glob("csrc/cuda/*.cu"))]
         cores = len(os.sched_getaffinity(0))
         OBJECTS.mkdir(parents=True, exist_ok=True)
-        print(f"{ext.name}: {len(sources)} CUDA files for {' '.join(nvcc.archs)} by {nvcc.path}")
+        print(f"{ext.name}: {len(files)} CUDA files for {' '.join(nvcc.archs)} by {nvcc.path}")
         host = self.compiler.compiler_cxx[0]
         # Parallel over files and, within a file, over architectures: compile times differ.
         with ThreadPoolExecutor(cores) as pool:
-            compiled = list(pool.map(lambda source: nvcc.compile(source, cores, host), sources))
+            compiled = list(pool.map(lambda source: nvcc.compile(source, cores, host), files))
         ext.extra_objects = [str(target) for target, _ in compiled]
-        ext.include_dirs += ["csrc", *nvcc.includes]
+        ext.include_dirs += nvcc.includes
         ext.library_dirs += nvcc.libraries
         ext.define_macros += [("ACTIVEDPO_CUDA_ARCHS", f'"{";".join(nvcc.archs)}"')]
         self.force = self.force or any(new for _, new in compiled)
         return True
 
-    def _forget(self, ext) -> None:
+    def _forget(self, ext: Extension) -> None:
         """Remove the file of an earlier build: it would be installed as if this build made it."""
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
@@ -268,6 +299,6 @@ setup(
         "activedpo_fast.kernels",
     ],
     package_dir={"activedpo_fast.kernels": "kernels"},
-    ext_modules=[cpu, cuda],
+    ext_modules=[cpu, testing, cuda],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -224,7 +224,8 @@ class _Projection:
         return self.slab.stride(1) // block, self.slab.stride(0) // block
 
     def padded(self, length: int) -> int:
-        return cdiv(length, self.tile.block) * self.tile.block
+        rounded: int = cdiv(length, self.tile.block) * self.tile.block
+        return rounded
 
     def add(self, first: int, pitch: int, run: int, length: int) -> None:
         """Project the slab's `length` numbers: runs of `run` numbers, `pitch` positions apart."""

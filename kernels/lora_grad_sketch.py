@@ -291,7 +291,7 @@ def _grouped(weights: Sequence[tuple[Tensor, Tensor, int]]) -> Iterator[tuple[li
         tokens = left.shape[0]
         if tokens:
             job = Job.of(left, right, key)
-            tile = tile_for(*job.shape, left.dtype)
+            tile = tile_for(left.shape[1], right.shape[1], left.dtype)
             found.setdefault((tile, left.dtype, tokens), []).append(job)
     for (tile, _, _), jobs in found.items():
         for begin in range(0, len(jobs), _JOBS):

@@ -76,4 +76,5 @@ def parts(rows: int, columns: int, positions: int, block: int) -> Iterator[Part]
 def _even(length: int, most: int, multiple: int) -> int:
     """Return a part size that splits `length` evenly: a multiple of `multiple`, at most `most`."""
     count = cdiv(length, most // multiple * multiple)
-    return cdiv(cdiv(length, count), multiple) * multiple
+    rounded: int = cdiv(cdiv(length, count), multiple) * multiple
+    return rounded

@@ -40,11 +40,13 @@ def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
     wanted = {f"activedpo_fast/kernels/{path.name}" for path in tree.glob("kernels/*.py")} | {
         str(path.relative_to(tree)) for path in tree.glob("activedpo_fast/**/*.py")
     }
+    wanted |= {f"activedpo_fast/{module}.pyi" for module in ("_csrc", "_cuda")}
     found += [f"{name} is missing" for name in sorted(wanted - {*names})]
     libraries = [name for name in names if ".so" in Path(name).suffixes]
     for module in ("_csrc", "_cuda"):
         if not any(name.startswith(f"activedpo_fast/{module}.") for name in libraries):
             found.append(f"{module} is missing")
+    found += [f"{name} is for tests" for name in names if "/_testing." in name]
     for name in libraries:
         needs = needed(wheel.read(name))
         print(f"  {name}: {wheel.getinfo(name).file_size / 1e6:.1f} MB, needs {' '.join(needs)}")

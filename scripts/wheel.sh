@@ -3,8 +3,9 @@
 #
 # A copy of the checkout becomes a source distribution, and that a wheel, in an environment that
 # has the build tools and no torch. auditwheel gives it the tag of the oldest Linux that it runs on.
-# It is then installed beside another torch than the pinned one, and the suite is run against it, in
-# a folder without the package's sources. The wheel is in dist/, all else in build/wheel/.
+# It is then installed beside another torch than the pinned one, and the suite is run against it,
+# in a folder without the package's sources; tests of _testing, which no wheel has, are skipped.
+# The wheel is in dist/, all else in build/wheel/.
 #
 # PYTHON, TORCH (a version), PIP_ARGS: as in the Makefile. PYTEST_ARGS: what pytest is given.
 # ACTIVEDPO_CUDA_ARCHS, CUDA_HOME and CUDACXX: see setup.py.

@@ -40,12 +40,13 @@ def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> It
     def head(hidden: torch.Tensor) -> torch.Tensor:
         states[:] = [hidden]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
 
     # A decoder may have its own `forward` (accelerate's hooks, a patch); it is restored.
     own = vars(decoder)
     before = own.get("forward")
-    decoder.forward = give_back  # type: ignore[method-assign]
+    decoder.forward = give_back
     try:
         yield head
     finally:

@@ -182,7 +182,8 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
             hidden = _what_the_head_reads(model, batch)
         # Virtual tokens of prompt tuning come before the others.
         last = batch.attention_mask.sum(dim=1) - 1 + hidden.shape[1] - batch.input_ids.shape[1]
-        return hidden[torch.arange(len(last), device=hidden.device), last]
+        at_last: torch.Tensor = hidden[torch.arange(len(last), device=hidden.device), last]
+        return at_last
 
 
 def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -190,7 +191,9 @@ def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     found: list[torch.Tensor] = []
     decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
     if decoder is causal_lm(model):
-        return model(**_whole_inputs(batch), output_hidden_states=True).hidden_states[-1]
+        whole = model(**_whole_inputs(batch), output_hidden_states=True)
+        hidden: torch.Tensor = whole.hidden_states[-1]
+        return hidden
     handle = decoder.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
     try:
         model(**_whole_inputs(batch))
@@ -213,7 +216,7 @@ def _shape(ids: torch.Tensor) -> tuple[int, int]:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """Return the stack of layers of a causal LM, without its head."""
-    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    decoder: nn.Module = causal_lm(model).get_decoder()  # type: ignore[operator]
     if decoder is causal_lm(model):
         raise ActiveDPOError("the model has no decoder apart from its head")
     return decoder

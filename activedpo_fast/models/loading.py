@@ -249,7 +249,7 @@ def _checkpoint_dtype(folder: Path) -> torch.dtype:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():
-                dtype = tensors.get_slice(name)[:0].dtype
+                dtype: torch.dtype = tensors.get_slice(name)[:0].dtype
                 if dtype.is_floating_point:
                     return dtype
     return torch.float32
@@ -270,17 +270,13 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
 
 
 def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
-    if gguf_file is None:
-        return _load_weights(AutoModelForCausalLM, folder, dtype, use_safetensors=True)
-    from transformers import GgufConfig
+    options: dict[str, Any] = {"use_safetensors": True}
+    if gguf_file is not None:
+        from transformers import GgufConfig
 
-    return _load_weights(
-        AutoModelForCausalLM,
-        folder,
-        dtype,
-        gguf_file=gguf_file,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+        options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    model: PreTrainedModel = _load_weights(AutoModelForCausalLM, folder, dtype, **options)
+    return model
 
 
 def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:

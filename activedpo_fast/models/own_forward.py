@@ -65,12 +65,11 @@ def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     inside: Any = forward
     while _module_of(inside) in _WRAPPERS:
         inside = inside.__wrapped__
-    if inside is forward:
-        return forward
     if isinstance(forward, MethodType) and not isinstance(inside, MethodType):
         # accelerate wraps the bare function of the class and binds the result.
         return MethodType(inside, forward.__self__)
-    return inside  # type: ignore[no-any-return]
+    found: Callable[..., Any] = inside
+    return found
 
 
 def _module_of(function: Any) -> str | None:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -20,30 +21,23 @@ import torch
 import activedpo_fast.kernels as kernels
 from activedpo_fast.errors import ActiveDPOError
 
-_csrc: ModuleType | None
-_cuda: ModuleType | None
-try:
-    from activedpo_fast import _csrc  # type: ignore[attr-defined, no-redef]
-
-    _WHY_NO_CPP = ""
-except ImportError as error:
-    _csrc = None
-    _WHY_NO_CPP = (
-        f"the C++ extension is not built ({error}); with a C++17 compiler, run `pip install .` "
-        "again, or `python setup.py build_ext --inplace` in a checkout"
-    )
-try:
-    from activedpo_fast import _cuda  # type: ignore[attr-defined, no-redef]
-
-    _WHY_NO_CUDA = ""
-except ImportError as error:
-    _cuda = None
-    _WHY_NO_CUDA = (
-        f"the CUDA extension is not built ({error}); with CUDA's compiler nvcc, run `pip install "
-        ".` again, or `python setup.py build_ext --inplace` in a checkout"
-    )
-
 log = logging.getLogger(__name__)
+
+
+def _extension(module: str, name: str, compiler: str) -> tuple[ModuleType | None, str]:
+    """Import an extension module: (module, ""), or None and why there is none."""
+    try:
+        return import_module(f"activedpo_fast.{module}"), ""
+    except ImportError as error:
+        return None, (
+            f"the {name} extension is not built ({error}); with {compiler}, run `pip install .` "
+            "again, or `python setup.py build_ext --inplace` in a checkout"
+        )
+
+
+# Operations import these modules where they call them: type checkers then know their functions.
+_csrc, _WHY_NO_CPP = _extension("_csrc", "C++", "a C++17 compiler")
+_cuda, _WHY_NO_CUDA = _extension("_cuda", "CUDA", "CUDA's compiler nvcc")
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 # The backends of each operation besides the reference.
@@ -122,18 +116,6 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
         }
         for operation in OPERATIONS
     }
-
-
-def csrc() -> ModuleType:
-    """Return the C++ extension; call it only if `choose` returns "cpp"."""
-    assert _csrc is not None
-    return _csrc
-
-
-def cuda() -> ModuleType:
-    """Return the CUDA extension; call it only if `choose` returns "cuda"."""
-    assert _cuda is not None
-    return _cuda
 
 
 def about_cuda() -> str:

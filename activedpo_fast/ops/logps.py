@@ -13,7 +13,8 @@ from activedpo_fast.ops.layout import rows_together
 def response_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(logits)[target]; see `response_logp_grad`, which adds the gradient."""
     _check_logits("response_logps", logits, {"targets": targets})
-    return _response_logps(logits, targets)
+    found: Tensor = _response_logps(logits, targets)
+    return found
 
 
 def response_logp_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,10 @@ def response_logp_grad(logits: Tensor, targets: Tensor, weights: Tensor) -> tupl
         logits' dtype. On a GPU no other tensor of n V numbers is allocated.
     """
     _check_logits("response_logp_grad", logits, {"targets": targets, "weights": weights})
-    return _response_logp_grad(logits, targets, weights.to(reference.sum_dtype(logits.dtype)))
+    found: tuple[Tensor, Tensor] = _response_logp_grad(
+        logits, targets, weights.to(reference.sum_dtype(logits.dtype))
+    )
+    return found
 
 
 @torch.library.custom_op("activedpo::response_logps", mutates_args=())
@@ -37,7 +41,8 @@ def _response_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
         return reference.response_logps(logits, targets)
     from activedpo_fast.kernels.response_logp_grad import response_logp_grad as kernel
 
-    return kernel(rows_together(logits), targets, None)[0]
+    logps: torch.Tensor = kernel(rows_together(logits), targets, None)[0]
+    return logps
 
 
 @torch.library.custom_op("activedpo::response_logp_grad", mutates_args=())

@@ -34,9 +34,11 @@ def _rank_update(v: torch.Tensor, points: torch.Tensor, alpha: float) -> None:
         return
     if backends.choose("rank_update", v.device.type, v.dtype) == "reference":
         return reference.rank_update_(v, points, alpha)
+    from activedpo_fast import _cuda
+
     points = rows_together(points)
     stream = torch.cuda.current_stream(v.device)
-    backends.cuda().rank_update(
+    _cuda.rank_update(
         v=v.data_ptr(),
         v_stride=v.stride(0),
         points=points.data_ptr(),

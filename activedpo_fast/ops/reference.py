@@ -110,7 +110,8 @@ def rademacher(x: Tensor, key: int, k: int) -> Tensor:
             positions = torch.arange(begin, min(begin + step, length), device=x.device)
             signs = rademacher_signs(positions, columns, key)
             out[:, first : first + width] += x[:, begin : begin + step].double() @ signs.double()
-    return (out / k**0.5).to(x.dtype)
+    scale: float = k**0.5
+    return (out / scale).to(x.dtype)
 
 
 def kronecker_sides(rows: int, columns: int, k: int) -> tuple[int, int]:
@@ -324,7 +325,8 @@ def advance(state: Any) -> Tensor:
     scale = 1.0 if state.inverse_cost is None else state.inverse_cost[remaining]
     lower = (state.score[remaining] - state.error_bound[remaining]) * scale
     upper = (state.score[remaining] + state.error_bound[remaining]) * scale
-    return remaining[upper >= lower.max()] if len(remaining) else remaining
+    contenders: Tensor = remaining[upper >= lower.max()] if len(remaining) else remaining
+    return contenders
 
 
 def _widened(rows: Any, numbers: Tensor) -> Tensor:
@@ -333,4 +335,5 @@ def _widened(rows: Any, numbers: Tensor) -> Tensor:
 
 
 def _rows_at_a_time(rows: Any) -> int:
-    return max(1, (1 << 23) // max(1, rows.shape[1]))  # 64 MiB of float64
+    width: int = rows.shape[1]
+    return max(1, (1 << 23) // max(1, width))  # 64 MiB of float64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from activedpo_fast.ops import backends, reference
 from activedpo_fast.progress import progress_bar
 
 if TYPE_CHECKING:
+    from activedpo_fast import _csrc
     from activedpo_fast.store.rows import StoredRows
 
-_PAD = 16  # directions are zero-padded to a multiple of this: csrc/dots.h, kDotAlign
+_PAD = 16  # directions are zero-padded to a multiple of this: kDotAlign of row_dot_products.h
 DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -26,8 +27,9 @@ DTYPES = {
 _PAIRS_AT_A_TIME = 2**16  # between two updates of the progress bar
 _PRODUCTS_BYTES = 2**30  # up to this size, products of rows and directions are cached
 
-# Error of the product of a row with a direction, over their norms. csrc/dots.h sums 512 products
-# in 16 lanes (8 for float64) and adds these sums in float64: 32 (64) roundings, plus a few others.
+# Error of the product of a row with a direction, over their norms. csrc/scores/row_dot_products.h
+# sums 512 products in 16 lanes (8 for float64) and adds these sums in float64: 32 (64) roundings,
+# plus a few others.
 DOT_ERROR = {torch.float32: 40 * 2.0**-24, torch.float64: 128 * 2.0**-53}
 
 
@@ -73,7 +75,7 @@ class ScoreState:
     turn: Tensor
     count: int = 0
     touched: int = 0
-    cpp: Any = None  # state that the C++ backend keeps between calls
+    cpp: _CppAdvance | None = None  # state that the C++ backend keeps between calls
 
     @classmethod
     def start(
@@ -165,19 +167,18 @@ def pair_lengths(
         return reference.pair_lengths(rows, pairs, by_row)
     rows = _readable(rows)
     if backend == "cuda":
+        from activedpo_fast import _cuda
+
         assert isinstance(rows, Tensor)
         stream = torch.cuda.current_stream(rows.device)
         return lengths_there(
-            rows,
-            pairs,
-            by_row,
-            backends.cuda(),
-            device=stream.device_index,
-            stream=stream.cuda_stream,
+            rows, pairs, by_row, _cuda, device=stream.device_index, stream=stream.cuda_stream
         )
+    from activedpo_fast import _csrc
+
     norms = torch.zeros(len(rows), dtype=torch.float64)
     lengths = torch.empty(len(pairs), dtype=torch.float64)
-    function = getattr(backends.csrc(), f"lengths_{DTYPES[rows.dtype]}")
+    function = getattr(_csrc, f"pair_norms_{DTYPES[rows.dtype]}")
     source = _row_source(rows)
     show = False if isinstance(rows, Tensor) else show_progress
     with progress_bar(show, total=len(pairs), desc="reading rows", unit="pair") as bar:
@@ -185,7 +186,7 @@ def pair_lengths(
         for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
             unread = function(
                 row_norm=norms.data_ptr(),
-                pair_length=lengths[done:].data_ptr(),
+                pair_norm=lengths[done:].data_ptr(),
                 rows=source,
                 k=rows.shape[1],
                 pairs=part.data_ptr(),
@@ -208,7 +209,7 @@ def lengths_there(
     pairs = pairs.to(rows.device).contiguous()
     norms = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     lengths = torch.empty(len(pairs), dtype=torch.float64, device=rows.device)
-    given = module.PairLengths(
+    given = module.PairNorms(
         rows=rows.data_ptr(),
         row_stride=rows.stride(0),
         k=rows.shape[1],
@@ -216,9 +217,9 @@ def lengths_there(
         n_pairs=len(pairs),
         by_row=by_row,
         row_norm=norms.data_ptr(),
-        pair_length=lengths.data_ptr(),
+        pair_norm=lengths.data_ptr(),
     )
-    getattr(module, f"pair_lengths_{DTYPES[rows.dtype]}")(given, **where)
+    getattr(module, f"pair_norms_{DTYPES[rows.dtype]}")(given, **where)
     return norms.cpu(), lengths.cpu()
 
 
@@ -226,11 +227,12 @@ class _CppAdvance:
     """The C++ backend's view of a state, with its workspace between calls."""
 
     def __init__(self, state: ScoreState) -> None:
-        csrc = backends.csrc()
+        from activedpo_fast import _csrc
+
         self._rows = _readable(state.rows)
         self._source = _row_source(self._rows)
-        self._advance = getattr(csrc, f"advance_{DTYPES[self._rows.dtype]}")
-        self._candidates = csrc.Candidates(
+        self._refresh_bounds = getattr(_csrc, f"refresh_bounds_{DTYPES[self._rows.dtype]}")
+        self._candidates = _csrc.Candidates(
             n=len(state.pairs),
             pairs=state.pairs.data_ptr(),
             row_divisor=state.row_divisor.data_ptr(),
@@ -243,7 +245,7 @@ class _CppAdvance:
             inherited=state.inherited.data_ptr(),
             version=state.version.data_ptr(),
         )
-        self._directions = csrc.Directions(
+        self._directions = _csrc.Directions(
             unit=state.unit.data_ptr(),
             stride=state.unit.stride(0),
             norm=state.norm.data_ptr(),
@@ -259,7 +261,7 @@ class _CppAdvance:
         self._products = torch.empty(
             len(self._rows) * capacity if fits else 0, dtype=state.unit.dtype
         )
-        self._memory = csrc.Memory(
+        self._memory = _csrc.Memory(
             products=self._products.data_ptr() if fits else 0,
             capacity=capacity,
             row_version=self._row_version.data_ptr(),
@@ -272,7 +274,7 @@ class _CppAdvance:
 
     def __call__(self, state: ScoreState) -> Tensor:
         self._directions.count = state.count
-        found = self._advance(
+        found = self._refresh_bounds(
             contenders=self._contenders.data_ptr(),
             touched=self._touched.data_ptr(),
             rows=self._source,
@@ -295,10 +297,12 @@ def _readable(rows: Tensor | StoredRows) -> Tensor | StoredRows:
     return rows
 
 
-def _row_source(rows: Tensor | StoredRows) -> Any:
+def _row_source(rows: Tensor | StoredRows) -> _csrc.RowSource:
+    from activedpo_fast import _csrc
+
     if isinstance(rows, Tensor):
         size = rows.element_size()
-        return backends.csrc().RowSource(
+        return _csrc.RowSource(
             base=rows.data_ptr(),
             stride=rows.stride(0) * size,
             descriptors=0,
@@ -306,7 +310,7 @@ def _row_source(rows: Tensor | StoredRows) -> Any:
             offset_of_row=0,
             row_bytes=rows.shape[1] * size,
         )
-    return backends.csrc().RowSource(
+    return _csrc.RowSource(
         base=0,
         stride=0,
         descriptors=rows.descriptors.data_ptr(),

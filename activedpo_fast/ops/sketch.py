@@ -175,7 +175,9 @@ def _add(operation: str, out: Tensor, x: Tensor, key: int) -> None:
     if backend == "triton":
         _triton_rows(operation, target, x, key)
     else:
-        getattr(backends.csrc(), f"{operation}_{_DTYPES[x.dtype]}")(
+        from activedpo_fast import _csrc
+
+        getattr(_csrc, f"{operation}_{_DTYPES[x.dtype]}")(
             out=target.data_ptr(),
             out_stride=target.stride(0),
             x=x.data_ptr(),
@@ -250,7 +252,9 @@ def _cpp_outer(
         left, right = left.float(), right.float()
     segments = segments.contiguous()
     sides = reference.kronecker_sides(left.shape[1], right.shape[1], out.shape[1])
-    getattr(backends.csrc(), f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
+    from activedpo_fast import _csrc
+
+    getattr(_csrc, f"outer_{method}_{_OUTER_DTYPES[left.dtype]}")(
         out=out.data_ptr(),
         out_stride=out.stride(0),
         left=left.data_ptr(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from activedpo_fast.selection.candidates import Candidates
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.signals import History, Signals
+
+T = TypeVar("T")
 
 
 class ModelSignals(Signals):
@@ -124,15 +126,16 @@ class ModelSignals(Signals):
             "history_ref_logps", lambda: self._history(self.ref_logps(), self._reference_logps)
         )
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+    def _once(self, name: str, compute: Callable[[], T]) -> T:
         if name not in self._cache:
             before, started = self.seconds, time.perf_counter()
             self._cache[name] = compute()
             # Computing one signal may compute another: do not count its time twice.
             self.seconds = before + time.perf_counter() - started
-        return self._cache[name]
+        found: T = self._cache[name]
+        return found
 
-    def _own(self, name: str, compute: Callable[[], Any]) -> Any:
+    def _own(self, name: str, compute: Callable[[], T]) -> T:
         """Like `_once`, for values that each process computes for its own part."""
         return self._once(name, lambda: self._processes.check(compute))
 

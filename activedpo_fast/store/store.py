@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import safe_open, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from activedpo_fast._files import FilePath, atomic_path, write_atomic
 from activedpo_fast.distributed.launcher import require_one_process
@@ -310,7 +310,8 @@ class FeatureStore:
             raise ActiveDPOError(
                 f"{shard} has rows that are not in the pool: delete it and run again"
             )
-        return wanted
+        found: torch.Tensor = wanted
+        return found
 
     def _take_columns(self, pool: PreferencePool) -> None:
         """Write the pool's columns if they differ from those in the store."""

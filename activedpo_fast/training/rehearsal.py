@@ -253,7 +253,7 @@ def _unchanged(model: PeftModel) -> Iterator[None]:
             yield
         finally:
             if next(model.parameters()).device != device:
-                model.to(device)  # type: ignore[arg-type]
+                model.to(device)
             for module, before in buffers:
                 module._buffers.clear()
                 module._buffers.update(before)

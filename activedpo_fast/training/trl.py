@@ -51,7 +51,8 @@ def dpo_config(**overrides: Any) -> DPOConfig:
         with warnings.catch_warnings():
             # TRL's own default warns, too: transformers has renamed the option.
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-            return config_class(**settings)
+            config: DPOConfig = config_class(**settings)
+            return config
     except TypeError as error:
         raise ActiveDPOError(f"DPOConfig: {error}") from error
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
-COMMAND = ("setup.py", "build_ext", "--inplace", "--parallel", "2")  # both extensions at once
+COMMAND = ("setup.py", "build_ext", "--inplace", "--parallel", "2")  # extensions side by side
 _ALONE = (
     "import benchmarks.gpu.checkout, json\n"
     "from activedpo_fast.ops.backends import backends\n"

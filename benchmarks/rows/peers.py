@@ -152,7 +152,7 @@ def _private_copy(model: nn.Module) -> Any:
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
     }
-    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+    return copy.deepcopy(model, memo=shared)
 
 
 # ---- whole gradients ----

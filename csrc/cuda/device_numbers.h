@@ -1,10 +1,10 @@
-// How code for both processors reads and multiplies numbers on a GPU (see ../greedy.h).
+// How code for both processors reads and multiplies numbers on a GPU (see greedy/problem.h).
 #pragma once
 
 #include <cuda_fp16.h>
 
-#include "../four.h"
-#include "../numbers.h"
+#include "common/four.h"
+#include "common/numbers.h"
 
 namespace activedpo {
 

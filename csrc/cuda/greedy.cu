@@ -1,5 +1,5 @@
-// The GPU grid for ../greedy.h: its groups are warps, and all blocks are resident.
-#include "greedy.h"
+// The GPU grid for greedy/: its groups are warps, and all blocks are resident.
+#include "cuda/greedy.h"
 
 #include <cooperative_groups.h>
 
@@ -8,9 +8,9 @@
 
 // GreedySelect is compiled for the GPU only here, with a grid that only the GPU has.
 #pragma nv_diag_suppress 20011, 20012, 20014
-#include "../greedy_select.h"
-#include "device_numbers.h"
-#include "errors.h"
+#include "cuda/device_numbers.h"
+#include "cuda/errors.h"
+#include "greedy/select.h"
 
 namespace activedpo {
 

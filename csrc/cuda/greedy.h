@@ -1,8 +1,8 @@
-// The greedy selection of ../greedy.h on a resident grid.
+// The greedy selection of greedy/ on a resident grid.
 #pragma once
 
-#include "../greedy.h"
-#include "launch.h"
+#include "cuda/launch.h"
+#include "greedy/problem.h"
 
 namespace activedpo {
 

@@ -1,13 +1,13 @@
 // Bindings of the greedy selection on a GPU in module _cuda.
-#include "../greedy_bindings.h"
+#include "bindings/greedy_problem.h"
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
 
-#include "../bindings.h"
-#include "greedy.h"
+#include "bindings/parts.h"
+#include "cuda/greedy.h"
 
 namespace py = pybind11;
 

@@ -4,8 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "pair_lengths.h"
-#include "rank_update.h"
+#include "cuda/pair_norms.h"
+#include "cuda/rank_update.h"
 
 namespace activedpo {
 
@@ -16,7 +16,7 @@ struct Target {
 
 // T: float, double, BFloat16 or Half.
 template <typename T>
-void pair_lengths(const PairLengths& given, const Target& target);  // pair_lengths.cu
+void pair_norms(const PairNorms& given, const Target& target);  // pair_norms.cu
 void rank_update(const RankUpdate& update, const Target& target);  // rank_update.cu
 
 }  // namespace activedpo

@@ -1,9 +1,9 @@
 // Rank update of a symmetric matrix, on and below its diagonal: each number of V is read and
 // written once.
-#include "rank_update.h"
+#include "cuda/rank_update.h"
 
-#include "errors.h"
-#include "launch.h"
+#include "cuda/errors.h"
+#include "cuda/launch.h"
 
 namespace activedpo {
 

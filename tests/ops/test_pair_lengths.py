@@ -9,13 +9,14 @@ from torch import Tensor
 from activedpo_fast.ops import backends
 from activedpo_fast.ops.scores import lengths_there, pair_lengths
 from tests.ops.test_scores import DTYPES, EPS, make_pairs, make_rows, plain_lengths
+from tests.support.native import module_for_tests
 
 # Around four numbers, the 128 of a warp's loads, and the 512 that it loads at a time.
 WIDTHS = [*range(1, 10), 127, 128, 129, 511, 512, 513, 1100]
 
 
 def by_lanes(rows: Tensor, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-    return lengths_there(rows, pairs, by_row, backends.csrc())
+    return lengths_there(rows, pairs, by_row, module_for_tests())
 
 
 def by_gpu(rows: Tensor, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
@@ -23,15 +24,7 @@ def by_gpu(rows: Tensor, pairs: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     return pair_lengths(rows.cuda(), pairs, by_row=by_row)
 
 
-ways = pytest.mark.parametrize(
-    "measure",
-    [
-        pytest.param(
-            by_lanes, marks=pytest.mark.skipif(backends._csrc is None, reason="not built")
-        ),
-        pytest.param(by_gpu, marks=pytest.mark.gpu),
-    ],
-)
+ways = pytest.mark.parametrize("measure", [by_lanes, pytest.param(by_gpu, marks=pytest.mark.gpu)])
 
 
 @ways

@@ -8,6 +8,7 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends, rank_update_
 from activedpo_fast.selection.information.matrix import InformationMatrix
+from tests.support.native import module_for_tests
 
 # k around the sides of tiles (64) and of the CPU's blocks (512); m around the depth (16).
 SHAPES = [(1, 1), (2, 3), (63, 1), (64, 16), (65, 17), (130, 1), (200, 33), (513, 5), (1030, 40)]
@@ -20,7 +21,7 @@ def normal(*shape, seed=0):
 
 def tiles_(v, points, alpha):
     """What a GPU's threads do, one after another."""
-    backends.csrc().rank_update(
+    module_for_tests().rank_update(
         v=v.data_ptr(),
         v_stride=v.stride(0),
         points=points.data_ptr(),
@@ -60,7 +61,6 @@ def test_the_cpu_forms_the_sum(k, m, alpha):
     check(rank_update_, k, m, alpha, keeps_above=False)
 
 
-@pytest.mark.skipif(not hasattr(backends._csrc, "rank_update"), reason="the C++ is not built")
 @pytest.mark.parametrize("k, m", SHAPES)
 def test_a_gpus_tiles_form_the_sum_and_touch_one_triangle(k, m):
     check(tiles_, k, m, -0.5)

@@ -51,10 +51,11 @@ def checkout(target: Path) -> Path:
     """A copy of what the build reads, without build products."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target / name)
-    for folder in ("csrc", "kernels", "activedpo_fast"):
-        shutil.copytree(
-            ROOT / folder, target / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-        )
+    left_out = ("*.so", "__pycache__")
+    for folder, more in (("csrc", ()), ("kernels", ()), ("activedpo_fast", ("kernels",))):
+        # A developer may have linked activedpo_fast/kernels to kernels/.
+        ignore = shutil.ignore_patterns(*left_out, *more)
+        shutil.copytree(ROOT / folder, target / folder, ignore=ignore)
     return target
 
 
@@ -136,12 +137,12 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     assert "run `pip install .` again" in used.stdout
 
 
-# What `build_ext` does about CUDA, without compiling any C++ for it.
+# What a command of setup.py does, `build_ext` unless it is named, without compiling any C++.
 BUILD = """
 import sys
 from setuptools.command import build_ext
 build_ext.build_ext.build_extension = lambda self, ext: print("compiled", ext.name)
-sys.argv = ["setup.py", "build_ext"]
+sys.argv = ["setup.py", *(sys.argv[1:] or ["build_ext"])]
 exec(compile(open("setup.py").read(), "setup.py", "exec"))
 """
 
@@ -178,6 +179,34 @@ def test_without_nvcc_the_build_says_so_and_builds_the_rest(tmp_path, variables,
     assert built.returncode == returncode
     assert "compiled activedpo_fast._csrc" in built.stdout
     assert "compiled activedpo_fast._cuda" not in built.stdout
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    "command, made",
+    [
+        (("build_ext", "--inplace"), {"_csrc", "_testing"}),
+        (("editable_wheel",), {"_csrc", "_testing"}),
+        (("build_ext",), {"_csrc"}),
+        (("bdist_wheel",), {"_csrc"}),
+    ],
+)
+def test_the_extension_for_tests_is_built_in_a_checkout_only(tmp_path, command, made):
+    built = run(sys.executable, "-c", BUILD, *command, cwd=checkout(tmp_path), ACTIVEDPO_CUDA="0")
+    assert built.returncode == 0, built.stdout
+    assert {*re.findall(r"compiled activedpo_fast\.(\w+)", built.stdout)} == made
+
+
+@needs_sources
+def test_a_wheel_takes_nothing_for_tests_from_a_checkout_that_was_built(tmp_path):
+    tree = checkout(tmp_path)
+    (tree / "activedpo_fast" / "_testing.abi3.so").write_bytes(b"")
+    built = run(sys.executable, "-c", BUILD, "bdist_wheel", cwd=tree, ACTIVEDPO_CUDA="0")
+    assert built.returncode == 0, built.stdout
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "activedpo_fast/_csrc.pyi" in names and "activedpo_fast/_cuda.pyi" in names
+    assert not [name for name in names if "_testing" in name or "csrc/" in name]
 
 
 @needs_sources
@@ -232,12 +261,12 @@ def test_the_cuda_extension_has_code_for_each_architecture():
     tool = next((path for path in tools if path.is_file()), None)
     if tool is None:
         pytest.skip("there is no cuobjdump: neither nvcc's nor triton's")
-    path = backends.cuda().__file__
+    path = backends._cuda.__file__
 
     def found(option: str) -> list[str]:  # cuobjdump names sm_90a's code sm_90
         return re.findall(r"\.sm_(\d+)[af]?\.", run(str(tool), option, path, cwd=ROOT).stdout)
 
-    wanted = [arch.rstrip("af") for arch in backends.cuda().architectures.split(";")]
+    wanted = [arch.rstrip("af") for arch in backends._cuda.architectures.split(";")]
     assert len(wanted) >= 1
     elf = found("--list-elf")
     assert {*elf} == {*wanted} and len(elf) % len(wanted) == 0  # each file for each
@@ -246,7 +275,7 @@ def test_the_cuda_extension_has_code_for_each_architecture():
 
 @needs_cuda_extension
 def test_the_cuda_extension_knows_which_gpus_it_has_code_for():
-    cuda = backends.cuda()
+    cuda = backends._cuda
     archs = cuda.architectures.split(";")
     assert not cuda.serves(7, 0)
     assert cuda.serves(99, 0)  # by PTX
@@ -259,7 +288,7 @@ def test_the_cuda_extension_knows_which_gpus_it_has_code_for():
 
 @needs_cuda_extension
 def test_the_cuda_extension_imports_without_a_driver_and_says_what_is_missing():
-    cuda = backends.cuda()
+    cuda = backends._cuda
     if not torch.cuda.is_available():
         assert re.match(
             r"(no NVIDIA driver is installed|there is no CUDA device) "
@@ -332,5 +361,7 @@ def test_wheel_holds_the_package_and_no_other_top_level_name(tmp_path):
         "labels/page/static/page.html",
     ):
         assert any(name.startswith(f"activedpo_fast/{path}") for name in names), path
-    assert any(name.startswith("activedpo_fast/_csrc") for name in names)
+    libraries = {name.split("/")[1].split(".")[0] for name in names if name.endswith(".so")}
+    assert libraries == {"_csrc", *(["_cuda"] if NVCC else [])}
+    assert not [name for name in names if "_testing" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,9 +1,10 @@
-"""All picks by one launch (csrc/greedy.h): by CPU threads, and on the GPU where there is one."""
+"""All picks by one launch (csrc/greedy/): by CPU threads, and on the GPU where there is one."""
 
 from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.ops import backends
 from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy import one_launch as resident
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
@@ -31,14 +31,14 @@ from tests.selection.test_greedy import (
     storages,
     unit_or_zero,
 )
+from tests.support.native import module_for_tests
 
-pytestmark = pytest.mark.skipif(backends._csrc is None, reason="the C++ extension is not built")
 BLOCKS = (1, 2, 3, 5)
 
 
 def on_host(blocks, wide=False):
     """By threads of the CPU: a block is one of them, or (as on a GPU) groups of several lanes."""
-    return lambda problem: problem.run(backends.csrc(), blocks=blocks, wide=wide)
+    return partial(ResidentProblem.run, module=module_for_tests(), blocks=blocks, wide=wide)
 
 
 def everything(rows, pairs, how=None, weights=None):

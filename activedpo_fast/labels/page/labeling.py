@@ -61,11 +61,11 @@ class Labeling:
 
     @property
     def seed(self) -> int:
-        return self._head["seed"]
+        return int(self._head["seed"])
 
     @property
     def overlap(self) -> float:
-        return self._head["overlap"]
+        return float(self._head["overlap"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:

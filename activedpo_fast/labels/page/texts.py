@@ -20,9 +20,13 @@ _MARKDOWN = (
 )
 
 
+Piece = tuple[str, bool]
+
+
 def as_html(text: str) -> str:
     """Return Markdown as HTML without scripts, links, images or attributes from the text."""
-    return _MARKDOWN.render(text)
+    html: str = _MARKDOWN.render(text)
+    return html
 
 
 def messages(text: Text) -> list[dict[str, str | None]]:
@@ -35,17 +39,17 @@ def messages(text: Text) -> list[dict[str, str | None]]:
     ]
 
 
-def differences(left: Text, right: Text) -> tuple[list[list], list[list]]:
-    """Return both texts in pieces [text, differs], compared word by word."""
+def differences(left: Text, right: Text) -> tuple[list[Piece], list[Piece]]:
+    """Return both texts in pieces (text, differs), compared word by word."""
     a, b = _words(left), _words(right)
     matcher = SequenceMatcher(
         None, [w.strip() for w in a], [w.strip() for w in b], autojunk=max(len(a), len(b)) > _EXACT
     )
-    pieces: tuple[list[list], list[list]] = ([], [])
+    pieces: tuple[list[Piece], list[Piece]] = ([], [])
     for kind, a_start, a_end, b_start, b_end in matcher.get_opcodes():
         for found, words in ((pieces[0], a[a_start:a_end]), (pieces[1], b[b_start:b_end])):
             if words:
-                found.append(["".join(words), kind != "equal"])
+                found.append(("".join(words), kind != "equal"))
     return pieces
 
 

@@ -1,4 +1,4 @@
-"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy.h)."""
+"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy/)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from activedpo_fast.selection.ranking import Ranking
 
 @dataclass
 class ResidentProblem:
-    """GreedyProblem of csrc/greedy.h as tensors on one device; None stands for a null pointer.
+    """GreedyProblem of csrc/greedy/problem.h as tensors on one device; None is a null pointer.
 
-    The names are those of csrc/greedy.h.
+    The names are those of that file.
     """
 
     n_candidates: int
@@ -192,12 +192,12 @@ def on_gpu(problem: ResidentProblem) -> None:
     Raises:
         ActiveDPOError: the kernel does not fit the device or does not start.
     """
+    from activedpo_fast import _cuda
+
     device = problem.rows.device
     try:
         problem.run(
-            backends.cuda(),
-            device=device.index,
-            stream=torch.cuda.current_stream(device).cuda_stream,
+            _cuda, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream
         )
     except RuntimeError as error:
         raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
