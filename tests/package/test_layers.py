@@ -31,6 +31,7 @@ ORDER = (
     "labels",
     "selector",
     "training",
+    "report",
     "demo",
     "cli",
 )
