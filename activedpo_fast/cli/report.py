@@ -32,11 +32,13 @@ def report_runs(
     runs = read_runs(list(folders))
     for path in (output, card):
         check_file_target(path)
+    texts = {output: render_page(runs)}
     written = [f"report: {output}"]
-    write_atomic(output, render_page(runs))
     if card is not None:
-        write_atomic(card, model_card(runs[0]))
+        texts[card] = model_card(runs[0])
         written.append(f"model card: {card}")
+    for path, text in texts.items():
+        write_atomic(path, text)
     return "\n\n".join([*map(_run_text, runs), *_comparison(runs), "   ".join(written)])
 
 

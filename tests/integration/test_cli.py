@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.run_folder import read_command
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -775,6 +777,8 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0][:2] == ["round", "labels"]
     assert [line[:2] for line in table[1:]] == [["start", "0"], ["0", "2"], ["1", "4"]]
+    command = read_command(tmp_path / "run")
+    assert command == f"cd {shlex.quote(str(Path.cwd()))} && activedpo {shlex.join(argv)}"
     start, end = (
         load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
         for name in ("start", "round-001")

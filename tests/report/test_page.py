@@ -12,7 +12,7 @@ import pytest
 from activedpo_fast.report.figures import Series, curves
 from activedpo_fast.report.page import render_page
 from activedpo_fast.report.reading import read_runs
-from tests.report.conftest import SCRIPT
+from tests.support.runs import SCRIPT
 
 pytest.importorskip("matplotlib")
 
