@@ -105,14 +105,18 @@ def curves(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> 
 
 
 def stacked_bars(
-    title: str, y_label: str, names: Sequence[str], parts: Mapping[str, Sequence[float]]
+    title: str,
+    y_label: str,
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    all_parts: Sequence[str],
 ) -> str:
-    """Return a bar for each of `names`, divided into parts."""
+    """Return a bar for each of `names`, divided into parts; `all_parts` have a fixed color each."""
 
     def draw(axes: Axes) -> None:
         bottom = np.zeros(len(names))
-        for n, (part, values) in enumerate(parts.items()):
-            color = _SERIES[n % len(_SERIES)]
+        for part, values in parts.items():
+            color = _SERIES[all_parts.index(part) % len(_SERIES)]
             axes.bar(names, values, 0.7, bottom=bottom, color=color, label=_legend_name(part))
             bottom += values
         axes.grid(visible=False, axis="x")

@@ -33,8 +33,8 @@ _CURVES_NOTE = (
     "thousands of token passes through the model: one token forward is 1, back 2."
 )
 _PAIRED_NOTE = (
-    "Rows are the numbers of labels that all runs have. Without several seeds, differences include "
-    "how prompts, responses and labels vary from run to run."
+    "Rows are the numbers of labels that all runs have; the mean leaves out the start. Without "
+    "several seeds, differences include how prompts, responses and labels vary from run to run."
 )
 _COST_NOTE = (
     "Seconds are those that the run recorded on its machine. Tokens are counted from the texts on "
@@ -76,7 +76,7 @@ def summary(run: RunData) -> str:
         found = points(run, metric)
         moved.append(f"{metric} {found[0][1]:.4g} → {found[-1][1]:.4g}")
     rounds = f"{len(complete)} complete round{'' if len(complete) == 1 else 's'}"
-    return f"{run.name} ({run.strategy}): {rounds}, {labels} labels" + (
+    return f"{run.name}: strategy {run.strategy}, {rounds}, {labels} labels" + (
         f"; {', '.join(moved)}." if moved else "."
     )
 
@@ -172,11 +172,12 @@ def _cost_charts(run: RunData) -> list[str]:
         stages = [stage for stage in TIMED if any(stage in r.seconds for r in timed)]
         names = ["start" if record.round < 0 else str(record.round) for record in timed]
         parts = {stage: [r.seconds.get(stage, 0.0) for r in timed] for stage in stages}
-        found.append(stacked_bars("Seconds by stage", "seconds", names, parts))
+        found.append(stacked_bars("Seconds by stage", "seconds", names, parts, TIMED))
     if run.tokens:
         units = {stage: [stages[stage].units / 1000 for stages in run.tokens] for stage in COUNTED}
         names = [str(n) for n in range(len(run.tokens))]
-        found.append(stacked_bars("Compute by stage", "thousands of token passes", names, units))
+        unit = "thousands of token passes"
+        found.append(stacked_bars("Compute by stage", unit, names, units, TIMED))
     return found
 
 

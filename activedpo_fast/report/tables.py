@@ -19,26 +19,28 @@ TIMED = ("generate", "features", "select", "label", "train", "evaluate")
 
 
 def rounds_table(run: RunData) -> Rows:
-    """Return a row for each complete round: labels so far, metrics, compute, seconds."""
+    """Return a row for each complete round: labels so far, metrics, compute, seconds.
+
+    Columns in which nothing was recorded are left out.
+    """
     spent = compute(run)
-    stages = [stage for stage in TIMED if any(stage in r.seconds for r in run.records)]
-    head = ["round", "labels", *run.metrics]
-    head += ["compute"] if spent else []
-    head += [f"{stage} s" for stage in stages]
-    gpu = any(record.gpu for record in run.records)
-    joules = any(record.joules for record in run.records)
-    head += (["GPU s"] if gpu else []) + (["GPU kJ"] if joules else [])
-    rows = [head]
+    cells = []
     for record in run.records:
-        row = [round_name(record.round), str(record.labels_total)]
-        row += [_with_error(record.metrics, name) for name in run.metrics]
-        row += [f"{spent[record.round]:,.0f}" if record.round in spent else ""] if spent else []
-        row += [_number(record.seconds.get(stage), ".1f") for stage in stages]
-        kilojoules = sum(record.joules.values()) / 1000 if record.joules else None
-        row += [_number(record.gpu_seconds, ".1f")] if gpu else []
-        row += [_number(kilojoules, ".2f")] if joules else []
-        rows.append(row)
-    return rows
+        joules = sum(record.joules.values()) / 1000 if record.joules else None
+        cells.append(
+            {
+                "round": round_name(record.round),
+                "labels": str(record.labels_total),
+                **{name: _with_error(record.metrics, name) for name in run.metrics},
+                "train loss": _number(record.training.get("loss"), ".4g"),
+                "compute": _number(spent.get(record.round), ",.0f"),
+                **{f"{stage} s": _number(record.seconds.get(stage), ".1f") for stage in TIMED},
+                "GPU s": _number(record.gpu_seconds, ".1f"),
+                "GPU kJ": _number(joules, ".2f"),
+            }
+        )
+    names = [name for name in (cells[0] if cells else {}) if any(row[name] for row in cells)]
+    return [names or ["round"], *([row[name] for name in names] for row in cells)]
 
 
 def compute(run: RunData) -> dict[int, float]:
@@ -95,7 +97,7 @@ def paired_table(paired: Paired) -> Rows:
     means = [paired.mean_difference(n) for n in others]
     if any(mean is not None for mean in means):
         blank = [""] * len(paired.names)
-        rows.append(["mean after the start", *blank, *(_number(m, "+.4g") for m in means)])
+        rows.append(["mean", *blank, *(_number(m, "+.4g") for m in means)])
     return rows
 
 

@@ -20,7 +20,7 @@ def test_one_run(copied: Copy, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied("mine")
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "mine (activedpo): 2 complete rounds" in said and "norm" in said
+    assert "mine: strategy activedpo, 2 complete rounds" in said and "norm" in said
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
     assert str(folder / "report.html") in said
 
@@ -51,7 +51,12 @@ def test_the_card_is_one_the_hub_can_read(
     assert card.data.base_model is None  # a model in memory has no name
     head = yaml.safe_load(path.read_text().split("---\n")[1])
     assert head["model_name"] == "mine"
-    for text in ("round-001", "| round | labels | norm |", "preferences", "2505.19241"):
+    for text in (
+        "round-001",
+        "| round | labels | norm | train loss |",
+        "preferences",
+        "2505.19241",
+    ):
         assert text in card.text
 
 

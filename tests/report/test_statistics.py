@@ -45,7 +45,7 @@ def test_runs_are_compared_at_the_same_labels() -> None:
         ["labels", "a", "b", "b − a"],
         ["0", "1", "1.5", "+0.5"],
         ["20", "3", "2", "-1"],
-        ["mean after the start", "", "", "-1"],
+        ["mean", "", "", "-1"],
     ]
     assert pair_runs([a, _run("c", {7: 1.0})], "reward") is None
     assert pair_runs([a, b], "another") is None
