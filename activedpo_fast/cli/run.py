@@ -11,7 +11,7 @@ from activedpo_fast._files import check_folder_target
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import FileOracle, Oracle, RewardModelOracle
+from activedpo_fast.labels import FileOracle, LabelsPending, Oracle, RewardModelOracle
 from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
 from activedpo_fast.models.loading import load_policy, load_reward_model
 from activedpo_fast.pool.reading import read_prompts
@@ -88,10 +88,14 @@ def run_rounds(
         show_progress=show_progress,
         **config.loop,
     )
+    refused = False
     try:
         return _table(loop.run())
-    finally:  # a run that waits for labels is continued, too
-        if command is not None and (output / "config.json").exists():
+    except ActiveDPOError as error:
+        refused = not isinstance(error, LabelsPending)
+        raise
+    finally:  # a run that waits for labels or is interrupted is continued, too
+        if command is not None and not refused and (output / "config.json").exists():
             write_command(output, command)
 
 

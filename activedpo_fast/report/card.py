@@ -44,6 +44,7 @@ def model_card(run: RunData) -> str:
     on_hub = (
         base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
     )
+    named = base if on_hub else Path(base).name  # a folder's path means nothing to others
     data = ModelCardData(
         base_model=base if on_hub else None,
         library_name="peft",
@@ -53,10 +54,10 @@ def model_card(run: RunData) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run.name}",
-        f"A LoRA adapter for `{base or 'a model that the run does not name'}`, trained with DPO "
+        f"A LoRA adapter for `{named or 'a model that the run does not name'}`, trained with DPO "
         f"(TRL's `DPOTrainer`) on preference pairs that were chosen in rounds by the strategy "
         f"`{run.strategy}` of activedpo-fast. It is the adapter of `{folder.name}`.",
-        f"## Use\n\n{_usage(base)}",
+        f"## Use\n\n{_usage(named)}",
         f"## Labels\n\n{_labels(run)}",
         f"## Training\n\n{summary(run)}\n\n{_markdown(rounds_table(run))}\n\n{_training(run)}",
         f"## Versions\n\n{_versions(run)}",

@@ -119,7 +119,8 @@ def read_runs(folders: list[Path]) -> list[RunData]:
 def read_run(folder: Path, name: str) -> RunData:
     """Read one run; see `read_runs`."""
     _check_is_run(folder)
-    run = RunData(folder, name, command=read_command(folder))
+    run = RunData(folder, name)
+    run.command = _try(run, partial(read_command, folder))
     config = _try(run, lambda: dict(read_json(folder / "config.json"))) or {}
     run.settings = config.get("settings", {})
     run.versions = config.get("versions", {})

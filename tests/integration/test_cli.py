@@ -786,7 +786,9 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
     _run_config(project, tmp_path, selection={"proj_dim": 16})
-    _refused(capsys, argv, "other settings", "proj_dim")
+    other = (tmp_path / "run.yaml").rename(tmp_path / "other.yaml")
+    _refused(capsys, ["run", str(other)], "other settings", "proj_dim")
+    assert read_command(tmp_path / "run") == command
     _run_config(project, tmp_path, rules={"max_per_prompt": 1})
     _refused(capsys, argv, "other settings", "rules")
 

@@ -86,9 +86,11 @@ def test_without_settings_or_tokenizer_there_is_still_a_report(copied: Copy) -> 
     (folder / "config.json").write_text("{}")
     (run,) = read_runs([folder])
     assert run.tokens is None and len(run.records) == 3
+    (folder / "command.json").write_text("{")
     shutil.rmtree(folder / "start")
     (run,) = read_runs([folder])
     assert "start is unfinished: it is not evaluated" in run.missing
+    assert run.command is None and any("command.json" in line for line in run.missing)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:
