@@ -426,7 +426,7 @@ def run(
     epilog="""\b
 Examples:
   activedpo report runs/example
-  activedpo report runs/activedpo runs/random --output compared.html
+  activedpo report runs/random runs/activedpo --output compared.html
   activedpo report runs/example --card README.md
 """
 )
@@ -434,7 +434,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUN",
             help="Folders of runs (output_dir); the differences of several are to the first.",
         ),
     ],
