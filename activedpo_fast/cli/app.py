@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -472,8 +473,50 @@ def run(
         from activedpo_fast.cli.run_file import load_config
 
         _hush()
+        command = f"activedpo run {shlex.quote(str(config))}"
         with _exit_when_labels_are_missing():
-            _say(quiet, run_rounds(load_config(config), show_progress=_progress(quiet)))
+            settings = load_config(config)
+            _say(quiet, run_rounds(settings, command=command, show_progress=_progress(quiet)))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  activedpo report runs/example
+  activedpo report runs/random runs/activedpo --output compared.html
+  activedpo report runs/example --card README.md
+"""
+)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Folders of runs (output_dir); the differences of several are to the first.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The HTML file. Default: report.html in RUN, or in the current folder for several "
+            "runs."
+        ),
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Also write a model card of the run's last adapter to this file."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Report what runs did: metrics, cost, labels and picks, as a table and one HTML file.
+
+    The file needs no network and runs no script. Unfinished runs are reported as far as they go.
+    """
+    with _session(quiet):
+        from activedpo_fast.cli.report import report_runs
+
+        _hush()
+        _say(quiet, report_runs(runs, output=output, card=card))
 
 
 @app.command(

@@ -11,18 +11,24 @@ from activedpo_fast._files import check_folder_target
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import FileOracle, Oracle, RewardModelOracle
+from activedpo_fast.labels import FileOracle, LabelsPending, Oracle, RewardModelOracle
 from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
 from activedpo_fast.models.loading import load_policy, load_reward_model
 from activedpo_fast.pool.reading import read_prompts
+from activedpo_fast.report.reading import round_name
+from activedpo_fast.report.tables import aligned
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.training.loop import ActiveDPOLoop
-from activedpo_fast.training.run_folder import START, RoundRecord
+from activedpo_fast.training.run_folder import RoundRecord, write_command
 from activedpo_fast.training.trl import dpo_config, selector_settings
 
 
-def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
+def run_rounds(
+    config: RunConfig, *, command: str | None = None, show_progress: bool | None = None
+) -> str:
     """Run or continue the rounds that a configuration describes, and return a table of them.
+
+    `command` is the command line that does it, which the run's folder records.
 
     Raises:
         LabelsPending: the run waits for labels from people.
@@ -81,7 +87,15 @@ def run_rounds(config: RunConfig, *, show_progress: bool | None = None) -> str:
         show_progress=show_progress,
         **config.loop,
     )
-    return _table(loop.run())
+    refused = False
+    try:
+        return _table(loop.run())
+    except ActiveDPOError as error:
+        refused = not isinstance(error, LabelsPending)
+        raise
+    finally:  # a run that waits for labels or is interrupted is continued, too
+        if command is not None and not refused and (output / "config.json").exists():
+            write_command(output, command)
 
 
 def _extra_settings(config: RunConfig) -> dict[str, Any]:
@@ -107,9 +121,5 @@ def _table(records: Sequence[RoundRecord]) -> str:
     lines = [["round", "labels", *(f"{stage} s" for stage in stages)]]
     for r in records:
         seconds = [f"{r.seconds[stage]:.1f}" if stage in r.seconds else "" for stage in stages]
-        lines.append(["start" if r.round == START else str(r.round), str(r.labels_total), *seconds])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+        lines.append([round_name(r.round), str(r.labels_total), *seconds])
+    return aligned(lines)

@@ -29,6 +29,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
+from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.prompts import draw_prompts, read_and_offer
 from activedpo_fast.training.recorded import digest, plain, recorded_settings
@@ -38,9 +39,11 @@ from activedpo_fast.training.run_folder import (
     START,
     RoundRecord,
     add_seconds,
+    measured,
     read_adapter,
-    read_seconds,
+    read_numbers,
     save_adapter,
+    steps_before,
     timed,
     write_labels,
 )
@@ -271,7 +274,7 @@ class ActiveDPOLoop:
                 self._offered, t, self.args.prompts_per_round, asked, self.args.seed
             )
             seed = int(digest([self.args.seed, t])[:12], 16)
-            with timed(folder, "generate"):
+            with timed(folder, "generate", self.model.device):
                 pool = generate_responses(
                     self.model,
                     self.processing_class,
@@ -316,15 +319,16 @@ class ActiveDPOLoop:
             split = [by_preference(*past) for past in history]
             rules = self.rules and self.rules.within(pool)
             self.selector.ref_model = self._reference_weights()
-            picked = self.selector.select(
-                pool,
-                self.args.batch_size,
-                labeled=[with_one for with_one, _ in split],
-                asked=[without for _, without in split],
-                rules=rules,
-                fewer_ok=True,
-                show_progress=self.show_progress,
-            )
+            with measured(folder, "select", self.model.device):
+                picked = self.selector.select(
+                    pool,
+                    self.args.batch_size,
+                    labeled=[with_one for with_one, _ in split],
+                    asked=[without for _, without in split],
+                    rules=rules,
+                    fewer_ok=True,
+                    show_progress=self.show_progress,
+                )
             if not picked:
                 raise ActiveDPOError(
                     f"{folder.name}: no pair is left to pick, or none reaches "
@@ -358,8 +362,8 @@ class ActiveDPOLoop:
         else:
             self._load(before)
         try:
-            with timed(folder, "train"):
-                train_dpo(
+            with timed(folder, "train", self.model.device):
+                trained = train_dpo(
                     self.model,
                     self.processing_class,
                     dataset,
@@ -368,20 +372,31 @@ class ActiveDPOLoop:
                     initial_adapter=self._initial,
                     callbacks=self.callbacks,
                     show_progress=self.show_progress,
+                    steps_before=steps_before(self.output_dir, len(history) - 1),
                 )
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
+        write_json(folder / "training.json", trained)
         save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
         path = folder / "record.json"
         if not path.exists():
             metrics: dict[str, float] = {}
-            with timed(folder, "evaluate"):
+            with timed(folder, "evaluate", self.model.device):
                 if self.evaluate is not None:
                     metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
-            record = RoundRecord(t, labels_total, metrics, read_seconds(folder), self.strategy)
+            record = RoundRecord(
+                t,
+                labels_total,
+                metrics,
+                read_numbers(folder / "seconds.json"),
+                self.strategy,
+                training=read_numbers(folder / "training.json"),
+                gpu=gpu_name(self.model.device),
+                joules=read_numbers(folder / "joules.json"),
+            )
             write_json(path, asdict(record))
         return RoundRecord(**read_json(path))
 

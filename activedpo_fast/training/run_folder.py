@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 import time
@@ -21,7 +22,9 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.selection.picks_jsonl import pick_line
 from activedpo_fast.selection.result import Selection
+from activedpo_fast.training.energy import metered
 
+_COMMAND = "command.json"
 START = -1  # `round` in the record of the start
 
 
@@ -35,6 +38,11 @@ class RoundRecord:
         metrics: from `evaluate`, after this round's training.
         seconds: by stage: generate, features, select, label, train, evaluate.
         strategy: the strategy of this round's selection.
+        training: of the trainer: its mean "loss", its "steps" and the "pairs" it trained on; empty
+            at the start and in a round without a preference.
+        gpu: the name of the GPU that the model was on; "" without one.
+        joules: energy of that GPU by stage, as NVML counts it for the whole device; features are
+            part of select. Empty if it is not known, for example without nvidia-ml-py.
 
     Examples:
         >>> start, first = loop.run()
@@ -51,6 +59,16 @@ class RoundRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     strategy: str = ""
+    training: dict[str, float] = field(default_factory=dict)
+    gpu: str = ""
+    joules: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """The seconds of the stages that ran the model on a GPU; None without one."""
+        if not self.gpu:
+            return None
+        return sum(seconds for stage, seconds in self.seconds.items() if stage != "label")
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:
@@ -109,16 +127,49 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def timed(folder: Path, stage: str) -> Iterator[None]:
+def timed(folder: Path, stage: str, device: torch.device | None = None) -> Iterator[None]:
+    """Record the seconds of a stage and, if it runs on `device`, the joules where known."""
     started = time.perf_counter()
-    yield
+    with measured(folder, stage, device):
+        yield
     add_seconds(folder, {stage: time.perf_counter() - started})
 
 
+@contextmanager
+def measured(folder: Path, stage: str, device: torch.device | None) -> Iterator[None]:
+    """Record the joules of a stage, where known."""
+    with metered(device or torch.device("cpu")) as energy:
+        yield
+    if energy:
+        path = folder / "joules.json"
+        write_json(path, {**read_numbers(path), stage: energy["joules"]})
+
+
 def add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    write_json(folder / "seconds.json", {**read_seconds(folder), **seconds})
-
-
-def read_seconds(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
+    write_json(path, {**read_numbers(path), **seconds})
+
+
+def read_numbers(path: Path) -> dict[str, float]:
+    """Return what a file like `seconds.json` has; nothing if there is none."""
     return read_json(path) if path.exists() else {}
+
+
+def steps_before(output_dir: Path, round_number: int) -> int:
+    """Return the optimizer's steps of the rounds before one."""
+    folders = sorted(output_dir.glob("round-*"))[:round_number]
+    return sum(int(read_numbers(folder / "training.json").get("steps", 0)) for folder in folders)
+
+
+def write_command(output_dir: Path, command: str) -> None:
+    """Record the command, and the folder that its paths start from, that continues a run."""
+    write_json(output_dir / _COMMAND, {"command": command, "folder": str(Path.cwd())})
+
+
+def read_command(output_dir: Path) -> str | None:
+    """Return the command line that continues a run; None if a script began it."""
+    path = output_dir / _COMMAND
+    if not path.exists():
+        return None
+    found = read_json(path)
+    return f"cd {shlex.quote(found['folder'])} && {found['command']}"

@@ -18,6 +18,7 @@ from activedpo_fast.models.adapters import adapter_state, load_adapter_state
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.training.options import check_training_options, trains_mean_logps
+from activedpo_fast.training.tracking import track_as_one_run
 
 if TYPE_CHECKING:
     import datasets
@@ -97,6 +98,7 @@ def train_dpo(
     initial_adapter: Mapping[str, torch.Tensor] | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
     show_progress: bool | None = None,
+    steps_before: int | None = None,
 ) -> dict[str, float]:
     """Train the adapter "default" of `model` in place with `trl.DPOTrainer`.
 
@@ -113,6 +115,9 @@ def train_dpo(
         initial_adapter: `adapter_state(model)` from before the first round; for "initial".
         callbacks: for the trainer.
         show_progress: a bar over the optimizer's steps; None shows it on a terminal only.
+        steps_before: optimizer's steps of the rounds before this one: what `args.report_to` reports
+            goes on from there, in the same run (see `activedpo_fast.training.tracking`). None: the
+            round is a run of its own.
 
     Returns:
         "loss" (mean over the training), "steps", "pairs" trained on (without those that the trainer
@@ -136,6 +141,8 @@ def train_dpo(
             )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        if steps_before is not None:
+            track_as_one_run(trainer, args, steps_before)
         pairs = len(cast(Any, trainer.train_dataset))
         if pairs == 0:
             raise ActiveDPOError(

@@ -29,10 +29,10 @@ from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.report.compute import count_tokens, cumulative
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.compute import passes
 from benchmarks.claims.trial_strategies import TRIALS, Trial, TrueMargin
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,8 +117,8 @@ def run(
     """All rounds of one method, in `folder`, where an interrupted run goes on.
 
     Returns:
-        "labels", "passes" (see `compute`) and the metrics of `Evaluation`, each a list: the start
-        first; and what `_asked` returns, each a list over the rounds.
+        "labels", "passes" (see `report.compute`) and the metrics of `Evaluation`, each a list: the
+        start first; and what `_asked` returns, each a list over the rounds.
     """
     strategy, options = METHODS[method]
     model, tokenizer = load_policy(setting, seed)
@@ -163,7 +163,15 @@ def run(
         "labels": [r.labels_total for r in records],
         "seconds": seconds,
         **{name: [r.metrics[name] for r in records] for name in names},
-        "passes": passes(folder, tokenizer, requires(method), setting.epochs, setting.train_on),
+        "passes": cumulative(
+            count_tokens(
+                folder,
+                tokenizer,
+                requires(method),
+                epochs=setting.epochs,
+                train_on=setting.train_on,
+            )
+        ),
         "win_rate": win_rates(folder),
         **_asked(folder, rating),
     }

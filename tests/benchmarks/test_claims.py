@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 from activedpo_fast.selection.signals import TensorSignals
 from benchmarks.claims import known_reward, linear_fit
-from benchmarks.claims.compute import passes
 from benchmarks.claims.evidence import document
 from benchmarks.claims.experiments import Experiment, Variant, of_known_reward
 from benchmarks.claims.jobs import missing_runs
@@ -23,7 +21,6 @@ from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import compare, holm, saved
 from benchmarks.claims.trial_strategies import TRIALS
 from benchmarks.claims.world import RESPONSES, World
-from tests.support.models import tiny_tokenizer
 
 # -- statistics ------------------------------------------------------------------------------------
 
@@ -275,38 +272,6 @@ def test_a_linear_reward_is_fitted_and_another_one_is_not(world: World) -> None:
     ]
     other = linear_fit.fit(replace(world, reward=noise[0], heldout_reward=noise[1]))
     assert abs(other["r2"]) < 0.05
-
-
-def test_passes_are_counted_from_a_runs_files(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    prompt, responses = "one two", ["a b c", "d\u2028", "e f"]  # U+2028 ends no line of JSONL
-    count = {
-        text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (prompt, *responses)
-    }
-    for n in range(2):
-        folder = tmp_path / f"round-00{n}"
-        folder.mkdir()
-        pool = {"prompt": prompt, "responses": responses}
-        label = {**pool, "responses": pool["responses"][:2]}
-        for name, row in (("pool", pool), ("labels", label)):
-            (folder / f"{name}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    candidates = sum(count.values())
-    labeled = sum(count[text] for text in (prompt, prompt, *responses[:2]))
-    train = 2 * 4  # epochs; forward, backward (two) and the reference's forward pass
-    for requires, per_token in (
-        (set(), 0),
-        ({"hidden"}, 1),
-        ({"logps", "ref_logps"}, 2),
-        ({"gradients", "logps"}, 3),
-        ({"gradients", "logps", "ref_logps"}, 4),
-    ):
-        first = (1 + per_token) * candidates + train * labeled
-        second = first + (1 + per_token) * candidates + (per_token + 2 * train) * labeled
-        found = passes(tmp_path, tokenizer, frozenset(requires), epochs=2)
-        assert found == pytest.approx([0, first / 1000, second / 1000])
-    newest = passes(tmp_path, tokenizer, frozenset(), epochs=2, train_on="newest")
-    assert newest[2] == pytest.approx(2 * newest[1])
 
 
 # -- the page --------------------------------------------------------------------------------------

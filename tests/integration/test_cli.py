@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.training.run_folder import read_command
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.labeling import open_labeling
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
@@ -782,6 +784,8 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table[0][:2] == ["round", "labels"]
     assert [line[:2] for line in table[1:]] == [["start", "0"], ["0", "2"], ["1", "4"]]
+    command = read_command(tmp_path / "run")
+    assert command == f"cd {shlex.quote(str(Path.cwd()))} && activedpo {shlex.join(argv)}"
     start, end = (
         load_file(tmp_path / "run" / name / "adapter" / "adapter_model.safetensors")
         for name in ("start", "round-001")
@@ -789,7 +793,9 @@ def test_run_waits_for_labels_and_goes_on_with_them(
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
     _run_config(project, tmp_path, selection={"proj_dim": 16})
-    _refused(capsys, argv, "other settings", "proj_dim")
+    other = (tmp_path / "run.yaml").rename(tmp_path / "other.yaml")
+    _refused(capsys, ["run", str(other)], "other settings", "proj_dim")
+    assert read_command(tmp_path / "run") == command
     _run_config(project, tmp_path, rules={"max_per_prompt": 1})
     _refused(capsys, argv, "other settings", "rules")
 

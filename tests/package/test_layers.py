@@ -33,6 +33,7 @@ ORDER = (
     "labels",
     "selector",
     "training",
+    "report",
     "demo",
     "cli",
 )

@@ -98,8 +98,8 @@ def _joined(pieces: list[list], differing: bool | None = None) -> str:
 
 def test_differences_are_marked_word_by_word() -> None:
     left, right = differences("It is two,  of course.\n", "It is three, of course.\n")
-    assert left == [["It is ", False], ["two,  ", True], ["of course.\n", False]]
-    assert right == [["It is ", False], ["three, ", True], ["of course.\n", False]]
+    assert left == [("It is ", False), ("two,  ", True), ("of course.\n", False)]
+    assert right == [("It is ", False), ("three, ", True), ("of course.\n", False)]
 
 
 @given(st.text("ab \n", max_size=40), st.text("ab \n", max_size=40))
@@ -113,7 +113,7 @@ def test_differences_of_chats_and_of_long_texts() -> None:
     left, right = differences(
         [{"role": "assistant", "content": "a b"}], [{"role": "assistant", "content": "a c"}]
     )
-    assert (left, right) == ([["a ", False], ["b", True]], [["a ", False], ["c", True]])
+    assert (left, right) == ([("a ", False), ("b", True)], [("a ", False), ("c", True)])
     words = ["the"] * 2000 + [f"w{n}" for n in range(2000)]
     left, right = differences(" ".join(words), " ".join([*words[:-1], "other"]))
     assert (_joined(left, True), _joined(right, True)) == ("w1999", "other")

@@ -1,0 +1,269 @@
+"""A run's folder read for a report: as far as it goes, with a line for everything missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from activedpo_fast._files import read_json
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import canonical_json
+from activedpo_fast.report.compute import Tokens, count_tokens
+from activedpo_fast.selection.picks_jsonl import Pick, read_picks
+from activedpo_fast.selection.strategies import STRATEGIES
+from activedpo_fast.training.run_folder import START, RoundRecord, read_command
+
+T = TypeVar("T")
+Label = int | str  # 0, 1, "tie" or "skip"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one labeler said about a pair.
+
+    Attributes:
+        label: 0, 1, "tie" or "skip".
+        labeler: a name; None if the file has none.
+        seconds: for how long the labeler looked at the pair.
+        time: when, as in the file.
+    """
+
+    label: Label
+    labeler: str | None = None
+    seconds: float | None = None
+    time: str | None = None
+
+
+# By pair: the label that a file for people has, and the answers it was made from.
+Answers = dict[bytes, tuple[Any, tuple[Answer, ...]]]
+
+
+@dataclass(frozen=True)
+class LabeledPick:
+    """A pick of a round with its label (None: not labeled yet) and the answers it was made from."""
+
+    round: int
+    pick: Pick
+    label: Label | None
+    answers: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
+class RoundData:
+    """What is on disk of a round; `pool` is None, and `picks` is empty, if it is not there."""
+
+    number: int
+    pool: PreferencePool | None
+    picks: list[LabeledPick]
+
+
+@dataclass
+class RunData:
+    """A run.
+
+    Attributes:
+        name: the folder's name, or its path if several runs have that name.
+        settings, versions: of `config.json`; empty if it cannot be read.
+        records: of the start and of the complete rounds.
+        rounds: everything that was begun.
+        tokens: by stage for each labeled round; None if they cannot be counted.
+        command: how the command line began the run; None if a script did.
+        missing: one line for everything that is unfinished or cannot be read.
+    """
+
+    folder: Path
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    records: list[RoundRecord] = field(default_factory=list)
+    rounds: list[RoundData] = field(default_factory=list)
+    tokens: list[dict[str, Tokens]] | None = None
+    command: str | None = None
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def strategy(self) -> str:
+        given = self.settings.get("strategy", "unknown")
+        return str(given["name"] if isinstance(given, dict) else given)
+
+    @property
+    def picks(self) -> list[LabeledPick]:
+        return [pick for data in self.rounds for pick in data.picks]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, without their standard errors (`<name>_se`)."""
+        names = dict.fromkeys(name for record in self.records for name in record.metrics)
+        return [name for name in names if not (name.endswith("_se") and name[:-3] in names)]
+
+
+def read_runs(folders: list[Path]) -> list[RunData]:
+    """Read the folders of runs.
+
+    Raises:
+        ActiveDPOError: one of them is not the folder of a run, or is given twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ActiveDPOError("RUN: a folder is given twice")
+    names = [folder.resolve().name for folder in folders]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def read_run(folder: Path, name: str) -> RunData:
+    """Read one run; see `read_runs`."""
+    _check_is_run(folder)
+    run = RunData(folder, name)
+    run.command = _try(run, partial(read_command, folder))
+    config = _try(run, lambda: dict(read_json(folder / "config.json"))) or {}
+    run.settings = config.get("settings", {})
+    run.versions = config.get("versions", {})
+    start = _record(run, folder / "start")
+    run.records += [start] if start is not None else []
+    answers = _answers(run)
+    folders = sorted(path for path in folder.glob("round-*") if path.is_dir())
+    for number, round_folder in enumerate(folders):
+        run.rounds.append(_round(run, number, round_folder, answers))
+        record = _record(run, round_folder)
+        run.records += [record] if record is not None else []
+    if not folders:
+        run.missing.append("no round was begun")
+    run.tokens = _tokens(run)
+    return run
+
+
+def _check_is_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ActiveDPOError(f"{folder}: no such folder")
+    if (folder / "config.json").exists() or any(folder.glob("round-*")):
+        return
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    hint = f"; it has these runs: {' '.join(map(str, inside))}" if inside else ""
+    raise ActiveDPOError(f"{folder}: not the folder of a run (no config.json){hint}")
+
+
+def _try(run: RunData, read: Callable[[], T]) -> T | None:
+    """Return what `read` returns; if it fails, note the reason and return None."""
+    try:
+        return read()
+    except ActiveDPOError as error:
+        run.missing.append(str(error))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # other JSON than ours
+        run.missing.append(f"{run.folder}: not understood ({type(error).__name__}: {error})")
+    return None
+
+
+def _record(run: RunData, folder: Path) -> RoundRecord | None:
+    path = folder / "record.json"
+    if path.exists():
+        return _try(run, lambda: RoundRecord(**read_json(path)))
+    stages = (
+        ("pool.jsonl", "responses are not generated"),
+        ("picked.jsonl", "no pairs are picked"),
+        ("labels.jsonl", "its pairs are not labeled"),
+        ("adapter", "it is not trained"),
+    )
+    wanted = stages if folder.name != "start" else ()
+    lacking = (what for name, what in wanted if not (folder / name).exists())
+    run.missing.append(f"{folder.name} is unfinished: {next(lacking, 'it is not evaluated')}")
+    return None
+
+
+def _round(run: RunData, number: int, folder: Path, answers: Answers) -> RoundData:
+    pool, picks = folder / "pool.jsonl", []
+    labels = folder / "labels.jsonl"
+    source = labels if labels.exists() else folder / "picked.jsonl"
+    if source.exists():
+        for _, pick, row in _try(run, lambda: read_picks(source)) or ():
+            # An earlier version wrote null for "skip".
+            label = None if source != labels else "skip" if row["label"] is None else row["label"]
+            people, said = answers.get(_key(pick), (None, ()))
+            if (label, people) == ("skip", "tie"):
+                label = "tie"  # the run's own file does not tell them apart
+            picks.append(LabeledPick(number, pick, label, said))
+    return RoundData(
+        number, _try(run, lambda: PreferencePool.from_jsonl(pool)) if pool.exists() else None, picks
+    )
+
+
+def _answers(run: RunData) -> Answers:
+    """Return what people said about each pair, from the files they filled in."""
+    found: Answers = {}
+    # Files called labels-... come last: they take precedence, as for the run.
+    files = sorted((run.folder / "labeling").glob("*.jsonl"), key=lambda path: path.name[0] == "l")
+    for path in files:
+        if path.name.endswith(".journal.jsonl"):  # what the labels were made from
+            continue
+        for _, pick, row in _try(run, partial(read_picks, path)) or ():
+            said = tuple(_said(row))
+            if said:
+                found[_key(pick)] = (row.get("label"), said)
+    return found
+
+
+def _said(row: dict[str, Any]) -> Iterator[Answer]:
+    for answer in row.get("answers") or [row]:
+        if isinstance(answer, dict) and answer.get("label") in (0, 1, "tie", "skip"):
+            seconds = answer.get("seconds")
+            yield Answer(
+                answer["label"],
+                answer.get("labeler"),
+                float(seconds) if isinstance(seconds, int | float) else None,
+                answer.get("time"),
+            )
+
+
+def _key(pick: Pick) -> bytes:
+    return canonical_json([pick.id, pick.pair, pick.prompt, pick.responses])
+
+
+def _tokens(run: RunData) -> list[dict[str, Tokens]] | None:
+    """Count the run's tokens with its own tokenizer, or note why that is not possible."""
+    if run.strategy not in STRATEGIES:
+        run.missing.append(f"compute: what strategy {run.strategy!r} asks for is not known")
+        return None
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(run.folder / "start" / "adapter"), local_files_only=True
+        )
+    except Exception as error:  # depends on what is wrong with the folder
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        run.missing.append(
+            f"compute: no tokenizer in {run.folder / 'start' / 'adapter'} ({reason})"
+        )
+        return None
+    dpo = run.settings.get("dpo", {})
+    steps = dpo.get("max_steps", -1)
+    batch = dpo.get("per_device_train_batch_size", 8) * dpo.get("gradient_accumulation_steps", 1)
+    return _try(
+        run,
+        lambda: count_tokens(
+            run.folder,
+            tokenizer,
+            STRATEGIES[run.strategy].requires,
+            epochs=dpo["num_train_epochs"],
+            pairs_per_round=steps * batch if steps > 0 else None,
+            train_on=run.settings["train_on"],
+        ),
+    )
+
+
+def points(run: RunData, metric: str) -> list[tuple[RoundRecord, float, float | None]]:
+    """Return (record, value, standard error or None) of every record that has the metric."""
+    return [
+        (record, record.metrics[metric], record.metrics.get(f"{metric}_se"))
+        for record in run.records
+        if metric in record.metrics
+    ]
+
+
+def round_name(number: int) -> str:
+    return "start" if number == START else str(number)
