@@ -380,6 +380,7 @@ def select(
                 seed=seed,
                 labeled=labeled,
                 rules=rules,
+                exclude=exclude,
                 show_progress=_progress(quiet),
             ),
         )

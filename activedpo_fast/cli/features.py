@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from activedpo_fast import __version__
-from activedpo_fast._files import FilePath, check_file_target, check_folder_target
+from activedpo_fast._files import FilePath, check_folder_target
+from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
@@ -106,7 +107,17 @@ def take_features(
     """
     started = time.perf_counter()
     require_one_process("activedpo features")
-    check_file_target(export)
+    check_output(
+        "--export",
+        export,
+        {
+            "--output": output,
+            "POOL": pool_path,
+            "--model": options.model,
+            "--adapter": options.adapter,
+            "--tokenizer": options.tokenizer,
+        },
+    )
     check_folder_target(output)
     check_template_kwargs(options.chat_template_kwargs)
     pool = PreferencePool.load(pool_path)

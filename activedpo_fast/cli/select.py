@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from activedpo_fast._files import FilePath, check_file_target, first_line, reason_of
+from activedpo_fast._files import FilePath, first_line, reason_of
+from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import ONE_PROCESS
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
@@ -42,11 +43,13 @@ def select_pairs(
     seed: int = 0,
     labeled: FilePath | None = None,
     rules: PickRules | None = None,
+    exclude: FilePath | None = None,
     show_progress: bool | None = None,
 ) -> str | None:
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
-    `rules` may leave fewer than `batch_size` pairs. Processes started by a launcher such as
+    `rules` may leave fewer than `batch_size` pairs; `exclude` is the file that some came from,
+    which is not overwritten. Processes started by a launcher such as
     torchrun (WORLD_SIZE in the environment) make one selection together, each with its part of the
     rows. The first process writes it, and the others return None.
 
@@ -59,8 +62,9 @@ def select_pairs(
 
         def prepare() -> tuple[FeatureStore, Candidates, torch.Tensor]:
             if processes.rank == 0:
-                check_file_target(output)
-                _check_overwrites_nothing(output, store_path, labeled)
+                inputs = {"STORE": store_path, "--labeled": labeled, "--exclude": exclude}
+                check_output("--output", output, inputs)
+                _check_keeps_labels(output)
             store = FeatureStore.open(store_path)
             pool = store.pool()
             known = asked = torch.empty(0, 2, dtype=torch.int64)
@@ -202,16 +206,9 @@ def _read_ids(path: FilePath) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _check_overwrites_nothing(
-    output: FilePath, store_path: FilePath, labeled: FilePath | None
-) -> None:
-    """Refuse to overwrite people's labels or files of the store."""
-    target = Path(output).resolve()
-    if labeled is not None and target == Path(labeled).resolve():
-        raise ActiveDPOError(f"{output} is the --labeled file too: choose another --output")
-    store = Path(store_path).resolve()
-    if (store / "manifest.json").exists() and target.is_relative_to(store):
-        raise ActiveDPOError(f"{output} is inside the store: choose another --output")
+def _check_keeps_labels(output: FilePath) -> None:
+    """Refuse to overwrite people's labels."""
+    target = Path(output)
     if not target.exists():
         return
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import read_json, write_atomic, write_json
+from activedpo_fast._files import read_json, sync, temporary_name, write_atomic, write_json
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.selection.picks_jsonl import pick_line
@@ -81,14 +80,17 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(".adapter-*"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    temporary = folder.parent / temporary_name(folder)
+    temporary.mkdir()
     try:
         model.save_pretrained(
             str(temporary), selected_adapters=["default"], save_embedding_layers=False
         )
         tokenizer.save_pretrained(str(temporary))
-        temporary.chmod(0o755)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         temporary.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

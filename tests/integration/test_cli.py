@@ -1137,8 +1137,8 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     capsys.readouterr()
     for more, said in (
         ([str(picked)], "has 2 labels"),
-        ([str(picked), "--labeled", str(picked)], "is the --labeled file too"),
-        ([str(store / "pool.jsonl")], "is inside the store"),
+        ([str(picked), "--labeled", str(picked)], "is what --labeled names"),
+        ([str(store / "pool.jsonl")], "is inside what STORE names"),
     ):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err

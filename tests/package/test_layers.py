@@ -17,6 +17,7 @@ KERNELS = Path(activedpo_fast.kernels.__file__).parent  # kernels/ of a checkout
 ORDER = (
     "errors",
     "_files",
+    "_locks",
     "_modes",
     "progress",
     "presets",
