@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,6 +27,7 @@ from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.models.fingerprints import fingerprint_weights
 from activedpo_fast.models.named import GivenModel, as_model_alone
 from activedpo_fast.models.positions import LengthClass, batch_changes_attention, length_class
 from activedpo_fast.models.undisturbed import undisturbed
@@ -175,11 +177,51 @@ class FeatureExtractor:
 
     @in_own_modes
     def iter_gradients(
-        self, tokenized: TokenizedPool, rows: Sequence[int], *, show_progress: bool | None = None
+        self,
+        tokenized: TokenizedPool,
+        rows: Sequence[int],
+        *,
+        max_tokens_per_batch: int | None = None,
+        show_progress: bool | None = None,
     ) -> Iterator[GradientRows]:
-        """Yield gradient rows batch by batch, longest sequences first, for the given `rows`."""
-        for taken, _ in self._gradient_parts(tokenized, rows, False, show_progress):
-            yield GradientRows(*taken)
+        """Yield the given gradient `rows` batch by batch, longest sequences first.
+
+        Batches are planned of the whole pool, so that a row has the same bits whichever others are
+        asked for, as long as memory suffices for `max_tokens_per_batch` (see `tokens_per_batch`;
+        default: the extractor's).
+        """
+        wanted = torch.zeros(len(tokenized.sequences), dtype=torch.bool)
+        wanted[list(rows)] = True
+        for taken, _ in self._gradient_parts(
+            tokenized, rows, False, show_progress, max_tokens_per_batch, whole_pool=True
+        ):
+            asked = wanted[taken[0]]
+            yield GradientRows(*(part[asked] for part in taken))
+
+    @in_own_modes
+    def tokens_per_batch(self, tokenized: TokenizedPool) -> int:
+        """Return `max_tokens_per_batch`, or what a first batch shows to be suitable for it."""
+        if self.max_tokens_per_batch is not None:
+            return self.max_tokens_per_batch
+        budget = TokenBudget(None, next(self.model.parameters()).device)
+        next(
+            self._gradient_parts(
+                tokenized, range(len(tokenized.sequences)), False, False, budget=budget
+            )
+        )
+        return budget.tokens
+
+    def identity(self) -> dict[str, Any]:
+        """Return JSON values that gradient rows depend on, except for the responses."""
+        return {
+            "sketch": self.sketch.method,
+            "proj_dim": self.sketch.dim,
+            "sketch_seed": self.sketch.seed,
+            "beta": self.beta,
+            "length_normalized": self.length_normalized,
+            "precision": self.precision,
+            "weights": fingerprint_weights(self.model.named_parameters()),
+        }
 
     def _gradient_parts(
         self,
@@ -187,6 +229,10 @@ class FeatureExtractor:
         rows: Sequence[int],
         relative: bool,
         show_progress: bool | None,
+        max_tokens: int | None = None,
+        *,
+        whole_pool: bool = False,
+        budget: TokenBudget | None = None,
     ) -> Iterator[tuple[Taken, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
@@ -239,6 +285,8 @@ class FeatureExtractor:
             "gradient features",
             show_progress,
             whole_items=relative,
+            budget=budget or self._budget(self.model, max_tokens),
+            planned=range(len(tokenized.sequences)) if whole_pool else None,
         ):
             finite = _finite(taken)
             if relative and not finite.all():
@@ -380,8 +428,9 @@ class FeatureExtractor:
         title: str,
         show_progress: bool | None,
         whole_items: bool = False,
+        budget: TokenBudget | None = None,
+        planned: Sequence[int] | None = None,
     ) -> Iterator[Taken]:
-        budget = TokenBudget(self.max_tokens_per_batch, next(model.parameters()).device)
         classify = length_class(model)
         if (
             classify is not None
@@ -394,13 +443,17 @@ class FeatureExtractor:
             rows,
             take,
             layout,
-            budget,
+            budget or self._budget(model),
             length_class=classify,
             pad_token_id=self.pad_token_id,
             title=title,
             show_progress=show_progress,
             whole_items=whole_items,
+            planned=planned,
         )
+
+    def _budget(self, model: nn.Module, tokens: int | None = None) -> TokenBudget:
+        return TokenBudget(tokens or self.max_tokens_per_batch, next(model.parameters()).device)
 
     def _alone(
         self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
