@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
+
+_NEW_SECONDS = 60  # an empty file as young as that may not be locked yet
 
 FilePath = str | os.PathLike[str]
 
@@ -32,15 +37,43 @@ def atomic_path(path: FilePath) -> Iterator[Path]:
     """
     target = regular_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
     temporary = target.parent / temporary_name(target)
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    descriptor = os.open(temporary, flags, 0o666)  # the system takes off the umask
     try:
+        _try_lock(descriptor)  # not abandoned
         yield temporary
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary files for `target` whose process has been killed: nobody locks them."""
+    with os.scandir(target.parent) as entries:
+        found = [entry.path for entry in entries if is_temporary(entry.name, target.stem)]
+    for path in found:
+        with suppress(OSError):  # its process has just removed it
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(descriptor)
+                new = status.st_size == 0 and time.time() - status.st_mtime < _NEW_SECONDS
+                if not new and stat.S_ISREG(status.st_mode) and _try_lock(descriptor):
+                    os.unlink(path)
+            finally:
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or the file system has no locks
+        return False
+    return True
 
 
 def temporary_name(target: Path) -> str:

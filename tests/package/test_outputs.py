@@ -64,6 +64,17 @@ def test_names_and_permissions(tmp_path: Path, umask: int) -> None:
     write_atomic(tmp_path / ("é" * 120 + ".jsonl"), "x")
 
 
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / temporary_name(Path(f"{name}.jsonl"))).write_text("left")
+    with atomic_path(tmp_path / "a.jsonl") as one:
+        one.write_text("one")
+        write_atomic(tmp_path / "a.jsonl", "two")  # does not remove what is being written
+    assert (tmp_path / "a.jsonl").read_text() == "one"
+    left = {path.name for path in tmp_path.iterdir()} - {"a.jsonl"}
+    assert len(left) == 1 and is_temporary(left.pop(), "b")
+
+
 def test_a_changed_json_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_checked_json(path, {"a": [1, 2.5, None], "b": "é"})

@@ -2,79 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from activedpo_fast.cli.app import main
+from activedpo_fast.gradients import extractor
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
-# Kills itself with a signal at the n-th of the calls that change a file or compute a batch.
-_CHILD = """
-import json, os, signal, sys
-when, number, argv = json.loads(sys.argv[1])
-count = passes = 0
-
-def step():
-    global count
-    count += 1
-    if count == when:
-        print(json.dumps({"steps": count, "passes": passes}), flush=True)
-        os.kill(os.getpid(), number)
-        if number == signal.SIGTERM:
-            signal.sigtimedwait([], 0.01)  # the handler runs between two instructions
-
-def before(name):
-    real = getattr(os, name)
-    def call(*args, **kwargs):
-        step()
-        return real(*args, **kwargs)
-    setattr(os, name, call)
-
-for name in ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink"):
-    before(name)
-from activedpo_fast.gradients import extractor
-real_pass = extractor.gradient_pass
-
-def gradient_pass(*args, **kwargs):
-    global passes
-    step()
-    passes += 1
-    return real_pass(*args, **kwargs)
-
-extractor.gradient_pass = gradient_pass
-import torch
-torch.set_num_threads(1)
-from activedpo_fast.cli.app import main
-for command in argv:
-    code = main(command)
-    if code:
-        break
-print(json.dumps({"steps": count, "passes": passes}))
-sys.exit(code)
-"""
+_STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
 
 def run(
     commands: list[list[str]], *, when: int = 0, number: int = signal.SIGKILL
 ) -> tuple[int, dict[str, int], str]:
-    """Run commands, killed at step `when` (0: never): exit code, what it counted, its stderr.
+    """Run commands in a forked process, killed at step `when` (0: never).
 
     A step is a call that changes a file, or a backward pass.
+
+    Returns:
+        The exit code (the negative signal), the steps and passes that it made, its stderr.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps([when, int(number), commands])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    counted = done.stdout.splitlines()[-1:] or ["{}"]
-    return done.returncode, json.loads(counted[0]), done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                code = _child(Path(folder), commands, when, number)
+            finally:
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        counts = json.loads((Path(folder) / "counts").read_text())
+        return os.waitstatus_to_exitcode(status), counts, (Path(folder) / "err").read_text()
+
+
+def _child(folder: Path, commands: list[list[str]], when: int, number: int) -> int:
+    counts = {"steps": 0, "passes": 0}
+
+    def tell() -> None:
+        (folder / "counts").write_text(json.dumps(counts))
+
+    def step() -> None:
+        counts["steps"] += 1
+        if counts["steps"] == when:
+            tell()
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # handlers of other signals run between two instructions
+
+    tell()
+    with (
+        open(folder / "err", "w") as err,
+        open(os.devnull, "w") as out,
+        contextlib.redirect_stderr(err),
+        contextlib.redirect_stdout(out),
+        _counted(step, counts),
+    ):
+        os.dup2(err.fileno(), 2)
+        code = next((code for command in commands if (code := main(command))), 0)
+    tell()
+    return code
+
+
+@contextlib.contextmanager
+def _counted(step: Any, counts: dict[str, int]) -> Iterator[None]:
+    real_pass = extractor.gradient_pass
+
+    def gradient_pass(*args: Any, **kwargs: Any) -> Any:
+        step()
+        counts["passes"] += 1
+        return real_pass(*args, **kwargs)
+
+    def before(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            step()
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "gradient_pass", gradient_pass)
+        for name in _STEPS:
+            patch.setattr(os, name, before(getattr(os, name)))
+        yield
 
 
 def project(folder: Path, prompts: int = 6) -> None:
