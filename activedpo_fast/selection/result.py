@@ -71,13 +71,18 @@ class Selection(Sequence[Pick]):
         Raises:
             ActiveDPOError: a score that is not finite (JSON has no such number).
         """
+        content = self.jsonl()
+        _keep_labels(Path(path))
+        write_atomic(path, content)
+
+    def jsonl(self) -> bytes:
+        """Return what `to_jsonl` writes."""
         lines = []
         for pick in self.picks:
             if not math.isfinite(pick.score):
                 raise ActiveDPOError(f"pick {pick.rank} (id {pick.id!r}): score is {pick.score}")
             lines.append(pick_line(pick))
-        _keep_labels(Path(path))
-        write_atomic(path, "".join(lines))
+        return "".join(lines).encode()
 
     @classmethod
     def from_jsonl(cls, path: FilePath, *, strategy: str = "unknown") -> Selection:

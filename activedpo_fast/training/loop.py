@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import FilePath, read_json, write_json
+from activedpo_fast._files import FilePath
+from activedpo_fast._locks import locked_folder
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
@@ -33,6 +34,7 @@ from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
+from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.rehearsal import rehearse
 from activedpo_fast.training.resuming import check_settings, write_settings
@@ -41,10 +43,13 @@ from activedpo_fast.training.run_folder import (
     RoundRecord,
     add_seconds,
     read_adapter,
+    read_record,
     read_seconds,
+    remove_leftovers,
     save_adapter,
     timed,
     write_labels,
+    write_record,
 )
 from activedpo_fast.training.trl import selector_settings, train_dpo
 
@@ -261,6 +266,7 @@ class ActiveDPOLoop:
                     if name not in ("output_dir", "logging_dir", "run_name")
                 }
                 | {"pad_token": dpo_args.pad_token},  # `to_dict` masks it like a secret
+                "oracle": _oracle_settings(oracle),
                 "extra_settings": dict(extra_settings or {}),
             }
         )
@@ -268,6 +274,11 @@ class ActiveDPOLoop:
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; return the records of the start and of all rounds."""
         require_one_process("ActiveDPOLoop.run")
+        with locked_folder(self.output_dir):
+            remove_leftovers(self.output_dir)
+            return self._run()
+
+    def _run(self) -> list[RoundRecord]:
         if "strftime_now" in str(self.processing_class.chat_template):
             logger.warning(
                 "the chat template uses the current date: rounds on different days have "
@@ -315,6 +326,7 @@ class ActiveDPOLoop:
                 labels = self.oracle.label(picked, pool)
             picked.to_dataset(labels)  # checks them
             write_labels(path, picked, labels)
+        check(folder, path.name)
         return read_labels(path, strategy=self.strategy, all_answered=True)
 
     def _pool(
@@ -337,7 +349,8 @@ class ActiveDPOLoop:
                     show_progress=self.show_progress,
                     **self.generation,
                 )
-            pool.to_jsonl(path)
+            write_recorded(path, pool.jsonl())
+        check(folder, path.name)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
         return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
 
@@ -387,7 +400,8 @@ class ActiveDPOLoop:
                     "min_score: nothing to label"
                 )
             add_seconds(folder, self.selector.last_timings)
-            picked.to_jsonl(path)
+            write_recorded(path, picked.jsonl())
+        check(folder, path.name)
         return Selection.from_jsonl(path, strategy=self.strategy)
 
     def _train(
@@ -424,6 +438,7 @@ class ActiveDPOLoop:
                     initial_adapter=self._initial,
                     show_progress=self.show_progress,
                 )
+            _check_finite(self.model, folder.name)
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
@@ -437,8 +452,8 @@ class ActiveDPOLoop:
                 if self.evaluate is not None:
                     metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
             record = RoundRecord(t, labels_total, metrics, read_seconds(folder), self.strategy)
-            write_json(path, asdict(record))
-        return RoundRecord(**read_json(path))
+            write_record(path, record)
+        return read_record(path)
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -500,6 +515,16 @@ class ActiveDPOLoop:
         )
 
 
+def _check_finite(model: PeftModel, name: str) -> None:
+    """Refuse an adapter with NaN or infinite weights."""
+    for weight, tensor in adapter_state(model).items():
+        if not tensor.isfinite().all():
+            raise ActiveDPOError(
+                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
+                "use a smaller learning_rate, or a smaller max_grad_norm"
+            )
+
+
 def draw_prompts(
     prompts: Sequence[Prompt], t: int, n: int, asked: set[str], seed: int
 ) -> list[Prompt]:
@@ -530,6 +555,16 @@ def _identity(prompt: Prompt) -> list[Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _oracle_settings(oracle: Oracle) -> dict[str, Any]:
+    """Return the class of an oracle, and its public attributes that are numbers or texts."""
+    own = {
+        name: value
+        for name, value in getattr(oracle, "__dict__", {}).items()
+        if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))
+    }
+    return {"class": type(oracle).__name__, **own}
 
 
 def _plain(value: Any) -> Any:

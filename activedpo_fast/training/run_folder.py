@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,12 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import read_json, sync, temporary_name, write_atomic, write_json
+from activedpo_fast._files import (
+    checksum_of_file,
+    is_temporary,
+    read_checked_json,
+    sync,
+    temporary_name,
+    write_checked_json,
+)
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.selection.picks_jsonl import pick_line
 from activedpo_fast.selection.result import Selection
+from activedpo_fast.training.checksums import check, record, write_recorded
 
+_STEMS = ("adapter", "checksums", "config", "labels", "picked", "pool", "record", "seconds")
 START = -1  # `round` in the record of the start
 
 
@@ -56,20 +65,51 @@ def read_records(output_dir: str | Path) -> list[RoundRecord]:
     """Return the records of the start and of the complete rounds of a run, in order."""
     folder = Path(output_dir)
     paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
-    records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
+    records = [read_record(path) for path in paths if path.exists()]
     if not records:
         raise ActiveDPOError(f"{folder}: no records of a run")
     return records
 
 
+def read_record(path: Path) -> RoundRecord:
+    """Read what `write_record` wrote.
+
+    Raises:
+        ActiveDPOError: the file is damaged, or another version of this library wrote it.
+    """
+    value = read_checked_json(path)
+    names = {entry.name for entry in fields(RoundRecord)}
+    if value.keys() != names or not isinstance(value["seconds"], dict):
+        differing = sorted(value.keys() ^ names) or ["seconds"]
+        raise ActiveDPOError(
+            f"{path}: {differing[0]!r} is missing or unknown: another version of activedpo-fast "
+            "wrote it; use that one, or another output_dir"
+        )
+    return RoundRecord(**value)
+
+
+def write_record(path: Path, record: RoundRecord) -> None:
+    write_checked_json(path, asdict(record))
+
+
 def write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
-    write_atomic(
-        path,
-        "".join(
-            pick_line(pick, label=SKIP if label is None else label)
-            for pick, label in zip(picked, labels, strict=True)
-        ),
+    lines = (
+        pick_line(pick, label=SKIP if label is None else label)
+        for pick, label in zip(picked, labels, strict=True)
     )
+    write_recorded(path, "".join(lines).encode())
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed processes left in a run's folder; only while it is locked."""
+    for folder in (output_dir, output_dir / "start", *output_dir.glob("round-*")):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not is_temporary(path.name, *_STEMS):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -78,8 +118,6 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     Features of this adapter need this tokenizer, which may differ from the base model's.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".adapter-*"):  # left by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
     temporary = folder.parent / temporary_name(folder)
     temporary.mkdir()
     try:
@@ -89,6 +127,14 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         tokenizer.save_pretrained(str(temporary))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
+        record(
+            folder.parent,
+            {
+                f"{folder.name}/{path.name}": checksum_of_file(path)
+                for path in temporary.iterdir()
+                if path.is_file()
+            },
+        )
         temporary.rename(folder)
         sync(folder.parent)
     finally:
@@ -98,10 +144,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
     path = folder / "adapter" / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ActiveDPOError(
-            f"{path} is gone, which the run goes on from: put it back, or use another output_dir"
-        )
+    check(folder, "adapter")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -118,9 +161,9 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
 
 
 def add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    write_json(folder / "seconds.json", {**read_seconds(folder), **seconds})
+    write_checked_json(folder / "seconds.json", {**read_seconds(folder), **seconds})
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
     path = folder / "seconds.json"
-    return read_json(path) if path.exists() else {}
+    return read_checked_json(path) if path.exists() else {}
