@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except ActiveDPOError as error:
         return _fail(str(error))
-    except BrokenPipeError:
-        # Whoever read the output, such as `head`, has seen enough; all files are written.
+    except (BrokenPipeError, SystemExit):  # typer makes the latter of the former
+        # Whoever read the output, such as `head`, has gone; at the end Python would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except KeyboardInterrupt as error:
         return _interrupted(error)
     except OSError as error:

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
@@ -105,12 +108,49 @@ def project(folder: Path, prompts: int = 6) -> None:
         for n in range(prompts)
     ]
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [{"id": row["id"], "prompt": row["prompt"]} for row in rows]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+
+def run_file(files: Path, output: Path) -> list[str]:
+    """The command of a run of two rounds with a tiny reward model."""
+    config = {
+        "model": str(files / "model"),
+        "adapter": str(files / "adapter"),
+        "prompts": str(files / "prompts.jsonl"),
+        "output_dir": str(output / "run"),
+        "device": "cpu",
+        "selection": {"proj_dim": 16, "verify": False},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2},
+        "generation": {"max_new_tokens": 4},
+        "dpo": {"max_steps": 1, "learning_rate": 0.01},
+        "oracle": {"kind": "reward_model", "model": str(files / "reward")},
+    }
+    path = output / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["run", str(path), "--quiet"]
+
+
+def reward_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            num_labels=1,
+            vocab_size=384,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            pad_token_id=tiny_tokenizer().pad_token_id,
+        )
+    ).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files below a folder."""
+    """Return all files below a folder, except for those that tell the time."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name not in ("seconds.json", "record.json", "run.yaml")
     }
