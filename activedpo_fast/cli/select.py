@@ -123,6 +123,13 @@ def select_pairs(
         )
         if processes.rank > 0:
             return None
+        # Random picks have the score 0.
+        at_random = strategy == "random" or (rules is not None and rules.random_fraction > 0)
+        if not at_random and not any(pick.score for pick in picked):
+            raise ActiveDPOError(
+                f"{store_path}: all scores are 0, the gradient rows of each pair are the same or "
+                "zero: was beta or a weight too small when they were computed?"
+            )
         picked.to_jsonl(output)
     gain = ""
     if strategy == "activedpo":

@@ -130,3 +130,23 @@ def test_manifests_that_are_no_manifests(
             assert main(argv) == 2
             said = capsys.readouterr().err
             assert str(tmp_path) in said and len(said.splitlines()) == 1
+
+
+def test_rows_and_numbers_that_say_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"--output={folder / 'none.jsonl'}"
+    assert main(_features(folder, "zeros", "--beta=1e-300")) == 0
+    capsys.readouterr()
+    assert main(["store", "verify", str(folder / "zeros")]) == 0
+    assert "12 rows, 12 of them all zeros" in capsys.readouterr().out
+    select = ["select", "--batch-size=2", output]
+    assert main([*select, str(folder / "zeros")]) == 2
+    assert "all scores are 0" in capsys.readouterr().err
+    for options in (["--lambda=1e300"], ["--lambda=1e-300"], ["--lambda=1e90", "--kappa=1e-90"]):
+        assert main([*select, str(folder / "store"), *options]) == 2
+        assert "lam / kappa is" in capsys.readouterr().err
+    for beta in ("inf", "nan"):
+        assert main(_features(folder, "beta", f"--beta={beta}")) == 2
+        assert "beta must be a positive, finite number" in capsys.readouterr().err
+    assert not (folder / "none.jsonl").exists() and not (folder / "beta").exists()
