@@ -253,6 +253,14 @@ def features(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the self-check against autograd.")
     ] = False,
+    skip_non_finite: Annotated[
+        bool,
+        typer.Option(
+            "--skip-non-finite",
+            help="Go on when the model gives NaN or infinity for a response: it is named, and its "
+            "prompt is never picked.",
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -298,6 +306,7 @@ def features(
                 export=export,
                 max_tokens_per_batch=max_tokens_per_batch,
                 verify=not no_verify,
+                skip_non_finite=skip_non_finite,
                 show_progress=_progress(quiet),
             ),
         )

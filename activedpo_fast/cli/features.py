@@ -96,6 +96,7 @@ def take_features(
     export: FilePath | None = None,
     max_tokens_per_batch: int | None = None,
     verify: bool = True,
+    skip_non_finite: bool = False,
     show_progress: bool | None = None,
 ) -> str:
     """Create the feature store at `output`, or finish an existing one; return a one-line summary.
@@ -135,6 +136,7 @@ def take_features(
             settings,
             max_tokens_per_batch=max_tokens_per_batch,
             verify=verify,
+            skip_non_finite=skip_non_finite,
             show_progress=show_progress,
         )
     seconds = f" ({time.perf_counter() - started:.1f} s)" if done.computed else ""
@@ -156,6 +158,7 @@ def _fill(
     *,
     max_tokens_per_batch: int | None,
     verify: bool,
+    skip_non_finite: bool,
     show_progress: bool | None,
 ) -> _Done:
     columns = ""
@@ -200,6 +203,7 @@ def _fill(
         max_tokens_per_batch=max_tokens_per_batch,
         precision=options.precision,
         verify=verify,
+        skip_non_finite=skip_non_finite,
     )
     extractor.check(tokenized)  # before anything is written
     if store is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
 from activedpo_fast.pool.files import jsonl_rows
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.candidates import Candidates, pool_text
 from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
@@ -27,6 +29,8 @@ from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.store.rows import StoredRows
 from activedpo_fast.store.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 _IN_MEMORY_BYTES = 2**30  # up to this size gradient rows are loaded; beyond it, read as needed
 
@@ -62,20 +66,21 @@ def select_pairs(
 
         def prepare() -> tuple[FeatureStore, Candidates, torch.Tensor]:
             if processes.rank == 0:
-                inputs = {"STORE": store_path, "--labeled": labeled, "--exclude": exclude}
-                check_output("--output", output, inputs)
+                check_output("--output", output, {"--labeled": labeled, "--exclude": exclude})
                 _check_keeps_labels(output)
             store = FeatureStore.open(store_path)
             pool = store.pool()
             known = asked = torch.empty(0, 2, dtype=torch.int64)
+            non_finite = store.non_finite()
             if labeled is not None:
                 known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
+                known, asked = _without(known, asked, pool, non_finite)
             candidates = Candidates.find(
                 pool,
                 processes,
                 labeled=known,
                 asked=asked,
-                skipped=store.manifest["skipped"],
+                skipped=[*store.manifest["skipped"], *non_finite],
                 rules=rules,
             )
             return store, candidates, asked
@@ -160,6 +165,19 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _without(
+    known: torch.Tensor, asked: torch.Tensor, pool: PreferencePool, non_finite: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move labeled pairs of items without finite rows to those that were only asked."""
+    item = torch.searchsorted(pool.response_offsets, known[:, 0].contiguous(), right=True) - 1
+    out = torch.isin(item, torch.tensor(non_finite, dtype=torch.int64))
+    if out.any():
+        logger.warning(
+            "%d labeled pairs have rows that are not finite, and do not enter V", int(out.sum())
+        )
+    return known[~out], torch.cat([asked, known[out]])
 
 
 def _read_rows(

@@ -60,7 +60,7 @@ def export(
     from activedpo_fast.store.store import FeatureStore
 
     with _session(quiet):
-        check_output("FILE", output, {"STORE": store})
+        check_output("FILE", output, {})
         FeatureStore.open(store).export(output, show_progress=False if quiet else None)
         if not quiet:
             typer.echo(f"the rows of {store} exported to {output}")

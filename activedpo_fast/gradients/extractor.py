@@ -83,6 +83,9 @@ class FeatureExtractor:
             with autograd's, refuse a model for which they differ, and determine how responses can
             be batched (see `Layout`). Without it prompts are never shared, which is slower.
 
+        skip_non_finite: give a response for which the model's numbers are not finite a row of zeros
+            and the log-prob NaN, and log a warning that names it, instead of raising.
+
     Raises:
         UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
             of model even without `verify`, `trainable_linears` and `gradient_layout`; an option out
@@ -115,6 +118,7 @@ class FeatureExtractor:
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
         verify: bool = True,
+        skip_non_finite: bool = False,
     ) -> None:
         if not (_is_number(beta) and 0 < beta < math.inf):
             raise ActiveDPOError(f"beta must be a positive, finite number, not {beta!r}")
@@ -136,6 +140,7 @@ class FeatureExtractor:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
         self._verify = verify
+        self.skip_non_finite = skip_non_finite
         # How responses are batched, once known, and the longest response it was determined with:
         # for gradients by whether the pool had prompts to share, otherwise by model.
         self._gradient_layout: dict[bool, tuple[Layout, int]] = {}
@@ -296,7 +301,9 @@ class FeatureExtractor:
                 }
                 finite = torch.tensor([item not in spoiled for item in items])
             yield tuple(part[finite] for part in taken), relative
-            for alone in self._alone(tokenized, taken[0][~finite], taking(False), self.model):
+            for alone in self._alone(
+                tokenized, taken[0][~finite], taking(False), self.model, skip=self.skip_non_finite
+            ):
                 yield alone, False
 
     @in_own_modes
@@ -456,9 +463,17 @@ class FeatureExtractor:
         return TokenBudget(tokens or self.max_tokens_per_batch, next(model.parameters()).device)
 
     def _alone(
-        self, tokenized: TokenizedPool, rows: torch.Tensor, take: Take, model: nn.Module
+        self,
+        tokenized: TokenizedPool,
+        rows: torch.Tensor,
+        take: Take,
+        model: nn.Module,
+        *,
+        skip: bool = False,
     ) -> Iterator[Taken]:
         """Run `take` alone on each response that was not finite in a batch.
+
+        With `skip`, what is still not finite is given zeros, and NaN as the log-prob.
 
         A model with a nearly infinite mask gives NaN at padding that can attend to nothing else.
         """
@@ -470,11 +485,20 @@ class FeatureExtractor:
             tokenized.place(int(rows[0])),
         )
         for taken in self._run(tokenized, rows.tolist(), take, model, Layout.ALONE, "", False):
+            if skip and not _finite(taken).all():
+                logger.warning(
+                    "%s: what the model gives for it is not finite (NaN or infinite): it is kept "
+                    "out of V and of the picks",
+                    tokenized.place(int(taken[0][0])),
+                )
+                numbers, gradients, logps = taken
+                yield numbers, torch.zeros_like(gradients), torch.full_like(logps, torch.nan)
+                continue
             if not _finite(taken).all():
                 raise ActiveDPOError(
                     f"{tokenized.place(int(taken[0][0]))}: what the model gives for it is not "
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
-                    "range, or leave the item out"
+                    "range, skip it (--skip-non-finite), or leave the item out"
                 )
             yield taken
 

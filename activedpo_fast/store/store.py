@@ -336,6 +336,14 @@ class FeatureStore:
             logps = np.concatenate([shard.logps for shard in shards])[self._order(shards)]
             return GradientRows(everything, rows.take(everything), torch.from_numpy(logps))
 
+    def non_finite(self) -> list[int]:
+        """Return the positions of items with a response that `skip_non_finite` has skipped."""
+        offsets, found = self.pool().response_offsets, set[int]()
+        for shard in self._shards():
+            bad = torch.from_numpy(shard.rows[np.isnan(shard.logps)])
+            found.update((torch.searchsorted(offsets, bad, right=True) - 1).tolist())
+        return sorted(found)
+
     def rows_on_disk(self) -> StoredRows:
         """Return the gradient rows in pool order, [R, k], read on demand.
 

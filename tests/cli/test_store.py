@@ -56,7 +56,7 @@ def test_info_verify_and_export(folder: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     shard = f"{store}/rows-00000.safetensors"
     assert main(["store", "export", store, shard]) == 2
-    assert f"{shard} is inside what STORE names" in capsys.readouterr().err
+    assert f"{shard} is inside a feature store" in capsys.readouterr().err
     assert main(_features(folder, "store", f"--export={shard}")) == 2
     assert f"{shard} is inside what --output names" in capsys.readouterr().err
     assert main(["store", "verify", store]) == 0

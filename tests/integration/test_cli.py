@@ -1134,7 +1134,7 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     for more, said in (
         ([str(picked)], "has 2 labels"),
         ([str(picked), "--labeled", str(picked)], "is what --labeled names"),
-        ([str(store / "pool.jsonl")], "is inside what STORE names"),
+        ([str(store / "pool.jsonl")], "is inside a feature store"),
     ):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err
