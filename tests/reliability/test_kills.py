@@ -114,16 +114,25 @@ def test_a_run_killed_once(tmp_path: Path, unbroken_run: Unbroken) -> None:
     _break_off(tmp_path, unbroken_run, kill, signal.SIGKILL, unbroken_run.passes)
 
 
+# 50 kills in all: of stores once, or five times over, and of runs once.
+
+
 @pytest.mark.slow
-def test_killed_at_any_step(tmp_path: Path, unbroken: Unbroken, unbroken_run: Unbroken) -> None:
-    """50 kills: of stores once or five times over, and of runs once."""
-    for seed in range(20):
-        kills = _steps(seed, 1, unbroken.steps)
-        _break_off(tmp_path / f"one-{seed}", unbroken, kills, signal.SIGKILL)
-    for seed in range(3):
-        kills = _steps(100 + seed, 5, unbroken.steps // 2)
-        _break_off(tmp_path / f"five-{seed}", unbroken, kills, signal.SIGKILL)
-    for seed in range(15):
-        kills = _steps(200 + seed, 1, unbroken_run.steps)
-        passes = unbroken_run.passes
-        _break_off(tmp_path / f"run-{seed}", unbroken_run, kills, signal.SIGKILL, passes)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_store_killed_anywhere(tmp_path: Path, unbroken: Unbroken, seed: int) -> None:
+    kills = _steps(seed, 1, unbroken.steps)
+    _break_off(tmp_path, unbroken, kills, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_store_killed_five_times(tmp_path: Path, unbroken: Unbroken, seed: int) -> None:
+    kills = _steps(100 + seed, 5, unbroken.steps // 2)
+    _break_off(tmp_path, unbroken, kills, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(15))
+def test_a_run_killed_anywhere(tmp_path: Path, unbroken_run: Unbroken, seed: int) -> None:
+    kills = _steps(200 + seed, 1, unbroken_run.steps)
+    _break_off(tmp_path, unbroken_run, kills, signal.SIGKILL, unbroken_run.passes)
