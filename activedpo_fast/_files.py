@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
+
+_NEW_SECONDS = 60  # an empty file as young as that may not be locked yet
 
 FilePath = str | os.PathLike[str]
 
@@ -20,24 +28,99 @@ def atomic_path(path: FilePath) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success, fsync it and rename it to `path`.
 
     A reader sees the old file or the new one, never a partial one. On an exception the temporary
-    file is removed and `path` is left as it was.
+    file is removed and `path` is left as it was. Where `path` is a link, the file that it names is
+    replaced.
+
+    Raises:
+        ActiveDPOError: `path` is there and is not a regular file (a device, a pipe, a folder), or
+            it is a link to nothing.
     """
-    target = Path(path)
+    target = regular_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Keep the suffix: some writers choose the format by it.
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+    _remove_abandoned(target)
+    temporary = target.parent / temporary_name(target)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    descriptor = os.open(temporary, flags, 0o666)  # the system takes off the umask
     try:
+        _try_lock(descriptor)  # not abandoned
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        sync(temporary)
         temporary.replace(target)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove temporary files for `target` whose process has been killed: nobody locks them."""
+    with os.scandir(target.parent) as entries:
+        found = [entry.path for entry in entries if is_temporary(entry.name, target.stem)]
+    for path in found:
+        with suppress(OSError):  # its process has just removed it
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                status = os.fstat(descriptor)
+                new = status.st_size == 0 and time.time() - status.st_mtime < _NEW_SECONDS
+                if not new and stat.S_ISREG(status.st_mode) and _try_lock(descriptor):
+                    os.unlink(path)
+            finally:
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or the file system has no locks
+        return False
+    return True
+
+
+def temporary_name(target: Path) -> str:
+    """Return an unpredictable name for a file that is renamed to `target` when it is whole."""
+    # Keep the suffix: some writers choose the format by it. Names have at most 255 bytes.
+    return f".{target.stem[:40]}-{secrets.token_hex(8)}{target.suffix[:40]}"
+
+
+def is_temporary(name: str, *stems: str) -> bool:
+    """Return whether `temporary_name` makes such names, for targets with one of these stems."""
+    return any(
+        re.fullmatch(rf"\.{re.escape(stem[:40])}-[0-9a-f]{{16}}(\..*)?", name) for stem in stems
+    )
+
+
+def sync(path: Path) -> None:
+    """Have the disk store a file, or a folder's entries, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def regular_target(path: FilePath) -> Path:
+    """Return the file that writing to `path` replaces: `path`, or the file that it links to.
+
+    Raises:
+        ActiveDPOError: it is there and is not a regular file, or a link to nothing.
+    """
+    target = Path(path)
+    # os.path: no error for a folder without search permission.
+    if os.path.islink(target):
+        target = Path(os.path.realpath(target))
+        if not os.path.lexists(target):
+            raise ActiveDPOError(f"{path} is a link to {target}, which does not exist: remove it")
+    if os.path.isdir(target):
+        raise ActiveDPOError(f"{path} is a folder, not a file to write to")
+    if os.path.lexists(target) and not os.path.isfile(target):
+        raise ActiveDPOError(
+            f"{path} is a device, a pipe or the like, not a regular file: choose another path"
+        )
+    return target
 
 
 def write_atomic(path: FilePath, data: bytes | str) -> None:
@@ -62,6 +145,47 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON with a checksum of itself, `"checksum"`, atomically."""
+    write_json(path, {**value, "checksum": checksum_of_json(value)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Return the object that `write_checked_json` wrote, without the checksum.
+
+    Raises:
+        ActiveDPOError: it is unreadable, not JSON, or differs from what was written.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("checksum", None) != checksum_of_json(value):
+        raise ActiveDPOError(
+            f"{path} is damaged or was changed by hand, its checksum does not match: put the file "
+            "back as it was"
+        )
+    return value
+
+
+def checksum_of_json(value: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(value, sort_keys=True).encode())
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """Return the blake2b hash that files are checked with, 128 bits in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def checksum_of_file(path: Path) -> str:
+    """Return `checksum` of a file's content."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    return digest.hexdigest()
+
+
 def check_file_target(path: FilePath | None) -> None:
     """Raise `ActiveDPOError` if `path` cannot be written, before hours of work on its content.
 
@@ -69,9 +193,7 @@ def check_file_target(path: FilePath | None) -> None:
     """
     if path is None:
         return
-    target = Path(path)
-    if target.is_dir():
-        raise ActiveDPOError(f"{target} is a folder, not a file to write to")
+    target = regular_target(path)
     _check_writable(target, _nearest(target.absolute().parent))
 
 
@@ -109,12 +231,6 @@ def _may(path: Path, mode: int) -> bool:
 def reason_of(error: OSError) -> str:
     """Return the system's reason why a file cannot be read or written, to follow its name."""
     return (error.strerror or (str(error).splitlines() or [type(error).__name__])[0]).lower()
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def first_line(error: BaseException) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from activedpo_fast._files import reason_of
+from activedpo_fast._files import first_line, reason_of
 from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.cli.options import flag, keys_help, option, selector_config
+from activedpo_fast.cli.store import store_app
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import (
     LoopConfig,
@@ -27,6 +29,7 @@ from activedpo_fast.settings import (
     Truncation,
 )
 
+INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
 PENDING = 3  # exit code while labels from people are missing
 
 # Warnings that libraries print at every start and that users can do nothing about.
@@ -43,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_app, name="store")
 
 app.add_typer(exchange)
 
@@ -53,22 +57,32 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done; 2: bad input, one line on stderr; 3: labels are missing; 130: interrupted.
+    0: done; 2: bad input, one line on stderr; 3: labels are missing; 130: interrupted; 143:
+    terminated (SIGTERM).
     Unexpected exceptions keep their traceback.
     """
     _wait_politely()
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = typer.main.get_command(app)
     try:
-        code = command.main(args, prog_name="activedpo", standalone_mode=False)
+        with _terminated_as_interrupted():
+            code = command.main(args, prog_name="activedpo", standalone_mode=False)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except ActiveDPOError as error:
         return _fail(str(error))
+    except (BrokenPipeError, SystemExit):  # typer makes the latter of the former
+        # Whoever read the output, such as `head`, has gone; at the end Python would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
     except OSError as error:
-        # No permission to read or write a file, or a full disk.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(f"{error.filename or 'writing a file'}: {reason_of(error)}")
+        # No permission to read or write a file, a full disk, a name that is too long.
+        return _fail(f"{error.filename or 'reading or writing a file'}: {reason_of(error)}")
     except Exception as error:
+        if type(error).__name__ == "SafetensorError":  # its module is slow to import
+            return _fail(f"a safetensors file cannot be read or written: {first_line(error)}")
         # The base class of usage errors differs between versions of typer; this method does not.
         if not hasattr(error, "format_message"):
             raise
@@ -76,6 +90,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(error.format_message().strip().rstrip(".") + hint)
     return code if isinstance(code, int) else 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with the exit code of its own signal."""
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Unwind on SIGTERM as on Ctrl-C, so that locks and temporary files are removed."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    terminated = isinstance(error, _Terminated)
+    print(f"activedpo: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+    return TERMINATED if terminated else INTERRUPTED
 
 
 def _wait_politely() -> None:
@@ -199,6 +240,14 @@ def features(
         Literal["float32", "bfloat16", "float64"],
         typer.Option(help="Dtype of the stored rows; bfloat16 takes half the space."),
     ] = "float32",
+    skip_non_finite: Annotated[
+        bool,
+        typer.Option(
+            "--skip-non-finite",
+            help="Go on when the model gives NaN or infinity for a response: it is named, and its "
+            "prompt is never picked.",
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -241,7 +290,14 @@ def features(
         )
         _say(
             quiet,
-            take_features(pool, output, options, export=export, show_progress=_progress(quiet)),
+            take_features(
+                pool,
+                output,
+                options,
+                export=export,
+                skip_non_finite=skip_non_finite,
+                show_progress=_progress(quiet),
+            ),
         )
 
 
@@ -358,6 +414,7 @@ def select(
                 args=args,
                 labeled=labeled,
                 rules=rules,
+                exclude=exclude,
                 show_progress=_progress(quiet),
             ),
         )
@@ -618,9 +675,8 @@ def _session(quiet: bool) -> Iterator[None]:
             for message in _HARMLESS:
                 warnings.filterwarnings("ignore", message=message)
             yield
-    except KeyboardInterrupt:
-        print("activedpo: interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        raise typer.Exit(_interrupted(error)) from None
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from activedpo_fast import __version__
-from activedpo_fast._files import FilePath, check_file_target, check_folder_target
+from activedpo_fast._files import FilePath, check_folder_target
+from activedpo_fast._locks import locked_folder
+from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
@@ -24,7 +26,7 @@ from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.settings import SelectorConfig
-from activedpo_fast.store.store import FeatureStore
+from activedpo_fast.store.store import FeatureStore, check_store_folder
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def take_features(
     options: FeatureOptions,
     *,
     export: FilePath | None = None,
+    skip_non_finite: bool = False,
     show_progress: bool | None = None,
 ) -> str:
     """Create the feature store at `output`, or finish an existing one; return a one-line summary.
@@ -106,26 +109,64 @@ def take_features(
     """
     started = time.perf_counter()
     require_one_process("activedpo features")
-    check_file_target(export)
+    check_output(
+        "--export",
+        export,
+        {
+            "--output": output,
+            "POOL": pool_path,
+            "--model": options.model,
+            "--adapter": options.adapter,
+            "--tokenizer": options.tokenizer,
+        },
+    )
     check_folder_target(output)
-    rows = options.rows
     pool = PreferencePool.load(pool_path)
     for item in pool:
         check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
     settings = options.settings()
     folder = Path(output)
+    check_store_folder(folder, pool)
+    with locked_folder(folder):
+        done = _fill(
+            folder,
+            pool,
+            options,
+            settings,
+            skip_non_finite=skip_non_finite,
+            show_progress=show_progress,
+        )
+    seconds = f" ({time.perf_counter() - started:.1f} s)" if done.computed else ""
+    return f"{done.said}{seconds}{done.columns}{_export(done.store, export, show_progress)}"
+
+
+class _Done(NamedTuple):
+    store: FeatureStore
+    computed: bool
+    said: str
+    columns: str
+
+
+def _fill(
+    folder: Path,
+    pool: PreferencePool,
+    options: FeatureOptions,
+    settings: dict[str, Any],
+    *,
+    skip_non_finite: bool,
+    show_progress: bool | None,
+) -> _Done:
     columns = ""
+    rows = options.rows
     store = None
     if (folder / "manifest.json").exists():
         # Opening it compares the settings before a model is loaded.
         store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
         if store.columns_taken:
             columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
-        if not store.missing_rows():
-            return (
-                f"{folder} is complete already{columns or ': nothing to do'}"
-                f"{_export(store, export)}"
-            )
+        if not store.missing_rows() and not store.partial():
+            nothing = "" if columns else ": nothing to do"
+            return _Done(store, False, f"{folder} is complete already{nothing}", columns)
 
     model, tokenizer = load_policy(
         options.model,
@@ -151,6 +192,7 @@ def take_features(
         max_tokens_per_batch=rows.max_tokens_per_batch,
         precision=settings["precision"],
         verify=rows.verify,
+        skip_non_finite=skip_non_finite,
     )
     extractor.check(tokenized)  # before anything is written
     if store is None:
@@ -158,16 +200,13 @@ def take_features(
             folder, pool, settings, skipped=tokenized.skipped, dtype=options.store_dtype
         )
     store.fill(extractor, tokenized, show_progress=show_progress)
-    exported = _export(store, export)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
-    return (
-        f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder} "
-        f"({time.perf_counter() - started:.1f} s){columns}{exported}"
-    )
+    said = f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder}"
+    return _Done(store, True, said, columns)
 
 
-def _export(store: FeatureStore, path: FilePath | None) -> str:
+def _export(store: FeatureStore, path: FilePath | None, show_progress: bool | None) -> str:
     if path is None:
         return ""
-    store.export(path)
+    store.export(path, show_progress=show_progress)
     return f", exported to {path}"

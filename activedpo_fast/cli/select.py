@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from activedpo_fast._files import FilePath, check_file_target, first_line, reason_of
+from activedpo_fast._files import FilePath, first_line, reason_of
+from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import ONE_PROCESS
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
 from activedpo_fast.pool.files import jsonl_rows
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.candidates import Candidates, pool_text
 from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
@@ -27,6 +30,8 @@ from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.rows import StoredRows
 from activedpo_fast.store.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 _IN_MEMORY_BYTES = 2**30  # up to this size gradient rows are loaded; beyond it, read as needed
 
@@ -39,14 +44,16 @@ def select_pairs(
     args: SelectorConfig | None = None,
     labeled: FilePath | None = None,
     rules: PickRules | None = None,
+    exclude: FilePath | None = None,
     show_progress: bool | None = None,
 ) -> str | None:
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
     `args` has the strategy and its settings; those of the rows, which are in the store, have no
-    effect. `rules` may leave fewer than `batch_size` pairs. Processes started by a launcher such as
-    torchrun (WORLD_SIZE in the environment) make one selection together, each with its part of the
-    rows. The first process writes it, and the others return None.
+    effect. `rules` may leave fewer than `batch_size` pairs; `exclude` is the file that some came
+    from, which is not overwritten. Processes started by a launcher such as torchrun (WORLD_SIZE in
+    the environment) make one selection together, each with its part of the rows. The first process
+    writes it, and the others return None.
 
     Raises:
         ActiveDPOError: bad input, or another process failed; nothing is written then.
@@ -58,19 +65,21 @@ def select_pairs(
 
         def prepare() -> tuple[FeatureStore, Candidates, torch.Tensor]:
             if processes.rank == 0:
-                check_file_target(output)
-                _check_overwrites_nothing(output, store_path, labeled)
+                check_output("--output", output, {"--labeled": labeled, "--exclude": exclude})
+                _check_keeps_labels(output)
             store = FeatureStore.open(store_path)
             pool = store.pool()
             known = asked = torch.empty(0, 2, dtype=torch.int64)
+            non_finite = store.non_finite()
             if labeled is not None:
                 known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
+                known, asked = _without(known, asked, pool, non_finite)
             candidates = Candidates.find(
                 pool,
                 processes,
                 labeled=known,
                 asked=asked,
-                skipped=store.manifest["skipped"],
+                skipped=[*store.manifest["skipped"], *non_finite],
                 rules=rules,
             )
             return store, candidates, asked
@@ -112,6 +121,13 @@ def select_pairs(
         )
         if processes.rank > 0:
             return None
+        # Random picks have the score 0.
+        at_random = args.strategy == "random" or (rules is not None and rules.random_fraction > 0)
+        if not at_random and not any(pick.score for pick in picked):
+            raise ActiveDPOError(
+                f"{store_path}: all scores are 0, the gradient rows of each pair are the same or "
+                "zero: was beta or a weight too small when they were computed?"
+            )
         picked.to_jsonl(output)
     gain = ""
     if args.strategy == "activedpo":
@@ -142,6 +158,19 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _without(
+    known: torch.Tensor, asked: torch.Tensor, pool: PreferencePool, non_finite: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move labeled pairs of items without finite rows to those that were only asked."""
+    item = torch.searchsorted(pool.response_offsets, known[:, 0].contiguous(), right=True) - 1
+    out = torch.isin(item, torch.tensor(non_finite, dtype=torch.int64))
+    if out.any():
+        logger.warning(
+            "%d labeled pairs have rows that are not finite, and do not enter V", int(out.sum())
+        )
+    return known[~out], torch.cat([asked, known[out]])
 
 
 def _read_rows(
@@ -195,16 +224,9 @@ def _read_ids(path: FilePath) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _check_overwrites_nothing(
-    output: FilePath, store_path: FilePath, labeled: FilePath | None
-) -> None:
-    """Refuse to overwrite people's labels or files of the store."""
-    target = Path(output).resolve()
-    if labeled is not None and target == Path(labeled).resolve():
-        raise ActiveDPOError(f"{output} is the --labeled file too: choose another --output")
-    store = Path(store_path).resolve()
-    if (store / "manifest.json").exists() and target.is_relative_to(store):
-        raise ActiveDPOError(f"{output} is inside the store: choose another --output")
+def _check_keeps_labels(output: FilePath) -> None:
+    """Refuse to overwrite people's labels."""
+    target = Path(output)
     if not target.exists():
         return
     try:

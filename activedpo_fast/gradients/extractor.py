@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,7 +24,9 @@ from activedpo_fast.gradients.running import BatchResult, RunBatch
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
+from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.gradients.trainable import TrainableLinear, trainable_linears
+from activedpo_fast.models.fingerprints import fingerprint_weights
 from activedpo_fast.models.named import GivenModel, as_model_alone
 from activedpo_fast.models.positions import length_class
 from activedpo_fast.models.undisturbed import undisturbed
@@ -76,6 +79,8 @@ class FeatureExtractor:
         verify: before the first batch, compare the captured per-sample gradients of a few responses
             with autograd's, refuse a model for which they differ, and determine how responses can
             be batched (see `Layout`). Without it prompts are never shared, which is slower.
+        skip_non_finite: give a response for which the model's numbers are not finite a row of zeros
+            and the log-prob NaN, and log a warning that names it, instead of raising.
 
     Raises:
         UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
@@ -109,6 +114,7 @@ class FeatureExtractor:
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
         verify: bool = True,
+        skip_non_finite: bool = False,
     ) -> None:
         if not (_is_number(beta) and 0 < beta < math.inf):
             raise ActiveDPOError(f"beta must be a positive, finite number, not {beta!r}")
@@ -127,7 +133,9 @@ class FeatureExtractor:
         self.beta = beta
         self.length_normalized = length_normalized
         self.pad_token_id = pad_token_id
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
+        self.skip_non_finite = skip_non_finite
         self._layouts = KnownLayouts(
             self.model, pad_token_id=pad_token_id, precision=precision, verify=verify
         )
@@ -174,11 +182,49 @@ class FeatureExtractor:
 
     @in_own_modes
     def iter_gradients(
-        self, tokenized: TokenizedPool, rows: Sequence[int], *, show_progress: bool | None = None
+        self,
+        tokenized: TokenizedPool,
+        rows: Sequence[int],
+        *,
+        max_tokens_per_batch: int | None = None,
+        show_progress: bool | None = None,
     ) -> Iterator[GradientRows]:
-        """Yield gradient rows batch by batch, longest sequences first, for the given `rows`."""
-        for result, _ in self._gradient_parts(tokenized, rows, False, show_progress):
-            yield GradientRows(*result)
+        """Yield the given gradient `rows` batch by batch, longest sequences first.
+
+        Batches are planned of the whole pool, so that a row has the same bits whichever others are
+        asked for, as long as memory suffices for `max_tokens_per_batch` (see `tokens_per_batch`;
+        default: the extractor's).
+        """
+        wanted = torch.zeros(len(tokenized.sequences), dtype=torch.bool)
+        wanted[list(rows)] = True
+        budget = self._runner.budget(self.model, max_tokens_per_batch)
+        for result, _ in self._gradient_parts(
+            tokenized, rows, False, show_progress, budget=budget, whole_pool=True
+        ):
+            asked = wanted[result[0]]
+            yield GradientRows(*(part[asked] for part in result))
+
+    @in_own_modes
+    def tokens_per_batch(self, tokenized: TokenizedPool) -> int:
+        """Return `max_tokens_per_batch`, or what a first batch shows to be suitable for it."""
+        if self.max_tokens_per_batch is not None:
+            return self.max_tokens_per_batch
+        budget = self._runner.budget(self.model)
+        everything = range(len(tokenized.sequences))
+        next(self._gradient_parts(tokenized, everything, False, False, budget=budget))
+        return budget.tokens
+
+    def identity(self) -> dict[str, Any]:
+        """Return JSON values that gradient rows depend on, except for the responses."""
+        return {
+            "sketch": self.sketch.method,
+            "proj_dim": self.sketch.dim,
+            "sketch_seed": self.sketch.seed,
+            "beta": self.beta,
+            "length_normalized": self.length_normalized,
+            "precision": self.precision,
+            "weights": fingerprint_weights(self.model.named_parameters()),
+        }
 
     def _gradient_parts(
         self,
@@ -186,6 +232,9 @@ class FeatureExtractor:
         rows: Sequence[int],
         relative: bool,
         show_progress: bool | None,
+        *,
+        budget: TokenBudget | None = None,
+        whole_pool: bool = False,
     ) -> Iterator[tuple[BatchResult, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
@@ -208,13 +257,15 @@ class FeatureExtractor:
             "gradient features",
             show_progress,
             whole_items=relative,
+            budget=budget,
+            planned=range(len(tokenized.sequences)) if whole_pool else None,
         ):
             finite = finite_rows(result)
             if relative:
                 finite = whole_items(finite, result[0], tokenized)
             yield tuple(part[finite] for part in result), relative
             for alone in self._runner.run_alone(
-                tokenized, result[0][~finite], run_alone, self.model
+                tokenized, result[0][~finite], run_alone, self.model, skip=self.skip_non_finite
             ):
                 yield alone, False
 

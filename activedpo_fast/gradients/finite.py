@@ -39,6 +39,10 @@ class ModelRunner:
         twin._said_lengths = self._said_lengths.copy()
         return twin
 
+    def budget(self, model: nn.Module, tokens: int | None = None) -> TokenBudget:
+        """Return the limit of a batch: `tokens`, or the runner's."""
+        return TokenBudget(tokens or self._max_tokens_per_batch, next(model.parameters()).device)
+
     def run(
         self,
         tokenized: TokenizedPool,
@@ -49,9 +53,10 @@ class ModelRunner:
         title: str,
         show_progress: bool | None,
         whole_items: bool = False,
+        budget: TokenBudget | None = None,
+        planned: Sequence[int] | None = None,
     ) -> Iterator[BatchResult]:
         """Yield the results of `run_batch`, finite or not; see `run_batches`."""
-        budget = TokenBudget(self._max_tokens_per_batch, next(model.parameters()).device)
         classify = length_class(model)
         if (
             classify is not None
@@ -64,18 +69,27 @@ class ModelRunner:
             rows,
             run_batch,
             layout,
-            budget,
+            budget or self.budget(model),
             length_class=classify,
             pad_token_id=self._pad_token_id,
             title=title,
             show_progress=show_progress,
             whole_items=whole_items,
+            planned=planned,
         )
 
     def run_alone(
-        self, tokenized: TokenizedPool, rows: torch.Tensor, run_batch: RunBatch, model: nn.Module
+        self,
+        tokenized: TokenizedPool,
+        rows: torch.Tensor,
+        run_batch: RunBatch,
+        model: nn.Module,
+        *,
+        skip: bool = False,
     ) -> Iterator[BatchResult]:
         """Run `run_batch` alone on each response that was not finite in a batch.
+
+        With `skip`, gradient rows that are still not finite become zeros, their log-probs NaN.
 
         A model with a nearly infinite mask gives NaN at padding that can attend to nothing else.
         """
@@ -87,11 +101,21 @@ class ModelRunner:
             tokenized.place(int(rows[0])),
         )
         for result in self.run(tokenized, rows.tolist(), run_batch, model, Layout.ALONE, "", False):
-            if not finite_rows(result).all():
+            finite = bool(finite_rows(result).all())
+            if skip and not finite:
+                logger.warning(
+                    "%s: what the model gives for it is not finite (NaN or infinite): it is kept "
+                    "out of V and of the picks",
+                    tokenized.place(int(result[0][0])),
+                )
+                numbers, gradients, logps = result
+                yield numbers, torch.zeros_like(gradients), torch.full_like(logps, torch.nan)
+                continue
+            if not finite:
                 raise ActiveDPOError(
                     f"{tokenized.place(int(result[0][0]))}: what the model gives for it is not "
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
-                    "range, or leave the item out"
+                    "range, skip it (--skip-non-finite), or leave the item out"
                 )
             yield result
 

@@ -38,17 +38,21 @@ def run_batches(
     title: str = "",
     show_progress: bool | None = False,
     whole_items: bool = False,
+    planned: Sequence[int] | None = None,
 ) -> Iterator[BatchResult]:
     """Run `run_batch` on every batch of `rows`; when memory runs out, replan with half the tokens.
 
     Args:
+        planned: the responses that batches are planned of, `rows` among them; default: `rows`.
+            Batches without any of `rows` are left out, the others run whole.
         length_class: which lengths may share a batch, see `models.positions`.
         whole_items: all responses of an item that are of one length class are in one batch.
 
     Raises:
         ActiveDPOError: not enough memory for the smallest batch.
     """
-    pending = list(rows)
+    wanted = set(rows)
+    pending = list(rows if planned is None else planned)
     shared = layout is Layout.SHARED
     with progress_bar(show_progress, total=len(rows), desc=title, unit="response") as progress:
         while pending:
@@ -56,8 +60,12 @@ def run_batches(
             done: set[int] = set()
             # With this budget, responses that run alone never share a batch.
             tokens = 1 if layout is Layout.ALONE else budget.tokens
-            planned = budget.tokens
+            at_first = budget.tokens
             for members in plan_batches(groups, tokens, split=not whole_items):
+                found = wanted.intersection(row for group in members for row in group.rows)
+                if not found:
+                    done.update(row for group in members for row in group.rows)
+                    continue
                 try:
                     with budget.batch(padded_tokens(members)):
                         batch = collate(tokenized.sequences, members, pad_token_id=pad_token_id)
@@ -73,9 +81,9 @@ def run_batches(
                         ) from error
                 else:
                     done.update(batch.rows.tolist())
-                    progress.update(len(batch.rows))
+                    progress.update(len(found))
                     yield result
-                    if budget.tokens != planned:
+                    if budget.tokens != at_first:
                         break
                     continue
                 # Outside the handler, whose traceback holds the batch's tensors.

@@ -183,7 +183,9 @@ def pair_lengths(
     show = False if isinstance(rows, Tensor) else show_progress
     with progress_bar(show, total=len(pairs), desc="reading rows", unit="pair") as bar:
         done = 0
-        for part in pairs.contiguous().split(_PAIRS_AT_A_TIME):
+        for part in pairs.contiguous().split(_pairs_at_a_time(rows)):
+            if not isinstance(rows, Tensor):
+                rows.verify(part.flatten())
             unread = function(
                 row_norm=norms.data_ptr(),
                 pair_norm=lengths[done:].data_ptr(),
@@ -288,6 +290,13 @@ class _CppAdvance:
             raise _unreadable(-1 - found)
         state.touched = int(self._touched)
         return self._contenders[:found].clone()
+
+
+def _pairs_at_a_time(rows: Tensor | StoredRows) -> int:
+    if isinstance(rows, Tensor):
+        return _PAIRS_AT_A_TIME
+    # Rows are verified, then read again: by then the system must not have dropped them.
+    return min(_PAIRS_AT_A_TIME, max(1024, 2**26 // rows.row_bytes))
 
 
 def _readable(rows: Tensor | StoredRows) -> Tensor | StoredRows:

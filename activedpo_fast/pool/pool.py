@@ -155,6 +155,10 @@ class PreferencePool(Sequence[PoolItem]):
 
         `from_jsonl` reads back an equal pool. The file is written atomically.
         """
+        write_atomic(path, self.jsonl())
+
+    def jsonl(self) -> bytes:
+        """Return what `to_jsonl` writes."""
         lines = []
         for item in self._items:
             row = {"id": item.id, "prompt": item.prompt, "responses": item.responses, **item.extra}
@@ -165,7 +169,7 @@ class PreferencePool(Sequence[PoolItem]):
                 raise ActiveDPOError(
                     f"item {item.id!r}: no JSON value: {first_line(error)}"
                 ) from error
-        write_atomic(path, b"\n".join(lines) + b"\n")
+        return b"\n".join(lines) + b"\n"
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of ids, prompts and responses in pool order.

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from activedpo_fast._files import read_json
+from activedpo_fast._files import read_checked_json
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.report.compute import Tokens, count_tokens
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
 from activedpo_fast.selection.strategies import STRATEGIES
-from activedpo_fast.training.run_folder import START, RoundRecord, read_command
+from activedpo_fast.training.run_folder import START, RoundRecord, read_command, read_record
 
 T = TypeVar("T")
 Label = int | str  # 0, 1, "tie" or "skip"
@@ -121,7 +121,7 @@ def read_run(folder: Path, name: str) -> RunData:
     _check_is_run(folder)
     run = RunData(folder, name)
     run.command = _try(run, partial(read_command, folder))
-    config = _try(run, lambda: dict(read_json(folder / "config.json"))) or {}
+    config = _try(run, lambda: read_checked_json(folder / "config.json")) or {}
     run.settings = config.get("settings", {})
     run.versions = config.get("versions", {})
     start = _record(run, folder / "start")
@@ -162,7 +162,7 @@ def _try(run: RunData, read: Callable[[], T]) -> T | None:
 def _record(run: RunData, folder: Path) -> RoundRecord | None:
     path = folder / "record.json"
     if path.exists():
-        return _try(run, lambda: RoundRecord(**read_json(path)))
+        return _try(run, lambda: read_record(path))
     stages = (
         ("pool.jsonl", "responses are not generated"),
         ("picked.jsonl", "no pairs are picked"),

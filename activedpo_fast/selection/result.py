@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from activedpo_fast._files import FilePath, write_atomic
@@ -17,6 +20,8 @@ from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,23 @@ class Selection(Sequence[Pick]):
         prefer, or "skip" (or "tie") for no preference. A line whose label is missing or null is not
         labeled yet. `read_labels` reads the file back.
 
+        A file with labels that is there already is kept as `NAME.labels-1` (or the next number).
+
         Raises:
             ActiveDPOError: a score that is not finite (JSON has no such number).
         """
+        content = self.jsonl()
+        _keep_labels(Path(path))
+        write_atomic(path, content)
+
+    def jsonl(self) -> bytes:
+        """Return what `to_jsonl` writes."""
         lines = []
         for pick in self.picks:
             if not math.isfinite(pick.score):
                 raise ActiveDPOError(f"pick {pick.rank} (id {pick.id!r}): score is {pick.score}")
             lines.append(pick_line(pick))
-        write_atomic(path, "".join(lines))
+        return "".join(lines).encode()
 
     @classmethod
     def from_jsonl(cls, path: FilePath, *, strategy: str = "unknown") -> Selection:
@@ -140,6 +153,18 @@ class Selection(Sequence[Pick]):
             extra = {COLUMN: own} if own else {}
             items.append(PoolItem(f"{pick.id}#{position}", pick.prompt, pick.responses, extra))
         return PreferencePool(items)
+
+
+def _keep_labels(path: Path) -> None:
+    """Copy a file that may have labels, before it is replaced."""
+    # Any value except null; a file that is no JSON at all may be one that somebody is editing.
+    if not path.is_file() or not re.search(rb'"label"\s*:\s*(?!null)\S', path.read_bytes()):
+        return
+    number = 1
+    while (copy := path.with_name(f"{path.name}.labels-{number}")).exists():
+        number += 1
+    write_atomic(copy, path.read_bytes())
+    logger.warning("%s has labels and is replaced: they are kept in %s", path, copy)
 
 
 def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:

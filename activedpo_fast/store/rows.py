@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 import struct
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
@@ -24,7 +27,76 @@ from activedpo_fast.errors import ActiveDPOError
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors has the same
 _BUFFERS_PER_READ = 1024  # IOV_MAX of Linux and macOS
+_HASHED_BY_ONE = 2**22  # bytes that are not worth threads
+_VERIFIED_AT_ONCE = 2**26  # bytes; few enough that the system still has them when C++ reads them
 _ROWS_AT_ONCE = 2**16  # sorted and read together; bounds the bookkeeping for short rows
+
+
+def row_checksum(key: bytes, prefix: Any, row: Any) -> bytes:
+    """Return the checksum of a row's bytes, after those of `prefix`; 16 bytes."""
+    digest = hashlib.blake2b(prefix, key=key, digest_size=16)
+    digest.update(row)
+    return digest.digest()
+
+
+class RowChecks:
+    """Checksums of rows, each compared the first time that its row is read.
+
+    Args:
+        prefixes: uint8 [R, p], bytes that are hashed before those of a row.
+        checksums: uint8 [R, 16], `row_checksum` of every row.
+        key: of the hashes.
+    """
+
+    def __init__(self, prefixes: np.ndarray, checksums: np.ndarray, key: bytes) -> None:
+        self._prefixes = prefixes
+        self._checksums = checksums
+        self._key = key
+        self._position = np.arange(len(checksums))
+        self._matched = np.zeros(len(checksums), dtype=bool)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowChecks]) -> RowChecks:
+        """Return the checks of the rows of several parts with one key, one after the other."""
+        return cls(
+            np.concatenate([part._prefixes for part in parts]),
+            np.concatenate([part._checksums for part in parts]),
+            parts[0]._key,
+        )
+
+    def select(self, numbers: np.ndarray) -> RowChecks:
+        """Return the checks of some rows; what one has found, the other knows."""
+        other = copy(self)
+        other._position = self._position[numbers]
+        return other
+
+    def unread(self, numbers: np.ndarray) -> np.ndarray:
+        """Return those of the rows that have not been compared yet, each once, ascending."""
+        return np.unique(numbers[~self._matched[self._position[numbers]]])
+
+    def first_wrong(self, numbers: np.ndarray, rows: np.ndarray) -> int | None:
+        """Compare rows, uint8 [m, bytes]; return which of the m is the first that differs."""
+        positions = self._position[numbers]
+        wanted = np.flatnonzero(~self._matched[positions])
+
+        def wrong(n: int) -> bool:
+            at = positions[n]
+            found = row_checksum(self._key, self._prefixes[at].tobytes(), rows[n].data)
+            return bool(found != self._checksums[at].tobytes())
+
+        if wanted.size * rows.shape[1] < _HASHED_BY_ONE:
+            found = [n for n in wanted.tolist() if wrong(n)]
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing frees the GIL
+                found = [
+                    n
+                    for n, is_wrong in zip(wanted.tolist(), pool.map(wrong, wanted), strict=True)
+                    if is_wrong
+                ]
+        if found:
+            return found[0]
+        self._matched[positions[wanted]] = True
+        return None
 
 
 class StoredRows:
@@ -56,8 +128,10 @@ class StoredRows:
         offset_of_row: Tensor,
         dim: int,
         dtype: torch.dtype,
+        checks: RowChecks | None = None,
     ) -> None:
         self._files: _Files | None = files
+        self._checks = checks
         self._descriptors = torch.tensor(files.descriptors, dtype=torch.int32)
         self.file_of_row = file_of_row
         self.offset_of_row = offset_of_row
@@ -67,7 +141,11 @@ class StoredRows:
 
     @classmethod
     def open(
-        cls, paths: Sequence[FilePath], tensor: str = "gradients", order: Tensor | None = None
+        cls,
+        paths: Sequence[FilePath],
+        tensor: str = "gradients",
+        order: Tensor | None = None,
+        checks: RowChecks | None = None,
     ) -> StoredRows:
         """Open the rows of the matrices called `tensor` in safetensors files.
 
@@ -75,6 +153,7 @@ class StoredRows:
             paths: one or more; all of their matrices have the same k and dtype.
             order: int64 [R], the position of each row in the concatenated files; default: the order
                 in the files.
+            checks: of the rows in the concatenated files; None if there are none.
 
         Raises:
             ActiveDPOError: a file cannot be read, is not a complete safetensors file, has no such
@@ -103,6 +182,7 @@ class StoredRows:
             torch.cat([layout.begin + row_bytes * torch.arange(layout.rows) for layout in layouts]),
             first.dim,
             first.dtype,
+            checks,
         )
         return rows if order is None else rows.select(order)
 
@@ -126,7 +206,8 @@ class StoredRows:
         """Return the rows numbered `ids`, int64 [m], in that order: [m, k] in the stored dtype.
 
         Raises:
-            ActiveDPOError: a number that is not a row; a file that is unreadable or truncated.
+            ActiveDPOError: a number that is not a row; a file that is unreadable or truncated; a
+                row that differs from its checksum.
         """
         files = self._open_files()
         numbers = self._checked(ids)
@@ -134,7 +215,20 @@ class StoredRows:
         for start in range(0, len(numbers), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             self._read(files, numbers[part], taken[part])
+            self._check(files, numbers[part], taken[part])
         return taken
+
+    def verify(self, ids: Tensor) -> None:
+        """Compare rows with their checksums unless that has been done, for readers in C++.
+
+        Raises:
+            ActiveDPOError: as `take`.
+        """
+        if self._checks is None:
+            return
+        unread = torch.from_numpy(self._checks.unread(self._checked(ids)))
+        for part in unread.split(max(1, _VERIFIED_AT_ONCE // self.row_bytes)):
+            self.take(part)
 
     def chunks(self, rows_per_chunk: int) -> Iterator[tuple[int, Tensor]]:
         """Yield all rows in order, up to `rows_per_chunk` at a time: (first number, [m, k])."""
@@ -152,6 +246,7 @@ class StoredRows:
             self.offset_of_row[numbers],
             self.shape[1],
             self.dtype,
+            None if self._checks is None else self._checks.select(numbers.numpy()),
         )
 
     def close(self) -> None:
@@ -199,6 +294,19 @@ class StoredRows:
         if len(target) < len(order):
             source = target[np.cumsum(new) - 1]
             taken[torch.from_numpy(order[~new])] = taken[torch.from_numpy(source[~new])]
+
+    def _check(self, files: _Files, numbers: np.ndarray, taken: Tensor) -> None:
+        if self._checks is None:
+            return
+        content = taken.view(torch.uint8).numpy()
+        wrong = self._checks.first_wrong(numbers, content)
+        if wrong is not None:
+            path = files.paths[int(self.file_of_row[int(numbers[wrong])])]
+            raise ActiveDPOError(
+                f"{path} is damaged, the checksum of row {numbers[wrong]} does not match: delete "
+                "the file and run `activedpo features` again with the same options, which computes "
+                "only its rows again"
+            )
 
     def _read_sorted(
         self, files: _Files, file: np.ndarray, offset: np.ndarray, target: np.ndarray, taken: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from activedpo_fast._files import read_json, write_json
+from activedpo_fast._locks import locked_folder
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
@@ -29,6 +29,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
+from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.prompts import draw_prompts, read_and_offer
@@ -38,14 +39,18 @@ from activedpo_fast.training.resuming import check_settings, write_settings
 from activedpo_fast.training.run_folder import (
     START,
     RoundRecord,
+    add_numbers,
     add_seconds,
     measured,
     read_adapter,
     read_numbers,
+    read_record,
+    remove_leftovers,
     save_adapter,
     steps_before,
     timed,
     write_labels,
+    write_record,
 )
 from activedpo_fast.training.trl import dpo_config, selector_settings, train_dpo
 
@@ -175,6 +180,7 @@ class ActiveDPOLoop:
             chat_template_kwargs=self.chat_template_kwargs,
             prompts=self.prompts,
             rules=rules,
+            oracle=oracle,
             extra_settings=extra_settings or {},
         )
 
@@ -211,6 +217,11 @@ class ActiveDPOLoop:
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; return the records of the start and of all rounds."""
         require_one_process("ActiveDPOLoop.run")
+        with locked_folder(self.output_dir):
+            remove_leftovers(self.output_dir)
+            return self._run()
+
+    def _run(self) -> list[RoundRecord]:
         if "strftime_now" in str(self.processing_class.chat_template):
             logger.warning(
                 "the chat template uses the current date: rounds on different days have "
@@ -258,6 +269,7 @@ class ActiveDPOLoop:
                 labels = self.oracle.label(picked, pool)
             picked.to_dataset(labels)  # checks them
             write_labels(path, picked, labels)
+        check(folder, path.name)
         return read_labels(path, strategy=self.strategy, all_answered=True)
 
     def _pool(
@@ -284,7 +296,8 @@ class ActiveDPOLoop:
                     show_progress=self.show_progress,
                     **self.args.sampling,
                 )
-            pool.to_jsonl(path)
+            write_recorded(path, pool.jsonl())
+        check(folder, path.name)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
         return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
 
@@ -335,7 +348,8 @@ class ActiveDPOLoop:
                     "min_score: nothing to label"
                 )
             add_seconds(folder, self.selector.last_timings)
-            picked.to_jsonl(path)
+            write_recorded(path, picked.jsonl())
+        check(folder, path.name)
         return Selection.from_jsonl(path, strategy=self.strategy)
 
     def _train(
@@ -374,10 +388,11 @@ class ActiveDPOLoop:
                     show_progress=self.show_progress,
                     steps_before=steps_before(self.output_dir, len(history) - 1),
                 )
+            _check_finite(self.model, folder.name)
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
-        write_json(folder / "training.json", trained)
+        add_numbers(folder / "training.json", trained)
         save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
@@ -397,8 +412,8 @@ class ActiveDPOLoop:
                 gpu=gpu_name(self.model.device),
                 joules=read_numbers(folder / "joules.json"),
             )
-            write_json(path, asdict(record))
-        return RoundRecord(**read_json(path))
+            write_record(path, record)
+        return read_record(path)
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -455,3 +470,13 @@ class ActiveDPOLoop:
             batch_size=args.batch_size,
             generation={**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
         )
+
+
+def _check_finite(model: PeftModel, name: str) -> None:
+    """Refuse an adapter with NaN or infinite weights."""
+    for weight, tensor in adapter_state(model).items():
+        if not tensor.isfinite().all():
+            raise ActiveDPOError(
+                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
+                "use a smaller learning_rate, or a smaller max_grad_norm"
+            )

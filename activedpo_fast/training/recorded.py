@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from activedpo_fast.labels import Oracle
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.template import own_template_kwargs
 from activedpo_fast.selection.rules import PickRules
@@ -28,6 +29,7 @@ def recorded_settings(
     chat_template_kwargs: Mapping[str, Any] | None,
     prompts: Sequence[Prompt],
     rules: PickRules | None,
+    oracle: Oracle,
     extra_settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that a run depends on, except the model and the tokenizer.
@@ -53,6 +55,7 @@ def recorded_settings(
         "prompts": digest([_identity(prompt) for prompt in prompts]),
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
+        "oracle": _oracle_settings(oracle),
         "extra_settings": extra_settings,
     }
     recorded: dict[str, Any] = plain(settings)
@@ -66,6 +69,16 @@ def plain(value: Any) -> Any:
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _oracle_settings(oracle: Oracle) -> dict[str, Any]:
+    """Return the class of an oracle, and its public attributes that are numbers or texts."""
+    own = {
+        name: value
+        for name, value in getattr(oracle, "__dict__", {}).items()
+        if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))
+    }
+    return {"class": type(oracle).__name__, **own}
 
 
 def _identity(prompt: Prompt) -> list[Any]:

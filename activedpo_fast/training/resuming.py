@@ -10,14 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from activedpo_fast._files import read_json, write_json
+from activedpo_fast._files import read_checked_json, read_json, write_checked_json, write_json
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import SAMPLING
 
 logger = logging.getLogger(__name__)
 
 _FILE = "config.json"
-_FORMAT = 2  # of that file; 1 (not recorded in the file) had no model and tokenizer
+_FORMAT = 3  # of that file; 1 (not recorded in the file) had no model and tokenizer, 2 no checksum
 
 # Settings whose entries come from a library: entries that only one version has do not count.
 _OF_A_LIBRARY = (("dpo",), ("lora",), ("base", "config"))
@@ -53,6 +53,7 @@ _ENTERS: dict[str, str | None] = {
     "selector_options": "picked",
     "batch_size": "picked",
     "extra_settings.oracle": "labeled",
+    "oracle": "labeled",
     "dpo": "trained",
     # In the first round that is trained on, all labels are the newest and the current policy is
     # the initial one.
@@ -105,14 +106,14 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     """
     path = folder / _FILE
     if not path.exists():
-        if any(folder.glob("round-*/*")):
+        if any(folder.glob("round-*/*")) or (folder / "start" / "adapter").exists():
             raise ActiveDPOError(
                 f"{path} is gone, which has the settings of the rounds there: put "
                 "it back, or use another output_dir"
             )
         return []
-    config = read_json(path)
-    if not isinstance(config, dict) or not isinstance(config.get("settings"), dict):
+    config = _read(path)
+    if not isinstance(config.get("settings"), dict):
         raise ActiveDPOError(f"{path} has no settings of a run: use another output_dir")
     old = config["settings"]
     if config.get("format", 1) < _FORMAT:
@@ -155,12 +156,27 @@ def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change])
             folder,
             ", ".join(dict.fromkeys(describe(_origin(change, mended)) for change in mended)),
         )
-        config = read_json(path)
+        config = _read(path)
         if config.get("format", 1) < _FORMAT:  # settings it does not record remain unknown
             settings = {name: settings[name] for name in settings if name in config["settings"]}
-        write_json(path, {**config, "settings": settings})
+        write = write_json if config.get("format", 1) < _FORMAT else write_checked_json
+        write(path, {**config, "settings": settings})
     elif not path.exists():
-        write_json(path, {"format": _FORMAT, "settings": settings, "versions": _versions()})
+        write_checked_json(path, {"format": _FORMAT, "settings": settings, "versions": _versions()})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of `config.json`; before format 3 it has no checksum."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ActiveDPOError(f"{path} has no settings of a run: use another output_dir")
+    version = config.get("format", 1)
+    if type(version) is not int or version > _FORMAT:
+        raise ActiveDPOError(
+            f"{path} is of a run that a newer version began (format {version!r}, here {_FORMAT}): "
+            "update activedpo-fast"
+        )
+    return read_checked_json(path) if version == _FORMAT or "checksum" in config else config
 
 
 def _versions() -> dict[str, str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -17,14 +16,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._files import read_json, write_atomic, write_json
+from activedpo_fast._files import (
+    checksum_of_file,
+    is_temporary,
+    read_checked_json,
+    sync,
+    temporary_name,
+    write_checked_json,
+)
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.selection.picks_jsonl import pick_line
 from activedpo_fast.selection.result import Selection
+from activedpo_fast.training.checksums import check, record, write_recorded
 from activedpo_fast.training.energy import metered
 
 _COMMAND = "command.json"
+_STEMS = (
+    "adapter",
+    "checksums",
+    "command",
+    "config",
+    "joules",
+    "labels",
+    "picked",
+    "pool",
+    "record",
+    "seconds",
+    "training",
+)
 START = -1  # `round` in the record of the start
 
 
@@ -75,20 +95,51 @@ def read_records(output_dir: str | Path) -> list[RoundRecord]:
     """Return the records of the start and of the complete rounds of a run, in order."""
     folder = Path(output_dir)
     paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
-    records = [RoundRecord(**read_json(path)) for path in paths if path.exists()]
+    records = [read_record(path) for path in paths if path.exists()]
     if not records:
         raise ActiveDPOError(f"{folder}: no records of a run")
     return records
 
 
+def read_record(path: Path) -> RoundRecord:
+    """Read what `write_record` wrote.
+
+    Raises:
+        ActiveDPOError: the file is damaged, or another version of this library wrote it.
+    """
+    value = read_checked_json(path)
+    names = {entry.name for entry in fields(RoundRecord)}
+    if value.keys() != names or not isinstance(value["seconds"], dict):
+        differing = sorted(value.keys() ^ names) or ["seconds"]
+        raise ActiveDPOError(
+            f"{path}: {differing[0]!r} is missing or unknown: another version of activedpo-fast "
+            "wrote it; use that one, or another output_dir"
+        )
+    return RoundRecord(**value)
+
+
+def write_record(path: Path, record: RoundRecord) -> None:
+    write_checked_json(path, asdict(record))
+
+
 def write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) -> None:
-    write_atomic(
-        path,
-        "".join(
-            pick_line(pick, label=SKIP if label is None else label)
-            for pick, label in zip(picked, labels, strict=True)
-        ),
+    lines = (
+        pick_line(pick, label=SKIP if label is None else label)
+        for pick, label in zip(picked, labels, strict=True)
     )
+    write_recorded(path, "".join(lines).encode())
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed processes left in a run's folder; only while it is locked."""
+    for folder in (output_dir, output_dir / "start", *output_dir.glob("round-*")):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not is_temporary(path.name, *_STEMS):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -97,16 +148,25 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     Features of this adapter need this tokenizer, which may differ from the base model's.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".adapter-*"):  # left by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
+    temporary = folder.parent / temporary_name(folder)
+    temporary.mkdir()
     try:
         model.save_pretrained(
             str(temporary), selected_adapters=["default"], save_embedding_layers=False
         )
         tokenizer.save_pretrained(str(temporary))
-        temporary.chmod(0o755)
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        record(
+            folder.parent,
+            {
+                f"{folder.name}/{path.name}": checksum_of_file(path)
+                for path in temporary.iterdir()
+                if path.is_file()
+            },
+        )
         temporary.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -114,10 +174,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
     path = folder / "adapter" / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ActiveDPOError(
-            f"{path} is gone, which the run goes on from: put it back, or use another output_dir"
-        )
+    check(folder, "adapter")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -141,18 +198,21 @@ def measured(folder: Path, stage: str, device: torch.device | None) -> Iterator[
     with metered(device or torch.device("cpu")) as energy:
         yield
     if energy:
-        path = folder / "joules.json"
-        write_json(path, {**read_numbers(path), stage: energy["joules"]})
+        add_numbers(folder / "joules.json", {stage: energy["joules"]})
 
 
 def add_seconds(folder: Path, seconds: Mapping[str, float]) -> None:
-    path = folder / "seconds.json"
-    write_json(path, {**read_numbers(path), **seconds})
+    add_numbers(folder / "seconds.json", seconds)
+
+
+def add_numbers(path: Path, numbers: Mapping[str, float]) -> None:
+    """Put numbers into a file like `seconds.json`, beside those that it has."""
+    write_checked_json(path, {**read_numbers(path), **numbers})
 
 
 def read_numbers(path: Path) -> dict[str, float]:
     """Return what a file like `seconds.json` has; nothing if there is none."""
-    return read_json(path) if path.exists() else {}
+    return read_checked_json(path) if path.exists() else {}
 
 
 def steps_before(output_dir: Path, round_number: int) -> int:
@@ -163,7 +223,7 @@ def steps_before(output_dir: Path, round_number: int) -> int:
 
 def write_command(output_dir: Path, command: str) -> None:
     """Record the command, and the folder that its paths start from, that continues a run."""
-    write_json(output_dir / _COMMAND, {"command": command, "folder": str(Path.cwd())})
+    write_checked_json(output_dir / _COMMAND, {"command": command, "folder": str(Path.cwd())})
 
 
 def read_command(output_dir: Path) -> str | None:
@@ -171,5 +231,5 @@ def read_command(output_dir: Path) -> str | None:
     path = output_dir / _COMMAND
     if not path.exists():
         return None
-    found = read_json(path)
+    found = read_checked_json(path)
     return f"cd {shlex.quote(found['folder'])} && {found['command']}"

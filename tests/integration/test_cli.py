@@ -188,7 +188,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
         capsys.readouterr()
         assert main(argv) == 130
     assert capsys.readouterr().err == "activedpo: interrupted\n"
-    assert len(list((tmp_path / "store").glob("rows-*.safetensors"))) == 1
+    assert len(list((tmp_path / "store").glob("rows-*.partial"))) == 1
     _refused(
         capsys,
         ["select", str(tmp_path / "store"), "--output", str(tmp_path / "x.jsonl")],
@@ -198,11 +198,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
 
     assert main([*argv, "--export", str(resumed)]) == 0
     assert "rows already exist" in capsys.readouterr().err
-    # The batches of what was left are not those of the whole, which is a matter of rounding.
-    rows, expected = load_file(resumed), load_file(whole)
-    assert rows.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (rows[name] - tensor).norm() <= 1e-6 * tensor.norm(), name
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
 def test_a_complete_store_is_left_alone_but_exported(
@@ -1184,8 +1180,8 @@ def test_select_writes_over_nothing_that_people_or_the_store_need(
     capsys.readouterr()
     for more, said in (
         ([str(picked)], "has 2 labels"),
-        ([str(picked), "--labeled", str(picked)], "is the --labeled file too"),
-        ([str(store / "pool.jsonl")], "is inside the store"),
+        ([str(picked), "--labeled", str(picked)], "is what --labeled names"),
+        ([str(store / "pool.jsonl")], "is inside a feature store"),
     ):
         assert main([*argv, *more]) == 2
         assert said in capsys.readouterr().err

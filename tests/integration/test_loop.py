@@ -19,6 +19,7 @@ from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.training.checksums import write_recorded
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.prompts import draw_prompts
 from activedpo_fast.training.run_folder import read_records
@@ -285,18 +286,6 @@ def test_a_round_without_a_preference_is_passed_over(
     assert labels == ["skip"] * 3
 
 
-def test_nulls_in_the_labels_of_an_earlier_version_are_no_preference(
-    tmp_path: Path, caplog: Any
-) -> None:
-    caplog.set_level("INFO", logger="activedpo_fast")
-    _loop(tmp_path, CallableOracle(lambda *_: None), rounds=1).run()
-    path = tmp_path / "round-000" / "labels.jsonl"
-    path.write_text(path.read_text().replace('"label": "skip"', '"label": null'))
-    records = _loop(tmp_path, rounds=2).run()
-    assert [record.labels_total for record in records] == [0, 0, 3]
-    assert f'{path}: 3 labels are null, which is read as "skip"' in caplog.text
-
-
 def test_a_prompt_in_several_rows_is_one_prompt(tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     prompts = [*PROMPTS[:4], *(replace(p, id=f"again-{p.id}") for p in PROMPTS[:4])]
@@ -352,7 +341,7 @@ def test_pairs_without_a_preference_are_not_asked_again(tmp_path: Path) -> None:
     loop.run()
     texts = [(tmp_path / f"round-00{t}" / "pool.jsonl").read_text() for t in range(2)]
     # The second round with the pool of the first: every pair of it was asked.
-    (tmp_path / "round-001" / "pool.jsonl").write_text(texts[0])
+    write_recorded(tmp_path / "round-001" / "pool.jsonl", texts[0].encode())
     for name in ("picked.jsonl", "labels.jsonl", "record.json"):
         (tmp_path / "round-001" / name).unlink()
     shutil.rmtree(tmp_path / "round-001" / "adapter")

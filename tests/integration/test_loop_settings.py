@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from activedpo_fast._files import read_checked_json, temporary_name, write_checked_json
 from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
@@ -211,7 +212,7 @@ def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match=f"{weights} is gone"):
         _loop(tmp_path, _policy()).run()
     weights.write_bytes(content[:100])
-    with pytest.raises(ActiveDPOError, match=f"{weights} cannot be read"):
+    with pytest.raises(ActiveDPOError, match=f"{weights} has changed since the run wrote it"):
         _loop(tmp_path, _policy()).run()
     weights.write_bytes(content)
     (tmp_path / "config.json").unlink()
@@ -234,7 +235,7 @@ def test_a_model_that_was_moved_goes_on(tmp_path: Path, caplog: pytest.LogCaptur
         _loop(tmp_path, model, rounds=rounds).run()
     assert "model ('here', now 'there')" in caplog.text
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
+    config = read_checked_json(path)
     config["settings"] = {
         name: value
         for name, value in config["settings"].items()
@@ -247,7 +248,7 @@ def test_a_model_that_was_moved_goes_on(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     _loop(tmp_path, _policy()).run()
-    (tmp_path / "round-001" / ".adapter-left").mkdir(parents=True)
+    (tmp_path / "round-001" / temporary_name(Path("adapter"))).mkdir(parents=True)
     _loop(tmp_path, _policy(), rounds=2).run()
     assert not list(tmp_path.glob("*/.adapter-*"))
 
@@ -262,7 +263,7 @@ def test_a_run_of_an_older_version_goes_on_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _loop(tmp_path, _policy()).run()
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_checked_json(tmp_path / "config.json")
     del config["format"]
     for name in ("lora", "base", "tokenizer", "extra_settings"):
         del config["settings"][name]
@@ -279,11 +280,11 @@ def test_other_versions_of_libraries_are_said_and_what_only_they_know_does_not_c
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _loop(tmp_path, _policy()).run()
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_checked_json(tmp_path / "config.json")
     config["versions"]["peft"] = "0.0.1"
     del config["settings"]["lora"]["use_dora"]
     config["settings"]["base"]["config"]["of_an_older_version"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_checked_json(tmp_path / "config.json", config)
     _loop(tmp_path, _policy()).run()
     assert "was begun with peft 0.0.1" in caplog.text
 
@@ -408,7 +409,7 @@ def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run() == 0
     assert run(temperature=1.0, batch_size=3) == 0  # the default, and what changes no label
     assert run(temperature=0.5) == 2
-    assert "extra_settings.oracle.temperature (1.0, now 0.5)" in capsys.readouterr().err
+    assert "oracle.temperature (1.0, now 0.5)" in capsys.readouterr().err
     assert run(seed=1) == 2
     assert "extra_settings.oracle.model (" in capsys.readouterr().err
 
@@ -416,11 +417,11 @@ def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_field_that_another_version_of_trl_has_or_lacks_is_no_difference(tmp_path: Path) -> None:
     _loop(tmp_path, _policy()).run()
     path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
+    config = read_checked_json(path)
     del config["settings"]["dpo"]["f_alpha_divergence_coef"]
     config["settings"]["dpo"]["of_an_older_version"] = 3
     config["versions"]["trl"] = "1.15.0"
-    path.write_text(json.dumps(config))
+    write_checked_json(path, config)
     _loop(tmp_path, _policy(), rounds=2).run()
 
 

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 
+from activedpo_fast._files import read_checked_json, write_checked_json
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.labels import FileOracle, LabelsPending
 from activedpo_fast.pool.items import Prompt
@@ -327,7 +328,7 @@ def test_a_run_that_an_older_version_began_goes_on(tmp_path: Path) -> None:
         _loop(tmp_path, rounds=1).run()
     _label(tmp_path)
     records = _loop(tmp_path, rounds=1).run()
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = read_checked_json(tmp_path / "run" / "config.json")
     config["settings"]["dpo"]["pad_token"] = "<PAD_TOKEN>"
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    write_checked_json(tmp_path / "run" / "config.json", config)
     assert _loop(tmp_path, rounds=1).run() == records

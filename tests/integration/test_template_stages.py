@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 import activedpo_fast.training.generation as generation
+from activedpo_fast._files import read_checked_json
 from activedpo_fast.cli.app import main
 from activedpo_fast.cli.run_file import make_config
 from activedpo_fast.errors import ActiveDPOError
@@ -468,7 +469,7 @@ def test_a_prompts_own_arguments_are_settings(tmp_path: Path) -> None:
 def test_runs_of_earlier_versions(tmp_path: Path) -> None:
     """One without arguments goes on; one whose training went without them is refused."""
     _small_loop(tmp_path).run()
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_checked_json(tmp_path / "config.json")
     del config["settings"]["chat_template_kwargs"], config["format"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _small_loop(tmp_path).run()

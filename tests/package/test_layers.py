@@ -18,6 +18,7 @@ ORDER = (
     "errors",
     "_checks",
     "_files",
+    "_locks",
     "_modes",
     "progress",
     "kernels",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -193,8 +192,14 @@ def test_an_interrupted_store_is_continued(tmp_path: Path, pool, tokens, extract
     assert 0 < missing < 15
     again = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
     again.fill(extractor, tokens)
-    error = (again.load().gradients - extractor.gradients(tokens).gradients).abs().max()
-    assert float(error) < 1e-6  # other batches, so other roundings
+    assert torch.equal(again.load().gradients, extractor.gradients(tokens).gradients)
+    whole = FeatureStore.create(tmp_path / "w", pool, SETTINGS, skipped=[])
+    whole.fill(extractor, tokens, rows_per_shard=2)
+    assert _content(again) == _content(whole)
+
+
+def _content(store: FeatureStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.iterdir()}
 
 
 def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
@@ -215,18 +220,6 @@ def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
         FeatureStore.create(tmp_path / "other", pool, SETTINGS, skipped=[])
     assert (tmp_path / "other" / "file").read_text() == "mine"
 
-    shard = next(path.glob("rows-*.safetensors"))
-    shutil.copy(shard, path / "rows-00001.safetensors")
-    with pytest.raises(ActiveDPOError, match="every row of its pool just once"):
-        store.rows_on_disk()
-    save_file({**load_file(shard), "rows": torch.arange(1, 16)}, path / "rows-00001.safetensors")
-    with pytest.raises(ActiveDPOError, match=r"rows-00001\.safetensors has rows that are not in"):
-        FeatureStore.open(path)
-    (path / "rows-00001.safetensors").unlink()
-
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(ActiveDPOError, match=r"rows-00000\.safetensors cannot be read"):
-        FeatureStore.open(path)
     (path / "pool.jsonl").write_text('{"prompt": "x", "responses": ["a", "b"]}\n', encoding="utf-8")
-    with pytest.raises(ActiveDPOError, match="changed"):
+    with pytest.raises(ActiveDPOError, match="has been changed since it was written"):
         store.pool()

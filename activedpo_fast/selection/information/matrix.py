@@ -20,6 +20,8 @@ _BLOCK = 256  # rows of one factorization in add_many
 _PENDING = 64  # points that the explicit form collects before it updates its matrices
 _WATCH = 1024  # points between two measurements of the drift
 
+_SMALLEST = 1e-100  # of lam / kappa: its square and that of its inverse are float64 numbers
+
 
 class InformationMatrix:
     """V = (lam/kappa) I + sum of phi phi^T, with scores phi^T V^-1 phi (arXiv 2505.19241).
@@ -72,8 +74,8 @@ class InformationMatrix:
     All state and all results are float64, whatever the features' dtype.
 
     Raises:
-        ActiveDPOError: lam, kappa or dim not positive and finite, an unknown form, features of
-            another width or not finite. The matrix is then unchanged.
+        ActiveDPOError: lam, kappa or dim not positive and finite, lam/kappa beyond 1e±100, an
+            unknown form, features of another width or not finite. The matrix is then unchanged.
 
     Examples:
         >>> import torch
@@ -96,8 +98,7 @@ class InformationMatrix:
     ) -> None:
         if dim < 1:
             raise ActiveDPOError(f"dim must be 1 or more, not {dim}")
-        check_positive("lam", lam)
-        check_positive("kappa", kappa)
+        check_ridge(lam, kappa)
         if form not in _FORMS:
             raise ActiveDPOError(f"form must be 'auto', 'low_rank' or 'explicit', not {form!r}")
         self.dim = dim
@@ -255,3 +256,14 @@ def check_positive(name: str, value: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and value > 0):
         raise ActiveDPOError(f"{name} must be a positive, finite number, not {value!r}")
+
+
+def check_ridge(lam: float, kappa: float) -> None:
+    """Raise `ActiveDPOError` unless lam and kappa are positive and give scores that are numbers."""
+    check_positive("lam", lam)
+    check_positive("kappa", kappa)
+    if not _SMALLEST <= lam / kappa <= 1 / _SMALLEST:
+        raise ActiveDPOError(
+            f"lam / kappa is {lam:g} / {kappa:g}, beyond {_SMALLEST:g} to {1 / _SMALLEST:g}: "
+            "scores would overflow or vanish"
+        )

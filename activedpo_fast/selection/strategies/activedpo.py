@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
-from activedpo_fast.selection.information.matrix import check_positive
+from activedpo_fast.selection.information.matrix import check_ridge
 from activedpo_fast.selection.pair_features import Normalize, check_normalize
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import Signals
@@ -31,8 +31,7 @@ class ActiveDPO(Strategy):
     normalize: Normalize = "response"
 
     def __post_init__(self) -> None:
-        check_positive("lam", self.lam)
-        check_positive("kappa", self.kappa)
+        check_ridge(self.lam, self.kappa)
         check_normalize(self.normalize)
 
     def select(

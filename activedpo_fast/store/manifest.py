@@ -1,0 +1,126 @@
+"""A store's manifest: what its rows depend on, and the checksums of its other files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from activedpo_fast._files import read_checked_json, read_json, write_checked_json
+from activedpo_fast.errors import ActiveDPOError
+
+FORMAT = 5  # 1 had a different sjlt, 2 a different kronecker, 3 no token hashes, 4 no checksums
+MANIFEST = "manifest.json"
+
+# What its entries are. `tokens` and `filling` are there once rows are computed.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "pool": (str,),
+    "responses": (int,),
+    "skipped": (list,),
+    "settings": (dict,),
+    "files": (dict,),
+}
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "next_files": (dict,),  # checksums of files that are about to be replaced
+    "tokens": (str,),
+    "filling": (dict,),
+}
+_FILLING = {"rows_per_shard": int, "max_tokens_per_batch": int, "layout": str, "extractor": dict}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the store in `folder`.
+
+    Raises:
+        ActiveDPOError: there is none, it is damaged, or another version of this library made it.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ActiveDPOError(f"{folder} is not a feature store: no {MANIFEST} in it")
+    found = read_json(path)
+    version = found.get("format") if isinstance(found, dict) else None
+    if type(version) is not int:
+        raise ActiveDPOError(f"{folder} is a feature store of an unknown format")
+    if version < FORMAT:
+        raise ActiveDPOError(
+            f"{folder} is a feature store that an older version made (format {version}, now "
+            f"{FORMAT}), whose rows may be of other tokens: take them again into another folder"
+        )
+    if version > FORMAT:
+        raise ActiveDPOError(
+            f"{folder} is a feature store that a newer version made (format {version}, here "
+            f"{FORMAT}): update activedpo-fast"
+        )
+    manifest = read_checked_json(path)
+    _check_types(path, manifest, _TYPES, required=True)
+    _check_types(path, manifest, _OPTIONAL, required=False)
+    _check_types(path, manifest.get("filling", {}), _FILLING, required="filling" in manifest)
+    unknown = manifest.keys() - _TYPES.keys() - _OPTIONAL.keys()
+    if unknown:
+        raise ActiveDPOError(
+            f"{path} has {sorted(unknown)[0]!r}, which this version does not know: update "
+            "activedpo-fast"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_checked_json(folder / MANIFEST, manifest)
+
+
+def key_of(manifest: Mapping[str, Any]) -> bytes:
+    """Return the key of the checksums of a store's rows, 32 bytes: other rows have another."""
+    names = ("format", "pool", "responses", "skipped", "settings", "tokens")
+    own = json.dumps([manifest[name] for name in names], sort_keys=True)
+    return hashlib.blake2b(own.encode(), digest_size=32).digest()
+
+
+def require_same_settings(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str = "made"
+) -> None:
+    """Raise `ActiveDPOError` for the first setting that differs.
+
+    The location of a model, adapter or tokenizer does not count if it has a fingerprint.
+    """
+    for name, old, new in _differences(before, now):
+        if {f"{name}_fingerprint"} <= before.keys() & now.keys():
+            continue
+        what = name.removesuffix("_fingerprint")
+        if what != name:
+            where = (
+                f"{now[what]} has changed since"
+                if before[what] == now[what]
+                else f"{before[what]!r}, not {now[what]!r}"
+            )
+            raise ActiveDPOError(
+                f"{folder} was made with another {what} ({where}): choose another path"
+            )
+        raise ActiveDPOError(
+            f"{folder} was {how} with {name} = {old!r}, not {new!r}: choose another path"
+        )
+
+
+def _check_types(
+    path: Path, found: Mapping[str, Any], types: Mapping[str, Any], *, required: bool
+) -> None:
+    for name, kinds in types.items():
+        if name not in found and not required:
+            continue
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if type(found.get(name)) not in kinds:
+            raise ActiveDPOError(
+                f"{path}: {name!r} is missing or not {kinds[0].__name__}: put the file back as it "
+                "was, or take the rows again into another folder"
+            )
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    # In the order of the settings: chosen settings come before those derived from them.
+    for name in dict.fromkeys([*wanted, *found]):
+        if found.get(name) != wanted.get(name):
+            yield name, found.get(name), wanted.get(name)
