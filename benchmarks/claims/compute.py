@@ -1,4 +1,4 @@
-"""What a run costs in passes through the model, counted from its files: the same on any machine.
+"""The cost of a run in passes through the model, counted from its files: the same on any machine.
 
 A unit is one token in one forward pass; a backward pass counts as two. Sampling, whose tokens come
 one by one, takes far longer a token than that; a prompt that is read once for several responses
