@@ -5,6 +5,7 @@
 # installed torch, CUDA or not, and does not replace it.
 #
 #   make env PYTHON=python3.12       another interpreter
+#   make test TORCH=2.11.0           another torch than the pinned one, in .venv-torch2.11.0
 #   make env PIP_ARGS="--extra-index-url URL"
 #                                    options for every pip install. On Linux the default torch wheel
 #                                    includes CUDA (gigabytes); if URL is PyTorch's index of CPU
@@ -13,16 +14,18 @@
 #                                    variables (ACTIVEDPO_CUDA_ARCHS, CUDA_HOME). It is compiled for
 #                                    the GPUs of this machine, or for sm_90a if there is none;
 #                                    `make wheel` and `pip install .` compile for many
-#   make wheel TORCH=2.14.1          the torch that the wheel is tested with
+#   make wheel TORCH=2.13.0          the torch that the wheel is tested with
+#   make wheel ACTIVEDPO_CUDA=0      a wheel without the CUDA extension
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(addprefix -torch,$(TORCH))
 PIP_ARGS ?=
-TORCH ?= 2.14.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_ARGS)
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS) $(PIP_ARGS)
 
 # Each architecture adds part of a minute.
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
@@ -84,8 +87,8 @@ gpu-check: env  ## test and measure the kernels on a GPU: JSON and docs/gpu.md; 
 
 smollm2: $(SMOLLM2)  ## add SmolLM2-135M-Instruct (92 MB), for `activedpo demo --model smollm2`
 
-wheel:  ## a CUDA wheel in dist/, without a GPU; runs the suite on it with torch $(TORCH) (5 GB)
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" scripts/wheel.sh
+wheel:  ## a CUDA wheel in dist/, without a GPU; runs the suite on it with another torch (5 GB)
+	PYTHON="$(PYTHON)" TORCH="$(or $(TORCH),2.14.1)" PIP_ARGS="$(PIP_ARGS)" scripts/wheel.sh
 
 clean:  ## remove build products; the environment stays
 	rm -rf build dist *.egg-info activedpo_fast/*.so .pytest_cache .mypy_cache .ruff_cache
@@ -99,6 +102,7 @@ $(BASE): constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "the pinned packages need Python 3.11 or newer: make env PYTHON=..."; exit 1; }
 	@$(PIP) install --quiet --upgrade pip
+	@$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/; /^triton==/d' $< > $(CONSTRAINTS))
 	@echo "installing torch"
 	@$(INSTALL) torch
 	@echo "installing the build tools and MiniLM's weights (the demo's reward)"

@@ -54,7 +54,7 @@ def workload(request: pytest.FixtureRequest) -> Iterator[Workload]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info.pop("node", None)  # the name of somebody's machine
+    machine_info.pop("node", None)  # the name of the machine
     machine_info.update(describe_run())
 
 
@@ -82,6 +82,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    """As many threads as cores that this process may use, as torch has it; said in the results."""
+    """As many threads as cores that this process may use, as torch chooses; recorded in the
+    results."""
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))

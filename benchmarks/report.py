@@ -1,4 +1,4 @@
-"""Tables from the JSON of a benchmark run: for the end of the run, and for the documentation.
+"""Tables from the JSON of a benchmark run, for the end of the run and for the documentation.
 
     python -m benchmarks.report             print the tables of the runs in benchmarks/results
     python -m benchmarks.report --write     put them into the documents
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def describe_run() -> dict[str, Any]:
-    """What a figure depends on besides the code, for a run's machine info."""
+    """What a figure depends on, besides the code, for a run's machine info."""
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -93,7 +93,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 
 def _summary(rows: list[Row], workloads: list[str]) -> str:
-    """Times over a plain forward pass, with one sketch of ours and everything that is not ours."""
+    """Times relative to a plain forward pass, for one of our sketches and all peers."""
     ratio = {(r["contender"], r["workload"]): f"{r['ratio']:.2f}" for r in rows}
     shown = [
         c
@@ -259,7 +259,7 @@ def on_disk_table(result: dict[str, Any]) -> str:
 
 
 def _selection_points(records: list[Row]) -> str:
-    """A line a point and normalization: the loop and ours."""
+    """One line per point and normalization: the loop and ours."""
     key = ("axis", "pairs", "k", "picks", "responses", "normalize", "lam")
     lines = []
     for values in dict.fromkeys(tuple(r[name] for name in key) for r in records):
@@ -339,7 +339,7 @@ def _seconds(value: float) -> str:
 
 
 def _total(r: Row) -> str:
-    """Seconds; those extrapolated from a few picks with a sign."""
+    """Seconds; numbers extrapolated from a few picks are marked."""
     return ("≈ " if r["measured_picks"] < r["picks"] else "") + _seconds(r["seconds"])
 
 

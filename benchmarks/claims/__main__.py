@@ -1,4 +1,4 @@
-"""Run what is missing of the experiments, and write docs/evidence.md from all runs.
+"""Run the missing experiments, and write docs/evidence.md from all runs.
 
 python -m benchmarks.claims --help
 """

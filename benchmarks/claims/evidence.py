@@ -46,7 +46,8 @@ _METRICS = {
 def document(
     results: Mapping[str, Results], experiments: Mapping[str, Sequence[Experiment]], path: Path
 ) -> None:
-    """Put the tables into `path` and the pictures beside it; what has no runs is left as it is.
+    """Put the tables into `path` and the figures next to it; tables without runs are left
+    unchanged.
 
     Args:
         results, experiments: by task.
@@ -76,7 +77,7 @@ def document(
 
 
 def single_table(results: Results, experiment: Experiment) -> str:
-    """A line a run: what it earns over its own start, in paired standard errors over prompts."""
+    """One line per run: its gain over its own start, in paired standard errors over prompts."""
     rows = [
         {"row": v.row, "seed": seed, **run}
         for v in experiment.variants
@@ -102,7 +103,7 @@ def single_table(results: Results, experiment: Experiment) -> str:
 
 
 def main_table(results: Results, experiment: Experiment) -> str:
-    """A line a method: reward on the way, and the comparison with random picks."""
+    """One line per method: its reward on the way, and the comparison with random picks."""
     seeds = _seeds(results, experiment)
     made = _made(results, experiment)
     curves = {v.method: _curves(results, v, seeds) for v in made}
@@ -183,7 +184,7 @@ def grid_table(results: Results, experiment: Experiment) -> str:
 
 
 def paper_table() -> str:
-    """Hours of ten rounds in the paper's settings, on paper: nothing of it is measured."""
+    """Estimated hours of ten rounds in the paper's settings; nothing of this is measured."""
     rows = []
     for model, weights in (("Llama-2-7B", 6.74e9), ("Gemma-2B", 2.51e9), ("Qwen3-4B", 4.02e9)):
         for data, prompt, response in (("TL;DR", 350, 50), ("WebGPT", 50, 250)):
@@ -230,7 +231,7 @@ def fit_table() -> str:
 
 
 def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> None:
-    """Held-out reward against labels, a panel an experiment."""
+    """Held-out reward against labels, one panel per experiment."""
     plt = _pyplot()
     figure, axes = plt.subplots(
         1, len(mains), figsize=(6.2 * len(mains), 4.6), layout="constrained", squeeze=False

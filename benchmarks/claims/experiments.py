@@ -1,4 +1,4 @@
-"""What is compared: a table of settings for each task."""
+"""The comparisons: a table of settings for each task."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def missing_runs(
 
 
 def known_reward_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
-    """A job a world, which takes as long to make as several runs in it."""
+    """One job per world, which takes as long to make as several runs in it."""
     for reward in {variant.setting.reward for variant in missing.values()}:
         make_world(reward, 0, WORK)  # what worlds share is kept on disk, before processes need it
     worlds: dict[tuple[int, str, float], list[Variant]] = {}
@@ -65,7 +65,7 @@ def _in_one_world(
 
 
 def review_jobs(missing: dict[tuple[int, str], Variant]) -> list[Job]:
-    """A job a run."""
+    """One job per run."""
     return [
         Job(seed, _with_one_method, (seed, variant), 1) for (seed, _), variant in missing.items()
     ]

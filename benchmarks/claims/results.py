@@ -40,7 +40,7 @@ class Results:
         self._runs.setdefault(key, {})[seed] = _rounded(run)
 
     def save(self, environment: dict[str, Any]) -> None:
-        """Write everything; a line a run, so that a change is a line of a diff."""
+        """Write everything, one line per run, so that a change is a line of a diff."""
         self.environment = environment
         write_atomic(self._path, "".join(self._lines()))
 

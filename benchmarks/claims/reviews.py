@@ -283,7 +283,7 @@ class Evaluation:
 
 
 def quiet() -> None:
-    """Only what went wrong: hundreds of runs say the same things."""
+    """Log only errors: hundreds of runs print the same messages."""
     import datasets
     import transformers
 

@@ -57,7 +57,7 @@ class Trial(Strategy):
 
 @dataclass(frozen=True)
 class Diagonal(Trial):
-    """The largest sum of phi^2 / diag(V): what is left of V without its correlations."""
+    """The largest sum of phi^2 / diag(V): V without its correlations."""
 
     name: ClassVar[str] = "diagonal"
 

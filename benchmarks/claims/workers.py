@@ -1,4 +1,4 @@
-"""Runs that are missing, made in several processes, each kept as soon as it is there."""
+"""Missing runs, made in several processes; each is saved as soon as it ends."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a sketch costs in the quality of the selection, on the demo's own model and pool.
+"""How much a sketch lowers the quality of the selection, on the demo's own model and pool.
 
     python -m benchmarks.fidelity --help
 
 Exact gradient rows (156,160 numbers each) are kept whole and compared with their sketches: inner
 products, the pairs that the greedy selection takes, and the log det that these pairs reach under
-the exact kernel. Two policies are looked at: LoRA at its initialization (B = 0, everybody's first
+the exact kernel. There are two policies: LoRA at its initialization (B = 0, as in every first
 round) and after one round of DPO. Adapter, sampled pools and finished parts of the comparison are
 kept in the work folder, so that an interrupted run continues; times are always taken again.
 """
@@ -72,7 +72,7 @@ from benchmarks.rows.workloads import PlainForward
 
 
 def prepare(name: str, n_prompts: int, folder: Path) -> Case:
-    """The policy `name` of CASES with a pool of its own responses, from disk where they are."""
+    """The policy `name` of CASES with a pool of its own responses, from disk if they exist."""
     model, tokenizer = policy(name, folder)
     path = folder / f"prompts-{n_prompts}" / f"pool-{name}.jsonl"
     if not path.exists():
@@ -92,7 +92,7 @@ def prepare(name: str, n_prompts: int, folder: Path) -> Case:
 
 
 def policy(name: str, folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The policy `name` of CASES; its round of DPO is in `folder`, or is run there."""
+    """The policy `name` of CASES; its round of DPO is read from `folder`, or run there."""
     base, tokenizer = load_base("small")
     model = with_fresh_lora(base, DEMO, SEED)
     if name == "trained":
@@ -155,7 +155,7 @@ def compare(case: Case, seeds: int, folder: Path) -> Record:
 
 
 class _Part:
-    """Records on disk with the key that they were made for; None where it is another."""
+    """Records on disk with the key that they were made for; None if the key differs."""
 
     def __init__(self, path: Path, key: list[Any]) -> None:
         self._path, self._key = path, json.dumps(key)
@@ -170,7 +170,7 @@ class _Part:
 def _definition(method: str, seed: int, parameters: Parameters) -> str:
     """A digest that changes when a sketch of this method and seed does."""
     name, shape = parameters[0]
-    # Small integers, whose sums are exact: the order of additions does not show.
+    # Small integers, whose sums are exact, so the order of additions does not matter.
     row = (torch.arange(math.prod(shape)) * 7919 % 13 - 6).float()[None]
     digest = hashlib.sha256()
     for k in DIMS:
@@ -193,10 +193,10 @@ def _compare_sketch(
 
 
 def time_sketches(case: Case) -> list[Record]:
-    """Seconds that gradient rows of the pool's first items take, beside a plain forward pass.
+    """Seconds for the gradient rows of the pool's first items, next to a plain forward pass.
 
-    A forward pass goes before every measurement, and their ratio is what is to be read: the median
-    over the rounds, in which all sketches take turns. The self-check, done once a pool, is not in.
+    A forward pass precedes every measurement, and their ratio is the result: the median over the
+    rounds, in which all sketches take turns. The self-check, done once per pool, is not included.
     """
     tokens = case.head(TIMED_ITEMS)
     sketches = [Sketch("none"), *(Sketch(method, k) for method in METHODS for k in DIMS)]
@@ -229,7 +229,7 @@ def time_sketches(case: Case) -> list[Record]:
 
 
 def environment() -> Record:
-    """Where and with what the figures were made."""
+    """The machine and the versions that the figures were made with."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -264,7 +264,7 @@ def main(
         "runs/fidelity"
     ),
 ) -> None:
-    """Measure what sketches cost in the quality of the selection, and what they cost in time.
+    """Measure how much sketches lower the quality of the selection, and how much time they take.
 
     A run that was interrupted continues with what is in the work folder; delete it to start over.
     """

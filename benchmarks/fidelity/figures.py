@@ -1,4 +1,4 @@
-"""The picture of `fidelity.py`."""
+"""The figure of `benchmarks.fidelity`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw(result: Record, path: Path) -> None:
                 markerfacecolor=fill,
                 linewidth=4 if method == "sjlt" else 1.5,
                 markersize=9 if method == "sjlt" else 6,
-            )  # rademacher's lie upon sjlt's
+            )  # rademacher's points coincide with sjlt's
 
     exact = _where(result["exact"], case="trained", normalize="response", lam=1.0)[0]
     unsketched = _where(result["time"], sketch="none")[0]["ratio"]
@@ -78,7 +78,8 @@ def draw(result: Record, path: Path) -> None:
 
 
 def _draw_loss(axes: Any, result: Record, method: str, **style: Any) -> None:
-    """A method's loss against its time, k beside each point (sjlt's and kronecker's lie close)."""
+    """The loss of a method against its time, with k next to each point (sjlt's and kronecker's are
+    close)."""
     times = [_where(result["time"], sketch=method, k=k)[0]["ratio"] for k in DIMS]
     losses = [
         1

@@ -1,4 +1,5 @@
-"""What `fidelity.py` compares: exact gradient rows with their sketches, and the picks of both."""
+"""The comparisons of `benchmarks.fidelity`: exact gradient rows with their sketches, and the picks
+of both."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class Case:
     tokens: TokenizedPool
 
     def extractor(self, sketch: Sketch) -> FeatureExtractor:
-        """What takes this policy's gradient rows, with the demo's settings."""
+        """The extractor of this policy's gradient rows, with the demo's settings."""
         return FeatureExtractor(
             self.model, sketch, beta=DEMO.dpo["beta"], max_tokens_per_batch=TOKENS
         )
@@ -137,7 +138,7 @@ def sketch_rows(rows: Tensor, parameters: Parameters, sketch: Sketch) -> Tensor:
 def sketches_of(
     rows: Tensor, parameters: Parameters, method: str, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(k, sketched rows float64 [R, k]) for every k that this method and seed are measured at."""
+    """(k, sketched rows float64 [R, k]) for every k at which this method and seed are measured."""
     if method != "rademacher":
         for k in DIMS:
             yield k, sketch_rows(rows, parameters, Sketch(method, k, seed))
@@ -151,7 +152,7 @@ def sketches_of(
 
 
 def check_sketches(case: Case, exact: Exact) -> None:
-    """Assert that what is measured is what the extractor gives, on a few items."""
+    """Assert, on a few items, that the measured rows are those of the extractor."""
     tokens, parameters = case.head(CHECKED_ITEMS), case.parameters()
     rows = exact.rows[: len(tokens.sequences)]
     for method in METHODS:
@@ -176,7 +177,7 @@ def check_points(case: Case, exact: Exact) -> None:
 
 
 def geometry(sketched: Tensor, exact: Exact, pairs: Tensor) -> Record:
-    """How far the sketch S bends angles and lengths; x, y are rows scaled to unit norm.
+    """How much the sketch S changes angles and lengths; x, y are rows scaled to unit norm.
 
     inner_product_error: |<Sx, Sy> - <x, y>| over |<x, y>|, root sums of squares over x ≠ y.
     pair_product_error: the same for the features of pairs, x_a - x_b.
@@ -219,7 +220,7 @@ def logdet(points: Tensor, pairs: Tensor, normalize: Normalize, lam: float) -> f
 
 
 def reference_picks(case: Case, exact: Exact) -> list[Record]:
-    """For every criterion: the exact picks, their log det, and that of pairs drawn at random."""
+    """For every criterion: the exact picks, their log det, and that of random pairs."""
     pairs, records = case.pool.pairs(), []
     count = min(PICKS, len(pairs))
     for normalize, lam in CRITERIA:
@@ -250,7 +251,7 @@ def reference_picks(case: Case, exact: Exact) -> list[Record]:
 
 
 def _largest(points: Tensor, pairs: Tensor, normalize: Normalize, count: int) -> Tensor:
-    """The pairs with the largest features: what a selection without V would take."""
+    """The pairs with the largest features: the picks of a selection without V."""
     return PairFeatures(points, pairs, normalize).size.topk(count).indices
 
 
@@ -278,7 +279,7 @@ def selection(sketched: Tensor, exact: Exact, pairs: Tensor, reference: Record) 
 
 
 def describe(case: Case, exact: Exact) -> Record:
-    """What the exact rows of a case are like."""
+    """Describe the exact rows of a case."""
     share, column = 0.0, 0
     for name, shape in case.parameters():
         block = exact.rows[:, column : column + math.prod(shape)]

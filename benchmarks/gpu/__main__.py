@@ -1,4 +1,4 @@
-"""Everything that is to be known of the kernels on a GPU, in one command.
+"""All tests and measurements of the kernels on a GPU, in one command.
 
     python -m benchmarks.gpu --help
 
@@ -45,7 +45,7 @@ Result = dict[str, Any]
 
 
 def describe(device: str, commit: str | None) -> Result:
-    """What the figures depend on besides the code."""
+    """What the figures depend on, besides the code."""
     versions = {"python": platform.python_version(), "CUDA of torch": torch.version.cuda}
     for package in PACKAGES:
         try:
@@ -80,7 +80,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _said(*command: str) -> str | None:
-    """What a command printed; None where it is not there or fails."""
+    """The output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def file_name(device: str) -> str:
 
 
 def begun(path: Path, described: Result) -> Result:
-    """The result to add to: that of `path`, if it is of the same device and versions."""
+    """The result to add to: that in `path`, if it is for the same device and versions."""
     if path.exists():
         earlier = json.loads(path.read_text())
         if all(earlier[name] == described[name] for name in ("dry_run", "device", "versions")):
@@ -111,7 +111,7 @@ def measure(
     minutes: float,
     environment: Mapping[str, str],
 ) -> None:
-    """Run the sections one after another; `path` has what was found so far at every moment."""
+    """Run the sections one after another; `path` always has the results so far."""
     end = time.time() + 60 * minutes - RESERVE
 
     def write() -> None:

@@ -1,4 +1,4 @@
-"""What was aimed at on a GPU, and what `benchmarks.gpu` found."""
+"""The aims on a GPU, and the results of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OVERHEAD, RATE, SECONDS, SPEEDUP = 0.03, 0.5, 0.3, 10.0
 
 
 def aims(sections: dict[str, Any]) -> list[Record]:
-    """A line an aim: {"aim", "limit", "value", "met"}; without a value `met` is None."""
+    """One line per aim: {"aim", "limit", "value", "met"}; without a value, `met` is None."""
     cases = {name: section["cases"] for name, section in sections.items()}
     return [
         _tests(cases.get("tests", {})),

@@ -23,7 +23,7 @@ _ALONE = (
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Building; then what is active, asked of a process that begins after it."""
+    """The build; then the active backends, according to a process that starts after it."""
     return [
         Case("setup.py build_ext --inplace", lambda _: build(settings), 1, 240),
         Case("backends", active, 1, 60),
@@ -33,7 +33,7 @@ def cases(settings: Settings) -> list[Case]:
 def build(settings: Settings) -> Record:
     """Build for this GPU's architecture alone, unless ACTIVEDPO_CUDA_ARCHS names others.
 
-    Where pybind11 is not installed, its headers are those that torch brings.
+    If pybind11 is not installed, torch's copy of its headers is used.
     """
     if settings.device != "cuda":
         raise Skip("nothing is built for a dry run")
@@ -68,7 +68,7 @@ def active(found: Found) -> Record:
 
 
 def architecture() -> str:
-    """What nvcc calls this GPU; Hopper and later with the features that are theirs alone."""
+    """nvcc's name for this GPU; for Hopper and later, with architecture-specific features."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 

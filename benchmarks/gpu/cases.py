@@ -1,4 +1,4 @@
-"""What a section of `benchmarks.gpu` is made of: cases, measured and written down one by one."""
+"""The parts of a section of `benchmarks.gpu`: cases, measured and recorded one by one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ Found = dict[str, Record]  # the records of the section's earlier cases, by name
 
 
 class Skip(Exception):
-    """Says why a case cannot be measured here; a missing module is taken in the same way."""
+    """Raised with the reason why a case cannot be measured here; a missing module is treated the
+    same."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every case is told.
+    """The settings of every case.
 
     device: "cuda", or "cpu" for a dry run. tiny: sizes that a dry run takes.
     deadline: of the section, in `time.time()`'s seconds.
@@ -51,7 +52,7 @@ class Case:
 class Section:
     """A process of its own: what it is about, and the share of the whole time that it may take.
 
-    What it leaves is there for the sections after it; the shares add up to more than 1.
+    Time that it does not use is left for later sections; the shares add up to more than 1.
     """
 
     title: str
@@ -62,7 +63,7 @@ class Section:
         return import_module(self.module).cases(settings)
 
 
-# In this order: what the end of the time cuts off is worth the least.
+# In this order: the last ones, which may be cut off when time runs out, matter least.
 SECTIONS = {
     "build": Section("extensions built in place", "benchmarks.gpu.build", 0.35),
     "compile": Section("Triton kernels compiled", "benchmarks.gpu.compile", 0.20),

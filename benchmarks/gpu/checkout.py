@@ -1,4 +1,4 @@
-"""Makes a checkout that is not installed importable, for `benchmarks.gpu` and what it starts.
+"""Makes a checkout that is not installed importable, for `benchmarks.gpu` and its processes.
 
 `activedpo_fast` itself is found beside this folder. Its kernels are in the folder kernels/, which
 only an installation calls `activedpo_fast.kernels`: importing this module makes it so.

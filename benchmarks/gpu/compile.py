@@ -17,7 +17,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def compiled(settings: Settings) -> Record:
-    """What each variant takes of the GPU, and what is wrong with any."""
+    """The resources that each variant needs, and the problems of any."""
     if settings.device != "cuda":
         raise Skip("nothing is compiled for a dry run")
     from benchmarks.gpu.kernel_resources import compile_all

@@ -37,7 +37,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Model:
-    """A shape of Llama, the adapter on it, and how many pairs and tokens a batch it is given.
+    """A shape of Llama, its adapter, and the numbers of pairs and of tokens per batch.
 
     adapters: the dtype of the adapter's weights; PEFT makes them float32 unless told otherwise.
     gib: memory that it needs. others: whether the other sketches are measured too.
@@ -84,7 +84,7 @@ TINY = {
     "intermediate_size": 48,
     "vocab_size": 50,
 }
-# By worth: what is cut off by the end of the time is the least. PEFT makes adapters float32 unless
+# By importance: the last ones may be cut off when time runs out. PEFT makes adapters float32 unless
 # told otherwise.
 MODELS = (
     Model("Llama 7B", LARGE, 128, 24, 4_096, 60, 50, adapters="float32"),
@@ -99,7 +99,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def cases(settings: Settings) -> list[Case]:
-    """One a model: the floor, the forward passes, and every sketch in the same rounds."""
+    """One per model: the floor, the forward passes, and every sketch in the same rounds."""
     return [
         Case(
             model.title(),
@@ -168,7 +168,7 @@ def title(method: str, deterministic: str) -> str:
 
 
 def build(model: Model, device: str) -> PeftModel:
-    """The model with its adapter, in bfloat16 on the device, drawn there."""
+    """The model with its adapter, in bfloat16, initialized on the device."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -223,8 +223,8 @@ def pairs(model: Model, tiny: bool) -> Any:
 def _in_rounds(
     ways: dict[str, Callable[[], Any]], settings: Settings
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Seconds of every way in every round; and peak memory, in a round before in which kernels are
-    compiled."""
+    """Seconds of every contender in every round, and peak memory in an earlier round, in which
+    kernels are compiled."""
     peaks = {name: _peak(way, settings) for name, way in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 if settings.tiny else ROUNDS):
@@ -236,12 +236,12 @@ def _in_rounds(
 def _profiled_or_why(run: Callable[[], Any], settings: Settings) -> Record | None:
     try:
         return profiled(run, settings)
-    except Exception as error:  # a profile explains figures; they are worth more than it
+    except Exception as error:  # a profile only explains the figures, which matter more
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
 def profiled(run: Callable[[], Any], settings: Settings) -> Record | None:
-    """Where the GPU's time goes: kernels by name, launches, and how long nothing ran."""
+    """The GPU's time: kernels by name, launches, and how long nothing ran."""
     if settings.device != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as found:

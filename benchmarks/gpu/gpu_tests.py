@@ -1,8 +1,8 @@
 """The section "tests" of `benchmarks.gpu`: the tests marked `gpu`, a process for each file.
 
-The files run side by side: tests use few of a GPU's multiprocessors. What a file's tests gave is
-written line by line as they end, so that a test that hangs or breaks the device takes nothing from
-those before it.
+The files run side by side: tests use few of a GPU's multiprocessors. Results are written line by
+line as tests end, so that a test that hangs or breaks the device does not lose the results before
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPARE = 2.0  # seconds for writing down what an ended file gave
 
 
 def cases(settings: Settings) -> list[Case]:
-    """One a file that has such tests; a dry run collects those of one."""
+    """One per file that has such tests; a dry run collects those of one file."""
     files = [
         file
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -43,7 +43,7 @@ _begun: dict[Path, Future[Record]] = {}
 
 
 def _result(file: Path, files: list[Path], settings: Settings, found: Found) -> Record:
-    """What the file's tests gave; the first call begins every file that has no record yet."""
+    """The results of the file's tests; the first call starts every file that has no record yet."""
     if not _begun:
         limit = max(1.0, min(_LIMIT, settings.left()) - _SPARE)
         pool = ThreadPoolExecutor(len(files))
@@ -56,7 +56,7 @@ def _result(file: Path, files: list[Path], settings: Settings, found: Found) -> 
 
 
 def run_file(file: Path, limit: float, collect_only: bool = False) -> Record:
-    """Counts by outcome of the file's tests, and what failed."""
+    """Counts of the file's tests by outcome, and the failures."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "reports"
         command = [

@@ -1,12 +1,13 @@
-"""What the Triton kernels take of a GPU, found by compiling them on a machine that needs none.
+"""The GPU resources that the Triton kernels need, found by compiling them on a machine without a
+GPU.
 
     python -m benchmarks.gpu.kernel_resources                  every kernel for sm_80, sm_90, sm_100
     python -m benchmarks.gpu.kernel_resources --arch 90 --json resources.json
     python -m benchmarks.gpu.kernel_resources --module activedpo_fast.kernels.lora_grad_sketch
 
 Every variant of activedpo_fast.kernels.variants is compiled as at its launch, and cuobjdump, which
-is inside Triton's package, reads the binary. Columns: registers a thread; bytes of stack a thread
-(spilled registers); KiB of shared memory and columns of tensor memory a block; tensor-core
+is inside Triton's package, reads the binary. Columns: registers per thread; bytes of stack per
+thread (spilled registers); KiB of shared memory and columns of tensor memory a block; tensor-core
 instructions among all; warps that a multiprocessor holds at a time, of those that it has room for.
 Nothing of this tells how fast a kernel is.
 
@@ -23,7 +24,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -42,13 +43,15 @@ from activedpo_fast.kernels.variants import LAUNCH, Variant, all_variants
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU has (CUDA programming guide, technical specifications by compute capability)."""
+    """The resources of a GPU (CUDA programming guide, technical specifications by compute
+    capability)."""
 
     shared: int  # KiB of shared memory that a block may have; a multiprocessor has one more
     warps: int  # resident warps of one multiprocessor
     blocks: int  # resident blocks of one multiprocessor
-    # Bytes of a thread's stack that are no problem. Tiles were chosen by time on sm_90, where a few
-    # numbers may be kept outside of loops; elsewhere, two blocks a multiprocessor matter more.
+    # Bytes of a thread's stack that are not counted as a problem. Tiles were chosen by time on
+    # sm_90, where a few numbers may be kept outside of loops; elsewhere, two blocks a
+    # multiprocessor matter more.
     spilled: int = 168
 
 
@@ -84,7 +87,7 @@ class Task(NamedTuple):
         return _variants(self.module)[self.number]
 
     def log(self, folder: str) -> Path:
-        """Where the compiler's output goes; the file is there once the work has begun."""
+        """The file for the compiler's output; it exists once the work has begun."""
         return Path(folder) / f"{self.number}-{self.arch}.log"
 
 
@@ -122,7 +125,8 @@ class Resources:
         return blocks * self.warps
 
     def problems(self) -> list[str]:
-        """What keeps this variant from being launched, or from being worth it; empty if nothing."""
+        """The reasons why this variant cannot be launched, or is not efficient; empty if there are
+        none."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
@@ -145,11 +149,11 @@ class Resources:
 
 
 def compile_all(
-    archs: list[int], module: str | None, jobs: int, skip: str | None = None
+    archs: list[int], module: str | None, jobs: int, skip: Iterable[str] = ()
 ) -> list[Resources]:
     """The variants of a module (None: of all) for each architecture, in order, by `jobs` processes.
 
-    skip: leaves out variants whose name has this word.
+    skip: leaves out variants whose name has one of these words.
 
     Raises ActiveDPOError where kernels cannot be compiled here, or an architecture is unknown.
     """
@@ -166,7 +170,7 @@ def compile_all(
     left = [
         Task(module, number, arch)
         for number, variant in enumerate(_variants(module))
-        if skip not in variant.name.split()
+        if set(skip).isdisjoint(variant.name.split())
         for arch in archs
     ]
     order, found = list(left), {}
@@ -178,8 +182,8 @@ def compile_all(
             for task, result in _in_processes(left, jobs, logs):
                 found[task] = result
                 bar.update()
-            # Where the compiler itself dies, on an assertion, its process takes others along: what
-            # had begun is tried alone, and then the rest.
+            # If the compiler itself crashes, on an assertion, it ends the whole pool of processes:
+            # the tasks that had begun are tried one by one, and then the rest.
             begun = [task for task in left if task not in found and task.log(logs).exists()]
             for task in begun:
                 results = [result for _, result in _in_processes([task], 1, logs)]
@@ -201,7 +205,7 @@ def compile_all(
 
 
 def _in_processes(tasks: list[Task], jobs: int, logs: str) -> Iterator[tuple[Task, Resources]]:
-    """Results as they come; fewer of them than tasks where a process died."""
+    """Results as they arrive; fewer than tasks if a process died."""
     # Processes, as most of compiling holds the interpreter's lock; spawned, as Triton has threads.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_compile, task, logs): task for task in tasks}
@@ -231,7 +235,7 @@ def _variants(module: str | None) -> list[Variant]:
 
 def _compile(task: Task, logs: str) -> Resources:
     """The work of a process: variants cannot be sent to it, so it takes them from their module."""
-    with task.log(logs).open("w") as log:  # where a pass fails, Triton prints thousands of lines
+    with task.log(logs).open("w") as log:  # if a pass fails, Triton prints thousands of lines
         os.dup2(log.fileno(), 2)
     variant = task.variant()
     try:
@@ -253,7 +257,7 @@ def _complaint(log: Path) -> str:
 
 
 def resources(variant: Variant, arch: int) -> Resources:
-    """Compiles one variant as its launch would, and reads what it takes."""
+    """Compile one variant as its launch would, and read the resources that it needs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -332,14 +336,15 @@ def main(
         str | None, typer.Option(help="only the kernels of this module, by its variants()")
     ] = None,
     skip: Annotated[
-        str | None, typer.Option(help="leave out kernels whose name has this word, such as fp16")
+        list[str] | None,
+        typer.Option(help="leave out kernels with this word in the name, as fp16; may be repeated"),
     ] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="write the findings here")] = None,
 ) -> None:
-    """Compile the GPU kernels without a GPU and say what each takes of one."""
+    """Compile the GPU kernels without a GPU and print the resources that each needs."""
     try:
-        found = compile_all(arch, module, jobs, skip)
+        found = compile_all(arch, module, jobs, skip or ())
     except ActiveDPOError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error

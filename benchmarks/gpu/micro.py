@@ -1,7 +1,8 @@
-"""The section "micro" of `benchmarks.gpu`: each kernel beside its floor and its peers.
+"""The section "micro" of `benchmarks.gpu`: each kernel next to its floor and its peers.
 
-A floor is what the least bytes take at the bandwidth of a copy on the same device, or the least
-operations at the rate of a bfloat16 matrix product, whichever is longer; both are measured first.
+A floor is the time of the least bytes at the bandwidth of a copy on the same device, or of the
+least operations at the rate of a bfloat16 matrix product, whichever is longer; both rates are
+measured first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ KEY = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do a group's work.
+    """A way to do the work of a group.
 
     make(inputs): the call to be timed; its result is compared with the definition's unless the
         contender has its `own_tables` of random numbers.
@@ -57,7 +58,7 @@ def cases(settings: Settings) -> list[Case]:
         for group, shape, inputs, contenders in groups(settings)
         for contender in contenders
     ]
-    # Where time runs out, what takes longest and says least about ours is missing.
+    # If time runs out, the slow cases that say least about our kernels are missing.
     work.sort(key=lambda item: (not item[3].ours, item[3].compiled))
     for group, shape, inputs, contender in work:
         found.append(

@@ -1,4 +1,4 @@
-"""What the kernels are timed on, what it costs at least, and what the result should be."""
+"""The inputs that the kernels are timed on, their floors, and the correct results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_SIGNS = 1 << 30  # of a dense projection whose result is checked
 
 
 class Tokens(NamedTuple):
-    """What a layer's gradients are sums of, for runs of tokens; `out` is added to."""
+    """The operands of a layer's gradients, for runs of tokens; results are added to `out`."""
 
     out: Tensor  # float64 [n, k]
     left: Tensor  # bfloat16 [N, rows]
@@ -84,7 +84,7 @@ class Gradients:
         return formed + 2 * self.count * self.rank * self.d * self.k
 
     def error(self, inputs: Tokens, result: Tensor) -> float | None:
-        """|result - definition| / |definition|, over all numbers; None where it would take long."""
+        """|result - definition| / |definition|, over all numbers; None if that would take long."""
         if self.method == "rademacher" and self.rank * self.d * self.k > _MOST_SIGNS:
             return None
         expected = reference.outer_sketch(
@@ -145,7 +145,8 @@ class Logits:
 
 
 class Update(NamedTuple):
-    """A symmetric matrix float64 [k, k], and rows float64 [m, k] whose products leave it."""
+    """A symmetric matrix float64 [k, k], and rows float64 [m, k] whose products are subtracted from
+    it."""
 
     matrix: Tensor
     rows: Tensor

@@ -1,7 +1,7 @@
-"""The kernels of the library, and what people would otherwise use, one function a way.
+"""The kernels of the library and their alternatives, one function each.
 
-Each takes inputs of `micro_inputs.py` and gives a call to be timed. Tables of buckets and
-signs, and inputs padded to one length, are made before, at no charge to the peer.
+Each takes inputs of `micro_inputs.py` and returns a call to be timed. Tables of buckets and signs,
+and inputs padded to one length, are made before, outside of the peer's time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.gpu.cases import Settings, Skip
 from benchmarks.gpu.micro_inputs import Scored, Tokens, Update
 
 Call = Callable[[], Any]
-PIECES = 2.0  # bfloat16 numbers that ours makes of one of a gradient's, for bfloat16 inputs
+PIECES = 2.0  # bfloat16 numbers into which ours splits a number of a gradient, for bfloat16 inputs
 _JL_BATCHES = (8, 16, 32)  # rows that fast_jl has functions for
 _SIGNS_AT_A_TIME = 1 << 22
 
@@ -179,7 +179,7 @@ def require(operation: str, tensor: Tensor) -> None:
 
 
 def _compiled(function: Callable[..., Any], settings: Settings) -> Callable[..., Any]:
-    # A dry run has no need of generated code; the graph is taken all the same.
+    # A dry run does not need generated code; the graph is still captured.
     return _compiled_by(function, "inductor" if settings.device == "cuda" else "eager")
 
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: a line for every test in the file GPU_REPORTS, as soon as it is known."""
+"""A pytest plugin that writes a line for every test to the file GPU_REPORTS, as soon as it ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A test's call, and what fails or is skipped around it."""
+    """Report a test's call, and failures and skips in its setup or teardown."""
     if report.when == "call" or report.outcome != "passed":
         message = "" if report.passed else str(report.longrepr)[-_LONGEST:]
         _write({"test": report.nodeid, "outcome": report.outcome, "message": message})

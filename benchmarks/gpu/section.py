@@ -27,7 +27,9 @@ from activedpo_fast._files import write_atomic
 from benchmarks.gpu.cases import SECTIONS, Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
-BROKEN = 3  # exit status: the device answers no more, the rest wants another process
+BROKEN = (
+    3  # exit status: the device no longer responds, and the remaining cases need another process
+)
 
 
 def measure(cases: Sequence[Case], settings: Settings, state: Path) -> int:

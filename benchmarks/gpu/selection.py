@@ -1,7 +1,7 @@
-"""The section "selection" of `benchmarks.gpu`: greedy log-det on the GPU beside the torch loop.
+"""The section "selection" of `benchmarks.gpu`: greedy log-det on the GPU next to the torch loop.
 
-The rows are made up: a common part for each prompt, and a spectrum that falls as that of real
-gradient rows does. Three responses a prompt, every pair of them a candidate.
+The rows are artificial: a common part for each prompt, and a spectrum that falls like that of real
+gradient rows. Three responses per prompt, every pair of them a candidate.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _ours(dtype: str, n: int, k: int, picks: int, settings: Settings, found: Fou
 
 
 def _loop(n: int, k: int, picks: int, settings: Settings, found: Found) -> Record:
-    """In float32, as published code runs; its picks beside ours of the same rows."""
+    """In float32, as published code runs; its picks are compared with ours for the same rows."""
     given = problem(n, k, "float32", settings.device)
     with torch.device(settings.device):
         record = _timed(lambda: sherman_morrison(given, picks), settings)
@@ -119,7 +119,7 @@ def _timed(select: Callable[[], Tensor], settings: Settings, rounds: int = _ROUN
 
 
 def _phases(given: Problem, picks: int, settings: Settings) -> Record:
-    """Where the time of another selection goes, which waits for the GPU between its parts.
+    """The phases of another selection, which waits for the GPU between them.
 
     norms: of the rows and pairs, measured alone. before: all until the launch, norms among it.
     kernel: by events around the launch. after: the rest. rows_a_pick: rows that were multiplied
@@ -163,7 +163,7 @@ def _phases(given: Problem, picks: int, settings: Settings) -> Record:
 
 
 def _agreement(picked: list[int], found: Found, dtype: str) -> Record:
-    """How many picks are the same as ours from the first on, and how many in all."""
+    """The number of leading picks that are the same as ours, and the number of all that are."""
     other = found.get(f"ours, {dtype} rows", {}).get("picked")
     if other is None:
         return {}

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.tables             print the tables of benchmarks/results/gpu_*.json
     python -m benchmarks.gpu.tables --write     put them into the documents
 
-Places in the documents are marked as `report.py` says. Where no GPU has run it yet, a table says
-so; a dry run is never shown as a result.
+Places in the documents are marked as `report.py` says. A table says so if no GPU has run it yet; a
+dry run is never shown as a result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def summary(result: Result) -> str:
-    """What the end of a run prints: 60 lines at most, failures and aims before figures."""
+    """The summary at the end of a run: at most 60 lines, failures and aims before figures."""
     head = [f"{result['device']['name']}: {_verdict(result)}"]
     if result["dry_run"]:
         head.append("a dry run: nothing here is a result")
@@ -54,7 +54,7 @@ def summary(result: Result) -> str:
 
 
 def load(results: Path = RESULTS, pattern: str = "gpu_*.json") -> list[Result]:
-    """The committed runs, by file name. Dry runs are none."""
+    """The committed runs, by file name, without dry runs."""
     runs = [json.loads(path.read_text()) for path in sorted(results.glob(pattern))]
     return [run for run in runs if not run["dry_run"]]
 
@@ -89,7 +89,7 @@ def _machine(run: Result) -> str:
 
 
 def _measured(run: Result) -> str:
-    """When and of what the sections were measured."""
+    """The date and the code that each section was measured with."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, section in run["sections"].items():
         at = section.get("date", run["date"]), (section.get("commit") or "unknown")[:10]
@@ -126,7 +126,7 @@ def _changed(before: Sequence[Result], run: Result) -> str:
 
 
 def _profiles(run: Result) -> str:
-    """Where a model's time goes: the GPU's work, and what it waits for."""
+    """The time of a model: the GPU's work, and its waits."""
     rows = [
         {"model": name, "way": way, **profile}
         for name, record in _cases(run, "end_to_end")
@@ -328,7 +328,7 @@ def _counts(records: Iterable[Row]) -> str:
 
 
 def _reason(record: Row) -> str:
-    """The last line of what is known."""
+    """The last line of the error."""
     lines = (record.get("reason") or record.get("traceback") or "").strip().splitlines()
     return lines[-1].strip() if lines else ""
 

@@ -1,4 +1,4 @@
-"""Times on a GPU by events, or on the CPU by the clock where a dry run has no GPU."""
+"""Times on a GPU by events, or on the CPU by the clock in a dry run without a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import torch
 from benchmarks.gpu.cases import Record, Settings
 
 REPEATS, WARM_UP = 21, 3
-_BEYOND_CACHE = 3  # inputs that are rotated are so many times the L2 cache together
+_BEYOND_CACHE = 3  # the rotated inputs together are this many times the L2 cache
 _MOST_SETS = 64
-_HOLD = 0.25  # seconds at most for which the GPU is kept from starting
+_HOLD = 0.25  # the longest time for which the GPU is kept from starting, in seconds
 
 
 class Timer:
     """Medians of repeated calls.
 
-    On a GPU the calls are put into the stream while it is held busy, and timed by events between
-    them: what the GPU takes for each, with no gap that launching would leave. `host` is what the
-    CPU takes to launch one.
+    On a GPU, the calls are queued while the stream is kept busy, and timed by events between them:
+    the GPU's time for each, without gaps from launching. `host` is the CPU's time to launch one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -31,7 +30,7 @@ class Timer:
         self.warm_up = 1 if settings.tiny else WARM_UP
 
     def __call__(self, calls: Sequence[Callable[[], Any]]) -> Record:
-        """Seconds of one call, the calls (one an input) taken in turns."""
+        """Seconds of one call; the calls, one per input, take turns."""
         turns = [calls[i % len(calls)] for i in range(max(self.repeats, len(calls)))]
         for call in turns[: self.warm_up]:
             call()
@@ -85,7 +84,7 @@ def wall_seconds(function: Callable[[], Any], device: str) -> float:
 
 
 def input_sets(bytes_of_one: int, settings: Settings) -> int:
-    """How many inputs to rotate so that none is still in the cache when its turn comes."""
+    """The number of inputs to rotate so that none is still in the cache when its turn comes."""
     if settings.device != "cuda":
         return 2
     wanted = -(-_BEYOND_CACHE * cache_bytes() // bytes_of_one)
@@ -98,13 +97,13 @@ def cache_bytes() -> int:
 
 
 def clock_rate() -> float:
-    """Cycles a second of the GPU, or about that."""
+    """The GPU's cycles per second, approximately."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return 1e3 * getattr(properties, "clock_rate", 1.8e6)
 
 
 def copy_bandwidth(settings: Settings, timer: Timer) -> Record:
-    """Bytes a second of a copy on the device, those read and those written both counted."""
+    """Bytes per second of a copy on the device, counting both reads and writes."""
     count = 1 << (12 if settings.tiny else 28)
     source = torch.randint(1 << 30, (count,), dtype=torch.int32, device=settings.device)
     target = torch.empty_like(source)
@@ -113,7 +112,7 @@ def copy_bandwidth(settings: Settings, timer: Timer) -> Record:
 
 
 def matrix_rate(settings: Settings, timer: Timer) -> Record:
-    """Operations a second of a bfloat16 matrix product, on random numbers."""
+    """Operations per second of a bfloat16 matrix product, on random numbers."""
     size = 64 if settings.tiny else 8192
     a, b = (torch.randn(size, size, device=settings.device).bfloat16() for _ in range(2))
     times = timer([lambda: a @ b])

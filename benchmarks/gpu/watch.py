@@ -1,4 +1,4 @@
-"""Runs one section of `benchmarks.gpu` in a process, and outlives what that does."""
+"""Runs one section of `benchmarks.gpu` in a process, and survives its failures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.gpu.checkout import ROOT
 
 _POLL = 0.2
 _GRACE = 5.0  # seconds beyond the deadline for a case that is about to end
-_LAST_LINES = 15  # of what a process said, when it died
+_LAST_LINES = 15  # characters of a process's output, if it died
 _MOST_PROCESSES = 8  # that a section may use up
 
 
 @dataclass(frozen=True)
 class Child:
-    """How the process is started.
+    """How to start the process.
 
     command: given the file of its state. environment: of its own. log: what it says goes there.
     """
@@ -74,7 +74,7 @@ def run(child: Child, deadline: float, changed: Callable[[Found], None]) -> Foun
 
 
 def _watch(child: Child, deadline: float, changed: Callable[[Found], None]) -> str | None:
-    """Why the process did not measure every case; None where it did."""
+    """The reason why the process did not measure every case; None if it did."""
     with open(child.log, "ab") as log:
         process = subprocess.Popen(
             child.command,
@@ -107,11 +107,11 @@ def _watch(child: Child, deadline: float, changed: Callable[[Found], None]) -> s
 
 
 def _recorded(child: Child, reason: str) -> bool:
-    """Whether a case is to blame for what happened, and another process can go on after it."""
+    """Whether a case caused the failure, so that another process can continue after it."""
     state = _state(child)
     if running := state["running"]:
         state["cases"][running["name"]] = {"status": "failed", "traceback": reason}
-    elif state["cases"]:  # the last of them broke the device, and said how
+    elif state["cases"]:  # the last of them broke the device, and reported how
         return True
     else:
         state["cases"]["start"] = {"status": "failed", "traceback": reason}
@@ -126,7 +126,7 @@ def _state(child: Child) -> dict:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process and what it has started."""
+    """End the process and its children."""
     if process.poll() is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)

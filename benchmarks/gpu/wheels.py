@@ -1,4 +1,4 @@
-"""Packages that a machine without a network lacks, from a folder of wheels."""
+"""Packages for a machine without a network, from a folder of wheels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from zipfile import ZipFile
 
 
 def unpack(wheels: Path, target: Path) -> list[str]:
-    """Unpack into `target` the wheels of packages that are not installed; their names.
+    """Unpack the wheels of packages that are not installed into `target`; return their names.
 
-    Nothing is run and no needs are looked for: the folder is to have them too.
+    Nothing is run and no dependencies are resolved: the folder must have them, too.
     """
     unpacked = []
     for wheel in sorted(wheels.glob("*.whl")):

@@ -1,4 +1,4 @@
-"""What taking gradient rows costs at least: the passes themselves."""
+"""The lower bound on the cost of gradient rows: the passes themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from activedpo_fast.gradients.trainable import TrainableLinear
 
 
 class OnlyActivations(Capture):
-    """Lets autograd differentiate the same activations, and takes nothing."""
+    """Let autograd differentiate the same activations, without capturing anything."""
 
     def _forward_hook(
         self, linear: TrainableLinear
@@ -29,6 +29,7 @@ class OnlyActivations(Capture):
 
 
 def without_capture(gradients: Callable[[], Any]) -> None:
-    """`gradients`, a call of an extractor's, in the same passes over the same batches."""
+    """Run `gradients`, a call of an extractor, with the same passes over the same batches but no
+    capture."""
     with patch.object(extractor_module, "Capture", OnlyActivations):
         gradients()

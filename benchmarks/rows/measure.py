@@ -1,4 +1,4 @@
-"""Time, memory and error of one contender, so that they can stand in one row of a table."""
+"""Time, memory and error of one contender, for one row of a table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def side_by_side(
     benchmark's extra info as "ratio", beside the two medians in seconds.
 
     Returns:
-        What `function` returned last.
+        The last result of `function`.
     """
     ours: list[float] = []
     theirs: list[float] = []
@@ -50,14 +50,16 @@ def side_by_side(
 
 
 def peak_memory(function: Callable[[], Any]) -> float | None:
-    """MiB that the resident memory of the process rose by at most while `function` ran.
+    """The largest increase of the process's resident memory while `function` ran, in MiB.
 
-    None where the system does not tell (it is Linux's /proc that does).
+    None if the system does not report it (Linux does, in /proc).
     """
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would hide what is taken again
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # otherwise, freed memory that is kept would hide new allocations
         refs.write_text("5")  # the high-water mark starts again
     except (OSError, AttributeError):
         return None
@@ -81,7 +83,7 @@ def errors(rows: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     """How far sketched rows [R, k] are from exact ones [R, D], both divided by the exact norms.
 
     "cosine error": the root mean square of <Sx, Sy> - <x, y> over x ≠ y, about 1/√k for an ideal
-    projection of rows that are all but orthogonal; "norm distortion": that of ‖Sx‖ − 1.
+    projection of rows that are almost orthogonal; "norm distortion": that of ‖Sx‖ − 1.
     """
     norms = exact.double().norm(dim=1, keepdim=True)
     difference = gram(rows.double() / norms) - gram(exact.double() / norms)

@@ -1,18 +1,18 @@
-"""What people would otherwise use for sketched gradients of log π(y|x), one row a response.
+"""The alternatives for sketched gradients of log π(y|x), one row per response.
 
 Every peer is the package from PyPI, set up as its documentation says. They differ in how the
-gradient of a response is got, and in how it is projected:
+gradient of a response is computed, and in how it is projected:
 
-* gradients: one backward pass a response; `torch.func`; Opacus' hooks; the hooks of bergson and of
-  dattri, which project each module's gradient by itself and never hold a whole one;
+* gradients: one backward pass per response; `torch.func`; Opacus' hooks; the hooks of bergson and
+  of dattri, which project each module's gradient by itself and never hold a whole one;
 * projections of whole gradients: TRAK, dattri, bergson, and a CountSketch in plain torch.
 
-What is not here, and why: TRAK's and dattri's CUDA projectors, dattri's "sjlt" and "grass" (its CPU
+Not included, and why: TRAK's and dattri's CUDA projectors, dattri's "sjlt" and "grass" (its CPU
 projector refuses them) and its FactGraSS (which falls back to a dense projection without CUDA).
 
-A model's LoRA parameters are all that is trained, and are taken in the order of
-`model.named_parameters()`. Models are passed in eval mode and left as they were found: what needs
-hooks or flags works on a copy, which shares the weights.
+Only LoRA parameters are trained, and they are taken in the order of `model.named_parameters()`.
+Models are passed in eval mode and left as they were found: peers that need hooks or flags work on a
+copy, which shares the weights.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
-# Padded. On two cores all batched peers were at least as fast with this as with 2048, bergson's
-# default.
+# Padded. On two cores, all batched peers were at least as fast with this as with bergson's default
+# of 2048.
 TOKENS_A_BATCH = 1024
 GRADIENT_BYTES = 2**28  # whole gradients held at a time
-IGNORED = -100  # the label that cross_entropy leaves out
+IGNORED = -100  # the label that cross_entropy ignores
 
 Compute = Callable[[], Tensor]  # -> float32 [R, k'], in pool order
 Project = Callable[[Tensor], Tensor]  # float32 [n, D] -> [n, k]
@@ -50,7 +50,7 @@ Gradients = Callable[[], Iterator[tuple[list[int], Tensor]]]  # (rows, float32 [
 
 @dataclass(frozen=True)
 class RowsPeer:
-    """A way to the sketched gradient rows of a pool.
+    """A way to compute the sketched gradient rows of a pool.
 
     name: as printed. package: what it needs from PyPI, None for torch alone.
     make(model, tokenized, k): sets it up and gives a call that computes all rows, float32 [R, k'].
@@ -148,7 +148,7 @@ def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _private_copy(model: nn.Module) -> Any:
-    """A copy to put hooks and flags on; it shares the storage of all parameters."""
+    """A copy for hooks and flags, which shares the storage of all parameters."""
     shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
     }
@@ -159,7 +159,7 @@ def _private_copy(model: nn.Module) -> Any:
 
 
 def _loop_gradients(model: nn.Module, tokenized: TokenizedPool) -> Gradients:
-    """One forward and backward pass a response, as everybody writes it first."""
+    """One forward and backward pass per response: the obvious implementation."""
     parameters = list(_trainable(model).values())
     dim = _dimension(model)
 
@@ -181,7 +181,8 @@ def _vmap_gradients(model: nn.Module, tokenized: TokenizedPool) -> Gradients:
     """torch.func: vmap over the gradient of one response's log-likelihood.
 
     A batch is within TOKENS_A_BATCH already, so vmap's own chunk_size has nothing to cut. Attention
-    is "eager": vmap has no rule for the CPU's fused one, and would take its rows one by one.
+    is "eager": vmap has no rule for the CPU's fused attention, and would process its rows one by
+    one.
     """
     from torch.func import functional_call, grad, vmap
 
@@ -209,7 +210,7 @@ def _opacus_gradients(model: nn.Module, tokenized: TokenizedPool) -> Gradients:
     from opacus import GradSampleModule
 
     copied = _private_copy(model)
-    # Its hooks record modules in training mode only; all else stays without dropout.
+    # Its hooks record only modules in training mode; all other modules stay without dropout.
     for module in copied.modules():
         module.training = isinstance(module, nn.Linear)
     sampled = GradSampleModule(copied, loss_reduction="sum")
@@ -230,7 +231,7 @@ def _opacus_gradients(model: nn.Module, tokenized: TokenizedPool) -> Gradients:
 
 
 def _torch_count_sketch(dim: int, k: int) -> Project:
-    """One non-zero a column in plain torch, its random numbers drawn once."""
+    """One non-zero per column in plain torch, with random numbers that are drawn once."""
     generator = torch.Generator().manual_seed(0)
     buckets = torch.randint(k, (dim,), generator=generator)
     signs = torch.randint(2, (dim,), generator=generator).float() * 2 - 1
@@ -258,8 +259,8 @@ def _trak(dim: int, k: int) -> Project:
 def _dattri(dim: int, k: int, kind: str) -> Project:
     """dattri's `random_project`; on the CPU it is TRAK's algorithm, scaled by 1 / sqrt(k).
 
-    "random_mask" is k of the D numbers, not sums of them, and unscaled: its error hangs on how even
-    the gradient is.
+    "random_mask" is k of the D numbers, not sums of them, and unscaled: its error depends on how
+    even the gradient is.
     """
     from dattri.func.projection import random_project
 
@@ -299,8 +300,8 @@ PROJECTION_PEERS = [
 
 
 def module_side(model: nn.Module, k: int) -> tuple[int, int]:
-    """(p, k'): the p for which p x p numbers of each LoRA matrix come nearest to k, and how many
-    they are together."""
+    """(p, k'): the p for which p x p numbers per LoRA matrix come nearest to k, and their total
+    number."""
     modules = len(_trainable(model))
     low = max(1, math.isqrt(k // modules))
     side = min((low, low + 1), key=lambda p: abs(modules * p * p - k))
@@ -323,7 +324,7 @@ def _bergson_hooks(
 
     copied = _private_copy(model)
     modules = extract_peft_target_modules(copied)
-    # As in its `setup_model_and_peft`: hooks need activations' gradients, and no parameter's.
+    # As in its `setup_model_and_peft`: hooks need gradients of activations, not of parameters.
     copied.requires_grad_(False)
     copied.get_input_embeddings().requires_grad_(True)
     side = k if k is None or target == "global" else module_side(model, k)[0]
@@ -386,12 +387,14 @@ def _dattri_logra(model: nn.Module, tokenized: TokenizedPool, k: int | None) -> 
 
     def compute() -> Tensor:
         rows = _Rows(len(tokenized.sequences))
-        # It compiles its compressor for each layer and shape again, far longer than it then runs.
+        # It compiles its compressor again for each layer and shape, which takes far longer than
+        # running it.
         with torch.compiler.set_stance("force_eager"):
             for batch in plan:
                 ids, labels = _collate(tokenized, batch)
                 logp = _log_likelihood(copied(input_ids=ids, use_cache=False).logits, labels)
-                # Its rows are for the mean over the batch, and multiplied by the batch's size.
+                # Its rows are gradients of the mean over the batch, so they are multiplied by the
+                # batch size.
                 (logp / len(batch)).backward()
                 rows.put(batch, torch.cat(manager.get_compressed_grads(), dim=1))
         return rows.result()
@@ -475,7 +478,7 @@ ROWS_PEERS = [
 
 
 def _bergson(module: str = "") -> ModuleType:
-    """Import bergson, which replaces the root logger's handlers, and put those back."""
+    """Import bergson, which replaces the handlers of the root logger, and restore them."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     kept = importlib.import_module(f"bergson.{module}" if module else "bergson")
@@ -486,7 +489,7 @@ def _bergson(module: str = "") -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bergson's progress bars and its lists of modules, which it has no options for."""
+    """Hide bergson's progress bars and lists of modules, for which it has no options."""
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:

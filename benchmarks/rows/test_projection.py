@@ -1,6 +1,7 @@
-"""Projections of ready gradients, 8 of 1,000,000 numbers to k = 4096, beside what bounds them.
+"""Projections of ready gradients, 8 of 1,000,000 numbers each, to k = 4096, compared with their
+bounds.
 
-The arrays that take turns are together larger than the caches, as fresh gradients would be.
+The arrays that take turns are together larger than the caches, as new gradients would be.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def gradients() -> list[Tensor]:
 
 
 def product(x: Tensor) -> Tensor:
-    """[N, D] @ [D, K] in blocks of D, of a matrix that is there already."""
+    """[N, D] @ [D, K] in blocks of D, with a matrix that exists already."""
     block = product.__dict__.setdefault("block", torch.randn(10_000, K))
     return sum(x[:, start : start + len(block)] @ block for start in range(0, D, len(block)))
 

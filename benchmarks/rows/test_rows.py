@@ -1,4 +1,4 @@
-"""Gradient rows of a pool: ours, what people would otherwise use, and the floor beneath both."""
+"""Gradient rows of a pool: ours, the alternatives, and the floor of both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OURS = [
 @pytest.mark.parametrize(("method", "normalize"), OURS)
 def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> None:
     extractor = FeatureExtractor(workload.model, Sketch(method, workload.k), beta=1.0)
-    extractor.check(workload.tokenized)  # once for a model, so not among the rounds
+    extractor.check(workload.tokenized)  # done once for a model, so not part of the rounds
     rows = _measure(
         benchmark,
         workload,
@@ -98,13 +98,14 @@ def test_training_pass(benchmark, workload: Workload) -> None:
 
 
 def test_loop(benchmark, workload: Workload) -> None:
-    """One backward pass a response, whole gradients and no sketch; also what exact rows are."""
+    """One backward pass per response, whole gradients and no sketch; these are also the exact
+    rows."""
     compute = ROWS_PEERS[0].make(workload.model, workload.tokenized, None)
     rows = _measure(
         benchmark, workload, "loop of backward passes, no sketch", compute, workload.rounds
     )
     found = errors(rows, workload.exact)
-    # The rows that all errors here are relative to are autograd's.
+    # All errors here are relative to the rows of autograd.
     assert found["cosine error"] < 1e-4 and found["norm distortion"] < 1e-4
 
 
@@ -121,7 +122,7 @@ def test_peer(benchmark, workload: Workload, peer: RowsPeer) -> None:
 def _measure(
     benchmark, workload: Workload, name: str, compute: Callable[[], Any], rounds: int
 ) -> Any:
-    """Time and memory of `compute`, beside a plain forward pass; gives what it returned."""
+    """Measure time and memory of `compute`, next to a plain forward pass; return its result."""
     benchmark.group = "rows"
     benchmark.extra_info.update(
         workload=workload.name, pool=workload.describe(), contender=name, k=workload.k

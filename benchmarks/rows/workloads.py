@@ -1,4 +1,4 @@
-"""What the benchmarks run on: a LoRA model and a tokenized pool of real text each.
+"""The workloads of the benchmarks: a LoRA model and a tokenized pool of real text each.
 
 Adapters have B ≠ 0, as after some training: at B = 0 the gradients of A are zero and cost nothing.
 """
@@ -48,7 +48,7 @@ class Workload:
 
     @cached_property
     def forward(self) -> Callable[[], None]:
-        """The yardstick: one plain forward pass over the pool, at its best batch size."""
+        """The reference time: one plain forward pass over the pool, at its best batch size."""
         candidates = [
             PlainForward(self.model, self.tokenized, tokens) for tokens in (512, 1024, 2048, 4096)
         ]
@@ -68,7 +68,8 @@ class Workload:
 
 
 class PlainForward:
-    """Full logits of separate, padded sequences: what an uncertainty-based selector pays at least.
+    """Full logits of separate, padded sequences: the least that an uncertainty-based selector
+    costs.
 
     Not even the log-probs are taken from the logits.
     """

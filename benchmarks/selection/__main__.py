@@ -1,11 +1,11 @@
-"""Greedy log-det selection beside other ways to do it, on real gradient rows.
+"""Greedy log-det selection compared with other implementations, on real gradient rows.
 
     python -m benchmarks.selection --help
 
-Rows of the demo's policy (`pools.py`) are selected from by the library and by what people
-would otherwise use (`peers.py`): at one point by all, and along N, k and B by the library
-and the Sherman-Morrison loop, with fitted exponents. At last a round of the paper's size, with a
-history of labeled pairs, beside what the rest of that round would take (`paper.py`).
+The library and its alternatives (`peers.py`) select from rows of the demo's policy (`pools.py`):
+all of them at one point, and the library and the Sherman-Morrison loop along N, k and B, with
+fitted exponents. The last part is a round of the paper's size, with a history of labeled pairs,
+next to the estimated rest of that round (`paper.py`).
 
 Rows and measured points are kept in the work folder, so that an interrupted run continues; a point
 is measured again when the code of the selection has changed.
@@ -60,7 +60,7 @@ SMALL_LAM = 0.01
 
 @dataclass(frozen=True)
 class Point:
-    """What is selected: `picks` of `pairs` candidates from rows of k numbers."""
+    """A selection of `picks` of `pairs` candidates, from rows of k numbers."""
 
     pairs: int
     k: int
@@ -73,10 +73,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The measurements.
 
     base: the point that all contenders are measured at, and that axes go through.
-    pairs, dims, picks: the axes; that of the pairs has RESPONSES responses a prompt at every point,
+    pairs, dims, picks: the axes; that of the pairs has RESPONSES responses per prompt at every
+    point,
         or else the number of rows would not grow as the number of pairs.
     others: points besides, largest and smallest.
     paper: the paper's round.
@@ -125,12 +126,12 @@ QUICK = Plan(
     parts=1,
     budget=0.2,
 )
-FEW = 100  # picks of the Sherman-Morrison loop at points where all would take minutes
+FEW = 100  # picks of the Sherman-Morrison loop at points where all picks would take minutes
 LONG = 5e11  # numbers that it reads or writes at such a point
 
 
 class Points:
-    """Measures points, or takes them from disk where the same code has measured them."""
+    """Measure points, or read them from disk if the same code has measured them."""
 
     def __init__(self, rows: Rows, folder: Path, budget: float) -> None:
         self._rows, self._folder, self._budget = rows, folder, budget
@@ -139,7 +140,7 @@ class Points:
     def __call__(
         self, point: Point, compared: Sequence[Contender], memory: bool = False
     ) -> list[Record]:
-        """One record a contender."""
+        """One record per contender."""
         key = [asdict(point), [c.name for c in compared], memory, self._budget, self._code]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = self._folder / f"{name}.json"
@@ -229,7 +230,7 @@ class _Times:
         self.spent += taken + first
 
     def record(self, loop: _Times) -> Record:
-        """`loop`: what it is compared with, whose rounds began at the same times."""
+        """`loop`: the contender that it is compared with, whose rounds began at the same times."""
         return {
             "contender": self.contender.name,
             "seconds": statistics.median(self._all),
@@ -245,7 +246,7 @@ class _Times:
 
 
 def _for_size(contender: Contender, point: Point) -> Contender:
-    """The loop measured on few picks where all of them would take minutes."""
+    """The loop, measured on few picks where all picks would take minutes."""
     numbers = point.picks * point.k * (point.pairs + 3 * point.k)
     if contender.name == SHERMAN_MORRISON.name and numbers > LONG:
         return replace(contender, few=FEW)
@@ -253,7 +254,7 @@ def _for_size(contender: Contender, point: Point) -> Contender:
 
 
 def _leading(picks: Tensor, wanted: Tensor) -> int:
-    """How many picks are the same from the first one on."""
+    """The number of leading picks that are the same."""
     same = picks == wanted[: len(picks)]
     return int(same.int().cumprod(0).sum())
 
@@ -342,7 +343,7 @@ def main(
         "runs/fidelity"
     ),
 ) -> None:
-    """Measure the selection beside other ways to do it, and how its time grows.
+    """Compare the selection with other implementations, and measure how its time grows.
 
     A run that was interrupted continues with what is in the work folder; delete it to start over.
     """

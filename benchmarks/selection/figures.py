@@ -1,4 +1,4 @@
-"""The picture of `selection.py`."""
+"""The figure of `benchmarks.selection`."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python -m benchmarks.selection.on_disk --help
 
 Writes rows of random numbers with norms that differ from row to row (the norms of gradients do),
-two responses a prompt, as `activedpo features` writes its shards; they stay in the work folder.
+two responses per prompt, as `activedpo features` writes its shards; they stay in the work folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD = 8192
 
 
 def write_rows(folder: Path, n: int, k: int) -> list[Path]:
-    """Shards of n rows [k] in bfloat16; those that are there already are kept."""
+    """Write shards of n rows [k] in bfloat16; existing shards are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for shard, first in enumerate(tqdm(range(0, n, SHARD), desc="writing", disable=None)):
@@ -84,7 +84,7 @@ def main(
             f"normalize {normalize}: {seconds:.1f} s, {found[-1]['touched']} rows looked at "
             f"after the first scores, peak {found[-1]['peak_gib']:.2f} GiB resident"
         )
-    # Cold or warm: as fast as the disk, or the page cache, gives the rows.
+    # The first run may read from the disk, later ones from the page cache.
     started = time.perf_counter()
     for _ in stored.chunks(4096):
         pass

@@ -1,10 +1,10 @@
-"""What a round of the paper's size would cost with Llama-2-7B, on paper.
+"""The estimated cost of a round of the paper's size with Llama-2-7B.
 
 Nothing here is measured. Floating-point operations are counted from tokens, 2 for each weight in a
 forward pass and as many again where a backward pass goes through (weights are frozen, so that the
 half of it that would be their gradients falls away; LoRA's own are left out), and divided by one
-rate. Attention's own products are left out too: with sequences of 400 tokens they are a few per
-cent. What is left out would make the round longer and the share of the selection smaller.
+rate. Attention's own products are left out too: with sequences of 400 tokens they are a few
+percent. What is left out would make the round longer and the share of the selection smaller.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Assumptions:
     """The round: candidates, labeled pairs and training as in the paper's setting; the rest ours.
 
     prompt_tokens, response_tokens: about what TL;DR has. epochs: of DPO on all labels so far.
-    rate: operations a second that count, dense bfloat16 of one A100 (312e12) at 40 %, for sampling
-    as well, which reaches less.
+    rate: useful operations per second: dense bfloat16 of one A100 (312e12) at 40%, also for
+    sampling, which reaches less.
     """
 
     weights: float = 6.74e9

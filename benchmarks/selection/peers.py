@@ -1,10 +1,10 @@
-"""What people would otherwise select pairs with, one function a way, and the float64 definition.
+"""The alternatives for selecting pairs, one function each, and the float64 definition.
 
 All take the same: gradient rows of responses, pairs of row numbers, and return the picks in order.
 Forming and normalizing the features is part of each, in float32 as published code runs. kappa is 1
 throughout, so that V begins as lam I.
 
-What is not here, and why: DPPy (0.3.3) samples DPPs and has no MAP inference, so Chen et al.'s
+Not included, and why: DPPy (0.3.3) samples DPPs and has no MAP inference, so Chen et al.'s
 greedy MAP is written out below; apricot (0.6.1) has no log det, and its CustomSelection refuses
 features of both signs.
 """
@@ -162,7 +162,7 @@ def submodlib(problem: Problem, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to select.
+    """A way to select pairs.
 
     name: as printed. select(problem, n): the picks, int64 [n].
     few: picks to measure and to extrapolate from, where a whole selection takes too long.
@@ -183,7 +183,7 @@ SHERMAN_MORRISON = Contender("Sherman–Morrison loop", sherman_morrison)
 
 @cache
 def contenders() -> tuple[Contender, ...]:
-    """All that are installed, ours and the Sherman–Morrison loop first."""
+    """All contenders that are installed, ours and the Sherman–Morrison loop first."""
     found = (
         OURS,
         SHERMAN_MORRISON,
@@ -203,7 +203,8 @@ def contenders() -> tuple[Contender, ...]:
 
 
 def brute_force(problem: Problem, n: int) -> Tensor:
-    """The definition: in float64, every score from V itself at every pick; ties to the lowest."""
+    """The definition: in float64, every score from V itself at every pick; ties go to the lowest
+    index."""
     phi = _features(problem.rows.double(), problem.pairs, problem.normalize)
     v = problem.lam * torch.eye(phi.shape[1], dtype=torch.float64)
     if problem.history is not None:
@@ -223,8 +224,8 @@ def brute_force(problem: Problem, n: int) -> Tensor:
 def check(problem: Problem, n: int) -> None:
     """Assert that every contender takes the pairs that the definition does, on a small problem.
 
-    They are asked with the problem's history, where they can be, and without; with "pair", where
-    all first scores tie and float32 decides, ours alone is.
+    They run with the problem's history, if they can, and without it. With "pair", all first scores
+    tie and float32 rounding decides, so only ours runs.
     """
     for normalize in ("response", "pair", None):
         for history in (None, problem.history):

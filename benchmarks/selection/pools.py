@@ -1,4 +1,4 @@
-"""The feature rows that `selection.py` selects from: real ones, of the demo's policy.
+"""The feature rows that `benchmarks.selection` selects from: real rows, of the demo's policy.
 
 The demo's model after one round of DPO (the adapter of `fidelity.py`) samples 8 responses to each
 of the demo's 4,000 prompts; the library sketches their gradient rows to 8192 numbers. That takes
@@ -41,7 +41,7 @@ class Rows:
     def problem(
         self, n_pairs: int, k: int, responses: int, first_prompt: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """(rows float32 [R, k], pairs int64 [n_pairs, 2]) with so many responses a prompt.
+        """(rows float32 [R, k], pairs int64 [n_pairs, 2]) with this many responses per prompt.
 
         The pairs are the first of consecutive prompts, all M (M - 1) / 2 of each in the library's
         order. k is DIM divided by a power of two: then halves of a row are added. As a run of
@@ -62,7 +62,7 @@ class Rows:
 
 
 def load(folder: Path, adapter_folder: Path, parts: int = PARTS) -> Rows:
-    """The rows of the first `parts` parts, made where they are not in `folder`."""
+    """The rows of the first `parts` parts; those not in `folder` are computed."""
     paths = [folder / f"part-{part:02d}" for part in range(parts)]
     if any(not _is_complete(path) for path in paths):
         model, tokenizer = policy("trained", adapter_folder)
@@ -73,7 +73,7 @@ def load(folder: Path, adapter_folder: Path, parts: int = PARTS) -> Rows:
 
 
 def make_part(part: int, path: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sample and take rows of one part; what is on disk of it stays."""
+    """Sample responses and compute the rows of one part; existing files stay."""
     drawn = draw_prompts(read_prompts("pool"), part, PROMPTS_A_PART, set(), SEED)
     if not (path / "pool.jsonl").exists():
         generate_responses(

@@ -42,14 +42,15 @@ def test_labels_saved_are_read_off_the_mean_curves() -> None:
     assert math.isnan(saved(twice, -base, labels, labels, draws).value)  # nothing to save
     # At three times the price, twice as fast is dearer.
     assert saved(twice, base, 3 * labels, labels, draws).value == pytest.approx(-0.5)
-    # A dip on the way back does not hide where a curve first got to.
+    # A later dip does not hide where a curve first reached the value.
     dip = np.tile([0.0, 0.5, 0.1, 0.1, 0.1], (6, 1))
     assert saved(dip, base, labels, labels, draws).value == pytest.approx(0.8)
 
 
 def test_differences_are_paired() -> None:
     generator = np.random.default_rng(1)
-    luck = generator.normal(size=(12, 1))  # of a seed, far larger than what the methods differ by
+    # The effect of a seed, far larger than the difference between methods.
+    luck = generator.normal(size=(12, 1))
     base = luck + np.linspace(0, 1, 6) + 0.01 * generator.normal(size=(12, 6))
     curves = {
         "random": base,
@@ -126,7 +127,7 @@ def test_a_trial_is_greedy_by_its_definition() -> None:
         v = v + phi[pick].square()
 
 
-def test_a_pick_at_once_knows_nothing_of_the_others() -> None:
+def test_picks_made_at_once_do_not_depend_on_each_other() -> None:
     signals = _signals()
     picks = TRIALS["at_once"](lam=0.3).select(signals, 6).indices.tolist()
     rows, (past_rows, past_pairs) = signals.gradients(), signals.history_gradients()
@@ -141,7 +142,7 @@ def test_a_pick_at_once_knows_nothing_of_the_others() -> None:
     assert picks == sorted(range(len(scores)), key=lambda n: -scores[n])[:6]
 
 
-def test_equals_are_taken_in_their_order() -> None:
+def test_ties_are_taken_in_order() -> None:
     signals = _signals()
     rows = signals.gradients()
     assert isinstance(rows, torch.Tensor)
@@ -207,12 +208,12 @@ def test_gradients_are_sketched_as_the_library_does() -> None:
     rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = known_reward.sketched(rows, 4096)
     exact, squares = rows @ rows.T, rows.square().sum(dim=1)
-    deviation = ((squares[:, None] * squares + exact.square()) / 4096).sqrt()  # `Sketch` has it
+    deviation = ((squares[:, None] * squares + exact.square()) / 4096).sqrt()  # `Sketch` checks it
     assert bool(((found @ found.T - exact).abs() < 5 * deviation).all())
     assert known_reward.sketched(rows[:0], 8).shape == (0, 8)
 
 
-def test_what_v_has_of_the_history(world: World) -> None:
+def test_the_part_of_the_history_that_is_in_v(world: World) -> None:
     history = known_reward.History([], [])
     start, now = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
     history.add(world, start, [(3, 1, 2), (5, 0, 9)])
@@ -336,7 +337,7 @@ def test_the_page_has_the_tables_of_what_has_run(tmp_path: Path) -> None:
     }
 
 
-def test_runs_that_are_there_are_not_missing(tmp_path: Path) -> None:
+def test_runs_on_disk_are_not_missing(tmp_path: Path) -> None:
     variant = Variant("", "random", "random", Setting())
     experiment = Experiment("main", "", 5, (variant,))
     results = Results(tmp_path / "known_reward.json", version=1)

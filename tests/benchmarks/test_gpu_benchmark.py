@@ -1,4 +1,5 @@
-"""`benchmarks.gpu` without a GPU: a dry run of everything, what it survives, and its tables."""
+"""`benchmarks.gpu` without a GPU: a dry run of everything, failures that it survives, and its
+tables."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def test_every_case_of_a_dry_run_is_measured_or_says_what_is_missing(dry_run):
         "response_logp_grad",
         "rank_update",
     }
-    assert all(r["error"] < 1e-2 for r in own)  # a bfloat16 gradient of logits is the least exact
+    assert all(r["error"] < 1e-2 for r in own)  # the bfloat16 gradient of logits is the least exact
 
 
 def test_peers_that_share_our_tables_give_the_same(dry_run):
@@ -110,7 +111,8 @@ def test_a_dry_run_says_so_and_is_no_result(dry_run, tmp_path):
 
 
 def test_tables_of_a_run(dry_run):
-    """A run's tables can be made of all that a run can hold: of a dry one with a GPU's name."""
+    """Tables can be made from everything a run can contain, here from a dry run with the name of a
+    GPU."""
     result = json.loads(json.dumps(dry_run[0]))
     result |= {
         "dry_run": False,
@@ -256,7 +258,8 @@ def test_cases_with_a_record_are_not_measured_again(tmp_path):
     assert found["first"]["value"] == 1 and "second" in found
 
 
-# A section's process, told by its state how far it is; without torch, so that it starts at once.
+# The process of a section, which reads from its state how far it is; without torch, so that it
+# starts at once.
 PROCESS = """
 import json, os, sys, time
 from pathlib import Path
@@ -323,7 +326,7 @@ def test_a_section_that_cannot_begin_says_so_once(tmp_path):
 
 def test_a_section_ends_at_its_deadline(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.watch._GRACE", 0.0)
-    # Long enough that the process has begun with what hangs, however slow the machine is just now.
+    # Long enough that the process has reached the hanging case, however slow the machine is.
     started = time.monotonic()
     (tmp_path / "before").mkdir()
     _watched(tmp_path / "before", ["one"])
@@ -333,7 +336,8 @@ def test_a_section_ends_at_its_deadline(tmp_path, monkeypatch):
     assert found["hangs"]["traceback"].startswith("ended")
 
 
-# In two parts: `benchmarks.gpu.gpu_tests` finds files with such tests by these words.
+# Written in two parts because `benchmarks.gpu.gpu_tests` finds files with such tests by these
+# words.
 MARK = "pytestmark = pytest.mark." + "gpu\n"
 
 
@@ -365,7 +369,7 @@ def test_gpu_tests_end_at_their_limit(tmp_path):
     assert record["counts"] == {}
 
 
-def test_wheels_of_what_is_not_installed_are_unpacked(tmp_path):
+def test_wheels_of_missing_packages_are_unpacked(tmp_path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
     for name in ("notthere_at_all-1.0", "torch-99.0"):
@@ -404,7 +408,7 @@ def test_file_names_and_paths():
         ["--wheels", "/nowhere"],
     ],
 )
-def test_what_cannot_be_done_is_refused_at_once(arguments, tmp_path):
+def test_bad_arguments_are_refused_at_once(arguments, tmp_path):
     app = typer.Typer()
     app.command()(gpu.main)
     done = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), *arguments])

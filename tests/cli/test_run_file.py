@@ -1,4 +1,4 @@
-"""The YAML file of `activedpo run`: what is refused, and what presets and defaults come to."""
+"""The YAML file of `activedpo run`: refusals, presets and defaults."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"adapter": ...}, "adapter: missing"),
     ],
 )
-def test_what_is_wrong_is_named(changes: dict[str, Any], message: str) -> None:
+def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ActiveDPOError) as caught:
         make_config(_given(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_preset_fills_what_is_not_given() -> None:
+def test_a_preset_fills_settings_that_are_not_given() -> None:
     config = make_config(
         _given(
             preset="paper",
@@ -121,7 +121,7 @@ def test_preset_fills_what_is_not_given() -> None:
     assert make_config(_given(preset="paper")).lora is None  # the adapter is there already
 
 
-def test_without_a_preset_the_library_decides() -> None:
+def test_without_a_preset_the_defaults_of_the_library_apply() -> None:
     config = make_config(_given())
     assert (config.selection, config.loop, config.dpo) == ({}, {}, {})
     assert config.rules == {}
@@ -131,7 +131,7 @@ def test_without_a_preset_the_library_decides() -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     head = "model: m\nprompts: p.jsonl\noutput_dir: o\nadapter: a\noracle: {kind: people}\n"
-    # YAML 1.1 takes 1e-4 for text.
+    # YAML 1.1 reads 1e-4 as text.
     path.write_text(head + "dpo: {learning_rate: 1e-4}\n")
     assert load_config(path).dpo == {"learning_rate": 1e-4}
 

@@ -1,4 +1,4 @@
-"""How threads wait is set before torch, which reads it once, is loaded."""
+"""The waiting policy of threads is set before torch is loaded, which reads it once."""
 
 from __future__ import annotations
 

@@ -46,13 +46,15 @@ def test_commands_are_refused_first(
     assert captured.err.count("\n") == 1 and captured.out == "" and not list(tmp_path.iterdir())
 
 
-def test_one_process_of_a_launcher_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_with_one_process_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in ("1", "", "0"):
         monkeypatch.setenv("WORLD_SIZE", size)
         require_one_process("x")
 
 
-def test_python_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused_in_python_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     pool = PreferencePool.from_rows([{"prompt": "x", "responses": ["a", "b"]}])
     store = FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])

@@ -1,4 +1,4 @@
-"""A response's numbers are those of the response by itself, whatever shares its batch."""
+"""The results of a response do not depend on what else is in its batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXACT = Sketch("none")
 
 
 def sequences(*lengths: tuple[int, ...]) -> TokenizedPool:
-    """An item for each tuple: the prompt's length, then those of its responses."""
+    """One item per tuple: the length of the prompt, then those of its responses."""
     found, items = [], []
     for item, (prompt, *responses) in enumerate(lengths):
         prompt_ids = [20 + (7 * item + n) % 300 for n in range(prompt)]
@@ -46,13 +46,13 @@ def sequences(*lengths: tuple[int, ...]) -> TokenizedPool:
     return TokenizedPool(found, [], items, [f"p{n}" for n in range(len(lengths))])
 
 
-# Items below and above the threshold, one that crosses it with its prompt below, one of whose
-# responses only one crosses it, and lengths at the threshold and one beside it.
+# Items below and above the threshold, one that crosses it although its prompt is below, one of
+# which only one response crosses it, and lengths at the threshold and one off.
 POOL = sequences((5, 3, 4), (30, 4, 9, 9), (20, 9, 12), (18, 2, 17), (12, 12, 11, 13), (24, 1, 3))
 
 
 def by_itself(model: PeftModel, pool: TokenizedPool) -> tuple[torch.Tensor, torch.Tensor]:
-    """∇ log π and log π of every response in a model that has run nothing else."""
+    """∇ log π and log π of every response, by a model that has run nothing else."""
     rows, logps = [], []
     for sequence in pool.sequences:
         fresh = copy.deepcopy(model)
@@ -99,7 +99,7 @@ def test_prompts_are_shared_where_the_length_changes_nothing(
     assert classify is not None
     groups = group_rows(POOL, range(len(POOL.sequences)), Layout.SHARED, classify)
     shared = {POOL.item_of(group.rows[0]) for group in groups if group.shared}
-    # Below the threshold as ever; beyond it with "longrope", where the prompt is beyond it, too.
+    # Below the threshold as usual; beyond it only with "longrope", if the prompt is also beyond it.
     assert shared == ({0, 1, 4} if "longrope" in name else {0, 4})
     for batch in plan_batches(groups, 1000, split=True):
         kinds = {classify(len(POOL.sequences[row].input_ids)) for g in batch for row in g.rows}
@@ -112,13 +112,13 @@ def test_prompts_are_shared_where_the_length_changes_nothing(
     lines = [r.getMessage() for r in caplog.records if "embeds positions" in r.getMessage()]
     assert len(lines) == 1 and "9 of 14 responses are longer" in lines[0]
     assert extractor.check(POOL) is Layout.SHARED
-    # Nothing is longer than the original length: nothing is said, nothing slower.
+    # Nothing is longer than the original length: no warning, and nothing is slower.
     caplog.clear()
     FeatureExtractor(model, EXACT).gradients(sequences((5, 3, 4), (9, 2, 8)))
     assert "embeds positions" not in caplog.text
 
 
-def test_what_ran_before_changes_nothing_and_is_left_as_it_was() -> None:
+def test_earlier_passes_change_nothing_and_their_state_is_kept() -> None:
     """Dynamic RoPE keeps the frequencies of the longest sequence that it has seen."""
     model = varying_lm("llama dynamic")
     expected = FeatureExtractor(model, EXACT, beta=1.0).gradients(POOL).gradients
@@ -155,7 +155,7 @@ def test_ordinary_models_have_no_length_classes() -> None:
 
 
 def test_samples_that_influence_each_other_run_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """A model of which nothing tells it but the numbers: its batch is part of what it computes."""
+    """Nothing in the model shows it except the numbers: its results depend on the batch."""
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
     mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
     mlp.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0))
@@ -174,8 +174,8 @@ def test_samples_that_influence_each_other_run_alone(caplog: pytest.LogCaptureFi
 def test_half_precision_hides_no_wrong_prompt(
     precision: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that takes a continued prompt a little otherwise: less than half precision's
-    tolerance, more than its rounding."""
+    """A model that computes a continued prompt slightly differently: by less than the tolerance for
+    half precision, by more than its rounding."""
     if precision and not any(
         has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16")
     ):
@@ -196,7 +196,7 @@ def test_half_precision_hides_no_wrong_prompt(
 
 
 def test_the_check_looks_at_the_longest_response_of_every_pool() -> None:
-    """Long sequences are told apart by nothing in the config, and not in the first pool."""
+    """Nothing in the config shows that long sequences differ, and the first pool has none."""
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
     mlp = model.get_submodule("base_model.model.model.layers.1.mlp")
 
@@ -213,8 +213,8 @@ def test_the_check_looks_at_the_longest_response_of_every_pool() -> None:
 
 
 def test_padding_that_overflows_in_float64() -> None:
-    """Gemma 2's eager softmax is in float32, where the mask of a float64 model is infinite: a
-    position that sees nothing but padding is NaN."""
+    """Gemma 2's eager softmax is in float32, in which the mask of a float64 model is infinite: a
+    position that attends only to padding is NaN."""
     model = lora(tiny_causal_lm("gemma2", torch.float64, attn_implementation="eager"), "gemma2")
     pool = sequences((40, 3, 4), (3, 2, 30), (22, 9, 12), (3, 2, 2))
     expected, logps = by_itself(model, pool)
@@ -245,7 +245,7 @@ def test_a_response_that_is_not_finite_is_named(verify: bool) -> None:
     odd = next(
         row for row, s in enumerate(tokens.sequences) if tokens.items[row] == 5 and row % 3 == 1
     )
-    # A token that occurs in this response only.
+    # A token that occurs only in this response.
     elsewhere = {t for row, s in enumerate(tokens.sequences) if row != odd for t in s.input_ids}
     model.get_input_embeddings().weight.data[0] = 1.0
     sequence = tokens.sequences[odd]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import lru_cache
 
 import pytest
 import torch
@@ -36,10 +37,22 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokens() -> TokenizedPool:
+@lru_cache
+def all_tokens() -> TokenizedPool:
     pool = PreferencePool.from_rows(ROWS)
     return tokenize_pool(pool, tiny_tokenizer(), max_length=None, truncation_mode="keep_start")
+
+
+@pytest.fixture
+def tokens() -> TokenizedPool:
+    return all_tokens()
+
+
+@lru_cache
+def float64_rows(arch: str) -> torch.Tensor:
+    """The plain loop over all tokens, by a float64 copy of the float32 model."""
+    exact = lora(tiny_causal_lm(arch), arch).double()
+    return loop_gradients(exact, all_tokens().sequences, trainable(exact))[0]
 
 
 def subset(tokens: TokenizedPool, rows: list[int]) -> TokenizedPool:
@@ -52,7 +65,7 @@ def extract(model, tokens, **options) -> torch.Tensor:
     return FeatureExtractor(model, EXACT, **options).gradients(tokens).gradients
 
 
-# Gemma 2 has no other.
+# Gemma 2 has only "eager".
 IMPLEMENTATIONS = [
     (arch, implementation)
     for arch in ARCHS
@@ -66,9 +79,10 @@ IMPLEMENTATIONS = [
 def test_float64_equals_the_loop(
     arch: str, implementation: str, shared: bool, tokens: TokenizedPool
 ) -> None:
-    # Eager attention takes its softmax in float32 whatever the model's dtype, so there the order of
-    # additions alone moves the result by that much, and where padding sees nothing else (a padded
-    # prompt, or more padding than a sliding window) the mask of a float64 model overflows to NaN.
+    # Eager attention computes its softmax in float32 whatever the model's dtype, so the order of
+    # additions alone changes the result by float32 rounding. Where padding attends only to padding
+    # (a padded prompt, or more padding than a sliding window), the mask of a float64 model
+    # overflows to NaN.
     window = {"sliding_window": 256} if arch == "gemma2" else {}
     model = tiny_causal_lm(arch, torch.float64, attn_implementation=implementation, **window)
     model = lora(model, arch)
@@ -88,13 +102,10 @@ def test_float64_equals_the_loop(
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize(("arch", "implementation"), IMPLEMENTATIONS)
-def test_float32_equals_the_float64_loop(
-    arch: str, implementation: str, shared: bool, tokens: TokenizedPool
-) -> None:
-    model = lora(tiny_causal_lm(arch, attn_implementation=implementation), arch)
-    exact = copy.deepcopy(model).double()
-    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float32_equals_the_float64_loop(arch: str, shared: bool, tokens: TokenizedPool) -> None:
+    model = lora(tiny_causal_lm(arch), arch)
+    expected = float64_rows(arch)
     extractor = FeatureExtractor(model, EXACT, beta=1.0, max_tokens_per_batch=160, verify=shared)
     found = extractor.gradients(tokens).gradients
     assert extractor.check(tokens) is (Layout.SHARED if shared else Layout.WHOLE)
@@ -105,8 +116,7 @@ def test_float32_equals_the_float64_loop(
 @pytest.mark.parametrize("arch", ARCHS)
 def test_relative_rows_have_the_same_differences(arch: str, tokens: TokenizedPool) -> None:
     model = lora(tiny_causal_lm(arch), arch)
-    exact = copy.deepcopy(model).double()
-    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    expected = float64_rows(arch)
     first = torch.tensor([tokens.items.index(item) for item in tokens.items])
     others = torch.arange(len(first)) != first
     for shared in (True, False):
@@ -125,16 +135,15 @@ def test_relative_rows_have_the_same_differences(arch: str, tokens: TokenizedPoo
 def test_sketched_rows_are_the_sketch_of_autograds(
     arch: str, method: str, tokens: TokenizedPool
 ) -> None:
-    """Prompts run once, gradients sketched as they are formed, A and B: against plain autograd and
-    the definition of the sketch, applied to whole gradients."""
+    """Prompts are run once and gradients of A and B are sketched as they are formed. Compared with
+    plain autograd and the definition of the sketch, applied to whole gradients."""
     k = 96
     model = lora(tiny_causal_lm(arch), arch)
-    exact = copy.deepcopy(model).double()
-    expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))
+    expected = float64_rows(arch)
     sketch = Sketch(method, k, seed=5)
     defined = torch.zeros(len(expected), k, dtype=torch.float64)
     offset = 0
-    for name, parameter in trainable(exact).items():
+    for name, parameter in trainable(model).items():
         part = expected[:, offset : offset + parameter.numel()]
         offset += parameter.numel()
         key = sketch.key(canonical_name(name, "default"))
@@ -248,7 +257,8 @@ def test_long_prompts_leave_the_sliding_window(tokens: TokenizedPool) -> None:
 def test_other_architectures_share_or_are_run_plainly(
     config_class: str, tokens: TokenizedPool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """ALiBi, recurrent states: whether prompts can be shared is found out, the rows are right."""
+    """ALiBi, recurrent states: the self-check finds whether prompts can be shared, and the rows are
+    right."""
     config = getattr(transformers, config_class)(
         vocab_size=384,
         hidden_size=32,
@@ -425,7 +435,8 @@ def test_rows_do_not_depend_on_batch_or_order(tokens: TokenizedPool) -> None:
 
 
 def test_tiny_gradients_keep_their_relative_accuracy(tokens: TokenizedPool) -> None:
-    """Entries of size 1e-8 and below: the adapter is scaled down, float64 tells what is right."""
+    """Entries of size 1e-8 and below, from an adapter that is scaled down, compared with
+    float64."""
     model = lora(tiny_causal_lm("llama"), "llama", lora_alpha=1e-7)
     exact = copy.deepcopy(model).double()
     expected, _ = loop_gradients(exact, tokens.sequences, trainable(exact))

@@ -276,14 +276,14 @@ def test_kinds_that_are_exact(
     assert_exact(adapted(a_model(name, config, **options), targets))
 
 
-def test_a_subclass_of_a_users_own_is_what_it_inherits_from() -> None:
+def test_a_users_subclass_is_treated_as_its_base_class() -> None:
     class Ours(transformers.LlamaForCausalLM):
         pass
 
     assert_exact(adapted(Ours(transformers.LlamaConfig(**SIZES)).eval(), ["q_proj"]))
 
 
-def test_a_vision_language_model_without_pictures_is_exact() -> None:
+def test_a_vision_language_model_without_images_is_exact() -> None:
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -299,7 +299,7 @@ def test_a_vision_language_model_without_pictures_is_exact() -> None:
         text_config=transformers.LlamaConfig(**SIZES),
         image_token_index=383,
     )
-    assert position_limit(model) is None  # the picture's positions are not the text's
+    assert position_limit(model) is None  # the positions of the image are not those of the text
     assert_exact(adapted(model, r".*language_model.*(q_proj|v_proj)"))
 
 
@@ -312,14 +312,14 @@ def test_fused_experts(name: str) -> None:
         r"'k_proj', 'v_proj', 'o_proj'\]",
         gradients_only=True,
     )
-    # Forward passes are the model's own, so that other strategies may use them.
+    # Forward passes are the model's own, so other strategies may use them.
     _, logps = loop_gradients(model, tokens().sequences, trainable(model))
     torch.testing.assert_close(
         FeatureExtractor(model, EXACT).logps(tokens()), logps.double(), rtol=1e-5, atol=0
     )
 
 
-def test_dora_is_refused_once_and_for_all() -> None:
+def test_dora_is_refused() -> None:
     model = lora(tiny_causal_lm("llama"), "llama", use_dora=True)
     assert_refused(model, r"lora_magnitude_vector.*use_dora=False", gradients_only=True)
     for name, parameter in model.named_parameters():
@@ -367,7 +367,7 @@ def test_wrappers_name_what_to_pass_instead() -> None:
 
 @pytest.fixture()
 def alone() -> Any:
-    """A process group of this process alone."""
+    """A process group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -389,7 +389,8 @@ def test_ddp(alone: Any) -> None:
 
 
 def test_zero_3_shards_and_empty_placeholders() -> None:
-    """DeepSpeed cannot be installed here: its parameters are empty and bear `ds_id`, `ds_shape`."""
+    """Parameters as DeepSpeed, which is not a test dependency, leaves them: empty, with `ds_id` and
+    `ds_shape`."""
     for attributes in ({"ds_id": 3, "ds_shape": torch.Size([32, 32])}, {}):
         model = lora(tiny_causal_lm("llama"), "llama")
         weight = model.get_base_model().get_decoder().layers[0].mlp.gate_proj.weight
@@ -408,7 +409,7 @@ def test_weights_on_disk(tmp_path: Any) -> None:
 
 
 def test_tensor_parallelism() -> None:
-    """Each process would take the gradients of its part; `_tp_size` is what transformers sets."""
+    """Each process would compute the gradients of its part only. transformers sets `_tp_size`."""
     model = lora(tiny_causal_lm("llama"), "llama")
     model.get_base_model()._tp_size = 2
     assert_refused(model, r"split over 2 processes \(tensor parallelism\)", gradients_only=True)
@@ -464,7 +465,7 @@ def long_rows(count: int) -> TokenizedPool:
         ),
     ],
 )
-def test_positions_end_where_they_are_a_table(
+def test_positions_from_a_table_are_limited(
     name: str, config: str, options: dict[str, Any], targets: list[str], limit: int
 ) -> None:
     model = adapted(a_model(name, config, **{"vocab_size": VOCAB_SIZE, **options}), targets)
@@ -480,7 +481,7 @@ def test_positions_end_where_they_are_a_table(
             call(long_rows(limit + 1))
 
 
-def test_rotary_positions_do_not_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_rotary_positions_are_not_limited(caplog: pytest.LogCaptureFixture) -> None:
     model = lora(tiny_causal_lm("llama", max_position_embeddings=16), "llama")
     assert position_limit(model) is None
     rows = FeatureExtractor(model, EXACT, beta=1.0).gradients(long_rows(40))
@@ -513,7 +514,7 @@ def test_tokens_that_the_model_does_not_know() -> None:
 
 
 def test_tokens_that_the_head_does_not_predict() -> None:
-    """A prompt may have tokens that are never predicted, such as those of pictures."""
+    """A prompt may have tokens that are never predicted, such as those of images."""
     model = tiny_causal_lm("llama")
     model.lm_head = torch.nn.Linear(32, 100, bias=False)
     model = lora(model, "llama")

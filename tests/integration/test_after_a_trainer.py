@@ -1,4 +1,4 @@
-"""A model that trl.DPOTrainer has trained in bf16 gives the rows of its weights."""
+"""The rows of a model that trl.DPOTrainer has trained in bf16 are those of its weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_after_a_bf16_trainer_rows_are_those_of_the_weights(
         train_dataset=DATA,
         processing_class=TOKENIZER,
     ).train()
-    assert "_original_forward" in vars(model)  # accelerate's wrapper is there
+    assert "_original_forward" in vars(model)  # accelerate's wrapper is in place
     plain = lora(tiny_causal_lm("llama"), "llama")
     plain.load_state_dict(
         {name: weight for name, weight in model.state_dict().items() if ".ref." not in name}

@@ -75,7 +75,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/, adapter/ and pool.jsonl; not to be changed by a test."""
+    """A folder with model/, adapter/ and pool.jsonl. Tests must not change it."""
     folder = tmp_path_factory.mktemp("project")
     base = tiny_causal_lm("llama")
     base.save_pretrained(folder / "model")
@@ -87,7 +87,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(project: Path) -> Path:
-    """A complete store of the project's pool; not to be changed by a test."""
+    """A complete store of the project's pool. Tests must not change it."""
     assert main([*_features(project, project / "store"), "--proj-dim", "64"]) == 0
     return project / "store"
 
@@ -120,7 +120,7 @@ def _policy(project: Path) -> tuple[PeftModel, Any]:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], argv: list[str], *expected: str) -> None:
-    """Exit code 2 and one line on stderr that says all of `expected`."""
+    """Assert exit code 2 and one line on stderr that has all of `expected`."""
     capsys.readouterr()
     assert main(argv) == 2
     captured = capsys.readouterr()
@@ -274,7 +274,7 @@ def test_another_adapter_model_or_pool_on_the_same_store_is_refused(
     )
 
 
-def test_the_same_files_elsewhere_go_on(
+def test_files_that_moved_are_continued(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "project"
@@ -291,7 +291,7 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(features_command, "load_policy", None)  # no model is loaded for nothing
+    monkeypatch.setattr(features_command, "load_policy", None)  # the model is not loaded needlessly
     file = tmp_path / "file"
     file.write_text("mine")
     _refused(capsys, _features(project, file), f"{file} is a file, not a folder to write to")
@@ -313,7 +313,7 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     assert file.read_text() == "mine" and sorted(tmp_path.iterdir()) == [file, config]
 
 
-def test_half_a_tokenizer_is_named(
+def test_an_incomplete_tokenizer_is_named(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = tmp_path / "adapter"
@@ -326,7 +326,7 @@ def test_half_a_tokenizer_is_named(
     )
 
 
-def test_prompts_that_fill_max_length_are_no_candidates(
+def test_prompts_that_fill_max_length_are_not_candidates(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = _rows(3)
@@ -336,7 +336,7 @@ def test_prompts_that_fill_max_length_are_no_candidates(
     assert main(argv) == 0
     assert "1 prompts too long" in capsys.readouterr().out
     picked = tmp_path / "picked.jsonl"
-    candidates = 1 + 6  # of items 0 and 2, which have two and four responses
+    candidates = 1 + 6  # the rows of items 0 and 2, which have two and four responses
     select = ["select", str(tmp_path / "store"), "--output", str(picked), "--batch-size"]
     assert main([*select, str(candidates)]) == 0
     assert {line["id"] for line in _read_jsonl(picked)} == {"p0", "p2"}
@@ -447,7 +447,7 @@ def test_rows_that_stay_on_disk_give_the_same_file(
         )
         assert disk == memory
 
-    # The same without a command; nothing is labeled, so the history is made of no row.
+    # The same without a command. Nothing is labeled, so the history has no rows.
     rows = FeatureStore.open(store)
     pool = rows.pool()
     item_of_row = torch.repeat_interleave(torch.arange(len(pool)), pool.response_offsets.diff())
@@ -481,7 +481,7 @@ def test_labeled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: 
     lines = _read_jsonl(after)
     picked = [(line["id"], tuple(line["pair"])) for line in lines]
     assert not set(before[:2]) & set(picked)
-    # Greedy: with the first two in V, the rest of the first answer comes next.
+    # Greedy: with the first two in V, the remainder of the first answer comes next.
     assert picked[:3] == before[2:]
     assert [line["score"] for line in lines[:3]] == pytest.approx(scores[2:], rel=1e-6)
 
@@ -491,7 +491,7 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
 ) -> None:
     select = ["select", str(store), "--batch-size"]
     assert main([*select, "8", "--lam", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
-    # With so large a λ, V hardly changes: the ranking is that of single pairs, whatever is in V.
+    # With such a large λ, V hardly changes: pairs are ranked one by one, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
     for answer in ({"label": None}, {}, {"label": "skip"}, {"label": "tie"}):
         labels = _write_jsonl(tmp_path / "labels.jsonl", [{**first, **answer}])
@@ -506,8 +506,8 @@ def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
         (undecided,) = _read_jsonl(tmp_path / "b.jsonl")
         (free,) = _read_jsonl(tmp_path / "c.jsonl")
         assert (undecided["id"], undecided["pair"]) == (others[0]["id"], others[0]["pair"])
-        # λ = 1 and an empty V: the score is ‖φ‖², as that of the free choice, and 1000 times
-        # what it is with λ = 1000.
+        # λ = 1 and an empty V: the score is ‖φ‖², like that of the free choice, and 1000 times the
+        # score with λ = 1000.
         assert undecided["score"] == pytest.approx(1000 * others[0]["score"], rel=5e-3)
         assert free["score"] == pytest.approx(1000 * first["score"], rel=1e-6)
 
@@ -631,10 +631,10 @@ def test_rules_are_those_of_the_selector(
     )
 
 
-def test_select_goes_by_the_prompt_and_not_by_the_row(
+def test_select_identifies_prompts_by_text_and_not_by_row(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows of one prompt, as comparison data has them, from a folder of shards."""
+    """Several rows of one prompt, as in comparison data, from a folder of shards."""
     rows = [
         {
             "id": f"c{n}",
@@ -702,7 +702,7 @@ def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:
     for options in ([], ["--max-per-prompt", "1"]):
         assert main([*argv, *options, "--seed", "1"]) == 0
         free.append([line["id"] for line in _read_jsonl(tmp_path / "x.jsonl")])
-    prompts = list(dict.fromkeys(free[0]))  # the same draws, passing over some
+    prompts = list(dict.fromkeys(free[0]))  # the same draws, except those that the rules exclude
     assert free[1][: len(prompts)] == prompts
     assert sorted(free[1]) == [f"p{i}" for i in range(8)]
 
@@ -757,13 +757,13 @@ def _run_config(project: Path, folder: Path, **changes: Any) -> Path:
     return folder / "run.yaml"
 
 
-def test_run_waits_for_labels_and_goes_on_with_them(
+def test_run_waits_for_labels_and_continues_with_them(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["run", str(_run_config(project, tmp_path))]
     filled: set[Path] = set()
     for waiting in (1, 2):
-        for _ in range(2):  # asking again changes nothing
+        for _ in range(2):  # running again changes nothing
             capsys.readouterr()
             assert main(argv) == 3
             captured = capsys.readouterr()
@@ -799,7 +799,7 @@ def test_run_waits_for_labels_and_goes_on_with_them(
 def test_run_goes_on_with_labels_from_the_page(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loop = {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "n_responses": 2}
+    loop = {"rounds": 1, "batch_size": 2, "prompts_per_round": 3, "num_generations": 2}
     argv = ["run", str(_run_config(project, tmp_path, loop=loop, oracle={"kind": "people"}))]
     assert main(argv) == 3
     (to_label,) = (tmp_path / "run" / "labeling").iterdir()
@@ -819,7 +819,7 @@ def test_run_goes_on_with_labels_from_the_page(
     assert main(argv) == 0
 
 
-def test_run_is_refused_before_people_label_and_goes_on_when_mended(
+def test_run_is_refused_before_people_label_and_continues_when_corrected(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = {"learning_rate": 1e-3, "max_steps": 1}
@@ -1067,7 +1067,7 @@ def test_an_incomplete_model_is_refused(
     _refused(capsys, argv, "not a complete", "model.layers.1.mlp.up_proj.weight")
 
 
-def test_half_precision_is_loaded_as_float32_on_the_cpu_and_said(
+def test_half_precision_is_loaded_as_float32_on_the_cpu_and_logged(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_causal_lm("llama", torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -1080,7 +1080,7 @@ def test_half_precision_is_loaded_as_float32_on_the_cpu_and_said(
     assert manifest["settings"]["dtype"] == "float32"
 
 
-def test_quiet_says_nothing(
+def test_quiet_prints_nothing(
     project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
@@ -1102,7 +1102,7 @@ def test_quiet_says_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_unexpected_keeps_its_traceback(
+def test_unexpected_errors_keep_their_traceback(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
@@ -1139,7 +1139,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"  activedpo {command}" in capsys.readouterr().out
 
 
-def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
+def test_commands_as_processes(project: Path, store: Path, tmp_path: Path) -> None:
     def process(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *argv], capture_output=True, text=True, cwd=Path(__file__).parents[2]
@@ -1157,18 +1157,16 @@ def test_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
     done = process(*argv, "3")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(_read_jsonl(picked)) == 3
-    refused = process(*argv, "1000")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("activedpo: error: ")
 
-    # Warnings of other libraries would be lines of their own here.
+    # Warnings of other libraries would be extra lines here.
     config = _run_config(project, tmp_path, dpo={"max_steps": 1, "lr_scheduler_type": "zigzag"})
     refused = process("-m", "activedpo_fast", "run", str(config))
-    assert refused.returncode == 2
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("activedpo: error: ")
     assert refused.stderr.count("\n") == 1 and "dpo: zigzag is not a valid" in refused.stderr
 
 
-def test_select_writes_over_nothing_that_people_or_the_store_need(
+def test_select_does_not_overwrite_labels_or_the_store(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, picked = project / "store", tmp_path / "picked.jsonl"

@@ -1,4 +1,4 @@
-"""The demo in little: one round of its strategies, with each of its language models."""
+"""The demo on a small scale: one round of its strategies, with each of its language models."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_one_round(
     assert "After 2 labels, over the start: " in said
     pairs = len(runs) * (len(runs) - 1) // 2
     assert said.count("distinguished by these prompts.") == pairs
-    # What is done is not done again.
+    # Finished work is not done again.
     assert run_demo(model=model, output=tmp_path, show_progress=False) == runs
 
 

@@ -1,4 +1,5 @@
-"""What a second try as a demanding user found: each was wrong, or refused for a false reason."""
+"""Cases from trying the library as a demanding user: each was computed wrongly, or refused without
+reason."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ TOKENS = tokenize_pool(POOL, tiny_tokenizer())
     ],
 )
 def test_encoders_of_prompts_have_no_weights_to_put_back(config: Any) -> None:
-    """PEFT's state is what the encoder gives; loaded, it would replace the encoder's input."""
+    """PEFT's state is the output of the encoder. Loading it would replace the encoder's input."""
     model = get_peft_model(tiny_causal_lm("llama"), config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(ActiveDPOError, match="'default'.* computes its prompt by an encoder"):
@@ -98,7 +99,7 @@ def _doge() -> Any:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_attention_to_a_number_of_keys_of_the_batch(verify: bool) -> None:
-    """Doge keeps the keys that score highest, padding among them."""
+    """Doge keeps the keys with the highest scores, including padding."""
     model = _doge()
     expected, logps = loop_gradients(model, TOKENS.sequences, trainable(model))
     extractor = FeatureExtractor(model, EXACT, beta=1.0, verify=verify)
@@ -114,8 +115,8 @@ def test_attention_to_a_number_of_keys_of_the_batch(verify: bool) -> None:
         torch.testing.assert_close(hidden[row], states[0, -1].float(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_one_check_finds_holds_for_the_other() -> None:
-    """A model whose log-probs depend on their batch by less than the check of them can tell."""
+def test_a_finding_of_one_check_holds_for_the_other() -> None:
+    """A model whose log-probs depend on their batch by less than their own check can detect."""
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
     extractor = FeatureExtractor(model, EXACT, beta=1.0)
     extractor.gradients(TOKENS)

@@ -1,4 +1,4 @@
-"""Names in place of models and data sets in place of pools give what the objects give."""
+"""Names instead of models, and data sets instead of pools, give the same results as the objects."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_select_by_name_from_a_data_set(strategy: str, adapter: str, loaded) -> 
     assert picked == expected
     again = ActiveDPOSelector(*loaded, strategy=strategy).select(pool, 3, labeled=expected)
     assert named.select(dataset, 3, labeled=picked) == again
-    # What the selector loaded is what is trained next.
+    # The model that the selector loaded is trained next.
     assert any(parameter.requires_grad for parameter in named.model.parameters())
     assert named.processing_class.get_vocab() == loaded[1].get_vocab()
 
@@ -74,7 +74,7 @@ def test_a_base_model_by_name_has_no_gradients(base_and_adapter: tuple[Path, Pat
     for strategy in ("activedpo", "trace"):
         with pytest.raises(ActiveDPOError, match="no trainable parameter .*peft.get_peft_model"):
             ActiveDPOSelector(base, strategy=strategy)
-    # The same words as for the model in memory, which may still get an adapter.
+    # The same message as for a model in memory, which may still get an adapter.
     frozen = tiny_causal_lm("llama").requires_grad_(False)
     with pytest.raises(ActiveDPOError, match="no trainable parameter .*peft.get_peft_model"):
         ActiveDPOSelector(frozen, tiny_tokenizer()).select(dataset, 3)
@@ -166,7 +166,7 @@ def test_a_reward_model_by_name(tmp_path: Path, loaded) -> None:
 
 def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path: Path) -> None:
     prompts = [Prompt(row["id"], row["prompt"]) for row in PROMPTS]
-    # Training changes the model: not the one of the other tests.
+    # Training changes the model, so it is not the one of the other tests.
     runs = {
         "objects": (*load_policy(base_and_adapter[0], adapter=adapter), prompts),
         "names": (adapter, None, Dataset.from_list(PROMPTS)),
@@ -201,6 +201,6 @@ def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path
         assert (tmp_path / "names" / name).read_bytes() == (
             tmp_path / "objects" / name
         ).read_bytes(), name
-    # The adapter of a round is a name again, with the tokenizer beside it.
+    # The adapter of a round can be given by name too, with its tokenizer in the same folder.
     trained = ActiveDPOSelector(tmp_path / "names" / "round-000" / "adapter")
     assert len(trained.select(Dataset.from_list(ROWS), 2)) == 2

@@ -1,4 +1,4 @@
-"""The loop on a tiny model: what is on disk, and that an interruption changes nothing."""
+"""The loop on a tiny model: its files on disk, and that an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _loop(folder: Path, oracle: Any = None, adapter_seed: int = 1, **options: An
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """Everything on disk that does not tell the time."""
+    """All files on disk, without times."""
     found = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -116,7 +116,7 @@ class _Interrupted(Exception):
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole: Path, tmp_path: Path, monkeypatch: Any, stage: str
 ) -> None:
-    """The stage of the second round breaks off; a new process goes on."""
+    """A stage of the second round is interrupted, and a new process continues."""
     import activedpo_fast.training.loop as module
 
     loop = _loop(tmp_path, evaluate=_metric)
@@ -244,7 +244,7 @@ def test_people_label_between_runs(tmp_path: Path) -> None:
 
 
 def _fill_in(folder: Path, label: Any) -> None:
-    """`label`, or null, in every line of the files to label that has none."""
+    """Write `label`, or null, into every line of the files that has no label."""
     for path in folder.glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
@@ -253,9 +253,7 @@ def _fill_in(folder: Path, label: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"train_on": "newest", "start_from": "current"}])
-def test_a_round_without_a_preference_is_passed_over(
-    tmp_path: Path, options: Any, caplog: Any
-) -> None:
+def test_a_round_without_a_preference_is_skipped(tmp_path: Path, options: Any, caplog: Any) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     oracle = FileOracle(tmp_path / "people")
     for answer in ("skip", 1, "tie"):
@@ -319,12 +317,12 @@ def test_prompts_of_one_column_value_are_asked_as_one(tmp_path: Path) -> None:
         for t in range(2)
     ]
     offered = PreferencePool.load(tmp_path / "round-001" / "pool.jsonl")
-    # What was not asked comes first: both prompts of round 1 are of the other post.
+    # Prompts not asked yet come first: both prompts of round 1 are of the other post.
     assert {item.extra["post"] for item in offered} == {1 - posts[0][0]}
 
 
 def test_pairs_without_a_preference_are_not_asked_again(tmp_path: Path) -> None:
-    """Both rounds sample the only two prompts, to the same few responses."""
+    """Both rounds sample responses to the only two prompts, and get the same few."""
     asked = []
 
     def nobody_knows(prompt: Any, a: Any, b: Any) -> None:
@@ -365,7 +363,8 @@ def test_prompts_are_not_offered_twice_until_they_run_out(caplog: Any) -> None:
 def test_a_round_with_too_few_candidates_picks_them_all(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A prompt that fills max_length leaves one pair less than the batch, in one of the rounds."""
+    """In one of the rounds, a prompt that fills max_length leaves one pair less than the batch
+    size."""
     prompts = [*PROMPTS[:7], Prompt("long", "The fox " * 40)]
     args = dpo_config(output_dir=str(tmp_path / "trainer"), max_steps=2, max_length=40)
     loop = _loop(tmp_path, prompts=prompts, batch_size=4, rounds=2, dpo_args=args)
@@ -376,7 +375,7 @@ def test_a_round_with_too_few_candidates_picks_them_all(
 def test_columns_of_the_prompts_are_those_of_now(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Costs that were corrected, or come only now, after responses were generated."""
+    """Costs that are corrected or added after responses were generated."""
 
     def prompts(cheap: str | None) -> list[Prompt]:
         return [

@@ -1,4 +1,5 @@
-"""A run goes on with what it began with: another model, adapter or tokenizer is refused by name."""
+"""A run continues with the settings it began with: another model, adapter or tokenizer is refused
+by name."""
 
 from __future__ import annotations
 
@@ -69,14 +70,14 @@ def _loop(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one round; it is continued with two, which reads the first."""
+    """A run of one round. Continuing it with two rounds reads the first."""
     folder = tmp_path_factory.mktemp("run")
     _loop(folder, _policy()).run()
     return folder
 
 
 def _changed_weight(model: PeftModel) -> PeftModel:
-    """One number of one base weight is another one."""
+    """Change one number of one base weight."""
     weight = model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight
     with torch.no_grad():
         weight[17, 3] += 1e-3
@@ -136,8 +137,8 @@ def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
         _loop(tmp_path, _policy(), tokenizer, rounds=2).run()
 
 
-def test_the_same_policy_goes_on_whatever_was_done_with_it(tmp_path: Path) -> None:
-    """A notebook calls `run` again with the model and tokenizer that it has, then a new process."""
+def test_the_same_policy_continues_whatever_was_done_with_it(tmp_path: Path) -> None:
+    """A notebook calls `run` again with its model and tokenizer, and then a new process does."""
     oracle = FileOracle(tmp_path / "people")
     model, tokenizer = _policy(), tiny_tokenizer()
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=2)
@@ -177,10 +178,11 @@ def test_training_that_breaks_off_leaves_the_weights_before_it(
     assert len(_loop(tmp_path, model).run()) == 2
 
 
-def test_a_fresh_adapter_goes_on_from_the_one_on_disk(
+def test_a_fresh_adapter_is_replaced_by_the_one_on_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fresh adapters of two processes differ in A alone, and then the first one's counts."""
+    """Fresh adapters of two processes differ only in A, and the one of the first process is
+    used."""
     caplog.set_level("INFO", logger="activedpo_fast")
     torch.manual_seed(1)
     first = _policy(randomize=False)
@@ -199,7 +201,7 @@ def test_a_fresh_adapter_goes_on_from_the_one_on_disk(
     assert all(torch.equal(start[name], now) for name, now in loop._initial.items())
 
 
-def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_remains_of_a_run_are_not_taken_for_a_run(tmp_path: Path) -> None:
     _loop(tmp_path, _policy()).run()
     (tmp_path / "start").rename(tmp_path / "away")
     with pytest.raises(ActiveDPOError, match="start/adapter is gone"):
@@ -227,7 +229,7 @@ def test_what_is_left_of_a_run_is_not_taken_for_one(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_that_was_moved_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_was_moved_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="activedpo_fast")
     for rounds, name in ((1, "here"), (2, "there")):
         model = _policy()
@@ -241,12 +243,12 @@ def test_a_model_that_was_moved_goes_on(tmp_path: Path, caplog: pytest.LogCaptur
         for name, value in config["settings"].items()
         if name not in ("base", "lora", "tokenizer")
     }
-    path.write_text(json.dumps({**config, "format": 1}))  # the path is all that is known
+    path.write_text(json.dumps({**config, "format": 1}))  # only the path is known
     with pytest.raises(ActiveDPOError, match="model \\('there', now ''\\) differs"):
         _loop(tmp_path, _policy()).run()
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     _loop(tmp_path, _policy()).run()
     (tmp_path / "round-001" / temporary_name(Path("adapter"))).mkdir(parents=True)
     _loop(tmp_path, _policy(), rounds=2).run()
@@ -259,7 +261,7 @@ def test_extra_settings_are_settings(tmp_path: Path) -> None:
         _loop(tmp_path, _policy(), extra_settings={"judge": {"name": "b"}}).run()
 
 
-def test_a_run_of_an_older_version_goes_on_and_that_is_said(
+def test_a_run_of_an_older_version_continues_and_that_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _loop(tmp_path, _policy()).run()
@@ -276,7 +278,7 @@ def test_a_run_of_an_older_version_goes_on_and_that_is_said(
         _loop(tmp_path, _policy(seed=2)).run()
 
 
-def test_other_versions_of_libraries_are_said_and_what_only_they_know_does_not_count(
+def test_other_versions_of_libraries_are_logged_and_fields_only_they_have_do_not_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _loop(tmp_path, _policy()).run()
@@ -289,7 +291,7 @@ def test_other_versions_of_libraries_are_said_and_what_only_they_know_does_not_c
     assert "was begun with peft 0.0.1" in caplog.text
 
 
-def test_a_template_that_says_the_date_is_named(
+def test_a_template_with_the_date_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = tiny_tokenizer(chat=True)
@@ -373,7 +375,8 @@ def test_the_adapter_dtype_and_tokenizer_that_are_named_are_settings(
         assert main(_yaml(tmp_path, **changes)) == 2
         error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert len(error) == 1 and f"other settings: {named}" in error[0], error
-    # What the rounds leave can be given to the other commands: the tokenizer is beside it.
+    # The adapters of rounds can be given to the other commands: the tokenizer is in the same
+    # folder.
     assert (tmp_path / "run" / "start" / "adapter" / "tokenizer.json").is_file()
 
 
@@ -407,7 +410,7 @@ def test_the_oracle_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[s
         )
 
     assert run() == 0
-    assert run(temperature=1.0, batch_size=3) == 0  # the default, and what changes no label
+    assert run(temperature=1.0, batch_size=3) == 0  # the default, and settings that change no label
     assert run(temperature=0.5) == 2
     assert "oracle.temperature (1.0, now 0.5)" in capsys.readouterr().err
     assert run(seed=1) == 2
@@ -425,7 +428,7 @@ def test_a_field_that_another_version_of_trl_has_or_lacks_is_no_difference(tmp_p
     _loop(tmp_path, _policy(), rounds=2).run()
 
 
-def test_a_strategy_of_ones_own_is_a_setting_with_its_options(tmp_path: Path) -> None:
+def test_a_custom_strategy_is_a_setting_with_its_options(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Last(Strategy):
         """The last candidates of the pool."""

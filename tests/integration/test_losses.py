@@ -1,4 +1,5 @@
-"""Which log-prob a loss of TRL trains, sum or mean, and that features and rewards follow."""
+"""Whether a loss of TRL trains sums or means of log-probs, and that features and rewards do the
+same."""
 
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def _cosines(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 
 def _gradients(model: Any, args: Any) -> torch.Tensor:
-    """Of TRL's own loss of every pair, where policy and reference are the same."""
+    """Gradients of TRL's own loss of every pair, where policy and reference are the same."""
     trainer = _trainer(model, args)
     parameters = list(trainable(model).values())
     return torch.stack(
@@ -99,7 +100,7 @@ def _gradients(model: Any, args: Any) -> torch.Tensor:
     )
 
 
-# `apo_down` moves the rejected response alone where policy and reference are the same.
+# `apo_down` changes only the rejected response where policy and reference are the same.
 @pytest.mark.parametrize("loss_type", sorted((_SUMS | _MEANS) - {"apo_down"}))
 def test_features_point_where_the_loss_of_trl_does(loss_type: str, tmp_path: Path) -> None:
     """At the reference the gradient of a pair's loss is a multiple of ∇(r_chosen − r_rejected)."""
@@ -111,7 +112,7 @@ def test_features_point_where_the_loss_of_trl_does(loss_type: str, tmp_path: Pat
     assert _cosines(features, expected).abs().tolist() == pytest.approx([1.0] * 3, abs=1e-5)
     other = _features(model, {**settings, "length_normalized": loss_type in _SUMS})
     assert float(_cosines(other, expected).abs().min()) < 0.98
-    if loss_type == "ipo":  # (δ − 1/2β)² with δ = 0: the length is right, too
+    if loss_type == "ipo":  # (δ − 1/2β)² with δ = 0: the length is also right
         assert relative_error(-features / BETA**2, expected) < 1e-4
     if loss_type in ("sigmoid", "sigmoid_norm"):
         assert relative_error(-features / 2, expected) < 1e-4
@@ -148,8 +149,9 @@ def test_irrelevant_options_do_not_turn_the_gradient(options: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     "options", [{"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "ipo"]}, {"loss_type": "apo_down"}]
 )
-def test_refused_options_do(options: Any, tmp_path: Path) -> None:
-    """As does `apo_down`, of which the docs say so: its reward is that of the features, though."""
+def test_refused_options_turn_the_gradient(options: Any, tmp_path: Path) -> None:
+    """So does `apo_down`, which is documented and allowed because its reward is that of the
+    features."""
     args = _args(tmp_path, **{"loss_type": "sigmoid", **options})
     model = lora(tiny_causal_lm("llama"), "llama")
     features = _features(model, selector_settings(_args(tmp_path, "sigmoid")))
@@ -205,8 +207,8 @@ def _pool_of_three() -> PreferencePool:
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("max_tokens", [None, 40])
 def test_relative_rows_are_differences_of_means(verify: bool, max_tokens: int | None) -> None:
-    """Prompts shared (`verify` finds that out) or not, and items batched together or not."""
-    # Its norms are computed in float64, too.
+    """With shared prompts (which needs `verify`) or not, and items batched together or not."""
+    # Its norms are also computed in float64.
     model = lora(tiny_causal_lm("gpt2", torch.float64), "gpt2")
     tokens = tokenize_pool(_pool_of_three(), tiny_tokenizer(), max_length=14)
     options: dict[str, Any] = dict(beta=BETA, max_tokens_per_batch=max_tokens, verify=verify)
@@ -226,8 +228,8 @@ def test_relative_rows_are_differences_of_means(verify: bool, max_tokens: int | 
     assert not relative.gradients[0::3].any()
 
 
-def test_low_precision_loses_nothing_by_it() -> None:
-    """Rows are divided, and not the objective: they are those of the sums, rounded once."""
+def test_length_normalization_costs_no_precision() -> None:
+    """Rows are divided, not the objective: they are the rows of the sums, rounded once."""
     model = lora(tiny_causal_lm("llama", torch.bfloat16), "llama")
     tokens = tokenize_pool(POOL, tiny_tokenizer())
     plain = FeatureExtractor(model, Sketch("none"), beta=1.0).gradients(tokens)

@@ -1,5 +1,5 @@
-"""The paper's settings: a first round of each file, on small models of the same architectures and
-data of the same columns."""
+"""The paper's settings: the first round of each file, on small models of the same architectures and
+data with the same columns."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_first_round(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture
             for n, row in enumerate(rows)
         )
     )
-    # What a small machine cannot do; everything else is the file's.
+    # Changed because a small machine cannot run it. All other settings are those of the file.
     small: dict[str, dict[str, Any]] = {
         "loop": {"rounds": 1, "batch_size": 4, "prompts_per_round": 4, "max_completion_length": 4},
         "selection": {"proj_dim": 64},

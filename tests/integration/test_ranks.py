@@ -21,7 +21,7 @@ PROMPTS, RESPONSES, PAIRS, DIM = 60, 3, 3, 48
 
 
 def problem():
-    """Rows with copies in other processes' shares, so that ties cross them; all pairs."""
+    """Rows with copies in the parts of other processes, so that ties cross processes; all pairs."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(PROMPTS * RESPONSES, DIM, generator=generator)
     for source, target in ((45, 2), (31, 30), (59, 16)):
@@ -85,7 +85,7 @@ def cases(rank, world, group):
 
 
 def failures(rank, world, group):
-    """What each process is told when another fails: {name: message}."""
+    """The error in each process when another process fails: {name: message}."""
     rows, pairs = problem()
     first, last = share(rank, world)
     mine = rows[first * RESPONSES : last * RESPONSES].clone()
@@ -110,7 +110,7 @@ def failures(rank, world, group):
 
 
 def lose_one(rank, world, group):
-    """The last process goes away in the middle of its picks."""
+    """The last process exits in the middle of its picks."""
     rows, pairs = problem()
     first, last = share(rank, world)
     if rank == world - 1:
@@ -148,18 +148,18 @@ def work(rank, world, folder):
     result["lost"] = lose_one(rank, world, group)  # the last thing that the last process does
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(result, file)
-    os._exit(0)  # the group cannot be taken down in order: one is gone
+    os._exit(0)  # the group cannot be shut down cleanly: one process is gone
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request, tmp_path_factory):
-    """What each process but the lost one has to say."""
+    """The results of each process except the lost one."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     mp.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param - 1)]
 
 
-def test_all_take_the_picks_of_one_process(results):
+def test_all_processes_make_the_picks_of_a_single_one(results):
     alone = cases(0, 1, None)
     for result in results:
         assert result["cases"].keys() == alone.keys()
@@ -167,10 +167,10 @@ def test_all_take_the_picks_of_one_process(results):
             got, got_scores = result["cases"][name]
             assert got == indices, name
             assert got_scores == pytest.approx(scores, rel=1e-10, abs=1e-20), name
-    assert len(alone["rules"][0]) < 40 and len(alone["cost"][0]) < 40  # the rules bite
+    assert len(alone["rules"][0]) < 40 and len(alone["cost"][0]) < 40  # the rules have an effect
 
 
-def test_an_error_of_one_is_an_error_of_all(results):
+def test_an_error_in_one_process_is_an_error_in_all(results):
     last = len(results)
     for result in results:
         told = result["failures"]

@@ -1,4 +1,4 @@
-"""π_ref of a selection: the one that TRL's DPOTrainer trains against, and no trace of it after."""
+"""π_ref of a selection is the one that TRL's DPOTrainer trains against, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DATA = Dataset.from_list(
 
 
 def _model(**options: Any) -> Any:
-    """An adapter as SFT leaves it: B is not zero."""
+    """A model with an adapter as after SFT: B is not zero."""
     return lora(tiny_causal_lm("llama"), "llama", **options)
 
 
@@ -74,7 +74,7 @@ def _scores(selector: ActiveDPOSelector) -> torch.Tensor:
 
 
 def _trainers_margins(trainer: Any) -> torch.Tensor:
-    """The same by what DPOTrainer computes of a batch, with its own reference."""
+    """The same numbers from DPOTrainer's own computation on a batch, with its own reference."""
     batch = trainer.data_collator(list(trainer.train_dataset))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     model = trainer.model.eval()
@@ -124,7 +124,7 @@ def test_the_three_forms_agree_with_dpo_trainers_own_reference(tmp_path: Path) -
     by_model = _scores(_selector(model, ref_model=_model()))
     by_base = _scores(_selector(model))
 
-    # TRL copies what the adapter is when the trainer is made; then it is trained.
+    # TRL copies the adapter's weights when the trainer is created; then the adapter is trained.
     load_adapter_state(model, initial)
     trainer = trl.DPOTrainer(
         model=model, args=_args(tmp_path), train_dataset=DATA, processing_class=tokenizer
@@ -146,9 +146,10 @@ def test_the_policy_is_left_as_it_was(form: str, strategy: str) -> None:
     initial = adapter_state(model)
     name = "ref" if form == "ref" else "other"
     model.add_adapter(name, model.peft_config["default"])
+    # Flags that differ within an adapter.
     model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(
         False
-    )  # flags that no adapter as a whole has
+    )
     model.base_model.model.model.layers[1].train()
     before = _state(model)
     ref_model: Any = {"weights": {n: 2 * w for n, w in initial.items()}, "name": "other"}.get(form)
@@ -175,7 +176,7 @@ def test_the_policy_is_left_as_it_was_after_an_error(monkeypatch: Any) -> None:
     _assert_same(before, _state(model))
 
 
-def test_what_cannot_be_the_reference_is_one_clear_error() -> None:
+def test_an_invalid_reference_is_one_clear_error() -> None:
     def error(model: Any, ref_model: Any) -> str:
         with pytest.raises(ActiveDPOError) as caught:
             _selector(model, ref_model=ref_model).select(POOL, 2)
@@ -235,9 +236,14 @@ def _picked(folder: Path, t: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "untrained"), [("margin_small", 0.5), ("margin_large", 0.0), ("aplp", 0.0)]
+    ("strategy", "untrained", "reference"),
+    [
+        ("margin_small", 0.5, "initial"),
+        ("margin_small", 0.5, "round"),
+        ("margin_large", 0.0, "round"),
+        ("aplp", 0.0, "initial"),
+    ],
 )
-@pytest.mark.parametrize("reference", ["initial", "round"])
 def test_before_training_every_reward_difference_is_zero(
     strategy: str, untrained: float, reference: Any, tmp_path: Path
 ) -> None:
@@ -247,13 +253,13 @@ def test_before_training_every_reward_difference_is_zero(
 
 
 def test_a_round_that_starts_from_the_current_policy(tmp_path: Path, caplog: Any) -> None:
-    """Its own start is no reference to tell pairs apart by, and that is said."""
+    """The policy at its own start cannot tell pairs apart, and a warning says so."""
     _loop(tmp_path, strategy="margin_small", reference="round", start_from="current").run()
     assert _picked(tmp_path, 0) == _picked(tmp_path, 1) == [0.5] * 4
     assert caplog.text.count("compares the policy with the reference") == 1
 
 
-def test_adpo_plus_weighs_by_the_runs_reference(tmp_path: Path) -> None:
+def test_adpo_plus_weights_use_the_reference_of_the_run(tmp_path: Path) -> None:
     """μ(1 - μ) is 1/4 before training, so that the scores are those of the weights 1/2."""
     loop = _loop(tmp_path, strategy="adpo_plus", rounds=1)
     model = loop.model
@@ -293,7 +299,7 @@ def test_the_loops_reference_is_the_trainers_after_training(tmp_path: Path) -> N
         ({"loss_type": ["sigmoid", "ipo"]}, "'ipo' trains mean log-probs"),
     ],
 )
-def test_what_the_selection_cannot_follow_is_refused_before_a_run(
+def test_options_that_selection_cannot_follow_are_refused_before_a_run(
     options: Any, message: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -302,7 +308,7 @@ def test_what_the_selection_cannot_follow_is_refused_before_a_run(
     assert not folder.exists()
 
 
-def test_a_loop_follows_its_loss(tmp_path: Path) -> None:
+def test_a_loop_uses_the_rewards_of_its_loss(tmp_path: Path) -> None:
     """IPO: the scores of the second round are differences of mean log-ratios."""
     loop = _loop(tmp_path, strategy="margin_large", dpo_args=_args(tmp_path, loss_type="ipo"))
     assert loop.selector.extractor.length_normalized

@@ -1,4 +1,5 @@
-"""What cannot work is refused before a run begins, by a rehearsal that leaves no trace."""
+"""Settings that cannot work are refused before a run begins, by a rehearsal that leaves no
+trace."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def _refused(loop: ActiveDPOLoop) -> str:
 @pytest.mark.parametrize(
     ("dpo", "message"),
     [
-        # Each of these fails in the trainer only, or after the first training step.
+        # Each of these fails only in the trainer, or after the first training step.
         ({"eval_strategy": "steps", "eval_steps": 1}, "dpo.eval_strategy: "),
         ({"eval_on_start": True}, "dpo: .*eval_dataset.*eval_on_start"),
         ({"pad_token": "<nope>"}, "dpo.pad_token: "),
@@ -90,11 +91,11 @@ def _refused(loop: ActiveDPOLoop) -> str:
         ({"sync_ref_model": True}, "sync_ref_model"),
     ],
 )
-def test_what_the_trainer_refuses_is_refused_before_anything_is_written(
+def test_settings_that_the_trainer_refuses_are_refused_before_anything_is_written(
     tmp_path: Path, dpo: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ActiveDPOError, match=message) as caught:
-        _loop(tmp_path, dpo=dpo).run()  # some may be refused as the loop is made
+        _loop(tmp_path, dpo=dpo).run()  # some may be refused when the loop is created
     assert not isinstance(caught.value, LabelsPending) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -102,7 +103,7 @@ def test_what_the_trainer_refuses_is_refused_before_anything_is_written(
 def test_adapters_that_cannot_be_trained_or_scored(tmp_path: Path) -> None:
     head = lora(tiny_causal_lm("llama"), "llama", target_modules=["q_proj", "lm_head"])
     assert "lm_head" in _refused(_loop(tmp_path, model=head, selector={"verify": True}))
-    # Selection at random takes no gradients: only the trainer minds.
+    # Random selection takes no gradients: only the trainer refuses.
     message = _refused(_loop(tmp_path, model=head, strategy="random"))
     assert message.startswith("lora.target_modules: ") and "lm_head" in message
     dora = lora(tiny_causal_lm("llama"), "llama", use_dora=True)
@@ -113,9 +114,9 @@ def test_adapters_that_cannot_be_trained_or_scored(tmp_path: Path) -> None:
         _loop(tmp_path, model=dora, strategy="random").run()
 
 
-def test_every_prompt_of_every_round_is_looked_at(tmp_path: Path) -> None:
+def test_every_prompt_of_every_round_is_checked(tmp_path: Path) -> None:
     long = [*PROMPTS[:-1], Prompt("long", "The fox " * 150)]
-    # The order is drawn by the seed: with this one the long prompt is not of the first round.
+    # The seed decides the order: with this one, the long prompt is not in the first round.
     message = _refused(
         _loop(
             tmp_path,
@@ -222,7 +223,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _label(folder: Path, label: int | str = 0) -> None:
-    """Answer what is not answered yet."""
+    """Label the lines that have no label yet."""
     for path in (folder / "people").glob("*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text(
@@ -269,7 +270,7 @@ def test_training_settings_change_until_a_round_was_trained(tmp_path: Path) -> N
     )
 
 
-def test_a_round_without_a_preference_is_not_one_that_was_trained(tmp_path: Path) -> None:
+def test_a_round_without_a_preference_does_not_count_as_trained(tmp_path: Path) -> None:
     with pytest.raises(LabelsPending):
         _loop(tmp_path).run()
     _label(tmp_path, "skip")
@@ -304,7 +305,7 @@ def test_settings_of_earlier_stages_change_until_these_were_complete(tmp_path: P
     assert _settings(tmp_path)["rules"] is None and _settings(tmp_path)["batch_size"] == 2
 
 
-def test_results_are_those_of_a_run_that_was_right_at_once(tmp_path: Path) -> None:
+def test_results_are_those_of_a_run_that_was_never_corrected(tmp_path: Path) -> None:
     adapters = []
     for name, first in (("mended", {"learning_rate": 5.0}), ("right", {})):
         with pytest.raises(LabelsPending):
@@ -322,8 +323,8 @@ def test_results_are_those_of_a_run_that_was_right_at_once(tmp_path: Path) -> No
     assert len(adapters[0]) == 2 and adapters[0] == adapters[1]
 
 
-def test_a_run_that_an_older_version_began_goes_on(tmp_path: Path) -> None:
-    """They wrote down that there may be a pad token, but not which."""
+def test_a_run_that_an_older_version_began_continues(tmp_path: Path) -> None:
+    """They recorded that there may be a pad token, but not which one."""
     with pytest.raises(LabelsPending):
         _loop(tmp_path, rounds=1).run()
     _label(tmp_path)

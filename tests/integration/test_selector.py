@@ -1,4 +1,4 @@
-"""From model and pool to picks: against the plain definition, written out here."""
+"""From model and pool to picks, compared with the plain definition, written out here."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_select_is_the_plain_greedy(model, tokenizer) -> None:
         assert pick.score == pytest.approx(score, rel=1e-7)
 
 
-def test_history_enters_v_and_is_no_candidate(model, tokenizer) -> None:
+def test_history_is_in_v_and_not_among_the_candidates(model, tokenizer) -> None:
     pool, earlier = make_pool(6), make_pool(5, n_responses=2, start=20)
     chooser = selector(model, tokenizer)
     labeled = [chooser.select(pool, 3), chooser.select(earlier, 4)]
@@ -122,7 +122,7 @@ def test_history_is_taken_at_the_current_weights(tokenizer) -> None:
     assert chooser.select(pool, 4, labeled=labeled) == again
 
 
-def test_items_that_the_trainer_would_drop_are_no_candidates(model, tokenizer) -> None:
+def test_items_that_the_trainer_would_drop_are_not_candidates(model, tokenizer) -> None:
     rows = [
         {"id": "long", "prompt": "far too long " * 20, "responses": [" a", " b"]},
         {"id": "short", "prompt": "x:", "responses": [" a", " b"]},
@@ -159,7 +159,7 @@ def rows_and_logps(model, tokenizer, pool: PreferencePool) -> tuple[torch.Tensor
 
 
 def test_adpo_plus_weights_candidates_and_history(model, tokenizer) -> None:
-    """Labeled pairs in the pool and elsewhere, all of them with the current model's weights."""
+    """Labeled pairs in the pool and elsewhere, all with the weights of the current model."""
     pool, earlier = make_pool(6), make_pool(4, n_responses=2, start=20)
     chooser = selector(model, tokenizer, strategy="adpo_plus")
     labeled = [chooser.select(pool, 2), chooser.select(earlier, 3)]
@@ -215,7 +215,7 @@ def test_rules(model, tokenizer, caplog) -> None:
     chooser = selector(model, tokenizer)
     rules = PickRules(max_per_prompt=1, exclude=["item-0"], group_by="topic", quotas={"law": 2})
     picked = chooser.select(pool, 6, rules=rules)
-    # One pair of each of two prompts of law, and of the two that are left of art.
+    # One pair for each of two prompts of law, and of the two that remain of art.
     assert sorted(p.id for p in picked if p.id in ("item-2", "item-4")) == ["item-2", "item-4"]
     assert len({p.id for p in picked}) == len(picked) == 4
     assert "4 of 6 pairs picked: the rules leave no other candidate" in caplog.text
@@ -321,7 +321,7 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
         assert float(found.var() / variance) == pytest.approx(1.0, abs=0.4)
 
 
-def test_what_is_no_pool_or_selection_is_named() -> None:
+def test_arguments_that_are_not_a_pool_or_selection_are_named() -> None:
     selector = ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer())
     rows = [{"prompt": "x", "chosen": " a", "rejected": " b"}]
     splits = DatasetDict(train=Dataset.from_list(rows))
@@ -344,9 +344,7 @@ def test_what_is_no_pool_or_selection_is_named() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["aplp", "margin_small", "margin_large", "adpo_plus"])
-def test_rewards_that_are_all_alike_are_told(
-    strategy: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_equal_rewards_are_logged(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"prompt": f"The {n}", "responses": [" fox", " dog and fox"]} for n in range(4)]
     pool, line = PreferencePool.from_rows(rows), "every reward difference is 0"
     fresh = lora(tiny_causal_lm("llama"), "llama", randomize=False)

@@ -1,4 +1,4 @@
-"""Whole selections by 2 processes, from a model and from a store: those of one process."""
+"""Whole selections by 2 processes, from a model and from a store, are those of one process."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def chooser(model, strategy: str = "activedpo", **options) -> ActiveDPOSelector:
 
 
 def make_spread_pool() -> PreferencePool:
-    """Items of four prompts in turn, so that each process has some of every prompt; items 9 and 2
+    """Items of four prompts in turn, so that each process has some of every prompt. Items 9 and 2
     have the prompt and two of the responses of items 1 and 6, in another order."""
     texts = [[f" {WORDS[(i + 2 * j) % 9]} {i * j}" for j in range(2 + i % 3)] for i in range(12)]
     texts[9][:2], texts[6][:2] = texts[1][1::-1], texts[2][1::-1]
@@ -97,7 +97,7 @@ def make_spread_pool() -> PreferencePool:
 
 
 def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
-    """Every selection, as one line a pick."""
+    """Every selection, with one line per pick."""
     model, pool = make_model(), make_pool()
     earlier = chooser(model).select(make_pool(5, start=20), 3)
     history = [chooser(model).select(pool, 4), earlier]
@@ -149,7 +149,7 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
 
 
 def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
-    """What each process is told when the second is in the wrong: {name: message}."""
+    """The error in each process when the second has wrong input: {name: message}."""
     model, pool = make_model(), make_pool()
     told = {}
 
@@ -195,7 +195,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
 
 
 def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str, list]:
-    """Exit code and stderr of `activedpo select`, as a launcher starts it, of bad input."""
+    """Exit code and stderr of `activedpo select` for bad input, as started by a launcher."""
     (folder / "labels-0.jsonl").write_text('{"id": "item-0", "pair": [0, 1], "label": 0}\n')
     (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
     said = {}
@@ -257,7 +257,7 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, store: Path) -> list[dict]:
-    """What each process has to say."""
+    """The results of each process."""
     folder = tmp_path_factory.mktemp("sharded")
     mp.spawn(work, args=(str(store), free_ports(2), folder), nprocs=WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
@@ -290,7 +290,7 @@ def test_all_return_the_selection_of_one_process(results) -> None:
             assert sorted(pool[pool.position(id)].extra["post"] for id in ids) == [0, 1], name
 
 
-def test_what_is_wrong_in_one_process_is_an_error_in_all(results) -> None:
+def test_wrong_input_in_one_process_is_an_error_in_all(results) -> None:
     for rank, result in enumerate(results):
         told = result["failures"]
         assert "35 pairs are asked for, but there are only 34" in told["too many"]
@@ -414,7 +414,7 @@ def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> N
         assert ("two different" if rank else "process 1 of 2 failed, see its own") in error
 
 
-def test_a_launcher_that_says_too_little_is_an_error(
+def test_missing_variables_of_a_launcher_are_an_error(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -425,7 +425,7 @@ def test_a_launcher_that_says_too_little_is_an_error(
     error = capsys.readouterr().err
     assert error.startswith("activedpo: error: WORLD_SIZE is 2, but") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    for size in ("", "0"):  # what some launchers and container files leave of it
+    for size in ("", "0"):  # as some launchers and container files leave it
         monkeypatch.setenv("WORLD_SIZE", size)
         assert (
             main(["select", str(store), "--batch-size", "2", "--output", str(tmp_path / "x.jsonl")])

@@ -1,4 +1,4 @@
-"""A store that is there: new columns of the pool are taken over, other texts or tokens are not."""
+"""An existing store accepts new columns of the pool, and refuses other texts or tokens."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _chats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _project(folder: Path, template: str | None = None) -> list[str]:
-    """Files of a model, an adapter and a pool; the command that takes its features."""
+    """Files of a model, an adapter and a pool, and the command that computes the features."""
     base, tokenizer = tiny_causal_lm("llama"), tiny_tokenizer(chat=template is not None)
     if template is not None:
         tokenizer.chat_template = template + tokenizer.chat_template
@@ -68,7 +68,7 @@ def _project(folder: Path, template: str | None = None) -> list[str]:
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
-    """Run the command until some rows are there."""
+    """Run the command until some rows are written."""
     from activedpo_fast.gradients import extractor
 
     real, calls = extractor.gradient_pass, []
@@ -84,7 +84,9 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
         assert main(argv) == 130
 
 
-def test_killed_while_the_store_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_killed_while_the_store_is_created(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv, store = _project(tmp_path), tmp_path / "store"
     assert main(argv) == 0
     whole = {path.name: path.read_bytes() for path in store.iterdir()}
@@ -105,7 +107,7 @@ def test_killed_while_the_store_is_made(tmp_path: Path, capsys: pytest.CaptureFi
         assert main(argv) == 0
         there = {path.name: path.read_bytes() for path in store.iterdir()}
         assert there == whole
-    # Another pool, or a folder of somebody else's, is still refused.
+    # Another pool, or a folder with other files, is still refused.
     (store / "pool.jsonl").unlink()
     _write(tmp_path / "pool.jsonl", ROWS[1:])
     assert main(argv) == 2
@@ -163,7 +165,7 @@ def test_columns_are_brought_up_to_date(
     )
     assert {json.loads(line)["id"] for line in picked.read_text().splitlines()} == {"p3"}
 
-    # The same again changes nothing; a column that is gone is gone.
+    # Running again changes nothing. A column that was removed from the pool is removed.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     assert main(argv) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -267,7 +269,7 @@ def test_the_prompt_whose_tokens_differ_is_named(tmp_path: Path) -> None:
     again = FeatureStore.create(tmp_path / "s", pool, {}, skipped=[])
     with pytest.raises(ActiveDPOError, match=r"for 1 prompts, first that of 'p3'"):
         again.fill(extractor, tokenize_pool(pool, other))
-    # Where a response starts counts, too; so does their number.
+    # The start of a response and the number of responses count, too.
     moved = tokenize_pool(pool, tiny_tokenizer())
     sequence = moved.sequences[4]
     moved.sequences[4] = type(sequence)(sequence.input_ids, sequence.completion_start + 1)

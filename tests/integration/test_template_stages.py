@@ -1,4 +1,5 @@
-"""One setting of the chat template's arguments: generating, selecting and training see one text."""
+"""One setting for the arguments of the chat template: generation, selection and training see the
+same text."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenize
 
 trl = pytest.importorskip("trl")
 
-# As TRL ships it; `style` is added, an argument that shows in the prompt, not in its end alone.
+# As TRL ships it, with one more argument, `style`, which changes more of the prompt than its end.
 _QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
 _STYLE = "{% if style is defined %}<|im_start|>system\n{{ style }}<|im_end|>\n{% endif %}"
 _THINKING, _BRIEF = {"enable_thinking": False}, {"enable_thinking": False, "style": "brief"}
@@ -100,12 +101,22 @@ def _scored(tokens: TokenizedPool) -> list[tuple[list[int], list[int], list[int]
     return pairs
 
 
-@pytest.mark.parametrize("kwargs", [_THINKING, _BRIEF])
-@pytest.mark.parametrize("place", ["loop", "selector_options", "both", "column"])
+@pytest.mark.parametrize(
+    ("place", "kwargs"),
+    [
+        ("loop", _BRIEF),
+        ("loop", _THINKING),
+        ("selector_options", _BRIEF),
+        ("both", _BRIEF),
+        ("column", _BRIEF),
+        ("column", _THINKING),
+    ],
+)
 def test_every_stage_of_the_loop_has_the_same_tokens(
     kwargs: dict[str, Any], place: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """What is fed to `generate`, what features are taken of, and what the trainer holds."""
+    """The input of `generate`, the tokens whose features are computed, and the data of the
+    trainer."""
     given: dict[str, Any] = {}
     if place in ("loop", "both"):
         given["chat_template_kwargs"] = kwargs
@@ -113,7 +124,7 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
     options: dict[str, Any] = {"proj_dim": 32, "verify": False}
     if place in ("selector_options", "both"):
         options["chat_template_kwargs"] = dict(kwargs)
-    seen: dict[str, Any] = {}  # of each stage, the last call
+    seen: dict[str, Any] = {}  # the last call of each stage
 
     class Watched(generation._Generator):
         def __init__(self, *args: Any) -> None:
@@ -169,14 +180,14 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
             whole = tokenizer.apply_chat_template([*pick.prompt, *response], **kwargs)["input_ids"]
             assert prompt_ids + ids == whole
         assert pick.chat_template_kwargs == kwargs
-    # The arguments matter: without them every prompt is another.
+    # The arguments matter: without them every prompt is different.
     for prompt in prompts:
         without = tokenizer.apply_chat_template(prompt.prompt, add_generation_prompt=True)
         assert without["input_ids"] not in seen["generated"]
 
 
 def test_a_selection_trains_on_what_was_scored(tmp_path: Path) -> None:
-    """Through a file as well; a row's own arguments go before those of all rows."""
+    """Also through a file. The arguments of a row override those of all rows."""
     pool = PreferencePool(
         [
             *_pool()[:2],
@@ -217,8 +228,8 @@ def test_a_selection_trains_on_what_was_scored(tmp_path: Path) -> None:
         }
 
 
-def test_unlike_arguments_and_messages_in_one_data_set(tmp_path: Path) -> None:
-    """A table fills what a row lacks with null, which a template can tell from nothing."""
+def test_different_arguments_and_messages_in_one_data_set(tmp_path: Path) -> None:
+    """A table fills missing fields with null, which a template can tell from a missing field."""
     tokenizer = _tokenizer()
     tokenizer.chat_template = (
         "{% if style is defined %}[{{ style }}]{% endif %}{% if tone is defined %}({{ tone }})"
@@ -273,7 +284,7 @@ def test_without_arguments_files_and_data_sets_are_as_before(tmp_path: Path) -> 
     assert dataset.column_names == ["id", "prompt", "chosen", "rejected"]
 
 
-def test_plain_text_has_no_use_for_arguments(caplog: Any) -> None:
+def test_arguments_have_no_effect_on_plain_text(caplog: Any) -> None:
     pool = PreferencePool([PoolItem("a", "A?", ("yes", "no"))])
     with caplog.at_level(logging.WARNING, "activedpo_fast"):
         tokens = tokenize_pool(pool, tiny_tokenizer(), chat_template_kwargs=_THINKING)
@@ -318,7 +329,7 @@ def test_history_keeps_the_arguments_of_its_own_rows(caplog: Any) -> None:
     assert tokens.sequences[0].input_ids == expected
 
 
-def test_label_files_keep_them_and_the_name_that_they_had(tmp_path: Path) -> None:
+def test_label_files_keep_the_arguments_and_their_file_name(tmp_path: Path) -> None:
     picked = _selector(_THINKING).select(_pool(), 2)
     without = Selection(
         tuple(Pick(p.id, p.pair, p.score, p.rank, p.prompt, p.responses) for p in picked),
@@ -335,7 +346,7 @@ def test_label_files_keep_them_and_the_name_that_they_had(tmp_path: Path) -> Non
     assert oracle.label(picked) == [0, 0]
 
 
-def test_responses_for_evaluation_see_them_too(monkeypatch: Any) -> None:
+def test_responses_for_evaluation_use_the_arguments_too(monkeypatch: Any) -> None:
     seen: list[Any] = []
 
     class Watched(generation._Generator):
@@ -447,7 +458,7 @@ def test_a_loop_has_one_setting(tmp_path: Path) -> None:
             chat_template_kwargs=_BRIEF,
         )
     assert list(tmp_path.iterdir()) == []
-    # The same setting in another place is the same run; another setting is another.
+    # The same setting in another place continues the run. Another setting does not.
     _small_loop(tmp_path, chat_template_kwargs=_THINKING).run()
     _small_loop(
         tmp_path, selector_options={"proj_dim": 32, "chat_template_kwargs": _THINKING}
@@ -467,7 +478,7 @@ def test_a_prompts_own_arguments_are_settings(tmp_path: Path) -> None:
 
 
 def test_runs_of_earlier_versions(tmp_path: Path) -> None:
-    """One without arguments goes on; one whose training went without them is refused."""
+    """A run without arguments continues. A run that was trained without them is refused."""
     _small_loop(tmp_path).run()
     config = read_checked_json(tmp_path / "config.json")
     del config["settings"]["chat_template_kwargs"], config["format"]
@@ -488,7 +499,7 @@ def test_runs_of_earlier_versions(tmp_path: Path) -> None:
         (["enable_thinking"], "expected an object"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, message: str) -> None:
+def test_bad_arguments_are_refused_by_every_stage(kwargs: Any, message: str) -> None:
     calls = [
         lambda: _selector(kwargs),
         lambda: tokenize_pool(_pool(), _tokenizer(), chat_template_kwargs=kwargs),
@@ -504,7 +515,9 @@ def test_arguments_that_cannot_be_are_refused_by_every_stage(kwargs: Any, messag
 # -- the command line ------------------------------------------------------------------------------
 
 
-def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: Any) -> None:
+def test_a_store_is_made_with_the_arguments_and_picks_keep_them(
+    tmp_path: Path, capsys: Any
+) -> None:
     base = tiny_causal_lm("qwen")
     base.save_pretrained(tmp_path / "model")
     _tokenizer().save_pretrained(tmp_path / "model")
@@ -558,7 +571,7 @@ def test_a_store_is_made_with_them_and_picks_remember(tmp_path: Path, capsys: An
         _scored(tokens)[pool.position(p.id)] if p.pair == (0, 1) else None for p in picked
     ]
 
-    # Other arguments, in the option or in a row, are other features.
+    # Other arguments, in the option or in a row, give other features.
     capsys.readouterr()
     assert main([*argv, str(tmp_path / "store"), "--proj-dim", "32"]) == 2
     assert "chat_template_kwargs" in capsys.readouterr().err

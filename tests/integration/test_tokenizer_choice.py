@@ -1,4 +1,4 @@
-"""Which tokenizer goes with an adapter: the one that training left beside it, or the one given."""
+"""The tokenizer of an adapter: the one that training saved with it, or the one given."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """model/ with a plain tokenizer, adapter/ with a chat tokenizer of another EOS beside it."""
+    """model/ with a plain tokenizer; adapter/ with a chat tokenizer that has another EOS."""
     base = tiny_causal_lm("llama")
     base.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -65,14 +65,14 @@ def _features(project: Path, output: str, *more: str, pool: str = "pool.jsonl") 
 
 
 def _rows(project: Path, tokenizer: Any, pool: str = "pool.jsonl") -> torch.Tensor:
-    """The rows by this tokenizer, without the command line."""
+    """The rows with this tokenizer, without the command line."""
     model, _ = load_policy(project / "model", adapter=project / "adapter", device="cpu")
     selector = ActiveDPOSelector(model, tokenizer, sketch="none")
     tokenized = selector.tokenize(PreferencePool.load(project / pool), show_progress=False)
     return selector.extractor.gradients(tokenized, show_progress=False).gradients
 
 
-def test_the_tokenizer_beside_the_adapter_is_taken_and_said(
+def test_the_tokenizer_saved_with_the_adapter_is_used_and_logged(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(_features(project, "store")) == 0
@@ -119,14 +119,16 @@ def test_tokenizer_files_are_settings_of_a_store(
     assert "made with another tokenizer (" in capsys.readouterr().err
 
 
-def test_a_lone_template_is_no_tokenizer(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_alone_is_not_a_tokenizer(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in (project / "adapter").glob("tokenizer*"):
         path.unlink()
     assert main(_features(project, "store", pool="chats.jsonl")) == 2
     assert "has a chat_template.jinja but no tokenizer" in capsys.readouterr().err
 
 
-def test_a_run_takes_the_same_tokenizer_and_leaves_it_beside_its_adapters(
+def test_a_run_uses_the_same_tokenizer_and_saves_it_with_its_adapters(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(project / "prompts.jsonl", [{"id": r["id"], "prompt": r["prompt"]} for r in CHATS])
@@ -172,7 +174,8 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused(
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"'<|tool|>' has the id {VOCAB_SIZE}, the embedding {VOCAB_SIZE} rows" in error
     assert not (project / "store").exists()
-    # A model whose own tokenizer has more (for images, say) is as it comes: texts do not use it.
+    # A model whose own tokenizer has more tokens (for images, say) is accepted: texts do not use
+    # them.
     tokenizer.save_pretrained(project / "model")
     assert main(_features(project, "store")) == 0
     # The one that ends every text is used.

@@ -1,6 +1,6 @@
-"""The Triton kernels where users meet them: through `ops`, and in the gradient rows of a model.
+"""The Triton kernels as users call them: through `ops`, and in the gradient rows of a model.
 
-Interpreted on the CPU, or run on a GPU where there is one.
+They are interpreted on the CPU, or run on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.ops.test_ops import KEY, random
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 pytest.importorskip("triton")
-# What the padding of blocks holds is multiplied as well, and thrown away.
+# The contents of padding are also multiplied, and the results are discarded.
 pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,8 +66,10 @@ def test_ready_rows(operation, triton):
 
 @pytest.mark.parametrize("method", ops.METHODS)
 def test_gradient_rows_of_a_model(method, triton, tokens, monkeypatch):
-    """Prompts run once, hooks, the head in chunks: all as on the CPU, except the kernels."""
-    model = lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama").to(DEVICE)
+    """Prompts run once, hooks, the head in chunks: everything as on the CPU, except the kernels."""
+    targets = ["q_proj", "v_proj", "down_proj"]  # of three shapes
+    model = lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama", target_modules=targets)
+    model.to(DEVICE)
     extractor = FeatureExtractor(model, Sketch(method, 96, seed=5), beta=0.5)
     found = extractor.gradients(tokens, show_progress=False)
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference")

@@ -143,7 +143,7 @@ _LIMITS = [
 def test_tokens_of_every_pair(
     kind: str, max_length: int | None, truncation_mode: Any, tmp_path: Any
 ) -> None:
-    """Items of two responses, so that nothing but the pair decides where the response starts."""
+    """Items of two responses, so that only the pair decides where the response starts."""
     full = _pool(kind)
     pool = PreferencePool(
         PoolItem(f"{item.id}-{i}{j}", item.prompt, (item.responses[i], item.responses[j]))
@@ -173,7 +173,8 @@ def test_tokens_of_every_pair(
 def test_items_of_three_responses(
     kind: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The ids are always the trainer's; the start is, or lies before it and is warned about."""
+    """The ids are always those of the trainer. The start is the same, or comes earlier with a
+    warning."""
     pool, tokenizer = _pool(kind), _tokenizer(kind)
     with caplog.at_level("WARNING", "activedpo_fast"):
         ours = tokenize_pool(pool, tokenizer, max_length=None)
@@ -194,7 +195,7 @@ def test_items_of_three_responses(
 
 
 def test_chat_template_kwargs(tmp_path: Any) -> None:
-    """They are what a `chat_template_kwargs` column is to the trainer."""
+    """They have the effect of a `chat_template_kwargs` column on the trainer."""
     pool, tokenizer = _pool("chat-thinking")[1:2], _tokenizer("chat-thinking")
     kwargs = {"style": "brief"}
     ours = tokenize_pool(pool, tokenizer, chat_template_kwargs=kwargs)
@@ -227,7 +228,7 @@ def _log_prob(model: torch.nn.Module, response: TokenizedResponse) -> float:
 def test_log_probs_of_every_pair(
     arch: str, kind: str, max_length: int, truncation_mode: Any, tmp_path: Any
 ) -> None:
-    """The trainer's own padded batches and fused head against one plain pass a sequence."""
+    """The trainer's own padded batches and fused head against one plain pass per sequence."""
     pool, tokenizer = _pool(kind), _tokenizer(kind)
     # Pairs of the first two responses alone: see test_items_of_three_responses.
     pool = PreferencePool(PoolItem(item.id, item.prompt, item.responses[:2]) for item in pool)

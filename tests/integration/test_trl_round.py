@@ -1,4 +1,4 @@
-"""DPO rounds through TRL: what they train against, and that they leave no trace but the weights."""
+"""DPO rounds with TRL: their reference, and that they change nothing except the weights."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_two_rounds_leave_only_new_weights(tmp_path: Any, checkpointing: bool, c
     initial = adapter_state(model)
     base_before = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n}
     inputs = tokenizer("The quick", return_tensors="pt")
-    model.generate(**inputs, max_new_tokens=3, do_sample=False)  # keeps notes on the PEFT model
+    # Stores attributes on the PEFT model.
+    model.generate(**inputs, max_new_tokens=3, do_sample=False)
     before = _snapshot(model)
     args = _args(tmp_path, gradient_checkpointing=checkpointing)
     weights = initial
@@ -210,7 +211,7 @@ def _dpo_loss(model: Any, reference: dict[str, torch.Tensor], beta: float = 0.1)
     ids=["embeddings", "loha", "ia3"],
 )
 def test_the_reference_has_all_of_the_adapter(tmp_path: Path, config: Any) -> None:
-    """TRL copies parameters by a part of their names that these do not have."""
+    """TRL copies parameters by a part of their names, which these names lack."""
     model, tokenizer = get_peft_model(tiny_causal_lm("llama"), config), tiny_tokenizer()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -283,7 +284,9 @@ def test_state_is_restored_after_an_exception(tmp_path: Any, training: bool) -> 
 
 def test_adapters_of_eight_bit_models_keep_their_dtype(tmp_path: Any) -> None:
     model, tokenizer = _model(), tiny_tokenizer()
-    model.get_base_model().is_loaded_in_8bit = True  # all that TRL asks before it casts
+    model.get_base_model().is_loaded_in_8bit = (
+        True  # the only thing that TRL checks before it casts
+    )
     initial = adapter_state(model)
     during: set[torch.dtype] = set()
 
@@ -311,7 +314,8 @@ def test_adapters_of_eight_bit_models_keep_their_dtype(tmp_path: Any) -> None:
 
 
 def test_rotary_frequencies_that_grew_in_training_are_put_back(tmp_path: Any) -> None:
-    """`dynamic` RoPE takes others from the first sequence that is longer than any before."""
+    """`dynamic` RoPE changes its frequencies at the first sequence that is longer than all
+    before."""
     base = tiny_causal_lm(
         "llama",
         max_position_embeddings=16,
@@ -346,7 +350,7 @@ def test_weights_do_not_depend_on_earlier_rounds(tmp_path: Any) -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in initial)
 
 
-def test_what_cannot_be_trained_is_one_clear_error(tmp_path: Any) -> None:
+def test_a_model_that_cannot_be_trained_is_one_clear_error(tmp_path: Any) -> None:
     tokenizer, args = tiny_tokenizer(), _args(tmp_path)
 
     def error(model: Any, dataset: Any = DATA, config: Any = args, **options: Any) -> str:

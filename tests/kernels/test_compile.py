@@ -1,6 +1,6 @@
-"""Every GPU kernel compiles for every target, without a GPU, and no launch is of anything else.
+"""Every GPU kernel compiles for every target without a GPU, and only these kernels are launched.
 
-What is compiled is compiled in processes of their own, where Triton does not interpret.
+Kernels are compiled in separate processes, in which Triton does not interpret them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, Resources
 
 triton = pytest.importorskip("triton")
 
-# Bytes of stack a thread. Block shapes were chosen with the compilers named; of others it is not
-# asked that they do as well.
+# Bytes of stack per thread. Block shapes were chosen with the compilers named here; other compilers
+# are allowed to spill more.
 MORE = 0 if triton.__version__.startswith(("3.6.", "3.7.", "3.9.")) else 64
 ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Any]]
 
 
 def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """python -m COMMAND in a process that compiles, with a cache of its own."""
+    """Run python -m COMMAND in a process that compiles, with its own cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     return subprocess.run(
@@ -40,30 +40,28 @@ def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# An architecture takes minutes: one in every run of the suite, without float16's kernels, which are
-# bfloat16's with another type.
+# All kernels take minutes for each architecture. Every run of the suite compiles a part of them for
+# one architecture: without the kernels of float16, which differ from those of bfloat16 only in the
+# type, and without the tiles of middle size.
+PART = ("fp16", "32x64", "64x32")
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((90, "fp16"), id="sm_90 without fp16"),
-        *(
-            pytest.param((arch, "nothing"), id=f"sm_{arch}", marks=pytest.mark.slow)
-            for arch in ARCHS
-        ),
+        pytest.param((90, PART), id="sm_90 in part"),
+        *(pytest.param((arch, ()), id=f"sm_{arch}", marks=pytest.mark.slow) for arch in ARCHS),
     ],
 )
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """What one architecture's binaries take."""
+    """The resources that the binaries of one architecture need."""
     folder = tmp_path_factory.mktemp("compiled")
+    arch, skipped = request.param
     ran = compiling(
         folder,
         "benchmarks.gpu.kernel_resources",
-        "--arch",
-        str(request.param[0]),
-        "--skip",
-        request.param[1],
-        "--json",
-        str(folder / "found.json"),
+        *(f"--arch={arch}", f"--json={folder / 'found.json'}"),
+        *(f"--skip={word}" for word in skipped),
     )
     assert ran.returncode in (0, 1), ran.stdout
     return json.loads((folder / "found.json").read_text())["kernels"]
@@ -90,13 +88,13 @@ def test_a_block_fits(rows: Rows) -> None:
         assert row["resident_warps"] >= row["warps"], row
 
 
-def test_products_are_taken_by_tensor_cores(rows: Rows) -> None:
+def test_products_use_tensor_cores(rows: Rows) -> None:
     halves = [row for row in rows if {"bf16", "f16"} & set(row["dots"])]
     assert halves
     assert [row["name"] for row in halves if not row["tensor_instructions"]] == []
 
 
-def test_nothing_else_is_a_problem(rows: Rows) -> None:
+def test_there_are_no_other_problems(rows: Rows) -> None:
     others = {
         row["name"]: [problem for problem in row["problems"] if "spills" not in problem]
         for row in rows
@@ -104,8 +102,9 @@ def test_nothing_else_is_a_problem(rows: Rows) -> None:
     assert {name: problems for name, problems in others.items() if problems} == {}
 
 
-def test_what_is_launched_is_what_is_compiled(tmp_path: Path) -> None:
-    """On every shape: types, constants, alignments, warps and stages are those of a variant."""
+def test_every_launch_is_a_compiled_variant(tmp_path: Path) -> None:
+    """For every shape, the types, constants, alignments, warps and stages are those of a
+    variant."""
     ran = compiling(tmp_path, "tests.support.launches", str(tmp_path / "found.json"))
     assert ran.returncode == 0, ran.stdout
     found = json.loads((tmp_path / "found.json").read_text())
@@ -167,12 +166,12 @@ def test_idle_tensor_cores_and_too_many_registers_are_faults() -> None:
     ],
 )
 def test_resident_warps(registers: int, shared: int, warps: int) -> None:
-    """As NVIDIA's occupancy calculator has them for blocks of 4 warps on sm_80."""
+    """The numbers of NVIDIA's occupancy calculator, for blocks of 4 warps on sm_80."""
     found = Resources("", 80, warps=4, registers=registers, shared=shared)
     assert found.resident_warps == warps
 
 
-def test_what_cannot_be_compiled_is_said_in_one_line(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_a_one_line_error(tmp_path: Path) -> None:
     ran = compiling(tmp_path, "benchmarks.gpu.kernel_resources", "--arch", "75")
     assert ran.returncode == 2
     assert ran.stdout.startswith("error: no limits are known of sm_75")

@@ -9,11 +9,12 @@ pytest.importorskip("triton")
 
 from activedpo_fast.kernels.response_logp_grad import response_logp_grad  # noqa: E402
 
-# Logits that are not numbers warn in the interpreter.
+# Logits that are NaN cause warnings in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of a gradient, by its dtype; the interpreter cuts a bfloat16 off instead of rounding it.
+# The tolerance for a gradient, by its dtype. The interpreter truncates to bfloat16 and does not
+# round.
 ROUNDING = {
     torch.float32: 0.0,
     torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7,
@@ -82,7 +83,7 @@ def test_without_weights():
     assert torch.equal(logps, response_logp_grad(logits, targets, weights)[0])
 
 
-def test_logits_that_are_minus_infinity():
+def test_logits_of_minus_infinity():
     logits, targets, weights = batch(3, 5000, torch.float32)
     logits[:, 1:4200] = -INFINITY
     targets[:] = torch.tensor([0, 4999, 2])
@@ -94,7 +95,7 @@ def test_logits_that_are_minus_infinity():
     assert (grad[:2, 1:4200] == 0).all()
 
 
-def test_not_a_number_stays_one():
+def test_nan_logits_give_nan():
     logits, targets, weights = batch(3, 50, torch.float32)
     logits[1, 7] = float("nan")
     logits[2] = -INFINITY
@@ -104,7 +105,8 @@ def test_not_a_number_stays_one():
 
 
 def test_parts_of_other_tensors():
-    """Logits whose rows lie apart, beginning anywhere; targets and weights with strides."""
+    """Logits whose rows are not adjacent and start at any address; targets and weights with
+    strides."""
     wide, targets, weights = batch(4, 1030, torch.bfloat16)
     logits = wide[:, 3:1020]
     targets = torch.stack([targets % 1017, targets], 1)[:, 0]
@@ -124,7 +126,7 @@ def test_no_tokens():
 def test_large_vocabularies(dtype, n, vocabulary):
     logits, targets, weights = batch(n, vocabulary, dtype)
     scratch = torch.full((1 << 27,), float("nan"), device=DEVICE)
-    del scratch  # its memory is what the gradient is written to
+    del scratch  # the gradient is written to its memory
     check(logits, targets, weights)
     first = response_logp_grad(logits, targets, weights)
     for _ in range(10):

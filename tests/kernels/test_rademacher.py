@@ -14,12 +14,12 @@ from activedpo_fast.kernels import lora_grad_rademacher as module  # noqa: E402
 from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher, rademacher_rows  # noqa: E402
 from activedpo_fast.kernels.slabs import TILES, parts, tile_for  # noqa: E402
 
-# The interpreter computes with rows that pad a block, too, and with what their memory held.
+# The interpreter also computes with the rows that pad a block, whose memory holds arbitrary values.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = 2**64 - 12345
-# Two bfloat16 pieces: 2^-17 where they are rounded, 2^-16 in the interpreter, which cuts them off.
+# Two bfloat16 pieces: 2^-17 where they are rounded, 2^-16 in the interpreter, which truncates.
 BOUND = {
     torch.float32: 1e-6,
     torch.bfloat16: 1e-5 if DEVICE == "cuda" else 2**-16,
@@ -46,7 +46,7 @@ def error_of_rows(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=1) / scale).max())
 
 
-@pytest.mark.parametrize("k", [1, 64, 129, 300])
+@pytest.mark.parametrize("k", [1, 64, 257])
 def test_signs_are_those_of_the_reference(k):
     x = torch.eye(131, device=DEVICE)
     out = torch.zeros(131, k, device=DEVICE)
@@ -102,9 +102,9 @@ def test_gradients(dtype, rows, columns):
     assert (out[[1, 4]] == 3).all()  # an empty segment, and none
 
 
-@pytest.mark.parametrize("rows, columns", [(3, 1500), (300, 30), (40, 400)])
+@pytest.mark.parametrize("rows, columns", [(3, 1500), (300, 30), (17, 200)])
 def test_many_slabs_with_poisoned_scratch(rows, columns, monkeypatch):
-    """Slabs of whole rows and of parts of rows; whatever their memory held, it is not used."""
+    """Slabs of whole rows and of parts of rows; earlier contents of their memory are not used."""
     empty = torch.empty
     monkeypatch.setattr(module, "_SLAB_BYTES", 2 * 2 * 32 * 2048)  # 2048 numbers of a gradient
     monkeypatch.setattr(
@@ -182,7 +182,7 @@ def test_same_bits_again_and_in_any_order_of_rows():
     left, right = rows_of(41, 5).bfloat16(), rows_of(41, 40).bfloat16()
     first = sketched(left, right, SEGMENTS, 4, 90)
     assert torch.equal(first, sketched(left, right, SEGMENTS, 4, 90))
-    order = [4, 1, 0, 5, 2, 3]  # segments of one row keep theirs
+    order = [4, 1, 0, 5, 2, 3]  # segments of one row keep their order
     assert torch.equal(first, sketched(left, right, SEGMENTS[order], 4, 90))
 
 
@@ -211,7 +211,7 @@ def test_large_rows(n, length, k):
     out = around[:, 32:-32]
     out.zero_()
     scratch = torch.full((1 << 27,), float("nan"), device=DEVICE)
-    del scratch  # its memory is what the kernels are given
+    del scratch  # the kernels are given its memory
     rademacher_rows(out, x, KEY)
     assert error_of_rows(out, reference.rademacher(x.double(), KEY, k)) < 1e-6
     assert (around[:, :32] == 7).all() and (around[:, -32:] == 7).all()

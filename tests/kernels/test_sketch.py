@@ -18,6 +18,9 @@ METHODS = ["sjlt", "kronecker"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 both_modes = pytest.mark.parametrize("deterministic", [True, False])
 both_methods = pytest.mark.parametrize("method", METHODS)
+# The interpreter is slow, so each shape is tested with two of the four combinations, which have
+# both methods and both modes. On a GPU, test_large_gradients_equal_the_cpus tests all of them.
+IN_TURN = [[("sjlt", True), ("kronecker", False)], [("sjlt", False), ("kronecker", True)]]
 # Empty, of one token, overlapping, two of one row, and out of order.
 SEGMENTS = torch.tensor([[11, 40, 2], [0, 10, 0], [10, 11, 3], [10, 10, 1], [3, 36, 2]])
 
@@ -44,22 +47,23 @@ def one_segment(tokens: int) -> torch.Tensor:
     return torch.tensor([[0, tokens, 0]])
 
 
-@both_modes
-@both_methods
+SHAPES = [
+    (1, 1, 1, DTYPES[0]),
+    (1, 100, 64, DTYPES[1]),
+    (100, 1, 48, DTYPES[2]),
+    (3, 17, 5, DTYPES[0]),
+    (16, 300, 128, DTYPES[1]),
+    (300, 17, 100, DTYPES[1]),
+    (150, 4, 8, DTYPES[0]),
+    (30, 150, 4096, DTYPES[2]),
+    (70, 70, 7, DTYPES[1]),
+    (65, 136, 256, DTYPES[0]),
+]
+
+
 @pytest.mark.parametrize(
-    ("rows", "columns", "k", "dtype"),
-    [
-        (1, 1, 1, DTYPES[0]),
-        (1, 100, 64, DTYPES[1]),
-        (100, 1, 48, DTYPES[2]),
-        (3, 17, 5, DTYPES[0]),
-        (16, 300, 128, DTYPES[1]),
-        (300, 17, 100, DTYPES[1]),
-        (30, 150, 4096, DTYPES[2]),
-        (150, 4, 8, DTYPES[0]),
-        (70, 70, 7, DTYPES[1]),
-        (65, 136, 256, DTYPES[0]),
-    ],
+    ("rows", "columns", "k", "dtype", "method", "deterministic"),
+    [(*shape, *how) for i, shape in enumerate(SHAPES) for how in IN_TURN[i % 2]],
 )
 def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, deterministic):
     left, right = random(40, rows).to(dtype), random(40, columns, seed=1).to(dtype)
@@ -71,11 +75,13 @@ def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, dete
 @both_modes
 @both_methods
 @pytest.mark.parametrize(
-    ("rows", "columns", "k"), [(5, 290, 64), (140, 20, 999), (33, 70, 4096), (40, 40, 24)]
+    ("rows", "columns", "k", "key"),
+    [(5, 290, 64, 2**64 - 1), (140, 20, 999, KEY), (33, 70, 4096, 5), (40, 40, 24, 2**64 - 1)],
 )
-@pytest.mark.parametrize("key", [5, KEY, 2**64 - 1])
-def test_buckets_and_signs_are_the_definitions(rows, columns, k, key, method, deterministic):
-    """Every position a number of its own, small enough that nothing is rounded."""
+def test_buckets_and_signs_are_those_of_the_definition(
+    rows, columns, k, key, method, deterministic
+):
+    """Every position has its own number, small enough that nothing is rounded."""
     left = torch.eye(rows)
     right = torch.randint(-99, 99, (rows, columns), generator=torch.Generator().manual_seed(2))
     found = sketch(left, right.float(), one_segment(rows), k, 1, method, deterministic, key)
@@ -83,15 +89,14 @@ def test_buckets_and_signs_are_the_definitions(rows, columns, k, key, method, de
 
 
 @both_methods
-def test_a_row_has_the_same_bits_in_any_company(method):
+def test_a_row_has_the_same_bits_with_any_other_rows(method):
     left, right = random(60, 5).float(), random(60, 150, seed=1).float()
     segments = torch.tensor(
         [[0, 9, 1], [9, 20, 3], [20, 43, 0], [43, 60, 1], [5, 30, 3], [50, 60, 3]]
     )
     whole = sketch(left, right, segments, 64, 4, method, True)
-    for seed in range(3):
-        order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(sketch(left, right, segments[order], 64, 4, method, True), whole)
+    order = torch.tensor([4, 1, 5, 0, 3, 2])
+    assert torch.equal(sketch(left, right, segments[order], 64, 4, method, True), whole)
     for row in (0, 1, 3):
         alone = sketch(left, right, segments[segments[:, 2] == row], 64, 4, method, True)
         assert torch.equal(alone[row], whole[row])
@@ -113,7 +118,7 @@ def test_a_row_has_the_same_bits_in_any_company(method):
 @both_modes
 @both_methods
 @pytest.mark.parametrize("bad", ["nan", "inf", "overflow"])
-def test_what_is_not_finite_stays_in_its_row_and_shows(bad, method, deterministic):
+def test_values_that_are_not_finite_show_in_their_own_row_only(bad, method, deterministic):
     left, right = random(30, 4).float(), random(30, 40, seed=1).float()
     segments = torch.tensor([[0, 10, 0], [10, 20, 1], [20, 30, 2]])
     expected = define(left, right, segments, 64, 3, method)
@@ -132,7 +137,7 @@ def test_small_and_large_rows_keep_their_accuracy(deterministic):
     segments = torch.stack([torch.arange(8) * 10, torch.arange(8) * 10 + 10, torch.arange(8)], 1)
     for row, scale in enumerate((1.0, 1e-8, 1e-30, 1e30, 0.0, 1e-4, 1e4)):
         left[row * 10 : row * 10 + 10] *= scale
-    left[70:, 1:] *= 1e-8  # and small beside large in one gradient
+    left[70:, 1:] *= 1e-8  # and small numbers next to large ones in one gradient
     found = sketch(left, right, segments, 64, 8, "sjlt", deterministic)
     assert_near(found, define(left, right, segments, 64, 8, "sjlt"))
     assert not found[4].any()
@@ -168,12 +173,13 @@ def test_adds_in_place_and_takes_any_strides(method, deterministic):
 @both_modes
 @both_methods
 def test_many_weights_are_the_sum_of_each(method, deterministic):
-    """Of all tiles and dtypes, some of the same shape, some that share an operand, one twice."""
+    """Weights for all tiles and dtypes: some of the same shape, some that share an operand, one
+    twice."""
     shapes = [(16, 40), (40, 16), (16, 40), (20, 50), (50, 20), (70, 70), (1, 30), (30, 1)]
     weights = [
         (random(40, rows, seed=i).to(dtype), random(40, columns, seed=i % 3).to(dtype), KEY + i)
-        for dtype in (torch.float32, torch.bfloat16)
-        for i, (rows, columns) in enumerate(shapes)
+        for dtype, some in ((torch.float32, shapes), (torch.bfloat16, shapes[:3]))
+        for i, (rows, columns) in enumerate(some)
     ]
     weights.append(weights[3])
     out = torch.zeros(5, 96, dtype=torch.float64, device=DEVICE)
@@ -187,7 +193,8 @@ def test_many_weights_are_the_sum_of_each(method, deterministic):
 
 @both_modes
 def test_launches_do_not_grow_with_the_weights(deterministic, monkeypatch):
-    """For a tile one of hashes, one of sketches. Fixed sums: two of bounds more, and a last one."""
+    """Each tile has one launch for hashes and one for sketches. Deterministic sums need two more
+    for bounds, and a last one."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -227,7 +234,7 @@ def ready(x: torch.Tensor, k: int, deterministic: bool) -> torch.Tensor:
 
 @both_modes
 @pytest.mark.parametrize(
-    ("n", "length", "k"), [(1, 1, 1), (3, 2500, 64), (9, 1024, 7), (2, 70000, 48), (5, 130, 4096)]
+    ("n", "length", "k"), [(1, 1, 1), (3, 2500, 64), (9, 1024, 7), (1, 66000, 48), (5, 130, 4096)]
 )
 def test_ready_rows(n, length, k, deterministic):
     x = random(n, length).float()
@@ -238,7 +245,7 @@ def test_ready_rows(n, length, k, deterministic):
     assert torch.equal(ready(whole, k, deterministic), reference.sjlt(whole, KEY, k))
 
 
-def test_ready_rows_are_alike_in_any_company_and_add_in_place():
+def test_ready_rows_do_not_depend_on_other_rows_and_are_added_in_place():
     x = random(10, 1500).float()
     x[3], x[6, 77] = 0, float("inf")
     found = ready(x, 64, True)
@@ -287,7 +294,7 @@ def test_the_same_bits_over_twenty_runs(method):
     first = sketch(left, right, segments, 8192, 64, method, True)
     for _ in range(20):
         poison = torch.full((1 << 24,), float("nan"), device=DEVICE)
-        del poison  # its memory is what the next run is given
+        del poison  # the next run is given its memory
         assert torch.equal(sketch(left, right, segments, 8192, 64, method, True), first)
     x = random(20, 1 << 20).float()
     rows = ready(x, 8192, True)

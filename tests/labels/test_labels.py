@@ -189,7 +189,7 @@ def test_files_wait_for_people_and_then_read_them(tmp_path: Path) -> None:
         oracle.label(_selection(2))  # the next selection has its own file
 
 
-def test_files_tell_rounds_apart_that_have_an_id_and_pair_in_common(tmp_path: Path) -> None:
+def test_files_distinguish_rounds_that_share_an_id_and_a_pair(tmp_path: Path) -> None:
     (first, second) = _selection(1), _selection(1, (" fine", " poor"))
     both, oracle = Selection(first.picks + second.picks, "x"), FileOracle(tmp_path)
     with pytest.raises(LabelsPending, match="2 of 2"):

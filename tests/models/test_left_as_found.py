@@ -1,4 +1,4 @@
-"""A model is left as it was found, and how it was found does not change a number."""
+"""A model is left as it was found, and the state it was found in does not change any result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.support.state import differences, snapshot
 
 TOKENIZER = tiny_tokenizer()
-# As many a tokenizer.json has it; a call without truncation switches it off.
+# As in many a tokenizer.json. A call without truncation switches it off.
 TOKENIZER.backend_tokenizer.enable_truncation(max_length=500)
 POOL = PreferencePool.from_rows(
     [
@@ -82,7 +82,7 @@ class _Counting(ModelHook):  # type: ignore[misc]
 
 
 def hooked(model: Any) -> Any:
-    """As `device_map` leaves a model: accelerate's hooks are instances' own `forward`s."""
+    """A model as `device_map` leaves it: accelerate's hooks replace `forward` on instances."""
     for module in list(model.modules()):
         if not isinstance(module, (torch.nn.ModuleDict, torch.nn.ModuleList)):
             add_hook_to_module(module, _Counting())
@@ -90,7 +90,8 @@ def hooked(model: Any) -> Any:
 
 
 def patched(model: Any) -> Any:
-    """As optimized kernels leave a model: `forward` replaced on the decoder and on a layer."""
+    """A model as optimized kernels leave it: `forward` is replaced on the decoder and on a
+    layer."""
     decoder = model.get_base_model().get_decoder()
     for module in (decoder, decoder.layers[0].mlp, model.get_base_model()):
         forward = type(module).forward
@@ -123,7 +124,7 @@ def a_model(condition: str) -> Any:
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_every_door_leaves_everything_as_it_was(condition: str) -> None:
+def test_every_entry_point_leaves_everything_as_it_was(condition: str) -> None:
     model = a_model(condition)
     for name, door in DOORS.items():
         before = snapshot(model, TOKENIZER)
@@ -147,7 +148,7 @@ def test_an_exception_leaves_everything_as_it_was() -> None:
 
 
 def test_the_heads_pass_leaves_the_decoders_own_forward() -> None:
-    """The hooks of accelerate are called after a selection as before."""
+    """The hooks of accelerate are called after a selection, as before it."""
     model = hooked(lora(tiny_causal_lm("llama"), "llama"))
     decoder = model.get_base_model().get_decoder()
     select(model)
@@ -178,7 +179,7 @@ def test_the_callers_modes_change_nothing(mode: str) -> None:
 
 
 def test_modes_are_the_callers_own_between_two_batches() -> None:
-    """A generator that is left in the middle must not leave its modes behind."""
+    """A generator that is abandoned halfway must not leave its modes behind."""
     model = lora(tiny_causal_lm("llama"), "llama")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         parts = extractor(model, max_tokens_per_batch=20).iter_gradients(tokens(), range(6))
@@ -200,7 +201,7 @@ def test_a_model_loaded_in_inference_mode_is_refused_for_gradients_only() -> Non
 
 
 def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
-    """There the wrapped `forward` is that of the whole pass and of the head's."""
+    """Here the wrapped `forward` serves the whole pass and the head."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -208,7 +209,7 @@ def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
     expected = {name: door(model) for name, door in DOORS.items() if name != "aplp"}
-    # One a process: of trainers in other tests, and then for these.
+    # There is one per process: trainers in other tests make it, and these tests reuse it.
     AcceleratorState._reset_state(reset_partial_state=True)
     model = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -221,7 +222,7 @@ def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
 
 @pytest.mark.parametrize("bound", [True, False])
 def test_autocast_around_forward_is_taken_off(bound: bool) -> None:
-    """What accelerate's `prepare_model` does for bf16, to a bound `forward` and to a hooked one."""
+    """As accelerate's `prepare_model` does for bf16, on a bound `forward` and on a hooked one."""
     from accelerate.utils import convert_outputs_to_fp32
 
     model = lora(tiny_causal_lm("llama"), "llama")

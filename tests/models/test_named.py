@@ -31,7 +31,7 @@ def _edit(adapter: Path, **changes: object) -> None:
 
 
 def _cached(cache: Path, name: str, folder: Path, revision: str = "main") -> None:
-    """Put a folder where a download of the repository would have put it."""
+    """Copy a folder to where a download of the repository would have put it."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / revision).write_text(_COMMITS[revision])
@@ -113,7 +113,7 @@ def test_names_on_the_hub(tmp_path: Path, folders, monkeypatch: pytest.MonkeyPat
         as_model(adapter)
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path: Path, folders) -> None:
+def test_names_that_cannot_be_loaded_are_named(tmp_path: Path, folders) -> None:
     base, adapter = folders
     cases = [
         ("nowhere/at/all", "nowhere/at/all: no such model folder"),

@@ -1,4 +1,4 @@
-"""Philox, the reference's definitions, the C++ kernels against them, and the choice of backend."""
+"""Philox, the reference definitions, the C++ kernels against them, and the choice of backend."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_sjlt_definition_by_hand(k, width):
 
 
 def test_sjlt_runs_land_side_by_side_and_meet_others_evenly():
-    """Within a run no two positions meet; of different runs, 1/k of the pairs do."""
+    """No two positions of a run share a bucket; of positions in different runs, 1/k of the pairs
+    do."""
     k, length = 64, 4096
     meetings = 0
     for key in range(20):
@@ -189,7 +190,7 @@ def test_small_entries_keep_their_relative_accuracy(operation, backend, monkeypa
 @needs_cpp
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_float32_rounding_does_not_grow_with_the_length(operation, monkeypatch):
-    """All of a million numbers share a sign pattern's sum: one float32 running sum would be off."""
+    """A million numbers enter one sum: a single running sum in float32 would be inaccurate."""
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     x = random(1, 1_000_000, dtype=torch.float32).abs() + 1
     signs = (
@@ -275,7 +276,7 @@ def test_unknown_backend_is_an_error(monkeypatch):
             attempt()
 
 
-def test_forced_backend_that_is_not_there_is_an_error(monkeypatch):
+def test_forced_backend_that_is_missing_is_an_error(monkeypatch):
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     monkeypatch.setattr(backends, "_csrc", None)
     monkeypatch.setattr(backends, "_WHY_NO_CPP", "it was left out")
@@ -334,7 +335,7 @@ def test_float64_is_not_for_triton(monkeypatch):
     ("value", "expected"), [(None, None), ("", None), ("1", True), ("0", False)]
 )
 @pytest.mark.parametrize("of_torch", [False, True])
-def test_deterministic_as_torch_unless_told(value, expected, of_torch, monkeypatch):
+def test_deterministic_follows_torch_by_default(value, expected, of_torch, monkeypatch):
     monkeypatch.delenv("ACTIVEDPO_DETERMINISTIC", raising=False)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: of_torch)
     if value is not None:
@@ -342,7 +343,7 @@ def test_deterministic_as_torch_unless_told(value, expected, of_torch, monkeypat
     assert backends.deterministic() is (of_torch if expected is None else expected)
 
 
-def test_deterministic_is_yes_or_no(monkeypatch):
+def test_deterministic_must_be_yes_or_no(monkeypatch):
     monkeypatch.setenv("ACTIVEDPO_DETERMINISTIC", "maybe")
     with pytest.raises(ActiveDPOError, match="ACTIVEDPO_DETERMINISTIC is 'maybe', expected 0 or 1"):
         backends.deterministic()

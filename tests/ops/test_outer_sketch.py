@@ -34,8 +34,7 @@ def by_hand(left, right, segments, k: int, n: int, method: str) -> torch.Tensor:
     """The gradient of every row in float64, and the definition of its sketch."""
     gradients = torch.zeros(n, left.shape[1], right.shape[1], dtype=torch.float64)
     for start, end, row in segments.tolist():
-        for t in range(start, end):
-            gradients[row] += torch.outer(left[t].double(), right[t].double())
+        gradients[row] += left[start:end].double().T @ right[start:end].double()
     if method == "kronecker":
         return reference.kronecker(gradients, KEY, k)
     return getattr(reference, method)(gradients.flatten(1), KEY, k)
@@ -58,7 +57,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 @pytest.mark.parametrize(("height", "width", "k"), SHAPES)
 def test_equals_the_sketch_of_the_gradient(height, width, k, method, dtype, backend, monkeypatch):
     if method == "rademacher":
-        k = min(k, 10**7 // (height * width))  # the reference takes its time
+        k = min(k, 10**7 // (height * width))  # the reference is slow
     monkeypatch.setenv("ACTIVEDPO_BACKEND", backend)
     left, right = random(150, height).to(dtype), random(150, width, seed=1).to(dtype)
     # Empty, of one token, overlapping, two of one row, and out of order.
@@ -90,7 +89,7 @@ def test_random_shapes(height, width, k, tokens, method, data):
 @needs_cpp
 @pytest.mark.parametrize("method", ["sjlt", "rademacher"])
 def test_equals_the_sketch_of_a_ready_gradient(method):
-    """Stored rows of either kind can be compared: the projection is one and the same."""
+    """Both kinds of stored rows can be compared: the projection is the same."""
     left, right = random(20, 6), random(20, 31, seed=1)
     segments = torch.tensor([[0, 20, 0]])
     ready = torch.zeros(1, 64, dtype=torch.float64)
@@ -142,7 +141,7 @@ def test_adds_in_place_and_takes_any_strides(method, backend, monkeypatch):
 @needs_cpp
 @pytest.mark.parametrize("method", ops.METHODS)
 def test_float32_keeps_small_entries_and_long_runs(method):
-    """Entries of 1e-8 beside ones of 1; 3,000 tokens."""
+    """Entries of size 1e-8 next to entries of size 1; 3,000 tokens."""
     left, right = random(3000, 8), random(3000, 200, seed=1)
     left[:, 0] *= 1e-8
     segments = torch.tensor([[0, 3000, 0]])
@@ -182,12 +181,12 @@ def test_kronecker_sides(rows, columns, k, sides):
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 16, 48, 100, 8192, 2**20 + 16, 2**31 - 1])
-def test_kronecker_lays_the_runs_of_a_matrix_apart(k):
+def test_kronecker_spreads_the_runs_of_a_matrix(k):
     runs = k // math.gcd(k, 16)
     places = [reference.kronecker_place(key, k) for key in range(200)]
     for first, stride in places:
         assert 0 <= first < runs and 0 <= stride < runs and math.gcd(stride, runs) == 1
-    if runs > 1000:  # spread over all of them, and not by one step for all
+    if runs > 1000:  # spread over all buckets, with different steps
         assert len(set(places)) > 190
         quarters = torch.tensor(places).double().div(runs).mul(4).long()
         for column in quarters.unbind(1):
@@ -195,8 +194,8 @@ def test_kronecker_lays_the_runs_of_a_matrix_apart(k):
 
 
 def test_overlaps_of_two_matrices_are_spread():
-    """Two matrices of half as many numbers as buckets share about a quarter of the buckets each
-    time, where whole blocks would share from none to all."""
+    """Two matrices, each with half as many numbers as there are buckets, share about a quarter of
+    the buckets every time. Contiguous blocks would share between none and all of them."""
     k, entries = 8192, torch.ones(1, 8, 512)
     used = [reference.kronecker(entries, key, k)[0] != 0 for key in range(60)]
     shared = torch.tensor(
@@ -207,7 +206,7 @@ def test_overlaps_of_two_matrices_are_spread():
     )
     expected = (reference.kronecker_sides(8, 512, k)[0] * 512 / k) ** 2
     assert float(shared.mean()) == pytest.approx(expected, abs=0.05)
-    assert float(shared.std()) < 0.05  # one long block at a random place: 0.14
+    assert float(shared.std()) < 0.05  # 0.14 for one contiguous block at a random place
 
 
 GOOD = dict(

@@ -49,7 +49,7 @@ def test_every_width_and_any_address(measure, dtype, by_row):
 @ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("by_row", [False, True])
-def test_equal_rows_are_no_distance_apart(measure, dtype, by_row):
+def test_the_distance_of_equal_rows_is_zero(measure, dtype, by_row):
     for k in (1, 7, 33, 513):
         rows = make_rows(8, k, dtype, seed=k).repeat(2, 1)
         pairs = torch.stack([torch.arange(8), torch.arange(8, 16)], dim=1)

@@ -10,7 +10,7 @@ from activedpo_fast.ops import backends, rank_update_
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from tests.support.native import module_for_tests
 
-# k around the sides of tiles (64) and of the CPU's blocks (512); m around the depth (16).
+# k near the side of a tile (64) and of the CPU's blocks (512); m near the depth (16).
 SHAPES = [(1, 1), (2, 3), (63, 1), (64, 16), (65, 17), (130, 1), (200, 33), (513, 5), (1030, 40)]
 
 
@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 
 def tiles_(v, points, alpha):
-    """What a GPU's threads do, one after another."""
+    """The work of a GPU's threads, one after another."""
     module_for_tests().rank_update(
         v=v.data_ptr(),
         v_stride=v.stride(0),
@@ -39,7 +39,8 @@ def padded(rows, columns, device="cpu"):
 
 
 def check(update, k, m, alpha, device="cpu", keeps_above=True):
-    """Against the sum; NaN around V, around the points and above V's diagonal spreads nowhere."""
+    """Compare with the sum. NaN around V, around the points and above V's diagonal must not
+    spread."""
     start, points = normal(k, k, seed=1), normal(m, k, seed=2)
     storage, v = padded(k, k, device)
     v.copy_(start)
@@ -108,7 +109,7 @@ def test_no_points_and_no_numbers():
         (normal(3, 3), normal(2, 3).to("meta"), "on cpu and points on meta"),
     ],
 )
-def test_what_does_not_fit_is_refused(v, points, message):
+def test_arguments_that_do_not_fit_are_refused(v, points, message):
     with pytest.raises(ActiveDPOError, match=message):
         rank_update_(v, points)
 
@@ -122,7 +123,7 @@ def test_an_explicit_information_matrix_never_reads_above_the_diagonal():
         return information
 
     information = poisoned(InformationMatrix(12, lam=0.5, form="explicit"))
-    for phi in points[:70]:  # 64 of them are folded
+    for phi in points[:70]:  # 64 of them are folded in
         poisoned(information).add(phi)
     information.add_many(points[70:])
     information._fold()

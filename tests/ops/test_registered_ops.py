@@ -1,4 +1,4 @@
-"""The operations as PyTorch knows them: its own checks, torch.compile, FakeTensors."""
+"""The operations as registered with PyTorch: opcheck, torch.compile, FakeTensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""pair_lengths and advance of both backends against plain float64 and what they promise."""
+"""pair_lengths and advance of both backends against plain float64 and their documented error
+bounds."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restore the number of threads afterwards."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -110,7 +111,7 @@ def test_lengths_of_no_rows(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("by_row", [False, True])
-def test_equal_rows_are_no_distance_apart(backend: str, dtype: torch.dtype, by_row: bool) -> None:
+def test_the_distance_of_equal_rows_is_zero(backend: str, dtype: torch.dtype, by_row: bool) -> None:
     for k in (1, 7, 16, 33, 513):
         rows = make_rows(8, k, dtype, seed=k).repeat(2, 1)
         pairs = torch.stack([torch.arange(8), torch.arange(8, 16)], dim=1)
@@ -118,7 +119,7 @@ def test_equal_rows_are_no_distance_apart(backend: str, dtype: torch.dtype, by_r
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lengths_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch.dtype) -> None:
+def test_lengths_of_rows_that_are_not_contiguous(backend: str, dtype: torch.dtype) -> None:
     storage = make_rows(40, 74, dtype)
     pairs = make_pairs(20, 90)
     for rows in (
@@ -133,7 +134,7 @@ def test_lengths_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch
             check_lengths(rows, pairs, by_row)
 
 
-def test_pairs_may_lie_anyhow(backend: str) -> None:
+def test_pairs_may_have_any_strides(backend: str) -> None:
     rows = make_rows(20, 9, torch.float32)
     pairs = make_pairs(20, 70)
     for other in (pairs.T.contiguous().T, pairs.repeat(1, 2)[:, :2], pairs.repeat(2, 1)[::2]):
@@ -141,8 +142,8 @@ def test_pairs_may_lie_anyhow(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_16_bit_number_is_read_as_it_is(backend: str, dtype: torch.dtype) -> None:
-    """Subnormal numbers, infinities and NaN among them."""
+def test_every_16_bit_number_is_read_exactly(backend: str, dtype: torch.dtype) -> None:
+    """Including subnormal numbers, infinities and NaN."""
     rows = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
     pairs = torch.arange(2**16).reshape(-1, 2)
     norms, lengths = pair_lengths(rows, pairs, by_row=False)
@@ -159,7 +160,7 @@ def test_every_16_bit_number_is_read_as_it_is(backend: str, dtype: torch.dtype) 
 def test_rows_that_are_not_finite_are_refused(backend: str, dtype: torch.dtype, bad: float) -> None:
     rows = make_rows(6, 19, dtype)
     rows[5, 3] = bad
-    PairFeatures(rows, torch.tensor([[0, 1]]), "response")  # not looked at
+    PairFeatures(rows, torch.tensor([[0, 1]]), "response")  # row 5 is not used
     with pytest.raises(ActiveDPOError, match="not finite: 5 of 6"):
         PairFeatures(rows, torch.tensor([[0, 1], [2, 5]]), "response")
 
@@ -172,7 +173,8 @@ def test_lengths_from_disk_and_with_threads_are_the_same_bits(
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "cpp")
     rows = make_rows(200, 37, dtype)
     rows[7] = 0
-    # The reader keeps 16 rows a thread, by their number: rows 16 apart want the same place.
+    # The reader keeps 16 rows per thread, placed by row number: rows 16 apart compete for one
+    # place.
     apart = torch.tensor([(a, a + 16 * j) for a in range(40) for j in range(1, 9)])
     chain = torch.tensor([(a, (a + 16) % 200) for a in range(0, 200, 8)] * 3)
     mixed = torch.tensor([(a, b) for a in (3, 19, 35) for b in (19, 3, 4, 51, 3)])
@@ -191,7 +193,7 @@ def test_lengths_from_disk_and_with_threads_are_the_same_bits(
 
 
 class Scene:
-    """A state, directions for it, and the scores that each number of directions really leaves."""
+    """A state, directions for it, and the exact scores after each number of directions."""
 
     def __init__(
         self,
@@ -234,10 +236,10 @@ class Scene:
             self.state.append(w, error=0.0, turn=0.0)
 
     def check(self, found: Tensor) -> None:
-        """What `advance` promises, all of it."""
+        """Check everything that `advance` promises."""
         state, everything = self.state, torch.arange(len(self.phi))
         truth = self.exact[state.version.long(), everything]
-        slack = 16 * EPS * self.exact[0]  # of this float64 computation
+        slack = 16 * EPS * self.exact[0]  # rounding of this float64 computation
         assert ((state.score - truth).abs() <= state.error_bound + slack).all()
         assert (state.score >= 0).all() and (state.version <= state.count).all()
         scale = torch.ones(len(truth)) if self.inverse_cost is None else self.inverse_cost
@@ -252,7 +254,7 @@ class Scene:
 
 @pytest.fixture(params=["kept", "not kept", "reference"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """C++ with and without products that are kept for other pairs, and the reference."""
+    """C++ with and without keeping products for other pairs, and the reference."""
     monkeypatch.setenv("ACTIVEDPO_BACKEND", "reference" if request.param == "reference" else "cpp")
     if request.param == "not kept":
         monkeypatch.setattr(score_ops, "_PRODUCTS_BYTES", 0)
@@ -275,8 +277,8 @@ def test_one_step_of_every_width(way: str, dtype: torch.dtype) -> None:
 def test_error_bound_bounds_the_error_over_many_steps(
     way: str, dtype: torch.dtype, costs: bool
 ) -> None:
-    """Candidates leave and come back, some are scored afresh, and several directions come at once:
-    scores of many versions."""
+    """Candidates leave and come back, some are scored again, and several directions arrive at once,
+    so that scores have many versions."""
     generator = torch.Generator().manual_seed(7)
     for seed in range(3):
         rows = make_rows(90, 70, dtype, seed=seed)
@@ -303,7 +305,7 @@ def test_error_bound_bounds_the_error_over_many_steps(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_long_wait_for_many_candidates(way: str, dtype: torch.dtype) -> None:
-    """More products than are kept at a time, for rows that wait for unlike numbers of them."""
+    """More products than are kept at a time, for rows that lack different numbers of them."""
     rows = make_rows(6000, 8, dtype)
     scene = Scene(rows, make_pairs(6000, 5000), steps=700)
     scene.learn(3)
@@ -357,7 +359,7 @@ def test_no_candidates_and_none_left(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_of_rows_that_do_not_lie_side_by_side(backend: str, dtype: torch.dtype) -> None:
+def test_scores_of_rows_that_are_not_contiguous(backend: str, dtype: torch.dtype) -> None:
     storage = make_rows(40, 74, dtype)
     pairs = make_pairs(20, 90)
     for rows in (storage[::2], storage[:20, 3:40], storage[:20, ::2], storage.T[:20]):
@@ -409,20 +411,25 @@ def test_a_file_that_was_cut_short(way: str, tmp_path: Path, threads: None) -> N
     with pytest.raises(ActiveDPOError, match="cannot be read|cut short"):
         pair_lengths(stored, pairs, by_row=True)
     scene.learn(2)
-    scene.state.score += 10  # all of them have to be looked at
+    scene.state.score += 10  # all of them have to be read
     scene.exact += 10
     with pytest.raises(ActiveDPOError, match="cannot be read|cut short"):
         advance(scene.state)
-    last.write_bytes(whole)  # nothing was half done: it goes on where it stopped
+    last.write_bytes(whole)  # the state is intact: it continues where it stopped
     scene.check(advance(scene.state))
 
 
 # -- together with the root of V -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("history", [0, 20])
-@pytest.mark.parametrize("lam, batch", [(1e-4, 2048), (1.0, 2048), (1e-4, 7)])
+@pytest.mark.parametrize(
+    ("dtype", "history", "lam", "batch"),
+    [
+        *((dtype, history, 1e-4, 2048) for dtype in DTYPES for history in (0, 20)),
+        *((dtype, 0, 1.0, 2048) for dtype in DTYPES[:2]),
+        *((dtype, 20, 1e-4, 7) for dtype in DTYPES[2:]),
+    ],
+)
 def test_error_bound_bounds_the_error_of_a_selection(
     way: str,
     dtype: torch.dtype,
@@ -431,7 +438,8 @@ def test_error_bound_bounds_the_error_of_a_selection(
     batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against longer floating-point numbers: the root's rounding, and directions that it turned."""
+    """Compared in extended precision: the rounding of the root, and the directions that it
+    changes."""
     monkeypatch.setattr(scores_module, "_BATCH", batch)
     pairs = make_pairs(120, 200)
     features = PairFeatures(make_rows(120, 40, dtype), pairs, "response")
@@ -461,9 +469,9 @@ def test_error_bound_bounds_the_error_of_a_selection(
         assert (error <= scores.state.error_bound + slack).all()
         top = torch.where(eligible.remaining, torch.from_numpy(now.astype(float)), -1.0)
         assert int(top.argmax()) in best.indices.tolist()
-        assert (
-            best.error_bound <= 1e-12 / lam * features.length[best.indices].square()
-        ).all()  # of use
+        # The bound is tight.
+        tight = 1e-12 / lam * features.length[best.indices].square()
+        assert (best.error_bound <= tight).all()
         scores.learn(int(best.indices[0]))
         eligible.record_pick(int(best.indices[0]))
         root = add(exact[best.indices[0]])
@@ -473,7 +481,8 @@ def test_error_bound_bounds_the_error_of_a_selection(
 def test_error_bound_covers_directions_that_a_dependent_pick_turned(
     backend: str, seed: int
 ) -> None:
-    """The second pick is all but known: rounding turns what is left of it, and so the others."""
+    """The second pick is almost a multiple of the first: rounding turns its remainder, and so the
+    other scores."""
     generator = torch.Generator().manual_seed(seed)
     phi = torch.tensor([[1, 0, 0, 0], [1, 1e-4, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 0, 1]])
     turned = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]

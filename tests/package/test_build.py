@@ -1,4 +1,4 @@
-"""What is installed: the build without a compiler, dependencies, pins and the package's layout."""
+"""The installation: the build without a compiler, dependencies, pins and the package's layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,11 +16,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest depends on it there
-    import tomli as tomllib
 
 from activedpo_fast.ops import backends
 
@@ -48,7 +44,7 @@ def pins() -> dict[str, str]:
 
 
 def checkout(target: Path) -> Path:
-    """A copy of what the build reads, without build products."""
+    """A copy of the files that the build reads, without build products."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target / name)
     left_out = ("*.so", "__pycache__")
@@ -72,7 +68,7 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
 
 
 def test_an_installed_torch_is_never_replaced():
-    """A lower bound alone: whatever CUDA build is there satisfies it."""
+    """There is only a lower bound, which every installed CUDA build satisfies."""
     torch = next(Requirement(line) for line in PROJECT["dependencies"] if line.startswith("torch"))
     assert [specifier.operator for specifier in torch.specifier] == [">="]
     assert "2.11.0+cu128" in torch.specifier and "2.13.0+cpu" in torch.specifier
@@ -113,7 +109,7 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     if NVCC:
         assert "activedpo_fast._cuda was not built" in built.stdout
 
-    # An editable install of the checkout would lend the copy its extension, and so its kernels.
+    # An editable install of the checkout would give the copy its extension and its kernels.
     (tree / "activedpo_fast" / "kernels").symlink_to(tree / "kernels")
     used = run(
         sys.executable,
@@ -137,7 +133,7 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     assert "run `pip install .` again" in used.stdout
 
 
-# What a command of setup.py does, `build_ext` unless it is named, without compiling any C++.
+# Run a command of setup.py, `build_ext` unless it is named, without compiling any C++.
 BUILD = """
 import sys
 from setuptools.command import build_ext

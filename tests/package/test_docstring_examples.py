@@ -62,7 +62,7 @@ LABELS = [0, 1, None, 0]
 
 
 def _public() -> dict[str, Any]:
-    """The names of the package and those of the API page, with what they stand for."""
+    """The public names of the package and of the API page, with their objects."""
     found = {
         name: getattr(activedpo_fast, name)
         for name in activedpo_fast.__all__
@@ -78,7 +78,7 @@ PUBLIC = _public()
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the API page says that examples use, made once."""
+    """The objects that examples use, as listed on the API page; made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     torch.manual_seed(0)
     reward_model = LlamaForSequenceClassification(

@@ -1,4 +1,4 @@
-"""Whether a file or folder can be written, told before anything is computed for it."""
+"""Whether a file or folder can be written is known before anything is computed for it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from activedpo_fast.errors import ActiveDPOError
 
 @pytest.fixture
 def as_anybody() -> Iterator[Path]:
-    """A folder of this process, which may do no more than its owner for as long as the test runs.
+    """A folder of this process, which has only the rights of its owner while the test runs.
 
-    Permissions do not hold back an administrator, whom tests in containers run as.
+    Permissions do not apply to an administrator, as whom tests in containers run.
     """
     folder = Path(tempfile.mkdtemp())
     if os.geteuid() != 0:
         yield folder
         shutil.rmtree(folder)
         return
-    main(["run", str(folder / "nothing")])  # imports what it could not read later
+    main(["run", str(folder / "nothing")])  # imports modules that it could not read later
     os.chown(folder, 65534, 65534)
     os.seteuid(65534)
     try:
@@ -41,7 +41,7 @@ def as_anybody() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_what_can_be_written_passes(tmp_path: Path) -> None:
+def test_writable_paths_pass(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (None, tmp_path / "file", tmp_path / "new", tmp_path / "a" / "b" / "new"):
         check_file_target(path)
@@ -50,7 +50,7 @@ def test_what_can_be_written_passes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+def test_obstacles_are_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(ActiveDPOError, match=f"{tmp_path} is a folder, not a file"):
@@ -80,7 +80,7 @@ def test_permissions(as_anybody: Path, capsys: pytest.CaptureFixture[str]) -> No
         check_readable([secret])
     with pytest.raises(PermissionError):
         write_atomic(closed / "x", "content")
-    # What is found out late is one line on the command line, too.
+    # An obstacle that is found late is also one line on the command line.
     capsys.readouterr()
     assert main(["run", str(secret)]) == 2
     assert capsys.readouterr().err == f"activedpo: error: {secret}: permission denied\n"

@@ -1,4 +1,4 @@
-"""A folder of the package imports only from itself and from what stands before it."""
+"""A folder of the package imports only from itself and from the folders before it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import activedpo_fast.kernels
 
 ROOT = Path(activedpo_fast.__file__).parent
 KERNELS = Path(activedpo_fast.kernels.__file__).parent  # kernels/ of a checkout
-# The path of the data, beneath it what all of it uses, above it what uses all of it. The kernels
-# know the definitions in ops, which choose them.
+# The path of the data, with the shared folders before it and the front doors after it. The kernels
+# import the definitions in ops, which chooses among them.
 ORDER = (
     "errors",
     "_checks",
@@ -41,7 +41,7 @@ ORDER = (
 
 
 def _imports(path: Path) -> set[str]:
-    """Parts of the package that a module imports, those for its types alone left out."""
+    """Parts of the package that a module imports, except those imported only for types."""
     tree = ast.parse(path.read_text())
     for_types = {
         id(inner)

@@ -1,4 +1,5 @@
-"""Columns that TRL gives a meaning: one table, the docs, TRL's source, and what really happens."""
+"""Columns that have a meaning in TRL: the package's table against the docs, TRL's source and TRL's
+behavior."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ _TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# A value for each column that means something to TRL, with chat messages.
+# A value for each column that has a meaning in TRL, with chat messages.
 _MESSAGES = [{"role": "user", "content": "Hello?"}]
 VALUES: dict[str, Any] = {
     "chat_template_kwargs": {"style": "brief"},
@@ -146,7 +147,7 @@ def test_the_table_has_every_column_that_trl_reads() -> None:
         "chat_template_kwargs",
         "ref_chosen_logps",
         "messages",
-    } <= read  # the patterns still find something
+    } <= read  # the patterns still match
     assert read <= {column.name for column in DATA_COLUMNS}
 
 
@@ -203,8 +204,8 @@ def test_verdict_in_a_pool(column: DataColumn, chat: bool, tmp_path: Path) -> No
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])
 @pytest.mark.parametrize("column", _NAMED, ids=lambda column: column.name)
 def test_verdict_is_what_trl_does(column: DataColumn, chat: bool, tmp_path: Path) -> None:
-    """Carried: the trainer's tokens stay. Used: they change, and ours are the same. Refused: the
-    trainer has a use for it, or refuses it as well."""
+    """Carried: the trainer's tokens do not change. Used: they change, and ours are the same.
+    Refused: the trainer uses the column, or also refuses it."""
     base = _CHAT if chat else _PLAIN
     value = VALUES[column.name]
     if not chat and column.name in ("messages", "completion"):
@@ -325,7 +326,7 @@ def test_verdict_in_prompts(
     column: DataColumn, chat: bool, tmp_path: Path, no_sampling: None
 ) -> None:
     if column.name in ("id", "prompt"):
-        return  # what a prompt is made of
+        return  # the columns of a prompt
     text: Any = _CHAT["prompt"] if chat else _PLAIN["prompt"]
     value = VALUES.get(column.name, _CHAT["chosen"] if chat else _PLAIN["chosen"])
     rows = [{"id": "a", "prompt": text}, {"id": "b", "prompt": text, column.name: value}]
@@ -397,11 +398,11 @@ def test_a_timestamp_of_a_pool_is_named_before_features_are_taken(
     pq.write_table(
         pa.table({"id": ["a"], "prompt": ["The"], "responses": [["x", "y"]], "when": [_WHEN]}), path
     )
-    pool = PreferencePool.load(path)  # in memory it does no harm
+    pool = PreferencePool.load(path)  # in memory it is harmless
     assert pool[0].extra == {"when": _WHEN}
     with pytest.raises(ActiveDPOError, match="item 'a': the column 'when' is no JSON value"):
         pool.to_jsonl(tmp_path / "pool.jsonl")
-    # The model is not even looked for.
+    # The model is not even searched for.
     assert (
         main(
             [

@@ -1,4 +1,5 @@
-"""Where pools and prompts are read from, and one line for what cannot be read."""
+"""The files that pools and prompts are read from, and one-line errors for those that cannot be
+read."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def test_files(reader: Callable[..., Any], suffix: str, tmp_path: Path) -> None:
     rows, chat = (made_for(reader, given) for given in (ROWS, CHAT))
     read = reader(write(tmp_path / f"x{suffix}", rows))
     assert ids(read) == ["0", "1", "2", "3"] and [one.extra["n"] for one in read] == [0, 1, 2, 3]
-    # Parquet gives every message all keys: the name of one is null in the other.
+    # Parquet gives all messages the same keys: the name of one is null in the other.
     read = reader(write(tmp_path / f"chat{suffix}", chat))
     assert [one.prompt for one in read] == [row["prompt"] for row in CHAT]
 

@@ -100,8 +100,8 @@ def test_ids_are_stable_under_permutation(pool: PreferencePool, seed: int) -> No
     assert len(set(ids)) == len(rows)
 
 
-def test_ids_are_these() -> None:
-    """A change of the hash would make nobody's saved labels fit their pool any more."""
+def test_ids_do_not_change_between_versions() -> None:
+    """If the hash changed, saved labels would no longer fit their pools."""
     chat = (
         '[[{"content":"Hi","role":"user"}],[[{"content":"Größe","role":"assistant"}],'
         '[{"content":"Hey","role":"assistant"}]]]'
@@ -169,7 +169,7 @@ def test_all_forms_of_a_row() -> None:
         {"responses": ["a", "b"]},
         {"chosen": "a", "rejected": "b"},
         {"response_a": "a", "response_b": "b"},
-        # as a table with the columns of several forms has it
+        # as in a table that has the columns of several forms
         {"responses": None, "chosen": "a", "rejected": "b", "response_a": float("nan")},
     ]
     for form in forms:
@@ -187,7 +187,7 @@ def test_rows_are_copied() -> None:
 @pytest.mark.parametrize("chat", [False, True])
 def test_parquet_and_datasets(chat: bool, tmp_path: Path) -> None:
     texts: tuple[Any, Any, Any] = (U, A, B) if chat else ("Hi", "Hello", "Hey")
-    # The name in one message alone: tables fill the others up with null.
+    # Only one message has a name: tables fill the others with null.
     texts = ([{**U[0], "name": "Ann"}], A, B) if chat else texts
     rows = [
         {"id": str(n), "prompt": texts[0], "responses": list(texts[1:]), "n": n} for n in range(3)
@@ -210,7 +210,7 @@ def test_parquet_and_datasets(chat: bool, tmp_path: Path) -> None:
             PreferencePool.from_dataset(wrong)  # type: ignore[arg-type]
 
 
-def test_a_data_set_is_as_good_as_a_pool() -> None:
+def test_a_data_set_is_accepted_as_a_pool() -> None:
     rows = [{"prompt": f"p{n}", "chosen": " a", "rejected": " b", "topic": "x"} for n in range(3)]
     pool = PreferencePool.from_rows(rows)
     assert as_pool(pool) is pool
@@ -265,7 +265,7 @@ def test_prompts_from_a_data_set_are_those_of_a_file(tmp_path: Path) -> None:
             as_prompts(wrong)  # type: ignore[arg-type]
 
 
-def test_datasets_is_imported_for_data_sets_alone() -> None:
+def test_datasets_is_imported_only_for_data_sets() -> None:
     code = (
         "import sys\n"
         "from activedpo_fast import ActiveDPOError, PreferencePool\n"
@@ -284,7 +284,7 @@ def test_datasets_is_imported_for_data_sets_alone() -> None:
 
 
 def test_jsonl_details(tmp_path: Path) -> None:
-    """A byte-order mark, CR LF, blank lines, and U+2028 inside a string are no trouble."""
+    """A byte-order mark, CR LF, blank lines, and U+2028 inside a string are accepted."""
     path = tmp_path / "pool.jsonl"
     rows = [{"prompt": "p\u2028q", "responses": ["a", "b"]}, {"prompt": "p", "responses": "ab"}]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
@@ -295,7 +295,7 @@ def test_jsonl_details(tmp_path: Path) -> None:
         PreferencePool.load(path)
 
 
-def test_to_jsonl_is_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_to_jsonl_writes_the_whole_file_or_none(tmp_path: Path) -> None:
     path = tmp_path / "pool.jsonl"
     PreferencePool([PoolItem("a", "p", ("x", "y"))]).to_jsonl(path)
     before = path.read_bytes()
@@ -447,7 +447,7 @@ def test_items_are_checked_as_rows_are() -> None:
         PreferencePool([])
 
 
-def test_responses_that_begin_with_the_prompt_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_responses_that_begin_with_the_prompt_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     human, model = "\n\nHuman: Hi\n\nAssistant:", [" Hello", " Hey"]
     for prompt, responses, texts in (
         (human, [human + text for text in model], model),

@@ -52,7 +52,7 @@ def test_chat_goes_through_the_template() -> None:
 
 
 def test_tokens_that_merge_over_the_boundary() -> None:
-    """The response begins at the token that holds its first letter, for both of the item."""
+    """The response begins at the token with its first letter, for both responses of the item."""
     tokenizer = tiny_tokenizer()
     result = tokenize_pool(_pool(("The qui", ["ck brown", " A"])), tokenizer)
     assert tokenizer.decode(result.sequences[0].input_ids) == f"The quick brown{EOS}"
@@ -137,7 +137,7 @@ def test_scored_tokens(length: int, start: int, expected: int) -> None:
 
 
 def test_every_batch_keeps_pool_order() -> None:
-    """More items than are tokenized at once."""
+    """More items than one batch of the tokenizer."""
     tokenizer = tiny_tokenizer()
     pool = _pool(*((f"item {n}", [f" a{n}", f" b{n}"]) for n in range(600)))
     for row, sequence in enumerate(tokenize_pool(pool, tokenizer).sequences):
@@ -189,7 +189,7 @@ def test_tokenizer_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("mode", "end"), [("keep_start", "end"), ("keep_end", "beginning")])
-def test_truncation_is_told(mode: Any, end: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncation_is_logged(mode: Any, end: str, caplog: pytest.LogCaptureFixture) -> None:
     pool = PreferencePool.from_rows([{"prompt": "The", "responses": [" fox", " dog " * 9]}])
     tokenize_pool(pool, tiny_tokenizer(), max_length=100, truncation_mode=mode)
     assert "cut at" not in caplog.text

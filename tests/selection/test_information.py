@@ -74,7 +74,7 @@ def test_scores_of_unit_features_hold_to_1e_11_of_exact_arithmetic(form, many, l
     seed=st.integers(0, 2**20),
 )
 @settings(max_examples=80, deadline=None)
-def test_matches_torch_linalg(k, t, form, log_lam, log_kappa, log_norm, split, seed):
+def test_it_matches_torch_linalg(k, t, form, log_lam, log_kappa, log_norm, split, seed):
     lam, kappa = 10**log_lam, 10**log_kappa
     phi = unit_rows(t, k, seed) * 10**log_norm
     queries = unit_rows(7, k, seed + 1)

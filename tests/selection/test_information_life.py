@@ -1,4 +1,4 @@
-"""InformationMatrix over a project's life: its primitives and its drift."""
+"""InformationMatrix over many updates: its primitives and its drift."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def state(information):
-    """Everything a matrix answers with, as one tensor."""
+    """All results of a matrix, as one tensor."""
     probes = unit_rows(5, information.dim, seed=99)
     return torch.cat(
         [
@@ -117,7 +117,7 @@ def test_a_root_that_has_drifted_is_built_again():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_refresh_that_only_looks_better_is_not_made(seed):
+def test_a_refresh_that_would_not_be_better_is_not_made(seed):
     # V = 1e-6 I + 1100 points in 4 of 6 dimensions: V's rounding is 1e-7 of its smallest values.
     points = unit_rows(4, 6, seed)
     queries = torch.cat([points, unit_rows(3, 6, seed + 100)])
@@ -126,7 +126,7 @@ def test_a_refresh_that_only_looks_better_is_not_made(seed):
     information.add_many(added)
     assert information.drift is not None
     assert worst_error(information, added, queries) < 1e-11
-    rebuilt = information._base.rebuilt().root  # what a refresh would have cost
+    rebuilt = information._base.rebuilt().root  # the error that a refresh would have caused
     scores = (queries @ rebuilt.T).square().sum(1)
     assert (scores / information.score(queries) - 1).abs().max() > 1e-10
 

@@ -26,8 +26,8 @@ def said(role: str, content: str, swap: bool = False) -> list[dict[str, str]]:
 
 
 def comparisons(chat: bool = False) -> PreferencePool:
-    """Rows as comparison data has them: prompts x and y, three and two rows of them; row 2 is row 0
-    with its responses in the other order."""
+    """Rows as in comparison data: three of prompt x and two of prompt y. Row 2 is row 0 with its
+    responses in the other order."""
     rows = [("x", "a", "b"), ("y", "a", "b"), ("x", "b", "a"), ("x", "b", "c"), ("y", "b", "d")]
     return PreferencePool.from_rows(
         {
@@ -71,7 +71,7 @@ def test_a_pair_is_a_candidate_once_and_not_again_under_another_id(
     ):
         pick = Pick(id, (0, 1), 1.0, 0, item.prompt, responses)
         rows, others = split_history(pool, [pick])
-        # The row with its id, or else the first; in the order of the pick.
+        # The row with its id or, without one, the first; in the order of the pick.
         texts = [pool[pool.locate(r)[0]].responses[pool.locate(r)[1]] for r in rows[0].tolist()]
         assert texts == list(responses) and not others
         assert candidate_pairs(pool, rows, []).tolist() == [[2, 3], [6, 7], [8, 9]]
@@ -151,10 +151,11 @@ def test_the_selector_goes_by_texts(strategy: str) -> None:
     chooser = ActiveDPOSelector(
         model, tiny_tokenizer(), strategy=strategy, proj_dim=64, verify=False
     )
+    # Rows 6 and 7 repeat rows 0 and 1.
     pool = PreferencePool.from_rows(
         {"id": f"row-{n}", "prompt": f"Post {n % 3}:", "responses": [f" {n % 6}", f" b{n % 2}"]}
         for n in range(8)
-    )  # rows 6 and 7 repeat rows 0 and 1
+    )
     picked = chooser.select(pool, 6, rules=PickRules(max_per_prompt=1))
     assert sorted(pick.prompt for pick in picked) == ["Post 0:", "Post 1:", "Post 2:"]
     first = chooser.select(pool, 6)
@@ -178,7 +179,7 @@ def test_the_selector_goes_by_texts(strategy: str) -> None:
     )
 
 
-def test_what_is_asked_is_no_candidate_and_not_in_v() -> None:
+def test_asked_pairs_are_no_candidates_and_not_in_v() -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     chooser = ActiveDPOSelector(model, tiny_tokenizer(), proj_dim=64, verify=False)
     pool = PreferencePool.from_rows(
@@ -192,7 +193,7 @@ def test_what_is_asked_is_no_candidate_and_not_in_v() -> None:
     labeled = chooser.select(pool, 1, labeled=free[:8])
     assert alone[0].pair == labeled[0].pair == free[8].pair
     assert labeled[0].score == pytest.approx(free[8].score, rel=1e-4)
-    assert alone[0].score > 1.1 * labeled[0].score  # the first alone is a score in an empty V
+    assert alone[0].score > 1.1 * labeled[0].score  # only the first score is for an empty V
 
 
 def test_labels_of_a_file_are_found_by_their_texts(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_strings_and_messages_do_not_mix():
 
 
 @pytest.mark.parametrize("selection", [STRINGS, CHAT])
-def test_as_pool_has_one_item_a_pick(selection):
+def test_as_pool_has_one_item_per_pick(selection):
     pool = selection.as_pool()
     assert len(pool) == len(selection) and len(set(pool.ids)) == len(pool)
     assert pool.pairs().tolist() == [[2 * i, 2 * i + 1] for i in range(len(selection))]
@@ -170,7 +170,7 @@ def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_pat
     assert read_pending(path).picks == STRINGS.picks[:1]
 
 
-def test_nulls_of_a_file_that_is_all_answered_are_no_preference_and_said(tmp_path, caplog):
+def test_nulls_in_a_fully_answered_file_are_no_preference_and_logged(tmp_path, caplog):
     caplog.set_level("INFO", logger="activedpo_fast")
     path = labeled_file(tmp_path, [None, 0, None])
     assert read_labels(path, all_answered=True) == (
@@ -251,7 +251,7 @@ def test_broken_files(tmp_path, content, fault):
         Selection.from_jsonl(path)
 
 
-def test_no_label_no_file_and_a_line_twice(tmp_path):
+def test_no_labels_no_file_and_duplicate_lines(tmp_path):
     path = tmp_path / "picked.jsonl"
     with pytest.raises(ActiveDPOError, match="picked.jsonl: no such file"):
         Selection.from_jsonl(path)

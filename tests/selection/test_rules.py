@@ -1,4 +1,4 @@
-"""The rules of a selection against a list that is searched again at every pick."""
+"""The rules of a selection against a plain list that is searched again at every pick."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def make_rules(given: dict[str, Any]) -> PickRules:
 
 @settings(max_examples=150, deadline=None)
 @given(pool=pools, given=options, data=st.data())
-def test_what_is_left_after_every_pick(
+def test_candidates_left_after_every_pick(
     pool: PreferencePool, given: dict[str, Any], data: st.DataObject
 ) -> None:
     rules = make_rules(given)
@@ -122,7 +122,7 @@ def test_what_is_left_after_every_pick(
 
 @given(pool=pools, given=options, n=st.integers(0, 3))
 @settings(max_examples=50, deadline=None)
-def test_what_is_not_a_limit_is_bound_too(
+def test_costs_minimum_scores_and_random_picks_are_bound(
     pool: PreferencePool, given: dict[str, Any], n: int
 ) -> None:
     given = {k: v for k, v in given.items() if k not in ("quotas", "exclude")}
@@ -270,7 +270,7 @@ def test_every_strategy_honors_the_rules(
         given.pop("min_score", None)
     if name.startswith("trace") and "min_score" in given:
         given.pop("cost", None)
-    if "min_score" in given:  # one that some candidates reach and some do not
+    if "min_score" in given:  # only some candidates reach it
         scores = plain_scores(name, []).sort().values
         place = data.draw(st.integers(0, len(scores) - 2))
         given["min_score"] = float(scores[place : place + 2].mean())
@@ -317,7 +317,7 @@ def test_random_picks_have_no_score_to_compare() -> None:
 # -- binding ---------------------------------------------------------------------------------------
 
 
-def test_everything() -> None:
+def test_all_rules_together() -> None:
     eligible = Eligible.everything(3)
     assert eligible.remaining.tolist() == [True] * 3
     assert (eligible.inverse_cost, eligible.random_order) == (None, None)
@@ -478,7 +478,7 @@ def test_an_excluded_prompt_needs_no_cost() -> None:
     assert eligible.inverse_cost is not None and float(eligible.inverse_cost[0]) == 0.25
 
 
-def test_fewer_picks_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_picks_than_asked_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     eligible = Eligible.everything(2)
     with caplog.at_level(logging.INFO):
         warn_if_fewer(2, 2, eligible)

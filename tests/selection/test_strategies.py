@@ -238,7 +238,7 @@ def test_duplicate_pairs_tie_and_every_strategy_checks_n(parts, name):
     none = strategy.select(TensorSignals(**parts), 0)
     assert none.indices.shape == none.scores.shape == (0,)
     if name != "random":
-        for key in ("gradients", "hidden", "logps", "ref_logps"):  # every prompt like the first
+        for key in ("gradients", "hidden", "logps", "ref_logps"):  # every prompt is like the first
             value = parts[key][:M]
             parts[key] = value.repeat((P,) + (1,) * (value.ndim - 1))
         everything = strategy.select(TensorSignals(**parts), n_pairs).indices.tolist()
@@ -261,7 +261,7 @@ def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
             strategy.select(TensorSignals(**base, **rest), 4)
 
 
-def test_options():
+def test_options_are_checked():
     names = [
         "activedpo",
         "random",
@@ -301,7 +301,7 @@ def test_options():
             make_strategy(name, **options)
 
 
-def test_not_a_number_is_named(parts):
+def test_nan_is_named(parts):
     parts["logps"][5] = float("nan")
     with pytest.raises(ActiveDPOError, match="logps of response row 5"):
         make_strategy("aplp").select(TensorSignals(**parts), 1)
@@ -310,7 +310,7 @@ def test_not_a_number_is_named(parts):
         make_strategy("apo").select(TensorSignals(**parts), 1)
 
 
-def test_no_history_is_empty_but_a_half_given_one_is_an_error(parts):
+def test_no_history_is_allowed_and_an_incomplete_one_is_an_error(parts):
     del parts["history_hidden"], parts["history_logps"], parts["history_ref_logps"]
     for name in ("history_hidden", "history_logps", "history_ref_logps"):
         with pytest.raises(ActiveDPOError, match=f"'{name}'"):

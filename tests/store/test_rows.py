@@ -1,4 +1,4 @@
-"""Rows that stay on disk: the same bits, bounded memory, and nothing believed of a file."""
+"""Rows that stay on disk: the same bits, bounded memory, and every header is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
 
 def _write(folder: Path, counts: list[int], dim: int, dtype: torch.dtype) -> list[Path]:
-    """Files with random rows, each beside other tensors; not in the order of their names."""
+    """Files with random rows next to other tensors; not in the order of their names."""
     generator = torch.Generator().manual_seed(dim)
     paths = [folder / f"{len(counts) - n}.safetensors" for n in range(len(counts))]
     for path, count in zip(paths, counts, strict=True):
@@ -118,7 +118,7 @@ def test_neighbors_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
-def test_the_arrays_say_where_rows_are(tmp_path: Path) -> None:
+def test_the_arrays_have_the_addresses_of_rows(tmp_path: Path) -> None:
     paths = _write(tmp_path, [4, 6], 8, torch.bfloat16)
     order = torch.tensor([7, 0, 9, 3])
     rows, expected = StoredRows.open(paths, order=order), _loaded(paths)[order]
@@ -132,7 +132,7 @@ def test_the_arrays_say_where_rows_are(tmp_path: Path) -> None:
         assert _same(row, expected[number])
 
 
-def test_the_files_are_closed_with_the_last_that_uses_them(tmp_path: Path) -> None:
+def test_files_are_closed_when_their_last_user_is_gone(tmp_path: Path) -> None:
     def is_open(descriptor: int) -> bool:
         try:
             os.fstat(descriptor)
@@ -174,7 +174,7 @@ def test_pickles_and_copies_are_refused(tmp_path: Path) -> None:
         (torch.tensor([[0]]), "int64"),
     ],
 )
-def test_numbers_that_are_no_rows(tmp_path: Path, ids: torch.Tensor, expected: str) -> None:
+def test_bad_row_numbers_are_refused(tmp_path: Path, ids: torch.Tensor, expected: str) -> None:
     paths = _write(tmp_path, [4], 8, torch.float32)
     rows = StoredRows.open(paths)
     for use in (rows.take, rows.select, lambda order: StoredRows.open(paths, order=order)):
@@ -262,7 +262,7 @@ def _header(**fields: Any) -> bytes:
         _header() + bytes(31),
     ],
 )
-def test_headers_are_not_believed(tmp_path: Path, content: bytes) -> None:
+def test_bad_headers_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "hostile"
     path.write_bytes(content)
     with pytest.raises(ActiveDPOError, match="hostile is not a whole safetensors file") as caught:
@@ -270,7 +270,7 @@ def test_headers_are_not_believed(tmp_path: Path, content: bytes) -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_the_header_of_these_tests_is_a_good_one(tmp_path: Path) -> None:
+def test_the_header_of_these_tests_is_accepted(tmp_path: Path) -> None:
     values = torch.arange(8, dtype=torch.float32).view(2, 4)
     (tmp_path / "file").write_bytes(_header() + values.numpy().tobytes())
     assert _same(StoredRows.open([tmp_path / "file"]).take(torch.arange(2)), values)
@@ -295,7 +295,7 @@ print(peak_memory(read), rows.nbytes / 2**20)
 
 
 def test_reading_everything_takes_little_memory(tmp_path: Path) -> None:
-    """400 MiB in chunks of 16 MiB, in a random order; in a process that has nothing to reuse."""
+    """400 MiB in chunks of 16 MiB, in random order, in a process that has no memory to reuse."""
     paths = [tmp_path / f"{n}.safetensors" for n in range(4)]
     part = {"gradients": torch.ones(6400, 8192, dtype=torch.bfloat16)}
     for path in paths:
@@ -312,5 +312,5 @@ def test_reading_everything_takes_little_memory(tmp_path: Path) -> None:
     assert float(size) == 400
     if peak == "None":
         pytest.skip("this system does not tell the peak of a process's memory")
-    # Chunks, what is read ahead and the allocator's rest: about 60 to 110 MiB. All of it: over 400.
+    # Chunks, read-ahead and the allocator's overhead: about 60 to 110 MiB. All rows: over 400.
     assert float(peak) < float(size) / 2

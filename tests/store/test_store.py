@@ -67,7 +67,8 @@ def test_fill_load_export(tmp_path: Path, pool, tokens, extractor) -> None:
 def test_rows_on_disk_and_their_dtype(
     tmp_path: Path, pool, tokens, extractor, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 1000)  # the export goes in several parts
+    # The export is written in several parts.
+    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 1000)
     store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[], dtype=dtype)
     store.fill(extractor, tokens, rows_per_shard=4)
     shards = [load_file(path) for path in sorted((tmp_path / "s").glob("rows-*"))]
@@ -202,7 +203,9 @@ def _content(store: FeatureStore) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.path.iterdir()}
 
 
-def test_refusals(tmp_path: Path, pool, tokens, extractor) -> None:
+def test_stores_that_do_not_fit_or_are_damaged_are_refused(
+    tmp_path: Path, pool, tokens, extractor
+) -> None:
     path = tmp_path / "s"
     store = FeatureStore.create(path, pool, SETTINGS, skipped=[])
     store.fill(extractor, tokens)

@@ -1,4 +1,4 @@
-"""Kernels that benchmarks.gpu.kernel_resources has to find fault with, and one that is right."""
+"""Kernels with faults that benchmarks.gpu.kernel_resources must find, and one without."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def odd_range(out, N: tl.constexpr):
 
 
 class Fatal:
-    """A constant that ends the process of the compiler, as a failed assertion in it does."""
+    """A constant that ends the process of the compiler, as a failed assertion in the compiler
+    does."""
 
     def __str__(self) -> str:
         os._exit(1)

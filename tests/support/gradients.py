@@ -1,4 +1,5 @@
-"""The plain definition that captured gradients are tested against: one backward pass a response."""
+"""The plain definition that captured gradients are tested against: one backward pass per
+response."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from activedpo_fast.pool.tokens import TokenizedResponse
 def loop_gradients(
     model: nn.Module, sequences: list[TokenizedResponse], parameters: dict[str, nn.Parameter]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """∇ log π(y|x) by `torch.autograd.grad`, a sequence at a time and without padding.
+    """∇ log π(y|x) by `torch.autograd.grad`, one sequence at a time and without padding.
 
     Returns the gradients of all `parameters`, flattened and concatenated [R, D], and log π [R].
     """

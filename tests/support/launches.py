@@ -1,4 +1,4 @@
-"""Which kernels the host functions launch, as Triton specializes them, without running any.
+"""The kernels that the host functions launch, as Triton specializes them, without running any.
 
     python -m tests.support.launches FILE
 
@@ -40,7 +40,8 @@ GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 @contextmanager
 def recorded(wrong: set[str]) -> Iterator[list[Variant]]:
-    """Launches as variants, in order; nothing is compiled or run. Wrong ones are told of."""
+    """Record launches as variants, in order, without compiling or running anything; wrong ones go
+    into `wrong`."""
     found: list[Variant] = []
     run, backend = JITFunction.run, make_backend(GPUTarget("cuda", 90, 32))
 
@@ -79,7 +80,7 @@ def recorded(wrong: set[str]) -> Iterator[list[Variant]]:
 
 
 def call_all() -> None:
-    """Every host function, on shapes that lead to every configuration, and on views."""
+    """Call every host function on shapes that lead to every configuration, and on views."""
     for rows, columns, dtype, k in product(SIDES, SIDES, DTYPES, DIMENSIONS):
         gradients(2, rows, columns, dtype, k, KEYS[rows % 3], shift=0)
     for n, dtype, shift in product((1, 40, 100, 200), DTYPES, (0, 1)):
@@ -98,7 +99,7 @@ def call_all() -> None:
 def gradients(
     n: int, rows: int, columns: int, dtype: torch.dtype, k: int, key: int, shift: int
 ) -> None:
-    """The sketches of n segments' gradients, the first of which is in two."""
+    """Sketch the gradients of n segments, the first of which is split in two."""
     left, right = empty(n + 1, rows, dtype, shift), empty(n + 1, columns, dtype, shift)
     out = empty(n, k, torch.float64, shift)
     segments = torch.tensor([[0, 1, 0], *([i, i + 1, i - 1] for i in range(1, n + 1))])
@@ -108,12 +109,12 @@ def gradients(
 
 
 def empty(rows: int, columns: int, dtype: torch.dtype, shift: int) -> torch.Tensor:
-    """A tensor, or the view of one without its first column, which does not lie on 16 bytes."""
+    """A tensor, or a view without its first column, which is not aligned to 16 bytes."""
     return torch.empty(rows, columns + shift, dtype=dtype)[:, shift:]
 
 
 def what(variant: Variant) -> tuple[Any, ...]:
-    """Everything that makes a binary another one."""
+    """Everything that distinguishes binaries."""
     return (
         variant.kernel.__name__,
         *variant.signature.items(),

@@ -116,7 +116,7 @@ def tiny_causal_lm(
     config_class, own, _ = _SPECS[arch]
     config = getattr(transformers, config_class)(**{**_COMMON, **own, **overrides})
     torch.manual_seed(seed)
-    # Grouped matrix products, the default for experts, have no float64 kernel.
+    # Grouped matrix products, the default for experts, have no kernel for float64.
     experts = {"experts_implementation": "eager"} if arch == "mixtral" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **experts)
     _spread(model)
@@ -124,7 +124,7 @@ def tiny_causal_lm(
 
 
 def _spread(model: PreTrainedModel) -> None:
-    """The default initialization is so small that every token is all but equally likely."""
+    """Increase the weights: the default initialization makes all tokens almost equally likely."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -173,8 +173,8 @@ def saved_model(folder: Path, arch: str = "llama", *, chat: bool = False) -> tup
     return base, adapter
 
 
-# Models that embed positions in another way beyond so many tokens.
-ORIGINAL_LENGTH = 24  # the length from which positions are embedded in another way
+# Models that embed positions differently beyond a number of tokens.
+ORIGINAL_LENGTH = 24  # positions beyond this length are embedded differently
 
 _SIZES: dict[str, Any] = dict(
     vocab_size=384,

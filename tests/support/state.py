@@ -1,4 +1,4 @@
-"""What a call must leave as it found it: of a model, its tokenizer, and the process."""
+"""The state of a model, its tokenizer and the process that a call must leave unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def snapshot(model: nn.Module, tokenizer: Any = None, *, weights: bool = True) -> dict[str, Any]:
-    """Everything observable, by name; `differences` compares two of them.
+    """All observable state, by name; `differences` compares two snapshots.
 
     Args:
-        weights: whether values and gradients of parameters, and the random generators, are part of
-            it; not so for training.
+        weights: whether to include values and gradients of parameters, and the random generators,
+            all of which training changes.
     """
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
@@ -65,7 +65,7 @@ def snapshot(model: nn.Module, tokenizer: Any = None, *, weights: bool = True) -
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what is not as it was."""
+    """The names of everything that changed."""
     return [
         name
         for name in {**before, **after}

@@ -1,4 +1,5 @@
-"""Sampling responses: distinct, reproducible, and without a trace on the model or the tokenizer."""
+"""Sampled responses are distinct and reproducible, and the model and the tokenizer are left
+unchanged."""
 
 from __future__ import annotations
 

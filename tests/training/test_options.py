@@ -44,7 +44,7 @@ def test_the_table_in_the_docs_is_the_packages() -> None:
     assert rows == expected
 
 
-# For every field that has a refused value: such values and what is said of them, values that pass.
+# For every field that has a refused value: such values with their message, and values that pass.
 _REFUSED: dict[str, tuple[list[dict[str, Any]], str, list[dict[str, Any]]]] = {
     "ld_alpha": (
         [{"ld_alpha": 0.5}, {"ld_alpha": 0.0}],
@@ -82,7 +82,9 @@ _REFUSED: dict[str, tuple[list[dict[str, Any]], str, list[dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("field", _REFUSED)
-def test_what_selection_cannot_follow_is_refused_by_name(field: str, tmp_path: Path) -> None:
+def test_options_that_selection_cannot_follow_are_refused_by_name(
+    field: str, tmp_path: Path
+) -> None:
     refused, message, passing = _REFUSED[field]
     for options in refused:
         with pytest.raises(ActiveDPOError, match=message) as caught:
