@@ -5,12 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +15,19 @@ import typer
 from activedpo_fast._files import first_line, reason_of
 from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.cli.options import flag, keys_help, option, selector_config
+from activedpo_fast.cli.session import (
+    PENDING,
+    Quiet,
+    Seed,
+    exit_when_labels_are_missing,
+    hush,
+    interrupted,
+    one_process,
+    progress,
+    say,
+    session,
+    terminated_as_interrupted,
+)
 from activedpo_fast.cli.store import store_app
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import (
@@ -27,16 +36,6 @@ from activedpo_fast.settings import (
     SelectorConfig,
     SketchName,
     Truncation,
-)
-
-INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
-PENDING = 3  # exit code while labels from people are missing
-
-# Warnings that libraries print at every start and that users can do nothing about.
-_HARMLESS = (
-    "`is_gradient_checkpointing` is deprecated",
-    "`gradient_checkpointing` is deprecated",
-    "fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 
 app = typer.Typer(
@@ -50,9 +49,6 @@ app.add_typer(store_app, name="store")
 
 app.add_typer(exchange)
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
@@ -65,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = typer.main.get_command(app)
     try:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             code = command.main(args, prog_name="activedpo", standalone_mode=False)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -76,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:
-        return _interrupted(error)
+        return interrupted(error)
     except OSError as error:
         # No permission to read or write a file, a full disk, a name that is too long.
         return _fail(f"{error.filename or 'reading or writing a file'}: {reason_of(error)}")
@@ -90,33 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return _fail(error.format_message().strip().rstrip(".") + hint)
     return code if isinstance(code, int) else 0
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C does, with the exit code of its own signal."""
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Unwind on SIGTERM as on Ctrl-C, so that locks and temporary files are removed."""
-
-    def terminate(number: int, frame: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupted(error: KeyboardInterrupt) -> int:
-    terminated = isinstance(error, _Terminated)
-    print(f"activedpo: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
-    return TERMINATED if terminated else INTERRUPTED
 
 
 def _wait_politely() -> None:
@@ -158,7 +127,7 @@ def options(
 @app.command(epilog="Example:\n\n  activedpo env")
 def env() -> None:
     """Show versions, devices and which backends are active."""
-    with _session(quiet=False):
+    with session(quiet=False):
         from activedpo_fast.cli.env import report
 
         section = None
@@ -257,13 +226,13 @@ def features(
     continues an interrupted run. In an existing store, columns of POOL other than the texts are
     updated.
     """
-    with _session(quiet):
+    with session(quiet):
         import torch
 
-        _one_process("activedpo features")
+        one_process("activedpo features")
         from activedpo_fast.cli.features import FeatureOptions, take_features
 
-        _hush()
+        hush()
         if threads is not None:
             torch.set_num_threads(threads)
         options = FeatureOptions(
@@ -288,7 +257,7 @@ def features(
             device=device,
             store_dtype=store_dtype,
         )
-        _say(
+        say(
             quiet,
             take_features(
                 pool,
@@ -296,7 +265,7 @@ def features(
                 options,
                 export=export,
                 skip_non_finite=skip_non_finite,
-                show_progress=_progress(quiet),
+                show_progress=progress(quiet),
             ),
         )
 
@@ -388,7 +357,7 @@ def select(
 
     Under torchrun, the processes share the store's rows and make one selection together.
     """
-    with _session(quiet):
+    with session(quiet):
         from activedpo_fast.cli.select import read_rules, select_pairs
 
         args = selector_config(
@@ -405,7 +374,7 @@ def select(
             seed=seed,
             prompt_by=prompt_by,
         )
-        _say(
+        say(
             quiet,
             select_pairs(
                 store,
@@ -415,7 +384,7 @@ def select(
                 labeled=labeled,
                 rules=rules,
                 exclude=exclude,
-                show_progress=_progress(quiet),
+                show_progress=progress(quiet),
             ),
         )
 
@@ -480,7 +449,7 @@ def label(
     Every answer is on disk before the next pair is shown, and the same command goes on where it was
     ended. Exit code 3 means that pairs are left to label.
     """
-    with _session(quiet=False):
+    with session(quiet=False):
         from activedpo_fast.cli.label import label_batch, report_of
 
         if report:
@@ -524,16 +493,16 @@ def run(
     run finished is not repeated. Exit code 3 means that the run waits for labels from people: do
     what it says (`activedpo label FILE`), then run the same command again.
     """
-    with _session(quiet):
-        _one_process("activedpo run")
+    with session(quiet):
+        one_process("activedpo run")
         from activedpo_fast.cli.run import run_rounds
         from activedpo_fast.cli.run_file import load_config
 
-        _hush()
+        hush()
         command = f"activedpo run {shlex.quote(str(config))}"
-        with _exit_when_labels_are_missing():
+        with exit_when_labels_are_missing():
             settings = load_config(config)
-            _say(quiet, run_rounds(settings, command=command, show_progress=_progress(quiet)))
+            say(quiet, run_rounds(settings, command=command, show_progress=progress(quiet)))
 
 
 @app.command(
@@ -569,11 +538,11 @@ def report(
 
     The file needs no network and runs no script. Unfinished runs are reported as far as they go.
     """
-    with _session(quiet):
+    with session(quiet):
         from activedpo_fast.cli.report import report_runs
 
-        _hush()
-        _say(quiet, report_runs(runs, output=output, card=card))
+        hush()
+        say(quiet, report_runs(runs, output=output, card=card))
 
 
 @app.command(
@@ -610,15 +579,15 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run ActiveDPO and random selection side by side, on real text and a real model."""
-    with _session(quiet):
-        _one_process("activedpo demo")
+    with session(quiet):
+        one_process("activedpo demo")
         from activedpo_fast.demo.run import run_demo
 
-        _hush()
+        hush()
         # Warns that some responses continue the prompt's last word; TRL and this library tokenize
         # these the same.
         logging.getLogger("trl").setLevel(logging.ERROR)
-        with _exit_when_labels_are_missing():
+        with exit_when_labels_are_missing():
             run_demo(
                 model=model,
                 output=output,
@@ -626,69 +595,5 @@ def demo(
                 seed=seed,
                 fresh=fresh,
                 label=label,
-                show_progress=_progress(quiet),
+                show_progress=progress(quiet),
             )
-
-
-# -- shared by the commands ------------------------------------------------------------------------
-
-
-def _one_process(command: str) -> None:
-    """Refuse several processes. Call it before other imports: some libraries connect on import."""
-    from activedpo_fast.distributed.launcher import require_one_process
-
-    require_one_process(command)
-
-
-@contextmanager
-def _exit_when_labels_are_missing() -> Iterator[None]:
-    """Say what people have to do, and end with an exit code of its own."""
-    from activedpo_fast.labels import LabelsPending
-
-    try:
-        yield
-    except LabelsPending as pending:
-        print(f"activedpo: {pending}", file=sys.stderr)
-        raise typer.Exit(PENDING) from None
-
-
-def _progress(quiet: bool) -> bool | None:
-    return False if quiet else None
-
-
-def _say(quiet: bool, line: str | None) -> None:
-    if not (quiet or line is None):
-        typer.echo(line)
-
-
-@contextmanager
-def _session(quiet: bool) -> Iterator[None]:
-    """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
-    log = logging.getLogger("activedpo_fast")
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.ERROR if quiet else logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            for message in _HARMLESS:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    except KeyboardInterrupt as error:
-        raise typer.Exit(_interrupted(error)) from None
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-def _hush() -> None:
-    """Turn off progress bars and routine messages of the libraries that load and train models."""
-    from datasets.utils.logging import set_verbosity_error as quiet_datasets
-    from datasets.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    quiet_datasets()
-    disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()

@@ -72,6 +72,8 @@ Examples:
   activedpo exchange import picked.jsonl to_label/annotation_output --tool potato \\
       --output labels.jsonl --set-aside not_used.jsonl
   activedpo exchange import picked.jsonl to_label.csv --tool csv --output labels.jsonl --labeler ann
+  activedpo exchange import picked.jsonl export.json --tool argilla --output labels.jsonl \\
+      --combine dawid-skene
 """,
 )
 def import_command(
@@ -82,7 +84,10 @@ def import_command(
     tool: ToolOption,
     output: Annotated[
         Path,
-        typer.Option(help="JSONL file of labels; several labelers get one file each, beside it."),
+        typer.Option(
+            help="JSONL file of labels; without --combine several labelers get one file each, "
+            "beside it."
+        ),
     ],
     set_aside: Annotated[
         Path | None,
@@ -95,6 +100,10 @@ def import_command(
     labeler: Annotated[
         str, typer.Option(help="The labeler's name where the tool has none.")
     ] = "unknown",
+    combine: Annotated[
+        Literal["majority", "dawid-skene"] | None,
+        typer.Option(help="Make one label of all labelers' answers to a pair, in one file."),
+    ] = None,
 ) -> None:
     """Write the labels that come back from an annotation tool.
 
@@ -103,7 +112,9 @@ def import_command(
     """
     from activedpo_fast.labels.exchange import import_answers
 
-    done = import_answers(batch, answers, tool, output, set_aside=set_aside, labeler=labeler)
+    done = import_answers(
+        batch, answers, tool, output, set_aside=set_aside, labeler=labeler, combine=combine
+    )
     for line in _report(done):
         typer.echo(line)
     if set_aside is not None:

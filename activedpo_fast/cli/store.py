@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from activedpo_fast.cli.session import Quiet, session
+
 if TYPE_CHECKING:
     from activedpo_fast.store.store import FeatureStore
 
@@ -19,16 +21,14 @@ store_app = typer.Typer(
 Store = Annotated[
     Path, typer.Argument(metavar="STORE", help="A store that `activedpo features` wrote.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
 
 
 @store_app.command(epilog="Example:\n\n  activedpo store info store")
 def info(store: Store) -> None:
     """Show the settings of a store, its rows and sizes, and whether it is complete."""
-    from activedpo_fast.cli.app import _session
     from activedpo_fast.store.store import FeatureStore
 
-    with _session(quiet=False):
+    with session(quiet=False):
         for name, value in describe(FeatureStore.open(store, complete=False)):
             typer.echo(f"{name:<22}  {value}")
 
@@ -39,10 +39,9 @@ def verify(store: Store, quiet: Quiet = False) -> None:
 
     Exit code 2 names the first file that is damaged, or says which rows are missing or not finite.
     """
-    from activedpo_fast.cli.app import _session
     from activedpo_fast.store.store import FeatureStore
 
-    with _session(quiet):
+    with session(quiet):
         found = FeatureStore.open(store).verify(show_progress=False if quiet else None)
         if not quiet:
             typer.echo(found)
@@ -55,11 +54,10 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write all rows as one float32 matrix, as `features --export` does."""
-    from activedpo_fast.cli.app import _session
     from activedpo_fast.cli.outputs import check_output
     from activedpo_fast.store.store import FeatureStore
 
-    with _session(quiet):
+    with session(quiet):
         check_output("FILE", output, {})
         FeatureStore.open(store).export(output, show_progress=False if quiet else None)
         if not quiet:
@@ -79,10 +77,9 @@ def gc(
     A shard that is being filled has rows that `activedpo features` goes on from, and stays.
     """
     from activedpo_fast._locks import locked_folder
-    from activedpo_fast.cli.app import _session
     from activedpo_fast.store.store import FeatureStore
 
-    with _session(quiet):
+    with session(quiet):
         opened = FeatureStore.open(store, complete=False)
         with locked_folder(store):  # nobody is writing them
             found = opened.temporary_files()

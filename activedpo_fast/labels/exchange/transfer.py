@@ -13,6 +13,7 @@ from typing import Any
 
 from activedpo_fast._files import FilePath, check_file_target, check_folder_target, write_atomic
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.combine import COMBINERS
 from activedpo_fast.labels.exchange import (
     argilla,
     distilabel,
@@ -112,6 +113,7 @@ def import_answers(
     *,
     set_aside: FilePath | None = None,
     labeler: str = "unknown",
+    combine: str | None = None,
 ) -> Imported:
     """Write the labels that came back from a tool.
 
@@ -128,6 +130,8 @@ def import_answers(
             `labels.jsonl` becomes `labels-<labeler>.jsonl`.
         set_aside: a JSONL file for answers that cannot be used; without it they are an error.
         labeler: the labeler's name where the tool has none.
+        combine: "majority" or "dawid-skene": all answers to a pair become one label in one file, as
+            in `labels.combine`, with its `weight` and the `answers`.
 
     Raises:
         ActiveDPOError: an answer that cannot be used (see `matching.match`) and no `set_aside`; no
@@ -146,19 +150,24 @@ def import_answers(
     by_labeler: dict[str, dict[int, Label]] = {}
     for label in labels:
         by_labeler.setdefault(label.answer.labeler, {})[label.position] = label
-    files = _files(Path(output), sorted(by_labeler))
+    labelers = sorted(by_labeler)
+    files = dict.fromkeys(labelers, Path(output)) if combine else _files(Path(output), labelers)
     if set_aside is not None:
         if Path(set_aside).resolve() in {file.resolve() for file in files.values()}:
             raise ActiveDPOError(f"{set_aside} is also the file of labels: name another one")
         write_atomic(set_aside, "".join(map(_problem_line, problems)))
-    for name, file in files.items():
-        lines = (_line(row, by_labeler[name].get(n), name) for n, (_, _, row) in enumerate(rows))
-        write_atomic(file, "".join(lines))
+    if combine:
+        write_atomic(output, _combined(rows, by_labeler, combine))
+    else:
+        for name, file in files.items():
+            mine = by_labeler[name]
+            lines = (_line(row, mine.get(n), name) for n, (_, _, row) in enumerate(rows))
+            write_atomic(file, "".join(lines))
     return Imported(
         files,
         {
-            name: Counter(label.label for label in mine.values())
-            for name, mine in by_labeler.items()
+            name: Counter(label.label for label in given.values())
+            for name, given in by_labeler.items()
         },
         len(picks),
         len(picks) - len({label.position for label in labels}),
@@ -205,12 +214,36 @@ def _problem_line(problem: Problem) -> str:
     return text + "\n"
 
 
+def _combined(
+    rows: Sequence[tuple[str, Pick, dict[str, Any]]],
+    by_labeler: Mapping[str, Mapping[int, Label]],
+    combine: str,
+) -> str:
+    """Return the lines of all picks, each with one label from all its answers."""
+    answers = [
+        {name: given[n] for name, given in sorted(by_labeler.items()) if n in given}
+        for n in range(len(rows))
+    ]
+    votes = [{name: given.label for name, given in own.items()} for own in answers]
+    lines = []
+    for (_, _, row), own, found in zip(rows, answers, COMBINERS[combine](votes), strict=True):
+        said = {} if found is None else {"weight": round(found.weight, 6)}
+        filled = {**row, "label": None if found is None else found.label, **said}
+        filled["answers"] = [_answer(name, label) for name, label in own.items()]
+        lines.append(json_text(filled))
+    return "".join(lines)
+
+
+def _answer(labeler: str, label: Label) -> dict[str, Any]:
+    optional = {name: getattr(label.answer, name) for name in _OPTIONAL}
+    known = {name: value for name, value in optional.items() if value is not None}
+    return {"label": label.label, "labeler": labeler, **known}
+
+
 def _line(row: Mapping[str, Any], label: Label | None, labeler: str) -> str:
     filled: dict[str, Any] = {**row, "label": None}
     if label is not None:
-        optional = {name: getattr(label.answer, name) for name in _OPTIONAL}
-        filled.update(label=label.label, labeler=labeler)
-        filled.update({name: value for name, value in optional.items() if value is not None})
+        filled.update(_answer(labeler, label))
     return json_text(filled)
 
 

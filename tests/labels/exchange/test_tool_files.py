@@ -10,6 +10,7 @@ import pytest
 
 from activedpo_fast import read_labels, read_pending
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.combine import COMBINERS
 from activedpo_fast.labels.exchange import export_picks, import_answers
 from activedpo_fast.selection.picks_jsonl import read_picks
 
@@ -48,6 +49,25 @@ def test_labels(tool: str, file: str, expected: dict[str, list[Any]], tmp_path: 
     for path in done.files.values():
         answered, labels = read_labels(path)
         assert len(answered) == len(labels) == 4 - len(read_pending(path))
+
+
+@pytest.mark.parametrize("combine", ["majority", "dawid-skene"])
+def test_several_labelers_answers_become_one_label(combine: str, tmp_path: Path) -> None:
+    """The labelers answer 1, tie, skip, 0 and 0, skip, 1, nothing."""
+    output = tmp_path / "labels.jsonl"
+    done = import_answers(
+        BATCH, FIXTURES / "label_studio.json", "label-studio", output, combine=combine
+    )
+    assert set(done.files.values()) == {output} and list(tmp_path.iterdir()) == [output]
+    rows = [record for _, _, record in read_picks(output)]
+    given = [{a["labeler"]: a["label"] for a in row["answers"]} for row in rows]
+    assert given == [{"1": 1, "2": 0}, {"1": "tie", "2": "skip"}, {"1": "skip", "2": 1}, {"1": 0}]
+    combined = COMBINERS[combine](given)
+    assert [(row["label"], row["weight"]) for row in rows] == [
+        (found.label, round(found.weight, 6)) for found in combined if found is not None
+    ]
+    answered, labels = read_labels(output)
+    assert len(answered) == 4 and set(labels[1:]) == {None, 0, 1}
 
 
 def test_what_comes_with_an_answer_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""What commands share: the messages of libraries, progress bars, exit codes, Ctrl-C and SIGTERM.
+
+Slow imports happen inside the functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
+PENDING = 3  # exit code while labels from people are missing
+
+# Warnings that libraries print at every start and that users can do nothing about.
+_HARMLESS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "`gradient_checkpointing` is deprecated",
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with the exit code of its own signal."""
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Unwind on SIGTERM as on Ctrl-C, so that locks and temporary files are removed."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupted(error: KeyboardInterrupt) -> int:
+    terminated = isinstance(error, _Terminated)
+    print(f"activedpo: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+    return TERMINATED if terminated else INTERRUPTED
+
+
+def one_process(command: str) -> None:
+    """Refuse several processes. Call it before other imports: some libraries connect on import."""
+    from activedpo_fast.distributed.launcher import require_one_process
+
+    require_one_process(command)
+
+
+@contextmanager
+def exit_when_labels_are_missing() -> Iterator[None]:
+    """Say what people have to do, and end with an exit code of its own."""
+    from activedpo_fast.labels import LabelsPending
+
+    try:
+        yield
+    except LabelsPending as pending:
+        print(f"activedpo: {pending}", file=sys.stderr)
+        raise typer.Exit(PENDING) from None
+
+
+def progress(quiet: bool) -> bool | None:
+    return False if quiet else None
+
+
+def say(quiet: bool, line: str | None) -> None:
+    if not (quiet or line is None):
+        typer.echo(line)
+
+
+@contextmanager
+def session(quiet: bool) -> Iterator[None]:
+    """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
+    log = logging.getLogger("activedpo_fast")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            for message in _HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(interrupted(error)) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def hush() -> None:
+    """Turn off progress bars and routine messages of the libraries that load and train models."""
+    from datasets.utils.logging import set_verbosity_error as quiet_datasets
+    from datasets.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    quiet_datasets()
+    disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
