@@ -143,7 +143,7 @@ def test_rows_and_numbers_that_say_nothing(
     select = ["select", "--batch-size=2", output]
     assert main([*select, str(folder / "zeros")]) == 2
     assert "all scores are 0" in capsys.readouterr().err
-    for options in (["--lambda=1e300"], ["--lambda=1e-300"], ["--lambda=1e90", "--kappa=1e-90"]):
+    for options in (["--lam=1e300"], ["--lam=1e-300"], ["--lam=1e90", "--kappa=1e-90"]):
         assert main([*select, str(folder / "store"), *options]) == 2
         assert "lam / kappa is" in capsys.readouterr().err
     for beta in ("inf", "nan"):
