@@ -148,5 +148,5 @@ def test_rows_and_numbers_that_say_nothing(
         assert "lam / kappa is" in capsys.readouterr().err
     for beta in ("inf", "nan"):
         assert main(_features(folder, "beta", f"--beta={beta}")) == 2
-        assert "beta must be a positive, finite number" in capsys.readouterr().err
+        assert f"--beta: {beta} is not positive and finite" in capsys.readouterr().err
     assert not (folder / "none.jsonl").exists() and not (folder / "beta").exists()
