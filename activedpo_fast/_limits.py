@@ -54,9 +54,9 @@ def raised_limits(**numbers: int) -> Iterator[None]:
         ActiveDPOError: an unknown name, or a number below 1.
 
     Examples:
-        >>> from activedpo_fast import PreferencePool, raised_limits
+        >>> from activedpo_fast import raised_limits, read_labels
         >>> with raised_limits(json_mib=500):
-        ...     pool = PreferencePool.load("pool.jsonl")
+        ...     answered, labels = read_labels("to_label.jsonl")
     """
     global _current
     for name in numbers:

@@ -104,6 +104,9 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
 # -- what the sections may hold --------------------------------------------------------------------
 
 
+# Set by this library, or the names of modules that PEFT would import.
+_NOT_OF_LORA = {"peft_type", "auto_mapping", "task_type", "megatron_config", "megatron_core"}
+
 # What these two take from other keys of the file.
 FROM_ELSEWHERE: dict[str, tuple[type, set[str]]] = {
     "selection": (
@@ -132,7 +135,7 @@ def _sections() -> dict[str, dict[str, Any]]:
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
-        "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
+        "lora": _dataclass_fields(LoraConfig, without=_NOT_OF_LORA),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
         "selection": section_keys("selection"),
         "loop": section_keys("loop"),

@@ -21,6 +21,7 @@ from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
+_DIFFERENT = ("seconds.json", "training.json", "record.json", "command.json", "run.yaml")
 _STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
 
@@ -121,8 +122,7 @@ def run_file(files: Path, output: Path) -> list[str]:
         "output_dir": str(output / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 16, "verify": False},
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2},
-        "generation": {"max_new_tokens": 4},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2, "max_completion_length": 4},
         "dpo": {"max_steps": 1, "learning_rate": 0.01},
         "oracle": {"kind": "reward_model", "model": str(files / "reward")},
     }
@@ -148,9 +148,9 @@ def reward_model(folder: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files below a folder, except for those that tell the time."""
+    """Return all files below a folder, except those that tell the time or the folder's name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("seconds.json", "record.json", "run.yaml")
+        if path.is_file() and path.name not in _DIFFERENT
     }
