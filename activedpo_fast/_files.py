@@ -49,6 +49,11 @@ def atomic_path(path: FilePath) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A full disk: the system names no file where it fails while writing.
+        raise ActiveDPOError(f"{path} cannot be written: {reason_of(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)

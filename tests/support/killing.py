@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -26,11 +27,16 @@ _STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
 
 def run(
-    commands: list[list[str]], *, when: int = 0, number: int = signal.SIGKILL
+    commands: list[list[str]],
+    *,
+    when: int = 0,
+    number: int = signal.SIGKILL,
+    largest: int = resource.RLIM_INFINITY,
 ) -> tuple[int, dict[str, int], str]:
     """Run commands in a forked process, killed at step `when` (0: never).
 
-    A step is a call that changes a file, or a backward pass.
+    A step is a call that changes a file, or a backward pass. No file may be of more than `largest`
+    bytes, which fails as a full disk does: in the middle of a write.
 
     Returns:
         The exit code (the negative signal), the steps and passes that it made, its stderr.
@@ -40,6 +46,7 @@ def run(
         if child == 0:
             code = 99
             try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
                 code = _child(Path(folder), commands, when, number)
             finally:
                 os._exit(code)
