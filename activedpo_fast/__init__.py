@@ -19,6 +19,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 if TYPE_CHECKING:
+    from activedpo_fast._limits import raised_limits
     from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
     from activedpo_fast.gradients.extractor import FeatureExtractor
     from activedpo_fast.gradients.sketch import Sketch
@@ -61,6 +62,7 @@ _HOME = {
     "by_preference": "labels.reading",
     "generate_responses": "training.generation",
     "make_strategy": "selection.strategies",
+    "raised_limits": "_limits",
     "read_labels": "labels.reading",
     "read_pending": "labels.reading",
     "selector_settings": "training.trl",
@@ -89,6 +91,7 @@ __all__ = [
     "by_preference",
     "generate_responses",
     "make_strategy",
+    "raised_limits",
     "read_labels",
     "read_pending",
     "selector_settings",

@@ -1,7 +1,8 @@
-"""Atomic file writes, and early checks that files can be read and written."""
+"""Atomic file writes, bounded reads, and early checks that files can be read and written."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -14,8 +15,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
 
 _NEW_SECONDS = 60  # an empty file as young as that may not be locked yet
@@ -47,6 +49,11 @@ def atomic_path(path: FilePath) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A full disk: the system names no file where it fails while writing.
+        raise ActiveDPOError(f"{path} cannot be written: {reason_of(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)
@@ -130,14 +137,82 @@ def write_atomic(path: FilePath, data: bytes | str) -> None:
         temporary.write_bytes(content)
 
 
+def open_input(path: FilePath) -> BinaryIO:
+    """Open a file to read bytes from.
+
+    Raises:
+        ActiveDPOError: it cannot be read, or is no regular file: a pipe may never end.
+    """
+    try:
+        # Opening a pipe that nobody writes to would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # the latter: a null character
+        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        what = "a folder" if stat.S_ISDIR(kind) else "a device, a pipe or the like"
+        raise ActiveDPOError(f"{path} is {what}, not a regular file: give a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: FilePath, limit_name: str = "file_mib") -> bytes:
+    """Return a file's content, of up to `file_mib` MiB, or of another limit in MiB or KiB."""
+    unit = 2**10 if limit_name.endswith("_kib") else 2**20
+    with open_input(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            check_limit(limit_name, size / unit, path, "KiB" if unit == 2**10 else "MiB")
+            return file.read(limit(limit_name) * unit)
+        except OSError as error:
+            raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+
+
+def read_text(path: FilePath, limit_name: str = "file_mib") -> str:
+    """Return a UTF-8 file's text, less a byte order mark; bounded as in `read_bytes`."""
+    content = read_bytes(path, limit_name).removeprefix(codecs.BOM_UTF8)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ActiveDPOError(
+            f"{path}: not UTF-8 text (byte {error.start + 1}): save it as UTF-8"
+        ) from error
+
+
+def parse_json(text: str, place: object) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ActiveDPOError: it is not JSON, or nested deeper than `json_depth`; the message begins with
+            `place`.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ActiveDPOError(
+            f"{place}: broken JSON: {error.msg} at {line}column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits
+        raise ActiveDPOError(f"{place}: broken JSON: {first_line(error)}") from error
+    if text.count("[") + text.count("{") > limit("json_depth"):
+        check_limit("json_depth", _depth(value), place, "lists and objects in each other")
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, (dict, list))]:
+        depth += 1
+        level = [
+            one for inner in level for one in (inner.values() if isinstance(inner, dict) else inner)
+        ]
+    return depth
+
+
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file; `ActiveDPOError` if it is unreadable or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    except ValueError as error:
-        raise ActiveDPOError(f"{path}: broken JSON: {error}") from error
+    return parse_json(read_text(path, "json_mib"), path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -177,12 +252,12 @@ def checksum(data: bytes | memoryview) -> str:
 def checksum_of_file(path: Path) -> str:
     """Return `checksum` of a file's content."""
     digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open(path, "rb") as file:
+    with open_input(path) as file:
+        try:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+        except OSError as error:
+            raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
     return digest.hexdigest()
 
 
@@ -228,9 +303,11 @@ def _may(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def reason_of(error: OSError) -> str:
+def reason_of(error: OSError | ValueError) -> str:
     """Return the system's reason why a file cannot be read or written, to follow its name."""
-    return (error.strerror or (str(error).splitlines() or [type(error).__name__])[0]).lower()
+    return (
+        getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    ).lower()
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from activedpo_fast._checks import check_at_least, describe, fits, nearest
+from activedpo_fast._limits import check_limit
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import check_template_kwargs
 
@@ -312,6 +313,7 @@ def check_sampling(
 ) -> None:
     """Raise `ActiveDPOError`, naming the argument, for what `generate_responses` cannot do."""
     check_at_least(2, num_generations=num_generations)
+    check_limit("responses", num_generations, "num_generations", "responses to one prompt")
     check_at_least(
         1,
         max_completion_length=max_completion_length,

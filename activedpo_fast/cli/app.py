@@ -13,12 +13,14 @@ from typing import Annotated, Literal
 import typer
 
 from activedpo_fast._files import first_line, reason_of
+from activedpo_fast._printable import one_line
 from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.cli.options import flag, keys_help, option, selector_config
 from activedpo_fast.cli.session import (
     PENDING,
     Quiet,
     Seed,
+    echo,
     exit_when_labels_are_missing,
     hush,
     interrupted,
@@ -100,8 +102,22 @@ def _wait_politely() -> None:
 
 
 def _fail(message: str) -> int:
-    print("activedpo: error: " + " ".join(message.split()), file=sys.stderr)
+    print("activedpo: error: " + one_line(" ".join(message.split())), file=sys.stderr)
     return 2
+
+
+def _raise_limits(context: typer.Context, given: list[str]) -> list[str]:
+    """Raise limits while the command runs; each is given as NAME=NUMBER."""
+    from activedpo_fast._limits import raised_limits
+
+    numbers: dict[str, int] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        if not (equals and number.isascii() and number.isdigit() and len(number) < 19):
+            raise ActiveDPOError(f"--limit {text}: expected NAME=N, N an integer from 1")
+        numbers[name] = int(number)
+    context.with_resource(raised_limits(**numbers))
+    return given
 
 
 def _show_version(wanted: bool) -> None:
@@ -120,6 +136,15 @@ def options(
             "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    limit: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=N",
+            callback=_raise_limits,
+            help="Another bound on what is read from files, by the name that its error message "
+            "has; may be repeated.",
+        ),
+    ] = [],  # noqa: B006, which typer copies
 ) -> None:
     """Choose which preference pairs to label next for the model that you are training now."""
 
@@ -135,9 +160,9 @@ def env() -> None:
         width = max(len(row.name) for row in rows)
         for row in rows:
             if row.section != section:
-                typer.echo(f"{row.section}:")
+                echo(f"{row.section}:")
                 section = row.section
-            typer.echo(f"  {row.name:<{width}}  {row.value}")
+            echo(f"  {row.name:<{width}}  {row.value}")
 
 
 @app.command(
@@ -453,7 +478,7 @@ def label(
         from activedpo_fast.cli.label import label_batch, report_of
 
         if report:
-            typer.echo(report_of(batch, output=output, combine=combine))
+            echo(report_of(batch, output=output, combine=combine))
             return
         text, complete = label_batch(
             batch,
@@ -466,7 +491,7 @@ def label(
             port=port,
             open_browser=open_browser,
         )
-        typer.echo(text)
+        echo(text)
         if not complete:
             raise typer.Exit(PENDING)
 

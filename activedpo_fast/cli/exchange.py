@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from activedpo_fast.cli.session import echo
+
 if TYPE_CHECKING:
     from activedpo_fast.labels.exchange import Imported
 
@@ -61,7 +63,7 @@ def export_command(
     from activedpo_fast.labels.exchange import export_picks
 
     number = export_picks(batch, tool, output, seed=None if keep_sides else seed)
-    typer.echo(f"{output}: {number} pairs for {tool}")
+    echo(f"{output}: {number} pairs for {tool}")
 
 
 @exchange.command(
@@ -116,9 +118,9 @@ def import_command(
         batch, answers, tool, output, set_aside=set_aside, labeler=labeler, combine=combine
     )
     for line in _report(done):
-        typer.echo(line)
+        echo(line)
     if set_aside is not None:
-        typer.echo(f"{set_aside}: {done.set_aside} answers set aside")
+        echo(f"{set_aside}: {done.set_aside} answers set aside")
 
 
 def _report(done: Imported) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
+from activedpo_fast.cli.session import echo
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.files import labels_file
 from activedpo_fast.labels.page.batch import Batch
@@ -47,11 +48,10 @@ def label_batch(
     left = session.progress().left
 
     def announce(address: str) -> None:
-        print(
+        echo(
             f"{left} pairs for {labeler}: open {address}\n"
             "in a browser on this machine. Every answer is saved at once; Ctrl-C ends, and the "
-            "same command goes on.",
-            flush=True,
+            "same command goes on."
         )
         if open_browser:
             webbrowser.open(address)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import check_folder_target
+from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
@@ -21,6 +22,9 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord, write_command
 from activedpo_fast.training.trl import dpo_config, selector_settings
+
+if TYPE_CHECKING:
+    from trl import DPOConfig
 
 
 def run_rounds(
@@ -37,30 +41,24 @@ def run_rounds(
     require_one_process("activedpo run")
     output = Path(config.output_dir)
     check_folder_target(output)
-    try:
-        dpo_args = dpo_config(
-            **{"output_dir": str(output / "trainer"), "seed": config.seed, **config.dpo}
-        )
-    except ActiveDPOError:
-        raise
-    except Exception as error:  # missing files, packages too old, ...
-        raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
-    try:
-        selector_settings(dpo_args)  # refuses settings before a model is loaded
-    except ActiveDPOError as error:
-        raise ActiveDPOError(f"dpo: {error}") from error
+    with locked_folder(output):  # before minutes of loading
+        loop = _loop(config, output, show_progress)
+        refused = False
+        try:
+            return _table(loop.run())
+        except ActiveDPOError as error:
+            refused = not isinstance(error, LabelsPending)
+            raise
+        finally:  # a run that waits for labels or is interrupted is continued, too
+            if command is not None and not refused and (output / "config.json").exists():
+                write_command(output, command)
+
+
+def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> ActiveDPOLoop:
+    """Check the settings, read the prompts and load the models."""
+    dpo_args = _dpo_args(config, output)
     prompts = read_prompts(config.prompts)
-    oracle: Oracle
-    if config.oracle["kind"] == "people":
-        oracle = FileOracle(output / "labeling", via=config.oracle.get("via", "page"))
-    else:
-        options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
-        oracle = RewardModelOracle(
-            *load_reward_model(config.oracle["model"], config.device),
-            seed=config.seed,
-            show_progress=show_progress,
-            **options,
-        )
+    oracle = _oracle(config, output, show_progress)
     model, tokenizer = load_policy(
         config.model,
         adapter=config.adapter,
@@ -71,7 +69,7 @@ def run_rounds(
         seed=config.seed,
         tokenizer=config.tokenizer,
     )
-    loop = ActiveDPOLoop(
+    return ActiveDPOLoop(
         model,
         tokenizer,
         prompts,
@@ -87,15 +85,34 @@ def run_rounds(
         show_progress=show_progress,
         **config.loop,
     )
-    refused = False
+
+
+def _dpo_args(config: RunConfig, output: Path) -> DPOConfig:
     try:
-        return _table(loop.run())
-    except ActiveDPOError as error:
-        refused = not isinstance(error, LabelsPending)
+        dpo_args = dpo_config(
+            **{"output_dir": str(output / "trainer"), "seed": config.seed, **config.dpo}
+        )
+    except ActiveDPOError:
         raise
-    finally:  # a run that waits for labels or is interrupted is continued, too
-        if command is not None and not refused and (output / "config.json").exists():
-            write_command(output, command)
+    except Exception as error:  # missing files, packages too old, ...
+        raise ActiveDPOError(f"dpo: {' '.join(str(error).split())}") from error
+    try:
+        selector_settings(dpo_args)  # refuses settings before a model is loaded
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"dpo: {error}") from error
+    return dpo_args
+
+
+def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Oracle:
+    if config.oracle["kind"] == "people":
+        return FileOracle(output / "labeling", via=config.oracle.get("via", "page"))
+    options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
+    return RewardModelOracle(
+        *load_reward_model(config.oracle["model"], config.device),
+        seed=config.seed,
+        show_progress=show_progress,
+        **options,
+    )
 
 
 def _extra_settings(config: RunConfig) -> dict[str, Any]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import re
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
-import yaml
-
 from activedpo_fast._checks import describe, fits, nearest
-from activedpo_fast._files import reason_of
+from activedpo_fast.cli.yaml_file import read_yaml
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
 from activedpo_fast.presets import preset as find_preset
@@ -67,19 +65,7 @@ def load_config(path: str | Path) -> RunConfig:
     Raises:
         ActiveDPOError: names the key that is unknown, missing or of the wrong type.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from None
-    except UnicodeDecodeError:
-        raise ActiveDPOError(f"{path}: not UTF-8 text") from None
-    try:
-        given = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not readable"
-        raise ActiveDPOError(f"{path}{line}: broken YAML: {problem}") from None
+    given = read_yaml(Path(path))
     try:
         return make_config(given)
     except ActiveDPOError as error:
@@ -112,11 +98,14 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
         if key not in known:
             raise ActiveDPOError(f"{name}: unknown key; {nearest(str(key), known)}")
         if not fits(value, known[key]) and not (value is None and not section):
-            raise ActiveDPOError(f"{name}: expected {describe(known[key])}, got {value!r}")
+            raise ActiveDPOError(f"{name}: expected {describe(known[key])}, got {short(value)}")
 
 
 # -- what the sections may hold --------------------------------------------------------------------
 
+
+# Set by this library, or the names of modules that PEFT would import.
+_NOT_OF_LORA = {"peft_type", "auto_mapping", "task_type", "megatron_config", "megatron_core"}
 
 # What these two take from other keys of the file.
 FROM_ELSEWHERE: dict[str, tuple[type, set[str]]] = {
@@ -146,7 +135,7 @@ def _sections() -> dict[str, dict[str, Any]]:
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
-        "lora": _dataclass_fields(LoraConfig, without={"peft_type", "auto_mapping", "task_type"}),
+        "lora": _dataclass_fields(LoraConfig, without=_NOT_OF_LORA),
         "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
         "selection": section_keys("selection"),
         "loop": section_keys("loop"),
@@ -181,7 +170,7 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     }
     kind = oracle.get("kind")
     if kind not in known:
-        raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {kind!r}")
+        raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {short(kind)}")
     check_keys(oracle, known[kind], "oracle")
     if kind == "reward_model" and "model" not in oracle:
         raise ActiveDPOError("oracle.model: missing, the folder of the reward model")
@@ -236,18 +225,3 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
             "adapter: missing; give an adapter's folder, or the section lora for a fresh one"
         )
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as people write learning rates.
-
-    YAML 1.1, which PyYAML reads, requires 1.0e-4.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)

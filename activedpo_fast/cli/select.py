@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from activedpo_fast._files import FilePath, first_line, reason_of
+from activedpo_fast._files import FilePath, first_line, read_text
 from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import ONE_PROCESS
 from activedpo_fast.distributed.pool_parts import PoolProcesses
@@ -215,13 +215,7 @@ def read_rules(
 
 def _read_ids(path: FilePath) -> list[str]:
     """Read the ids of a file with one per line; blank lines are skipped."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def _check_keeps_labels(output: FilePath) -> None:

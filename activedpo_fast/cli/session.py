@@ -16,6 +16,8 @@ from typing import Annotated
 
 import typer
 
+from activedpo_fast._printable import one_line, printable
+
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
 PENDING = 3  # exit code while labels from people are missing
 
@@ -28,6 +30,11 @@ _HARMLESS = (
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+class _OneLine(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return f"activedpo: {one_line(record.getMessage())}"
 
 
 class _Terminated(KeyboardInterrupt):
@@ -72,7 +79,7 @@ def exit_when_labels_are_missing() -> Iterator[None]:
     try:
         yield
     except LabelsPending as pending:
-        print(f"activedpo: {pending}", file=sys.stderr)
+        print(f"activedpo: {one_line(str(pending))}", file=sys.stderr)
         raise typer.Exit(PENDING) from None
 
 
@@ -82,14 +89,19 @@ def progress(quiet: bool) -> bool | None:
 
 def say(quiet: bool, line: str | None) -> None:
     if not (quiet or line is None):
-        typer.echo(line)
+        echo(line)
+
+
+def echo(text: object) -> None:
+    """Print lines of results, which may have names and ids of files of others."""
+    typer.echo(printable(str(text), keep="\n"))
 
 
 @contextmanager
 def session(quiet: bool) -> Iterator[None]:
     """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("activedpo: %(message)s"))
+    handler.setFormatter(_OneLine())
     log = logging.getLogger("activedpo_fast")
     level = log.level
     log.addHandler(handler)

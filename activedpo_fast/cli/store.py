@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from activedpo_fast.cli.session import Quiet, session
+from activedpo_fast.cli.session import Quiet, echo, session
 
 if TYPE_CHECKING:
     from activedpo_fast.store.store import FeatureStore
@@ -30,7 +30,7 @@ def info(store: Store) -> None:
 
     with session(quiet=False):
         for name, value in describe(FeatureStore.open(store, complete=False)):
-            typer.echo(f"{name:<22}  {value}")
+            echo(f"{name:<22}  {value}")
 
 
 @store_app.command(epilog="Example:\n\n  activedpo store verify store")
@@ -44,7 +44,7 @@ def verify(store: Store, quiet: Quiet = False) -> None:
     with session(quiet):
         found = FeatureStore.open(store).verify(show_progress=False if quiet else None)
         if not quiet:
-            typer.echo(found)
+            echo(found)
 
 
 @store_app.command(epilog="Example:\n\n  activedpo store export store features.safetensors")
@@ -61,7 +61,7 @@ def export(
         check_output("FILE", output, {})
         FeatureStore.open(store).export(output, show_progress=False if quiet else None)
         if not quiet:
-            typer.echo(f"the rows of {store} exported to {output}")
+            echo(f"the rows of {store} exported to {output}")
 
 
 @store_app.command(epilog="Example:\n\n  activedpo store gc store --dry-run")
@@ -85,13 +85,13 @@ def gc(
             found = opened.temporary_files()
             for path in found:
                 if not quiet:
-                    typer.echo(f"{path} ({path.stat().st_size} bytes)")
+                    echo(f"{path} ({path.stat().st_size} bytes)")
             if not dry_run:
                 for path in found:
                     path.unlink(missing_ok=True)
         if not quiet:
             what = "would be removed" if dry_run else "removed"
-            typer.echo(f"{len(found)} files of killed processes {what}")
+            echo(f"{len(found)} files of killed processes {what}")
 
 
 def describe(store: FeatureStore) -> list[tuple[str, str]]:

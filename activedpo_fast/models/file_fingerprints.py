@@ -27,6 +27,9 @@ _TOKENIZER_NAMES = (
     "sentencepiece",
     "source",
     "target",
+    "tekken",
+    "bpe",
+    "additional_chat_templates",
 )
 
 _SAMPLES = 64
@@ -44,7 +47,7 @@ def fingerprint_model(model: FilePath, gguf_file: str | None = None) -> str:
     digest = hashlib.sha256()
     for path in files_read(folder):
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with open(path, "rb") as file:
             for start, length in _sampled_blocks(size):
                 file.seek(start)
@@ -69,8 +72,9 @@ def fingerprint_tokenizer(folder: Path) -> str:
     """Return the SHA-256 (128 bits, hex) of a folder's whole tokenizer files and their names."""
     digest = hashlib.sha256()
     for path in files_read(folder):
-        if path.name.startswith(_TOKENIZER_NAMES):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        name = str(path.relative_to(folder))
+        if name.startswith(_TOKENIZER_NAMES):
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 

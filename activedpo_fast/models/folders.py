@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from reprlib import repr as short
 from typing import NamedTuple
 
-from activedpo_fast._files import FilePath, check_readable, first_line
+from activedpo_fast._files import FilePath, check_readable, first_line, read_json
 from activedpo_fast.errors import ActiveDPOError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 # Files that a tokenizer or a model is read from; notes, optimizer states and so on do not count.
-_READ_SUFFIXES = frozenset({".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt"})
+_READ_SUFFIXES = frozenset(
+    {".safetensors", ".gguf", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".bpe", ".codes"}
+)
 
 
 def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
@@ -27,10 +30,12 @@ def resolve_source(model: FilePath, gguf_file: str | None) -> Path:
                 else ""
             )
             raise ActiveDPOError(f"{folder} is not a model folder: no {wanted} in it{hint}")
-        check_readable(files_read(folder))
+        check_model_folder(folder)
         return folder
     weights = "*.safetensors" if gguf_file is None else gguf_file
-    return _fetched(model, weights, "model")
+    fetched = _fetched(model, weights, "model")
+    check_model_folder(fetched)
+    return fetched
 
 
 def local_folder(name: FilePath, revision: str | None = None) -> Path:
@@ -94,19 +99,50 @@ def check_adapter_folder(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ActiveDPOError(f"{folder} is not an adapter folder: no {name} in it")
     check_readable(files_read(folder))
-    try:
-        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise ActiveDPOError(f"{folder / ADAPTER_CONFIG}: not a JSON object")
+    if config.get("megatron_config"):
         raise ActiveDPOError(
-            f"{folder / ADAPTER_CONFIG}: broken JSON: {first_line(error)}"
-        ) from None
+            f"adapter {folder} sets 'megatron_config', with which PEFT imports a module that the "
+            f"adapter names: remove it from {ADAPTER_CONFIG}"
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise `ActiveDPOError` if loading the model would read more than this folder's weights.
+
+    Raises:
+        ActiveDPOError: an index that names other files than safetensors files of the folder; the
+            configuration of an adapter, for which transformers would load another base model.
+    """
+    check_readable(files_read(folder))
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ActiveDPOError(
+            f"{folder} is a model folder and has an {ADAPTER_CONFIG}: move the adapter into a "
+            "folder of its own"
+        )
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return
+    found = read_json(index)
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict):
+        raise ActiveDPOError(f"{index}: no 'weight_map' of names to files")
+    for name in names.values():
+        if not (isinstance(name, str) and name.endswith(".safetensors") and "/" not in name):
+            raise ActiveDPOError(
+                f"{index} names {short(name)}, which is not a safetensors file of the folder: only "
+                "those are read"
+            )
 
 
 def files_read(folder: Path) -> list[Path]:
     """Return the files that a model or tokenizer in `folder` is read from, by name."""
+    templates = folder / "additional_chat_templates"
     return [
         path
-        for path in sorted(folder.iterdir())
+        for path in (*sorted(folder.iterdir()), *sorted(templates.glob("*.jinja")))
         if path.suffix in _READ_SUFFIXES and path.is_file()
     ]
 

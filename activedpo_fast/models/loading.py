@@ -240,19 +240,30 @@ def resolve_dtype(
 def _checkpoint_dtype(folder: Path) -> torch.dtype:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each kind of model checks its own settings
         raise ActiveDPOError(
             f"{folder} is not a model that can be loaded: {first_line(error)}"
         ) from None
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     for path in sorted(folder.glob("*.safetensors")):
+        dtype = _first_dtype(path)
+        if dtype is not None:
+            return dtype
+    return torch.float32
+
+
+def _first_dtype(path: Path) -> torch.dtype | None:
+    """Return the dtype of the first floating tensor in a safetensors file."""
+    try:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():
                 dtype: torch.dtype = tensors.get_slice(name)[:0].dtype
                 if dtype.is_floating_point:
                     return dtype
-    return torch.float32
+    except (OSError, SafetensorError) as error:
+        raise ActiveDPOError(f"{path} cannot be read: {first_line(error)}") from error
+    return None
 
 
 def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerBase:
@@ -289,7 +300,7 @@ def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: 
         model, info = auto_class.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # files of others, parsed by several libraries
         raise ActiveDPOError(
             f"{folder} is not a {what} model that can be loaded: {first_line(error)}"
         ) from error
@@ -311,7 +322,7 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
             policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
             in_file = set(tensors.keys())
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    except Exception as error:  # PEFT checks an adapter's settings in many places
         raise ActiveDPOError(
             f"adapter {folder} does not fit the model: {_reason(error)}"
         ) from error

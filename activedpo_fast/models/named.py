@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activedpo_fast._files import FilePath, first_line
+from activedpo_fast._files import FilePath, first_line, read_json
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.folders import ADAPTER_CONFIG, check_adapter_folder, local_folder
@@ -131,7 +130,7 @@ def as_reward_model(
 def _base_of(adapter: Path) -> Path:
     """Return the folder of the base model that an adapter was made for."""
     check_adapter_folder(adapter)
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(adapter / ADAPTER_CONFIG)
     name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not (isinstance(name, str) and name):
         raise ActiveDPOError(

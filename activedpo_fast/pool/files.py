@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from activedpo_fast._files import FilePath, first_line, reason_of
+from activedpo_fast._files import FilePath, first_line, open_input, parse_json, reason_of
+from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import check_columns
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PlacedRows = Iterator[tuple[str, Any]]
+_VALUE = 8  # bytes of a value of a table, at least
 EMPTY_DATASET = "the data set has no rows"
 
 # The hub's names for the files of a split: train-00000-of-00003.parquet.
@@ -52,42 +54,89 @@ def placed_rows(path: FilePath) -> PlacedRows:
 
 def jsonl_rows(path: Path) -> PlacedRows:
     """Yield the placed rows of one JSONL file; blank lines are skipped."""
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        check_limit("file_mib", size / 2**20, path, "MiB")
+        for n, line in enumerate(_lines(file, path), start=1):
+            place = f"{path}, line {n}"
+            line = line.removeprefix(codecs.BOM_UTF8) if n == 1 else line
+            check_limit("json_mib", len(line) / 2**20, place, "MiB or more in one line")
+            if not line.strip():
+                continue
+            try:
+                text = line.removesuffix(b"\n").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
+            yield place, parse_json(text, place)
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    r"""Yield lines, which end only at \n: str.splitlines would also cut at U+2028 in a string."""
+    longest = limit("json_mib") * 2**20 + 2
     try:
-        content = path.read_bytes()
+        while line := file.readline(longest):
+            yield line
     except OSError as error:
         raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    # Lines end only at \n: str.splitlines would also cut at U+2028 inside a string.
-    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for n, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {n}"
-        try:
-            yield place, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
-        except json.JSONDecodeError as error:
-            raise ActiveDPOError(
-                f"{place}: broken JSON: {error.msg} at column {error.colno}"
-            ) from error
-        except (RecursionError, ValueError) as error:
-            raise ActiveDPOError(f"{place}: broken JSON: {first_line(error)}") from error
 
 
 def parquet_rows(path: Path) -> PlacedRows:
-    """Yield the placed rows of one Parquet file; missing or filled-up cells are null."""
+    """Return the placed rows of one Parquet file; missing or filled-up cells are null."""
+    return ((f"{path}, row {n}", row) for n, row in enumerate(_parquet(path), start=1))
+
+
+def _parquet(path: Path) -> list[Any]:
+    """Return the rows, read in small parts: a file of a kilobyte may hold gigabytes."""
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with open(path, "rb") as file:
-            rows = pyarrow.parquet.ParquetFile(file).read().to_pylist()
-    except OSError as error:
-        # Arrow's own read errors are OSErrors, too, without an errno.
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
-    return ((f"{path}, row {n}", row) for n, row in enumerate(rows, start=1))
+    rows: list[Any] = []
+    size = 0
+    with open_input(path) as file:
+        try:
+            found = pyarrow.parquet.ParquetFile(file)
+            at_once = _rows_at_once(found.metadata, path)
+            for part in found.iter_batches(batch_size=at_once):
+                new = part.to_pylist()
+                size += _bytes_of(new)
+                check_limit("file_mib", size / 2**20, path, "MiB or more in memory")
+                rows += new
+        except ActiveDPOError:
+            raise
+        except OSError as error:
+            # Arrow's own read errors are OSErrors, too, without an errno.
+            raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
+    return rows
+
+
+def _rows_at_once(metadata: Any, path: Path) -> int:
+    """Return how many rows fit into `file_mib`, even if each is the largest that there may be.
+
+    Columns store each value that is repeated once.
+    """
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    columns = [group.column(n) for group in groups for n in range(group.num_columns)]
+    sizes = [max(one.total_uncompressed_size, _VALUE * one.num_values) for one in columns]
+    check_limit("file_mib", sum(sizes) / 2**20, path, "MiB in memory")
+    largest = max((int(size) for size in sizes), default=0)
+    return max(1, min(1024, limit("file_mib") * 2**20 // max(1, largest)))
+
+
+def _bytes_of(rows: list[Any]) -> int:
+    """Return about how much memory the values of rows take."""
+    size, level = 0, rows
+    while level:
+        size += _VALUE * len(level)
+        size += sum(len(value) for value in level if isinstance(value, (str, bytes)))
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (list, dict))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return size
 
 
 def is_from_datasets(value: Any) -> bool:

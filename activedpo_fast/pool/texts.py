@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from activedpo_fast._limits import check_limit
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import advice_for_key
 
@@ -21,6 +22,8 @@ def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
         raise ActiveDPOError(
             f"{place}: {len(responses)} response(s), two or more are needed to form a pair"
         )
+    check_limit("responses", len(responses), place, "responses to one prompt")
+    first: dict[Any, int] = {}
     for n, response in enumerate(responses, start=1):
         check_text(response, f"response {n}", place)
         if isinstance(response, str) != isinstance(prompt, str):
@@ -28,8 +31,10 @@ def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
                 f"{place}: the prompt is {kind_of(prompt)} but response {n} is "
                 f"{kind_of(response)}; use one of them for both"
             )
-        if response in responses[: n - 1]:
-            earlier = list(responses).index(response) + 1
+        earlier = first.setdefault(
+            response if isinstance(response, str) else canonical_json(response), n
+        )
+        if earlier != n:
             raise ActiveDPOError(f"{place}: responses {earlier} and {n} are identical")
 
 
@@ -70,6 +75,7 @@ def _check_message(message: Any, what: str, place: str) -> None:
 
 
 def check_string(text: str, what: str, place: str) -> None:
+    check_limit("text_chars", len(text), f"{place}, {what}", "characters")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from activedpo_fast._files import FilePath, reason_of
+from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.template import check_template_kwargs
 from activedpo_fast.pool.texts import Text
 
@@ -68,23 +69,10 @@ def pick_line(pick: Pick, *, template: bool = True, **more: Any) -> str:
 
 def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
     """Return (place in the file, pick, whole record) for every line, in file order."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors add a byte order mark
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ActiveDPOError(f"{path}: not UTF-8 text ({error.reason})") from error
     found: list[tuple[str, Pick, dict[str, Any]]] = []
     seen: dict[str, int] = {}
-    # split("\n"), not splitlines(): a JSON string may hold U+2028 and the like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ActiveDPOError(f"{place}: broken JSON: {error}") from error
+    for place, record in jsonl_rows(Path(path)):
+        number = int(place.rpartition(" ")[2])
         pick = _parse_pick(record, place)
         # The same id and pair with other responses is another round's pick, not a duplicate.
         key = json.dumps([pick.id, pick.pair, pick.prompt, pick.responses], sort_keys=True)

@@ -13,6 +13,7 @@ from activedpo_fast.errors import ActiveDPOError
 
 FORMAT = 5  # 1 had a different sjlt, 2 a different kronecker, 3 no token hashes, 4 no checksums
 MANIFEST = "manifest.json"
+_MOST_RESPONSES = 10**8  # what is missing is found in arrays of this length
 
 # What its entries are. `tokens` and `filling` are there once rows are computed.
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -58,6 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     _check_types(path, manifest, _TYPES, required=True)
     _check_types(path, manifest, _OPTIONAL, required=False)
     _check_types(path, manifest.get("filling", {}), _FILLING, required="filling" in manifest)
+    _check_values(path, manifest)
     unknown = manifest.keys() - _TYPES.keys() - _OPTIONAL.keys()
     if unknown:
         raise ActiveDPOError(
@@ -115,6 +117,25 @@ def _check_types(
                 f"{path}: {name!r} is missing or not {kinds[0].__name__}: put the file back as it "
                 "was, or take the rows again into another folder"
             )
+
+
+def _check_values(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse values that no store has; another version, or an editor, may have written them."""
+    filling = manifest.get("filling", {"rows_per_shard": 1, "max_tokens_per_batch": 1})
+    sums = {**manifest["files"], **manifest.get("next_files", {})}
+    wrong = {
+        "responses": not 0 < manifest["responses"] <= _MOST_RESPONSES,
+        "skipped": not all(type(row) is int for row in manifest["skipped"]),
+        "store_dtype": not isinstance(manifest["settings"].get("store_dtype"), str),
+        "files": not all(isinstance(checksum, str) for checksum in sums.values()),
+        "rows_per_shard": filling["rows_per_shard"] < 1,
+        "max_tokens_per_batch": filling["max_tokens_per_batch"] < 1,
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise ActiveDPOError(
+            f"{path}: {name!r} has a value that no store has: put the file back as it was, or take "
+            "the rows again into another folder"
+        )
 
 
 def _differences(

@@ -163,7 +163,7 @@ class PartialShard:
         try:
             if layout is not None:
                 self.layout = layout
-                os.ftruncate(self._descriptor, layout.size)
+                self._make_room(layout.size)
                 self._put(layout.header, 0)
             else:
                 self.layout, self.rows = self._found()
@@ -231,6 +231,12 @@ class PartialShard:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _make_room(self, size: int) -> None:
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            raise ActiveDPOError(f"{self.path} cannot be written: {reason_of(error)}") from None
 
     def _put(self, content: bytes, offset: int) -> None:
         view = memoryview(content)

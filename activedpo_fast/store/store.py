@@ -248,7 +248,12 @@ class FeatureStore:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return _DTYPES[self.manifest["settings"]["store_dtype"]]
+        name = self.manifest["settings"]["store_dtype"]
+        if name not in _DTYPES:
+            raise ActiveDPOError(
+                f"{self.path} has rows of the dtype {name!r}, not one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[name]
 
     def _begin(
         self, extractor: FeatureExtractor, tokenized: TokenizedPool, rows_per_shard: int | None

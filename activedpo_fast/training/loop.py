@@ -269,7 +269,8 @@ class ActiveDPOLoop:
                 labels = self.oracle.label(picked, pool)
             picked.to_dataset(labels)  # checks them
             write_labels(path, picked, labels)
-        check(folder, path.name)
+        # What the labels are of, too, even if it is not read again.
+        check(folder, "pool.jsonl", "picked.jsonl", path.name)
         return read_labels(path, strategy=self.strategy, all_answered=True)
 
     def _pool(

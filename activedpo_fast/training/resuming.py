@@ -12,6 +12,7 @@ from typing import Any
 
 from activedpo_fast._files import read_checked_json, read_json, write_checked_json, write_json
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.settings import SAMPLING
 
 logger = logging.getLogger(__name__)
@@ -232,9 +233,8 @@ def _trained(folder: Path) -> list[str]:
 
 def _has_preference(labels: Path) -> bool:
     try:
-        lines = labels.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line)["label"] in (0, 1) for line in lines if line.strip())
-    except (OSError, ValueError, LookupError, TypeError):
+        return any(row["label"] in (0, 1) for _, row in jsonl_rows(labels))
+    except (ActiveDPOError, LookupError, TypeError):
         return True  # do not claim that there is none
 
 

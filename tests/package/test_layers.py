@@ -16,7 +16,9 @@ KERNELS = Path(activedpo_fast.kernels.__file__).parent  # kernels/ of a checkout
 # import the definitions in ops, which chooses among them.
 ORDER = (
     "errors",
+    "_printable",
     "_checks",
+    "_limits",
     "_files",
     "_locks",
     "_modes",

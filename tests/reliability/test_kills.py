@@ -108,6 +108,15 @@ def test_terminated(tmp_path: Path, unbroken: Unbroken) -> None:
     _break_off(tmp_path, unbroken, [unbroken.steps // 2], signal.SIGTERM)
 
 
+@pytest.mark.parametrize("largest", [300, 1500])
+def test_a_full_disk(tmp_path: Path, unbroken: Unbroken, largest: int) -> None:
+    commands = unbroken.commands(unbroken.files, tmp_path)
+    code, _, said = run(commands, largest=largest)
+    assert code == 2 and len(said.splitlines()) == 1, said
+    assert str(tmp_path) in said and "cannot be written: file too large" in said
+    _break_off(tmp_path, unbroken, [], signal.SIGKILL)  # the same commands go on
+
+
 def test_a_run_killed_once(tmp_path: Path, unbroken_run: Unbroken) -> None:
     # A stage of a run is done again: its gradient rows are not kept.
     kill = [unbroken_run.steps * 2 // 3]

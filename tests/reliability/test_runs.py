@@ -17,7 +17,7 @@ from activedpo_fast.pool.items import Prompt
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
-from tests.support.killing import content, project, reward_model, run, run_file
+from tests.support.killing import content, run, run_file
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
 PROMPTS = [Prompt(f"p{n}", f"The {word}", {}) for n, word in enumerate("fox dog sketch".split())]
@@ -69,6 +69,8 @@ def folder(made: Path, tmp_path: Path) -> Path:
         "start/checksums.json",
         "start/adapter/adapter_model.safetensors",
         "start/record.json",
+        "round-000/pool.jsonl",
+        "round-000/picked.jsonl",
         "round-000/labels.jsonl",
         "round-000/adapter/adapter_model.safetensors",
         "round-000/adapter/adapter_config.json",
@@ -110,8 +112,7 @@ def test_a_config_that_is_gone(folder: Path) -> None:
 
 
 def test_two_runs_on_one_folder(folder: Path, tmp_path: Path) -> None:
-    project(tmp_path)
-    reward_model(tmp_path / "reward")
+    # Neither a model nor prompts: the lock is what is tried first.
     before = content(folder)
     with locked_folder(folder):
         code, _, said = run([run_file(tmp_path, tmp_path)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import tempfile
 import time
@@ -21,15 +22,21 @@ from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
+_DIFFERENT = ("seconds.json", "training.json", "record.json", "command.json", "run.yaml")
 _STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
 
 def run(
-    commands: list[list[str]], *, when: int = 0, number: int = signal.SIGKILL
+    commands: list[list[str]],
+    *,
+    when: int = 0,
+    number: int = signal.SIGKILL,
+    largest: int = resource.RLIM_INFINITY,
 ) -> tuple[int, dict[str, int], str]:
     """Run commands in a forked process, killed at step `when` (0: never).
 
-    A step is a call that changes a file, or a backward pass.
+    A step is a call that changes a file, or a backward pass. No file may be of more than `largest`
+    bytes, which fails as a full disk does: in the middle of a write.
 
     Returns:
         The exit code (the negative signal), the steps and passes that it made, its stderr.
@@ -39,6 +46,7 @@ def run(
         if child == 0:
             code = 99
             try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
                 code = _child(Path(folder), commands, when, number)
             finally:
                 os._exit(code)
@@ -146,14 +154,10 @@ def reward_model(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
-# The times, paths and energies of a run.
-_OWN = ("seconds.json", "record.json", "run.yaml", "command.json", "joules.json")
-
-
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files below a folder, except those that differ between equal runs."""
+    """Return all files below a folder, except those that tell the time or the folder's name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in _OWN
+        if path.is_file() and path.name not in _DIFFERENT
     }

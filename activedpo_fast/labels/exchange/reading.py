@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from activedpo_fast._files import first_line, reason_of
+from activedpo_fast._files import parse_json, reason_of
+from activedpo_fast._files import read_text as read_file
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.files import placed_rows
 
@@ -32,24 +32,12 @@ def check_size(path: Path) -> None:
 def read_text(path: Path) -> str:
     """Return a UTF-8 file's text as it is, line ends included, less a byte order mark."""
     check_size(path)
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ActiveDPOError(f"{path}: {reason_of(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ActiveDPOError(
-            f"{path}: not UTF-8 text (byte {error.start + 1}): save it as UTF-8"
-        ) from error
+    return read_file(path)
 
 
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file."""
-    try:
-        return json.loads(read_text(path))
-    except ActiveDPOError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ActiveDPOError(f"{path}: broken JSON: {first_line(error)}") from error
+    return parse_json(read_text(path), path)
 
 
 def read_json_list(path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
