@@ -46,6 +46,8 @@ class Labeling:
         self._combine = COMBINERS[combine]
         self.journal = Journal(journal_path(output))
         check_file_target(output)
+        if overlap is not None and not 0 <= overlap <= 100:  # nor NaN
+            raise ActiveDPOError(f"--overlap {overlap:g}: a percentage from 0 to 100")
         if output.resolve() == batch.path.resolve():
             raise ActiveDPOError(f"{output} is the file of the pairs: choose another --output")
         if output.exists() and not is_begun(output):

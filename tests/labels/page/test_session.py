@@ -160,6 +160,13 @@ def test_settings_that_all_labelers_share_stay(picks: Path) -> None:
         open_labeling(picks, seed=0)
 
 
+@pytest.mark.parametrize("overlap", [-1.0, 101.0, float("nan")])
+def test_an_overlap_that_is_no_percentage_begins_nothing(picks: Path, overlap: float) -> None:
+    with pytest.raises(ActiveDPOError, match="--overlap .*: a percentage from 0 to 100"):
+        _session(picks, overlap=overlap)
+    _answer(_session(picks))
+
+
 def test_two_first_starts_with_different_settings(picks: Path) -> None:
     ann, ben = _session(picks, "ann", overlap=50.0), _session(picks, "ben")
     assert ann.current() == 0
