@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from activedpo_fast._files import read_checked_json, write_checked_json
 from activedpo_fast.report.figures import Series, curves
 from activedpo_fast.report.page import render_page
 from activedpo_fast.report.reading import read_runs
@@ -79,9 +79,9 @@ def test_every_run_has_a_page_however_little_there_is(tmp_path: Path) -> None:
 
 def test_names_are_texts_too(copied: Callable[[str], Path]) -> None:
     folder = copied("_<b>$\\frac$")
-    record = json.loads((folder / "start" / "record.json").read_text())
+    record = read_checked_json(folder / "start" / "record.json")
     for path in (folder / "start" / "record.json", folder / "round-000" / "record.json"):
-        path.write_text(json.dumps({**record, "metrics": {"<i>$^": 1.0, "flat": float("nan")}}))
+        write_checked_json(path, {**record, "metrics": {"<i>$^": 1.0, "flat": float("nan")}})
     page = _Page(render_page(read_runs([folder])))
     assert not page.all("b") and not page.all("i")
     assert "<i>$^" in page.text
