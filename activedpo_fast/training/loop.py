@@ -394,6 +394,7 @@ class ActiveDPOLoop:
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
+        del trained["seconds"]  # those of the stage are in seconds.json
         add_numbers(folder / "training.json", trained)
         save_adapter(self.model, self.processing_class, folder / "adapter")
 

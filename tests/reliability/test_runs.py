@@ -45,7 +45,7 @@ def _loop(folder: Path, *, temperature: float = 0.5, rounds: int = 1, lr: float 
         batch_size=2,
         rounds=rounds,
         prompts_per_round=2,
-        generation={"max_new_tokens": 4},
+        max_completion_length=4,
         show_progress=False,
     )
 

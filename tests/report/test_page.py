@@ -81,7 +81,8 @@ def test_names_are_texts_too(copied: Callable[[str], Path]) -> None:
     folder = copied("_<b>$\\frac$")
     record = read_checked_json(folder / "start" / "record.json")
     for path in (folder / "start" / "record.json", folder / "round-000" / "record.json"):
-        write_checked_json(path, {**record, "metrics": {"<i>$^": 1.0, "flat": float("nan")}})
+        metrics = {"<i>$^": 1.0, "flat": float("nan")}
+        write_checked_json(path, {**record, "metrics": metrics})
     page = _Page(render_page(read_runs([folder])))
     assert not page.all("b") and not page.all("i")
     assert "<i>$^" in page.text

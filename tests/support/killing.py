@@ -121,8 +121,7 @@ def run_file(files: Path, output: Path) -> list[str]:
         "output_dir": str(output / "run"),
         "device": "cpu",
         "selection": {"proj_dim": 16, "verify": False},
-        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2},
-        "generation": {"max_new_tokens": 4},
+        "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2, "max_completion_length": 4},
         "dpo": {"max_steps": 1, "learning_rate": 0.01},
         "oracle": {"kind": "reward_model", "model": str(files / "reward")},
     }
@@ -147,10 +146,14 @@ def reward_model(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
+# The times, paths and energies of a run.
+_OWN = ("seconds.json", "record.json", "run.yaml", "command.json", "joules.json")
+
+
 def content(folder: Path) -> dict[str, bytes]:
-    """Return all files below a folder, except for those that tell the time."""
+    """Return all files below a folder, except those that differ between equal runs."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("seconds.json", "record.json", "run.yaml")
+        if path.is_file() and path.name not in _OWN
     }
