@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.settings import LoopConfig, SelectorConfig
+from activedpo_fast.settings import LoopConfig, SelectorConfig, as_mapping, from_options
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,17 @@ class Preset:
 
     def selector_config(self, **options: Any) -> SelectorConfig:
         """Return settings of the selector, with options on top of the preset's."""
-        return SelectorConfig(**self.selector_options(options))
+        return from_options(SelectorConfig, self.selector_options(options))
 
     def loop_config(self, **options: Any) -> LoopConfig:
         """Return settings of the loop, with options on top of the preset's."""
         selection = self.selector_options(
             {name: options[name] for name in ("strategy",) if name in options}
-            | (options.pop("selector_options", None) or {})
+            | (as_mapping("selector_options", options.pop("selector_options", None)) or {})
         )
         strategy = selection.pop("strategy")
-        return LoopConfig(
-            **{**self.loop, "strategy": strategy, "selector_options": selection, **options}
-        )
+        merged = {**self.loop, "strategy": strategy, "selector_options": selection, **options}
+        return from_options(LoopConfig, merged)
 
 
 PRESETS: dict[str, Preset] = {
@@ -72,8 +71,6 @@ PRESETS: dict[str, Preset] = {
 
 def preset(name: str) -> Preset:
     """Return the preset called `name`. If unknown, an `ActiveDPOError` lists the known ones."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        known = ", ".join(sorted(PRESETS))
-        raise ActiveDPOError(f"unknown preset {name!r}; known: {known}") from None
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ActiveDPOError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -130,7 +132,8 @@ class SelectorConfig:
     )
 
     def __post_init__(self) -> None:
-        _read_json(self, "chat_template_kwargs", "strategy_options")
+        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.strategy_options = as_mapping("strategy_options", self.strategy_options)
         check_template_kwargs(self.chat_template_kwargs)
         _check_types(self)
         _check_positive(self, "beta", "lam", "kappa")
@@ -237,9 +240,11 @@ class LoopConfig:
     )
 
     def __post_init__(self) -> None:
-        _read_json(self, "chat_template_kwargs", "selector_options")
+        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.selector_options = as_mapping("selector_options", self.selector_options)
         check_template_kwargs(self.chat_template_kwargs)
         _check_types(self)
+        check_at_least(0, seed=self.seed)
         check_at_least(
             1,
             rounds=self.rounds,
@@ -269,6 +274,9 @@ def read_settings(
 ) -> tuple[Settings, Any]:
     """Return settings, from `args` or from keyword options, and the strategy.
 
+    `args` is copied, and checked again: its fields may have been set since it was made, and may be
+    set later.
+
     Args:
         strategy: a name, which is one of the options; an object, which comes beside the settings
             and replaces theirs; or None for theirs.
@@ -281,7 +289,7 @@ def read_settings(
     if strategy is not None and not own:
         options = {"strategy": strategy, **options}
     if args is None:
-        args = _from_options(kind, options)
+        args = from_options(kind, options)
     elif not isinstance(args, kind):
         raise ActiveDPOError(f"args: expected a {kind.__name__}, got {type(args).__name__}")
     elif options:
@@ -289,10 +297,13 @@ def read_settings(
             f"{', '.join(options)}: settings are given twice, in args too; put all of them into "
             "args, or leave args out"
         )
+    else:
+        args = replace(args)
     return args, strategy if own else args.strategy
 
 
-def _from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
+def from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
+    """Return settings from keyword options; `ActiveDPOError` for an unknown or a missing one."""
     known = [option.name for option in fields(kind)]
     for name in options:
         if name not in known:
@@ -320,21 +331,31 @@ def check_sampling(
         generation_batch_size=generation_batch_size,
         max_attempts=max_attempts,
     )
-    if not temperature > 0:
-        raise ActiveDPOError(f"temperature: {temperature} is not above 0")
+    if not 0 < temperature < math.inf:  # nor NaN
+        raise ActiveDPOError(f"temperature: {temperature} is not above 0 and finite")
     if not 0 < top_p <= 1:
         raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
 
 
-def _read_json(settings: Any, *names: str) -> None:
-    """Replace JSON text, which is what a command line has, by the mapping that it stands for."""
-    for name in names:
-        text = getattr(settings, name)
-        if isinstance(text, str):
-            try:
-                setattr(settings, name, json.loads(text))
-            except (ValueError, RecursionError) as error:
-                raise ActiveDPOError(f"{name}: not JSON ({error}): {text!r}") from None
+def as_mapping(name: str, value: Any) -> Any:
+    """Return the mapping that JSON text stands for, which is what a command line has.
+
+    A mapping is copied: the caller's may change later. None and "null" are None.
+
+    Raises:
+        ActiveDPOError: anything else, naming the setting.
+    """
+    found = deepcopy(value)
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ActiveDPOError(f"{name}: not JSON ({error}): {value!r}") from None
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(key, str) for key in found)
+    ):
+        raise ActiveDPOError(f"{name}: expected a section of keys or null, got {found!r}")
+    return found
 
 
 def _check_types(settings: Any) -> None:
@@ -350,5 +371,5 @@ def _check_types(settings: Any) -> None:
 def _check_positive(settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value <= sys.float_info.max:  # nor NaN
             raise ActiveDPOError(f"{name}: {value!r} is not positive and finite")

@@ -22,7 +22,8 @@ def report_runs(
 
     Raises:
         ActiveDPOError: a folder is not that of a run; a file cannot be written; a card of several
-            runs, or of a run without an adapter; matplotlib is missing.
+            runs, or of a run without an adapter; an output that is, or may be, a run's own file;
+            matplotlib is missing.
     """
     check_matplotlib()
     if card is not None and len(folders) > 1:
@@ -30,8 +31,12 @@ def report_runs(
     if output is None:
         output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     runs = read_runs(list(folders))
-    for path in (output, card):
+    for option, path in (("--output", output), ("--card", card)):
         check_file_target(path)
+        if path is not None:
+            _check_no_file_of_a_run(option, path, folders)
+    if card is not None and card.resolve() == output.resolve():
+        raise ActiveDPOError(f"--card {card}: is also the report's file: name another one")
     texts = {output: render_page(runs)}
     written = [f"report: {output}"]
     if card is not None:
@@ -40,6 +45,19 @@ def report_runs(
     for path, text in texts.items():
         write_atomic(path, text)
     return "\n\n".join([*map(_run_text, runs), *_comparison(runs), "   ".join(written)])
+
+
+def _check_no_file_of_a_run(option: str, path: Path, folders: Sequence[Path]) -> None:
+    """Raise `ActiveDPOError` if writing to `path` could replace what a run goes on from."""
+    target = path.resolve()
+    for folder in folders:
+        run = folder.resolve()
+        beside = target.parent == run and target.suffix in (".html", ".md")
+        if target.is_relative_to(run) and not beside:
+            raise ActiveDPOError(
+                f"{option} {path}: in {folder}, only .html and .md files beside the run's own can "
+                "be written: choose another"
+            )
 
 
 def _run_text(run: RunData) -> str:

@@ -92,18 +92,25 @@ def fit_dawid_skene(
     classes: tuple[Label, ...] = (0, 1)
     if any(label == TIE for votes in answers for label in votes.values()):
         classes = (0, 1, TIE)
-    # One-hot: given[labeler, pair, class]
-    given = numpy.zeros((len(labelers), len(answers), len(classes)))
-    for pair, votes in enumerate(answers):
-        for name, label in votes.items():
-            if label != SKIP:
-                given[labelers.index(name), pair, classes.index(label)] = 1.0
+    # Pairs with the same votes have the same posterior: there are few patterns of votes.
+    patterns: dict[frozenset[tuple[str, Label]], int] = {}
+    of_pair = [
+        patterns.setdefault(frozenset(_without_skips(votes).items()), len(patterns))
+        for votes in answers
+    ]
+    times = numpy.bincount(of_pair, minlength=len(patterns))[:, None]
+    # One-hot: given[labeler, pattern, class]
+    given = numpy.zeros((len(labelers), len(patterns), len(classes)))
+    for pattern, n in patterns.items():
+        for name, label in pattern:
+            given[labelers.index(name), n, classes.index(label)] = 1.0
     votes_of = given.sum(0) + 1e-12  # a pair without votes starts at equal shares
     posterior = votes_of / votes_of.sum(1, keepdims=True)
     for _ in range(steps):
-        prior = posterior[given.any((0, 2))].sum(0) + pseudo_count
+        counts = times * posterior
+        prior = counts[given.any((0, 2))].sum(0) + pseudo_count
         prior /= prior.sum()
-        confusion = numpy.einsum("nc,lnd->lcd", posterior, given) + pseudo_count
+        confusion = numpy.einsum("nc,lnd->lcd", counts, given) + pseudo_count
         confusion /= confusion.sum(2, keepdims=True)
         log_joint = numpy.log(prior) + numpy.einsum("lnd,lcd->nc", given, numpy.log(confusion))
         log_joint -= log_joint.max(1, keepdims=True, initial=-numpy.inf)
@@ -113,14 +120,17 @@ def fit_dawid_skene(
         posterior = updated
         if moved <= tolerance:
             break
+    posterior = posterior[numpy.asarray(of_pair, int)]
     return DawidSkene(classes, posterior, prior, dict(zip(labelers, confusion, strict=True)))
 
 
 def dawid_skene(answers: Sequence[Votes]) -> list[CombinedLabel | None]:
     """Return for each pair the most probable label, and its posterior as the weight.
 
-    Labelers who often differ from the others count less (see `fit_dawid_skene`). Otherwise as
-    `majority`.
+    Labelers who often differ from the others count less (see `fit_dawid_skene`). The model is
+    fitted to the pairs with two answers or more: nothing else says how often a labeler errs. A
+    pair's only answer is its label, with its posterior as the weight, or 1 if its labeler shares no
+    pair with another. Otherwise as `majority`.
 
     Examples:
         >>> from activedpo_fast.labels.combine import dawid_skene
@@ -129,13 +139,30 @@ def dawid_skene(answers: Sequence[Votes]) -> list[CombinedLabel | None]:
         >>> combined[-1].label, combined[-1].weight > 0.9  # cleo always answers 0
         (1, True)
     """
-    fitted = fit_dawid_skene(answers)
-    found = []
-    for votes, posterior in zip(answers, fitted.posterior.tolist(), strict=True):
-        voted = any(label != SKIP for label in votes.values())
-        shares = dict(zip(fitted.classes, posterior, strict=True)) if voted else {}
-        found.append(_decided(shares, votes))
+    several = [votes for votes in answers if len(_without_skips(votes)) > 1]
+    fitted = fit_dawid_skene(several)
+    posteriors = iter(fitted.posterior.tolist())
+    found: list[CombinedLabel | None] = []
+    for votes in answers:
+        given = _without_skips(votes)
+        if len(given) == 1:
+            found.append(_only_answer(*given.popitem(), fitted))
+        else:
+            shares = dict(zip(fitted.classes, next(posteriors), strict=True)) if given else {}
+            found.append(_decided(shares, votes))
     return found
+
+
+def _only_answer(labeler: str, label: Label, fitted: DawidSkene) -> CombinedLabel:
+    if labeler not in fitted.confusion or label not in fitted.classes:
+        return CombinedLabel(label, 1.0)
+    n = fitted.classes.index(label)
+    joint = fitted.prior * fitted.confusion[labeler][:, n]
+    return CombinedLabel(label, float(joint[n] / joint.sum()))
+
+
+def _without_skips(votes: Votes) -> dict[str, Label]:
+    return {name: label for name, label in votes.items() if label != SKIP}
 
 
 def _decided(shares: Mapping[Label, float], votes: Votes) -> CombinedLabel | None:

@@ -12,6 +12,7 @@ from activedpo_fast.report.labels import label_counts, longer_preferred
 from activedpo_fast.report.page import summary
 from activedpo_fast.report.reading import RunData
 from activedpo_fast.report.tables import Rows, labels_table, rounds_table
+from activedpo_fast.training.run_folder import round_folders
 
 _CITATIONS = """\
 ```bibtex
@@ -68,10 +69,11 @@ def model_card(run: RunData) -> str:
 
 def last_adapter(run: RunData) -> Path:
     """Return the folder of the last trained round of a run."""
-    trained = sorted(run.folder.glob("round-*/adapter"))
+    folders = round_folders(run.folder).values()
+    trained = [folder for folder in folders if (folder / "adapter").exists()]
     if not trained:
         raise ActiveDPOError(f"{run.folder}: no round is trained, so there is no model to describe")
-    return trained[-1].parent
+    return trained[-1]
 
 
 def _usage(base: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast.pool.files import jsonl_rows
+from activedpo_fast.training.run_folder import round_folders
 
 STAGES = ("generate", "select", "train")
 
@@ -67,7 +68,7 @@ def count_tokens(
     per_token = _per_token(requires)
     labeled = labeled_pairs = 0
     found = []
-    for round_folder in sorted(folder.glob("round-*")):
+    for round_folder in round_folders(folder).values():
         if not (round_folder / "labels.jsonl").exists():
             break
         rows = [

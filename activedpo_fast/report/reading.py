@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,21 @@ from typing import Any, TypeVar
 
 from activedpo_fast._files import read_checked_json
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.labels.reading import read_label
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.report.compute import Tokens, count_tokens
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
 from activedpo_fast.selection.strategies import STRATEGIES
-from activedpo_fast.training.run_folder import START, RoundRecord, read_command, read_record
+from activedpo_fast.training.checksums import check
+from activedpo_fast.training.run_folder import (
+    START,
+    RoundRecord,
+    read_command,
+    read_record,
+    round_folder,
+    round_folders,
+)
 
 T = TypeVar("T")
 Label = int | str  # 0, 1, "tie" or "skip"
@@ -127,21 +137,23 @@ def read_run(folder: Path, name: str) -> RunData:
     start = _record(run, folder / "start")
     run.records += [start] if start is not None else []
     answers = _answers(run)
-    folders = sorted(path for path in folder.glob("round-*") if path.is_dir())
-    for number, round_folder in enumerate(folders):
-        run.rounds.append(_round(run, number, round_folder, answers))
-        record = _record(run, round_folder)
+    folders = round_folders(folder)
+    gone = sorted(set(range(max(folders, default=0))) - folders.keys())
+    run.missing += [f"{round_folder(folder, number).name} is gone" for number in gone]
+    for number, path in folders.items():
+        run.rounds.append(_round(run, number, path, answers))
+        record = _record(run, path)
         run.records += [record] if record is not None else []
     if not folders:
         run.missing.append("no round was begun")
-    run.tokens = _tokens(run)
+    run.tokens = None if gone else _tokens(run)  # they are counted from the first round on
     return run
 
 
 def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         raise ActiveDPOError(f"{folder}: no such folder")
-    if (folder / "config.json").exists() or any(folder.glob("round-*")):
+    if (folder / "config.json").exists() or round_folders(folder):
         return
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     hint = f"; it has these runs: {' '.join(map(str, inside))}" if inside else ""
@@ -180,9 +192,10 @@ def _round(run: RunData, number: int, folder: Path, answers: Answers) -> RoundDa
     labels = folder / "labels.jsonl"
     source = labels if labels.exists() else folder / "picked.jsonl"
     if source.exists():
-        for _, pick, row in _try(run, lambda: read_picks(source)) or ():
-            # An earlier version wrote null for "skip".
-            label = None if source != labels else "skip" if row["label"] is None else row["label"]
+        if labels.exists():
+            _try(run, lambda: check(folder, labels.name))
+        for place, pick, row in _try(run, lambda: read_picks(source)) or ():
+            label = _label(run, row, place) if source == labels else None
             people, said = answers.get(_key(pick), (None, ()))
             if (label, people) == ("skip", "tie"):
                 label = "tie"  # the run's own file does not tell them apart
@@ -190,6 +203,16 @@ def _round(run: RunData, number: int, folder: Path, answers: Answers) -> RoundDa
     return RoundData(
         number, _try(run, lambda: PreferencePool.from_jsonl(pool)) if pool.exists() else None, picks
     )
+
+
+def _label(run: RunData, row: dict[str, Any], place: str) -> Label | None:
+    """Return the label of a line of the run's own file; None, noted as missing, for a bad one."""
+    if "label" not in row:
+        run.missing.append(f"{place}: no 'label'")
+        return None
+    if row["label"] is None:
+        return "skip"  # as an earlier version wrote it
+    return _try(run, lambda: read_label(row, place))
 
 
 def _answers(run: RunData) -> Answers:
@@ -200,23 +223,43 @@ def _answers(run: RunData) -> Answers:
     for path in files:
         if path.name.endswith(".journal.jsonl"):  # what the labels were made from
             continue
-        for _, pick, row in _try(run, partial(read_picks, path)) or ():
-            said = tuple(_said(row))
+        for place, pick, row in _try(run, partial(read_picks, path)) or ():
+            said = tuple(_try(run, partial(_said, row, place)) or ())
             if said:
                 found[_key(pick)] = (row.get("label"), said)
     return found
 
 
-def _said(row: dict[str, Any]) -> Iterator[Answer]:
-    for answer in row.get("answers") or [row]:
-        if isinstance(answer, dict) and answer.get("label") in (0, 1, "tie", "skip"):
-            seconds = answer.get("seconds")
-            yield Answer(
-                answer["label"],
-                answer.get("labeler"),
-                float(seconds) if isinstance(seconds, int | float) else None,
+def _said(row: dict[str, Any], place: str) -> list[Answer]:
+    """Return the answers of a line; those without a label are left out.
+
+    Raises:
+        ActiveDPOError: they are not as this library writes them; names `place`.
+    """
+    answers = row.get("answers") or [row]
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise ActiveDPOError(f"{place}: 'answers' must be a list of objects")
+    found = []
+    for answer in answers:
+        if read_label(answer, place) is None:
+            continue
+        labeler, seconds = answer.get("labeler"), answer.get("seconds")
+        if not isinstance(labeler, str | None):
+            raise ActiveDPOError(f"{place}: 'labeler' must be a text")
+        if seconds is not None and (
+            type(seconds) not in (int, float) or not 0 <= seconds < math.inf
+        ):
+            raise ActiveDPOError(f"{place}: 'seconds' must be a number from 0")
+        label = answer["label"]
+        found.append(
+            Answer(
+                int(label) if isinstance(label, float) else label,
+                labeler,
+                None if seconds is None else float(min(seconds, 1e9)),
                 answer.get("time"),
             )
+        )
+    return found
 
 
 def _key(pick: Pick) -> bytes:

@@ -46,6 +46,8 @@ from activedpo_fast.training.run_folder import (
     read_numbers,
     read_record,
     remove_leftovers,
+    round_folder,
+    round_folders,
     save_adapter,
     steps_before,
     timed,
@@ -233,7 +235,7 @@ class ActiveDPOLoop:
         begun = (start / "adapter").exists()
         if begun:
             self._check_adapter(start)
-        elif any(self.output_dir.glob("round-*/adapter")):
+        elif self._trained_rounds():
             raise ActiveDPOError(
                 f"{start / 'adapter'} is gone, from which the rounds of "
                 f"{self.output_dir} go on: put it back, or use another output_dir"
@@ -426,7 +428,11 @@ class ActiveDPOLoop:
         return adapter_state(self.model)
 
     def _folder(self, t: int) -> Path:
-        return self.output_dir / f"round-{t:03d}"
+        return round_folder(self.output_dir, t)
+
+    def _trained_rounds(self) -> list[Path]:
+        folders = round_folders(self.output_dir).values()
+        return [folder for folder in folders if (folder / "adapter").exists()]
 
     def _load(self, folder: Path) -> None:
         load_adapter_state(self.model, read_adapter(folder))
@@ -434,8 +440,7 @@ class ActiveDPOLoop:
     def _check_adapter(self, start: Path) -> None:
         """Refuse an adapter in memory unless it is the run's, or fresh like the run's first."""
         own = adapter_state(self.model)
-        rounds = sorted(self.output_dir.glob("round-*/adapter"), reverse=True)
-        for folder in (start, *(adapter.parent for adapter in rounds)):
+        for folder in (start, *reversed(self._trained_rounds())):
             found = read_adapter(folder)
             if found.keys() == own.keys() and all(
                 torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own

@@ -14,6 +14,7 @@ from activedpo_fast._files import read_checked_json, read_json, write_checked_js
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.settings import SAMPLING
+from activedpo_fast.training.run_folder import round_folders
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,16 @@ _OF_A_LIBRARY = (("dpo",), ("lora",), ("base", "config"))
 # For each stage, whether a run's folder has a result of it.
 _STAGES: dict[str, Callable[[Path], bool]] = {
     "started": lambda folder: (folder / "start" / "adapter").exists(),
-    "generated": lambda folder: any(folder.glob("round-*/pool.jsonl")),
-    "picked": lambda folder: any(folder.glob("round-*/picked.jsonl")),
+    "generated": lambda folder: _any_has(folder, "pool.jsonl"),
+    "picked": lambda folder: _any_has(folder, "picked.jsonl"),
     # By a policy other than the first one.
     "picked again": lambda folder: any(
         (later / "picked.jsonl").exists()
-        for later in folder.glob("round-*")
+        for number, later in round_folders(folder).items()
         for first in _trained(folder)[:1]
-        if later.name > first
+        if number > first
     ),
-    "labeled": lambda folder: any(folder.glob("round-*/labels.jsonl")),
+    "labeled": lambda folder: _any_has(folder, "labels.jsonl"),
     "trained": lambda folder: len(_trained(folder)) > 0,
     "trained again": lambda folder: len(_trained(folder)) > 1,
 }
@@ -107,7 +108,10 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
     """
     path = folder / _FILE
     if not path.exists():
-        if any(folder.glob("round-*/*")) or (folder / "start" / "adapter").exists():
+        if (
+            any(any(path.iterdir()) for path in round_folders(folder).values())
+            or (folder / "start" / "adapter").exists()
+        ):
             raise ActiveDPOError(
                 f"{path} is gone, which has the settings of the rounds there: put "
                 "it back, or use another output_dir"
@@ -222,12 +226,16 @@ def _origin(change: Change, changes: list[Change]) -> Change:
     return next((other for other in changes if other[0] in names), change)
 
 
-def _trained(folder: Path) -> list[str]:
-    """Return the names of the trained rounds in order, without those that had no preference."""
+def _any_has(folder: Path, name: str) -> bool:
+    return any((path / name).exists() for path in round_folders(folder).values())
+
+
+def _trained(folder: Path) -> list[int]:
+    """Return the numbers of the trained rounds in order, without those that had no preference."""
     return [
-        adapter.parent.name
-        for adapter in sorted(folder.glob("round-*/adapter"))
-        if _has_preference(adapter.parent / "labels.jsonl")
+        number
+        for number, path in round_folders(folder).items()
+        if (path / "adapter").exists() and _has_preference(path / "labels.jsonl")
     ]
 
 

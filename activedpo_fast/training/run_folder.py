@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import time
@@ -91,10 +92,24 @@ class RoundRecord:
         return sum(seconds for stage, seconds in self.seconds.items() if stage != "label")
 
 
+def round_folder(output_dir: Path, number: int) -> Path:
+    return output_dir / f"round-{number:03d}"
+
+
+def round_folders(output_dir: Path) -> dict[int, Path]:
+    """Return the folders of a run's rounds by number, in order; somebody's copy of one is none."""
+    found = {}
+    for path in output_dir.glob("round-*"):
+        digits = re.fullmatch(r"round-([0-9]{3,})", path.name)
+        if digits and path == round_folder(output_dir, int(digits[1])) and path.is_dir():
+            found[int(digits[1])] = path
+    return dict(sorted(found.items()))
+
+
 def read_records(output_dir: str | Path) -> list[RoundRecord]:
     """Return the records of the start and of the complete rounds of a run, in order."""
     folder = Path(output_dir)
-    paths = [folder / "start" / "record.json", *sorted(folder.glob("round-*/record.json"))]
+    paths = [path / "record.json" for path in (folder / "start", *round_folders(folder).values())]
     records = [read_record(path) for path in paths if path.exists()]
     if not records:
         raise ActiveDPOError(f"{folder}: no records of a run")
@@ -132,7 +147,7 @@ def write_labels(path: Path, picked: Selection, labels: Sequence[int | None]) ->
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed processes left in a run's folder; only while it is locked."""
-    for folder in (output_dir, output_dir / "start", *output_dir.glob("round-*")):
+    for folder in (output_dir, output_dir / "start", *round_folders(output_dir).values()):
         for path in folder.iterdir() if folder.is_dir() else ():
             if not is_temporary(path.name, *_STEMS):
                 continue
@@ -217,8 +232,11 @@ def read_numbers(path: Path) -> dict[str, float]:
 
 def steps_before(output_dir: Path, round_number: int) -> int:
     """Return the optimizer's steps of the rounds before one."""
-    folders = sorted(output_dir.glob("round-*"))[:round_number]
-    return sum(int(read_numbers(folder / "training.json").get("steps", 0)) for folder in folders)
+    return sum(
+        int(read_numbers(folder / "training.json").get("steps", 0))
+        for number, folder in round_folders(output_dir).items()
+        if number < round_number
+    )
 
 
 def write_command(output_dir: Path, command: str) -> None:

@@ -97,3 +97,29 @@ def test_dawid_skene_of_few_answers() -> None:
     assert [label and label.label for label in only] == [0, 1, "tie", "skip"]
     split = dawid_skene([{"a": 0, "b": 1}, {"a": 1, "b": 0}])
     assert all(label is not None and label.split and label.label == "tie" for label in split)
+
+
+def test_dawid_skene_never_overrules_the_only_answer_to_a_pair() -> None:
+    random = numpy.random.default_rng(0)
+    labels = [[0, 1, "tie"][n] for n in random.integers(3, size=60)]
+    alone = [{"a": label} for label in labels]
+    assert dawid_skene(alone) == [CombinedLabel(label, 1.0) for label in labels]
+    # Two labelers who share one pair, and two who share none.
+    for shared in ([], [{"a": 0, "b": 0}]):
+        own = [{"ab"[n % 2]: label} for n, label in enumerate(labels)]
+        assert [c and c.label for c in dawid_skene([*own, *shared])][: len(own)] == labels
+    # A labeler who often errs: the answer stands, and its weight says how little it is worth.
+    _, answers = _simulated(2000, seed=2)
+    contrary, careful = dawid_skene([*answers, {"contrary": 0}, {"careful": 0}])[-2:]
+    assert contrary is not None and careful is not None
+    assert (contrary.label, careful.label) == (0, 0)
+    expected = 0.6 * 0.2 / (0.6 * 0.2 + 0.4 * 0.15)
+    assert contrary.weight == pytest.approx(expected, abs=0.1) and careful.weight > 0.9
+
+
+def test_dawid_skene_counts_equal_votes_as_often_as_they_occur() -> None:
+    _, answers = _simulated(300, seed=3)
+    often = fit_dawid_skene(answers)
+    assert len({frozenset(votes.items()) for votes in answers}) < 150
+    repeated = fit_dawid_skene([votes for votes in answers for _ in range(2)], pseudo_count=0.02)
+    numpy.testing.assert_allclose(repeated.posterior[::2], often.posterior, atol=1e-6)

@@ -112,7 +112,7 @@ def test_one_command_line_for_the_loop_and_dpo() -> None:
         (SelectorConfig, {"max_tokens_per_batch": 0}, "max_tokens_per_batch: 0 is below 1"),
         (SelectorConfig, {"strategy_options": "{"}, "strategy_options: not JSON"),
         (SelectorConfig, {"strategy_options": "[1]"}, "strategy_options: expected a section"),
-        (SelectorConfig, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs: expected an obj"),
+        (SelectorConfig, {"chat_template_kwargs": "[1]"}, "chat_template_kwargs: expected a section"),
         (SelectorConfig, {"verify": "no"}, "verify: expected true or false, got 'no'"),
         (LoopConfig, {"train_on": "some"}, "train_on: expected 'all' or 'newest', got 'some'"),
         (LoopConfig, {"num_generations": 1}, "num_generations: 1 is below 2"),
@@ -177,3 +177,49 @@ def test_the_tables_in_the_docs_are_the_settings() -> None:
     ):
         rows = [f"| `{row.name}` | {row.type} | {row.default} | {row.help} |" for row in found]
         assert _table(page, before) == rows, f"docs/{page} should have\n" + "\n".join(rows)
+
+
+def test_settings_that_were_set_later_are_checked_and_copied() -> None:
+    args = SelectorConfig()
+    args.proj_dim = -1
+    with pytest.raises(ActiveDPOError, match="proj_dim: -1 is below 1"):
+        read_settings(SelectorConfig, args, {}, None)
+    args.proj_dim, args.strategy_options = 64, {"shortlist": 3}
+    read, _ = read_settings(SelectorConfig, args, {}, None)
+    assert read == args
+    args.proj_dim = 128
+    args.strategy_options["shortlist"] = 4
+    assert (read.proj_dim, read.strategy_options) == (64, {"shortlist": 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (SelectorConfig, {"beta": 10**400}, "beta: .* is not positive and finite"),
+        (SelectorConfig, {"strategy_options": '"x"'}, "strategy_options: expected a section"),
+        (SelectorConfig, {"strategy_options": {1: 2}}, "strategy_options: expected a section"),
+        (LoopConfig, {"output_dir": "x", "seed": -1}, "seed: -1 is below 0"),
+        (LoopConfig, {"output_dir": "x", "temperature": float("inf")}, "temperature: inf"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused(
+    settings: Any, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ActiveDPOError, match=message):
+        settings(**given)
+
+
+def test_presets_name_what_is_wrong() -> None:
+    paper = preset("paper")
+    with pytest.raises(ActiveDPOError, match="projdim: unknown option"):
+        paper.selector_config(projdim=1)
+    with pytest.raises(ActiveDPOError, match="round: unknown option"):
+        paper.loop_config(output_dir="x", round=1)
+    with pytest.raises(ActiveDPOError, match="output_dir: missing"):
+        paper.loop_config()
+    with pytest.raises(ActiveDPOError, match="selector_options: expected a section of keys"):
+        paper.loop_config(output_dir="x", selector_options=[1])
+    with pytest.raises(ActiveDPOError, match="unknown preset"):
+        preset(["paper"])  # type: ignore[arg-type]
+    loop = paper.loop_config(output_dir="x", selector_options='{"beta": 0.5}')
+    assert loop.selector_options == {"proj_dim": 8192, "normalize": "response", "beta": 0.5}

@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from activedpo_fast.cli.app import main
+from activedpo_fast.cli.report import report_runs
+from activedpo_fast.errors import ActiveDPOError
 
 pytest.importorskip("matplotlib")
 Copy = Callable[[str], Path]
@@ -83,3 +85,17 @@ def test_what_is_wrong_is_one_line(
     assert "no round is trained" in refused(str(folder), "--card", str(tmp_path / "x.md"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert "pip install activedpo-fast[report]" in refused(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "round-000/labels.jsonl", "start/adapter/README.md", "new.jsonl"]
+)
+def test_no_file_of_a_run_is_written_to(copied: Callable[[str], Path], name: str) -> None:
+    run = copied("run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments in ({"output": run / name}, {"card": run / name}):
+        with pytest.raises(ActiveDPOError, match="only .html and .md files beside the run's own"):
+            report_runs([run], **arguments)
+    with pytest.raises(ActiveDPOError, match="--card .* is also the report's file"):
+        report_runs([run], output=run / "x.md", card=run / "x.md")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -163,3 +163,67 @@ def test_the_longer_response(runs: tuple[Path, Path]) -> None:
         and len(pick.pick.responses[0]) != len(pick.pick.responses[1])
     ]
     assert (found.hits, found.total) == (sum(expected), len(expected))
+
+
+def test_a_copy_of_a_round_is_no_round_and_a_gone_one_shifts_no_number(copied: Copy) -> None:
+    run = copied()
+    shutil.copytree(run / "round-000", run / "round-000.bak")
+    shutil.copytree(run / "round-000", run / "round-0001")
+    (run / "round-notes").mkdir()
+    (found,) = read_runs([run])
+    assert (found.missing, [data.number for data in found.rounds]) == ([], [0, 1])
+    assert found.tokens is not None and len(found.tokens) == 2
+    shutil.rmtree(run / "round-000")
+    (found,) = read_runs([run])
+    assert found.missing == ["round-000 is gone"]
+    assert [data.number for data in found.rounds] == [record.round for record in found.records[1:]]
+    assert found.tokens is None  # the labels of a round enter those of the next
+
+
+@pytest.mark.parametrize("label", [7, "x", True, [0], {}, ...])
+def test_a_label_that_is_none_is_named_and_not_counted(copied: Copy, label: Any) -> None:
+    run = copied()
+    path = run / "round-000" / "labels.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:1]:
+        row.pop("label") if label is ... else row.update(label=label)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (found,) = read_runs([run])
+    assert any("line 1: " in line and "'label'" in line for line in found.missing)
+    assert any("has changed since the run wrote it" in line for line in found.missing)
+    assert label_counts(found.rounds[0].picks)["missing"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ([{"label": 0, "labeler": ["x"]}], "'labeler' must be a text"),
+        ([{"label": 0, "labeler": 3}], "'labeler' must be a text"),
+        ([{"label": 0, "labeler": "a", "seconds": True}], "'seconds' must be a number"),
+        ([{"label": 0, "labeler": "a", "seconds": float("nan")}], "'seconds' must be a number"),
+        ([{"label": 7, "labeler": "a"}], "'label' must be 0, 1"),
+        (5, "'answers' must be a list"),
+        ("abc", "'answers' must be a list"),
+    ],
+)
+def test_answers_that_are_none_are_named(copied: Copy, answers: Any, error: str) -> None:
+    run = copied()
+    rows = (run / "round-000" / "labels.jsonl").read_text().splitlines()
+    (run / "labeling").mkdir()
+    (run / "labeling" / "labels-x.jsonl").write_text(
+        "".join(json.dumps({**json.loads(row), "answers": answers}) + "\n" for row in rows[:1])
+    )
+    (found,) = read_runs([run])
+    (line,) = found.missing
+    assert "labels-x.jsonl, line 1: " in line and error in line
+    assert pace(found.picks) == {} and agreement(found.picks).total == 0
+
+
+def test_a_time_of_any_size_is_a_time(copied: Copy) -> None:
+    run = copied()
+    row = json.loads((run / "round-000" / "labels.jsonl").read_text().splitlines()[0])
+    (run / "labeling").mkdir()
+    answers = [{"label": 0, "labeler": "a", "seconds": 10**400}]
+    (run / "labeling" / "labels-x.jsonl").write_text(json.dumps({**row, "answers": answers}) + "\n")
+    (found,) = read_runs([run])
+    assert (found.missing, pace(found.picks)) == ([], {"a": (1, 1e9)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,7 +92,7 @@ def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | No
 
     Raises:
         ActiveDPOError: a bad line in the batch, one that is labeled already, a text that no tool
-            can keep, or an output that cannot be written.
+            can keep, or an output that cannot be written or is the batch.
     """
     chosen = _tool(tool)
     target = Path(output)
@@ -100,8 +101,11 @@ def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | No
         raise ActiveDPOError(f"{target}: the output of {tool} is one {chosen.suffix} file")
     rows = _read_batch(Path(batch))
     files = chosen.export(show_picks([(place, pick) for place, pick, _ in rows], seed))
-    for name, content in files.items():
-        write_atomic(target / name if name else target, content)
+    contents = {target / name if name else target: content for name, content in files.items()}
+    for file in contents:
+        _check_not_read(file, batch)
+    for file, content in contents.items():
+        write_atomic(file, content)
     return len(rows)
 
 
@@ -135,11 +139,14 @@ def import_answers(
 
     Raises:
         ActiveDPOError: an answer that cannot be used (see `matching.match`) and no `set_aside`; no
-            answer at all; a file that cannot be read or written.
+            answer at all; a file that cannot be read or written; an output that is the batch or
+            the answers.
     """
     chosen = _tool(tool)
     for target in (output, set_aside):
         check_file_target(target)
+        if target is not None:
+            _check_not_read(target, batch, answers)
     rows = _read_batch(Path(batch))
     picks = [pick for _, pick, _ in rows]
     labels, problems = match(chosen.answers(Path(answers), labeler), picks)
@@ -152,6 +159,8 @@ def import_answers(
         by_labeler.setdefault(label.answer.labeler, {})[label.position] = label
     labelers = sorted(by_labeler)
     files = dict.fromkeys(labelers, Path(output)) if combine else _files(Path(output), labelers)
+    for file in files.values():
+        _check_not_read(file, batch, answers)
     if set_aside is not None:
         if Path(set_aside).resolve() in {file.resolve() for file in files.values()}:
             raise ActiveDPOError(f"{set_aside} is also the file of labels: name another one")
@@ -179,6 +188,16 @@ def _tool(name: str) -> Tool:
     if name not in TOOLS:
         raise ActiveDPOError(f"no tool {name!r}: choose one of {', '.join(TOOLS)}")
     return TOOLS[name]
+
+
+def _check_not_read(target: FilePath, *inputs: FilePath) -> None:
+    """Raise `ActiveDPOError` if writing to `target` would replace what is read: people's work."""
+    for given in map(Path, inputs):
+        read = [given, *given.rglob("*")] if given.is_dir() else [given]
+        if os.path.exists(target) and any(
+            file.exists() and os.path.samefile(target, file) for file in read
+        ):
+            raise ActiveDPOError(f"{target} is read, and would be replaced: choose another output")
 
 
 def _read_batch(path: Path) -> list[tuple[str, Pick, dict[str, Any]]]:

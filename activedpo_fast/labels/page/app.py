@@ -20,6 +20,7 @@ from activedpo_fast.labels.page.report import report
 from activedpo_fast.labels.page.security import Guard
 from activedpo_fast.labels.page.session import CHOICES, AlreadyAnswered, Session
 from activedpo_fast.labels.page.texts import differences, messages
+from activedpo_fast.labels.page.writing import LabelsWriter
 from activedpo_fast.pool.texts import check_string
 
 MAX_COMMENT = 2000  # characters
@@ -40,12 +41,14 @@ class BadRequest(ActiveDPOError):
 class PageApp:
     """What the script of the page asks for, answered by a `Session`.
 
-    Every answer is on disk before its response is sent. The labels file is written after it.
+    Every answer is on disk before its response is sent. The labels file is written after it, by the
+    server's one thread, like everything that uses the session.
     """
 
     def __init__(self, session: Session, finish: Callable[[], None]) -> None:
         self._session = session
         self._finish = finish
+        self._labels = LabelsWriter(session.labeling.write_labels)
 
     async def current(self, request: Request) -> Response:
         return self._page(self._session.current())
@@ -56,7 +59,7 @@ class PageApp:
         choice, strength = given.get("choice"), given.get("strength")
         if choice not in CHOICES:
             raise BadRequest(f"choice: {choice!r} is none of {', '.join(CHOICES)}")
-        if strength not in (None, 1, 2, 3) or isinstance(strength, bool):
+        if strength is not None and (type(strength) is not int or strength not in (1, 2, 3)):
             raise BadRequest("strength: expected 1, 2, 3 or null")
         try:
             following = self._session.answer(
@@ -79,7 +82,8 @@ class PageApp:
         return self._page(undone.pair, undone, changed=True)
 
     async def compare(self, request: Request) -> Response:
-        pair = self._pair(request.path_params["pair"])
+        number = request.path_params["pair"]
+        pair = self._pair(int(number) if number.isdecimal() and len(number) < 20 else None)
         left, right = differences(*self._sides(pair))
         return JSONResponse({"left": left, "right": right})
 
@@ -111,12 +115,8 @@ class PageApp:
             shown["undone"] = {"strength": undone.strength, "comment": undone.comment}
         if error is not None:
             shown["error"] = error
-        write = BackgroundTask(self._write_labels) if changed else None
+        write = BackgroundTask(self._labels.changed) if changed else None
         return JSONResponse(shown, status, background=write)
-
-    async def _write_labels(self) -> None:
-        # A coroutine: it runs in the server's one thread, like everything that uses the session.
-        self._session.labeling.write_labels()
 
     def _view(self, pair: int) -> dict[str, Any]:
         left, right = self._sides(pair)
@@ -156,7 +156,7 @@ def make_app(
             Route("/api/pair", page.current, methods=["GET"]),
             Route("/api/answer", page.answer, methods=["POST"]),
             Route("/api/undo", page.undo, methods=["POST"]),
-            Route("/api/differences/{pair:int}", page.compare, methods=["GET"]),
+            Route("/api/differences/{pair}", page.compare, methods=["GET"]),
             Route("/api/finish", page.finish, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, hosts=hosts, token=token)],
@@ -177,7 +177,7 @@ def _file_route(path: str, name: str, kind: str) -> Route:
 async def _body(request: Request) -> dict[str, Any]:
     try:
         given = await request.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRequest("the body is not JSON") from None
     if not isinstance(given, dict):
         raise BadRequest("the body is not a JSON object")
@@ -197,9 +197,9 @@ def _comment(value: Any) -> str:
 def _seconds(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRequest("seconds: expected a number")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:  # nor NaN; integers may be too large for a float
         raise BadRequest("seconds: expected a finite number from 0")
-    return min(float(value), _DAY)
+    return float(min(value, _DAY))
 
 
 async def _bad_request(request: Request, error: Exception) -> Response:

@@ -22,21 +22,23 @@ class Journal:
     """An append-only file of JSON objects, one per line. `locked` creates it.
 
     Raises:
-        ActiveDPOError: from `locked` and `append`: the file cannot be read or written, or a line
-            is not a JSON object.
+        ActiveDPOError: from `locked` and `append`: the file cannot be read or written, a line is
+            not a JSON object, or the file was removed, replaced or cut since the last call.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read_to = 0  # bytes
         self._lines = 0
+        self._identity: tuple[int, int] | None = None  # device and inode
         self._file: int | None = None  # while it is locked
 
     @contextmanager
     def locked(self) -> Iterator[list[dict[str, Any]]]:
         """Lock the file and yield the entries that were appended since the last call."""
+        create = os.O_CREAT if self._identity is None else 0
         try:
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | create, 0o666)
         except OSError as error:
             raise ActiveDPOError(f"{self.path}: {reason_of(error)}") from None
         try:
@@ -67,7 +69,15 @@ class Journal:
         self._lines += len(entries)
 
     def _new_entries(self, file: int) -> list[dict[str, Any]]:
-        data = os.pread(file, os.fstat(file).st_size - self._read_to, self._read_to)
+        status = os.fstat(file)
+        identity = status.st_dev, status.st_ino
+        if self._identity not in (None, identity) or status.st_size < self._read_to:
+            raise ActiveDPOError(
+                f"{self.path} was replaced or cut while it was in use: put it back as it was, then "
+                "run the command again"
+            )
+        self._identity = identity
+        data = os.pread(file, status.st_size - self._read_to, self._read_to)
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             # The machine stopped during a write. Nobody was told that this entry was saved.
@@ -83,7 +93,7 @@ class Journal:
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ActiveDPOError(f"{place}: broken JSON: {error}") from None
     if not isinstance(entry, dict):
         raise ActiveDPOError(f"{place}: not a JSON object")

@@ -42,10 +42,12 @@ class Labeling:
     ) -> None:
         self.batch = batch
         self.output = output
-        self.answers = Answers()
+        self.answers = Answers(len(batch.picks))
         self._combine = COMBINERS[combine]
         self.journal = Journal(journal_path(output))
         check_file_target(output)
+        if overlap is not None and not 0 <= overlap <= 100:  # nor NaN
+            raise ActiveDPOError(f"--overlap {overlap:g}: a percentage from 0 to 100")
         if output.resolve() == batch.path.resolve():
             raise ActiveDPOError(f"{output} is the file of the pairs: choose another --output")
         if output.exists() and not is_begun(output):
@@ -57,7 +59,7 @@ class Labeling:
         with self.locked():
             # It goes to disk with the first entry: a start that fails fixes no setting.
             self._head = self.answers.head or head_entry(batch.digest(), seed or 0, overlap or 0.0)
-            self._check_head({"seed": seed, "overlap": overlap})
+            self._check_settings({"seed": seed, "overlap": overlap})
 
     @property
     def seed(self) -> int:
@@ -72,6 +74,8 @@ class Labeling:
         """Keep other processes from changing anything; `answers` knows all that they did before."""
         with self.journal.locked() as entries:
             for entry in entries:
+                if self.answers.head is None:
+                    self._check_pairs(entry)
                 self.answers.apply(entry, self.journal.path)
             yield
 
@@ -88,12 +92,15 @@ class Labeling:
         for entry in entries:
             self.answers.apply(entry, self.journal.path)
 
-    def _check_head(self, given: dict[str, Any]) -> None:
-        if self._head["pairs"] != self.batch.digest():
+    def _check_pairs(self, head: dict[str, Any]) -> None:
+        # Before any other entry is read: its number of a pair means nothing in another batch.
+        if isinstance(head.get("pairs"), str) and head["pairs"] != self.batch.digest():
             raise ActiveDPOError(
                 f"{self.journal.path} has answers to other pairs than {self.batch.path}: choose "
                 "another --output"
             )
+
+    def _check_settings(self, given: dict[str, Any]) -> None:
         for name, value in given.items():
             if value is not None and value != self._head[name]:
                 raise ActiveDPOError(
@@ -103,7 +110,7 @@ class Labeling:
 
     def labels(self) -> list[CombinedLabel | None]:
         """Return one label per pair from the answers so far; None for those without one."""
-        combined = self._combine(self.answers.votes(len(self.batch.picks)))
+        combined = self._combine(self.answers.votes())
         return [
             label if given is None else CombinedLabel(given, 1.0)
             for given, label in zip(self.batch.labels, combined, strict=True)

@@ -31,7 +31,7 @@ def report(labeling: Labeling) -> str:
         if names:
             lines += _table([(name, answers.by(name)) for name in names])
         if len(names) > 1:
-            lines += _agreement(answers.votes(len(labels)), names)
+            lines += _agreement(answers.votes(), names)
         split = [
             pick.id
             for pick, label in zip(batch.picks, labels, strict=True)

@@ -59,7 +59,7 @@ class Guard:
         if refusal is None and scope["method"] == "POST":
             body = await _read_body(headers, receive)
             if body is None:
-                refusal = (413, f"the body has more than {MAX_BODY} bytes")
+                refusal = (413, f"the body has more than {MAX_BODY} bytes, or is cut off")
             else:
                 receive = _replay(body)
         if refusal is None:
@@ -89,13 +89,15 @@ class Guard:
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes | None:
-    """Return the whole body; None if it is too large, without reading the rest."""
+    """Return the whole body; None if it is too large or cut off, without reading the rest."""
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MAX_BODY:
         return None
     body: bytes = b""
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":  # what came so far may look like an answer
+            return None
         body += message.get("body", b"")
         if len(body) > MAX_BODY:
             return None

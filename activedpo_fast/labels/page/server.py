@@ -39,9 +39,7 @@ def serve(session: Session, *, port: int = 0, ready: Callable[[str], None]) -> N
     def finish() -> None:
         server.should_exit = True
 
-    app = make_app(
-        session, hosts=[f"{_LOOPBACK}:{port}", f"localhost:{port}"], token=token, finish=finish
-    )
+    app = make_app(session, hosts=hosts_of(port), token=token, finish=finish)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -65,6 +63,12 @@ def serve(session: Session, *, port: int = 0, ready: Callable[[str], None]) -> N
     finally:
         listener.close()
         session.labeling.write_labels()
+
+
+def hosts_of(port: int) -> list[str]:
+    """Return what a browser on this machine says in `Host`; it leaves out port 80."""
+    names = (_LOOPBACK, "localhost")
+    return [f"{name}:{port}" for name in names] + (list(names) if port == 80 else [])
 
 
 def _listen(port: int) -> socket.socket:

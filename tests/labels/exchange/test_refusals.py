@@ -243,3 +243,34 @@ def test_a_seed_decides_the_sides_of_each_pick_alone(tmp_path: Path) -> None:
     assert len({frozenset(ids(seed)) for seed in range(8)}) > 2
     assert all(record_id.endswith("-01") for record_id in ids(None))
     assert ids(0, part) < ids(0)
+
+
+def test_nothing_that_is_read_is_written_to(tmp_path: Path) -> None:
+    batch = tmp_path / "labels-ann.jsonl"
+    batch.write_bytes(BATCH.read_bytes())
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(batch)
+    answers = _answered(tmp_path, lambda rows: [{**r, "labeler": n} for r in rows for n in "ab"])
+    named_ann = answers.read_text().replace('"labeler": "a"', '"labeler": "ann"')
+    answers.write_text(named_ann)
+    before = batch.read_bytes()
+    free = tmp_path / "free.jsonl"
+    for attempt in (
+        lambda: export_picks(batch, "jsonl", batch),
+        lambda: export_picks(batch, "jsonl", link),
+        lambda: import_answers(batch, answers, "jsonl", batch),
+        lambda: import_answers(batch, answers, "jsonl", answers),
+        lambda: import_answers(batch, answers, "jsonl", free, set_aside=answers),
+        lambda: import_answers(batch, answers, "jsonl", free, set_aside=link),
+        lambda: import_answers(batch, answers, "jsonl", tmp_path / "labels.jsonl"),  # -ann
+    ):
+        with pytest.raises(ActiveDPOError, match="is read, and would be replaced: choose another"):
+            attempt()
+        assert (batch.read_bytes(), answers.read_text()) == (before, named_ann)
+    picks = tmp_path / "project" / "picks.jsonl"  # what Potato's export calls a file of its own
+    picks.parent.mkdir()
+    picks.write_bytes(before)
+    with pytest.raises(ActiveDPOError, match="is read, and would be replaced"):
+        export_picks(picks, "potato", picks.parent)
+    assert picks.read_bytes() == before
+    assert [file.name for file in picks.parent.iterdir()] == ["picks.jsonl"]

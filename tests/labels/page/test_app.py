@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
@@ -17,6 +20,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from activedpo_fast.labels.files import labels_file  # noqa: E402
 from activedpo_fast.labels.page.app import make_app  # noqa: E402
 from activedpo_fast.labels.page.security import MAX_BODY  # noqa: E402
+from activedpo_fast.labels.page.server import hosts_of, serve  # noqa: E402
 from activedpo_fast.labels.page.session import Session  # noqa: E402
 from tests.support.labeling import open_labeling, plain_picks, write_picks  # noqa: E402
 
@@ -102,7 +106,8 @@ def test_differences_of_the_sides_as_they_are_shown(client: TestClient) -> None:
         assert "".join(text for text, _ in found[side]) == pair[side][0]["text"]
         assert [differs for _, differs in found[side]] == [True, False]
     assert client.get("/api/differences/3").status_code == 400
-    assert client.get("/api/differences/x").status_code == 404
+    assert client.get("/api/differences/x").status_code == 400
+    assert client.get(f"/api/differences/{'9' * 5000}").status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -117,6 +122,7 @@ def test_differences_of_the_sides_as_they_are_shown(client: TestClient) -> None:
         ({"strength": 4}, "strength: expected"),
         ({"strength": True}, "strength: expected"),
         ({"strength": {}}, "strength: expected"),
+        ({"strength": 1.0}, "strength: expected"),
         ({"seconds": -1}, "seconds: expected"),
         ({"seconds": "1"}, "seconds: expected"),
         ({"seconds": 1e999}, "seconds: expected"),
@@ -135,7 +141,7 @@ def test_answers_that_the_page_does_not_send(
     assert _journal(path) == []
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", "1", "null"])
+@pytest.mark.parametrize("body", ["", "{", "[]", "1", "null", "[" * 10_000])
 def test_bodies_that_are_no_object(client: TestClient, body: str) -> None:
     headers = {"Content-Type": "application/json"}
     assert client.post("/api/answer", content=body, headers=headers).status_code == 400
@@ -192,6 +198,47 @@ def test_large_bodies_are_refused_before_they_are_read(client: TestClient) -> No
     assert client.post("/api/answer", content=chunks, headers=headers).status_code == 413
     fits = json.dumps(_answer(0)).encode().ljust(MAX_BODY)
     assert client.post("/api/answer", content=fits, headers=headers).status_code == 200
+
+
+def test_long_times_are_cut(client: TestClient, path: Path) -> None:
+    assert client.post("/api/answer", json=_answer(0, seconds=10**400)).status_code == 200
+    assert [e["seconds"] for e in _journal(path) if e["kind"] == "answer"] == [86_400.0]
+
+
+def test_a_body_that_is_cut_off_is_no_answer(path: Path) -> None:
+    address: Queue[str] = Queue()
+    arguments = {"ready": address.put}
+    thread = threading.Thread(
+        target=serve, args=(Session(open_labeling(path), "ann"),), kwargs=arguments
+    )
+    thread.start()
+    base, token = address.get(timeout=20).split("/#")
+    port = int(base.rpartition(":")[2])
+
+    def send(url: str, body: bytes, length: int) -> bytes:
+        head = (
+            f"POST {url} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {token}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(head.encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(4096), b""))
+
+    body = json.dumps(_answer(0)).encode()
+    try:
+        assert b" 200 " not in send("/api/answer", body, len(body) + 1)
+    finally:
+        # With SHUT_WR the connection counts as gone: the request is served all the same.
+        send("/api/finish", b"{}", 2)
+        thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert [entry for entry in _journal(path) if entry["kind"] == "answer"] == []
+
+
+def test_hosts_are_what_browsers_send() -> None:
+    assert hosts_of(8765) == ["127.0.0.1:8765", "localhost:8765"]
+    assert {"127.0.0.1", "localhost"} < set(hosts_of(80))
 
 
 def test_the_files_of_the_page_need_no_token_and_no_other_path_is_served(

@@ -54,6 +54,32 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, error: str) -> None:
         _entries(path)
 
 
+def test_a_deeply_nested_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ActiveDPOError, match="line 1: broken JSON"):
+        _entries(path)
+
+
+@pytest.mark.parametrize("change", ["cut", "replaced", "removed"])
+def test_a_file_that_is_changed_in_use_is_left_as_it_is(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    with journal.locked():
+        journal.append({"n": 0}, {"n": 1})
+    if change == "cut":
+        path.write_text('{"n": 0}\n')
+    elif change == "replaced":
+        (tmp_path / "other").write_text('{"n": 5}\n{"n": 6}\n{"n": 7}\n')
+        (tmp_path / "other").rename(path)
+    else:
+        path.unlink()
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(ActiveDPOError, match="while it was in use|no such file"), journal.locked():
+        pass
+    assert (path.read_bytes() if path.exists() else None) == before
+
+
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="no such file or directory"):
         _entries(tmp_path / "missing" / "journal.jsonl")

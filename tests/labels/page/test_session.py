@@ -146,7 +146,7 @@ def test_overlap_goes_to_every_labeler(picks: Path, overlap: float, shared: int)
         while one.current() is not None:
             _answer(one)
         assert one.progress().done == (12 if labeler == "ann" else shared)
-    votes = one.labeling.answers.votes(12)
+    votes = one.labeling.answers.votes()
     assert sorted(map(len, votes)) == [1] * (12 - shared) + [3] * shared
 
 
@@ -160,6 +160,13 @@ def test_settings_that_all_labelers_share_stay(picks: Path) -> None:
         open_labeling(picks, seed=0)
 
 
+@pytest.mark.parametrize("overlap", [-1.0, 101.0, float("nan")])
+def test_an_overlap_that_is_no_percentage_begins_nothing(picks: Path, overlap: float) -> None:
+    with pytest.raises(ActiveDPOError, match="--overlap .*: a percentage from 0 to 100"):
+        _session(picks, overlap=overlap)
+    _answer(_session(picks))
+
+
 def test_two_first_starts_with_different_settings(picks: Path) -> None:
     ann, ben = _session(picks, "ann", overlap=50.0), _session(picks, "ben")
     assert ann.current() == 0
@@ -169,11 +176,14 @@ def test_two_first_starts_with_different_settings(picks: Path) -> None:
 
 
 def test_files_that_do_not_belong_together_are_refused(picks: Path, tmp_path: Path) -> None:
-    _answer(_session(picks))
+    one = _session(picks)
+    for _ in range(3):
+        _answer(one)
     before = labels_file(picks).with_name("labels-picked.journal.jsonl").read_bytes()
-    write_picks(picks, plain_picks(11))
-    with pytest.raises(ActiveDPOError, match="has answers to other pairs"):
-        open_labeling(picks)
+    for count in (11, 1):
+        write_picks(picks, plain_picks(count))
+        with pytest.raises(ActiveDPOError, match="has answers to other pairs"):
+            open_labeling(picks)
     assert labels_file(picks).with_name("labels-picked.journal.jsonl").read_bytes() == before
     other = write_picks(tmp_path / "other.jsonl", plain_picks(2))
     write_picks(labels_file(other), plain_picks(2), label=1)  # somebody's work
@@ -190,6 +200,54 @@ def test_a_journal_that_was_edited_is_one_clear_error(picks: Path) -> None:
     with labeling.journal.path.open("a") as file:
         file.write('{"kind": "undo", "pair": 3, "labeler": "ann", "time": "x"}\n')
     with pytest.raises(ActiveDPOError, match="not understood.*put the file back"):
+        open_labeling(picks)
+
+
+_ENTRY = {
+    **{"kind": "answer", "pair": 1, "labeler": "ann", "label": 0, "left": 0, "seconds": 1.0},
+    **{"time": "2026-01-01T00:00:00+00:00", "strength": None, "comment": ""},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"pair": pair} for pair in (-1, 12, "1", 1.0, True, None)),
+        *({"label": label} for label in (2, "left", None, True, [0])),
+        *({"labeler": name} for name in ("", 3, None, "a\x1b[31m")),
+        *({"seconds": seconds} for seconds in (-1.0, "1", None, float("nan"))),
+        {"time": "no"},
+        {"time": 5},
+        {"left": 2},
+        {"strength": 4},
+        {"comment": None},
+        {"kind": "shown", "time": "2026-01-01T00:00:00"},
+        {"kind": "shown", "pair": 12},
+    ],
+    ids=str,
+)
+def test_an_entry_that_the_page_does_not_write_never_becomes_a_label(
+    picks: Path, changed: dict
+) -> None:
+    labeling = _session(picks).labeling
+    _answer(_session(picks))
+    with labeling.journal.path.open("a") as file:
+        file.write(json.dumps({**_ENTRY, **changed}) + "\n")
+    with pytest.raises(ActiveDPOError, match="not understood.*put the file back"):
+        open_labeling(picks)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": "x"}, {"seed": None}, {"overlap": 101}, {"overlap": "x"}, {"pairs": 1}]
+)
+def test_a_journal_with_an_edited_head_is_one_clear_error(picks: Path, changed: dict) -> None:
+    labeling = _session(picks).labeling
+    _answer(_session(picks))
+    head, *rest = labeling.journal.path.read_text().splitlines(keepends=True)
+    labeling.journal.path.write_text(
+        json.dumps({**json.loads(head), **changed}) + "\n" + "".join(rest)
+    )
+    with pytest.raises(ActiveDPOError, match="not understood"):
         open_labeling(picks)
 
 

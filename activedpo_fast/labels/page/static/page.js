@@ -133,6 +133,7 @@ function showTexts() {
 function messageElement({ role, text, html }) {
   const body = document.createElement("div");
   body.className = markdown ? "rendered" : "plain";
+  body.dir = "auto"; // right to left where the text is
   // The server has made the HTML from Markdown; tags in the text are text there.
   if (markdown) body.innerHTML = html;
   else body.textContent = text;
@@ -156,6 +157,7 @@ const toggleDifferences = () => whileBusy(async () => {
   for (const side of ["left", "right"]) {
     const body = document.createElement("div");
     body.className = "plain";
+    body.dir = "auto";
     for (const [text, differs] of found[side]) {
       const piece = document.createElement(differs ? "mark" : "span");
       piece.textContent = text;

@@ -1,0 +1,43 @@
+"""When the labels file is written: after every answer, as long as that is quick."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+_QUICK = 0.05  # seconds, which nobody notices
+_PAUSE = 20  # times as long as a slow write: it takes less than a twentieth of the time
+
+
+class LabelsWriter:
+    """Writes after each change, or some time later if the file of a large batch is slow to write.
+
+    The file has every label that there is; a write takes longer with every pair. The answers
+    themselves are in the journal by then.
+
+    Args:
+        write: writes the file.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+        self._next = 0.0  # not before, by time.monotonic
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def changed(self) -> None:
+        """Write now, or see to it that the change is written later."""
+        if self._timer is not None:
+            return
+        wait = self._next - time.monotonic()
+        if wait > 0:
+            self._timer = asyncio.get_running_loop().call_later(wait, self._write_now)
+        else:
+            self._write_now()
+
+    def _write_now(self) -> None:
+        self._timer = None
+        begin = time.monotonic()
+        self._write()
+        seconds = time.monotonic() - begin
+        self._next = begin + seconds * (1 + _PAUSE) if seconds > _QUICK else 0.0

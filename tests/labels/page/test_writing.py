@@ -1,0 +1,43 @@
+"""The labels file is written after every answer, except where that would take all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from activedpo_fast.labels.page.writing import LabelsWriter
+
+
+def test_a_quick_write_follows_every_change() -> None:
+    written: list[int] = []
+    writer = LabelsWriter(lambda: written.append(1))
+
+    async def changes() -> None:
+        for n in range(5):
+            await writer.changed()
+            assert len(written) == n + 1
+
+    asyncio.run(changes())
+
+
+def test_a_slow_write_comes_later_and_once_for_many_changes() -> None:
+    state, written = 0, []
+
+    def write() -> None:
+        time.sleep(0.06)
+        written.append(state)
+
+    writer = LabelsWriter(write)
+
+    async def changes() -> None:
+        nonlocal state
+        for _ in range(50):
+            state += 1
+            begin = time.monotonic()
+            await writer.changed()
+            assert state == 1 or time.monotonic() - begin < 0.05
+        assert written == [1]
+        await asyncio.sleep(1.5)
+        assert written == [1, 50]  # the last change is not forgotten
+
+    asyncio.run(changes())
