@@ -28,7 +28,7 @@ from activedpo_fast.selection.candidates import Candidates, pool_text, split_his
 from activedpo_fast.selection.model_signals import ModelSignals
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
-from activedpo_fast.selection.rules import PickRules, random_seed
+from activedpo_fast.selection.rules import PickRules, check_is_rules, random_seed
 from activedpo_fast.selection.run import run_selection
 from activedpo_fast.selection.strategies import Strategy, make_strategy
 from activedpo_fast.settings import SelectorConfig, read_settings
@@ -208,6 +208,7 @@ class ActiveDPOSelector:
                 another process of the group failed, was lost, or has different arguments,
                 settings or weights. All processes raise in that case.
         """
+        check_is_rules(rules)
         processes = PoolProcesses(group)
         pool = processes.check(lambda: as_pool(pool))
         started = time.perf_counter()

@@ -83,7 +83,10 @@ class SelectorConfig:
     proj_dim: int = field(
         default=8192, metadata={"help": "k, the length of a projected gradient row."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the sketch and of random picks."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of random picks, and of the sketch when rows are computed."},
+    )
     normalize: Normalization | None = field(
         default="default",
         metadata={
@@ -307,10 +310,20 @@ def from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
     known = [option.name for option in fields(kind)]
     for name in options:
         if name not in known:
-            raise ActiveDPOError(f"{name}: unknown option; {nearest(name, known)}")
+            raise ActiveDPOError(f"{name}: unknown option; {_hint(kind, name, known)}")
     if kind is LoopConfig and "output_dir" not in options:
         raise ActiveDPOError("output_dir: missing, the folder of the run")
     return kind(**options)
+
+
+def _hint(kind: type, name: str, known: list[str]) -> str:
+    if name == "tokenizer":
+        return "as in TRL, it is called processing_class"
+    if kind is LoopConfig and name in {option.name for option in fields(SelectorConfig)}:
+        return f"a setting of the selector: selector_options={{{name!r}: ...}}"
+    if kind is SelectorConfig and name == "rules":
+        return "they are an argument of select"
+    return nearest(name, known)
 
 
 def check_sampling(

@@ -128,6 +128,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _only(files: list[Path] | None, option: str) -> Path | None:
+    """Refuse an option that is given twice, where the first value would be ignored unseen."""
+    if files and len(files) > 1:
+        raise ActiveDPOError(f"{option} is given twice: put the lines of the files into one file")
+    return files[0] if files else None
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -321,10 +328,11 @@ def select(
     lam: Annotated[float, option(SelectorConfig, "lam")] = SelectorConfig.lam,
     kappa: Annotated[float, option(SelectorConfig, "kappa")] = SelectorConfig.kappa,
     labeled: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
+            metavar="FILE",
             help="JSONL file of pairs asked before: they are not picked again, and those with "
-            "label 0 or 1 enter V."
+            "label 0 or 1 enter V.",
         ),
     ] = None,
     max_per_prompt: Annotated[
@@ -406,7 +414,7 @@ def select(
                 output,
                 batch_size=batch_size,
                 args=args,
-                labeled=labeled,
+                labeled=_only(labeled, "--labeled"),
                 rules=rules,
                 exclude=exclude,
                 show_progress=progress(quiet),

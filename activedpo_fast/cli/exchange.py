@@ -129,6 +129,14 @@ def _report(done: Imported) -> list[str]:
         f"({_counts(done.answered[name])})"
         for name, file in done.files.items()
     ]
+    if done.combined is not None:
+        split = f"; {done.split} are ties because the answers are split" if done.split else ""
+        file = next(iter(done.files.values()))
+        lines = [
+            *(line.replace(f"{file}: ", "", 1) for line in lines),
+            f"{file}: {done.combined.total()} of {done.picks} pairs have a label "
+            f"({_counts(done.combined)}){split}",
+        ]
     if done.unanswered:
         lines.append(f"{done.unanswered} of {done.picks} pairs have no answer yet")
     return lines

@@ -81,7 +81,7 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
     if not found:
         raise ActiveDPOError(
             "the model has no trainable parameter to take gradients of: load the adapter with "
-            "is_trainable=True, or wrap the model with peft.get_peft_model"
+            "is_trainable=True, wrap the model with peft.get_peft_model, or pass peft_config"
         )
     readers = _readers(model)
     return [
@@ -113,7 +113,8 @@ def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[
     if reason is not None:
         raise UnsupportedParameterError(
             f"cannot take per-sample gradients of trainable parameter {name!r}: it {reason}; "
-            "freeze it (requires_grad_(False)) or leave it out of the adapter"
+            "freeze it (requires_grad_(False)), leave it out of the adapter, or, if the model has "
+            "none, pass peft_config to put one on it"
         )
     return module, attribute
 

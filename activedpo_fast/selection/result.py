@@ -72,7 +72,7 @@ class Selection(Sequence[Pick]):
             ActiveDPOError: a score that is not finite (JSON has no such number).
         """
         content = self.jsonl()
-        _keep_labels(Path(path))
+        keep_labels(Path(path))
         write_atomic(path, content)
 
     def jsonl(self) -> bytes:
@@ -155,7 +155,7 @@ class Selection(Sequence[Pick]):
         return PreferencePool(items)
 
 
-def _keep_labels(path: Path) -> None:
+def keep_labels(path: Path) -> None:
     """Copy a file that may have labels, before it is replaced."""
     # Any value except null; a file that is no JSON at all may be one that somebody is editing.
     if not path.is_file() or not re.search(rb'"label"\s*:\s*(?!null)\S', path.read_bytes()):

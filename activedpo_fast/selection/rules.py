@@ -195,6 +195,12 @@ class PickRules:
         return eligible
 
 
+def check_is_rules(rules: object) -> None:
+    """Raise `ActiveDPOError` unless these are `PickRules`, or None."""
+    if rules is not None and not isinstance(rules, PickRules):
+        raise ActiveDPOError(f"rules: expected PickRules(...), got {type(rules).__name__}")
+
+
 def random_seed(seed: int, pool_fingerprint: str) -> int:
     """Return the seed of random picks from a pool: different pools get different draws."""
     text = f"{seed}/{pool_fingerprint}".encode()

@@ -365,6 +365,8 @@ class FeatureStore:
 
     def export(self, path: FilePath, *, show_progress: bool | None = False) -> None:
         """Write the rows as one float32 matrix `features` [R, k], in pool order, unnormalized."""
+        if Path(path).suffix != ".safetensors":
+            raise ActiveDPOError(f"{path}: the file of an export is a .safetensors file")
         # safetensors metadata is text only
         metadata = {"settings": json.dumps(self.manifest["settings"], sort_keys=True)}
         with self.rows_on_disk() as rows, atomic_path(path) as temporary:

@@ -152,6 +152,11 @@ class ActiveDPOLoop:
         self.args, strategy = read_settings(LoopConfig, args, options, strategy)
         self.output_dir = Path(self.args.output_dir)
         self.prompts, self._offered = read_and_offer(prompts, rules)
+        if not callable(getattr(oracle, "label", None)):
+            raise ActiveDPOError(
+                f"oracle: expected an object with a method label, got {type(oracle).__name__}; "
+                "for a function, CallableOracle(function)"
+            )
         self.oracle = oracle
         if dpo_args is None:
             dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)

@@ -12,7 +12,7 @@ from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import Prompt, check_prompts
 from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.selection.prompts import distinct_prompts
-from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.rules import PickRules, check_is_rules
 
 if TYPE_CHECKING:
     import datasets
@@ -28,6 +28,7 @@ def read_and_offer(
     Raises:
         ActiveDPOError: malformed prompts, rules that do not fit them, or none that is left.
     """
+    check_is_rules(rules)
     found = list(as_prompts(prompts))
     check_prompts(found)
     for n, prompt in enumerate(found, start=1):

@@ -86,3 +86,25 @@ def test_a_run_that_waits_for_labels_reads_them(folder: Path) -> None:
     assert main([*command, "--output", labels]) == 0
     found = oracle.label(picks)
     assert found[2:] == [None, None] and set(found[:2]) <= {0, 1}
+
+
+def test_answers_and_labels_are_not_overwritten(folder: Path, capsys: Any) -> None:
+    export = "exchange export picked.jsonl --tool csv --output out.csv".split()
+    assert main(export) == 0 == main(export)  # the same bytes
+    (folder / "out.csv").write_text((folder / "out.csv").read_text() + "filled in\n")
+    assert main(export) == 2
+    assert "out.csv exists and may hold answers" in capsys.readouterr().err
+    shutil.copy(FIXTURES / "label_studio.json", folder / "export.json")
+    load = "exchange import picked.jsonl export.json --tool label-studio --output l.jsonl".split()
+    assert main([*load, "--combine", "majority"]) == 0
+    assert "l.jsonl: 4 of 4 pairs have a label (2 with a preference, 2 ties, 0 skips)" in (
+        capsys.readouterr().out
+    )
+    first = (folder / "l.jsonl").read_bytes()
+    assert main([*load, "--combine", "dawid-skene"]) == 0
+    assert (folder / "l.jsonl.labels-1").read_bytes() == first
+
+
+def test_labels_of_two_files_are_not_half_ignored(folder: Path, capsys: Any) -> None:
+    assert main("select store --labeled a.jsonl --labeled b.jsonl --output c.jsonl".split()) == 2
+    assert "--labeled is given twice" in capsys.readouterr().err

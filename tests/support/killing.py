@@ -22,7 +22,7 @@ from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
-_DIFFERENT = ("seconds.json", "training.json", "record.json", "command.json", "run.yaml")
+_DIFFERENT = ("seconds.json", "record.json", "command.json", "joules.json", "run.yaml")
 _STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
 

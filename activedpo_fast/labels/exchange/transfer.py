@@ -14,7 +14,7 @@ from typing import Any
 
 from activedpo_fast._files import FilePath, check_file_target, check_folder_target, write_atomic
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels.combine import COMBINERS
+from activedpo_fast.labels.combine import COMBINERS, CombinedLabel
 from activedpo_fast.labels.exchange import (
     argilla,
     distilabel,
@@ -29,6 +29,7 @@ from activedpo_fast.labels.exchange.matching import Label, match
 from activedpo_fast.labels.exchange.reading import check_size
 from activedpo_fast.labels.exchange.shown import ShownPick, json_text, show_picks
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
+from activedpo_fast.selection.result import keep_labels
 
 _OPTIONAL = ("seconds", "comment", "strength")
 _LONGEST_RECORD = 100_000  # characters of a set-aside record
@@ -72,6 +73,8 @@ class Imported:
         picks: number of picks in the batch.
         unanswered: number of picks that nobody answered.
         set_aside: number of answers that were set aside.
+        combined: with `combine`, how many picks have which label.
+        split: with `combine`, how many are ties because two labels are equally likely.
     """
 
     files: dict[str, Path]
@@ -79,6 +82,8 @@ class Imported:
     picks: int
     unanswered: int
     set_aside: int
+    combined: Counter[int | str] | None = None
+    split: int = 0
 
 
 def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | None = 0) -> int:
@@ -87,7 +92,8 @@ def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | No
     Args:
         batch: a file of picks, as `Selection.to_jsonl` writes it.
         tool: a name in `TOOLS`.
-        output: a folder, or a file for tools that read one file. Files in it are overwritten.
+        output: a folder, or a file for tools that read one file. A file that is there with other
+            content is not replaced: it may have been filled in.
         seed: chooses which response is on the left; None: the first one.
 
     Raises:
@@ -104,6 +110,7 @@ def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | No
     contents = {target / name if name else target: content for name, content in files.items()}
     for file in contents:
         _check_not_read(file, batch)
+        _check_replaces_nothing(file, contents[file])
     for file, content in contents.items():
         write_atomic(file, content)
     return len(rows)
@@ -165,13 +172,15 @@ def import_answers(
         if Path(set_aside).resolve() in {file.resolve() for file in files.values()}:
             raise ActiveDPOError(f"{set_aside} is also the file of labels: name another one")
         write_atomic(set_aside, "".join(map(_problem_line, problems)))
+    combined: list[CombinedLabel] = []
     if combine:
-        write_atomic(output, _combined(rows, by_labeler, combine))
+        text, combined = _combined(rows, by_labeler, combine)
+        _write_labels(Path(output), text)
     else:
         for name, file in files.items():
             mine = by_labeler[name]
             lines = (_line(row, mine.get(n), name) for n, (_, _, row) in enumerate(rows))
-            write_atomic(file, "".join(lines))
+            _write_labels(file, "".join(lines))
     return Imported(
         files,
         {
@@ -181,7 +190,24 @@ def import_answers(
         len(picks),
         len(picks) - len({label.position for label in labels}),
         len(problems),
+        Counter(found.label for found in combined) if combine else None,
+        sum(found.split for found in combined),
     )
+
+
+def _check_replaces_nothing(file: Path, content: str) -> None:
+    """Refuse to replace a file that may have been filled in."""
+    if file.exists() and file.read_bytes() != content.encode():
+        raise ActiveDPOError(
+            f"{file} exists and may hold answers: choose another --output, or remove it"
+        )
+
+
+def _write_labels(file: Path, content: str) -> None:
+    """Write labels; others that are there already are kept in a copy."""
+    if file.exists() and file.read_bytes() != content.encode():
+        keep_labels(file)
+    write_atomic(file, content)
 
 
 def _tool(name: str) -> Tool:
@@ -237,20 +263,21 @@ def _combined(
     rows: Sequence[tuple[str, Pick, dict[str, Any]]],
     by_labeler: Mapping[str, Mapping[int, Label]],
     combine: str,
-) -> str:
-    """Return the lines of all picks, each with one label from all its answers."""
+) -> tuple[str, list[CombinedLabel]]:
+    """Return the lines of all picks, each with one label from all its answers, and the labels."""
     answers = [
         {name: given[n] for name, given in sorted(by_labeler.items()) if n in given}
         for n in range(len(rows))
     ]
     votes = [{name: given.label for name, given in own.items()} for own in answers]
     lines = []
-    for (_, _, row), own, found in zip(rows, answers, COMBINERS[combine](votes), strict=True):
+    labels = COMBINERS[combine](votes)
+    for (_, _, row), own, found in zip(rows, answers, labels, strict=True):
         said = {} if found is None else {"weight": round(found.weight, 6)}
         filled = {**row, "label": None if found is None else found.label, **said}
         filled["answers"] = [_answer(name, label) for name, label in own.items()]
         lines.append(json_text(filled))
-    return "".join(lines)
+    return "".join(lines), [found for found in labels if found is not None]
 
 
 def _answer(labeler: str, label: Label) -> dict[str, Any]:

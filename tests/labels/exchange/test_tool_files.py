@@ -63,6 +63,7 @@ def test_several_labelers_answers_become_one_label(combine: str, tmp_path: Path)
     given = [{a["labeler"]: a["label"] for a in row["answers"]} for row in rows]
     assert given == [{"1": 1, "2": 0}, {"1": "tie", "2": "skip"}, {"1": "skip", "2": 1}, {"1": 0}]
     combined = COMBINERS[combine](given)
+    assert done.combined is not None and done.combined.total() == 4
     assert [(row["label"], row["weight"]) for row in rows] == [
         (found.label, round(found.weight, 6)) for found in combined if found is not None
     ]
