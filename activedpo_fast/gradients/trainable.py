@@ -75,7 +75,8 @@ def trainable_linears(model: nn.Module) -> list[TrainableLinear]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in inactive:
             continue
-        module, attribute = _linear_owner(name, owners[id(parameter)])
+        advice = "" if hasattr(model, "peft_config") else ", or put an adapter on it (peft_config)"
+        module, attribute = _linear_owner(name, owners[id(parameter)], advice)
         modules[id(module)] = module
         found.setdefault(id(module), {})[attribute] = canonical_name(name, adapter)
     if not found:
@@ -99,7 +100,9 @@ def silent_modules(linears: Sequence[TrainableLinear]) -> frozenset[int]:
     )
 
 
-def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[nn.Module, str]:
+def _linear_owner(
+    name: str, owners: list[tuple[str, nn.Module, str]], advice: str
+) -> tuple[nn.Module, str]:
     reason = None
     _, module, attribute = owners[0]
     if "modules_to_save." in name:
@@ -113,8 +116,7 @@ def _linear_owner(name: str, owners: list[tuple[str, nn.Module, str]]) -> tuple[
     if reason is not None:
         raise UnsupportedParameterError(
             f"cannot take per-sample gradients of trainable parameter {name!r}: it {reason}; "
-            "freeze it (requires_grad_(False)), leave it out of the adapter, or, if the model has "
-            "none, pass peft_config to put one on it"
+            f"freeze it (requires_grad_(False)) or leave it out of the adapter{advice}"
         )
     return module, attribute
 
