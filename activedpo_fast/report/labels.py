@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
+from activedpo_fast.labels.agreement import krippendorff_alpha
+from activedpo_fast.labels.reading import SKIP
+from activedpo_fast.labels.share import Share
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.report.reading import LabeledPick
-
-_Z = 1.959964  # two-sided 95%
-
-
-@dataclass(frozen=True)
-class Share:
-    """`hits` of `total`, with Wilson's 95% interval (J. Am. Stat. Assoc. 22, 1927)."""
-
-    hits: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        n, z2 = self.total, _Z**2
-        center = (self.hits + z2 / 2) / (n + z2)
-        half = _Z * math.sqrt(self.hits * (n - self.hits) / n + z2 / 4) / (n + z2)
-        return max(0.0, center - half), min(1.0, center + half)
-
-    def __str__(self) -> str:
-        if not self.total:
-            return "none"
-        low, high = self.interval
-        return (
-            f"{self.value:.0%} ({self.hits} of {self.total}; 95% interval {low:.0%} to {high:.0%})"
-        )
 
 
 def label_counts(picks: Iterable[LabeledPick]) -> dict[str, int]:
@@ -59,15 +31,15 @@ def longer_preferred(picks: Iterable[LabeledPick]) -> Share:
     return Share(hits, total)
 
 
-def agreement(picks: Iterable[LabeledPick]) -> Share:
-    """Return how often two labelers gave the same answer to a pair: all twos of all pairs."""
-    hits = total = 0
+def agreement(picks: Iterable[LabeledPick]) -> tuple[Share, float | None]:
+    """Return how often two labelers gave the same answer to a pair (all twos of all pairs), and
+    Krippendorff's alpha, None where it is not defined. A skip is no answer."""
+    answers = []
     for pick in picks:
         said = {answer.labeler: answer.label for answer in pick.answers if answer.labeler}
-        for a, b in combinations(said.values(), 2):
-            total += 1
-            hits += a == b
-    return Share(hits, total)
+        answers.append([label for label in said.values() if label != SKIP])
+    twos = [two for given in answers for two in combinations(given, 2)]
+    return Share(sum(a == b for a, b in twos), len(twos)), krippendorff_alpha(answers)
 
 
 def pace(picks: Iterable[LabeledPick]) -> dict[str, tuple[int, float | None]]:

@@ -188,9 +188,11 @@ def _label_facts(run: RunData) -> list[tuple[str, str]]:
         ("Preferences", f"{preferences} of {sum(counts.values())} picks"),
         ("The longer response was preferred", str(longer_preferred(run.picks))),
     ]
-    agreed = agreement(run.picks)
+    agreed, alpha = agreement(run.picks)
     if agreed.total:
         facts.append(("Two labelers gave the same answer", str(agreed)))
+    if alpha is not None:
+        facts.append(("Krippendorff's alpha (1: full agreement, 0: chance)", f"{alpha:.2f}"))
     return facts
 
 

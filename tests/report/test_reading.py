@@ -135,8 +135,8 @@ def test_answers_of_several_labelers(copied: Copy) -> None:
     (folder / "labeling" / "labels-0.journal.jsonl").write_text('{"kind": "batch"}\n')
     (run,) = read_runs([folder])
     assert run.missing == []
-    found = agreement(run.picks)
-    assert (found.hits, found.total) == (1, 3)
+    found, alpha = agreement(run.picks)
+    assert (found.hits, found.total) == (1, 3) and alpha == pytest.approx(1 - 4 / 3.2)
     assert pace(run.picks) == {"ada": (3, 3.0), "bo": (3, 9.0)}
 
 
@@ -150,7 +150,7 @@ def test_a_tie_is_told_from_a_skip_where_people_did(copied: Copy) -> None:
     (before,), (after,) = read_runs([copied("other")]), read_runs([folder])
     skipped = label_counts(before.rounds[0].picks)["skip"]
     assert label_counts(after.rounds[0].picks)["tie"] == skipped
-    assert agreement(after.picks).total == 0 and pace(after.picks) == {}  # nobody is named
+    assert agreement(after.picks)[0].total == 0 and pace(after.picks) == {}  # nobody is named
 
 
 def test_the_longer_response(runs: tuple[Path, Path]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from activedpo_fast.labels.share import Share
 from activedpo_fast.report.compare import by_seed, pair_runs
-from activedpo_fast.report.labels import Share
 from activedpo_fast.report.reading import RunData
 from activedpo_fast.report.tables import aligned, paired_table
 from activedpo_fast.training.run_folder import RoundRecord

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
@@ -12,6 +11,7 @@ from activedpo_fast.labels.combine import TIE, Label, Votes
 from activedpo_fast.labels.page.answers import Answer
 from activedpo_fast.labels.page.labeling import Labeling
 from activedpo_fast.labels.reading import SKIP
+from activedpo_fast.labels.share import Share
 
 _NAMED = 5  # pairs whose labelers do not agree: at most so many are named
 
@@ -67,10 +67,9 @@ def _share(part: int, whole: int) -> str:
     """Return a share with Wilson's interval: one with 50% in it shows no bias to a side."""
     if not whole:
         return ""
-    z, share = 1.96, part / whole
-    center = (share + z**2 / (2 * whole)) / (1 + z**2 / whole)
-    half = z / (1 + z**2 / whole) * math.sqrt(share * (1 - share) / whole + z**2 / (4 * whole**2))
-    return f"{part} of {whole}, {share:.0%} ({center - half:.0%} to {center + half:.0%})"
+    share = Share(part, whole)
+    low, high = share.interval
+    return f"{part} of {whole}, {share.value:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _agreement(votes: Sequence[Votes], names: Sequence[str]) -> list[str]:
