@@ -181,7 +181,6 @@ def test_nulls_in_a_fully_answered_file_are_no_preference_and_logged(tmp_path, c
     assert '2 labels are null, which is read as "skip"' in record.getMessage()
     path.unlink()
     caplog.clear()
-    path.unlink()
     read_labels(labeled_file(tmp_path, ["skip", 0, 1]), all_answered=True)
     assert not caplog.records
 

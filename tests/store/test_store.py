@@ -95,16 +95,20 @@ def test_an_export_is_laid_out_as_safetensors_lays_it_out(
 ) -> None:
     store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
     store.fill(extractor, tokens)
-    store.export(tmp_path / "ours")
-    with safe_open(tmp_path / "ours", "pt") as tensors:
-        save_file(load_file(tmp_path / "ours"), tmp_path / "theirs", metadata=tensors.metadata())
+    store.export(tmp_path / "ours.safetensors")
+    with safe_open(tmp_path / "ours.safetensors", "pt") as tensors:
+        save_file(
+            load_file(tmp_path / "ours.safetensors"),
+            tmp_path / "theirs",
+            metadata=tensors.metadata(),
+        )
 
     def header(name: str) -> tuple[int, dict[str, object]]:
         content = (tmp_path / name).read_bytes()
         length = int.from_bytes(content[:8], "little")
         return length % 8, json.loads(content[8 : 8 + length])
 
-    assert header("ours") == header("theirs")
+    assert header("ours.safetensors") == header("theirs")
 
 
 def test_the_command_line_sets_the_dtype(

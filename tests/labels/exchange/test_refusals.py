@@ -225,7 +225,7 @@ def test_batches_and_outputs_that_cannot_be(tmp_path: Path) -> None:
     answers = _answered(tmp_path)
     with pytest.raises(ActiveDPOError, match="is also the file of labels"):
         _import(answers, set_aside=tmp_path / "labels.jsonl")
-    unanswered = tmp_path / "rows.jsonl"
+    unanswered = tmp_path / "unanswered.jsonl"
     export_picks(BATCH, "jsonl", unanswered)
     with pytest.raises(ActiveDPOError, match="no answer to any of the 4 pairs"):
         _import(unanswered)
@@ -234,6 +234,7 @@ def test_batches_and_outputs_that_cannot_be(tmp_path: Path) -> None:
 def test_a_seed_decides_the_sides_of_each_pick_alone(tmp_path: Path) -> None:
     def ids(seed: int | None, batch: Path = BATCH) -> set[str]:
         path = tmp_path / "rows.jsonl"
+        path.unlink(missing_ok=True)
         export_picks(batch, "jsonl", path, seed=seed)
         return {json.loads(line)["id"] for line in path.read_text().splitlines()}
 
