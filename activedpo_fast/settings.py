@@ -135,7 +135,7 @@ class SelectorConfig:
     )
 
     def __post_init__(self) -> None:
-        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.chat_template_kwargs = _parsed("chat_template_kwargs", self.chat_template_kwargs)
         self.strategy_options = as_mapping("strategy_options", self.strategy_options)
         check_template_kwargs(self.chat_template_kwargs)
         _check_types(self)
@@ -243,7 +243,7 @@ class LoopConfig:
     )
 
     def __post_init__(self) -> None:
-        self.chat_template_kwargs = as_mapping("chat_template_kwargs", self.chat_template_kwargs)
+        self.chat_template_kwargs = _parsed("chat_template_kwargs", self.chat_template_kwargs)
         self.selector_options = as_mapping("selector_options", self.selector_options)
         check_template_kwargs(self.chat_template_kwargs)
         _check_types(self)
@@ -358,17 +358,22 @@ def as_mapping(name: str, value: Any) -> Any:
     Raises:
         ActiveDPOError: anything else, naming the setting.
     """
-    found = deepcopy(value)
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ActiveDPOError(f"{name}: not JSON ({error}): {value!r}") from None
+    found = _parsed(name, value)
     if found is not None and not (
         isinstance(found, dict) and all(isinstance(key, str) for key in found)
     ):
         raise ActiveDPOError(f"{name}: expected a section of keys or null, got {found!r}")
     return found
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Return what JSON text stands for, or a copy of any other value."""
+    if not isinstance(value, str):
+        return deepcopy(value)
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ActiveDPOError(f"{name}: not JSON ({error}): {value!r}") from None
 
 
 def _check_types(settings: Any) -> None:
