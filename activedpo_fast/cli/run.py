@@ -12,7 +12,7 @@ from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import FileOracle, LabelsPending, Oracle, RewardModelOracle
+from activedpo_fast.labels import FileOracle, JudgeOracle, LabelsPending, Oracle, RewardModelOracle
 from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
 from activedpo_fast.models.loading import load_policy, load_reward_model
 from activedpo_fast.pool.reading import read_prompts
@@ -104,9 +104,12 @@ def _dpo_args(config: RunConfig, output: Path) -> DPOConfig:
 
 
 def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Oracle:
+    labeling = output / "labeling"
     if config.oracle["kind"] == "people":
-        return FileOracle(output / "labeling", via=config.oracle.get("via", "page"))
+        return FileOracle(labeling, via=config.oracle.get("via", "page"))
     options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
+    if config.oracle["kind"] == "judge":
+        return _judge(config.oracle["model"], labeling, options, show_progress)
     return RewardModelOracle(
         *load_reward_model(config.oracle["model"], config.device),
         seed=config.seed,
@@ -115,11 +118,24 @@ def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Orac
     )
 
 
+def _judge(
+    model: str, folder: Path, options: dict[str, Any], show_progress: bool | None
+) -> JudgeOracle:
+    try:
+        return JudgeOracle(
+            model, journal=folder / "judge.jsonl", show_progress=show_progress, **options
+        )
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"oracle.{error}") from None
+
+
 def _extra_settings(config: RunConfig) -> dict[str, Any]:
     """Return what the loop's own arguments do not show: the given adapter, and the oracle."""
     adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
     oracle = dict(config.oracle)
     oracle.pop("via", None)  # the labels are read from the same file
+    if oracle["kind"] == "judge":  # it shows what matters itself, and not its address
+        oracle = {"kind": "judge"}
     if oracle["kind"] == "reward_model":
         options = inspect.signature(RewardModelOracle).parameters
         oracle = {

@@ -36,7 +36,7 @@ class RunConfig:
         loop: fields of `LoopConfig`.
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
-        oracle: `kind` ("people" or "reward_model") and its options.
+        oracle: `kind` ("people", "reward_model" or "judge") and its options.
     """
 
     model: str
@@ -157,8 +157,17 @@ def _dataclass_fields(cls: type, without: Collection[str]) -> dict[str, Any]:
     return {f.name: hints.get(f.name, Any) for f in fields(cls) if f.init and f.name not in without}
 
 
+_NEEDED_BY_ORACLE = {
+    "reward_model": {"model": "the folder of the reward model"},
+    "judge": {
+        "model": "the name of the judge's model at its server",
+        "base_url": "the address of the judge's server, such as http://localhost:8000/v1",
+    },
+}
+
+
 def _check_oracle(oracle: Mapping[str, Any]) -> None:
-    from activedpo_fast.labels import RewardModelOracle
+    from activedpo_fast.labels import JudgeOracle, RewardModelOracle
 
     known: dict[str, dict[str, Any]] = {
         "people": {"kind": str, "via": Literal["page", "files"]},
@@ -167,13 +176,19 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
             "model": str,
             **_options(RewardModelOracle.__init__, without={"seed", "show_progress"}),
         },
+        "judge": {
+            "kind": str,
+            "model": str,
+            **_options(JudgeOracle.__init__, without={"journal", "show_progress"}),
+        },
     }
     kind = oracle.get("kind")
     if kind not in known:
         raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {short(kind)}")
     check_keys(oracle, known[kind], "oracle")
-    if kind == "reward_model" and "model" not in oracle:
-        raise ActiveDPOError("oracle.model: missing, the folder of the reward model")
+    for name, what in _NEEDED_BY_ORACLE.get(kind, {}).items():
+        if name not in oracle:
+            raise ActiveDPOError(f"oracle.{name}: missing, {what}")
 
 
 def _check_rules(rules: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
-"""Sources of preferences: a function, a reward, a reward model, or people.
+"""Sources of preferences: a function, a reward, a reward model, a language model, or people.
 
-The reward model is imported when it is asked for: `activedpo label` does without transformers.
+The models are imported when they are asked for: `activedpo label` does without transformers.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.labels.files import FileOracle, LabelsPending
@@ -12,11 +13,13 @@ from activedpo_fast.labels.oracle import CallableOracle, Oracle
 from activedpo_fast.labels.reward import Reward, RewardOracle
 
 if TYPE_CHECKING:
+    from activedpo_fast.labels.judge.oracle import JudgeOracle
     from activedpo_fast.labels.reward_model import RewardModelOracle
 
 __all__ = [
     "CallableOracle",
     "FileOracle",
+    "JudgeOracle",
     "LabelsPending",
     "Oracle",
     "Reward",
@@ -25,9 +28,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "RewardModelOracle":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from activedpo_fast.labels.reward_model import RewardModelOracle
+_LATE = {
+    "JudgeOracle": "activedpo_fast.labels.judge.oracle",
+    "RewardModelOracle": "activedpo_fast.labels.reward_model",
+}
 
-    return RewardModelOracle
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)

@@ -92,8 +92,9 @@ class ActiveDPOLoop:
             wrapping around. Prompts with labeled pairs are offered again only if the others are not
             enough; this is logged as a warning. Prompts with the same text count as one (see
             `PickRules.prompt_by`), offered as the first of them.
-        oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. A round
-            in which no pair gets a preference is not trained on and keeps the previous adapter.
+        oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. Its method
+            `rehearse`, if it has one, is part of the rehearsal. A round in which no pair gets a
+            preference is not trained on and keeps the previous adapter.
         args: the settings. Or give them as keyword options, by the names of `LoopConfig`. Only
             `output_dir` has to be given.
         dpo_args: a `trl.DPOConfig`, the same in each round. Default: TRL's values, for short rounds
@@ -472,6 +473,8 @@ class ActiveDPOLoop:
                 f"loop.batch_size: {args.batch_size} pairs are to be picked, but "
                 f"{prompts} prompts with {args.num_generations} responses have {pairs}"
             )
+        if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
+            rehearse_oracle()
         rehearse(
             self.model,
             self.processing_class,

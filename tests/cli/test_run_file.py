@@ -71,7 +71,7 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"prompts": None}, "prompts: missing"),
         (
             {"oracle": {"kind": "dice"}},
-            "oracle.kind: expected one of people, reward_model, got 'dice'",
+            "oracle.kind: expected one of people, reward_model, judge, got 'dice'",
         ),
         (
             {"oracle": {"kind": "people", "via": "phone"}},
@@ -79,6 +79,20 @@ def _given(**changes: Any) -> dict[str, Any]:
         ),
         ({"oracle": {}}, "oracle.kind"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
+        ({"oracle": {"kind": "judge", "base_url": "http://h"}}, "oracle.model: missing"),
+        ({"oracle": {"kind": "judge", "model": "m"}}, "oracle.base_url: missing"),
+        (
+            {"oracle": {"kind": "judge", "model": "m", "base_url": "http://h", "api_key": "sk"}},
+            "oracle.api_key: unknown key; did you mean 'api_key_env'?",
+        ),
+        (
+            {"oracle": {"kind": "judge", "model": "m", "base_url": "http://h", "journal": "x"}},
+            "oracle.journal: unknown key",
+        ),
+        (
+            {"oracle": {"kind": "judge", "model": "m", "base_url": "http://h", "retries": "no"}},
+            "oracle.retries: expected an integer, got 'no'",
+        ),
         ({"preset": "papr"}, "unknown preset 'papr'"),
         ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
         ({"adapter": ...}, "adapter: missing"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from activedpo_fast import ActiveDPOLoop, ActiveDPOSelector, PreferencePool, Pro
 from activedpo_fast.labels import CallableOracle
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import VOCAB_SIZE, lora, saved_model, tiny_causal_lm, tiny_tokenizer
+from tests.support.servers import prefers_longer, serving
 
 pytest.importorskip("trl")
 
@@ -77,7 +79,13 @@ PUBLIC = _public()
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def judge_url() -> Iterator[str]:
+    with serving(prefers_longer) as server:
+        yield f"{server.address}/v1"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, judge_url: str) -> dict[str, Any]:
     """The objects that examples use, as listed on the API page; made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     torch.manual_seed(0)
@@ -103,6 +111,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "picked": ActiveDPOSelector(model, tokenizer).select(pool, len(LABELS)),
         "labels": LABELS,
         "dpo_args": dpo_config(output_dir="trainer", max_steps=1),
+        "judge_url": judge_url,
         "adapter": saved_model(tmp_path_factory.mktemp("models"))[1],
     }
 

@@ -10,9 +10,9 @@ from typing import Any
 from activedpo_fast._files import check_file_target, write_atomic
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.combine import COMBINERS, CombinedLabel
+from activedpo_fast.labels.journal import Journal
 from activedpo_fast.labels.page.answers import Answers, head_entry, public_fields
 from activedpo_fast.labels.page.batch import Batch
-from activedpo_fast.labels.page.journal import Journal
 from activedpo_fast.selection.picks_jsonl import pick_line
 
 

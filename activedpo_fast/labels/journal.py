@@ -1,4 +1,4 @@
-"""The journal of a labeling: what every labeler did, appended and on disk before the next pair.
+"""A journal: an append-only file of what was answered, on disk before the next question.
 
 Several processes may use one journal at once. Each change is made while the file is locked, after
 what the others appended has been read.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels.page.journal import Journal
+from activedpo_fast.labels.journal import Journal
 
 
 def _entries(path: Path) -> list[dict]:
