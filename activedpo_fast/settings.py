@@ -199,6 +199,13 @@ class LoopConfig:
     prompts_per_round: int = field(
         default=1000, metadata={"help": "How many prompts get responses in a round."}
     )
+    responses: Literal["sampled", "given"] = field(
+        default="sampled",
+        metadata={
+            "help": "Sampled from the current model in every round, or given: the prompts are rows "
+            "of a pool, of which a round offers prompts_per_round."
+        },
+    )
     num_generations: int = field(
         default=3, metadata={"help": "M, the responses per prompt: M (M − 1) / 2 candidate pairs."}
     )

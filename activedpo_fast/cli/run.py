@@ -12,9 +12,18 @@ from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import FileOracle, JudgeOracle, LabelsPending, Oracle, RewardModelOracle
+from activedpo_fast.labels import (
+    FileOracle,
+    JudgeOracle,
+    LabelsPending,
+    Oracle,
+    RecordedOracle,
+    RewardModelOracle,
+)
 from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
 from activedpo_fast.models.loading import load_policy, load_reward_model
+from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.reading import read_prompts
 from activedpo_fast.report.reading import round_name
 from activedpo_fast.report.tables import aligned
@@ -57,8 +66,7 @@ def run_rounds(
 def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> ActiveDPOLoop:
     """Check the settings, read the prompts and load the models."""
     dpo_args = _dpo_args(config, output)
-    prompts = read_prompts(config.prompts)
-    oracle = _oracle(config, output, show_progress)
+    prompts, oracle = _prompts_and_oracle(config, output, show_progress)
     model, tokenizer = load_policy(
         config.model,
         adapter=config.adapter,
@@ -101,6 +109,18 @@ def _dpo_args(config: RunConfig, output: Path) -> DPOConfig:
     except ActiveDPOError as error:
         raise ActiveDPOError(f"dpo: {error}") from error
     return dpo_args
+
+
+def _prompts_and_oracle(
+    config: RunConfig, output: Path, show_progress: bool | None
+) -> tuple[Sequence[Prompt] | PreferencePool, Oracle]:
+    """Read the prompts, or the pool that has their responses, and make the oracle."""
+    if config.oracle["kind"] == "recorded":
+        recorded = RecordedOracle(config.prompts)
+        return recorded.pool, recorded
+    given = config.loop.get("responses") == "given"
+    prompts = PreferencePool.load(config.prompts) if given else read_prompts(config.prompts)
+    return prompts, _oracle(config, output, show_progress)
 
 
 def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Oracle:

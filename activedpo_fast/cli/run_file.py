@@ -15,7 +15,7 @@ from activedpo_fast.cli.yaml_file import read_yaml
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
 from activedpo_fast.presets import preset as find_preset
-from activedpo_fast.settings import LoopConfig, SelectorConfig, StrategyName
+from activedpo_fast.settings import SAMPLING, LoopConfig, SelectorConfig, StrategyName
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RunConfig:
         model, adapter, gguf_file, dtype, device, tokenizer: as in `load_policy`.
         lora: arguments of `peft.LoraConfig` for a fresh adapter; None if `adapter` is given.
         prompts: JSONL or Parquet file, or a folder (see `PreferencePool.load`), with `prompt` and
-            an optional `id`.
+            an optional `id`; with `responses: given` in `loop`, the rows of a pool.
         output_dir: the run's folder, from which a run continues.
         seed: seed of everything random.
         strategy: name of the strategy; None for the default.
@@ -36,7 +36,7 @@ class RunConfig:
         loop: fields of `LoopConfig`.
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
-        oracle: `kind` ("people", "reward_model" or "judge") and its options.
+        oracle: `kind` ("people", "reward_model", "judge" or "recorded") and its options.
     """
 
     model: str
@@ -84,6 +84,7 @@ def make_config(given: Any) -> RunConfig:
     for section, known in _sections().items():
         check_keys(values.get(section, {}), known, section)
     _check_oracle(values["oracle"])
+    values["loop"] = _with_responses(values)
     _check_rules(values.get("rules", {}))
     _move_template_kwargs(values)
     values = _with_preset(values)
@@ -181,6 +182,7 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
             "model": str,
             **_options(JudgeOracle.__init__, without={"journal", "show_progress"}),
         },
+        "recorded": {"kind": str},
     }
     kind = oracle.get("kind")
     if kind not in known:
@@ -189,6 +191,21 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     for name, what in _NEEDED_BY_ORACLE.get(kind, {}).items():
         if name not in oracle:
             raise ActiveDPOError(f"oracle.{name}: missing, {what}")
+
+
+def _with_responses(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section loop; recorded preferences are of given responses."""
+    loop = dict(values.get("loop", {}))
+    if values["oracle"]["kind"] == "recorded" and loop.setdefault("responses", "given") != "given":
+        raise ActiveDPOError(
+            "loop.responses: recorded preferences are of the responses that they were given for: "
+            "leave it out, or say given"
+        )
+    if loop.get("responses") == "given":
+        for name in SAMPLING:
+            if name in loop:
+                raise ActiveDPOError(f"loop.{name}: no response is sampled: remove it")
+    return loop
 
 
 def _check_rules(rules: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Sources of preferences: a function, a reward, a reward model, a language model, or people.
+"""Sources of preferences: a function, a reward, models, recorded preferences, or people.
 
 The models are imported when they are asked for: `activedpo label` does without transformers.
 """
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.labels.files import FileOracle, LabelsPending
 from activedpo_fast.labels.oracle import CallableOracle, Oracle
+from activedpo_fast.labels.recorded import RecordedOracle
 from activedpo_fast.labels.reward import Reward, RewardOracle
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "JudgeOracle",
     "LabelsPending",
     "Oracle",
+    "RecordedOracle",
     "Reward",
     "RewardModelOracle",
     "RewardOracle",

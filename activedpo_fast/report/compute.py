@@ -53,6 +53,7 @@ def count_tokens(
     epochs: float,
     pairs_per_round: int | None = None,
     train_on: str = "all",
+    generated: bool = True,
 ) -> list[dict[str, Tokens]]:
     """Return the tokens of each stage for the labeled rounds of an `ActiveDPOLoop`'s folder.
 
@@ -61,6 +62,8 @@ def count_tokens(
         epochs: over the pairs that a round trains on.
         pairs_per_round: how many pairs a round trains on, repeats included, if the number of steps
             is fixed; it replaces `epochs`.
+
+        generated: the responses were sampled, not given.
 
     Raises:
         ActiveDPOError: a file cannot be read.
@@ -77,7 +80,8 @@ def count_tokens(
         pool = (row for _, row in jsonl_rows(round_folder / "pool.jsonl"))
         newest = _tokens(tokenizer, rows, once=False)
         candidates = _tokens(tokenizer, pool, once=True)
-        stages = {"generate": _FORWARD * candidates, "select": per_token * (candidates + labeled)}
+        sampled = candidates if generated else 0
+        stages = {"generate": _FORWARD * sampled, "select": per_token * (candidates + labeled)}
         labeled += newest
         labeled_pairs += len(rows)
         trained, pairs = (labeled, labeled_pairs) if train_on == "all" else (newest, len(rows))

@@ -176,7 +176,7 @@ def _record(run: RunData, folder: Path) -> RoundRecord | None:
     if path.exists():
         return _try(run, lambda: read_record(path))
     stages = (
-        ("pool.jsonl", "responses are not generated"),
+        ("pool.jsonl", "it has no responses"),
         ("picked.jsonl", "no pairs are picked"),
         ("labels.jsonl", "its pairs are not labeled"),
         ("adapter", "it is not trained"),
@@ -295,6 +295,7 @@ def _tokens(run: RunData) -> list[dict[str, Tokens]] | None:
             epochs=dpo["num_train_epochs"],
             pairs_per_round=steps * batch if steps > 0 else None,
             train_on=run.settings["train_on"],
+            generated=run.settings["responses"] == "sampled",
         ),
     )
 

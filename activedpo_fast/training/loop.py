@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
 from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.prompts import draw_prompts, read_and_offer
+from activedpo_fast.training.prompts import check_pairs, draw_items, draw_prompts, read_and_offer
 from activedpo_fast.training.recorded import digest, plain, recorded_settings
 from activedpo_fast.training.rehearsal import rehearse
 from activedpo_fast.training.resuming import check_settings, write_settings
@@ -91,7 +92,9 @@ class ActiveDPOLoop:
             `prompts_per_round` of them in a seeded order, continuing where the last round ended and
             wrapping around. Prompts with labeled pairs are offered again only if the others are not
             enough; this is logged as a warning. Prompts with the same text count as one (see
-            `PickRules.prompt_by`), offered as the first of them.
+            `PickRules.prompt_by`), offered as the first of them. With `responses="given"`, a
+            `PreferencePool`, or a data set with its rows: the pairs of `prompts_per_round` rows are
+            a round's candidates, and rows whose pairs are all labeled are left out.
         oracle: see `activedpo_fast.labels`. If it raises `LabelsPending`, so does `run`. Its method
             `rehearse`, if it has one, is part of the rehearsal. A round in which no pair gets a
             preference is not trained on and keeps the previous adapter.
@@ -152,7 +155,9 @@ class ActiveDPOLoop:
     ) -> None:
         self.args, strategy = read_settings(LoopConfig, args, options, strategy)
         self.output_dir = Path(self.args.output_dir)
-        self.prompts, self._offered = read_and_offer(prompts, rules)
+        self.prompts, self._offered = read_and_offer(
+            prompts, rules, given=self.args.responses == "given"
+        )
         if not callable(getattr(oracle, "label", None)):
             raise ActiveDPOError(
                 f"oracle: expected an object with a method label, got {type(oracle).__name__}; "
@@ -285,6 +290,9 @@ class ActiveDPOLoop:
         self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> PreferencePool:
         path = folder / "pool.jsonl"
+        if not path.exists() and self.args.responses == "given":
+            labeled = Counter(pick.id for picks, _ in history for pick in picks)
+            write_recorded(path, draw_items(self._offered, t, labeled, self.args).jsonl())
         if not path.exists():
             asked = same_prompt(
                 self.prompts,
@@ -466,13 +474,7 @@ class ActiveDPOLoop:
 
     def _rehearse(self) -> None:
         args = self.args
-        prompts = min(args.prompts_per_round, len(self._offered))
-        pairs = prompts * args.num_generations * (args.num_generations - 1) // 2
-        if pairs < args.batch_size:
-            raise ActiveDPOError(
-                f"loop.batch_size: {args.batch_size} pairs are to be picked, but "
-                f"{prompts} prompts with {args.num_generations} responses have {pairs}"
-            )
+        check_pairs(self._offered, args)
         if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
             rehearse_oracle()
         rehearse(
@@ -483,7 +485,9 @@ class ActiveDPOLoop:
             self.dpo_args,
             reference=args.reference,
             batch_size=args.batch_size,
-            generation={**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
+            generation=None
+            if args.responses == "given"
+            else {**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
         )
 
 

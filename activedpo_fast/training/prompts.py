@@ -4,40 +4,54 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.items import Prompt, check_prompts
+from activedpo_fast.pool.items import PoolItem, Prompt, check_prompts
+from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.selection.prompts import distinct_prompts
 from activedpo_fast.selection.rules import PickRules, check_is_rules
+from activedpo_fast.settings import LoopConfig
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
 
+One = TypeVar("One")
+
 
 def read_and_offer(
-    prompts: Sequence[Prompt] | datasets.Dataset, rules: PickRules | None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Return all prompts, and those that may get responses: distinct, and not excluded.
+    prompts: Sequence[Any] | datasets.Dataset, rules: PickRules | None, *, given: bool
+) -> tuple[list[Any], list[Any]]:
+    """Return all prompts, and those that are offered: distinct, and not excluded.
+
+    They are `Prompt`s or, with `given`, `PoolItem`s.
+
+    Args:
+        given: their responses are given with them: they are the items of a pool, of which all are
+            distinct, also those with the same prompt.
 
     Raises:
         ActiveDPOError: malformed prompts, rules that do not fit them, or none that is left.
     """
     check_is_rules(rules)
-    found = list(as_prompts(prompts))
-    check_prompts(found)
+    if given:
+        found: list[Any] = list(as_pool(prompts))
+    else:
+        found = list(as_prompts(prompts))
+        check_prompts(found)
     for n, prompt in enumerate(found, start=1):
         check_json_columns(prompt.extra, f"prompt {n}")
     excluded: set[str] = set()
     if rules is not None:
         rules.check(found)
         excluded.update(rules.excluded(found))
-    distinct = distinct_prompts(found, None if rules is None else rules.prompt_by)
+    prompt_by = None if rules is None else rules.prompt_by
+    distinct = found if given else distinct_prompts(found, prompt_by)
     if len(distinct) < len(found):
         logger.info(
             "%d of %d prompts repeat the text of an earlier one: it is offered once, "
@@ -58,10 +72,7 @@ def draw_prompts(
 
     The order is a permutation that depends on `seed`, starting at t·n and wrapping around.
     """
-    order = list(prompts)
-    random.Random(seed).shuffle(order)
-    first = t * n % len(order)
-    order = order[first:] + order[:first]
+    order = _rotated(prompts, t, n, seed)
     fresh = [prompt for prompt in order if prompt.id not in asked]
     if len(fresh) < min(n, len(order)):
         logger.warning(
@@ -71,3 +82,55 @@ def draw_prompts(
             min(n, len(order)) - len(fresh),
         )
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
+
+
+def draw_items(
+    items: Sequence[PoolItem], t: int, labeled: Mapping[str, int], args: LoopConfig
+) -> PreferencePool:
+    """Return up to `prompts_per_round` items of a given pool for round t, as `draw_prompts` orders.
+
+    Args:
+        labeled: for each id, how many of its pairs are labeled. Items without another pair are left
+            out, the others of these come last.
+
+    Raises:
+        ActiveDPOError: none has a pair left.
+    """
+    order = _rotated(items, t, args.prompts_per_round, args.seed)
+    left = [item for item in order if labeled.get(item.id, 0) < _n_pairs(item)]
+    if not left:
+        raise ActiveDPOError(f"round {t}: all pairs of the pool are labeled: lower rounds")
+    left.sort(key=lambda item: item.id in labeled)
+    return PreferencePool(left[: args.prompts_per_round])
+
+
+def check_pairs(offered: Sequence[Any], args: LoopConfig) -> None:
+    """Refuse batches that the prompts of a round, or a given pool in all rounds, cannot fill."""
+    prompts = min(args.prompts_per_round, len(offered))
+    if args.responses == "given":
+        counts = sorted(map(_n_pairs, offered), reverse=True)
+        pairs, responses = sum(counts[:prompts]), "their given"
+        if (args.rounds - 1) * args.batch_size >= sum(counts):
+            raise ActiveDPOError(
+                f"loop.rounds: {args.rounds} rounds of {args.batch_size} pairs are more than the "
+                f"{sum(counts)} of the pool"
+            )
+    else:
+        per_prompt = args.num_generations * (args.num_generations - 1) // 2
+        pairs, responses = prompts * per_prompt, str(args.num_generations)
+    if pairs < args.batch_size:
+        raise ActiveDPOError(
+            f"loop.batch_size: {args.batch_size} pairs are to be picked, but "
+            f"{prompts} prompts with {responses} responses have {pairs}"
+        )
+
+
+def _n_pairs(item: PoolItem) -> int:
+    return len(item.responses) * (len(item.responses) - 1) // 2
+
+
+def _rotated(prompts: Sequence[One], t: int, n: int, seed: int) -> list[One]:
+    order = list(prompts)
+    random.Random(seed).shuffle(order)
+    first = t * n % len(order)
+    return order[first:] + order[:first]

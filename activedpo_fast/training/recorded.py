@@ -52,7 +52,9 @@ def recorded_settings(
         ),
         "selector_options": selector_options,
         "chat_template_kwargs": chat_template_kwargs,
-        "prompts": digest([_identity(prompt) for prompt in prompts]),
+        "prompts": digest(
+            [_identity(prompt, given=args.responses == "given") for prompt in prompts]
+        ),
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
         "oracle": _oracle_settings(oracle),
@@ -81,7 +83,8 @@ def _oracle_settings(oracle: Oracle) -> dict[str, Any]:
     return {"class": type(oracle).__name__, **own}
 
 
-def _identity(prompt: Prompt) -> list[Any]:
-    """Return the id of a prompt and everything its tokens depend on."""
+def _identity(prompt: Any, *, given: bool) -> list[Any]:
+    """Return the id of a prompt and everything its tokens, or those of its pairs, depend on."""
     own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
-    return [prompt.id, prompt.prompt, *([] if own is None else [own])]
+    responses = [prompt.responses] if given else []
+    return [prompt.id, prompt.prompt, *responses, *([] if own is None else [own])]

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -47,13 +48,13 @@ _LONGEST_REASON = 500
 def rehearse(
     model: PeftModel,
     processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Any],
     selector: ActiveDPOSelector,
     dpo_args: DPOConfig,
     *,
     reference: Reference,
     batch_size: int,
-    generation: Mapping[str, Any],
+    generation: Mapping[str, Any] | None,
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
@@ -65,9 +66,10 @@ def rehearse(
     generators.
 
     Args:
-        prompts: all prompts that the run may offer.
+        prompts: all `Prompt`s, or `PoolItem`s, that the run may offer.
         batch_size: pairs in a round.
-        generation: arguments of `generate_responses`.
+        generation: arguments of `generate_responses`; None: nothing is generated, and `prompts` are
+            the items of a pool, of which the two shortest take the place of dummies.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
@@ -75,17 +77,21 @@ def rehearse(
     """
     started = time.perf_counter()
     with _unchanged(model), _quiet():
-        shortest = _generate(model, processing_class, prompts, generation)
-        pool = PreferencePool(
-            PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
-            for prompt in shortest
-        )
+        if generation is None:
+            pool = _shortest(selector, prompts)
+        else:
+            pool = PreferencePool(
+                PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
+                for prompt in _generate(model, processing_class, prompts, generation)
+            )
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
         picked = _select(twin, pool, dpo_args)
         _train(model, processing_class, picked, dpo_args, reference, batch_size)
     logger.info(
-        "rehearsed generation, selection and a training step on dummy pairs (%.1f s)",
+        "rehearsed %sselection and a training step on %s pairs (%.1f s)",
+        "" if generation is None else "generation, ",
+        "given" if generation is None else "dummy",
         time.perf_counter() - started,
     )
 
@@ -102,6 +108,22 @@ def _generate(
     except ActiveDPOError as error:
         raise ActiveDPOError(f"generation: {error}") from error
     return [prompts[n] for n in shortest]
+
+
+def _shortest(selector: ActiveDPOSelector, items: Sequence[PoolItem]) -> PreferencePool:
+    """Encode all items; return the two with the fewest tokens, those that are trained on first."""
+    pool = PreferencePool(items)
+    try:
+        tokens = selector.tokenize(pool, show_progress=False)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"prompts: {error}") from error
+    longest = [
+        max(len(tokens.sequences[row].input_ids) for row in range(*rows))
+        for rows in pairwise(pool.response_offsets.tolist())
+    ]
+    skipped = set(tokens.skipped)
+    order = sorted(range(len(pool)), key=lambda n: (n in skipped, longest[n]))
+    return pool.subset(order[:2])
 
 
 def _dummies(prompt: Text) -> tuple[Text, ...]:

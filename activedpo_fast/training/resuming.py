@@ -47,6 +47,7 @@ _ENTERS: dict[str, str | None] = {
     "model": None,  # a path; its content is compared as `base`
     "prompts": "generated",
     "prompts_per_round": "generated",
+    "responses": "generated",
     **dict.fromkeys(SAMPLING, "generated"),
     "chat_template_kwargs": "generated",
     "rules": "picked",

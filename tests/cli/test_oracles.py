@@ -123,3 +123,42 @@ def test_a_run_goes_on_with_the_answers_that_it_has(
     # Two rounds of four questions and the rehearsal's; one was asked again.
     assert len(asked) == 10 and len(set(asked)) == 9
     assert [line["label"] for t in range(2) for line in _labels(tmp_path, t)] == ["skip"] * 4
+
+
+ROWS = [
+    {"prompt": f"The prompt {n}", "chosen": f" a good answer {n}", "rejected": f" the bad one {n}"}
+    for n in range(8)
+]
+_ROUNDS = {"rounds": 2, "batch_size": 2}
+
+
+def test_a_run_on_recorded_preferences(tmp_path: Path, capsys: Any) -> None:
+    path = _write(tmp_path, {"kind": "recorded"}, ROWS, loop=_ROUNDS)
+    assert main(["run", path]) == 0
+    for t in range(2):
+        for line in _labels(tmp_path, t):
+            assert line["responses"][line["label"]].startswith(" a good answer")
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS]
+    _write(tmp_path, {"kind": "recorded"}, swapped, loop=_ROUNDS)
+    assert main(["run", path]) == 2
+    assert "oracle.preferences" in capsys.readouterr().err
+
+
+def test_a_judge_of_given_responses(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    loop = {**_ROUNDS, "responses": "given"}
+    rows = [
+        {"prompt": f"p{n}", "responses": [" short", f" longer {n}", " longest of all"]}
+        for n in range(4)
+    ]
+    with serving(prefers_longer) as server:
+        assert main(["run", _write(tmp_path, _judge(server.address), rows, loop=loop)]) == 0
+    for t in range(2):
+        for line in _labels(tmp_path, t):
+            assert line["label"] == int(len(line["responses"][1]) > len(line["responses"][0]))
+
+
+def test_recorded_preferences_need_both_columns(tmp_path: Path, capsys: Any) -> None:
+    assert main(["run", _write(tmp_path, {"kind": "recorded"}, PROMPTS, loop=_ROUNDS)]) == 2
+    assert "line 1: recorded preferences need the columns" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()

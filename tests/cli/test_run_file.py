@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from activedpo_fast.cli.run_file import load_config, make_config
 from activedpo_fast.errors import ActiveDPOError
@@ -71,7 +73,7 @@ def _given(**changes: Any) -> dict[str, Any]:
         ({"prompts": None}, "prompts: missing"),
         (
             {"oracle": {"kind": "dice"}},
-            "oracle.kind: expected one of people, reward_model, judge, got 'dice'",
+            "oracle.kind: expected one of people, reward_model, judge, recorded, got 'dice'",
         ),
         (
             {"oracle": {"kind": "people", "via": "phone"}},
@@ -93,6 +95,19 @@ def _given(**changes: Any) -> dict[str, Any]:
             {"oracle": {"kind": "judge", "model": "m", "base_url": "http://h", "retries": "no"}},
             "oracle.retries: expected an integer, got 'no'",
         ),
+        (
+            {"oracle": {"kind": "recorded"}, "loop": {"responses": "sampled"}},
+            "loop.responses: recorded preferences are of the responses",
+        ),
+        (
+            {"oracle": {"kind": "recorded"}, "loop": {"num_generations": 2}},
+            "loop.num_generations: no response is sampled: remove it",
+        ),
+        (
+            {"loop": {"responses": "given", "temperature": 0.5}},
+            "loop.temperature: no response is sampled: remove it",
+        ),
+        ({"oracle": {"kind": "recorded", "path": "x"}}, "oracle.path: unknown key"),
         ({"preset": "papr"}, "unknown preset 'papr'"),
         ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
         ({"adapter": ...}, "adapter: missing"),
@@ -132,6 +147,8 @@ def test_a_preset_fills_settings_that_are_not_given() -> None:
     other = make_config(_given(preset="paper", strategy="adpo_plus"))
     # The preset's normalization is for its own strategy.
     assert (other.strategy, other.selection) == ("adpo_plus", {"proj_dim": 8192})
+    recorded = make_config(_given(preset="paper", oracle={"kind": "recorded"}))
+    assert recorded.loop["responses"] == "given"  # whatever the preset says of sampling
     assert make_config(_given(preset="paper")).lora is None  # the adapter is there already
 
 
@@ -172,7 +189,26 @@ def test_files(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
 def test_the_commented_example_is_valid() -> None:
-    config = load_config(Path(__file__).parents[2] / "examples" / "run.yaml")
+    config = load_config(EXAMPLES / "run.yaml")
     assert config.loop["batch_size"] == 50
     assert config.dpo["learning_rate"] == 1e-4
+
+
+def test_the_example_of_recorded_preferences_is_valid() -> None:
+    assert load_config(EXAMPLES / "recorded.yaml").loop["responses"] == "given"
+
+
+def test_each_source_of_labels_in_the_example_is_valid() -> None:
+    text = (EXAMPLES / "run.yaml").read_text()
+    text = re.sub("^# ?", "", text[text.index("\noracle:") :], flags=re.MULTILINE)
+    kinds = []
+    for section in text.split("\noracle:")[1:]:
+        oracle = yaml.safe_load(section)
+        kinds.append(oracle["kind"])
+        loop = {} if oracle["kind"] == "recorded" else {"num_generations": 2}
+        make_config(_given(oracle=oracle, loop=loop))
+    assert kinds == ["people", "reward_model", "recorded", "judge"]

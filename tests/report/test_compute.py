@@ -84,3 +84,11 @@ def test_rounds_that_are_not_labeled_are_not_counted(tmp_path: Path) -> None:
     _write(tmp_path, 0, 1)
     (tmp_path / "round-001" / "labels.jsonl").unlink()
     assert len(count_tokens(tmp_path, tiny_tokenizer(), frozenset(), epochs=1)) == 1
+
+
+def test_given_responses_cost_nothing_to_sample(tmp_path: Path) -> None:
+    _write(tmp_path, 0)
+    requires = frozenset({"gradients"})
+    found = count_tokens(tmp_path, tiny_tokenizer(), requires, epochs=1, generated=False)
+    assert found[0]["generate"] == Tokens(0, 0)
+    assert found[0]["select"] == Tokens(CANDIDATES, CANDIDATES)
