@@ -509,6 +509,13 @@ def label(
 Examples:
   activedpo run run.yaml
   activedpo run examples/run.yaml --quiet
+  activedpo run examples/recorded.yaml
+
+Sources of labels:
+  oracle: {{kind: people, via: page}}  (or files, or label_studio)
+  oracle: {{kind: reward_model, model: FOLDER}}
+  oracle: {{kind: judge, model: NAME, base_url: http://localhost:8000/v1}}
+  oracle: {{kind: recorded}}
 
 {keys_help()}
 """
@@ -524,7 +531,7 @@ def run(
 
     A round generates responses, selects pairs, has them labeled and trains. Work that an earlier
     run finished is not repeated. Exit code 3 means that the run waits for labels from people: do
-    what it says (`activedpo label FILE`), then run the same command again.
+    what it says (such as `activedpo label FILE`), then run the same command again.
     """
     with session(quiet):
         one_process("activedpo run")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from activedpo_fast.labels import (
     FileOracle,
     JudgeOracle,
     LabelsPending,
+    LabelStudioOracle,
     Oracle,
     RecordedOracle,
     RewardModelOracle,
@@ -126,7 +128,7 @@ def _prompts_and_oracle(
 def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Oracle:
     labeling = output / "labeling"
     if config.oracle["kind"] == "people":
-        return FileOracle(labeling, via=config.oracle.get("via", "page"))
+        return _people(config.oracle, labeling)
     options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
     if config.oracle["kind"] == "judge":
         return _judge(config.oracle["model"], labeling, options, show_progress)
@@ -138,13 +140,32 @@ def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Orac
     )
 
 
+def _people(oracle: Mapping[str, Any], folder: Path) -> Oracle:
+    if oracle.get("via") != "label_studio":
+        return FileOracle(folder, via=oracle.get("via", "page"))
+    with _named():
+        return LabelStudioOracle(
+            folder,
+            base_url=oracle["base_url"],
+            api_key_env=oracle["api_key_env"],
+            title=f"activedpo: {folder.parent.name}",
+        )
+
+
 def _judge(
     model: str, folder: Path, options: dict[str, Any], show_progress: bool | None
 ) -> JudgeOracle:
-    try:
+    with _named():
         return JudgeOracle(
             model, journal=folder / "judge.jsonl", show_progress=show_progress, **options
         )
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Have an error about an option name the section that it is in."""
+    try:
+        yield
     except ActiveDPOError as error:
         raise ActiveDPOError(f"oracle.{error}") from None
 
@@ -153,9 +174,8 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
     """Return what the loop's own arguments do not show: the given adapter, and the oracle."""
     adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
     oracle = dict(config.oracle)
-    oracle.pop("via", None)  # the labels are read from the same file
-    if oracle["kind"] == "judge":  # it shows what matters itself, and not its address
-        oracle = {"kind": "judge"}
+    if oracle["kind"] in ("judge", "people"):  # what matters they show themselves, no address
+        oracle = {"kind": oracle["kind"]}
     if oracle["kind"] == "reward_model":
         options = inspect.signature(RewardModelOracle).parameters
         oracle = {

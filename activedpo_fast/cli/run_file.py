@@ -158,7 +158,12 @@ def _dataclass_fields(cls: type, without: Collection[str]) -> dict[str, Any]:
     return {f.name: hints.get(f.name, Any) for f in fields(cls) if f.init and f.name not in without}
 
 
+_LABEL_STUDIO: dict[str, Any] = {"base_url": str, "api_key_env": str}
 _NEEDED_BY_ORACLE = {
+    "label_studio": {
+        "base_url": "the address of Label Studio, such as http://localhost:8080",
+        "api_key_env": "the environment variable that has your access token",
+    },
     "reward_model": {"model": "the folder of the reward model"},
     "judge": {
         "model": "the name of the judge's model at its server",
@@ -171,7 +176,11 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     from activedpo_fast.labels import JudgeOracle, RewardModelOracle
 
     known: dict[str, dict[str, Any]] = {
-        "people": {"kind": str, "via": Literal["page", "files"]},
+        "people": {
+            "kind": str,
+            "via": Literal["page", "files", "label_studio"],
+            **(_LABEL_STUDIO if oracle.get("via") == "label_studio" else {}),
+        },
         "reward_model": {
             "kind": str,
             "model": str,
@@ -188,7 +197,8 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
     if kind not in known:
         raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {short(kind)}")
     check_keys(oracle, known[kind], "oracle")
-    for name, what in _NEEDED_BY_ORACLE.get(kind, {}).items():
+    needed = oracle["via"] if oracle.get("via") == "label_studio" else kind
+    for name, what in _NEEDED_BY_ORACLE.get(needed, {}).items():
         if name not in oracle:
             raise ActiveDPOError(f"oracle.{name}: missing, {what}")
 

@@ -15,12 +15,14 @@ from activedpo_fast.labels.reward import Reward, RewardOracle
 
 if TYPE_CHECKING:
     from activedpo_fast.labels.judge.oracle import JudgeOracle
+    from activedpo_fast.labels.label_studio import LabelStudioOracle
     from activedpo_fast.labels.reward_model import RewardModelOracle
 
 __all__ = [
     "CallableOracle",
     "FileOracle",
     "JudgeOracle",
+    "LabelStudioOracle",
     "LabelsPending",
     "Oracle",
     "RecordedOracle",
@@ -32,6 +34,7 @@ __all__ = [
 
 _LATE = {
     "JudgeOracle": "activedpo_fast.labels.judge.oracle",
+    "LabelStudioOracle": "activedpo_fast.labels.label_studio",
     "RewardModelOracle": "activedpo_fast.labels.reward_model",
 }
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -96,6 +98,7 @@ class JsonServer:
         *,
         params: Mapping[str, str] | None = None,
         stop: threading.Event | None = None,
+        again: bool = True,
     ) -> Any:
         """Return the JSON value that the server answers with.
 
@@ -104,19 +107,22 @@ class JsonServer:
             body: sent as JSON, unless it is None.
             stop: once it is set, nothing more is waited for or sent.
 
+            again: it may be sent again after a failure; not so if it would be done twice.
+
         Raises:
             RequestRefused: status 400, 413 or 422.
             Stopped: `stop` is set, before an attempt or between two.
             ActiveDPOError: the server cannot be reached, refuses the key, or fails in another way.
         """
         stop = stop or threading.Event()
-        for attempt in range(self._retries + 1):
+        retries = self._retries if again else 0
+        for attempt in range(retries + 1):
             if stop.is_set():
                 raise Stopped
             try:
                 return self._once(method, path, body, params)
             except _Failed as failed:
-                if attempt == self._retries:
+                if attempt == retries:
                     tries = f" ({attempt + 1} attempts)" if attempt else ""
                     raise ActiveDPOError(f"{self._place}: {failed}{tries}") from None
                 self._wait(failed, attempt, stop)
@@ -216,6 +222,22 @@ def checked_url(base_url: str) -> str:
             "and without a user, a query or a fragment"
         )
     return base_url.rstrip("/")
+
+
+def key_from(variable: str) -> str:
+    """Return the key in an environment variable. Its name is not shown: it may be a key itself.
+
+    Raises:
+        ActiveDPOError: it is not set, or no header can hold its value.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+        raise ActiveDPOError("api_key_env: expected the name of an environment variable")
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ActiveDPOError("api_key_env: the environment variable that it names is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise ActiveDPOError("api_key_env: the key has characters that no header can hold")
+    return key
 
 
 def _message_of(content: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from activedpo_fast.cli.app import main
+from tests.support.label_studio import LEGACY, LabelStudio
 from tests.support.models import saved_model
 from tests.support.servers import Reply, Request, chat_reply, prefers_longer, serving
 
@@ -162,3 +163,22 @@ def test_recorded_preferences_need_both_columns(tmp_path: Path, capsys: Any) -> 
     assert main(["run", _write(tmp_path, {"kind": "recorded"}, PROMPTS, loop=_ROUNDS)]) == 2
     assert "line 1: recorded preferences need the columns" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_labeled_in_label_studio(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("TOKEN", LEGACY)
+    studio = LabelStudio()
+    loop = {"rounds": 1, "batch_size": 2, "responses": "given"}
+    with serving(studio) as server:
+        oracle = {"kind": "people", "via": "label_studio", "api_key_env": "TOKEN"}
+        oracle["base_url"] = server.address
+        path = _write(tmp_path, oracle, ROWS, loop=loop)
+        assert main(["run", path]) == 3
+        assert f"label them at {server.address}/projects/7" in capsys.readouterr().err
+        studio.annotate(lambda data: "left" if "good" in data["left"] else "right")
+        assert main(["run", path]) == 0
+    assert studio.projects[7]["title"] == "activedpo: run"
+    for line in _labels(tmp_path, 0):
+        assert line["responses"][line["label"]].startswith(" a good answer")
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or LEGACY.encode() not in file.read_bytes()

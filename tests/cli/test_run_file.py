@@ -77,7 +77,16 @@ def _given(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"oracle": {"kind": "people", "via": "phone"}},
-            "oracle.via: expected 'page' or 'files', got 'phone'",
+            "oracle.via: expected 'page' or 'files' or 'label_studio', got 'phone'",
+        ),
+        ({"oracle": {"kind": "people", "base_url": "http://h"}}, "oracle.base_url: unknown key"),
+        (
+            {"oracle": {"kind": "people", "via": "label_studio", "api_key_env": "T"}},
+            "oracle.base_url: missing",
+        ),
+        (
+            {"oracle": {"kind": "people", "via": "label_studio", "base_url": "http://h"}},
+            "oracle.api_key_env: missing",
         ),
         ({"oracle": {}}, "oracle.kind"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),

@@ -370,7 +370,7 @@ def test_more_fields_of_the_request(tmp_path: Path) -> None:
         ({"timeout": 0.0}, "timeout: 0.0 is not above 0"),
         ({"extra_body": {"messages": []}}, "extra_body: 'messages' cannot"),
         ({"template": "none.txt"}, "none.txt: no such file"),
-        ({"template": "empty.txt"}, "has no {response_b}"),
+        ({"template": "empty.txt"}, "template: empty.txt has no {response_b}"),
     ],
 )
 def test_bad_options_are_refused_without_showing_secrets(

@@ -19,6 +19,7 @@ import activedpo_fast
 from activedpo_fast import ActiveDPOLoop, ActiveDPOSelector, PreferencePool, Prompt
 from activedpo_fast.labels import CallableOracle
 from activedpo_fast.training.trl import dpo_config
+from tests.support.label_studio import LEGACY, LabelStudio
 from tests.support.models import VOCAB_SIZE, lora, saved_model, tiny_causal_lm, tiny_tokenizer
 from tests.support.servers import prefers_longer, serving
 
@@ -85,7 +86,15 @@ def judge_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory, judge_url: str) -> dict[str, Any]:
+def label_studio_url() -> Iterator[str]:
+    with serving(LabelStudio()) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="module")
+def parts(
+    tmp_path_factory: pytest.TempPathFactory, judge_url: str, label_studio_url: str
+) -> dict[str, Any]:
     """The objects that examples use, as listed on the API page; made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
     torch.manual_seed(0)
@@ -112,6 +121,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, judge_url: str) -> dict[str,
         "labels": LABELS,
         "dpo_args": dpo_config(output_dir="trainer", max_steps=1),
         "judge_url": judge_url,
+        "label_studio_url": label_studio_url,
         "adapter": saved_model(tmp_path_factory.mktemp("models"))[1],
     }
 
@@ -122,6 +132,7 @@ def namespace(
 ) -> dict[str, Any]:
     """A copy for one example, in a folder with an adapter and partly labeled picks."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LABEL_STUDIO_TOKEN", LEGACY)
     Path("adapter").symlink_to(parts["adapter"])
     names = {**parts, "model": deepcopy(parts["model"]), "labels": list(LABELS)}
     model, tokenizer, picked = names["model"], names["tokenizer"], names["picked"]

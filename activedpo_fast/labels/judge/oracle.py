@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +16,7 @@ from activedpo_fast._files import FilePath, check_file_target
 from activedpo_fast._printable import one_line
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.exchange.shown import as_shown
-from activedpo_fast.labels.http import JsonServer, RequestRefused
+from activedpo_fast.labels.http import JsonServer, RequestRefused, key_from
 from activedpo_fast.labels.journal import Journal
 from activedpo_fast.labels.judge.asking import ask_all
 from activedpo_fast.labels.judge.prompt import (
@@ -129,7 +127,7 @@ class JudgeOracle:
         check_at_least(0, retries=retries)
         if not 0 < timeout < float("inf"):
             raise ActiveDPOError(f"timeout: {timeout} is not above 0 and finite")
-        key = _key_of(api_key_env)
+        key = None if api_key_env is None else key_from(api_key_env)
         self._server = JsonServer(
             base_url,
             name="judge",
@@ -333,17 +331,3 @@ def _fixed_body(
             raise ActiveDPOError(f"extra_body: {name!r} cannot be set there")
     body = {"model": model, "temperature": 0, "max_tokens": max_tokens, **extra}
     return {name: value for name, value in body.items() if value is not None}
-
-
-def _key_of(variable: str | None) -> str | None:
-    """Return the key in an environment variable. Its name is not shown: it may be a key itself."""
-    if variable is None:
-        return None
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-        raise ActiveDPOError("api_key_env: expected the name of an environment variable")
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ActiveDPOError("api_key_env: the environment variable that it names is not set")
-    if not (key.isascii() and key.isprintable()):
-        raise ActiveDPOError("api_key_env: the key has characters that no header can hold")
-    return key

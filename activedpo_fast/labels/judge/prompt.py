@@ -48,10 +48,13 @@ def read_template(path: FilePath | None) -> str:
     """
     if path is None:
         return DEFAULT_TEMPLATE
-    template = read_text(path, "yaml_kib")
+    try:
+        template = read_text(path, "yaml_kib")
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"template: {error}") from None
     for name in _NEEDED:
         if f"{{{name}}}" not in template:
-            raise ActiveDPOError(f"{path}: the template has no {{{name}}}")
+            raise ActiveDPOError(f"template: {path} has no {{{name}}}")
     return template
 
 
