@@ -511,6 +511,7 @@ Examples:
   activedpo run examples/run.yaml --quiet
   activedpo run examples/recorded.yaml
 
+\b
 Sources of labels:
   oracle: {{kind: people, via: page}}  (or files, or label_studio)
   oracle: {{kind: reward_model, model: FOLDER}}
