@@ -1,18 +1,21 @@
-"""The prompts of a run: which are offered at all, and which in a round."""
+"""The prompts of a run: which are offered at all, which in a round, and their current columns."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import Prompt, check_prompts
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.selection.prompts import distinct_prompts
 from activedpo_fast.selection.rules import PickRules, check_is_rules
+from activedpo_fast.training.recorded import plain
 
 if TYPE_CHECKING:
     import datasets
@@ -60,6 +63,12 @@ def draw_prompts(
     """
     order = list(prompts)
     random.Random(seed).shuffle(order)
+    if t == 0 and n > len(order):
+        logger.info(
+            "prompts_per_round is %d, and there are %d prompts: every round takes them all",
+            n,
+            len(order),
+        )
     first = t * n % len(order)
     order = order[first:] + order[:first]
     fresh = [prompt for prompt in order if prompt.id not in asked]
@@ -71,3 +80,27 @@ def draw_prompts(
             min(n, len(order)) - len(fresh),
         )
     return [*fresh, *(prompt for prompt in order if prompt.id in asked)][:n]
+
+
+def with_columns_of_now(
+    pool: PreferencePool, prompts: Sequence[Prompt], round_name: str
+) -> PreferencePool:
+    """Return the pool with its prompts' current columns, which rules and oracles read."""
+    columns = {prompt.id: plain(prompt.extra) for prompt in prompts}
+    changed = sorted(
+        {
+            name
+            for item in pool
+            for extra in [columns.get(item.id, item.extra)]
+            for name in {**item.extra, **extra}
+            if item.extra.get(name) != extra.get(name)
+        }
+    )
+    if not changed:
+        return pool
+    logger.info(
+        "%s: columns of the prompts have changed and are read as they are now: %s",
+        round_name,
+        ", ".join(changed),
+    )
+    return PreferencePool(replace(item, extra=columns.get(item.id, item.extra)) for item in pool)
