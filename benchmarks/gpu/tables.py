@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.tables             print the tables of benchmarks/results/gpu_*.json
     python -m benchmarks.gpu.tables --write     put them into the documents
 
-Places in the documents are marked as `report.py` says. A table says so if no GPU has run it yet; a
-dry run is never shown as a result.
+Places in the documents are marked as `benchmarks.markdown` says. A table says so if no GPU has run
+it yet; a dry run is never shown as a result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import table, write_into
+from benchmarks.markdown import table, write_into
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
