@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._checks import check_at_least
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
+from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.models.named import GivenModel, as_model
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.items import check_prompts
@@ -70,8 +70,7 @@ class Sampler:
         pad = self.tokenizer.pad_token_id
         require_supported(self.model, pad_token_id=0 if pad is None else pad)
         # The model whose `generate` and generation config are used.
-        owner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.owner = cast(PreTrainedModel, owner)
+        self.owner = cast(PreTrainedModel, causal_lm(self.model))
         self.max_completion_length = max_completion_length
         self.generation_batch_size = generation_batch_size
         self.device: torch.device = self.model.get_input_embeddings().weight.device
