@@ -19,6 +19,10 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise ActiveDPOError(f"{name}: {value} is below {least}")
 
 
+def is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """Return the end of a message about an unknown name: the one that is meant, or all."""
     close = difflib.get_close_matches(name, known, n=1)

@@ -41,11 +41,18 @@ class Preset:
         return from_options(SelectorConfig, self.selector_options(options))
 
     def loop_config(self, **options: Any) -> LoopConfig:
-        """Return settings of the loop, with options on top of the preset's."""
-        selection = self.selector_options(
-            {name: options[name] for name in ("strategy",) if name in options}
-            | (as_mapping("selector_options", options.pop("selector_options", None)) or {})
-        )
+        """Return settings of the loop, with options on top of the preset's.
+
+        The strategy may be among `selector_options`; given there and as an option it is refused.
+        """
+        given = as_mapping("selector_options", options.pop("selector_options", None)) or {}
+        if "strategy" in options:
+            if "strategy" in given:
+                raise ActiveDPOError(
+                    "strategy: given twice, in selector_options too; leave it out there"
+                )
+            given["strategy"] = options["strategy"]
+        selection = self.selector_options(given)
         strategy = selection.pop("strategy")
         merged = {**self.loop, "strategy": strategy, "selector_options": selection, **options}
         return from_options(LoopConfig, merged)

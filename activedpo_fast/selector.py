@@ -212,8 +212,7 @@ class ActiveDPOSelector:
         processes = PoolProcesses(group)
         pool = processes.check(lambda: as_pool(pool))
         started = time.perf_counter()
-        history = [pick for selection in _as_list(labeled, "labeled") for pick in selection]
-        undecided = [pick for selection in _as_list(asked, "asked") for pick in selection]
+        history, undecided = _picks_of(labeled, "labeled"), _picks_of(asked, "asked")
         template = self.args.tokenization["chat_template_kwargs"]
         if processes.rank == 0:
             _tell_of_other_arguments(history, template)
@@ -358,17 +357,20 @@ def _norm(model: PreTrainedModel | PeftModel) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def _as_list(given: Labeled | None, name: str) -> list[Selection]:
+def _picks_of(given: Labeled | None, name: str) -> list[Pick]:
+    """Return the picks of all selections in a row."""
     if given is None:
         return []
     listed = [given] if isinstance(given, (Selection, str)) else given
+    picks: list[Pick] = []
     for entry in listed if isinstance(listed, Iterable) else [listed]:
         if not isinstance(entry, Selection):
             raise ActiveDPOError(
                 f"{name}: expected a Selection, or several, got "
                 f"{type(entry).__name__}; read_labels reads them from a file"
             )
-    return list(listed)
+        picks += entry
+    return picks
 
 
 def _refuse_its_options(args: SelectorConfig) -> None:

@@ -197,7 +197,8 @@ class LoopConfig:
     rounds: int = field(default=5, metadata={"help": "Rounds of the run; may be raised later."})
     batch_size: int = field(default=50, metadata={"help": "B, the pairs labeled per round."})
     prompts_per_round: int = field(
-        default=1000, metadata={"help": "How many prompts get responses in a round."}
+        default=1000,
+        metadata={"help": "How many prompts get responses in a round; all, if there are fewer."},
     )
     responses: Literal["sampled", "given"] = field(
         default="sampled",

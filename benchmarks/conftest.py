@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from activedpo_fast.errors import ActiveDPOError
-from benchmarks.report import describe_run, tables
+from benchmarks.machine import describe_run
+from benchmarks.rows.tables import tables
 from benchmarks.rows.workloads import WORKLOADS, Workload
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()

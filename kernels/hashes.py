@@ -30,9 +30,10 @@ from activedpo_fast.kernels.jobs import (
     RUNS,
     TABLE,
 )
-from activedpo_fast.kernels.launching import cdiv, signed
+from activedpo_fast.kernels.launching import cdiv
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
+from activedpo_fast.ops.layout import signed
 from activedpo_fast.ops.reference import (
     KRONECKER_STREAMS,
     RUN,

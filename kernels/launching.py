@@ -41,8 +41,3 @@ def in_units(x: Tensor) -> Tensor:
     padded = x.new_zeros(len(x), cdiv(width, unit) * unit)
     padded[:, :width] = x
     return padded
-
-
-def signed(key: int) -> int:
-    """Return the int64 with the bits of a 64-bit key."""
-    return key - 2**64 if key >= 2**63 else key

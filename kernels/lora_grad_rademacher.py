@@ -34,10 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from activedpo_fast.kernels.launching import NAMES, cdiv, in_units, on, operand, signed
+from activedpo_fast.kernels.launching import NAMES, cdiv, in_units, on, operand
 from activedpo_fast.kernels.philox import random_words
 from activedpo_fast.kernels.slabs import GRADIENT_TILES, TILES, gradient_tile_for, parts, tile_for
 from activedpo_fast.kernels.variants import LAUNCH, Variant
+from activedpo_fast.ops.layout import signed
 
 _STREAM = tl.constexpr(2)  # reference.RADEMACHER_STREAM
 _COLUMNS = 128  # columns of the matrix per program: a Philox block

@@ -24,7 +24,7 @@ from activedpo_fast.models.folders import resolve_source, tokenizer_source
 from activedpo_fast.models.loading import NO_ADAPTER, load_policy, resolve_device, resolve_dtype
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.tokens import tokenize_pool
+from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.store import FeatureStore, check_store_folder
 
@@ -128,7 +128,7 @@ def take_features(
     folder = Path(output)
     check_store_folder(folder, pool)
     with locked_folder(folder):
-        done = _fill(
+        done = _take(
             folder,
             pool,
             options,
@@ -147,7 +147,7 @@ class _Done(NamedTuple):
     columns: str
 
 
-def _fill(
+def _take(
     folder: Path,
     pool: PreferencePool,
     options: FeatureOptions,
@@ -156,8 +156,8 @@ def _fill(
     skip_non_finite: bool,
     show_progress: bool | None,
 ) -> _Done:
+    """Compute the rows that the store at `folder` lacks, which may be all of them."""
     columns = ""
-    rows = options.rows
     store = None
     if (folder / "manifest.json").exists():
         # Opening it compares the settings before a model is loaded.
@@ -167,7 +167,29 @@ def _fill(
         if not store.missing_rows() and not store.partial():
             nothing = "" if columns else ": nothing to do"
             return _Done(store, False, f"{folder} is complete already{nothing}", columns)
+    extractor, tokenized = _prepare(pool, options, settings, skip_non_finite, show_progress)
+    if store is not None:
+        store.check_tokens(tokenized)
+    extractor.check(tokenized)  # before anything is written
+    if store is None:
+        store = FeatureStore.create(
+            folder, pool, settings, skipped=tokenized.skipped, dtype=options.store_dtype
+        )
+    store.fill(extractor, tokenized, show_progress=show_progress)
+    left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
+    said = f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder}"
+    return _Done(store, True, said, columns)
 
+
+def _prepare(
+    pool: PreferencePool,
+    options: FeatureOptions,
+    settings: dict[str, Any],
+    skip_non_finite: bool,
+    show_progress: bool | None,
+) -> tuple[FeatureExtractor, TokenizedPool]:
+    """Load the model, and tokenize the pool for it."""
+    rows = options.rows
     model, tokenizer = load_policy(
         options.model,
         adapter=options.adapter,
@@ -181,8 +203,6 @@ def _fill(
         raise ActiveDPOError(
             f"every prompt fills --max-length {rows.max_length}: there is nothing to score"
         )
-    if store is not None:
-        store.check_tokens(tokenized)
     extractor = FeatureExtractor(
         model,
         options.sketch,
@@ -194,15 +214,7 @@ def _fill(
         verify=rows.verify,
         skip_non_finite=skip_non_finite,
     )
-    extractor.check(tokenized)  # before anything is written
-    if store is None:
-        store = FeatureStore.create(
-            folder, pool, settings, skipped=tokenized.skipped, dtype=options.store_dtype
-        )
-    store.fill(extractor, tokenized, show_progress=show_progress)
-    left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
-    said = f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder}"
-    return _Done(store, True, said, columns)
+    return extractor, tokenized
 
 
 def _export(store: FeatureStore, path: FilePath | None, show_progress: bool | None) -> str:

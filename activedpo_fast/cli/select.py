@@ -23,6 +23,7 @@ from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.candidates import Candidates, pool_text
+from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
 from activedpo_fast.selection.signals import History, TensorSignals
@@ -67,22 +68,7 @@ def select_pairs(
             if processes.rank == 0:
                 check_output("--output", output, {"--labeled": labeled, "--exclude": exclude})
                 _check_keeps_labels(output)
-            store = FeatureStore.open(store_path)
-            pool = store.pool()
-            known = asked = torch.empty(0, 2, dtype=torch.int64)
-            non_finite = store.non_finite()
-            if labeled is not None:
-                known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
-                known, asked = _without(known, asked, pool, non_finite)
-            candidates = Candidates.find(
-                pool,
-                processes,
-                labeled=known,
-                asked=asked,
-                skipped=[*store.manifest["skipped"], *non_finite],
-                rules=rules,
-            )
-            return store, candidates, asked
+            return _find_candidates(store_path, labeled, rules, processes)
 
         store, candidates, asked = processes.check(prepare)
         pool, known = candidates.pool, candidates.labeled
@@ -121,22 +107,12 @@ def select_pairs(
         )
         if processes.rank > 0:
             return None
-        # Random picks have the score 0.
-        at_random = args.strategy == "random" or (rules is not None and rules.random_fraction > 0)
-        if not at_random and not any(pick.score for pick in picked):
-            raise ActiveDPOError(
-                f"{store_path}: all scores are 0, the gradient rows of each pair are the same or "
-                "zero: was beta or a weight too small when they were computed?"
-            )
+        _check_scores(picked, rules, store_path)
         picked.to_jsonl(output)
-    gain = ""
-    if args.strategy == "activedpo":
-        # det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ) at each pick
-        gain = f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
     labels = f" and {len(known)} labeled" if len(known) else ""
     return (
-        f"{len(picked)} of {found} candidate pairs{labels} picked by {args.strategy}{gain}: "
-        f"{output} ({time.perf_counter() - started:.1f} s)"
+        f"{len(picked)} of {found} candidate pairs{labels} picked by {args.strategy}"
+        f"{_gain(picked)}: {output} ({time.perf_counter() - started:.1f} s)"
     )
 
 
@@ -158,6 +134,31 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
+
+
+def _find_candidates(
+    store_path: FilePath,
+    labeled: FilePath | None,
+    rules: PickRules | None,
+    processes: PoolProcesses,
+) -> tuple[FeatureStore, Candidates, torch.Tensor]:
+    """Return the store, its candidates, and the pairs that were only asked, int64 [n, 2]."""
+    store = FeatureStore.open(store_path)
+    pool = store.pool()
+    known = asked = torch.empty(0, 2, dtype=torch.int64)
+    non_finite = store.non_finite()
+    if labeled is not None:
+        known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
+        known, asked = _without(known, asked, pool, non_finite)
+    candidates = Candidates.find(
+        pool,
+        processes,
+        labeled=known,
+        asked=asked,
+        skipped=[*store.manifest["skipped"], *non_finite],
+        rules=rules,
+    )
+    return store, candidates, asked
 
 
 def _without(
@@ -186,6 +187,23 @@ def _read_rows(
 def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:
     """Load the rows if they are small enough for memory."""
     return rows.take(torch.arange(len(rows))) if rows.nbytes <= _IN_MEMORY_BYTES else rows
+
+
+def _check_scores(picked: Selection, rules: PickRules | None, store_path: FilePath) -> None:
+    """Refuse picks whose scores are all 0, except random ones, which have no other."""
+    at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
+    if not at_random and not any(pick.score for pick in picked):
+        raise ActiveDPOError(
+            f"{store_path}: all scores are 0, the gradient rows of each pair are the same or "
+            "zero: was beta or a weight too small when they were computed?"
+        )
+
+
+def _gain(picked: Selection) -> str:
+    """Say what `activedpo` maximizes: det(V + φφᵀ) = det V · (1 + φᵀV⁻¹φ) at each pick."""
+    if picked.strategy != "activedpo":
+        return ""
+    return f", log det V + {sum(math.log1p(pick.score) for pick in picked):.4g}"
 
 
 def read_rules(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,6 +18,7 @@ from transformers import (
 
 from activedpo_fast.demo.settings import DemoSettings
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.loading import with_fresh_adapter
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.texts import Text
 
@@ -37,11 +38,8 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def with_fresh_lora(base: PreTrainedModel, settings: DemoSettings, seed: int) -> PeftModel:
     """Return `base` with a LoRA adapter at its initialization, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config = LoraConfig(**settings.lora, task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
-    return model.eval()
+    config = LoraConfig(**settings.lora, task_type="CAUSAL_LM")
+    return with_fresh_adapter(base, config, seed).eval()
 
 
 def read_prompts(split: str, name: str = "small", *, max_words: int | None = None) -> list[Prompt]:

@@ -1,4 +1,8 @@
-"""`FeatureExtractor`: gradient rows, log-probs and hidden states of tokenized responses."""
+"""`FeatureExtractor`: gradient rows, log-probs and hidden states of tokenized responses.
+
+One class, as the three share the model, what the self-check found about it and its token limit.
+How each is computed is in the other modules of this folder.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from activedpo_fast._checks import fits, is_count
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
@@ -116,9 +121,9 @@ class FeatureExtractor:
         verify: bool = True,
         skip_non_finite: bool = False,
     ) -> None:
-        if not (_is_number(beta) and 0 < beta < math.inf):
+        if not (fits(beta, float) and 0 < beta < math.inf):
             raise ActiveDPOError(f"beta must be a positive, finite number, not {beta!r}")
-        if max_tokens_per_batch is not None and not _is_count(max_tokens_per_batch):
+        if max_tokens_per_batch is not None and not is_count(max_tokens_per_batch, least=1):
             raise ActiveDPOError(
                 f"max_tokens_per_batch must be an integer from 1, not {max_tokens_per_batch!r}"
             )
@@ -393,14 +398,6 @@ class FeatureExtractor:
             finite = finite_rows(result)
             yield tuple(part[finite] for part in result)
             yield from self._runner.run_alone(tokenized, result[0][~finite], run_batch, model)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _subtract_first(

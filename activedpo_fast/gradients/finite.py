@@ -12,9 +12,9 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Layout, group_rows
-from activedpo_fast.gradients.lm_head import causal_lm
 from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
 from activedpo_fast.gradients.token_budget import TokenBudget
+from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.models.positions import LengthClass, length_class
 from activedpo_fast.pool.tokens import TokenizedPool
 

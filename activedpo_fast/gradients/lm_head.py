@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from activedpo_fast import ops
@@ -17,11 +16,6 @@ from activedpo_fast import ops
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT model; LoRA layers are among its modules."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch
 from activedpo_fast.gradients.hooks import Capture
-from activedpo_fast.gradients.lm_head import causal_lm, chunked_logps, language_model_head
+from activedpo_fast.gradients.lm_head import chunked_logps, language_model_head
 from activedpo_fast.gradients.prompt_cache import continue_prompts, run_prompts
 from activedpo_fast.gradients.segments import (
     chunk_segments,
@@ -27,6 +27,7 @@ from activedpo_fast.gradients.segments import (
     response_segments,
     row_terms,
 )
+from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.ops import reference
 
 

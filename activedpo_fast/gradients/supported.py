@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from peft import (
-    PeftModel,
     PeftModelForQuestionAnswering,
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
@@ -25,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 _WANTED = "pass a decoder-only causal language model (AutoModelForCausalLM)"
@@ -93,7 +93,7 @@ def position_limit(model: nn.Module) -> int | None:
     Learned or tabulated absolute positions are limited (GPT-2, OPT, GPT-J). For rotary positions,
     `config.max_position_embeddings` only says what the model was trained with.
     """
-    base = _inner(model)
+    base = causal_lm(model)
     config: Any = getattr(base, "config", None)
     if getattr(config, "model_type", None) == "mpt":
         return int(config.max_seq_len)  # ALiBi, but its table has that many columns
@@ -115,7 +115,7 @@ def position_limit(model: nn.Module) -> int | None:
 
 def known_tokens(model: nn.Module) -> int | None:
     """Return how many token ids the model has embeddings for; None if unknown."""
-    base: Any = _inner(model)
+    base: Any = causal_lm(model)
     return _count(base.get_input_embeddings(), "num_embeddings")
 
 
@@ -133,10 +133,6 @@ def _is_position_table(path: str, names: tuple[str, ...]) -> bool:
     )
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _check_wrappers(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name in _class_names(module):
@@ -147,7 +143,7 @@ def _check_wrappers(model: nn.Module) -> None:
 
 
 def _check_kind(model: nn.Module) -> None:
-    base = _inner(model)
+    base = causal_lm(model)
     name = type(base).__name__
     config: Any = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -237,7 +233,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _check_gradients(model: nn.Module) -> None:
-    tensor_parallel = getattr(_inner(model), "_tp_size", None) or 1
+    tensor_parallel = getattr(causal_lm(model), "_tp_size", None) or 1
     if tensor_parallel > 1:
         raise ActiveDPOError(
             f"the model is split over {tensor_parallel} processes (tensor parallelism); {_WHOLE} "
@@ -291,7 +287,7 @@ def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
 def _attention(model: nn.Module) -> str:
     """Return the names of the attention's linear layers, as `target_modules` would list them."""
     names: dict[str, None] = {}
-    for path, module in _inner(model).named_modules():
+    for path, module in causal_lm(model).named_modules():
         parent, _, name = path.rpartition(".")
         within = parent.rpartition(".")[2].lower()
         attention = "attn" in within or "attention" in within
@@ -301,7 +297,7 @@ def _attention(model: nn.Module) -> str:
 
 
 def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_id: int) -> None:
-    base: Any = _inner(model)
+    base: Any = causal_lm(model)
     if not isinstance(base, PreTrainedModel):
         return
     known = known_tokens(base)

@@ -1,4 +1,4 @@
-"""The weights of a PEFT adapter: copy, load, and distinguish them from the base model's."""
+"""A PEFT adapter: its weights, copied and loaded, and the model inside."""
 
 from __future__ import annotations
 
@@ -75,3 +75,8 @@ def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
             "its prompt by an encoder, whose weights cannot be copied and put "
             "back; use prompt tuning or LoRA"
         )
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT model; LoRA layers are among its modules."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

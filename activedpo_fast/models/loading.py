@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from activedpo_fast._files import FilePath, first_line
+from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.folders import (
     ADAPTER_WEIGHTS,
@@ -369,11 +370,7 @@ def with_fresh_adapter(base: PreTrainedModel, config: PeftConfig, seed: int) -> 
     Raises:
         TypeError, ValueError: PEFT refuses the configuration, or it does not fit the model.
     """
-    device = base.device
-    with torch.random.fork_rng(
-        devices=[] if device.type == "cpu" else [device], device_type=device.type
-    ):
-        torch.manual_seed(seed)
+    with forked_rng(base.device, seed):
         return cast(PeftModel, get_peft_model(base, config)).train(base.training)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._files import FilePath, first_line, read_json
@@ -63,7 +64,8 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, seed: 
             "peft_config: expected a peft.PeftConfig such as peft.LoraConfig, got "
             f"{type(config).__name__}"
         )
-    if isinstance(model, PeftModel):
+    # `add_adapter` of transformers, and `get_base_model` of PEFT, leave an adapter's layers inside.
+    if isinstance(model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ActiveDPOError(
             "peft_config: the model has an adapter already; leave peft_config out, or pass the "
             "model without its adapter"

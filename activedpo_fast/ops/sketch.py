@@ -10,7 +10,7 @@ from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends, reference
-from activedpo_fast.ops.layout import rows_together
+from activedpo_fast.ops.layout import rows_together, signed
 
 METHODS = ("sjlt", "rademacher", "kronecker")  # of outer_sketch_
 _TOGETHER = ("sjlt", "kronecker")  # those whose kernels take several weights at a time
@@ -31,7 +31,7 @@ def sjlt_(out: Tensor, x: Tensor, key: int) -> None:
     ActiveDPOError if the tensors do not fit.
     """
     _check("sjlt_", out, x, key)
-    _sjlt(out, x, _signed(key))
+    _sjlt(out, x, signed(key))
 
 
 def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
@@ -41,7 +41,7 @@ def rademacher_(out: Tensor, x: Tensor, key: int) -> None:
     float64 beyond that.
     """
     _check("rademacher_", out, x, key)
-    _rademacher(out, x, _signed(key))
+    _rademacher(out, x, signed(key))
 
 
 def outer_sketch_(
@@ -67,7 +67,7 @@ def outer_sketch_(
     """
     _check_target(out, segments, method)
     _check_weight(out, left, right, key)
-    _outer_sketch(out, left, right, segments, _signed(key), method)
+    _outer_sketch(out, left, right, segments, signed(key), method)
 
 
 class OuterSum(NamedTuple):
@@ -271,10 +271,6 @@ def _cpp_outer(
         place=reference.kronecker_place(key, out.shape[1]),
         num_threads=torch.get_num_threads(),
     )
-
-
-def _signed(key: int) -> int:
-    return key - 2**64 if key >= 2**63 else key
 
 
 # -- argument checks -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from activedpo_fast._files import first_line
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import check_template_kwargs
 
@@ -186,7 +187,7 @@ def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ActiveDPOError(
                 f"{place}: the column {name!r} is no JSON value ({reason}): make "
                 "it text or a number, or remove it"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from activedpo_fast._files import read_checked_json
+from activedpo_fast._files import first_line, read_checked_json
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import read_label
 from activedpo_fast.pool.pool import PreferencePool
@@ -278,7 +278,7 @@ def _tokens(run: RunData) -> list[dict[str, Tokens]] | None:
             str(run.folder / "start" / "adapter"), local_files_only=True
         )
     except Exception as error:  # depends on what is wrong with the folder
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         run.missing.append(
             f"compute: no tokenizer in {run.folder / 'start' / 'adapter'} ({reason})"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from activedpo_fast._checks import is_count
 from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.files import jsonl_rows
@@ -103,7 +104,7 @@ def _parse_pick(record: Any, place: str) -> Pick:
     if not (
         isinstance(pair, list)
         and len(pair) == 2
-        and all(_is_count(i) for i in pair)
+        and all(is_count(i) for i in pair)
         and pair[0] != pair[1]
     ):
         raise ActiveDPOError(f"{place}: 'pair' must be two different response numbers")
@@ -111,7 +112,7 @@ def _parse_pick(record: Any, place: str) -> Pick:
     # A JSON integer may be too large for a float; only the comparison is safe.
     if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < 1e308:
         raise ActiveDPOError(f"{place}: 'score' must be a finite number")
-    if not _is_count(record["rank"]):
+    if not is_count(record["rank"]):
         raise ActiveDPOError(f"{place}: 'rank' must be an integer from 0")
     prompt, responses = record["prompt"], record["responses"]
     if not _is_text(prompt):
@@ -135,10 +136,6 @@ def _parse_pick(record: Any, place: str) -> Pick:
         (responses[0], responses[1]),
         *map(record.get, _TEMPLATE_FIELDS),
     )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_text(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from activedpo_fast._checks import is_count
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
@@ -68,7 +69,7 @@ class PickRules:
     prompt_by: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_per_prompt is not None and not _is_count(self.max_per_prompt, least=1):
+        if self.max_per_prompt is not None and not is_count(self.max_per_prompt, least=1):
             raise ActiveDPOError(
                 f"max_per_prompt must be an integer from 1, not {self.max_per_prompt!r}"
             )
@@ -228,7 +229,7 @@ def _quotas(given: Any) -> dict[str, int]:
         name = name_of(key)
         if name is None:
             raise ActiveDPOError(f"quotas: {key!r} is not a group (text, integer or boolean)")
-        if not _is_count(most, least=0):
+        if not is_count(most, least=0):
             raise ActiveDPOError(f"quotas: {name!r} must have an integer from 0, not {most!r}")
         quotas[name] = most
     return quotas
@@ -258,10 +259,6 @@ def _cost(item: PoolItem | Prompt, name: str) -> float:
             f"cost: {name!r} of item {item.id!r} must be a positive number, not {value!r}"
         )
     return float(value)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: Any) -> bool:

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activedpo_fast._checks import check_at_least
+from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
-from activedpo_fast.models.named import GivenModel, as_model
-from activedpo_fast.models.undisturbed import undisturbed
+from activedpo_fast.models.named import GivenModel
 from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.items import PoolItem, check_prompts
+from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.reading import as_prompts
-from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
-from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
-from activedpo_fast.progress import progress_bar
 from activedpo_fast.settings import check_sampling
+from activedpo_fast.training.sampler import PromptLike, Sampler
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-
-class PromptLike(Protocol):
-    """A `Prompt` or `PoolItem`; existing responses are ignored."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def prompt(self) -> Text: ...
-    @property
-    def extra(self) -> dict[str, Any]: ...
 
 
 @leaves_tokenizer(1)
@@ -106,7 +88,7 @@ def generate_responses(
         generation_batch_size=generation_batch_size,
         max_attempts=max_attempts,
     )
-    generator = _Generator(
+    sampler = Sampler(
         model,
         processing_class,
         prompts,
@@ -114,40 +96,31 @@ def generate_responses(
         generation_batch_size,
         chat_template_kwargs or {},
     )
-    prompts = generator.prompts
+    prompts = sampler.prompts
     for n, prompt in enumerate(prompts, start=1):
         check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
 
-    # Keyed by the text without surrounding white space, in the order of sampling.
-    found: list[dict[str, str]] = [{} for _ in prompts]
-    with _forked_rng(generator.device, seed):
-        for attempt in range(1, max_attempts + 1):
-            missing = [
-                position
-                for position, texts in enumerate(found)
-                for _ in range(num_generations - len(texts))
-            ]
-            if not missing:
-                break
-            description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
-            sampled = generator.run(
-                missing,
-                description,
-                show_progress,
-                do_sample=True,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
-            )
-            for position, text in zip(missing, sampled, strict=True):
-                if text.strip():
-                    found[position].setdefault(text.strip(), text)
-
-    items = []
-    for prompt, texts in zip(prompts, found, strict=True):
-        if len(texts) == num_generations:
-            responses = tuple(_as_text(text, prompt.prompt) for text in texts.values())
-            items.append(PoolItem(prompt.id, prompt.prompt, responses, dict(prompt.extra)))
+    with forked_rng(sampler.device, seed):
+        found = _distinct_texts(
+            sampler,
+            num_generations,
+            max_attempts,
+            show_progress,
+            do_sample=True,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=0,
+        )
+    items = [
+        PoolItem(
+            prompt.id,
+            prompt.prompt,
+            tuple(_as_text(text, prompt.prompt) for text in texts),
+            dict(prompt.extra),
+        )
+        for prompt, texts in zip(prompts, found, strict=True)
+        if len(texts) == num_generations
+    ]
     if len(items) < len(prompts):
         logger.warning(
             "%d of %d prompts are left out: fewer than %d distinct responses after %d attempts",
@@ -162,6 +135,26 @@ def generate_responses(
             "attempts: is the temperature too low, or max_completion_length?"
         )
     return PreferencePool(items)
+
+
+def _distinct_texts(
+    sampler: Sampler, count: int, max_attempts: int, show_progress: bool | None, **sampling: Any
+) -> list[list[str]]:
+    """Return up to `count` texts of every prompt, in the order of sampling."""
+    # Keyed by the text without surrounding white space.
+    found: list[dict[str, str]] = [{} for _ in sampler.prompts]
+    for attempt in range(1, max_attempts + 1):
+        missing = [
+            position for position, texts in enumerate(found) for _ in range(count - len(texts))
+        ]
+        if not missing:
+            break
+        description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
+        sampled = sampler.run(missing, description, show_progress, **sampling)
+        for position, text in zip(missing, sampled, strict=True):
+            if text.strip():
+                found[position].setdefault(text.strip(), text)
+    return [list(texts.values()) for texts in found]
 
 
 def try_generation(
@@ -194,7 +187,7 @@ def try_generation(
         generation_batch_size=generation_batch_size,
         max_attempts=max_attempts,
     )
-    generator = _Generator(
+    sampler = Sampler(
         model,
         processing_class,
         prompts,
@@ -202,10 +195,10 @@ def try_generation(
         generation_batch_size,
         chat_template_kwargs or {},
     )
-    generator.max_completion_length = min(max_completion_length, 2)
-    shortest = sorted(range(len(prompts)), key=lambda n: len(generator.prompt_ids[n]))[:2]
-    with _forked_rng(generator.device, 0):
-        generator.run(
+    sampler.max_completion_length = min(max_completion_length, 2)
+    shortest = sorted(range(len(prompts)), key=lambda n: len(sampler.prompt_ids[n]))[:2]
+    with forked_rng(sampler.device, 0):
+        sampler.run(
             shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p, top_k=0
         )
     return shortest
@@ -232,7 +225,7 @@ def respond(
     """
     if not temperature >= 0:
         raise ActiveDPOError(f"temperature: {temperature} is below 0")
-    generator = _Generator(
+    sampler = Sampler(
         model,
         processing_class,
         prompts,
@@ -243,211 +236,8 @@ def respond(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
-    with _forked_rng(generator.device, seed):
-        return generator.run(range(len(generator.prompts)), "respond", show_progress, **sampling)
-
-
-class _Generator:
-    """Encoded prompts and the batches that continue them."""
-
-    def __init__(
-        self,
-        model: GivenModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        prompts: Sequence[PromptLike] | datasets.Dataset,
-        max_completion_length: int,
-        generation_batch_size: int,
-        common: Mapping[str, Any],
-    ) -> None:
-        check_at_least(
-            1,
-            max_completion_length=max_completion_length,
-            generation_batch_size=generation_batch_size,
-        )
-        prompts = self.prompts = as_prompts(prompts)
-        check_prompts(prompts)
-        check_template_kwargs(common)
-        self.chat = not isinstance(prompts[0].prompt, str)
-        self.model, self.tokenizer = as_model(model, tokenizer)
-        check_tokenizer(self.tokenizer, chat=self.chat)
-        pad = self.tokenizer.pad_token_id
-        require_supported(self.model, pad_token_id=0 if pad is None else pad)
-        # The model whose `generate` and generation config are used.
-        owner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.owner = cast(PreTrainedModel, owner)
-        self.max_completion_length = max_completion_length
-        self.generation_batch_size = generation_batch_size
-        self.device: torch.device = self.model.get_input_embeddings().weight.device
-        self.eos_ids = _eos_ids(self.model, self.tokenizer)
-        if self.chat:
-            self.prompt_ids = [
-                encode_chat(
-                    self.tokenizer,
-                    list(prompt.prompt),
-                    prompt.id,
-                    add_generation_prompt=True,
-                    **template_kwargs(prompt.extra, common),
-                )
-                for prompt in prompts
-            ]
-        else:
-            self.prompt_ids = self._encode_plain([str(prompt.prompt) for prompt in prompts])
-        self._check_lengths(prompts)
-
-    def run(
-        self,
-        positions: Sequence[int],
-        description: str,
-        show_progress: bool | None,
-        **sampling: Any,
-    ) -> list[str]:
-        """Return one continuation for each of `positions` (a prompt may occur several times)."""
-        # Longest first: little padding, and running out of memory shows at once.
-        order = sorted(range(len(positions)), key=lambda n: -len(self.prompt_ids[positions[n]]))
-        texts = [""] * len(positions)
-        with (
-            undisturbed(self.model),
-            torch.no_grad(),
-            self._plain_generation_config(),
-            progress_bar(
-                show_progress, total=len(positions), desc=description, unit="response"
-            ) as bar,
-        ):
-            for begin in range(0, len(order), self.generation_batch_size):
-                batch = order[begin : begin + self.generation_batch_size]
-                rows = [self.prompt_ids[positions[n]] for n in batch]
-                for n, row, new in zip(batch, rows, self._continue(rows, sampling), strict=True):
-                    texts[n] = self._decode(row, new)
-                bar.update(len(batch))
-        return texts
-
-    def _continue(self, rows: Sequence[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
-        """Return the new token ids of each row, up to and without the first EOS."""
-        # Pad on the left here, independent of the tokenizer's padding settings.
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = pad if pad is not None else min(self.eos_ids, default=0)
-        ids = torch.full((len(rows), length), pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for n, row in enumerate(rows):
-            ids[n, length - len(row) :] = torch.tensor(row)
-            mask[n, length - len(row) :] = 1
-        config = GenerationConfig(
-            max_new_tokens=self.max_completion_length,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=self.eos_ids or None,
-            pad_token_id=pad,
-            **sampling,
-        )
-        output = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            generation_config=config,
-        )
-        continuations = []
-        for new in output[:, length:].tolist():
-            end = next((n for n, token in enumerate(new) if token in self.eos_ids), len(new))
-            continuations.append(new[:end])
-        return continuations
-
-    def _decode(self, prompt: list[int], new: list[int]) -> str:
-        if self.chat:
-            return self._to_text(new).strip()
-        # SentencePiece tokenizers drop the space before a text's first word, so decode the
-        # continuation together with its prompt.
-        before, whole = self._to_text(prompt), self._to_text(prompt + new)
-        return whole[len(before) :] if whole.startswith(before) else self._to_text(new)
-
-    def _to_text(self, ids: list[int]) -> str:
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
-
-    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
-        encoded = [list(ids) for ids in self.tokenizer(text=texts)["input_ids"]]
-        eos = self.tokenizer.eos_token_id
-        for text, ids in zip(texts, encoded, strict=True):
-            # Some tokenizers end every text with EOS, which leaves nothing to continue.
-            if ids and ids[-1] == eos and not text.endswith(str(self.tokenizer.eos_token)):
-                ids.pop()
-        return encoded
-
-    def _check_lengths(self, prompts: Sequence[PromptLike]) -> None:
-        limit, known = position_limit(self.owner), known_tokens(self.owner)
-        for prompt, ids in zip(prompts, self.prompt_ids, strict=True):
-            if not ids:
-                raise ActiveDPOError(f"item {prompt.id!r}: the prompt has no tokens")
-            if known is not None and not 0 <= min(ids) <= max(ids) < known:
-                raise ActiveDPOError(
-                    f"item {prompt.id!r}: the prompt has the token id {max(ids)}, "
-                    f"and the model has embeddings for {known} tokens: is this "
-                    "the model's tokenizer?"
-                )
-            if limit is not None and len(ids) + self.max_completion_length > limit:
-                raise ActiveDPOError(
-                    f"item {prompt.id!r}: {len(ids)} prompt tokens and "
-                    f"max_completion_length={self.max_completion_length} exceed the model's "
-                    f"{limit} positions"
-                )
-        # Rotary positions have no limit; the length the model was trained with is only advice.
-        trained = getattr(self.owner.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, self.prompt_ids)) + self.max_completion_length
-        if limit is None and trained is not None and longest > trained:
-            logger.warning(
-                "up to %d tokens with max_completion_length=%d: the model was made for %d",
-                longest,
-                self.max_completion_length,
-                trained,
-            )
-
-    @contextmanager
-    def _plain_generation_config(self) -> Iterator[None]:
-        """Hide the model's own generation config: `generate` would fill in what we leave out.
-
-        A PEFT model's `generate` copies a generation config that was set on it to the inner model,
-        and leaves a method there.
-        """
-        places = [
-            vars(place)
-            for place in {
-                id(place): place
-                for place in (self.model, getattr(self.model, "base_model", self.model), self.owner)
-            }.values()
-        ]
-        names = ("generation_config", "prepare_inputs_for_generation")
-        before = [{name: own[name] for name in names if name in own} for own in places]
-        for own in places:
-            if "generation_config" in own:
-                own["generation_config"] = GenerationConfig()
-        try:
-            yield
-        finally:
-            for own, values in zip(places, before, strict=True):
-                for name in names:
-                    own.pop(name, None)
-                own.update(values)
-
-
-@contextmanager
-def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random generators with `seed` inside; restore the global ones afterward."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    else:
-        # A model split across devices samples on the last one: fork them all.
-        count = torch.get_device_module(device.type).device_count()
-        with torch.random.fork_rng(devices=range(count), device_type=device.type):
-            torch.manual_seed(seed)
-            yield
-
-
-def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = set(configured if isinstance(configured, list) else [configured])
-    return sorted(id for id in ids | {tokenizer.eos_token_id} if id is not None)
+    with forked_rng(sampler.device, seed):
+        return sampler.run(range(len(sampler.prompts)), "respond", show_progress, **sampling)
 
 
 def _as_text(response: str, prompt: Text) -> Text:

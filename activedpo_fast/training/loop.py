@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +18,34 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
-from activedpo_fast.models.fingerprints import is_untrained, policy_settings
+from activedpo_fast.models.fingerprints import policy_settings
 from activedpo_fast.models.named import GivenModel, as_policy
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.template import one_setting
 from activedpo_fast.selection.prompts import same_prompt
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
-from activedpo_fast.selection.strategies import STRATEGIES, Strategy
+from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
+from activedpo_fast.settings import LoopConfig, read_settings
+from activedpo_fast.training.arguments import (
+    check_oracle,
+    selection_settings,
+    warn_of_the_policy_as_reference,
+)
 from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.prompts import check_pairs, draw_items, draw_prompts, read_and_offer
-from activedpo_fast.training.recorded import digest, plain, recorded_settings
+from activedpo_fast.training.prompts import (
+    check_pairs,
+    draw_items,
+    draw_prompts,
+    read_and_offer,
+    with_columns_of_now,
+)
+from activedpo_fast.training.recorded import digest, recorded_settings
 from activedpo_fast.training.rehearsal import rehearse
-from activedpo_fast.training.resuming import check_settings, write_settings
+from activedpo_fast.training.resuming import check_adapter, check_settings, write_settings
 from activedpo_fast.training.run_folder import (
     START,
     RoundRecord,
@@ -48,14 +57,13 @@ from activedpo_fast.training.run_folder import (
     read_record,
     remove_leftovers,
     round_folder,
-    round_folders,
     save_adapter,
     steps_before,
     timed,
     write_labels,
     write_record,
 )
-from activedpo_fast.training.trl import dpo_config, selector_settings, train_dpo
+from activedpo_fast.training.trl import check_callbacks, dpo_config, train_dpo
 
 if TYPE_CHECKING:
     import datasets
@@ -109,7 +117,9 @@ class ActiveDPOLoop:
             those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
             pair, or none that reaches `min_score`, the run ends with an error.
         evaluate: returns metrics of the model; called before the first round and after each.
-        callbacks: for each round's `DPOTrainer`.
+        callbacks: for each round's `DPOTrainer`. One that stops the training ends that of the
+            round alone. If one raises, so does `run`; nothing of the training is kept, and the next
+            `run` trains the round again.
         peft_config: of a fresh adapter for a model without one, as in `ActiveDPOSelector`.
         extra_settings: JSON values that the run depends on and the loop cannot see, for example
             the oracle's. They are compared with the other settings when a run is resumed.
@@ -158,11 +168,8 @@ class ActiveDPOLoop:
         self.prompts, self._offered = read_and_offer(
             prompts, rules, given=self.args.responses == "given"
         )
-        if not callable(getattr(oracle, "label", None)):
-            raise ActiveDPOError(
-                f"oracle: expected an object with a method label, got {type(oracle).__name__}; "
-                "for a function, CallableOracle(function)"
-            )
+        check_oracle(oracle)
+        check_callbacks(callbacks)
         self.oracle = oracle
         if dpo_args is None:
             dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)
@@ -172,7 +179,7 @@ class ActiveDPOLoop:
         self.callbacks = callbacks
         self.show_progress = show_progress
         self.strategy: str = strategy if isinstance(strategy, str) else strategy.name
-        selection = self._selector_settings()
+        selection, self.chat_template_kwargs = selection_settings(self.args, self.dpo_args)
         self.model, self.processing_class = as_policy(  # late: it is slow
             model, processing_class, peft_config=peft_config, seed=self.args.seed
         )
@@ -183,7 +190,7 @@ class ActiveDPOLoop:
             chat_template_kwargs=self.chat_template_kwargs,
             **selection,
         )
-        self._warn_of_the_policy_as_reference(strategy)
+        warn_of_the_policy_as_reference(self.args, strategy)
         self._settings = recorded_settings(
             self.args,
             self.dpo_args,
@@ -196,36 +203,6 @@ class ActiveDPOLoop:
             oracle=oracle,
             extra_settings=extra_settings or {},
         )
-
-    def _selector_settings(self) -> dict[str, Any]:
-        """Return the selector's options, checked; the template's arguments are `self`'s then."""
-        given: Any = self.args.selector_options or {}
-        for name, instead in (
-            ("ref_model", "what the loop trains against; set reference"),
-            ("strategy", "a setting of the loop; set strategy"),
-        ):
-            if name in given:
-                raise ActiveDPOError(f"selector_options: {name!r} is {instead} instead")
-        options = {**selector_settings(self.dpo_args), **given}
-        self.chat_template_kwargs = one_setting(
-            {
-                "chat_template_kwargs": self.args.chat_template_kwargs,
-                "selector_options.chat_template_kwargs": options.pop("chat_template_kwargs", None),
-            }
-        )
-        read_settings(SelectorConfig, None, options, None)
-        return options
-
-    def _warn_of_the_policy_as_reference(self, strategy: str | Strategy) -> None:
-        requires = (STRATEGIES[strategy] if isinstance(strategy, str) else strategy).requires
-        same = (self.args.reference, self.args.start_from) == ("round", "current")
-        if same and "ref_logps" in requires:
-            logger.warning(
-                "strategy %r compares the policy with the reference, but with reference "
-                "'round' and start_from 'current' they are the same at selection: "
-                "every reward difference is 0",
-                self.strategy,
-            )
 
     def run(self) -> list[RoundRecord]:
         """Run what is not on disk yet; return the records of the start and of all rounds."""
@@ -243,14 +220,7 @@ class ActiveDPOLoop:
         settings = self._settings | policy_settings(self.model, self.processing_class)
         mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
-        begun = (start / "adapter").exists()
-        if begun:
-            self._check_adapter(start)
-        elif self._trained_rounds():
-            raise ActiveDPOError(
-                f"{start / 'adapter'} is gone, from which the rounds of "
-                f"{self.output_dir} go on: put it back, or use another output_dir"
-            )
+        begun = check_adapter(self.output_dir, adapter_state(self.model))
         if mended or not (self._folder(0) / "pool.jsonl").exists():
             self._rehearse()  # before anything is written
         write_settings(self.output_dir, settings, mended)
@@ -316,30 +286,7 @@ class ActiveDPOLoop:
             write_recorded(path, pool.jsonl())
         check(folder, path.name)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
-        return self._with_columns_of_now(PreferencePool.from_jsonl(path), folder)
-
-    def _with_columns_of_now(self, pool: PreferencePool, folder: Path) -> PreferencePool:
-        """Return the pool with its prompts' current columns, which rules and oracles read."""
-        columns = {prompt.id: plain(prompt.extra) for prompt in self.prompts}
-        changed = sorted(
-            {
-                name
-                for item in pool
-                for extra in [columns.get(item.id, item.extra)]
-                for name in {**item.extra, **extra}
-                if item.extra.get(name) != extra.get(name)
-            }
-        )
-        if not changed:
-            return pool
-        logger.info(
-            "%s: columns of the prompts have changed and are read as they are now: %s",
-            folder.name,
-            ", ".join(changed),
-        )
-        return PreferencePool(
-            replace(item, extra=columns.get(item.id, item.extra)) for item in pool
-        )
+        return with_columns_of_now(PreferencePool.from_jsonl(path), self.prompts, folder.name)
 
     def _picked(
         self, folder: Path, pool: PreferencePool, history: list[tuple[Selection, list[int | None]]]
@@ -444,33 +391,8 @@ class ActiveDPOLoop:
     def _folder(self, t: int) -> Path:
         return round_folder(self.output_dir, t)
 
-    def _trained_rounds(self) -> list[Path]:
-        folders = round_folders(self.output_dir).values()
-        return [folder for folder in folders if (folder / "adapter").exists()]
-
     def _load(self, folder: Path) -> None:
         load_adapter_state(self.model, read_adapter(folder))
-
-    def _check_adapter(self, start: Path) -> None:
-        """Refuse an adapter in memory unless it is the run's, or fresh like the run's first."""
-        own = adapter_state(self.model)
-        for folder in (start, *reversed(self._trained_rounds())):
-            found = read_adapter(folder)
-            if found.keys() == own.keys() and all(
-                torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
-            ):
-                return
-            if folder == start and is_untrained(found) and is_untrained(own):
-                logger.info(
-                    "going on from the fresh adapter in %s instead of the one in memory",
-                    folder / "adapter",
-                )
-                return
-        raise ActiveDPOError(
-            f"{self.output_dir} holds a run with other settings: the adapter "
-            f"differs from {start / 'adapter'}, which the run began with; use "
-            "another output_dir, or the same adapter"
-        )
 
     def _rehearse(self) -> None:
         args = self.args

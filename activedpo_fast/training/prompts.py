@@ -1,10 +1,11 @@
-"""The prompts of a run: which are offered at all, and which in a round."""
+"""The prompts of a run: which are offered at all, which in a round, and their current columns."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from activedpo_fast.errors import ActiveDPOError
@@ -15,6 +16,7 @@ from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.selection.prompts import distinct_prompts
 from activedpo_fast.selection.rules import PickRules, check_is_rules
 from activedpo_fast.settings import LoopConfig
+from activedpo_fast.training.recorded import plain
 
 if TYPE_CHECKING:
     import datasets
@@ -72,6 +74,12 @@ def draw_prompts(
 
     The order is a permutation that depends on `seed`, starting at t·n and wrapping around.
     """
+    if t == 0 and n > len(prompts):
+        logger.info(
+            "prompts_per_round is %d, and there are %d prompts: every round takes them all",
+            n,
+            len(prompts),
+        )
     order = _rotated(prompts, t, n, seed)
     fresh = [prompt for prompt in order if prompt.id not in asked]
     if len(fresh) < min(n, len(order)):
@@ -134,3 +142,27 @@ def _rotated(prompts: Sequence[One], t: int, n: int, seed: int) -> list[One]:
     random.Random(seed).shuffle(order)
     first = t * n % len(order)
     return order[first:] + order[:first]
+
+
+def with_columns_of_now(
+    pool: PreferencePool, prompts: Sequence[Prompt], round_name: str
+) -> PreferencePool:
+    """Return the pool with its prompts' current columns, which rules and oracles read."""
+    columns = {prompt.id: plain(prompt.extra) for prompt in prompts}
+    changed = sorted(
+        {
+            name
+            for item in pool
+            for extra in [columns.get(item.id, item.extra)]
+            for name in {**item.extra, **extra}
+            if item.extra.get(name) != extra.get(name)
+        }
+    )
+    if not changed:
+        return pool
+    logger.info(
+        "%s: columns of the prompts have changed and are read as they are now: %s",
+        round_name,
+        ", ".join(changed),
+    )
+    return PreferencePool(replace(item, extra=columns.get(item.id, item.extra)) for item in pool)

@@ -1,20 +1,26 @@
-"""Settings of a run on disk that may still change, because nothing on disk depends on them yet."""
+"""Whether a run on disk may go on: with these settings, and from this adapter.
+
+Settings may still change that nothing on disk depends on yet.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from activedpo_fast._files import read_checked_json, read_json, write_checked_json, write_json
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.fingerprints import is_untrained
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.settings import SAMPLING
-from activedpo_fast.training.run_folder import round_folders
+from activedpo_fast.training.run_folder import read_adapter, round_folders
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +157,40 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> list[Change]:
                 now,
             )
     return changes
+
+
+def check_adapter(folder: Path, own: Mapping[str, torch.Tensor]) -> bool:
+    """Refuse an adapter in memory unless it is that of the run in `folder`, or fresh like its
+    first; return whether the run has begun.
+
+    Args:
+        own: `adapter_state` of the model.
+    """
+    start = folder / "start"
+    trained = [path for path in round_folders(folder).values() if (path / "adapter").exists()]
+    if not (start / "adapter").exists():
+        if trained:
+            raise ActiveDPOError(
+                f"{start / 'adapter'} is gone, from which the rounds of {folder} go on: put it "
+                "back, or use another output_dir"
+            )
+        return False
+    for path in (start, *reversed(trained)):
+        found = read_adapter(path)
+        if found.keys() == own.keys() and all(
+            torch.equal(found[name].to(own[name].dtype), own[name].cpu()) for name in own
+        ):
+            return True
+        if path == start and is_untrained(found) and is_untrained(own):
+            logger.info(
+                "going on from the fresh adapter in %s instead of the one in memory",
+                path / "adapter",
+            )
+            return True
+    raise ActiveDPOError(
+        f"{folder} holds a run with other settings: the adapter differs from {start / 'adapter'}, "
+        "which the run began with; use another output_dir, or the same adapter"
+    )
 
 
 def write_settings(folder: Path, settings: dict[str, Any], mended: list[Change]) -> None:

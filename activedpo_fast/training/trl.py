@@ -128,6 +128,7 @@ def train_dpo(
             adapter is called "ref"; no pair to train on; incompatible options.
     """
     trainer_class, _ = _trl()
+    check_callbacks(callbacks)
     _check(model, dataset, args, reference, initial_adapter)
     started = time.perf_counter()
     with _restored(model, processing_class), _quiet_datasets():
@@ -162,6 +163,18 @@ def train_dpo(
         "pairs": pairs,
         "seconds": time.perf_counter() - started,
     }
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse what is no list of a trainer's callbacks; `Trainer` takes their classes, too."""
+    if callbacks is None:
+        return
+    for entry in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+        kind = entry if isinstance(entry, type) else type(entry)
+        if entry is callbacks or not issubclass(kind, TrainerCallback):
+            raise ActiveDPOError(
+                f"callbacks: expected a list of transformers.TrainerCallback, got {kind.__name__}"
+            )
 
 
 def _trl() -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from benchmarks.claims.experiments import of_known_reward, of_reviews
 from benchmarks.claims.jobs import known_reward_jobs, missing_runs, review_jobs
 from benchmarks.claims.results import Results
 from benchmarks.claims.workers import run_jobs
-from benchmarks.report import describe_run
+from benchmarks.machine import describe_run
 
 RESULTS = Path("benchmarks/results/claims")
 DOCUMENT = Path("docs/evidence.md")

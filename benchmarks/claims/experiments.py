@@ -1,4 +1,7 @@
-"""The comparisons: a table of settings for each task."""
+"""The comparisons: a table of settings for each task.
+
+The two functions that return them are long, as tables are: an entry is read beside its neighbors.
+"""
 
 from __future__ import annotations
 

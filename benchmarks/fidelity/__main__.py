@@ -66,7 +66,8 @@ from benchmarks.fidelity.measures import (
     sketch_rows,
     sketches_of,
 )
-from benchmarks.report import describe_run, fidelity_tables
+from benchmarks.fidelity.tables import fidelity_tables
+from benchmarks.machine import describe_run
 from benchmarks.rows.measure import seconds
 from benchmarks.rows.workloads import PlainForward
 

@@ -22,26 +22,7 @@ def draw(result: Record, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for method, marker, color in zip(METHODS, "osD", ("C0", "C1", "C2"), strict=True):
         _draw_loss(left, result, method, marker=marker, color=color)
-        for case, line, fill in zip(CASES, ("--", "-"), ("white", color), strict=True):
-            label = f"{method}, " + ("after one round" if case == "trained" else "B = 0")
-            errors = [
-                _mean(
-                    _where(result["geometry"], case=case, sketch=method, k=k), "inner_product_error"
-                )
-                for k in DIMS
-            ]
-            right.plot(
-                DIMS,
-                errors,
-                marker=marker,
-                color=color,
-                linestyle=line,
-                label=label,
-                markerfacecolor=fill,
-                linewidth=4 if method == "sjlt" else 1.5,
-                markersize=9 if method == "sjlt" else 6,
-            )  # rademacher's points coincide with sjlt's
-
+        _draw_errors(right, result, method, marker=marker, color=color)
     exact = _where(result["exact"], case="trained", normalize="response", lam=1.0)[0]
     unsketched = _where(result["time"], sketch="none")[0]["ratio"]
     left.axhline(
@@ -107,6 +88,27 @@ def _draw_loss(axes: Any, result: Record, method: str, **style: Any) -> None:
             ha=side,
             fontsize=7,
             color=style["color"],
+        )
+
+
+def _draw_errors(axes: Any, result: Record, method: str, *, color: str, **style: Any) -> None:
+    """A method's error of inner products against k, a line for each case."""
+    for case, line, fill in zip(CASES, ("--", "-"), ("white", color), strict=True):
+        label = f"{method}, " + ("after one round" if case == "trained" else "B = 0")
+        errors = [
+            _mean(_where(result["geometry"], case=case, sketch=method, k=k), "inner_product_error")
+            for k in DIMS
+        ]
+        axes.plot(
+            DIMS,
+            errors,
+            color=color,
+            linestyle=line,
+            label=label,
+            markerfacecolor=fill,
+            linewidth=4 if method == "sjlt" else 1.5,  # rademacher's points coincide with sjlt's
+            markersize=9 if method == "sjlt" else 6,
+            **style,
         )
 
 

@@ -7,7 +7,7 @@ measured first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,10 @@ class Contender:
         return self.name.startswith("**ours**")
 
 
+# (group, shape, a maker of inputs, contenders, ours first)
+Group = tuple[str, str, Any, list[Contender]]
+
+
 def cases(settings: Settings) -> list[Case]:
     """The ceilings, then ours in every group and shape, then the peers."""
     timer = Timer(settings)
@@ -71,70 +75,49 @@ def cases(settings: Settings) -> list[Case]:
     return found
 
 
-def groups(settings: Settings) -> list[tuple[str, str, Any, list[Contender]]]:
-    """(group, shape, a maker of inputs, contenders, ours first)."""
+def groups(settings: Settings) -> list[Group]:
+    """Every operation at every shape."""
+    return [*_sketches(settings), *_logps(settings), *_updates(settings)]
+
+
+def _sketches(settings: Settings) -> Iterator[Group]:
     tiny = settings.tiny
     d, k, tokens, ranks = (16, 32, 3, (4,)) if tiny else (4096, 8192, 300, (16, 128))
     count = 2 if tiny else 16
-    found: list[tuple[str, str, Any, list[Contender]]] = []
     for rank in ranks:
         for side in ("A",) if tiny else ("A", "B"):
             inputs = Gradients(side, rank, d, k, count, tokens, KEY)
             plain = side == "A"  # the other side has as many numbers: peers are measured once
             compiled = plain and rank == ranks[0]
             for method in ("sjlt", "kronecker"):
-                found.append(
-                    (
-                        method,
-                        inputs.shape(),
-                        inputs.of(method),
-                        _sparse(method, plain, compiled, settings),
-                    )
-                )
-            found.append(
-                (
-                    "rademacher",
-                    inputs.shape(),
-                    inputs.of("rademacher"),
-                    _dense(plain, compiled, settings),
-                )
-            )
+                contenders = _sparse(method, plain, compiled, settings)
+                yield method, inputs.shape(), inputs.of(method), contenders
+            dense = _dense(plain, compiled, settings)
+            yield "rademacher", inputs.shape(), inputs.of("rademacher"), dense
     many = Gradients("A", ranks[0], d, k, 3 if tiny else 8 * count, tokens, KEY)
-    found.append(
-        ("rademacher", many.shape(), many.of("rademacher"), _dense(False, False, settings))
-    )
-    for vocabulary in (50,) if tiny else (32_000, 128_256):
-        logits = Logits(3 if tiny else 2048, vocabulary)
-        found.append(
-            (
-                "response_logp_grad",
-                logits.shape(),
-                logits,
-                [
-                    Contender("**ours**", peers.ours_logps),
-                    Contender("PyTorch", peers.plain_logps),
-                    Contender(
-                        "torch.compile",
-                        partial(peers.compiled_logps, settings=settings),
-                        compiled=True,
-                    ),
-                ],
-            )
-        )
-    for rows in (2,) if tiny else (1, 64):
-        matrix = Matrix(16 if tiny else k, rows)
-        found.append(
-            (
-                "rank_update",
-                matrix.shape(),
-                matrix,
-                [
-                    Contender("**ours**", peers.ours_update),
-                    Contender("PyTorch", peers.plain_update),
-                ],
-            )
-        )
-    return found
+    yield "rademacher", many.shape(), many.of("rademacher"), _dense(False, False, settings)
+
+
+def _logps(settings: Settings) -> Iterator[Group]:
+    compiled = partial(peers.compiled_logps, settings=settings)
+    for vocabulary in (50,) if settings.tiny else (32_000, 128_256):
+        logits = Logits(3 if settings.tiny else 2048, vocabulary)
+        contenders = [
+            Contender("**ours**", peers.ours_logps),
+            Contender("PyTorch", peers.plain_logps),
+            Contender("torch.compile", compiled, compiled=True),
+        ]
+        yield "response_logp_grad", logits.shape(), logits, contenders
+
+
+def _updates(settings: Settings) -> Iterator[Group]:
+    for rows in (2,) if settings.tiny else (1, 64):
+        matrix = Matrix(16 if settings.tiny else 8192, rows)
+        contenders = [
+            Contender("**ours**", peers.ours_update),
+            Contender("PyTorch", peers.plain_update),
+        ]
+        yield "rank_update", matrix.shape(), matrix, contenders
 
 
 def _sparse(method: str, plain: bool, compiled: bool, settings: Settings) -> list[Contender]:

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.tables             print the tables of benchmarks/results/gpu_*.json
     python -m benchmarks.gpu.tables --write     put them into the documents
 
-Places in the documents are marked as `report.py` says. A table says so if no GPU has run it yet; a
-dry run is never shown as a result.
+Places in the documents are marked as `benchmarks.markdown` says. A table says so if no GPU has run
+it yet; a dry run is never shown as a result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.report import table, write_into
+from benchmarks.markdown import optional, table, write_into
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -236,15 +236,15 @@ def _selection(run: Result) -> str:
         rows,
         {
             f"selection, {run['device']['name']}": lambda r: r["case"],
-            "N": lambda r: _of(r, "pairs", "{:,}"),
-            "k": lambda r: _of(r, "k", "{}"),
-            "B": lambda r: _of(r, "picks", "{}"),
-            "seconds": lambda r: _of(r, "seconds", "{:.3f}"),
-            "before the launch": lambda r: _of(r.get("phases", {}), "before", "{:.3f}"),
-            "in the kernel": lambda r: _of(r.get("phases", {}), "kernel", "{:.3f}"),
-            "rows a pick": lambda r: _of(r, "rows_a_pick", "{:.0f}"),
-            "first picks as ours": lambda r: _of(r, "same_first_picks", "{}"),
-            "in common": lambda r: _of(r, "picks_in_common", "{}"),
+            "N": lambda r: optional(r, "pairs", "{:,}"),
+            "k": lambda r: optional(r, "k", "{}"),
+            "B": lambda r: optional(r, "picks", "{}"),
+            "seconds": lambda r: optional(r, "seconds", "{:.3f}"),
+            "before the launch": lambda r: optional(r.get("phases", {}), "before", "{:.3f}"),
+            "in the kernel": lambda r: optional(r.get("phases", {}), "kernel", "{:.3f}"),
+            "rows a pick": lambda r: optional(r, "rows_a_pick", "{:.0f}"),
+            "first picks as ours": lambda r: optional(r, "same_first_picks", "{}"),
+            "in common": lambda r: optional(r, "picks_in_common", "{}"),
             "note": lambda r: "" if r["status"] == "ok" else _note(r),
         },
     )
@@ -277,7 +277,7 @@ def _end_to_end(run: Result) -> str:
                     "over it, of the backward pass": lambda r: _share(
                         r.get("overhead_of_backward")
                     ),
-                    "peak GiB": lambda r: _of(r, "peak_gib", "{:.1f}"),
+                    "peak GiB": lambda r: optional(r, "peak_gib", "{:.1f}"),
                 },
             )
         )
@@ -343,10 +343,6 @@ def _at_most(lines: list[str], count: int) -> list[str]:
         if len(lines) <= count
         else [*lines[: count - 1], f"  … and {len(lines) - count + 1} more"]
     )
-
-
-def _of(row: Row, name: str, form: str) -> str:
-    return "–" if row.get(name) is None else form.format(row[name])
 
 
 def _number(value: float | None) -> str:

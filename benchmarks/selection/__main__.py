@@ -35,7 +35,6 @@ from tqdm.auto import tqdm
 from activedpo_fast._files import write_atomic
 from activedpo_fast.selection.pair_features import Normalize
 from benchmarks.fidelity.__main__ import environment
-from benchmarks.report import selection_tables
 from benchmarks.rows.measure import peak_memory, seconds
 from benchmarks.selection.figures import draw
 from benchmarks.selection.paper import paper_round
@@ -50,6 +49,7 @@ from benchmarks.selection.peers import (
     rank,
 )
 from benchmarks.selection.pools import PARTS, RESPONSES, Rows, load
+from benchmarks.selection.tables import selection_tables
 
 Record = dict[str, Any]
 ROUNDS = 5

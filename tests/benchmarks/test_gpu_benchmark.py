@@ -25,7 +25,7 @@ from benchmarks.gpu.gpu_tests import run_file
 from benchmarks.gpu.section import measure, read_state, without_paths
 from benchmarks.gpu.watch import Child, run
 from benchmarks.gpu.wheels import unpack
-from benchmarks.report import write_into
+from benchmarks.markdown import write_into
 
 ROOT = Path(__file__).parents[2]
 

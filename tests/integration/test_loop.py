@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending
@@ -148,6 +149,59 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
             loop.run()
     _loop(tmp_path, evaluate=_metric).run()
     assert _files(tmp_path) == _files(whole)
+
+
+class _Breaks(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a callback has failed")
+
+
+class _Stops(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_a_callback_that_raises_leaves_a_run_to_continue(whole: Path, tmp_path: Path) -> None:
+    loop = _loop(tmp_path, evaluate=_metric, callbacks=[_Breaks()])
+    before = adapter_state(loop.model)
+    with pytest.raises(RuntimeError, match="a callback has failed"):
+        loop.run()
+    after = adapter_state(loop.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "round-000" / "labels.jsonl").exists()
+    assert not (tmp_path / "round-000" / "adapter").exists()
+    loop.callbacks = None
+    loop.run()
+    assert _files(tmp_path) == _files(whole)
+
+
+def test_a_callback_that_stops_ends_the_training_of_its_round(tmp_path: Path) -> None:
+    records = _loop(tmp_path, callbacks=[_Stops()]).run()
+    assert [record.training["steps"] for record in records[1:]] == [1, 1]  # of 2
+    assert [record.labels_total for record in records] == [0, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "got"), [(_Stops(), "_Stops"), ("trackio", "str"), ([_Stops(), 3], "int")]
+)
+def test_what_is_no_list_of_callbacks_is_refused_before_a_run(
+    tmp_path: Path, callbacks: Any, got: str
+) -> None:
+    with pytest.raises(ActiveDPOError, match=f"callbacks: expected a list of .*, got {got}"):
+        _loop(tmp_path / "run", callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_prompts_than_a_round_takes(tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="activedpo_fast")
+    prompts = PROMPTS[:6]
+    records = _loop(tmp_path, prompts=prompts, prompts_per_round=1000).run()
+    assert [record.labels_total for record in records] == [0, 3, 6]
+    for t in range(2):
+        pool = PreferencePool.load(tmp_path / f"round-00{t}" / "pool.jsonl")
+        assert sorted(item.id for item in pool) == [prompt.id for prompt in prompts]
+    said = "prompts_per_round is 1000, and there are 6 prompts: every round takes them all"
+    assert caplog.text.count(said) == 1
 
 
 def test_a_complete_run_is_only_read(whole: Path) -> None:

@@ -138,6 +138,12 @@ def test_peft_config_puts_an_adapter_on_a_model_without_one(named: bool, tmp_pat
     assert {p.shape[0] for p in trainable if p.shape[1] != 4} == {4}
     with pytest.raises(ActiveDPOError, match="peft_config: the model has an adapter already"):
         ActiveDPOSelector(selector.model, tokenizer, peft_config=config)
+    with pytest.raises(ActiveDPOError, match="peft_config: the model has an adapter already"):
+        ActiveDPOSelector(selector.model.get_base_model(), tokenizer, peft_config=config)
+    inside = tiny_causal_lm("llama")
+    inside.add_adapter(config)
+    with pytest.raises(ActiveDPOError, match="peft_config: the model has an adapter already"):
+        ActiveDPOSelector(inside, tokenizer, peft_config=config)
     with pytest.raises(ActiveDPOError, match="peft_config: expected a peft.PeftConfig"):
         ActiveDPOSelector(base, tokenizer, peft_config={"r": 4})  # type: ignore[arg-type]
 

@@ -126,7 +126,7 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
         options["chat_template_kwargs"] = dict(kwargs)
     seen: dict[str, Any] = {}  # the last call of each stage
 
-    class Watched(generation._Generator):
+    class Watched(generation.Sampler):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen["generated"] = self.prompt_ids
@@ -143,7 +143,7 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
         seen["scored"] = _scored(tokenized)
         return real_gradients(tokenized, **options)
 
-    monkeypatch.setattr(generation, "_Generator", Watched)
+    monkeypatch.setattr(generation, "Sampler", Watched)
     monkeypatch.setattr(trl, "DPOTrainer", Trainer)
     loop = ActiveDPOLoop(
         _model(),
@@ -349,12 +349,12 @@ def test_label_files_keep_the_arguments_and_their_file_name(tmp_path: Path) -> N
 def test_responses_for_evaluation_use_the_arguments_too(monkeypatch: Any) -> None:
     seen: list[Any] = []
 
-    class Watched(generation._Generator):
+    class Watched(generation.Sampler):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.append(self.prompt_ids)
 
-    monkeypatch.setattr(generation, "_Generator", Watched)
+    monkeypatch.setattr(generation, "Sampler", Watched)
     model, prompts = _model(), _prompts(chat_template_kwargs=_BRIEF)
     options: dict[str, Any] = dict(max_completion_length=1, show_progress=False)
     respond(model, _tokenizer(), prompts, **options)

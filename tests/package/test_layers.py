@@ -22,6 +22,7 @@ ORDER = (
     "_files",
     "_locks",
     "_modes",
+    "_random",
     "progress",
     "kernels",
     "ops",

@@ -161,6 +161,8 @@ def test_presets_give_settings() -> None:
     assert (loop.batch_size, loop.num_generations, loop.rounds) == (50, 3, 2)
     assert loop.selector_options == {"proj_dim": 8192, "normalize": "response", "lam": 0.5}
     assert asdict(paper.loop_config(output_dir="o", strategy="random"))["strategy"] == "random"
+    inside = paper.loop_config(output_dir="o", selector_options={"strategy": "random"})
+    assert inside == paper.loop_config(output_dir="o", strategy="random")
 
 
 def _table(page: str, before: str) -> list[str]:
@@ -219,6 +221,8 @@ def test_presets_name_what_is_wrong() -> None:
         paper.loop_config()
     with pytest.raises(ActiveDPOError, match="selector_options: expected a section of keys"):
         paper.loop_config(output_dir="x", selector_options=[1])
+    with pytest.raises(ActiveDPOError, match="strategy: given twice, in selector_options too"):
+        paper.loop_config(output_dir="x", strategy="apo", selector_options={"strategy": "random"})
     with pytest.raises(ActiveDPOError, match="unknown preset"):
         preset(["paper"])  # type: ignore[arg-type]
     loop = paper.loop_config(output_dir="x", selector_options='{"beta": 0.5}')

@@ -317,7 +317,7 @@ def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*args: Any, **options: Any) -> None:
         raise AssertionError("responses are sampled")
 
-    monkeypatch.setattr(generation._Generator, "run", run)
+    monkeypatch.setattr(generation.Sampler, "run", run)
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "plain"])

@@ -1,0 +1,60 @@
+"""Tables of `make fidelity`: how each sketch changes the picks."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.markdown import Row, table, where_and_when
+
+
+def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown by table name, of a run's figures: its machine, and a table a case."""
+    where = result["environment"]
+    found = {"fidelity machine": where_and_when(where, where["date"], where["commit"])}
+    times = {(t["sketch"], t["k"]): t["ratio"] for t in result["time"]}
+    for case in dict.fromkeys(r["case"] for r in result["geometry"]):
+        lines = []
+        for sketch, k in dict.fromkeys((r["sketch"], r["k"]) for r in result["geometry"]):
+            of = {"case": case, "sketch": sketch, "k": k}
+            lines.append(
+                {
+                    **of,
+                    "time": times[sketch, k],
+                    **_means(result["geometry"], **of),
+                    **_means(result["selection"], **of, normalize="response", lam=1.0),
+                    "pair": _means(result["selection"], **of, normalize="pair", lam=1.0)["ratio"],
+                    "none": _means(result["selection"], **of, normalize=None, lam=1.0)["ratio"],
+                }
+            )
+        columns = {
+            "sketch": lambda r: r["sketch"],
+            "k": lambda r: str(r["k"]),
+            "seeds": lambda r: str(r["seeds"]),
+            "product error": lambda r: f"{r['inner_product_error']:.3f}",
+            "norm distortion": lambda r: f"{r['norm_error']:.3f}",
+            "of 50 picks": lambda r: f"{r['overlap']:.1f}",
+            "log det": lambda r: f"{r['ratio']:.4f}",
+            "from random = 0": lambda r: f"{r['fraction']:.3f}",
+            'log det, "pair"': lambda r: f"{r['pair']:.4f}",
+            "log det, none": lambda r: f"{r['none']:.4f}",
+            "× forward": lambda r: f"{r['time']:.2f}",
+        }
+        if case != "trained":  # times were taken of that one
+            columns.pop("× forward")
+        found[f"fidelity: {case}"] = table(lines, columns)
+    return found
+
+
+def _means(records: list[Row], **wanted: Any) -> Row:
+    """The means over seeds of the records that agree with `wanted`, and how many there are."""
+    found = [r for r in records if all(r[name] == value for name, value in wanted.items())]
+    numbers = [
+        name
+        for name, value in found[0].items()
+        if isinstance(value, (int, float)) and name not in wanted
+    ]
+    return {
+        **{name: statistics.mean(r[name] for r in found) for name in numbers},
+        "seeds": len(found),
+    }
