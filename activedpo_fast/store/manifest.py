@@ -40,7 +40,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise ActiveDPOError(f"{folder} is not a feature store: no {MANIFEST} in it")
+        why = f"no {MANIFEST} in it" if folder.is_dir() else "there is no such folder"
+        raise ActiveDPOError(
+            f"{folder} is not a feature store ({why}): give the folder that `activedpo features` "
+            "wrote, its --output"
+        )
     found = read_json(path)
     version = found.get("format") if isinstance(found, dict) else None
     if type(version) is not int:
