@@ -50,13 +50,14 @@ def select_pairs(
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
     `args` has the strategy and its settings; those of the rows, which are in the store, have no
-    effect. `rules` may leave fewer than `batch_size` pairs; `exclude` is the file that some came
-    from, which is not overwritten. Processes started by a launcher such as torchrun (WORLD_SIZE in
-    the environment) make one selection together, each with its part of the rows. The first process
-    writes it, and the others return None.
+    effect. If there are fewer than `batch_size` pairs, or `rules` leave fewer, those are written.
+    `exclude` is the file that some rules came from, which is not overwritten. Processes started by
+    a launcher such as torchrun (WORLD_SIZE in the environment) make one selection together, each
+    with its part of the rows. The first process writes it, and the others return None.
 
     Raises:
-        ActiveDPOError: bad input, or another process failed; nothing is written then.
+        ActiveDPOError: bad input, no pair to pick, or another process failed; nothing is written
+            then.
     """
     started = time.perf_counter()
     args = SelectorConfig() if args is None else args
@@ -100,8 +101,6 @@ def select_pairs(
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
         )
         found = len(candidates.pairs)
-        if batch_size > found:
-            raise ActiveDPOError(f"--batch-size {batch_size}: there are {found} candidate pairs")
         rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
         signals = TensorSignals(
             candidates.own_pairs,
@@ -121,6 +120,10 @@ def select_pairs(
         )
         if processes.rank > 0:
             return None
+        if not picked:
+            raise ActiveDPOError(
+                f"{store_path}: no pair is left to pick, or none reaches the minimum score"
+            )
         # Random picks have the score 0.
         at_random = args.strategy == "random" or (rules is not None and rules.random_fraction > 0)
         if not at_random and not any(pick.score for pick in picked):
