@@ -175,7 +175,7 @@ class ActiveDPOSelector:
             pool: prompts with two or more responses each, as a pool or as a `datasets.Dataset` with
                 the columns of one (see `PreferencePool`).
             n: the number of pairs. If there are fewer, or the rules leave fewer, all of those are
-                picked, and this is logged.
+                picked, and this is logged; the selection is empty if there are none.
             labeled: the pairs that have a preference: one or more earlier `Selection`s (see
                 `by_preference`; pairs without a preference are `asked`). Their features are
                 recomputed at the model's current weights, with the selector's own

@@ -121,9 +121,12 @@ def select_pairs(
         if processes.rank > 0:
             return None
         if not picked:
-            raise ActiveDPOError(
-                f"{store_path}: no pair is left to pick, or none reaches the minimum score"
+            why = (
+                f"none of the {found} candidate pairs reaches --min-score"
+                if found
+                else "every pair was asked before, or its prompt is too long"
             )
+            raise ActiveDPOError(f"{store_path}: no pair is left to pick: {why}")
         # Random picks have the score 0.
         at_random = args.strategy == "random" or (rules is not None and rules.random_fraction > 0)
         if not at_random and not any(pick.score for pick in picked):

@@ -38,7 +38,8 @@ def run_selection(
 ) -> Selection:
     """Return the n candidates that the strategy picks under the rules, best first.
 
-    If there are fewer, or the rules leave fewer, it returns those and logs it.
+    If there are fewer, or the rules leave fewer, it returns those and logs it. If there are none,
+    the selection is empty, and what that means is left to the caller.
 
     Args:
         signals: of this process's part of the candidates.
@@ -53,7 +54,7 @@ def run_selection(
     found = len(candidates.pairs)
     asked = check_n(n, sys.maxsize)
     n = min(asked, found)
-    if n < asked and first:
+    if 0 < n < asked and first:
         logger.warning("%d pairs are picked instead of %d: there are no other candidates", n, asked)
     eligible = None
     if rules is not None:
@@ -63,7 +64,7 @@ def run_selection(
     ranking = strategy.select(
         signals, n, eligible=eligible, group=group, show_progress=show_progress
     )
-    if eligible is not None and first:
+    if eligible is not None and first and len(ranking.indices):
         warn_if_fewer(len(ranking.indices), n, eligible)
     return _selection_of(
         candidates.pool, candidates.pairs, ranking, strategy.name, chat_template_kwargs

@@ -345,9 +345,11 @@ def test_prompts_that_fill_max_length_are_not_candidates(
     assert picked.read_bytes() == picks
     assert "7 pairs are picked instead of 8" in capsys.readouterr().err
     labels = _write_jsonl(tmp_path / "l.jsonl", [{**p, "label": 0} for p in _read_jsonl(picked)])
-    labeled = ["--labeled", str(labels), "--output", str(tmp_path / "none.jsonl")]
-    for options in (labeled, ["--min-score", "1e9", "--output", str(tmp_path / "none.jsonl")]):
-        _refused(capsys, [*select[:2], *options], "no pair is left to pick, or none reaches the")
+    select = ["select", str(tmp_path / "store"), "--output", str(tmp_path / "none.jsonl")]
+    said = "no pair is left to pick: every pair was asked before"
+    _refused(capsys, [*select, "--labeled", str(labels)], said)
+    said = "no pair is left to pick: none of the 7 candidate pairs reaches --min-score"
+    _refused(capsys, [*select, "--batch-size=7", "--min-score=1e9"], said)
     assert not (tmp_path / "none.jsonl").exists()
 
 
