@@ -51,11 +51,8 @@ def run_selection(
             candidate; any error of the strategy.
     """
     first = group is None or dist.get_rank(group) == 0
-    found = len(candidates.pairs)
     asked = check_n(n, sys.maxsize)
-    n = min(asked, found)
-    if 0 < n < asked and first:
-        logger.warning("%d pairs are picked instead of %d: there are no other candidates", n, asked)
+    n = min(asked, len(candidates.pairs))
     eligible = None
     if rules is not None:
         eligible = rules.bind(candidates.pool, candidates.pairs, n)
@@ -64,8 +61,14 @@ def run_selection(
     ranking = strategy.select(
         signals, n, eligible=eligible, group=group, show_progress=show_progress
     )
-    if eligible is not None and first and len(ranking.indices):
-        warn_if_fewer(len(ranking.indices), n, eligible)
+    picked = len(ranking.indices)
+    if first and picked:
+        if picked == n < asked:
+            logger.warning(
+                "%d pairs are picked instead of %d: there are no other candidates", picked, asked
+            )
+        elif eligible is not None:
+            warn_if_fewer(picked, asked, eligible)
     return _selection_of(
         candidates.pool, candidates.pairs, ranking, strategy.name, chat_template_kwargs
     )

@@ -200,7 +200,7 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
     said = {}
     for name, port, options in (
-        ("rules", ports[0], ["--group-by", "topic", "--quota", "art=1"]),
+        ("rules", ports[0], ["--group-by", "none", "--quota", "art=1"]),
         (
             "labels",
             ports[1],
@@ -406,7 +406,7 @@ def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> N
         said = result["commands"]
         code, error, there = said["rules"]
         assert (code, there, error.count("\n")) == (2, False, 1)
-        assert error.startswith("activedpo: error: group_by: there is no column 'topic'")
+        assert error.startswith("activedpo: error: group_by: there is no column 'none'")
         code, error, there = said["labels"]
         assert (code, there, error.count("\n")) == (2, False, 1)
         assert ("two different" if rank else "process 1 of 2 failed, see its own") in error
