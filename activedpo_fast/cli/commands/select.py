@@ -62,7 +62,14 @@ def select(
             "hidden states or a reference model: they are in `activedpo run` and in Python.",
         ),
     ] = "activedpo",
-    normalize: Annotated[Normalization, option(SelectorConfig, "normalize")] = "default",
+    normalize: Annotated[
+        Normalization,
+        typer.Option(
+            help="What activedpo scales to unit norm: each response's gradient row (response, its "
+            "default), the difference of a pair's two rows (pair), or nothing (none). trace and "
+            "random do not scale."
+        ),
+    ] = "default",
     lam: Annotated[float, option(SelectorConfig, "lam")] = SelectorConfig.lam,
     kappa: Annotated[float, option(SelectorConfig, "kappa")] = SelectorConfig.kappa,
     labeled: Annotated[
