@@ -23,10 +23,16 @@ def is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """Return the end of a message about an unknown name: the one that is meant, or all."""
+def nearest(name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """Return the end of a message about an unknown name: the one that is meant if one is close.
+
+    Args:
+        otherwise: what to say if none is; by default, all that are known.
+    """
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return otherwise or f"known: {', '.join(sorted(known))}"
 
 
 def fits(value: Any, hint: Any) -> bool:

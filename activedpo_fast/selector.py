@@ -166,16 +166,16 @@ class ActiveDPOSelector:
         labeled: Labeled | None = None,
         asked: Labeled | None = None,
         rules: PickRules | None = None,
-        fewer_ok: bool = False,
         group: dist.ProcessGroup | None = None,
         show_progress: bool | None = None,
     ) -> Selection:
-        """Choose `n` pairs of `pool`, best first.
+        """Choose up to `n` pairs of `pool`, best first.
 
         Args:
             pool: prompts with two or more responses each, as a pool or as a `datasets.Dataset` with
                 the columns of one (see `PreferencePool`).
-            n: the number of pairs.
+            n: the number of pairs. If there are fewer, or the rules leave fewer, all of those are
+                picked, and this is logged; the selection is empty if there are none.
             labeled: the pairs that have a preference: one or more earlier `Selection`s (see
                 `by_preference`; pairs without a preference are `asked`). Their features are
                 recomputed at the model's current weights, with the selector's own
@@ -186,9 +186,7 @@ class ActiveDPOSelector:
             asked: pairs that were asked before and have no preference: out for labeling, or
                 answered by "skip". They are not candidates either, and do not enter V. See
                 `by_preference` and `read_pending`.
-            rules: further constraints on the picks. With rules there may be fewer than n picks;
-                this is logged.
-            fewer_ok: if there are fewer than n candidates, pick them all and log it.
+            rules: further constraints on the picks.
             group: the processes that select together: pass `torch.distributed.group.WORLD` under
                 torchrun or `accelerate launch`. Each has the same model (not wrapped in DDP; pass
                 DDP's `.module`) and calls `select` with the same arguments. Each computes the
@@ -203,10 +201,10 @@ class ActiveDPOSelector:
             The picks. `last_timings` then has the seconds spent in "features" and in "select".
 
         Raises:
-            ActiveDPOError: fewer than n candidates (before any rule, without `fewer_ok`); rules
-                that do not fit the pool or leave no candidate; an unsupported pool or model;
-                another process of the group failed, was lost, or has different arguments,
-                settings or weights. All processes raise in that case.
+            ActiveDPOError: n is not an integer from 0; rules that do not fit the pool or leave no
+                candidate; an unsupported pool or model; another process of the group failed, was
+                lost, or has different arguments, settings or weights. All processes raise in that
+                case.
         """
         check_is_rules(rules)
         processes = PoolProcesses(group)
@@ -254,7 +252,6 @@ class ActiveDPOSelector:
             strategy,
             n,
             rules=rules,
-            fewer_ok=fewer_ok,
             chat_template_kwargs=template,
             group=group,
             show_progress=show_progress,

@@ -90,9 +90,9 @@ class SelectorConfig:
     normalize: Normalization | None = field(
         default="default",
         metadata={
-            "help": "What is scaled to unit norm: each response's gradient, their difference "
-            "(pair), or nothing. The default is response; for adpo_plus none. trace takes rows as "
-            "they are."
+            "help": "What is scaled to unit norm: each response's gradient row (response), the "
+            "difference of a pair's two rows (pair), or nothing (none). default is response for "
+            "activedpo and none for adpo_plus; the other strategies do not scale."
         },
     )
     lam: float = field(
@@ -119,8 +119,8 @@ class SelectorConfig:
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Padded tokens in a forward and backward pass. Default: as many as suit the "
-            "device."
+            "help": "Most tokens, padding included, in one forward and backward pass. Default: as "
+            "many as suit the device."
         },
     )
     bf16: bool = field(
@@ -195,7 +195,9 @@ class LoopConfig:
         },
     )
     rounds: int = field(default=5, metadata={"help": "Rounds of the run; may be raised later."})
-    batch_size: int = field(default=50, metadata={"help": "B, the pairs labeled per round."})
+    batch_size: int = field(
+        default=50, metadata={"help": "How many pairs a round picks and has labeled."}
+    )
     prompts_per_round: int = field(
         default=1000,
         metadata={"help": "How many prompts get responses in a round; all, if there are fewer."},
@@ -215,7 +217,9 @@ class LoopConfig:
     top_p: float = field(
         default=1.0, metadata={"help": "Sample from the likeliest tokens with this probability."}
     )
-    generation_batch_size: int = field(default=16, metadata={"help": "Responses sampled at once."})
+    generation_batch_size: int = field(
+        default=16, metadata={"help": "How many responses are generated at once."}
+    )
     max_attempts: int = field(
         default=4,
         metadata={
@@ -280,6 +284,23 @@ SAMPLING = (
 )
 
 
+# What the selector and the loop take beside their settings, for misspelled ones.
+_ARGUMENTS: dict[type, tuple[str, ...]] = {
+    SelectorConfig: ("processing_class", "args", "preset", "ref_model", "peft_config"),
+    LoopConfig: (
+        "processing_class",
+        "args",
+        "dpo_args",
+        "rules",
+        "evaluate",
+        "callbacks",
+        "peft_config",
+        "extra_settings",
+        "show_progress",
+    ),
+}
+
+
 def read_settings(
     kind: type[Settings], args: Settings | None, options: Mapping[str, Any], strategy: Any
 ) -> tuple[Settings, Any]:
@@ -331,7 +352,7 @@ def _hint(kind: type, name: str, known: list[str]) -> str:
         return f"a setting of the selector: selector_options={{{name!r}: ...}}"
     if kind is SelectorConfig and name == "rules":
         return "they are an argument of select"
-    return nearest(name, known)
+    return nearest(name, [*known, *_ARGUMENTS[kind]], f"known: {', '.join(sorted(known))}")
 
 
 def check_sampling(

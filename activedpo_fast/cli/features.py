@@ -26,7 +26,8 @@ from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.settings import SelectorConfig
-from activedpo_fast.store.store import FeatureStore, check_store_folder
+from activedpo_fast.store.comparing import check_store_folder
+from activedpo_fast.store.store import FeatureStore
 
 
 @dataclass(frozen=True)

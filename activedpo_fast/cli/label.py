@@ -15,8 +15,8 @@ from activedpo_fast.labels.page.server import serve
 from activedpo_fast.labels.page.session import QUESTION, Session
 
 
-def label_batch(
-    batch_path: Path,
+def label_picks(
+    picks_path: Path,
     *,
     output: Path | None = None,
     labeler: str = "labeler",
@@ -26,13 +26,16 @@ def label_batch(
     question: str = QUESTION,
     port: int = 0,
     open_browser: bool = False,
+    quiet: bool = False,
 ) -> tuple[str, bool]:
     """Serve the page for one labeler until they are done, and write the labels file.
 
     The page is not served if nothing is left for this labeler.
 
     Args:
-        output: the labels file; None for `labels_file(batch_path)`.
+        picks_path: the file of the picked pairs.
+        output: the labels file; None for `labels_file(picks_path)`.
+        quiet: print only the page's address.
         others: as in `Labeling`, `Session` and `serve`.
 
     Returns:
@@ -41,15 +44,17 @@ def label_batch(
     Raises:
         ActiveDPOError: bad input; nothing is labeled then.
     """
-    batch = Batch.read(batch_path)
-    output = output or labels_file(batch_path)
+    batch = Batch.read(picks_path)
+    output = output or labels_file(picks_path)
     labeling = Labeling(batch, output, seed=seed, overlap=overlap, combine=combine)
     session = Session(labeling, labeler, question)
     left = session.progress().left
 
     def announce(address: str) -> None:
         echo(
-            f"{left} pairs for {labeler}: open {address}\n"
+            address
+            if quiet
+            else f"{left} pairs for {labeler}: open {address}\n"
             "in a browser on this machine. Every answer is saved at once; Ctrl-C ends, and the "
             "same command goes on."
         )
@@ -64,16 +69,16 @@ def label_batch(
     return f"{report(labeling)}\nlabels: {output}", complete
 
 
-def report_of(batch_path: Path, *, output: Path | None = None, combine: str = "majority") -> str:
+def report_of(picks_path: Path, *, output: Path | None = None, combine: str = "majority") -> str:
     """Return the report of what has been labeled so far.
 
     Raises:
         ActiveDPOError: bad input, or nothing has been labeled.
     """
-    batch = Batch.read(batch_path)
-    output = output or labels_file(batch_path)
+    batch = Batch.read(picks_path)
+    output = output or labels_file(picks_path)
     if not is_begun(output):
         raise ActiveDPOError(
-            f"{output}: nothing has been labeled yet with `activedpo label {batch_path}`"
+            f"{output}: nothing has been labeled yet with `activedpo label {picks_path}`"
         )
     return report(Labeling(batch, output, combine=combine))

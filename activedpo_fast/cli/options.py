@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import typer
 
 from activedpo_fast._checks import describe
-from activedpo_fast.cli.run_file import FROM_ELSEWHERE, section_keys
+from activedpo_fast.cli.run_file import SETTINGS, section_keys
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import SelectorConfig
 
@@ -51,7 +51,7 @@ def selector_config(**values: Any) -> SelectorConfig:
 
 def key_rows(section: str) -> Iterator[Row]:
     """Yield the rows of the keys of "selection" or "loop" in the run file."""
-    rows = {row.name: row for row in field_rows(FROM_ELSEWHERE[section][0])}
+    rows = {row.name: row for row in field_rows(SETTINGS[section])}
     return (rows[name] for name in section_keys(section))
 
 

@@ -96,8 +96,13 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
     """Raise ActiveDPOError for a key not in `known`, or a value that is not of its type there."""
     for key, value in given.items():
         name = f"{section}.{key}" if section else str(key)
+        if key in _ELSEWHERE.get(section, {}):
+            raise ActiveDPOError(
+                f"{name}: comes from {_ELSEWHERE[section][key]}; leave it out of {section}"
+            )
         if key not in known:
-            raise ActiveDPOError(f"{name}: unknown key; {nearest(str(key), known)}")
+            hint = nearest(str(key), known, _KEYS_OF.get(section))
+            raise ActiveDPOError(f"{name}: unknown key; {hint}")
         if not fits(value, known[key]) and not (value is None and not section):
             raise ActiveDPOError(f"{name}: expected {describe(known[key])}, got {short(value)}")
 
@@ -105,26 +110,44 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
 # -- what the sections may hold --------------------------------------------------------------------
 
 
-# Set by this library, or the names of modules that PEFT would import.
-_NOT_OF_LORA = {"peft_type", "auto_mapping", "task_type", "megatron_config", "megatron_core"}
+SETTINGS = {"selection": SelectorConfig, "loop": LoopConfig}
 
-# What these two take from other keys of the file.
-FROM_ELSEWHERE: dict[str, tuple[type, set[str]]] = {
-    "selection": (
-        SelectorConfig,
-        {"strategy", "seed", "beta", "length_normalized", "max_length", "truncation_mode"},
+# Fields of the classes behind the sections that are no keys there, and what sets them.
+_ELSEWHERE: dict[str, dict[str, str]] = {
+    "selection": {
+        "strategy": "the run's strategy",
+        "seed": "the run's seed",
+        "beta": "dpo.beta",
+        "length_normalized": "dpo.loss_type",
+        "max_length": "dpo.max_length",
+        "truncation_mode": "dpo.truncation_mode",
+    },
+    "loop": {
+        "output_dir": "the run's output_dir",
+        "strategy": "the run's strategy",
+        "selector_options": "the section selection",
+        "chat_template_kwargs": "the run's chat_template_kwargs",
+        "seed": "the run's seed",
+    },
+    "rules": {"seed": "the run's seed"},
+    "dpo": {"output_dir": "the run's output_dir", "seed": "the run's seed"},
+    # Set by this library, or the names of modules that PEFT would import.
+    "lora": dict.fromkeys(
+        ("peft_type", "auto_mapping", "task_type", "megatron_config", "megatron_core"),
+        "this library",
     ),
-    "loop": (
-        LoopConfig,
-        {"output_dir", "strategy", "selector_options", "chat_template_kwargs", "seed"},
-    ),
+}
+
+# Where the keys of sections are listed that have too many for a message.
+_KEYS_OF = {
+    "dpo": "its keys are the arguments of trl.DPOConfig",
+    "lora": "its keys are the arguments of peft.LoraConfig",
 }
 
 
 def section_keys(section: str) -> dict[str, Any]:
     """Return the keys and types of "selection" or "loop"."""
-    settings, elsewhere = FROM_ELSEWHERE[section]
-    return _dataclass_fields(settings, without=elsewhere)
+    return _keys(SETTINGS[section], section)
 
 
 def _sections() -> dict[str, dict[str, Any]]:
@@ -136,11 +159,11 @@ def _sections() -> dict[str, dict[str, Any]]:
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
-        "lora": _dataclass_fields(LoraConfig, without=_NOT_OF_LORA),
-        "dpo": _dataclass_fields(dpo, without={"output_dir", "seed"}),
+        "lora": _keys(LoraConfig, "lora"),
+        "dpo": _keys(dpo, "dpo"),
         "selection": section_keys("selection"),
         "loop": section_keys("loop"),
-        "rules": _dataclass_fields(PickRules, without={"seed"}),
+        "rules": _keys(PickRules, "rules"),
     }
 
 
@@ -153,9 +176,11 @@ def _options(function: Any, without: Collection[str]) -> dict[str, Any]:
     }
 
 
-def _dataclass_fields(cls: type, without: Collection[str]) -> dict[str, Any]:
+def _keys(cls: type, section: str) -> dict[str, Any]:
+    """Return the keys and types of a section: the fields of its class without `_ELSEWHERE`."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints.get(f.name, Any) for f in fields(cls) if f.init and f.name not in without}
+    names = [one.name for one in fields(cls) if one.init and one.name not in _ELSEWHERE[section]]
+    return {name: hints.get(name, Any) for name in names}
 
 
 _LABEL_STUDIO: dict[str, Any] = {"base_url": str, "api_key_env": str}
@@ -229,7 +254,7 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
 
 def _check_settings(values: Mapping[str, Any]) -> None:
     """Refuse what the settings of the selector and the loop refuse, before anything is loaded."""
-    for section, (settings, _) in FROM_ELSEWHERE.items():
+    for section, settings in SETTINGS.items():
         needed = {"output_dir": values["output_dir"]} if section == "loop" else {}
         try:
             settings(**needed, **values.get(section, {}))

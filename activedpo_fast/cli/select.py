@@ -51,13 +51,14 @@ def select_pairs(
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
     `args` has the strategy and its settings; those of the rows, which are in the store, have no
-    effect. `rules` may leave fewer than `batch_size` pairs; `exclude` is the file that some came
-    from, which is not overwritten. Processes started by a launcher such as torchrun (WORLD_SIZE in
-    the environment) make one selection together, each with its part of the rows. The first process
-    writes it, and the others return None.
+    effect. If there are fewer than `batch_size` pairs, or `rules` leave fewer, those are written.
+    `exclude` is the file that some rules came from, which is not overwritten. Processes started by
+    a launcher such as torchrun (WORLD_SIZE in the environment) make one selection together, each
+    with its part of the rows. The first process writes it, and the others return None.
 
     Raises:
-        ActiveDPOError: bad input, or another process failed; nothing is written then.
+        ActiveDPOError: bad input, no pair to pick, or another process failed; nothing is written
+            then.
     """
     started = time.perf_counter()
     args = SelectorConfig() if args is None else args
@@ -86,8 +87,6 @@ def select_pairs(
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
         )
         found = len(candidates.pairs)
-        if batch_size > found:
-            raise ActiveDPOError(f"--batch-size {batch_size}: there are {found} candidate pairs")
         rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
         signals = TensorSignals(
             candidates.own_pairs,
@@ -107,7 +106,7 @@ def select_pairs(
         )
         if processes.rank > 0:
             return None
-        _check_scores(picked, rules, store_path)
+        _check_scores(picked, found, rules, store_path)
         picked.to_jsonl(output)
     labels = f" and {len(known)} labeled" if len(known) else ""
     return (
@@ -189,8 +188,17 @@ def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:
     return rows.take(torch.arange(len(rows))) if rows.nbytes <= _IN_MEMORY_BYTES else rows
 
 
-def _check_scores(picked: Selection, rules: PickRules | None, store_path: FilePath) -> None:
-    """Refuse picks whose scores are all 0, except random ones, which have no other."""
+def _check_scores(
+    picked: Selection, candidates: int, rules: PickRules | None, store_path: FilePath
+) -> None:
+    """Refuse an empty selection, and scores that are all 0, except of random picks."""
+    if not picked:
+        why = (
+            f"none of the {candidates} candidate pairs reaches --min-score"
+            if candidates
+            else "every pair was asked before, or its prompt is too long"
+        )
+        raise ActiveDPOError(f"{store_path}: no pair is left to pick: {why}")
     at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
     if not at_random and not any(pick.score for pick in picked):
         raise ActiveDPOError(

@@ -28,7 +28,9 @@ _HARMLESS = (
     "fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no messages.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing except errors: no progress, no result.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 

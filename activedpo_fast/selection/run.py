@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,32 +32,27 @@ def run_selection(
     n: int,
     *,
     rules: PickRules | None = None,
-    fewer_ok: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
     show_progress: bool | None = None,
 ) -> Selection:
     """Return the n candidates that the strategy picks under the rules, best first.
 
+    If there are fewer, or the rules leave fewer, it returns those and logs it. If there are none,
+    the selection is empty, and what that means is left to the caller.
+
     Args:
         signals: of this process's part of the candidates.
-        fewer_ok: take all candidates if there are fewer than n.
         chat_template_kwargs: those that the whole pool was tokenized with; stored in the picks.
         group: the processes that select together; all return the same result.
 
     Raises:
-        ActiveDPOError: fewer than n candidates; rules that do not fit the pool or leave no
+        ActiveDPOError: n is not an integer from 0; rules that do not fit the pool or leave no
             candidate; any error of the strategy.
     """
     first = group is None or dist.get_rank(group) == 0
-    found = len(candidates.pairs)
-    if fewer_ok and isinstance(n, int) and found < n:
-        if first:
-            logger.warning(
-                "%d pairs are picked instead of %d: there are no other candidates", found, n
-            )
-        n = found
-    n = check_n(n, found)
+    asked = check_n(n, sys.maxsize)
+    n = min(asked, len(candidates.pairs))
     eligible = None
     if rules is not None:
         eligible = rules.bind(candidates.pool, candidates.pairs, n)
@@ -65,8 +61,14 @@ def run_selection(
     ranking = strategy.select(
         signals, n, eligible=eligible, group=group, show_progress=show_progress
     )
-    if eligible is not None and first:
-        warn_if_fewer(len(ranking.indices), n, eligible)
+    picked = len(ranking.indices)
+    if first and picked:
+        if picked == n < asked:
+            logger.warning(
+                "%d pairs are picked instead of %d: there are no other candidates", picked, asked
+            )
+        elif eligible is not None:
+            warn_if_fewer(picked, asked, eligible)
     return _selection_of(
         candidates.pool, candidates.pairs, ranking, strategy.name, chat_template_kwargs
     )

@@ -1,78 +1,121 @@
-"""Writing rows to the shards of a store as they come, each shard until it is full."""
+"""Filling a store: missing rows are computed, and written as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import torch
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.pool.tokens import TokenizedPool
+from activedpo_fast.store.comparing import require_same_settings
+from activedpo_fast.store.folder import StoreFolder
+from activedpo_fast.store.manifest import key_of
+from activedpo_fast.store.shard_files import write_rows
 
-from activedpo_fast.gradients.extractor import GradientRows
-from activedpo_fast.store.shards import PartialShard, ShardLayout
+logger = logging.getLogger(__name__)
 
-SHARD = "rows-{:05d}.safetensors"
-_PARTIAL = "rows-{:05d}.partial"
-
-
-def partial_shards(folder: Path, key: bytes) -> dict[Path, tuple[list[int], int]]:
-    """Return the shards that are being filled: the rows that they have, and their room for more.
-
-    One that was killed before it was begun counts as nothing.
-    """
-    paths = sorted(folder.glob(_PARTIAL.format(0).replace("00000", "*")))
-    found = {path: PartialShard.contents(path, key) for path in paths}
-    return {path: content for path, content in found.items() if content is not None}
+_SHARD_ROWS = 512  # for a small pool
+_SHARDS = 128  # for a large pool; all of them are open while rows are read from disk
 
 
-def write_rows(
-    folder: Path,
-    parts: Iterable[GradientRows],
-    expected: int,
+def fill_missing(
+    store: StoreFolder,
+    extractor: FeatureExtractor,
+    tokenized: TokenizedPool,
     *,
-    key: bytes,
-    rows_per_shard: int,
-    dtype: torch.dtype,
+    rows_per_shard: int | None,
+    show_progress: bool | None,
 ) -> None:
-    """Append rows to the shard with the lowest number that is not full, and so on.
+    """Compute and write the rows that a store does not have; see `FeatureStore.fill`.
 
-    Args:
-        parts: rows that no shard has; their gradients have `dtype`.
-        expected: how many rows there are in all `parts`.
+    Raises:
+        ActiveDPOError: the extractor differs from that of the first rows, or fails.
     """
-    shards = partial_shards(folder, key)
-    for path, (_, room) in shards.items():
-        if room == 0:  # killed between its last row and its new name
-            with PartialShard(path, key) as full:
-                full.finish(path.with_suffix(".safetensors"))
-    partial: PartialShard | None = None
-    try:
-        for part in parts:
-            at = 0
-            while at < len(part.rows):
-                if partial is None:
-                    layout = ShardLayout(rows_per_shard, part.gradients.shape[1], dtype)
-                    partial = _next_shard(folder, key, layout, expected)
-                piece = slice(at, at + partial.room)
-                count = len(part.rows[piece])
-                partial.append(part.rows[piece], part.gradients[piece], part.logps[piece])
-                at, expected = at + count, expected - count
-                if partial.room == 0:
-                    partial.finish(partial.path.with_suffix(".safetensors"))
-                    partial = None
-    finally:
-        if partial is not None:
-            partial.close()
+    missing = store.missing_rows()
+    if missing:
+        filling = _begin(store, extractor, tokenized, rows_per_shard)
+        parts = extractor.iter_gradients(
+            tokenized,
+            missing,
+            max_tokens_per_batch=filling["max_tokens_per_batch"],
+            show_progress=show_progress,
+        )
+        _write(store, _as_stored(store, parts, tokenized), len(missing))
+    elif store.partial():  # killed at the very end
+        _write(store, (), 0)
+        for path in store.partial():  # all its rows are in another shard
+            path.unlink()
 
 
-def _next_shard(folder: Path, key: bytes, layout: ShardLayout, expected: int) -> PartialShard:
-    """Return the shard to fill next; a new one has `layout`, or less if fewer rows are expected."""
-    number = 0
-    while (folder / SHARD.format(number)).exists():
-        number += 1
-    path = folder / _PARTIAL.format(number)
-    shards = partial_shards(folder, key)
-    if path in shards:
-        return PartialShard(path, key)
-    for_others = sum(room for _, room in shards.values())
-    n = max(1, min(layout.n, expected - for_others))
-    return PartialShard(path, key, ShardLayout(n, layout.dim, layout.dtype))
+def _begin(
+    store: StoreFolder,
+    extractor: FeatureExtractor,
+    tokenized: TokenizedPool,
+    rows_per_shard: int | None,
+) -> dict[str, Any]:
+    """Record how rows are computed, or compare it with what is recorded; return it."""
+    now = json.loads(json.dumps(extractor.identity()))
+    layout = extractor.check(tokenized).name
+    filling = store.manifest.get("filling")
+    if filling is None:
+        default = max(_SHARD_ROWS, store.manifest["responses"] // _SHARDS)
+        filling = {
+            "rows_per_shard": rows_per_shard or default,
+            "max_tokens_per_batch": extractor.tokens_per_batch(tokenized),
+            "layout": layout,
+            "extractor": now,
+        }
+    else:
+        require_same_settings(store.path, filling["extractor"], now, "filled")
+        given = extractor.max_tokens_per_batch
+        used = {
+            **filling,
+            "layout": layout,
+            "max_tokens_per_batch": given or filling["max_tokens_per_batch"],
+        }
+        if used != filling:
+            logger.warning(
+                "%s: batches are not those of the first rows: the last bits of the rows may "
+                "differ from those of a store that was made at once",
+                store.path,
+            )
+        filling = used
+    if "tokens" not in store.manifest or filling != store.manifest.get("filling"):
+        store.write_tokens(tokenized, filling)
+    return filling
+
+
+def _as_stored(
+    store: StoreFolder, parts: Iterable[GradientRows], tokenized: TokenizedPool
+) -> Iterator[GradientRows]:
+    """Yield rows in the store's dtype.
+
+    Raises:
+        ActiveDPOError: a number is beyond that dtype.
+    """
+    for part in parts:
+        gradients = part.gradients.to(store.dtype)
+        fits = gradients.isfinite().all(dim=1)
+        if not fits.all():
+            raise ActiveDPOError(
+                f"{tokenized.place(int(part.rows[~fits][0]))}: its gradient row has numbers "
+                f"beyond {store.manifest['settings']['store_dtype']}: store rows as float64"
+            )
+        yield GradientRows(part.rows, gradients, part.logps)
+
+
+def _write(store: StoreFolder, parts: Iterable[GradientRows], expected: int) -> None:
+    if expected < store.manifest["responses"]:
+        done = store.manifest["responses"] - expected
+        logger.warning("continuing %s: %d rows already exist", store.path, done)
+    write_rows(
+        store.path,
+        parts,
+        expected,
+        key=key_of(store.manifest),
+        rows_per_shard=store.manifest["filling"]["rows_per_shard"],
+        dtype=store.dtype,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise ActiveDPOError(f"{folder} is not a feature store: no {MANIFEST} in it")
+        why = f"no {MANIFEST} in it" if folder.is_dir() else "there is no such folder"
+        raise ActiveDPOError(
+            f"{folder} is not a feature store ({why}): give the folder that `activedpo features` "
+            "wrote, its --output"
+        )
     found = read_json(path)
     version = found.get("format") if isinstance(found, dict) else None
     if type(version) is not int:
@@ -80,31 +84,6 @@ def key_of(manifest: Mapping[str, Any]) -> bytes:
     return hashlib.blake2b(own.encode(), digest_size=32).digest()
 
 
-def require_same_settings(
-    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str = "made"
-) -> None:
-    """Raise `ActiveDPOError` for the first setting that differs.
-
-    The location of a model, adapter or tokenizer does not count if it has a fingerprint.
-    """
-    for name, old, new in _differences(before, now):
-        if {f"{name}_fingerprint"} <= before.keys() & now.keys():
-            continue
-        what = name.removesuffix("_fingerprint")
-        if what != name:
-            where = (
-                f"{now[what]} has changed since"
-                if before[what] == now[what]
-                else f"{before[what]!r}, not {now[what]!r}"
-            )
-            raise ActiveDPOError(
-                f"{folder} was made with another {what} ({where}): choose another path"
-            )
-        raise ActiveDPOError(
-            f"{folder} was {how} with {name} = {old!r}, not {new!r}: choose another path"
-        )
-
-
 def _check_types(
     path: Path, found: Mapping[str, Any], types: Mapping[str, Any], *, required: bool
 ) -> None:
@@ -136,12 +115,3 @@ def _check_values(path: Path, manifest: Mapping[str, Any]) -> None:
             f"{path}: {name!r} has a value that no store has: put the file back as it was, or take "
             "the rows again into another folder"
         )
-
-
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    # In the order of the settings: chosen settings come before those derived from them.
-    for name in dict.fromkeys([*wanted, *found]):
-        if found.get(name) != wanted.get(name):
-            yield name, found.get(name), wanted.get(name)

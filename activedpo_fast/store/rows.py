@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
-import struct
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy
 from itertools import pairwise
 from pathlib import Path
-from reprlib import repr as short
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,80 +17,12 @@ from torch import Tensor
 
 from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.store.row_checks import RowChecks
+from activedpo_fast.store.safetensors_layout import MatrixLayout, dtype_name, read_layout
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors has the same
 _BUFFERS_PER_READ = 1024  # IOV_MAX of Linux and macOS
-_HASHED_BY_ONE = 2**22  # bytes that are not worth threads
 _VERIFIED_AT_ONCE = 2**26  # bytes; few enough that the system still has them when C++ reads them
 _ROWS_AT_ONCE = 2**16  # sorted and read together; bounds the bookkeeping for short rows
-
-
-def row_checksum(key: bytes, prefix: Any, row: Any) -> bytes:
-    """Return the checksum of a row's bytes, after those of `prefix`; 16 bytes."""
-    digest = hashlib.blake2b(prefix, key=key, digest_size=16)
-    digest.update(row)
-    return digest.digest()
-
-
-class RowChecks:
-    """Checksums of rows, each compared the first time that its row is read.
-
-    Args:
-        prefixes: uint8 [R, p], bytes that are hashed before those of a row.
-        checksums: uint8 [R, 16], `row_checksum` of every row.
-        key: of the hashes.
-    """
-
-    def __init__(self, prefixes: np.ndarray, checksums: np.ndarray, key: bytes) -> None:
-        self._prefixes = prefixes
-        self._checksums = checksums
-        self._key = key
-        self._position = np.arange(len(checksums))
-        self._matched = np.zeros(len(checksums), dtype=bool)
-
-    @classmethod
-    def joined(cls, parts: Sequence[RowChecks]) -> RowChecks:
-        """Return the checks of the rows of several parts with one key, one after the other."""
-        return cls(
-            np.concatenate([part._prefixes for part in parts]),
-            np.concatenate([part._checksums for part in parts]),
-            parts[0]._key,
-        )
-
-    def select(self, numbers: np.ndarray) -> RowChecks:
-        """Return the checks of some rows; what one has found, the other knows."""
-        other = copy(self)
-        other._position = self._position[numbers]
-        return other
-
-    def unread(self, numbers: np.ndarray) -> np.ndarray:
-        """Return those of the rows that have not been compared yet, each once, ascending."""
-        return np.unique(numbers[~self._matched[self._position[numbers]]])
-
-    def first_wrong(self, numbers: np.ndarray, rows: np.ndarray) -> int | None:
-        """Compare rows, uint8 [m, bytes]; return which of the m is the first that differs."""
-        positions = self._position[numbers]
-        wanted = np.flatnonzero(~self._matched[positions])
-
-        def wrong(n: int) -> bool:
-            at = positions[n]
-            found = row_checksum(self._key, self._prefixes[at].tobytes(), rows[n].data)
-            return bool(found != self._checksums[at].tobytes())
-
-        if wanted.size * rows.shape[1] < _HASHED_BY_ONE:
-            found = [n for n in wanted.tolist() if wrong(n)]
-        else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing frees the GIL
-                found = [
-                    n
-                    for n, is_wrong in zip(wanted.tolist(), pool.map(wrong, wanted), strict=True)
-                    if is_wrong
-                ]
-        if found:
-            return found[0]
-        self._matched[positions[wanted]] = True
-        return None
 
 
 class StoredRows:
@@ -161,7 +87,7 @@ class StoredRows:
         """
         files = _Files()
         try:
-            layouts = [_read_layout(files.open(Path(path)), tensor) for path in paths]
+            layouts = [files.open(Path(path)).layout(tensor) for path in paths]
         except BaseException:
             files.close()
             raise
@@ -171,8 +97,8 @@ class StoredRows:
         for path, layout in zip(files.paths, layouts, strict=True):
             if (layout.dim, layout.dtype) != (first.dim, first.dtype):
                 raise ActiveDPOError(
-                    f"{path} has rows of {layout.dim} {_name(layout.dtype)} numbers, "
-                    f"{files.paths[0]} of {first.dim} {_name(first.dtype)}"
+                    f"{path} has rows of {layout.dim} {dtype_name(layout.dtype)} numbers, "
+                    f"{files.paths[0]} of {first.dim} {dtype_name(first.dtype)}"
                 )
         counts = torch.tensor([layout.rows for layout in layouts])
         row_bytes = first.dim * first.dtype.itemsize
@@ -399,73 +325,10 @@ class _File(NamedTuple):
     number: int
     size: int
 
-    @property
-    def path(self) -> Path:
-        return self.files.paths[self.number]
+    def layout(self, tensor: str) -> MatrixLayout:
+        return read_layout(self.files.paths[self.number], self.size, self._read, tensor)
 
-    def read(self, offset: int, count: int) -> bytes:
+    def _read(self, offset: int, count: int) -> bytes:
         content = bytearray(count)
         self.files.read(self.number, offset, [memoryview(content)])
         return bytes(content)
-
-
-class _Layout(NamedTuple):
-    """The place of a matrix in a file: consecutive rows from the byte `begin` on."""
-
-    begin: int
-    rows: int
-    dim: int
-    dtype: torch.dtype
-
-
-def _read_layout(file: _File, tensor: str) -> _Layout:
-    """Find a matrix in a safetensors file, without trusting its header.
-
-    The format: the header's length as a little-endian uint64, the header in JSON, the data.
-    """
-
-    def refuse(why: str) -> NoReturn:
-        raise ActiveDPOError(f"{file.path} is not a whole safetensors file of rows: {why}")
-
-    if file.size < 8:
-        refuse(f"it has {file.size} bytes")
-    (length,) = struct.unpack("<Q", file.read(0, 8))
-    if not 0 < length <= min(file.size - 8, _HEADER_LIMIT):
-        refuse(f"a header of {length} bytes in a file of {file.size}")
-    try:
-        header = json.loads(file.read(8, length).decode("utf-8"))
-    except (ValueError, RecursionError):
-        refuse("its header is not JSON")
-    entry = header.get(tensor) if isinstance(header, dict) else None
-    if not isinstance(entry, dict):
-        refuse(f"no tensor {tensor!r} in it")
-    dtype = _DTYPES.get(str(entry.get("dtype")))
-    if dtype is None:
-        refuse(
-            f"{tensor!r} has the dtype {short(entry.get('dtype'))}, not one of {', '.join(_DTYPES)}"
-        )
-    shape, offsets = _two_sizes(entry.get("shape")), _two_sizes(entry.get("data_offsets"))
-    if shape is None or shape[1] == 0:
-        refuse(f"{tensor!r} has the shape {short(entry.get('shape'))}, not that of rows")
-    if offsets is None or offsets[1] - offsets[0] != shape[0] * shape[1] * dtype.itemsize:
-        refuse(
-            f"{tensor!r} has the shape {list(shape)} and the data offsets "
-            f"{short(entry.get('data_offsets'))}"
-        )
-    begin = 8 + length
-    if begin + offsets[1] > file.size:
-        refuse(f"{tensor!r} ends at byte {begin + offsets[1]} of {file.size}")
-    return _Layout(begin + offsets[0], shape[0], shape[1], dtype)
-
-
-def _two_sizes(value: Any) -> tuple[int, int] | None:
-    """Return two numbers of a header if they are sizes within the range of int64."""
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    if not all(type(number) is int and 0 <= number < 2**63 for number in value):
-        return None
-    return value[0], value[1]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from activedpo_fast._files import reason_of, sync
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.store.rows import RowChecks, row_checksum
+from activedpo_fast.store.row_checks import RowChecks, row_checksum
 
 SUM = 16  # bytes of a checksum
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}

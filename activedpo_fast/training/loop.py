@@ -303,7 +303,6 @@ class ActiveDPOLoop:
                     labeled=[with_one for with_one, _ in split],
                     asked=[without for _, without in split],
                     rules=rules,
-                    fewer_ok=True,
                     show_progress=self.show_progress,
                 )
             if not picked:

@@ -11,7 +11,7 @@ import pytest
 
 from activedpo_fast import Selection, read_labels
 from activedpo_fast.cli.app import main
-from activedpo_fast.cli.exchange import ToolName
+from activedpo_fast.cli.commands.exchange import ToolName
 from activedpo_fast.labels import FileOracle, LabelsPending
 from activedpo_fast.labels.exchange import TOOLS
 from tests.labels.exchange.answering import fill_in

@@ -97,6 +97,16 @@ def test_killed_and_continued_and_finished(picks: Path, capfd: pytest.CaptureFix
     assert [json.loads(line)["label"] for line in labels_file(picks).open()] == labels
 
 
+def test_quiet_prints_the_address_alone(picks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = _Command(picks, "--quiet")
+    assert command.said == f"{command.base}/#{command.token}\n"
+    command.answer("left")
+    command.process.send_signal(signal.SIGINT)
+    assert command.end() == (3, "", "")
+    assert main(["label", str(picks), "--report", "-q"]) == 0
+    assert capfd.readouterr().out == ""
+
+
 def test_a_labeler_without_open_pairs_gets_the_report(
     picks: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +127,7 @@ def test_a_labeler_without_open_pairs_gets_the_report(
     [
         (["--report"], "nothing has been labeled yet with `activedpo label "),
         (["--labeler", ""], "a name has 1 to 64 characters"),
-        (["--overlap", "101"], "less than or equal to 100"),
+        (["--overlap", "101"], "--overlap 101: expected a number from 0 to 100"),
         (["--output", "{picks}"], "is the file of the pairs: choose another --output"),
     ],
 )

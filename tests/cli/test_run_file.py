@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from activedpo_fast.cli.run_file import load_config, make_config
+from activedpo_fast.cli import run_file
+from activedpo_fast.cli.run_file import SETTINGS, load_config, make_config
 from activedpo_fast.errors import ActiveDPOError
 
 
@@ -35,7 +37,12 @@ def _given(**changes: Any) -> dict[str, Any]:
             "dpo.learning_rat: unknown key; did you mean 'learning_rate",
         ),
         ({"loop": {"max_tokens": 5}}, "loop.max_tokens: unknown key"),
-        ({"selection": {"beta": 0.1}}, "selection.beta: unknown key"),
+        ({"selection": {"beta": 0.1}}, "selection.beta: comes from dpo.beta; leave it out of sel"),
+        ({"loop": {"strategy": "apo"}}, "loop.strategy: comes from the run's strategy; leave it"),
+        ({"dpo": {"output_dir": "x"}}, "dpo.output_dir: comes from the run's output_dir; leave it"),
+        ({"dpo": {"seed": 1}}, "dpo.seed: comes from the run's seed"),
+        ({"adapter": ..., "lora": {"task_type": "X"}}, "lora.task_type: comes from this library"),
+        ({"dpo": {"zzz": 1}}, "dpo.zzz: unknown key; its keys are the arguments of trl.DPOConfig"),
         ({"adapter": ..., "lora": {"rank": 4}}, "lora.rank: unknown key"),
         ({"oracle": {"kind": "people", "temperature": 1.0}}, "oracle.temperature: unknown key"),
         ({"loop": {"rounds": "five"}}, "loop.rounds: expected an integer, got 'five'"),
@@ -54,7 +61,7 @@ def _given(**changes: Any) -> dict[str, Any]:
             {"rules": {"max_per_promt": 1}},
             "rules.max_per_promt: unknown key; did you mean 'max_per_p",
         ),
-        ({"rules": {"seed": 1}}, "rules.seed: unknown key"),
+        ({"rules": {"seed": 1}}, "rules.seed: comes from the run's seed"),
         ({"rules": {"max_per_prompt": "two"}}, "rules.max_per_prompt: expected an integer or null"),
         (
             {"rules": {"max_per_prompt": 0}},
@@ -126,7 +133,21 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ActiveDPOError) as caught:
         make_config(_given(**changes))
     assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_keys_that_come_from_elsewhere_are_fields_of_the_classes() -> None:
+    """And no key of the section; a field that is renamed is noticed here."""
+    from peft import LoraConfig
+
+    from activedpo_fast import PickRules
+    from activedpo_fast.training.trl import dpo_config
+
+    classes = {**SETTINGS, "rules": PickRules, "dpo": type(dpo_config()), "lora": LoraConfig}
+    assert classes.keys() == run_file._ELSEWHERE.keys()
+    for section, elsewhere in run_file._ELSEWHERE.items():
+        assert elsewhere.keys() <= {field.name for field in fields(classes[section])}
+        assert not elsewhere.keys() & run_file._sections()[section].keys()
 
 
 def test_a_preset_fills_settings_that_are_not_given() -> None:

@@ -46,8 +46,19 @@ def test_info_verify_and_export(folder: Path, capsys: pytest.CaptureFixture[str]
     store = str(folder / "store")
     capsys.readouterr()
     assert main(["store", "info", store]) == 0
-    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert said["complete"] == "yes" and said["responses"] == "12" and said["beta"] == "0.1"
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":")] == [
+        "rows and files:",
+        "made with:",
+        "computed with:",
+    ]
+    shown = {line[2:23].strip(): line[25:].split(None, 1) for line in lines if line[0] == " "}
+    assert shown["complete"] == ["yes", "`activedpo select` can read it"]
+    assert shown["responses"] == ["12", "in the pool; each gets a gradient row"]
+    assert shown["beta"][0] == "0.1" and shown["gguf_file"][0] == "none"
+    assert all(len(what) == 2 for what in shown.values()), "each line says what it is"
+    assert main(["store", "info", store, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
     assert main(["store", "verify", store]) == 0
     assert capsys.readouterr().out == f"all files of {store} are as written: 12 rows\n"
     assert main(["store", "export", store, str(folder / "rows.safetensors")]) == 0
@@ -73,7 +84,8 @@ def test_info_and_gc_of_a_killed_store(folder: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert main(["store", "info", str(store)]) == 0
     said = capsys.readouterr().out
-    assert "rows are missing" in said and "files left behind       1" in said
+    assert "  complete               no " in said and "  missing rows           0 " not in said
+    assert "  files being filled     1 " in said and "  files left behind      1 " in said
     assert main(["store", "gc", str(store), "--dry-run"]) == 0
     assert "1 files of killed processes would be removed" in capsys.readouterr().out
     assert left.exists()

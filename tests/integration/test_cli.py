@@ -340,7 +340,17 @@ def test_prompts_that_fill_max_length_are_not_candidates(
     select = ["select", str(tmp_path / "store"), "--output", str(picked), "--batch-size"]
     assert main([*select, str(candidates)]) == 0
     assert {line["id"] for line in _read_jsonl(picked)} == {"p0", "p2"}
-    _refused(capsys, [*select, str(candidates + 1)], "--batch-size 8", "7 candidate pairs")
+    picks = picked.read_bytes()
+    assert main([*select, str(candidates + 1)]) == 0
+    assert picked.read_bytes() == picks
+    assert "7 pairs are picked instead of 8" in capsys.readouterr().err
+    labels = _write_jsonl(tmp_path / "l.jsonl", [{**p, "label": 0} for p in _read_jsonl(picked)])
+    select = ["select", str(tmp_path / "store"), "--output", str(tmp_path / "none.jsonl")]
+    said = "no pair is left to pick: every pair was asked before"
+    _refused(capsys, [*select, "--labeled", str(labels)], said)
+    said = "no pair is left to pick: none of the 7 candidate pairs reaches --min-score"
+    _refused(capsys, [*select, "--batch-size=7", "--min-score=1e9"], said)
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_parquet_pool_gives_the_same_rows(project: Path, store: Path, tmp_path: Path) -> None:
@@ -913,10 +923,12 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         (["select", "--output", "x"], "STORE"),
         (["select", "{store}"], "--output"),
         (["select", "{store}", "--output", "{tmp}/x", "--normalise", "pair"], "--normalise"),
-        (["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"], "rows"),
+        (
+            ["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"],
+            "--normalize rows: expected default, response, pair or none (see activedpo select",
+        ),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "0"], "--batch-size"),
         (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "many"], "--batch-size"),
-        (["select", "{store}", "--output", "{tmp}/x", "--batch-size", "999"], "--batch-size 999"),
         (["select", "{store}", "--output", "{tmp}/x", "--lam", "0"], "lam"),
         (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
         (
@@ -976,7 +988,11 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         ),
         (["select", "{store}", "--output", "{tmp}"], "is a folder"),
         (["select", "{store}", "--output", "{store}/manifest.json/x"], "not a writable folder"),
-        (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store"),
+        (["select", "{tmp}", "--output", "{tmp}/x"], "not a feature store (no manifest.json in"),
+        (
+            ["select", "{tmp}/no", "--output", "{tmp}/x"],
+            "/no is not a feature store (there is no such folder): give the folder that `activedpo",
+        ),
         (
             ["select", "{store}", "--labeled", "{tmp}/no.jsonl", "--output", "{tmp}/x"],
             "no such file",

@@ -142,7 +142,7 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
             asked=renamed,
             group=group,
         )
-    found["all of the spread"] = chooser(model).select(spread, 33, group=group)
+    found["all of the spread"] = chooser(model).select(spread, 99, group=group)
     return {
         name: [[p.id, *p.pair, p.rank, p.score] for p in picks] for name, picks in found.items()
     }
@@ -159,7 +159,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
         except ActiveDPOError as error:
             told[name] = str(error)
 
-    attempt("too many", n=35)
+    attempt("negative", n=-1)
     attempt("too small", pool=pool[:1])
     attempt("pool", pool=pool[rank:])
     attempt("n", n=3 + rank)
@@ -200,7 +200,7 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     (folder / "labels-1.jsonl").write_text('{"id": "item-0", "pair": [0]}\n')
     said = {}
     for name, port, options in (
-        ("too many", ports[0], ["--batch-size", "999"]),
+        ("rules", ports[0], ["--group-by", "none", "--quota", "art=1"]),
         (
             "labels",
             ports[1],
@@ -293,7 +293,7 @@ def test_all_return_the_selection_of_one_process(results) -> None:
 def test_wrong_input_in_one_process_is_an_error_in_all(results) -> None:
     for rank, result in enumerate(results):
         told = result["failures"]
-        assert "35 pairs are asked for, but there are only 34" in told["too many"]
+        assert "n must be 0 or more, not -1" in told["negative"]
         assert told["too small"] == (
             "2 processes cannot share a pool of 1 prompts: each needs one or more"
         )
@@ -404,11 +404,9 @@ def test_select_under_torchrun_writes_the_file_of_one_process(
 def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> None:
     for rank, result in enumerate(results):
         said = result["commands"]
-        assert said["too many"] == [
-            2,
-            "activedpo: error: --batch-size 999: there are 34 candidate pairs\n",
-            False,
-        ]
+        code, error, there = said["rules"]
+        assert (code, there, error.count("\n")) == (2, False, 1)
+        assert error.startswith("activedpo: error: group_by: there is no column 'none'")
         code, error, there = said["labels"]
         assert (code, there, error.count("\n")) == (2, False, 1)
         assert ("two different" if rank else "process 1 of 2 failed, see its own") in error

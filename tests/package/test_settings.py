@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from activedpo_fast import ActiveDPOError, LoopConfig, SelectorConfig
+from activedpo_fast import (
+    ActiveDPOError,
+    ActiveDPOLoop,
+    ActiveDPOSelector,
+    LoopConfig,
+    SelectorConfig,
+)
 from activedpo_fast.cli.options import field_rows, key_rows
 from activedpo_fast.gradients.sketch import METHODS
 from activedpo_fast.pool.tokens import DEFAULT_MAX_LENGTH, DEFAULT_TRUNCATION_MODE
 from activedpo_fast.presets import preset
 from activedpo_fast.selection.strategies import STRATEGIES
-from activedpo_fast.settings import SAMPLING, SketchName, StrategyName, read_settings
+from activedpo_fast.settings import _ARGUMENTS, SAMPLING, SketchName, StrategyName, read_settings
 from activedpo_fast.training.generation import generate_responses
 
 trl = pytest.importorskip("trl")
@@ -149,6 +155,20 @@ def test_settings_are_given_once() -> None:
         read_settings(SelectorConfig, None, {"normalise": "pair"}, None)
     with pytest.raises(ActiveDPOError, match="output_dir: missing"):
         read_settings(LoopConfig, None, {}, None)
+
+
+def test_misspelled_options_name_the_closest() -> None:
+    for kind, front_door in ((SelectorConfig, ActiveDPOSelector), (LoopConfig, ActiveDPOLoop)):
+        named = inspect.signature(front_door).parameters
+        keywords = {name for name in named if name not in ("options", "model", "prompts", "oracle")}
+        assert set(_ARGUMENTS[kind]) | {"strategy"} == keywords
+        for name in {field.name for field in fields(kind)} | set(_ARGUMENTS[kind]):
+            with pytest.raises(ActiveDPOError, match=f"unknown option; did you mean '{name}'"):
+                read_settings(kind, None, {f"{name}z": 1}, None)
+    with pytest.raises(ActiveDPOError, match="ref_modl: unknown option; did you mean 'ref_model'"):
+        ActiveDPOSelector("no model is loaded for this", ref_modl="ref")
+    with pytest.raises(ActiveDPOError, match="xyz: unknown option; known: beta, bf16, "):
+        read_settings(SelectorConfig, None, {"xyz": 1}, None)
 
 
 def test_presets_give_settings() -> None:

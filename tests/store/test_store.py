@@ -17,6 +17,7 @@ from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
+from activedpo_fast.store import filling as filling_module
 from activedpo_fast.store import store as store_module
 from activedpo_fast.store.store import FeatureStore
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
@@ -151,8 +152,8 @@ def test_rows_beyond_the_stores_dtype_are_not_written(tmp_path: Path, pool, toke
 
 
 def test_shards_grow_with_the_pool(tmp_path: Path, pool, tokens, extractor, monkeypatch) -> None:
-    monkeypatch.setattr(store_module, "_SHARDS", 3)
-    monkeypatch.setattr(store_module, "_SHARD_ROWS", 1)
+    monkeypatch.setattr(filling_module, "_SHARDS", 3)
+    monkeypatch.setattr(filling_module, "_SHARD_ROWS", 1)
     store = FeatureStore.create(tmp_path / "s", pool, SETTINGS, skipped=[])
     store.fill(FeatureExtractor(extractor.model, extractor.sketch, max_tokens_per_batch=1), tokens)
     assert [len(load_file(path)["rows"]) for path in (tmp_path / "s").glob("rows-*")] == [5, 5, 5]

@@ -1,4 +1,4 @@
-"""`activedpo exchange`: picks to an annotation tool, and its labels back."""
+"""`activedpo exchange ...`: picks to an annotation tool, and its labels back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from activedpo_fast.cli.session import echo
+from activedpo_fast.cli.session import Quiet, say, session
 
 if TYPE_CHECKING:
     from activedpo_fast.labels.exchange import Imported
 
-exchange = typer.Typer(
+app = typer.Typer(
     name="exchange",
     help="Have pairs labeled in an annotation tool: export the picks, import the labels.",
     rich_markup_mode=None,
@@ -25,15 +25,15 @@ ToolName = Literal[
     "label-studio", "argilla", "potato", "potato-scale", "distilabel", "lmarena", "csv", "jsonl"
 ]
 
-Batch = Annotated[
-    Path, typer.Argument(metavar="BATCH", help="JSONL file of picks, such as picked.jsonl.")
+Picks = Annotated[
+    Path, typer.Argument(metavar="PICKS", help="JSONL file of picked pairs, such as picked.jsonl.")
 ]
 ToolOption = Annotated[
     ToolName, typer.Option("--tool", help="The annotation tool, or the kind of file.")
 ]
 
 
-@exchange.command(
+@app.command(
     "export",
     epilog="""\b
 Examples:
@@ -42,7 +42,7 @@ Examples:
 """,
 )
 def export_command(
-    batch: Batch,
+    picks: Picks,
     tool: ToolOption,
     output: Annotated[
         Path,
@@ -54,6 +54,7 @@ def export_command(
     keep_sides: Annotated[
         bool, typer.Option("--keep-sides", help="The first response of every pair is on the left.")
     ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write picks as an annotation tool reads them.
 
@@ -62,11 +63,12 @@ def export_command(
     """
     from activedpo_fast.labels.exchange import export_picks
 
-    number = export_picks(batch, tool, output, seed=None if keep_sides else seed)
-    echo(f"{output}: {number} pairs for {tool}")
+    with session(quiet):
+        number = export_picks(picks, tool, output, seed=None if keep_sides else seed)
+        say(quiet, f"{output}: {number} pairs for {tool}")
 
 
-@exchange.command(
+@app.command(
     "import",
     epilog="""\b
 Examples:
@@ -79,7 +81,7 @@ Examples:
 """,
 )
 def import_command(
-    batch: Batch,
+    picks: Picks,
     answers: Annotated[
         Path, typer.Argument(metavar="ANSWERS", help="What the tool exported: a file, or a folder.")
     ],
@@ -106,21 +108,23 @@ def import_command(
         Literal["majority", "dawid-skene"] | None,
         typer.Option(help="Make one label of all labelers' answers to a pair, in one file."),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the labels that come back from an annotation tool.
 
-    BATCH is the file that was exported. The output has its lines with "label", and can be read
+    PICKS is the file that was exported. The output has its lines with "label", and can be read
     wherever labels are read; pairs without an answer have null.
     """
     from activedpo_fast.labels.exchange import import_answers
 
-    done = import_answers(
-        batch, answers, tool, output, set_aside=set_aside, labeler=labeler, combine=combine
-    )
-    for line in _report(done):
-        echo(line)
-    if set_aside is not None:
-        echo(f"{set_aside}: {done.set_aside} answers set aside")
+    with session(quiet):
+        done = import_answers(
+            picks, answers, tool, output, set_aside=set_aside, labeler=labeler, combine=combine
+        )
+        for line in _report(done):
+            say(quiet, line)
+        if set_aside is not None:
+            say(quiet, f"{set_aside}: {done.set_aside} answers set aside")
 
 
 def _report(done: Imported) -> list[str]:
