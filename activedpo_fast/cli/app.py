@@ -33,6 +33,7 @@ from activedpo_fast.cli.session import (
 from activedpo_fast.cli.store import store_app
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import (
+    GradientOf,
     LoopConfig,
     Normalization,
     SelectorConfig,
@@ -215,6 +216,7 @@ def features(
     length_normalized: Annotated[
         bool, flag(SelectorConfig, "length_normalized")
     ] = SelectorConfig.length_normalized,
+    gradient: Annotated[GradientOf, option(SelectorConfig, "gradient")] = SelectorConfig.gradient,
     max_length: Annotated[
         int, option(SelectorConfig, "max_length", metavar="INTEGER, 0 for no limit")
     ] = SelectorConfig.max_length or 0,
@@ -278,6 +280,7 @@ def features(
                 seed=seed,
                 beta=beta,
                 length_normalized=length_normalized,
+                gradient=gradient,
                 max_length=max_length or None,
                 truncation_mode=truncation_mode,
                 chat_template_kwargs=chat_template_kwargs,
