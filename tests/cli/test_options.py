@@ -14,7 +14,7 @@ from activedpo_fast.cli.options import key_rows, selector_config
 OF_THE_FIELDS = {field.name: field for field in fields(SelectorConfig)}
 
 
-@pytest.mark.parametrize(("command", "count"), [("features", 11), ("select", 5)])
+@pytest.mark.parametrize(("command", "count"), [("features", 12), ("select", 5)])
 def test_options_are_the_fields(command: str, count: int) -> None:
     own = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     shared = [parameter for parameter in own.params if parameter.name in OF_THE_FIELDS]
