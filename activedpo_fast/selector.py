@@ -138,6 +138,7 @@ class ActiveDPOSelector:
             projection,
             beta=config.beta,
             length_normalized=config.length_normalized,
+            gradient=config.gradient,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
             max_tokens_per_batch=config.max_tokens_per_batch,
             precision="bf16" if config.bf16 else None,
@@ -316,6 +317,7 @@ class ActiveDPOSelector:
                 "sketch": repr(extractor.sketch),
                 "beta or precision": repr((extractor.beta, extractor.precision)),
                 "length_normalized": repr(extractor.length_normalized),
+                "gradient": repr(extractor.gradient),
                 "ref_model": (
                     repr(self.ref_model)
                     if isinstance(self.ref_model, str)

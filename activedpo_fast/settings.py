@@ -35,6 +35,7 @@ StrategyName = Literal[
 SketchName = Literal["sjlt", "rademacher", "kronecker", "none"]
 Normalization = Literal["default", "response", "pair", "none"]
 Truncation = Literal["keep_start", "keep_end"]
+GradientOf = Literal["all_tokens", "response_tokens"]
 
 Settings = TypeVar("Settings", "SelectorConfig", "LoopConfig")
 
@@ -74,6 +75,13 @@ class SelectorConfig:
         metadata={
             "help": "Use mean log-probs of a response's tokens, for losses that train them (ipo, "
             "sigmoid_norm)."
+        },
+    )
+    gradient: GradientOf = field(
+        default="all_tokens",
+        metadata={
+            "help": "Which tokens the weights act on in a gradient row. response_tokens takes the "
+            "prompt's keys and values as constants: cheaper for long prompts, and not exact."
         },
     )
     sketch: SketchName = field(

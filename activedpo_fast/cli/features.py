@@ -88,6 +88,8 @@ class FeatureOptions:
             "version": __version__,
             # Only if true: stores of sums do not have the key.
             **({"length_normalized": True} if rows.length_normalized else {}),
+            # Likewise: stores of exact rows do not have the key.
+            **({} if rows.gradient == "all_tokens" else {"gradient": rows.gradient}),
         }
 
 
@@ -209,6 +211,7 @@ def _prepare(
         options.sketch,
         beta=rows.beta,
         length_normalized=rows.length_normalized,
+        gradient=rows.gradient,
         pad_token_id=tokenizer.pad_token_id or 0,
         max_tokens_per_batch=rows.max_tokens_per_batch,
         precision=settings["precision"],

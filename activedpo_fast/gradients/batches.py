@@ -15,22 +15,27 @@ from os.path import commonprefix
 
 import torch
 
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.positions import LengthClass
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 
 
 class Layout(Enum):
-    """How responses are put into batches. All layouts that a model supports give the same numbers;
-    the fastest comes first."""
+    """How responses are put into batches. The first three give the same numbers, those of them that
+    a model supports; the fastest comes first. `APART` is for gradients of the response's tokens."""
 
     SHARED = "a prompt runs once for all of its responses"
     WHOLE = "every response runs with its prompt"
     ALONE = "every response runs with its prompt, and no other with it"
+    APART = "a prompt runs once for its responses, and apart from them even if there is only one"
 
     @staticmethod
     def slowest(*layouts: Layout) -> Layout:
         """Return the slowest of the layouts, which assumes the least of the model."""
-        return max(layouts, key=list(Layout).index)
+        return max(layouts, key=SAME_NUMBERS.index)
+
+
+SAME_NUMBERS = (Layout.SHARED, Layout.WHOLE, Layout.ALONE)
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,34 @@ def group_rows(
     before the first scored one of any of them; a single response shares nothing. An item whose
     responses are of several length classes has a group for each class. Nothing is shared if the
     beginning is of a different class than the whole.
+
+    With `Layout.APART`, every response has its prompt's tokens in the shared part, up to that last
+    token, whatever the others are: an item with different prompt tokens (truncated, or merged with
+    the response's first) has a group for each.
+
+    Raises:
+        ActiveDPOError: with `Layout.APART`, a prompt of a different class than its response.
     """
-    by_item: dict[tuple[int, int], list[int]] = {}
+    by_item: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for row in rows:
-        length = len(tokenized.sequences[row].input_ids)
-        kind = 0 if length_class is None else length_class(length)
+        sequence = tokenized.sequences[row]
+        kind = 0 if length_class is None else length_class(len(sequence.input_ids))
         item = row if layout is Layout.ALONE else tokenized.item_of(row)
-        by_item.setdefault((item, kind), []).append(row)
+        prompt = tuple(sequence.input_ids[: _before(sequence)]) if layout is Layout.APART else ()
+        by_item.setdefault((item, kind, prompt), []).append(row)
     groups = []
-    for (_, kind), members in by_item.items():
-        group = _group(tokenized.sequences, members, layout is Layout.SHARED)
+    for (_, kind, prompt), members in by_item.items():
+        if layout is Layout.APART:
+            group = _of_prompt(tokenized.sequences, members, len(prompt))
+        else:
+            group = _group(tokenized.sequences, members, layout is Layout.SHARED)
         if group.shared and length_class is not None and length_class(group.shared) != kind:
+            if layout is Layout.APART:
+                raise ActiveDPOError(
+                    f"{tokenized.place(members[0])}: the model embeds positions of its prompt "
+                    "differently in a longer sequence, so that the prompt cannot run apart; "
+                    "gradient='response_tokens' cannot be had for it"
+                )
             group = _group(tokenized.sequences, members, False)
         groups.append(replace(group, kind=kind))
     return groups
@@ -190,11 +212,20 @@ def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool)
     members = [sequences[row] for row in rows]
     shared = 0
     if share and len(members) > 1:
-        shared = min(min(max(m.completion_start, 1), len(m.input_ids)) - 1 for m in members)
+        shared = min(map(_before, members))
         # commonprefix is meant for paths, but compares any sequences.
         shared = len(commonprefix([member.input_ids[:shared] for member in members]))
-    own = max(len(member.input_ids) for member in members) - shared
+    return _of_prompt(sequences, rows, shared)
+
+
+def _of_prompt(sequences: Sequence[TokenizedResponse], rows: list[int], shared: int) -> Group:
+    own = max(len(sequences[row].input_ids) for row in rows) - shared
     return Group(tuple(rows), shared, own)
+
+
+def _before(sequence: TokenizedResponse) -> int:
+    """Return the number of tokens before the one that predicts the first scored token."""
+    return min(max(sequence.completion_start, 1), len(sequence.input_ids)) - 1
 
 
 def _split(group: Group, max_tokens: int) -> Iterator[Group]:

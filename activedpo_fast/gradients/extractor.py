@@ -38,6 +38,7 @@ from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
 
 PRECISIONS = (None, "bf16")
+GRADIENTS = ("all_tokens", "response_tokens")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class FeatureExtractor:
         max_tokens_per_batch: padded tokens in one forward and backward pass; None picks a number
             that fits the model and the memory (see `TokenBudget`). Halved, with a warning, when
             memory runs out.
+        gradient: "all_tokens", or "response_tokens": the gradient by which the weights act on the
+            tokens of the response and on the prompt's last token, which predicts the first of them;
+            the keys and values of all tokens before are constants. No prompt runs backward, which
+            is cheaper, the more the longer prompts are. Not the gradient of the implicit reward,
+            but near it (docs/method.md).
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
             converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
@@ -115,6 +121,7 @@ class FeatureExtractor:
         *,
         beta: float = 0.1,
         length_normalized: bool = False,
+        gradient: str = "all_tokens",
         pad_token_id: int = 0,
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
@@ -131,12 +138,17 @@ class FeatureExtractor:
             raise ActiveDPOError(
                 f"length_normalized must be True or False, not {length_normalized!r}"
             )
+        if gradient not in GRADIENTS:
+            raise ActiveDPOError(
+                f"gradient must be one of {', '.join(GRADIENTS)}, not {gradient!r}"
+            )
         self.model = as_model_alone(model)
         require_supported(self.model, pad_token_id=pad_token_id)
         _check_precision(precision, self.model)
         self.sketch = sketch
         self.beta = beta
         self.length_normalized = length_normalized
+        self.gradient = gradient
         self.pad_token_id = pad_token_id
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
@@ -227,6 +239,7 @@ class FeatureExtractor:
             "sketch_seed": self.sketch.seed,
             "beta": self.beta,
             "length_normalized": self.length_normalized,
+            "gradient": self.gradient,
             "precision": self.precision,
             "weights": fingerprint_weights(self.model.named_parameters()),
         }
@@ -249,9 +262,9 @@ class FeatureExtractor:
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
         layout = self.check(tokenized)
-        # Rows are relative to each other if they can be in one batch.
+        # Rows are relative to each other if they can be in one batch, to save a prompt's pass.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
-        relative = relative and len(batched) == len(groups)
+        relative = relative and len(batched) == len(groups) and layout is not Layout.APART
         run_alone = self._gradient_pass(tokenized, linears, plan, relative=False)
         for result in self._runner.run(
             tokenized,
@@ -270,7 +283,12 @@ class FeatureExtractor:
                 finite = whole_items(finite, result[0], tokenized)
             yield tuple(part[finite] for part in result), relative
             for alone in self._runner.run_alone(
-                tokenized, result[0][~finite], run_alone, self.model, skip=self.skip_non_finite
+                tokenized,
+                result[0][~finite],
+                run_alone,
+                self.model,
+                layout=layout if layout is Layout.APART else Layout.ALONE,
+                skip=self.skip_non_finite,
             ):
                 yield alone, False
 
@@ -296,7 +314,13 @@ class FeatureExtractor:
                 Capture(linears, consume) as capture,
             ):
                 logps = gradient_pass(
-                    self.model, batch, capture, shared=shared, relative=relative, lengths=lengths
+                    self.model,
+                    batch,
+                    capture,
+                    shared=shared,
+                    relative=relative,
+                    lengths=lengths,
+                    through_prompts=self.gradient == "all_tokens",
                 )
             if lengths is not None:
                 logps = logps / lengths.to(logps.device)
@@ -319,7 +343,16 @@ class FeatureExtractor:
             ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        return self._layouts.for_gradients(tokenized)
+        layout = self._layouts.for_gradients(tokenized)
+        if self.gradient == "all_tokens":
+            return layout
+        if layout is not Layout.SHARED:
+            raise ActiveDPOError(
+                "gradient='response_tokens' needs a model whose prompts can run apart from their "
+                "responses, as the self-check finds out (verify=True; its warning says why not); "
+                "use gradient='all_tokens'"
+            )
+        return Layout.APART
 
     @in_own_modes
     def logps(

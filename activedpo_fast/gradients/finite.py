@@ -85,6 +85,7 @@ class ModelRunner:
         run_batch: RunBatch,
         model: nn.Module,
         *,
+        layout: Layout = Layout.ALONE,
         skip: bool = False,
     ) -> Iterator[BatchResult]:
         """Run `run_batch` alone on each response that was not finite in a batch.
@@ -100,7 +101,14 @@ class ModelRunner:
             len(rows),
             tokenized.place(int(rows[0])),
         )
-        for result in self.run(tokenized, rows.tolist(), run_batch, model, Layout.ALONE, "", False):
+        budget = self.budget(model)
+        for result in (
+            result
+            for row in rows.tolist()
+            for result in self.run(
+                tokenized, [row], run_batch, model, layout, "", False, budget=budget
+            )
+        ):
             finite = bool(finite_rows(result).all())
             if skip and not finite:
                 logger.warning(

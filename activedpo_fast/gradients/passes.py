@@ -39,6 +39,7 @@ def gradient_pass(
     shared: bool,
     relative: bool,
     lengths: torch.Tensor | None = None,
+    through_prompts: bool = True,
 ) -> torch.Tensor:
     """Run the batch forward and back, so that `capture` sees every response's gradient.
 
@@ -51,6 +52,8 @@ def gradient_pass(
         shared: the layout. A batch with separate prompts can only be run with `shared`.
         lengths: int64 [B], n_b, for log π(y_b|x) / n_b. Relative rows are then
             ∇ (n_1/n_b · log π(y_b|x) - log π(y_1|x)); each must still be divided by `divisors`.
+        through_prompts: without it, the keys and values of separate prompts are constants. The
+            batch is then of `Layout.APART`, and no prompt runs backward.
 
     Returns:
         log π(y|x), [B], float32 or float64.
@@ -71,7 +74,7 @@ def gradient_pass(
         return logps.detach()
 
     decoder = _decoder(model)
-    with capture.forward(_shape(batch.prompt_ids)):
+    with capture.forward(_shape(batch.prompt_ids)) if through_prompts else torch.no_grad():
         states = _prompt_states(decoder, batch)
     continued = _one_for_each_response(states, batch)
     with capture.forward(shape):

@@ -53,7 +53,7 @@ def run_batches(
     """
     wanted = set(rows)
     pending = list(rows if planned is None else planned)
-    shared = layout is Layout.SHARED
+    shared = layout in (Layout.SHARED, Layout.APART)
     with progress_bar(show_progress, total=len(rows), desc=title, unit="response") as progress:
         while pending:
             groups = group_rows(tokenized, pending, layout, length_class)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
-from activedpo_fast.gradients.batches import Batch, Layout, collate, group_rows
+from activedpo_fast.gradients.batches import SAME_NUMBERS, Batch, Layout, collate, group_rows
 from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
 from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
@@ -180,7 +180,7 @@ def forward_layout(
 def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> Layout:
     """Return the first layout for which `compare` does not raise."""
     reason = ""
-    for layout in Layout:
+    for layout in SAME_NUMBERS:
         try:
             compare(layout)
         except Exception as error:  # other kinds of models may raise anything

@@ -48,6 +48,7 @@ from benchmarks.fidelity.measures import (
     METHODS,
     PICKS,
     RANDOM_DRAWS,
+    RESPONSE_TOKENS,
     ROUNDS,
     SEED,
     TIMED_ITEMS,
@@ -134,10 +135,10 @@ def compare(case: Case, seeds: int, folder: Path) -> Record:
     parts = {
         (method, seed): _Part(
             folder / f"{case.name}-{method}-{seed}.json",
-            [*setting, DIMS, DENSE_DIM, _definition(method, seed, case.parameters())],
+            [*setting, *_definition(method, seed, case.parameters())],
         )
-        for method in METHODS
-        for seed in range(seeds)
+        for method in (*METHODS, RESPONSE_TOKENS)
+        for seed in range(1 if method == RESPONSE_TOKENS else seeds)
     }
     missing = [key for key, part in parts.items() if part.records is None]
     if missing or about.records is None:
@@ -168,8 +169,10 @@ class _Part:
         _write_json(self._path, {"key": self._key, "records": records})
 
 
-def _definition(method: str, seed: int, parameters: Parameters) -> str:
-    """A digest that changes when a sketch of this method and seed does."""
+def _definition(method: str, seed: int, parameters: Parameters) -> list[Any]:
+    """Values that change when rows of this method and seed do."""
+    if method == RESPONSE_TOKENS:
+        return [method]
     name, shape = parameters[0]
     # Small integers, whose sums are exact, so the order of additions does not matter.
     row = (torch.arange(math.prod(shape)) * 7919 % 13 - 6).float()[None]
@@ -177,7 +180,7 @@ def _definition(method: str, seed: int, parameters: Parameters) -> str:
     for k in DIMS:
         sketched = sketch_rows(row, [(name, shape)], Sketch(method, k, seed))
         digest.update(sketched.float().numpy().tobytes())
-    return digest.hexdigest()
+    return [DIMS, DENSE_DIM, digest.hexdigest()]
 
 
 def _compare_sketch(
@@ -185,7 +188,12 @@ def _compare_sketch(
 ) -> Record:
     pairs = case.pool.pairs()
     records: Record = {"geometry": [], "selection": []}
-    for k, sketched in sketches_of(exact.rows, case.parameters(), method, seed):
+    alternatives = (
+        [(None, exact_rows(case, RESPONSE_TOKENS).points)]
+        if method == RESPONSE_TOKENS
+        else sketches_of(exact.rows, case.parameters(), method, seed)
+    )
+    for k, sketched in alternatives:
         key = {"case": case.name, "sketch": method, "k": k, "seed": seed}
         records["geometry"].append({**key, **geometry(sketched, exact, pairs)})
         for reference in references:
@@ -201,14 +209,18 @@ def time_sketches(case: Case) -> list[Record]:
     """
     tokens = case.head(TIMED_ITEMS)
     sketches = [Sketch("none"), *(Sketch(method, k) for method in METHODS for k in DIMS)]
-    extractors = [case.extractor(sketch) for sketch in sketches]
+    named = [(sketch.method, sketch.dim) for sketch in sketches] + [(RESPONSE_TOKENS, None)]
+    extractors = [
+        *(case.extractor(sketch) for sketch in sketches),
+        case.extractor(Sketch("none"), RESPONSE_TOKENS),
+    ]
     for extractor in extractors:
         extractor.check(tokens)
     forward = PlainForward(case.model, tokens, TOKENS)
     forward()
     extractors[0].gradients(tokens, show_progress=False)  # warm up
 
-    taken: list[list[tuple[float, float]]] = [[] for _ in sketches]
+    taken: list[list[tuple[float, float]]] = [[] for _ in extractors]
     turns = [(n, extractor) for _ in range(ROUNDS) for n, extractor in enumerate(extractors)]
     for n, extractor in tqdm(turns, desc="times", disable=None):
         taken[n].append(
@@ -217,15 +229,15 @@ def time_sketches(case: Case) -> list[Record]:
     return [
         {
             "case": case.name,
-            "sketch": sketch.method,
-            "k": sketch.dim,
+            "sketch": method,
+            "k": k,
             "responses": len(tokens.sequences),
             "seconds": statistics.median(rows for _, rows in runs),
             "forward_seconds": statistics.median(plain for plain, _ in runs),
             "ratio": statistics.median(rows / plain for plain, rows in runs),
             "ratios": [rows / plain for plain, rows in runs],
         }
-        for sketch, runs in zip(sketches, taken, strict=True)
+        for (method, k), runs in zip(named, taken, strict=True)
     ]
 
 

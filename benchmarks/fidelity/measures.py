@@ -26,6 +26,7 @@ DEMO = SETTINGS["small"]
 SEED = 0  # of adapter, prompts, responses, labels and training
 CASES = ("initial", "trained")
 METHODS = ("sjlt", "rademacher", "kronecker")
+RESPONSE_TOKENS = "response_tokens"  # not a sketch: whole rows, prompts taken as constants
 DIMS = (512, 1024, 2048, 4096, 8192)
 DENSE_DIM = 4096  # the largest k at which the dense sketch is taken with more than one seed
 PICKS = 50
@@ -53,10 +54,14 @@ class Case:
     pool: PreferencePool
     tokens: TokenizedPool
 
-    def extractor(self, sketch: Sketch) -> FeatureExtractor:
+    def extractor(self, sketch: Sketch, gradient: str = "all_tokens") -> FeatureExtractor:
         """The extractor of this policy's gradient rows, with the demo's settings."""
         return FeatureExtractor(
-            self.model, sketch, beta=DEMO.dpo["beta"], max_tokens_per_batch=TOKENS
+            self.model,
+            sketch,
+            beta=DEMO.dpo["beta"],
+            gradient=gradient,
+            max_tokens_per_batch=TOKENS,
         )
 
     def parameters(self) -> Parameters:
@@ -84,9 +89,9 @@ class Exact:
     points: Tensor
 
 
-def exact_rows(case: Case) -> Exact:
+def exact_rows(case: Case, gradient: str = "all_tokens") -> Exact:
     """The unsketched rows and their Gram matrix."""
-    rows = case.extractor(Sketch("none")).gradients(case.tokens).gradients
+    rows = case.extractor(Sketch("none"), gradient).gradients(case.tokens).gradients
     gram = gram_matrix(rows)
     norms = gram.diagonal().sqrt()
     cosines = gram / norms[:, None] / norms

@@ -29,7 +29,7 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
             )
         columns = {
             "sketch": lambda r: r["sketch"],
-            "k": lambda r: str(r["k"]),
+            "k": lambda r: "–" if r["k"] is None else str(r["k"]),
             "seeds": lambda r: str(r["seeds"]),
             "product error": lambda r: f"{r['inner_product_error']:.3f}",
             "norm distortion": lambda r: f"{r['norm_error']:.3f}",

@@ -9,7 +9,7 @@ import typer
 
 from activedpo_fast.cli.options import flag, option, selector_config
 from activedpo_fast.cli.session import Quiet, hush, one_process, progress, say, session
-from activedpo_fast.settings import SelectorConfig, SketchName, Truncation
+from activedpo_fast.settings import GradientOf, SelectorConfig, SketchName, Truncation
 
 EPILOG = """\b
 Examples:
@@ -54,6 +54,7 @@ def features(
     length_normalized: Annotated[
         bool, flag(SelectorConfig, "length_normalized")
     ] = SelectorConfig.length_normalized,
+    gradient: Annotated[GradientOf, option(SelectorConfig, "gradient")] = SelectorConfig.gradient,
     max_length: Annotated[
         int, option(SelectorConfig, "max_length", metavar="INTEGER, 0 for no limit")
     ] = SelectorConfig.max_length or 0,
@@ -117,6 +118,7 @@ def features(
                 seed=seed,
                 beta=beta,
                 length_normalized=length_normalized,
+                gradient=gradient,
                 max_length=max_length or None,
                 truncation_mode=truncation_mode,
                 chat_template_kwargs=chat_template_kwargs,
