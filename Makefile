@@ -55,7 +55,7 @@ demo: env  ## run ActiveDPO and random selection side by side on real text (3 to
 	$(BIN)/activedpo demo
 
 test: env  ## the test suite, without slow and GPU tests
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -18,12 +18,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files that take long. `make test` gives whole files to its processes: one of these at the end
+# would keep one of them busy while the others have nothing left.
+FIRST = (
+    "kernels/test_compile.py",
+    "integration/test_sharded.py",
+    "benchmarks/test_gpu_benchmark.py",
+    "integration/test_cli.py",
+    "integration/test_demo.py",
+    "package/test_build.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of modules that run their kernels on the GPU, where there is one, are GPU tests."""
     for item in items:
         if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
             item.add_marker(pytest.mark.gpu)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(FIRST))
 
 
 # The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples. No example has

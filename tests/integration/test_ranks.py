@@ -9,13 +9,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from activedpo_fast.distributed.processes import Processes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.eligible import Eligible, random_order
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.greedy.top import rank_top
+from tests.support.processes import run_processes
 
 PROMPTS, RESPONSES, PAIRS, DIM = 60, 3, 3, 48
 
@@ -155,7 +155,7 @@ def work(rank, world, folder):
 def results(request, tmp_path_factory):
     """The results of each process except the lost one."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
-    mp.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
+    run_processes(work, (request.param, str(folder)), request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param - 1)]
 
 

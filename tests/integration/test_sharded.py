@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from activedpo_fast.cli.app import main
 from activedpo_fast.distributed.pool_parts import PoolProcesses
@@ -31,6 +30,7 @@ from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.processes import run_processes
 
 WORLD = 2
 WORDS = ["sketch", "label", "fox", "dog", "model", "prompt", "choose", "less", "quick"]
@@ -259,7 +259,7 @@ def store(tmp_path_factory) -> Path:
 def results(tmp_path_factory, store: Path) -> list[dict]:
     """The results of each process."""
     folder = tmp_path_factory.mktemp("sharded")
-    mp.spawn(work, args=(str(store), free_ports(2), folder), nprocs=WORLD)
+    run_processes(work, (str(store), free_ports(2), folder), WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
