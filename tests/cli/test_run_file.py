@@ -78,6 +78,7 @@ def _given(**changes: Any) -> dict[str, Any]:
             "oracle.via: expected 'page' or 'files', got 'phone'",
         ),
         ({"oracle": {}}, "oracle.kind"),
+        ({"oracle": {"kind": []}}, "oracle.kind: expected one of"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
         ({"preset": "papr"}, "unknown preset 'papr'"),
         ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
