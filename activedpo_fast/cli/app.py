@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from activedpo_fast._files import first_line, reason_of
-from activedpo_fast._printable import one_line
+from activedpo_fast._printable import one_line, shell_word
 from activedpo_fast.cli.exchange import exchange
 from activedpo_fast.cli.options import flag, keys_help, option, selector_config
 from activedpo_fast.cli.session import (
@@ -31,6 +30,7 @@ from activedpo_fast.cli.session import (
     terminated_as_interrupted,
 )
 from activedpo_fast.cli.store import store_app
+from activedpo_fast.cli.streams import mend_streams
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.settings import (
     LoopConfig,
@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminated (SIGTERM).
     Unexpected exceptions keep their traceback.
     """
+    mend_streams()
     _wait_politely()
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = typer.main.get_command(app)
     try:
         with terminated_as_interrupted():
             code = command.main(args, prog_name="activedpo", standalone_mode=False)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except ActiveDPOError as error:
         return _fail(str(error))
     except (BrokenPipeError, SystemExit):  # typer makes the latter of the former
@@ -486,7 +486,7 @@ def label(
         from activedpo_fast.cli.label import label_batch, report_of
 
         if report:
-            echo(report_of(batch, output=output, combine=combine))
+            echo(report_of(batch, output=output, combine=combine), lines=True)
             return
         text, complete = label_batch(
             batch,
@@ -499,7 +499,7 @@ def label(
             port=port,
             open_browser=open_browser,
         )
-        echo(text)
+        echo(text, lines=True)
         if not complete:
             raise typer.Exit(PENDING)
 
@@ -532,10 +532,11 @@ def run(
         from activedpo_fast.cli.run_file import load_config
 
         hush()
-        command = f"activedpo run {shlex.quote(str(config))}"
+        command = f"activedpo run {shell_word(config)}"
         with exit_when_labels_are_missing():
             settings = load_config(config)
-            say(quiet, run_rounds(settings, command=command, show_progress=progress(quiet)))
+            table = run_rounds(settings, command=command, show_progress=progress(quiet))
+            say(quiet, table, lines=True)
 
 
 @app.command(
@@ -575,7 +576,7 @@ def report(
         from activedpo_fast.cli.report import report_runs
 
         hush()
-        say(quiet, report_runs(runs, output=output, card=card))
+        say(quiet, report_runs(runs, output=output, card=card), lines=True)
 
 
 @app.command(

@@ -195,6 +195,11 @@ class FeatureStore:
             there[rows] = True
         return np.flatnonzero(~there).tolist()
 
+    def is_whole(self) -> bool:
+        """Return whether all rows are in finished shards, and no file of `fill` is gone."""
+        tokens = (self.path / _TOKENS).exists()
+        return tokens and not self.missing_rows() and not self.partial()
+
     def fill(
         self,
         extractor: FeatureExtractor,
@@ -232,6 +237,8 @@ class FeatureStore:
                 self._write((), 0)
                 for path in self.partial():  # all its rows are in another shard
                     path.unlink()
+            if not (self.path / _TOKENS).exists():  # it was deleted since
+                self._write_tokens(tokenized, self.manifest["filling"])
 
     def _write(self, parts: Iterable[GradientRows], expected: int) -> None:
         if expected < self.manifest["responses"]:
