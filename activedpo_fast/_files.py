@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes one
 _LONGEST_NAME = 255  # bytes
 _NEW_SECONDS = 60  # an empty file as young as that may not be locked yet
 
@@ -202,21 +201,18 @@ def parse_json(text: str, place: object) -> Any:
     return value
 
 
-def parse_row(text: str, place: object) -> Any:
-    """Return the value of a line of JSON, whose texts are characters; else as `parse_json`.
+def check_characters(value: Any, place: object) -> None:
+    """Refuse a JSON value with half of a surrogate pair, which no file could have as UTF-8.
 
-    JSON may have half of a surrogate pair, `\\ud800`, which could not be written anywhere.
+    JSON may have it as an escape, `\\ud800`.
     """
-    value = parse_json(text, place)
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])[1:-1]
-            raise ActiveDPOError(
-                f"{place}: {half} is half of a surrogate pair, which is no character: remove it"
-            ) from None
-    return value
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ActiveDPOError(
+            f"{place}: {half} is half of a surrogate pair, which is no character: remove it"
+        ) from None
 
 
 def _depth(value: Any) -> int:

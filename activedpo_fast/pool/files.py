@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from activedpo_fast._files import FilePath, first_line, open_input, parse_row, reason_of
+from activedpo_fast._files import FilePath, first_line, open_input, parse_json, reason_of
 from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import check_columns
@@ -67,7 +67,7 @@ def jsonl_rows(path: Path) -> PlacedRows:
                 text = line.removesuffix(b"\n").decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from error
-            yield place, parse_row(text, place)
+            yield place, parse_json(text, place)
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:

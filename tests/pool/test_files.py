@@ -187,14 +187,3 @@ def test_bad_prompts_are_named(rows: list[Any], message: str, tmp_path: Path) ->
 def test_one_prompt_may_have_several_ids(tmp_path: Path) -> None:
     rows = [{"id": n, "prompt": "x"} for n in range(2)]
     assert ids(read_prompts(write(tmp_path / "x.jsonl", rows))) == ["0", "1"]
-
-
-def test_half_a_character_anywhere_in_a_line(tmp_path: Path) -> None:
-    # As JSON may have it; a whole pair is a character.
-    path = tmp_path / "pool.jsonl"
-    row = '{{"prompt": "p", "responses": ["a", "b"], "column": {{"{}": 1}}}}\n'
-    path.write_text(row.format(r"\ud83d\ude00"))
-    assert PreferencePool.load(path)[0].extra == {"column": {"\U0001f600": 1}}
-    path.write_text(row.format("x") + row.format(r"\ud83d\ude00 \uD83d"))
-    with pytest.raises(ActiveDPOError, match=r"line 2: .ud83d is half of a surrogate pair"):
-        PreferencePool.load(path)
