@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
 
+_LONGEST_NAME = 255  # bytes
 _NEW_SECONDS = 60  # an empty file as young as that may not be locked yet
 
 FilePath = str | os.PathLike[str]
@@ -200,6 +201,20 @@ def parse_json(text: str, place: object) -> Any:
     return value
 
 
+def check_characters(value: Any, place: object) -> None:
+    """Refuse a JSON value with half of a surrogate pair, which no file could have as UTF-8.
+
+    JSON may have it as an escape, `\\ud800`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ActiveDPOError(
+            f"{place}: {half} is half of a surrogate pair, which is no character: remove it"
+        ) from None
+
+
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [inner for inner in level if isinstance(inner, (dict, list))]:
@@ -217,7 +232,9 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # A path may have bytes that are no UTF-8: half characters in Python, escapes in JSON.
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -269,15 +286,28 @@ def check_file_target(path: FilePath | None) -> None:
     if path is None:
         return
     target = regular_target(path)
+    _check_names(target)
     _check_writable(target, _nearest(target.absolute().parent))
 
 
 def check_folder_target(path: FilePath) -> None:
     """Raise `ActiveDPOError` if `path` is not, and cannot become, a writable folder."""
     target = Path(path)
+    _check_names(target)
     if os.path.exists(target) and not target.is_dir():
         raise ActiveDPOError(f"{target} is a file, not a folder to write to")
     _check_writable(target, _nearest(target.absolute()))
+
+
+def _check_names(target: Path) -> None:
+    """Refuse what is no path, or too long for one, also where its folders are not there yet."""
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(target)
+        if any(len(os.fsencode(name)) > _LONGEST_NAME for name in target.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except (OSError, ValueError) as error:  # the latter: a null character, half a character
+        raise ActiveDPOError(f"{target} cannot be written: {reason_of(error)}") from None
 
 
 def _nearest(path: Path) -> Path:

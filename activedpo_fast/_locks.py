@@ -72,7 +72,8 @@ def _acquire(file: Path, folder: Path) -> int:
                 if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                     os.ftruncate(descriptor, 0)
                     holder = f"process {os.getpid()} on {socket.gethostname()}"
-                    os.pwrite(descriptor, holder.encode(), 0)
+                    with suppress(OSError):  # a full disk; the lock holds without a name, too
+                        os.pwrite(descriptor, holder.encode(), 0)
                     return descriptor
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"

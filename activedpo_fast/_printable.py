@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import unicodedata
 
 _LONGEST = 2_000  # characters of a message
@@ -24,6 +26,12 @@ def printable(text: str, keep: str = "") -> str:
         else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
     )
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """Return a path as a word for a shell, which no command takes for an option."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def one_line(message: str) -> str:

@@ -27,6 +27,7 @@ from activedpo_fast.cli.commands import (
     store,
 )
 from activedpo_fast.cli.session import interrupted, terminated_as_interrupted
+from activedpo_fast.cli.streams import mend_streams
 from activedpo_fast.cli.usage import usage_line
 from activedpo_fast.errors import ActiveDPOError
 
@@ -55,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminated (SIGTERM).
     Unexpected exceptions keep their traceback.
     """
+    mend_streams()
     _wait_politely()
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = typer.main.get_command(app)
     try:
         with terminated_as_interrupted():
             code = command.main(args, prog_name="activedpo", standalone_mode=False)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except ActiveDPOError as error:
         return _fail(str(error))
     except (BrokenPipeError, SystemExit):  # typer makes the latter of the former

@@ -167,7 +167,7 @@ def _take(
         store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
         if store.columns_taken:
             columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
-        if not store.missing_rows() and not store.partial():
+        if store.is_whole():
             nothing = "" if columns else ": nothing to do"
             return _Done(store, False, f"{folder} is complete already{nothing}", columns)
     extractor, tokenized = _prepare(pool, options, settings, skip_non_finite, show_progress)

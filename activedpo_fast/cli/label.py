@@ -5,6 +5,7 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
+from activedpo_fast._printable import shell_word
 from activedpo_fast.cli.session import echo
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.files import labels_file
@@ -56,7 +57,8 @@ def label_picks(
             if quiet
             else f"{left} pairs for {labeler}: open {address}\n"
             "in a browser on this machine. Every answer is saved at once; Ctrl-C ends, and the "
-            "same command goes on."
+            "same command goes on.",
+            lines=True,
         )
         if open_browser:
             webbrowser.open(address)
@@ -79,6 +81,7 @@ def report_of(picks_path: Path, *, output: Path | None = None, combine: str = "m
     output = output or labels_file(picks_path)
     if not is_begun(output):
         raise ActiveDPOError(
-            f"{output}: nothing has been labeled yet with `activedpo label {picks_path}`"
+            f"{output}: nothing has been labeled yet with "
+            f"`activedpo label {shell_word(picks_path)}`"
         )
     return report(Labeling(batch, output, combine=combine))

@@ -43,7 +43,8 @@ def report_runs(
         texts[card] = model_card(runs[0])
         written.append(f"model card: {card}")
     for path, text in texts.items():
-        write_atomic(path, text)
+        # The name of a folder may have bytes that are no UTF-8.
+        write_atomic(path, text.encode("utf-8", "backslashreplace"))
     return "\n\n".join([*map(_run_text, runs), *_comparison(runs), "   ".join(written)])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +54,21 @@ def run_rounds(
     check_folder_target(output)
     with locked_folder(output):  # before minutes of loading
         loop = _loop(config, output, show_progress)
-        refused = False
         try:
-            return _table(loop.run())
-        except ActiveDPOError as error:
-            refused = not isinstance(error, LabelsPending)
+            records = loop.run()
+        except BaseException as error:
+            # A run that waits for labels or is interrupted is continued, too.
+            if not isinstance(error, ActiveDPOError) or isinstance(error, LabelsPending):
+                with suppress(ActiveDPOError, OSError):  # a full disk: say what failed first
+                    _record_command(output, command)
             raise
-        finally:  # a run that waits for labels or is interrupted is continued, too
-            if command is not None and not refused and (output / "config.json").exists():
-                write_command(output, command)
+        _record_command(output, command)
+        return _table(records)
+
+
+def _record_command(output: Path, command: str | None) -> None:
+    if command is not None and (output / "config.json").exists():
+        write_command(output, command)
 
 
 def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> ActiveDPOLoop:

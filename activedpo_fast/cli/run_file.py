@@ -219,7 +219,7 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
         "recorded": {"kind": str},
     }
     kind = oracle.get("kind")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {short(kind)}")
     check_keys(oracle, known[kind], "oracle")
     needed = oracle["via"] if oracle.get("via") == "label_studio" else kind

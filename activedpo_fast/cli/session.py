@@ -16,7 +16,9 @@ from typing import Annotated
 
 import typer
 
+from activedpo_fast._files import reason_of
 from activedpo_fast._printable import one_line, printable
+from activedpo_fast.errors import ActiveDPOError
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
 PENDING = 3  # exit code while labels from people are missing
@@ -89,14 +91,22 @@ def progress(quiet: bool) -> bool | None:
     return False if quiet else None
 
 
-def say(quiet: bool, line: str | None) -> None:
-    if not (quiet or line is None):
-        echo(line)
+def say(quiet: bool, text: str | None, *, lines: bool = False) -> None:
+    if not (quiet or text is None):
+        echo(text, lines=lines)
 
 
-def echo(text: object) -> None:
-    """Print lines of results, which may have names and ids of files of others."""
-    typer.echo(printable(str(text), keep="\n"))
+def echo(text: object, *, lines: bool = False) -> None:
+    """Print a line of results, or several, which may have names and ids of files of others.
+
+    In a single line, the line ends that a name may have are shown as escapes.
+    """
+    try:
+        typer.echo(printable(str(text), keep="\n" if lines else ""))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ActiveDPOError(f"the standard output cannot be written: {reason_of(error)}") from None
 
 
 @contextmanager
@@ -126,6 +136,7 @@ def hush() -> None:
     from datasets.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it may not write its cache
     quiet_datasets()
     disable_progress_bars()
     transformers_logging.set_verbosity_error()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from activedpo_fast._files import FilePath, write_atomic
+from activedpo_fast._printable import shell_word
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import SKIP, read_label
 from activedpo_fast.pool.pool import PreferencePool
@@ -94,7 +95,7 @@ class FileOracle:
 
     def _what_to_do(self, missing: int, selection: Selection, path: Path) -> str:
         if self._via == "page":
-            todo = f"label them with `activedpo label {self.paths(selection)[0]}`"
+            todo = f"label them with `activedpo label {shell_word(self.paths(selection)[0])}`"
         else:
             todo = f'in {path} set each "label" to 0 or 1 (the better of "responses") or "{SKIP}"'
         return f"{missing} of {len(selection)} pairs have no label yet: {todo}, then run again"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from activedpo_fast._files import reason_of
+from activedpo_fast._files import check_characters, parse_json, reason_of
 from activedpo_fast.errors import ActiveDPOError
 
 
@@ -92,11 +92,12 @@ class Journal:
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ActiveDPOError(f"{place}: broken JSON: {error}") from None
+        entry = parse_json(line.decode(), place)
+    except UnicodeDecodeError as error:
+        raise ActiveDPOError(f"{place}: not UTF-8 (byte {error.start + 1})") from None
     if not isinstance(entry, dict):
         raise ActiveDPOError(f"{place}: not a JSON object")
+    check_characters(entry, place)
     return entry
 
 

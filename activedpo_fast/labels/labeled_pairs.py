@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from activedpo_fast._files import FilePath
+from activedpo_fast._files import FilePath, check_characters
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import read_label
 from activedpo_fast.pool.files import jsonl_rows
@@ -43,6 +43,7 @@ def read_labeled_pairs(
     seen: dict[tuple[str, frozenset[int]], str] = {}
     finder = PairFinder(pool)
     for place, record in jsonl_rows(Path(path)):
+        check_characters(record, place)
         pair = _pair_of(record, place, pool, finder)
         earlier = seen.setdefault((str(record["id"]), frozenset(pair)), place)
         if earlier is not place:

@@ -67,7 +67,7 @@ def by_seed(runs: Sequence[RunData], metric: str) -> list[SeedDifference]:
     found: dict[str, dict[int, RunData]] = {}
     for run in runs:
         seed = run.settings.get("seed")
-        if seed is None or seed in found.setdefault(run.strategy, {}):
+        if type(seed) is not int or seed in found.setdefault(run.strategy, {}):
             return []  # which runs belong together is not clear
         found[run.strategy][seed] = run
     baseline, *others = found

@@ -98,7 +98,7 @@ class RunData:
     @property
     def strategy(self) -> str:
         given = self.settings.get("strategy", "unknown")
-        return str(given["name"] if isinstance(given, dict) else given)
+        return str(given.get("name", "unknown") if isinstance(given, dict) else given)
 
     @property
     def picks(self) -> list[LabeledPick]:
@@ -132,8 +132,10 @@ def read_run(folder: Path, name: str) -> RunData:
     run = RunData(folder, name)
     run.command = _try(run, partial(read_command, folder))
     config = _try(run, lambda: read_checked_json(folder / "config.json")) or {}
-    run.settings = config.get("settings", {})
-    run.versions = config.get("versions", {})
+    run.settings = _section(run, config, "settings")
+    run.versions = _section(run, config, "versions")
+    for section in run.settings.keys() & {"dpo", "lora", "extra_settings"}:
+        run.settings[section] = _section(run, run.settings, section)
     start = _record(run, folder / "start")
     run.records += [start] if start is not None else []
     answers = _answers(run)
@@ -169,6 +171,15 @@ def _try(run: RunData, read: Callable[[], T]) -> T | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # other JSON than ours
         run.missing.append(f"{run.folder}: not understood ({type(error).__name__}: {error})")
     return None
+
+
+def _section(run: RunData, values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a copy of an object of `config.json`; an empty one, noted, if it is something else."""
+    found = values.get(name)
+    if not isinstance(found, dict | None):
+        run.missing.append(f"{run.folder / 'config.json'}: {name!r} is no object")
+        return {}
+    return dict(found or {})
 
 
 def _record(run: RunData, folder: Path) -> RoundRecord | None:
@@ -283,20 +294,21 @@ def _tokens(run: RunData) -> list[dict[str, Tokens]] | None:
             f"compute: no tokenizer in {run.folder / 'start' / 'adapter'} ({reason})"
         )
         return None
+    return _try(run, lambda: _count(run, tokenizer))
+
+
+def _count(run: RunData, tokenizer: Any) -> list[dict[str, Tokens]]:
     dpo = run.settings.get("dpo", {})
     steps = dpo.get("max_steps", -1)
     batch = dpo.get("per_device_train_batch_size", 8) * dpo.get("gradient_accumulation_steps", 1)
-    return _try(
-        run,
-        lambda: count_tokens(
-            run.folder,
-            tokenizer,
-            STRATEGIES[run.strategy].requires,
-            epochs=dpo["num_train_epochs"],
-            pairs_per_round=steps * batch if steps > 0 else None,
-            train_on=run.settings["train_on"],
-            generated=run.settings["responses"] == "sampled",
-        ),
+    return count_tokens(
+        run.folder,
+        tokenizer,
+        STRATEGIES[run.strategy].requires,
+        epochs=dpo["num_train_epochs"],
+        pairs_per_round=steps * batch if steps > 0 else None,
+        train_on=run.settings["train_on"],
+        generated=run.settings["responses"] == "sampled",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from activedpo_fast._checks import is_count
-from activedpo_fast._files import FilePath
+from activedpo_fast._files import FilePath, check_characters
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.template import check_template_kwargs
@@ -73,6 +73,7 @@ def read_picks(path: FilePath) -> list[tuple[str, Pick, dict[str, Any]]]:
     found: list[tuple[str, Pick, dict[str, Any]]] = []
     seen: dict[str, int] = {}
     for place, record in jsonl_rows(Path(path)):
+        check_characters(record, place)
         number = int(place.rpartition(" ")[2])
         pick = _parse_pick(record, place)
         # The same id and pair with other responses is another round's pick, not a duplicate.

@@ -11,7 +11,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.store.comparing import require_same_settings
-from activedpo_fast.store.folder import StoreFolder
+from activedpo_fast.store.folder import TOKENS, StoreFolder
 from activedpo_fast.store.manifest import key_of
 from activedpo_fast.store.shard_files import write_rows
 
@@ -48,6 +48,8 @@ def fill_missing(
         _write(store, (), 0)
         for path in store.partial():  # all its rows are in another shard
             path.unlink()
+    if not (store.path / TOKENS).exists():  # it was deleted since
+        store.write_tokens(tokenized, store.manifest["filling"])
 
 
 def _begin(

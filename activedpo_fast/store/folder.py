@@ -71,6 +71,11 @@ class StoreFolder:
             there[rows] = True
         return np.flatnonzero(~there).tolist()
 
+    def is_whole(self) -> bool:
+        """Return whether all rows are in finished shards, and no file of `fill` is gone."""
+        tokens = (self.path / TOKENS).exists()
+        return tokens and not self.missing_rows() and not self.partial()
+
     def shards(self) -> list[Shard]:
         """Return the shards by name, checked as far as `Shard.open` does."""
         paths = sorted(self.path.glob(SHARDS))

@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from activedpo_fast._files import reason_of
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.token_budget import is_out_of_memory
 from activedpo_fast.models.adapters import adapter_state
@@ -173,7 +174,7 @@ def _train(
     # Use a round's number of pairs: the schedule and the last batch depend on it.
     picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
     dataset = Selection(picks, picked.strategy).to_dataset([n % 2 for n in range(batch_size)])
-    with tempfile.TemporaryDirectory(prefix="activedpo-") as folder:
+    with _temporary_folder() as folder:
         args = copy.copy(dpo_args)
         args.output_dir = folder
         args.push_to_hub = False
@@ -198,6 +199,19 @@ def _train(
             "; look at per_device_train_batch_size with dataloader_drop_last, max_steps and "
             "num_train_epochs"
         )
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="activedpo-")
+    except OSError as error:
+        raise ActiveDPOError(
+            f"the rehearsal needs a folder for temporary files: {reason_of(error)}: set TMPDIR to "
+            "one that can be written, with room"
+        ) from None
+    with folder as path:
+        yield path
 
 
 class _OneStep(TrainerCallback):

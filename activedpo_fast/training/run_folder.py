@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._files import (
     checksum_of_file,
+    first_line,
     is_temporary,
     read_checked_json,
+    reason_of,
     sync,
     temporary_name,
     write_checked_json,
@@ -166,17 +168,18 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     temporary = folder.parent / temporary_name(folder)
     temporary.mkdir()
     try:
-        model.save_pretrained(
-            str(temporary), selected_adapters=["default"], save_embedding_layers=False
-        )
-        tokenizer.save_pretrained(str(temporary))
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        with _named_if_not_written(folder):
+            model.save_pretrained(
+                str(temporary), selected_adapters=["default"], save_embedding_layers=False
+            )
+            tokenizer.save_pretrained(str(temporary))
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
         record(
             folder.parent,
             {
                 f"{folder.name}/{path.name}": checksum_of_file(path)
-                for path in temporary.iterdir()
+                for path in sorted(temporary.iterdir())  # file systems have orders of their own
                 if path.is_file()
             },
         )
@@ -184,6 +187,24 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _named_if_not_written(folder: Path) -> Iterator[None]:
+    """Raise `ActiveDPOError` where a library could not write a file, because the disk is full."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise ActiveDPOError(
+            f"{folder} cannot be written: its path is not UTF-8, which the libraries that save "
+            "models and tokenizers need: use another output_dir"
+        ) from error
+    except Exception as error:
+        # tokenizers has no type of its own for it.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        reason = reason_of(error) if isinstance(error, OSError) else first_line(error)
+        raise ActiveDPOError(f"{folder} cannot be written: {reason}") from error
 
 
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:

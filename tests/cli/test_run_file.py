@@ -96,6 +96,7 @@ def _given(**changes: Any) -> dict[str, Any]:
             "oracle.api_key_env: missing",
         ),
         ({"oracle": {}}, "oracle.kind"),
+        ({"oracle": {"kind": []}}, "oracle.kind: expected one of"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
         ({"oracle": {"kind": "judge", "base_url": "http://h"}}, "oracle.model: missing"),
         ({"oracle": {"kind": "judge", "model": "m"}}, "oracle.base_url: missing"),

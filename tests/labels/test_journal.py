@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import signal
 from pathlib import Path
@@ -45,11 +46,17 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "error"), [("{", "line 2: broken JSON"), ("[1]", "line 2: not a JSON object")]
+    ("line", "error"),
+    [
+        ("{", "line 2: broken JSON"),
+        ("[1]", "line 2: not a JSON object"),
+        (r'{"comment": "\ud800"}', "line 2: .* is half of a surrogate pair"),
+        ("\udcff", "line 2: not UTF-8"),
+    ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, error: str) -> None:
     path = tmp_path / "journal.jsonl"
-    path.write_text(f'{{"n": 0}}\n{line}\n{{"n": 1}}\n')
+    path.write_bytes(os.fsencode(f'{{"n": 0}}\n{line}\n{{"n": 1}}\n'))
     with pytest.raises(ActiveDPOError, match=error):
         _entries(path)
 

@@ -20,9 +20,11 @@ from activedpo_fast.labels import (
     RewardModelOracle,
     RewardOracle,
 )
+from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
+from activedpo_fast.labels.reading import read_labels
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.picks_jsonl import Pick, pick_line
 from activedpo_fast.selection.result import Selection
 from tests.support.models import VOCAB_SIZE, tiny_tokenizer
 from tests.support.state import differences, snapshot
@@ -253,3 +255,18 @@ def test_reward_model_is_left_as_found_and_ignores_the_callers_modes() -> None:
             assert oracle._score(["a prompt"], [" good"], [{}]) == expected
         oracle.label(selection)
         assert differences(before, snapshot(model, tokenizer)) == []
+
+
+@pytest.mark.parametrize("name", ["id", "prompt", "comment"])
+def test_half_a_character_in_a_line_of_labels(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "labels.jsonl"
+    row = json.loads(pick_line(_selection(1)[0], label=0))
+    pool = PreferencePool([PoolItem("p0", "prompt 0", (" good", " bad"))])
+    for text, whole in (("\U0001f600", True), ("\ud83d", False)):
+        path.write_text(json.dumps({**row, name: text}) + "\n")
+        if whole:
+            assert len(read_labels(path)[0]) == 1
+            continue
+        for read in (read_labels, lambda path: read_labeled_pairs(path, pool)):
+            with pytest.raises(ActiveDPOError, match="line 1: .ud83d is half of a surrogate pair"):
+                read(path)

@@ -14,7 +14,9 @@ from activedpo_fast._files import (
     check_file_target,
     check_folder_target,
     check_readable,
+    read_checked_json,
     write_atomic,
+    write_checked_json,
 )
 from activedpo_fast.cli.app import main
 from activedpo_fast.errors import ActiveDPOError
@@ -84,3 +86,28 @@ def test_permissions(as_anybody: Path, capsys: pytest.CaptureFixture[str]) -> No
     capsys.readouterr()
     assert main(["run", str(secret)]) == 2
     assert capsys.readouterr().err == f"activedpo: error: {secret}: permission denied\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x" * 256, "file name too long"),
+        ("missing/" + "ä" * 128, "file name too long"),  # 256 bytes
+        ("/".join(["x" * 200] * 30), "file name too long"),
+        ("a\0b", "null"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
+def test_names_that_no_file_can_have(tmp_path: Path, name: str, why: str) -> None:
+    for check in (check_file_target, check_folder_target):
+        with pytest.raises(ActiveDPOError, match=f"cannot be written: .*{why}"):
+            check(tmp_path / name)
+        check(tmp_path / "missing" / ("x" * 255))
+
+
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    value = {"folder": os.fsdecode(b"/\xff/\xc3\xa4")}
+    write_checked_json(path, value)
+    assert read_checked_json(path) == value
+    assert r"/\udcff/ä" in path.read_text()

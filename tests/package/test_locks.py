@@ -13,6 +13,7 @@ import pytest
 
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.errors import ActiveDPOError
+from tests.support.faults import largest_file
 
 _HOLD = """
 import sys
@@ -86,3 +87,9 @@ def test_threads_and_children(tmp_path: Path) -> None:
     assert len(refused) == 1 and f"process {os.getpid()} on" in refused[0]
     with locked_folder(tmp_path):
         pass
+
+
+def test_a_lock_on_a_full_disk(tmp_path: Path) -> None:
+    with largest_file(0), locked_folder(tmp_path / "s"):
+        assert (tmp_path / "s" / ".lock").read_bytes() == b""
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,3 +100,11 @@ def test_no_file_of_a_run_is_written_to(copied: Callable[[str], Path], name: str
     with pytest.raises(ActiveDPOError, match="--card .* is also the report's file"):
         report_runs([run], output=run / "x.md", card=run / "x.md")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_whose_name_is_no_text(copied: Copy, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied(os.fsdecode(b"\xff"))
+    assert main(["report", str(folder), "--card", str(folder / "README.md")]) == 0
+    assert r"\udcff: strategy activedpo" in capsys.readouterr().out
+    assert r"\udcff" in (folder / "report.html").read_text()
+    assert r"# \udcff" in (folder / "README.md").read_text()

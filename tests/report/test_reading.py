@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from activedpo_fast._files import read_checked_json, write_checked_json
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.report.compare import by_seed
 from activedpo_fast.report.labels import agreement, label_counts, longer_preferred, pace
 from activedpo_fast.report.picks import extremes, measures, prompts_picked
 from activedpo_fast.report.reading import read_runs
@@ -227,3 +229,26 @@ def test_a_time_of_any_size_is_a_time(copied: Copy) -> None:
     (run / "labeling" / "labels-x.jsonl").write_text(json.dumps({**row, "answers": answers}) + "\n")
     (found,) = read_runs([run])
     assert (found.missing, pace(found.picks)) == ([], {"a": (1, 1e9)})
+
+
+@pytest.mark.parametrize(
+    "change", [{"dpo": None}, {"lora": []}, {"extra_settings": "x"}, {"seed": []}, {"strategy": {}}]
+)
+def test_settings_of_other_kinds(copied: Copy, change: dict[str, Any]) -> None:
+    folder = copied()
+    config = read_checked_json(folder / "config.json")
+    write_checked_json(
+        folder / "config.json", {**config, "settings": {**config["settings"], **change}}
+    )
+    (run,) = read_runs([folder])
+    assert len(run.records) == 3
+    assert run.missing or change == {"seed": []}
+    assert by_seed([run, run], "norm") == []
+
+
+def test_settings_that_are_none(copied: Copy) -> None:
+    folder = copied()
+    write_checked_json(folder / "config.json", {"settings": 1, "versions": []})
+    (run,) = read_runs([folder])
+    assert run.settings == {} and run.versions == {}
+    assert f"{folder / 'config.json'}: 'settings' is no object" in run.missing

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +33,58 @@ def run(
     when: int = 0,
     number: int = signal.SIGKILL,
     largest: int = resource.RLIM_INFINITY,
+    around: contextlib.AbstractContextManager[Any] | None = None,
 ) -> tuple[int, dict[str, int], str]:
     """Run commands in a forked process, killed at step `when` (0: never).
 
     A step is a call that changes a file, or a backward pass. No file may be of more than `largest`
-    bytes, which fails as a full disk does: in the middle of a write.
+    bytes, which fails as a full disk does: in the middle of a write. `around` is entered in the
+    process, before the commands.
 
     Returns:
         The exit code (the negative signal), the steps and passes that it made, its stderr.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        child = os.fork()
-        if child == 0:
-            code = 99
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
-                code = _child(Path(folder), commands, when, number)
-            finally:
-                os._exit(code)
-        status = os.waitpid(child, 0)[1]
-        counts = json.loads((Path(folder) / "counts").read_text())
-        return os.waitstatus_to_exitcode(status), counts, (Path(folder) / "err").read_text()
+    # Through pipes: limits and rights concern files alone.
+    (read_err, err), (read_counts, counts) = os.pipe(), os.pipe()
+    for pipe in (err, counts):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**20)  # nobody reads before the end
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            # A process in the background of a script is started with SIGINT ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+            with around or contextlib.nullcontext():
+                code = _child(err, counts, commands, when, number)
+        finally:
+            os._exit(code)
+    os.close(err)
+    os.close(counts)
+    status = os.waitpid(child, 0)[1]
+    with open(read_err, errors="replace") as said, open(read_counts) as told:
+        return (
+            os.waitstatus_to_exitcode(status),
+            json.loads(told.read().splitlines()[-1]),
+            said.read(),
+        )
 
 
-def _child(folder: Path, commands: list[list[str]], when: int, number: int) -> int:
+def send(number: int) -> Callable[[], None]:
+    """Return what sends a signal to the process that calls it."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def disk_full() -> None:
+    """Let every write to a file of the process that calls it fail, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
+def _child(err_pipe: int, told: int, commands: list[list[str]], when: int, number: int) -> int:
     counts = {"steps": 0, "passes": 0}
 
     def tell() -> None:
-        (folder / "counts").write_text(json.dumps(counts))
+        os.write(told, json.dumps(counts).encode() + b"\n")
 
     def step() -> None:
         counts["steps"] += 1
@@ -70,14 +95,18 @@ def _child(folder: Path, commands: list[list[str]], when: int, number: int) -> i
 
     tell()
     with (
-        open(folder / "err", "w") as err,
+        open(err_pipe, "w") as err,
         open(os.devnull, "w") as out,
         contextlib.redirect_stderr(err),
         contextlib.redirect_stdout(out),
         _counted(step, counts),
     ):
         os.dup2(err.fileno(), 2)
-        code = next((code for command in commands if (code := main(command))), 0)
+        code = 99
+        try:
+            code = next((code for command in commands if (code := main(command))), 0)
+        except Exception:
+            traceback.print_exc()
     tell()
     return code
 
@@ -118,6 +147,28 @@ def project(folder: Path, prompts: int = 6) -> None:
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [{"id": row["id"], "prompt": row["prompt"]} for row in rows]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+
+def features(files: Path, output: Path) -> list[str]:
+    """The command that makes a store of the project's pool, in small batches."""
+    return [
+        "features",
+        str(files / "pool.jsonl"),
+        f"--model={files / 'model'}",
+        f"--adapter={files / 'adapter'}",
+        f"--output={output / 'store'}",
+        "--proj-dim=16",
+        "--device=cpu",
+        "--max-tokens-per-batch=16",
+        "--no-verify",
+        "--quiet",
+    ]
+
+
+def select(output: Path) -> list[str]:
+    """The command that picks pairs of that store."""
+    picked = output / "picked.jsonl"
+    return ["select", str(output / "store"), "--batch-size=3", f"--output={picked}", "--quiet"]
 
 
 def run_file(files: Path, output: Path) -> list[str]:

@@ -78,7 +78,7 @@ def label(
         from activedpo_fast.cli.label import label_picks, report_of
 
         if report:
-            say(quiet, report_of(picks, output=output, combine=combine))
+            say(quiet, report_of(picks, output=output, combine=combine), lines=True)
             return
         text, complete = label_picks(
             picks,
@@ -92,6 +92,6 @@ def label(
             open_browser=open_browser,
             quiet=quiet,
         )
-        say(quiet, text)
+        say(quiet, text, lines=True)
         if not complete:
             raise typer.Exit(PENDING)

@@ -46,4 +46,4 @@ def report(
         from activedpo_fast.cli.report import report_runs
 
         hush()
-        say(quiet, report_runs(runs, output=output, card=card))
+        say(quiet, report_runs(runs, output=output, card=card), lines=True)

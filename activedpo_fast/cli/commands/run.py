@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from activedpo_fast._printable import shell_word
 from activedpo_fast.cli.options import keys_help
 from activedpo_fast.cli.session import (
     Quiet,
@@ -55,7 +55,8 @@ def run(
         from activedpo_fast.cli.run_file import load_config
 
         hush()
-        command = f"activedpo run {shlex.quote(str(config))}"
+        command = f"activedpo run {shell_word(config)}"
         with exit_when_labels_are_missing():
             settings = load_config(config)
-            say(quiet, run_rounds(settings, command=command, show_progress=progress(quiet)))
+            table = run_rounds(settings, command=command, show_progress=progress(quiet))
+            say(quiet, table, lines=True)

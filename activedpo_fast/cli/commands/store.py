@@ -28,7 +28,7 @@ def info(store: Store, quiet: Quiet = False) -> None:
     from activedpo_fast.store.store import FeatureStore
 
     with session(quiet):
-        say(quiet, described(FeatureStore.open(store, complete=False)))
+        say(quiet, described(FeatureStore.open(store, complete=False)), lines=True)
 
 
 @app.command(epilog="Example:\n\n  activedpo store verify store")

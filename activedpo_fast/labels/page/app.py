@@ -61,20 +61,22 @@ class PageApp:
             raise BadRequest(f"choice: {choice!r} is none of {', '.join(CHOICES)}")
         if strength is not None and (type(strength) is not int or strength not in (1, 2, 3)):
             raise BadRequest("strength: expected 1, 2, 3 or null")
+        seconds, comment = _seconds(given.get("seconds")), _comment(given.get("comment"))
         try:
             following = self._session.answer(
-                pair,
-                choice,
-                seconds=_seconds(given.get("seconds")),
-                strength=strength,
-                comment=_comment(given.get("comment")),
+                pair, choice, seconds=seconds, strength=strength, comment=comment
             )
         except AlreadyAnswered as error:
             return self._page(self._session.current(), status=409, error=str(error))
+        except ActiveDPOError as error:
+            return _not_saved("The answer", error)
         return self._page(following, changed=True)
 
     async def undo(self, request: Request) -> Response:
-        undone = self._session.undo()
+        try:
+            undone = self._session.undo()
+        except ActiveDPOError as error:
+            return _not_saved("Taking it back", error)
         if undone is None:
             return self._page(
                 self._session.current(), status=409, error="there is no answer to take back"
@@ -200,6 +202,13 @@ def _seconds(value: Any) -> float:
     if not 0 <= value < math.inf:  # nor NaN; integers may be too large for a float
         raise BadRequest("seconds: expected a finite number from 0")
     return float(min(value, _DAY))
+
+
+def _not_saved(what: str, error: ActiveDPOError) -> Response:
+    """Return what the page shows beside the pair, which stays in sight."""
+    return JSONResponse(
+        {"error": f"{what} was not saved: {error}. Try again when that is mended."}, 500
+    )
 
 
 async def _bad_request(request: Request, error: Exception) -> Response:

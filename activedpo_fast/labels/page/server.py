@@ -58,8 +58,10 @@ def serve(session: Session, *, port: int = 0, ready: Callable[[str], None]) -> N
     ready(f"http://{_LOOPBACK}:{port}/#{token}")
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn raises it again after it has stopped
-        pass
+    except KeyboardInterrupt as error:
+        # uvicorn raises it again after it has stopped. SIGTERM, a kind of it, ends more than that.
+        if type(error) is not KeyboardInterrupt:
+            raise
     finally:
         listener.close()
         session.labeling.write_labels()

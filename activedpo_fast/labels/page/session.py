@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +92,7 @@ class Session:
 
         Raises:
             AlreadyAnswered: this labeler has answered the pair.
+            ActiveDPOError: the answer could not be saved.
         """
         left = self.left(pair)
         labels: dict[Choice, Label] = {"left": left, "right": 1 - left, "tie": TIE, "skip": SKIP}
@@ -109,7 +111,10 @@ class Session:
                     comment=comment.strip(),
                 ).entry()
             )
-            return self._show_next()
+            following = self._next()
+            with suppress(ActiveDPOError):  # a disk that is full now: the answer is saved
+                self._note_shown(following)
+            return following
 
     def undo(self) -> Answer | None:
         """Take back this labeler's latest answer and return it; its pair is shown again.
@@ -135,6 +140,11 @@ class Session:
 
     def _show_next(self) -> int | None:
         """Choose the pair to show and say so in the journal."""
+        pair = self._next()
+        self._note_shown(pair)
+        return pair
+
+    def _next(self) -> int | None:
         open_pairs = list(self._open_pairs())
         if not open_pairs:
             return None
@@ -147,9 +157,12 @@ class Session:
             for labeler, (pair, since) in self._answers.shown.items()
             if labeler != self.labeler and since > oldest and pair not in self._shared
         }
-        pair = next((pair for pair in open_pairs if pair not in others), open_pairs[0])
-        self.labeling.append(shown_entry(pair, self.labeler))
-        return pair
+        return next((pair for pair in open_pairs if pair not in others), open_pairs[0])
+
+    def _note_shown(self, pair: int | None) -> None:
+        shown, _ = self._answers.shown.get(self.labeler, (None, None))
+        if pair is not None and pair != shown:
+            self.labeling.append(shown_entry(pair, self.labeler))
 
     def _open_pairs(self) -> Iterator[int]:
         for pair in range(len(self._batch.picks)):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
+
+from activedpo_fast.errors import ActiveDPOError
+
+logger = logging.getLogger(__name__)
 
 _QUICK = 0.05  # seconds, which nobody notices
 _PAUSE = 20  # times as long as a slow write: it takes less than a twentieth of the time
@@ -14,7 +19,8 @@ class LabelsWriter:
     """Writes after each change, or some time later if the file of a large batch is slow to write.
 
     The file has every label that there is; a write takes longer with every pair. The answers
-    themselves are in the journal by then.
+    themselves are in the journal by then: where the file cannot be written, because the disk is
+    full, a warning says so, and the next change tries again.
 
     Args:
         write: writes the file.
@@ -24,6 +30,7 @@ class LabelsWriter:
         self._write = write
         self._next = 0.0  # not before, by time.monotonic
         self._timer: asyncio.TimerHandle | None = None
+        self._failing = False
 
     async def changed(self) -> None:
         """Write now, or see to it that the change is written later."""
@@ -38,6 +45,13 @@ class LabelsWriter:
     def _write_now(self) -> None:
         self._timer = None
         begin = time.monotonic()
-        self._write()
+        try:
+            self._write()
+        except (ActiveDPOError, OSError) as error:
+            if not self._failing:
+                logger.warning("the answers are saved, but not yet the labels file: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
         seconds = time.monotonic() - begin
         self._next = begin + seconds * (1 + _PAUSE) if seconds > _QUICK else 0.0

@@ -203,7 +203,7 @@ def test_texts_that_no_tool_keeps_are_refused_on_export(text: str, tmp_path: Pat
     row = json.loads(BATCH.read_text().split("\n")[0])
     row["responses"][1] = text
     (tmp_path / "batch.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ActiveDPOError, match="line 1: a response has"):
+    with pytest.raises(ActiveDPOError, match="line 1: (a response has|.ud800 is half)"):
         export_picks(tmp_path / "batch.jsonl", "csv", tmp_path / "out.csv")
 
 

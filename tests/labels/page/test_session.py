@@ -18,6 +18,7 @@ from activedpo_fast.labels.page.session import AlreadyAnswered, Session
 from activedpo_fast.labels.reading import read_labels
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.result import Selection
+from tests.support.faults import largest_file
 from tests.support.labeling import open_labeling, plain_picks, write_picks
 
 
@@ -313,3 +314,19 @@ def test_several_answers_become_one_label_with_a_weight(tmp_path: Path) -> None:
         assert weights[0] == pytest.approx(1, abs=0.01) and all(0.5 < w <= 1 for w in weights)
         if combine == "majority":
             assert weights == pytest.approx([1, 2 / 3, 2 / 3, 1, 2 / 3, 1], abs=1e-6)
+
+
+def test_an_answer_that_just_fits_on_the_disk_is_saved(picks: Path) -> None:
+    one = _session(picks)
+    _answer(one)
+    journal = one.labeling.journal.path
+    size, entry = journal.stat().st_size, len(journal.read_text().splitlines()[2])
+    assert one.current() == 1
+    with largest_file(size + entry + 1):  # not what is shown next
+        assert one.answer(1, "left", seconds=2.0) == 2
+        with pytest.raises(ActiveDPOError, match="file too large"):
+            one.answer(2, "left", seconds=2.0)
+        with pytest.raises(ActiveDPOError, match="file too large"):
+            one.undo()
+    assert [given.pair for given in _session(picks).labeling.answers.all()] == [0, 1]
+    assert _answer(one) == 2

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.page.writing import LabelsWriter
 
 
@@ -41,3 +44,26 @@ def test_a_slow_write_comes_later_and_once_for_many_changes() -> None:
         assert written == [1, 50]  # the last change is not forgotten
 
     asyncio.run(changes())
+
+
+def test_a_write_that_fails_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    full, written = True, []
+
+    def write() -> None:
+        if full:
+            raise ActiveDPOError("labels.jsonl cannot be written: no space left on device")
+        written.append(1)
+
+    writer = LabelsWriter(write)
+
+    async def changes() -> None:
+        nonlocal full
+        for _ in range(3):
+            await writer.changed()
+        full = False
+        await writer.changed()
+
+    asyncio.run(changes())
+    assert written == [1]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith("labels file: labels.jsonl cannot be written: no space left on device")
