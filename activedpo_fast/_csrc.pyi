@@ -34,7 +34,7 @@ class Candidates:
         left: int,
         inverse_cost: int,
         score: int,
-        doubt: int,
+        error_bound: int,
         inherited: int,
         version: int,
     ) -> None: ...

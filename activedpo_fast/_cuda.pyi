@@ -49,7 +49,7 @@ class GreedyProblem:
         reach: int,
         size: int,
         score: int,
-        doubt: int,
+        error_bound: int,
         left: int,
         inverse_cost: int,
         prompt: int,

@@ -243,7 +243,7 @@ class _CppAdvance:
             left=state.remaining.data_ptr(),
             inverse_cost=0 if state.inverse_cost is None else state.inverse_cost.data_ptr(),
             score=state.score.data_ptr(),
-            doubt=state.error_bound.data_ptr(),
+            error_bound=state.error_bound.data_ptr(),
             inherited=state.inherited.data_ptr(),
             version=state.version.data_ptr(),
         )

@@ -17,7 +17,7 @@ inline void bind_greedy_problem(pybind11::module_& module) {
       .def(py::init([](std::int64_t n_candidates, std::int64_t dim, Address rows,
                        std::int64_t row_stride, Address pairs, Address row_divisor,
                        Address pair_divisor, Address reach, Address size, Address score,
-                       Address doubt, Address left, Address inverse_cost, Address prompt,
+                       Address error_bound, Address left, Address inverse_cost, Address prompt,
                        Address prompt_room, Address group, Address group_room, double min_score,
                        Address forced, std::int64_t n_forced, double root_norm,
                        double root_error, Address base, Address directions, Address pulled,
@@ -34,7 +34,7 @@ inline void bind_greedy_problem(pybind11::module_& module) {
              p.reach = reinterpret_cast<const double*>(reach);
              p.size = reinterpret_cast<const double*>(size);
              p.score = reinterpret_cast<double*>(score);
-             p.doubt = reinterpret_cast<double*>(doubt);
+             p.error_bound = reinterpret_cast<double*>(error_bound);
              p.left = reinterpret_cast<std::uint8_t*>(left);
              p.inverse_cost = reinterpret_cast<const double*>(inverse_cost);
              p.prompt = reinterpret_cast<const std::int32_t*>(prompt);
@@ -61,7 +61,7 @@ inline void bind_greedy_problem(pybind11::module_& module) {
            py::kw_only(), py::arg("n_candidates"), py::arg("dim"), py::arg("rows"),
            py::arg("row_stride"), py::arg("pairs"), py::arg("row_divisor"),
            py::arg("pair_divisor"), py::arg("reach"), py::arg("size"), py::arg("score"),
-           py::arg("doubt"), py::arg("left"), py::arg("inverse_cost"), py::arg("prompt"),
+           py::arg("error_bound"), py::arg("left"), py::arg("inverse_cost"), py::arg("prompt"),
            py::arg("prompt_room"), py::arg("group"), py::arg("group_room"), py::arg("min_score"),
            py::arg("forced"), py::arg("n_forced"), py::arg("root_norm"), py::arg("root_error"),
            py::arg("base"), py::arg("directions"), py::arg("pulled"), py::arg("n_before"),

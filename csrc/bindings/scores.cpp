@@ -32,11 +32,11 @@ RowSource row_source(std::uintptr_t base, std::int64_t stride, std::uintptr_t de
 
 Candidates candidates(std::int64_t n, std::uintptr_t pairs, std::uintptr_t row_divisor,
                       std::uintptr_t pair_divisor, std::uintptr_t reach, std::uintptr_t left,
-                      std::uintptr_t inverse_cost, std::uintptr_t score, std::uintptr_t doubt,
+                      std::uintptr_t inverse_cost, std::uintptr_t score, std::uintptr_t error_bound,
                       std::uintptr_t inherited, std::uintptr_t version) {
   return {n, at<std::int64_t>(pairs), at<double>(row_divisor), at<double>(pair_divisor),
           at<double>(reach), at<std::uint8_t>(left), at<double>(inverse_cost), to<double>(score),
-          to<double>(doubt), to<double>(inherited), to<std::int32_t>(version)};
+          to<double>(error_bound), to<double>(inherited), to<std::int32_t>(version)};
 }
 
 template <typename T>
@@ -73,7 +73,7 @@ void bind_scores(py::module_& module) {
   py::class_<Candidates>(module, "Candidates")
       .def(py::init(&candidates), py::kw_only(), py::arg("n"), py::arg("pairs"),
            py::arg("row_divisor"), py::arg("pair_divisor"), py::arg("reach"), py::arg("left"),
-           py::arg("inverse_cost"), py::arg("score"), py::arg("doubt"), py::arg("inherited"),
+           py::arg("inverse_cost"), py::arg("score"), py::arg("error_bound"), py::arg("inherited"),
            py::arg("version"));
   py::class_<Directions>(module, "Directions")
       .def(py::init([](std::uintptr_t unit, std::int64_t stride, std::uintptr_t norm,

@@ -95,13 +95,13 @@ class GreedyLazy {
     return {-kGreedyInfinity, -1, -kGreedyInfinity};
   }
   ACTIVEDPO_HOST_DEVICE double upper(std::int64_t i) const {
-    return value(i, p_.score[i] + p_.doubt[i]);
+    return value(i, p_.score[i] + p_.error_bound[i]);
   }
   ACTIVEDPO_HOST_DEVICE double lower(std::int64_t i) const {
-    return value(i, p_.score[i] - p_.doubt[i]);
+    return value(i, p_.score[i] - p_.error_bound[i]);
   }
   ACTIVEDPO_HOST_DEVICE bool zero(std::int64_t i) const {  // a zero feature, which stays one
-    return p_.score[i] + p_.doubt[i] == 0;
+    return p_.score[i] + p_.error_bound[i] == 0;
   }
   ACTIVEDPO_HOST_DEVICE bool open(std::int64_t i) const {
     if (!p_.left[i]) return false;
@@ -190,22 +190,22 @@ class GreedyLazy {
     const std::int64_t first = GreedyPass::tile_of(entry.version) * kGreedyTile;
     const double reach = p_.reach[i];
     // A bound on the score's root during these directions.
-    const double root = std::sqrt(p_.score[i] + p_.doubt[i]);
-    double lost = 0, doubt = 0, inherited = 0;
+    const double root = std::sqrt(p_.score[i] + p_.error_bound[i]);
+    double lost = 0, error_bound = 0, inherited = 0;
     for (std::int64_t s = entry.version + team_.grid.lane(); s < to; s += Grid::kLanes) {
       const double f = std::fabs(products_.dot(pass, place, s - first)) * reach * room_.norm[s];
       const double error = room_.error[s] * reach;
       const double turned = room_.turn[s] * root;
       lost += f * f;
-      doubt += (2 * f + error) * error + (2 * f + turned) * turned;
+      error_bound += (2 * f + error) * error + (2 * f + turned) * turned;
       inherited += room_.turn[s] * std::fmin(f + error, root);
     }
     lost = team_.grid.sum(lost);
-    doubt = team_.grid.sum(doubt);
+    error_bound = team_.grid.sum(error_bound);
     inherited = team_.grid.sum(inherited);
     if (team_.grid.lane() != 0) return;
     p_.score[i] = std::fmax(0.0, p_.score[i] - lost);
-    p_.doubt[i] += doubt;
+    p_.error_bound[i] += error_bound;
     room_.inherited[i] += inherited;
     room_.version[i] = static_cast<std::int32_t>(to);
   }

@@ -46,8 +46,8 @@ struct GreedyProblem {
   const double* pair_divisor;  // [n_candidates], like the arrays below
   const double* reach;
   const double* size;
-  double* score;  // in: the first scores, with errors of at most `doubt`
-  double* doubt;
+  double* score;  // in: the first scores, with errors of at most `error_bound`
+  double* error_bound;
 
   // Candidates that may be picked: those left, of prompts and groups with room. Updated in place.
   std::uint8_t* left;
@@ -125,7 +125,7 @@ struct GreedyShared {
   GreedyBounds found[Groups];
   double maximum[Groups];
   double score[kGreedySlots];
-  double doubt[kGreedySlots];
+  double error_bound[kGreedySlots];
 };
 
 // Views of one block of memory, which need not be cleared.

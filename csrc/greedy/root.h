@@ -30,8 +30,8 @@ class GreedyRoot {
                                    const GreedyRoom<S>& room)
       : team_(team), p_(problem), room_(room) {}
 
-  // Rescores candidates after `count` picks. Their scores and doubts are then in the block's shared
-  // memory, and after the next barrier also in the candidates' arrays.
+  // Rescores candidates after `count` picks. Their scores and error bounds are then in the block's
+  // shared memory, and after the next barrier also in the candidates' arrays.
   ACTIVEDPO_PHASE void look(const GreedyBatch& batch, std::int64_t count) {
     const std::int64_t n = p_.n_before + count;
     if (p_.base != nullptr) {
@@ -257,12 +257,12 @@ class GreedyRoot {
       if (team_.grid.lane() != 0) continue;
       const std::int64_t i = batch.at(slot);
       const double error = p_.root_error * p_.size[i] + room_.inherited[i];
-      const double doubt = 2 * std::sqrt(score) * error + error * error;
+      const double error_bound = 2 * std::sqrt(score) * error + error * error;
       shared.score[slot] = score;
-      shared.doubt[slot] = doubt;
+      shared.error_bound[slot] = error_bound;
       if (team_.grid.block() == 0) {
         p_.score[i] = score;
-        p_.doubt[i] = doubt;
+        p_.error_bound[i] = error_bound;
       }
     }
     team_.grid.block_barrier();

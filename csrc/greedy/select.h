@@ -75,13 +75,14 @@ class GreedySelect {
       }
     }
     double least = -kGreedyInfinity;
-    each(found, begin, [&](std::int64_t i, double score, double doubt) {
-      least = std::fmax(least, lazy_.value(i, score - doubt));
+    each(found, begin, [&](std::int64_t i, double score, double error_bound) {
+      least = std::fmax(least, lazy_.value(i, score - error_bound));
     });
     least = team_.block_max(least);
     double first = -kGreedyInfinity;  // minus the candidate's number
-    each(found, begin, [&](std::int64_t i, double score, double doubt) {
-      if (lazy_.value(i, score + doubt) >= least) first = std::fmax(first, -static_cast<double>(i));
+    each(found, begin, [&](std::int64_t i, double score, double error_bound) {
+      const bool best = lazy_.value(i, score + error_bound) >= least;
+      if (best) first = std::fmax(first, -static_cast<double>(i));
     });
     const auto candidate = static_cast<std::int64_t>(-team_.block_max(first));
     for (std::int64_t slot = 0; slot < batch.size; ++slot) {
@@ -92,7 +93,8 @@ class GreedySelect {
     return {candidate, p_.score[candidate], -1};
   }
 
-  // Calls f(candidate, score, doubt) for the listed contenders, each by one thread of every block.
+  // Calls f(candidate, score, error_bound) for the listed contenders, each by one thread of every
+  // block.
   // Those from `begin` on were in the last `look`.
   template <typename F>
   ACTIVEDPO_HOST_DEVICE void each(std::int64_t found, std::int64_t begin, const F& f) {
@@ -100,9 +102,9 @@ class GreedySelect {
     for (std::int64_t at = team_.thread_of_block(); at < found; at += team_.kThreads) {
       const std::int64_t i = room_.list[at].candidate;
       if (at < begin) {
-        f(i, p_.score[i], p_.doubt[i]);
+        f(i, p_.score[i], p_.error_bound[i]);
       } else {
-        f(i, shared.score[at - begin], shared.doubt[at - begin]);
+        f(i, shared.score[at - begin], shared.error_bound[at - begin]);
       }
     }
   }

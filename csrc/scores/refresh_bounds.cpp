@@ -105,8 +105,8 @@ class BoundRefresh {
   double value(std::int64_t i, double score) const {
     return c_.inverse_cost == nullptr ? score : score * c_.inverse_cost[i];
   }
-  double upper(std::int64_t i) const { return value(i, c_.score[i] + c_.doubt[i]); }
-  double lower(std::int64_t i) const { return value(i, c_.score[i] - c_.doubt[i]); }
+  double upper(std::int64_t i) const { return value(i, c_.score[i] + c_.error_bound[i]); }
+  double lower(std::int64_t i) const { return value(i, c_.score[i] - c_.error_bound[i]); }
 
   std::vector<Bound> stale_above(double cut) {
     std::vector<Bound> heap;
@@ -193,7 +193,7 @@ class BoundRefresh {
     std::vector<Task> tasks;
     for (std::int64_t j = 0; j < count; ++j) {
       const std::int64_t i = batch[j];
-      if (c_.score[i] + c_.doubt[i] == 0) continue;  // a zero feature stays zero
+      if (c_.score[i] + c_.error_bound[i] == 0) continue;  // a zero feature stays zero
       const std::int64_t to = next_stop(i);
       for (int side = 0; side < 2; ++side) {
         const std::int64_t row = c_.pairs[2 * i + side];
@@ -252,7 +252,7 @@ class BoundRefresh {
 
   void lower_score(std::int64_t i, const std::vector<Task>& tasks) {
     const std::int64_t a = c_.pairs[2 * i], b = c_.pairs[2 * i + 1];
-    if (c_.score[i] + c_.doubt[i] == 0) {
+    if (c_.score[i] + c_.error_bound[i] == 0) {
       c_.version[i] = static_cast<std::int32_t>(d_.count);
     } else if (kept()) {
       lower_score(i, kept_products(a), kept_products(b),
@@ -269,28 +269,28 @@ class BoundRefresh {
   // Updates the score for the directions before `to`.
   template <typename P>
   void lower_score(std::int64_t i, const P* at_first, const P* at_second, std::int64_t to) {
-    double score = c_.score[i], doubt = c_.doubt[i], inherited = c_.inherited[i];
+    double score = c_.score[i], error_bound = c_.error_bound[i], inherited = c_.inherited[i];
     const double reach = c_.reach[i];
     const double first = 1 / (c_.row_divisor[c_.pairs[2 * i]] * c_.pair_divisor[i]);
     const double second = 1 / (c_.row_divisor[c_.pairs[2 * i + 1]] * c_.pair_divisor[i]);
     // A good enough bound on the score's root: recomputed when it is far off.
-    double bound = score + doubt, root = std::sqrt(bound);
+    double bound = score + error_bound, root = std::sqrt(bound);
     for (std::int64_t s = c_.version[i]; s < to; ++s) {
       const double f = std::abs(static_cast<double>(at_first[s]) * first -
                                 static_cast<double>(at_second[s]) * second) * d_.norm[s];
       const double error = d_.error[s] * reach;
       inherited += d_.turn[s] * std::min(f + error, root);
       score = std::max(0.0, score - f * f);
-      doubt += (2 * f + error) * error;
-      if (score + doubt > bound || score + doubt < 0.5 * bound) {
-        bound = score + doubt;
+      error_bound += (2 * f + error) * error;
+      if (score + error_bound > bound || score + error_bound < 0.5 * bound) {
+        bound = score + error_bound;
         root = std::sqrt(bound);
       }
       const double turned = d_.turn[s] * root;
-      doubt += (2 * f + turned) * turned;
+      error_bound += (2 * f + turned) * turned;
     }
     c_.score[i] = score;
-    c_.doubt[i] = doubt;
+    c_.error_bound[i] = error_bound;
     c_.inherited[i] = inherited;
     c_.version[i] = static_cast<std::int32_t>(to);
   }

@@ -18,7 +18,7 @@ struct Candidates {
   const std::uint8_t* left;       // [n], 0: may no longer be picked
   const double* inverse_cost;     // [n], or null: values are score * inverse_cost
   double* score;                  // [n]
-  double* doubt;                  // [n], bound on the score's error
+  double* error_bound;                  // [n], bound on the score's error
   double* inherited;              // [n], error of a fresh score's root due to earlier picks
   std::int32_t* version;          // [n]
 };

@@ -41,7 +41,7 @@ class ResidentProblem:
     reach: Tensor
     size: Tensor
     score: Tensor
-    doubt: Tensor
+    error_bound: Tensor
     left: Tensor
     inverse_cost: Tensor | None
     prompt: Tensor | None
@@ -95,7 +95,7 @@ class ResidentProblem:
             reach=place(features.reach),
             size=place(features.size),
             score=place(score),
-            doubt=place(error_bound),
+            error_bound=place(error_bound),
             left=place(eligible.remaining, torch.uint8),
             inverse_cost=None if cost is None else place(cost),
             prompt=prompt,
