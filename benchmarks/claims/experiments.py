@@ -164,7 +164,15 @@ def of_reviews() -> list[Experiment]:
             "the same, Gemma's architecture",
             8,
             _variants(
-                (RANDOM, "activedpo, response", "activedpo, none", "trace_plus"), gemma, {"": {}}
+                (
+                    RANDOM,
+                    "activedpo, response",
+                    "activedpo, none",
+                    "trace_plus",
+                    reviews.TRUE_MARGIN,
+                ),
+                gemma,
+                {"": {}},
             ),
             seconds=300,
         ),

@@ -190,8 +190,10 @@ def _trial(name: str, folder: Path, rating: Rating) -> Trial:
     if name != TrueMargin.name:
         return TRIALS[name]()
 
-    def rewards() -> Tensor:
-        newest = max(folder.glob("round-*/pool.jsonl"))
+    def rewards() -> Tensor | None:
+        newest = max(folder.glob("round-*/pool.jsonl"), default=None)
+        if newest is None:
+            return None
         texts = [(row["prompt"], r) for _, row in jsonl_rows(newest) for r in row["responses"]]
         return torch.tensor(
             rating([p for p, _ in texts], [r for _, r in texts], []), dtype=torch.float64

@@ -92,17 +92,20 @@ class TrueMargin(Trial):
 
     It says what choosing pairs can be worth on a task.
 
-    rewards: returns float64 [R], those of the candidate responses.
+    rewards: returns float64 [R], those of the candidate responses; None while a round's settings
+        are only tried out, before it has any.
     """
 
     name: ClassVar[str] = "true_margin"
     requires: ClassVar[frozenset[str]] = frozenset()
-    rewards: Callable[[], Tensor] | None = None
+    rewards: Callable[[], Tensor | None] | None = None
 
     def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
         assert self.rewards is not None
         found = self.rewards()
-        margins = (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
+        margins = torch.zeros(len(signals.pairs), dtype=torch.float64)
+        if found is not None:
+            margins = (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
         while True:
             yield margins
 
