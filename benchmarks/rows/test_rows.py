@@ -44,6 +44,22 @@ def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> Non
     benchmark.extra_info.update(errors(rows, exact))
 
 
+def test_response_tokens(benchmark, workload: Workload) -> None:
+    """Prompts as constants; the errors are of the sketch and of what is left out."""
+    extractor = FeatureExtractor(
+        workload.model, Sketch("sjlt", workload.k), beta=1.0, gradient="response_tokens"
+    )
+    extractor.check(workload.tokenized)
+    rows = _measure(
+        benchmark,
+        workload,
+        "**ours**, sjlt, response tokens",
+        _gradients(extractor, workload, "response"),
+        workload.rounds,
+    )
+    benchmark.extra_info.update(errors(rows, workload.exact))
+
+
 @pytest.mark.parametrize("normalize", ["pair", "response"])
 def test_floor(benchmark, workload: Workload, normalize: str) -> None:
     """The same passes over the same batches without capture and sketch."""
