@@ -41,7 +41,7 @@ def select_pairs(
     store_path: FilePath,
     output: FilePath,
     *,
-    batch_size: int,
+    n: int,
     args: SelectorConfig | None = None,
     labeled: FilePath | None = None,
     rules: PickRules | None = None,
@@ -51,7 +51,7 @@ def select_pairs(
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
     `args` has the strategy and its settings; those of the rows, which are in the store, have no
-    effect. If there are fewer than `batch_size` pairs, or `rules` leave fewer, those are written.
+    effect. If there are fewer than `n` pairs, or `rules` leave fewer, those are written.
     `exclude` is the file that some rules came from, which is not overwritten. Processes started by
     a launcher such as torchrun (WORLD_SIZE in the environment) make one selection together, each
     with its part of the rows. The first process writes it, and the others return None.
@@ -79,7 +79,7 @@ def select_pairs(
                     "store": pool_text(pool, rules) + repr(store.manifest),
                     "--labeled": repr((known.tolist(), asked.tolist())),
                     "rules": repr(rules),
-                    "settings": repr((batch_size, args)),
+                    "settings": repr((n, args)),
                 }
             )
         chosen = make_strategy(
@@ -98,7 +98,7 @@ def select_pairs(
             candidates,
             signals,
             chosen,
-            batch_size,
+            n,
             rules=rules,
             group=group,
             chat_template_kwargs=store.manifest["settings"].get("chat_template_kwargs"),

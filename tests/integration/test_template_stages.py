@@ -421,7 +421,7 @@ def test_a_configuration_has_one_setting() -> None:
             {"selection": inside, "chat_template_kwargs": {"enable_thinking": True}},
             "selection.chat_template_kwargs and chat_template_kwargs differ",
         ),
-        ({"loop": inside}, "loop.chat_template_kwargs: unknown key"),
+        ({"loop": inside}, "loop.chat_template_kwargs: comes from the run's chat_template_kwargs"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected a section"),
         (yaml.safe_load("chat_template_kwargs: {day: 2024-01-01}"), "'day' is no JSON value"),
     ):
@@ -548,15 +548,7 @@ def test_a_store_is_made_with_the_arguments_and_picks_keep_them(
     picked_path = tmp_path / "picked.jsonl"
     assert (
         main(
-            [
-                "select",
-                str(tmp_path / "store"),
-                "--batch-size",
-                "4",
-                "--quiet",
-                "--output",
-                str(picked_path),
-            ]
+            ["select", str(tmp_path / "store"), "--n", "4", "--quiet", "--output", str(picked_path)]
         )
         == 0
     )

@@ -14,8 +14,8 @@ from activedpo_fast.settings import LoopConfig, Normalization, SelectorConfig
 
 EPILOG = """\b
 Examples:
-  activedpo select store --batch-size 50 --output picked.jsonl
-  activedpo select store --batch-size 50 --labeled labels.jsonl --output next.jsonl
+  activedpo select store --n 50 --output picked.jsonl
+  activedpo select store --n 50 --labeled labels.jsonl --output next.jsonl
   activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
   activedpo select store --group-by topic --quota math=20 --quota law=10 --output picked.jsonl
   activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
@@ -49,9 +49,15 @@ def select(
         Path, typer.Argument(metavar="STORE", help="A store that `activedpo features` wrote.")
     ],
     output: Annotated[Path, typer.Option(help="JSONL file for the picked pairs, best first.")],
-    batch_size: Annotated[
+    n: Annotated[
         int,
-        typer.Option(min=1, help="How many pairs to pick; all that there are if there are fewer."),
+        typer.Option(
+            "--n",
+            "-n",
+            min=1,
+            metavar="INTEGER",
+            help="How many pairs to pick; all that there are if there are fewer.",
+        ),
     ] = LoopConfig.batch_size,
     strategy: Annotated[
         str,
@@ -157,7 +163,7 @@ def select(
             select_pairs(
                 store,
                 output,
-                batch_size=batch_size,
+                n=n,
                 args=args,
                 labeled=_only(labeled, "--labeled"),
                 rules=rules,
