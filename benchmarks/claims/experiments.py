@@ -169,6 +169,7 @@ def of_reviews() -> list[Experiment]:
                     "activedpo, response",
                     "activedpo, none",
                     "trace_plus",
+                    "margin_large",
                     reviews.TRUE_MARGIN,
                 ),
                 gemma,
