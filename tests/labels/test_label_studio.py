@@ -137,6 +137,21 @@ def test_what_would_be_done_twice_is_not_sent_again(tmp_path: Path) -> None:
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retries": -1}, "retries: -1 is below 0"),
+        ({"timeout": float("nan")}, "timeout: nan is not above 0"),
+        ({"api_key_env": 5}, "api_key_env: expected the name"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ActiveDPOError, match=message):
+        LabelStudioOracle(
+            tmp_path, **{"base_url": "http://localhost", "api_key_env": "TOKEN", **options}
+        )
+
+
 @pytest.mark.parametrize("key", ["f" * 40, "a.b.c"])
 def test_a_refused_token_is_said_and_not_shown(tmp_path: Path, monkeypatch: Any, key: str) -> None:
     monkeypatch.setenv("TOKEN", key)
