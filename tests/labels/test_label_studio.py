@@ -193,6 +193,22 @@ def test_other_servers_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_another_project_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
+    """At another address, or after the server was set up anew."""
+    for folder in ("own", "other"):
+        studio = LabelStudio()
+        with serving(studio) as server:
+            with pytest.raises(LabelsPending):
+                _oracle(server, tmp_path / folder).label(_selection())
+            if folder == "other":
+                with pytest.raises(ActiveDPOError, match="project 7 is another one than .*own"):
+                    _oracle(server, tmp_path / "own").label(_selection("q", 2))
+                assert len(studio.tasks[7]) == 3
+                studio.projects[7]["description"] = None
+                with pytest.raises(ActiveDPOError, match="expected 'description'"):
+                    _oracle(server, tmp_path / "own").label(_selection("q", 2))
+
+
 def test_a_project_that_is_gone_is_named(tmp_path: Path) -> None:
     studio = LabelStudio()
     with serving(studio) as server:
