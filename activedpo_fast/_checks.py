@@ -6,6 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Collection
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -13,9 +14,13 @@ from activedpo_fast.errors import ActiveDPOError
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Raise `ActiveDPOError` for the first option below `least`; None is not compared."""
+    """Raise `ActiveDPOError` for the first option below `least` or no integer, except None."""
     for name, value in options.items():
-        if value is not None and value < least:
+        if value is None:
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ActiveDPOError(f"{name}: expected an integer, got {value!r}")
+        if value < least:
             raise ActiveDPOError(f"{name}: {value} is below {least}")
 
 

@@ -275,6 +275,12 @@ class LoopConfig:
             prompts_per_round=self.prompts_per_round,
         )
         check_sampling(**self.sampling)
+        for option in fields(self):
+            unlike = getattr(self, option.name) != option.default
+            if self.responses == "given" and option.name in SAMPLING and unlike:
+                raise ActiveDPOError(
+                    f"{option.name}: with responses 'given' no response is sampled: leave it out"
+                )
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -278,11 +278,13 @@ def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
         preset = find_preset(values["preset"])
         named = {"strategy": values["strategy"]} if "strategy" in values else {}
         selection = preset.selector_options({**values.get("selection", {}), **named})
+        given = values["loop"].get("responses") == "given"
+        loop = {k: v for k, v in preset.loop.items() if not (given and k in SAMPLING)}
         values = {
             **values,
             "strategy": selection.pop("strategy"),
             "selection": selection,
-            "loop": {**preset.loop, **values.get("loop", {})},
+            "loop": {**loop, **values["loop"]},
             "dpo": {**preset.dpo, **values.get("dpo", {})},
         }
         if "adapter" not in values:

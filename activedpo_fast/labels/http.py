@@ -14,23 +14,29 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import httpx2
 
+from activedpo_fast._checks import check_at_least, fits
 from activedpo_fast._files import first_line
 from activedpo_fast._printable import one_line
 from activedpo_fast.errors import ActiveDPOError
 
 logger = logging.getLogger(__name__)
 
+Value = TypeVar("Value")
+
 _LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait
 _LONGEST_BACKOFF = 60.0
+_LONGEST_TIMEOUT = 86_400.0
 _LONGEST_REASON = 300  # characters of a server's message
 _TRY_AGAIN = frozenset({408, 425, 429})  # and all from 500
+_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 class RequestRefused(ActiveDPOError):
@@ -61,12 +67,13 @@ class JsonServer:
         name: what it is to the user, for messages, such as "judge".
         headers: sent with every request.
         secrets: texts that are blanked out in every message.
-        timeout: seconds for one request.
-        retries: how often a request is sent again.
+        timeout: seconds for one request, to the last byte of its response.
+        retries: how often a request is sent again, from 0.
         max_mib: the most that is read of a response.
 
     Raises:
-        ActiveDPOError: `base_url` is not such an address.
+        ActiveDPOError: `base_url` is not such an address, bad numbers, or the proxy or the
+            certificates that the environment names cannot be used.
     """
 
     def __init__(
@@ -81,14 +88,17 @@ class JsonServer:
         max_mib: int = 4,
     ) -> None:
         self.base_url = checked_url(base_url)
+        check_at_least(0, retries=retries)
+        if not (fits(timeout, float) and 0 < timeout <= _LONGEST_TIMEOUT):
+            raise ActiveDPOError(
+                f"timeout: {timeout} is not above 0 and at most {_LONGEST_TIMEOUT:.0f} seconds"
+            )
         self._name = name
         self._secrets = secrets
         self._timeout = timeout
         self._retries = retries
         self._max_bytes = max_mib * 2**20
-        self._client = httpx2.Client(
-            headers=headers, timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0))
-        )
+        self._client = self._made_client(headers)
 
     def request(
         self,
@@ -106,7 +116,6 @@ class JsonServer:
             path: what follows `base_url`, from "/".
             body: sent as JSON, unless it is None.
             stop: once it is set, nothing more is waited for or sent.
-
             again: it may be sent again after a failure; not so if it would be done twice.
 
         Raises:
@@ -120,13 +129,25 @@ class JsonServer:
             if stop.is_set():
                 raise Stopped
             try:
-                return self._once(method, path, body, params)
+                return _within(self._timeout, lambda: self._once(method, path, body, params))
             except _Failed as failed:
                 if attempt == retries:
                     tries = f" ({attempt + 1} attempts)" if attempt else ""
                     raise ActiveDPOError(f"{self._place}: {failed}{tries}") from None
                 self._wait(failed, attempt, stop)
         raise AssertionError("unreachable")
+
+    def _made_client(self, headers: Mapping[str, str] | None) -> httpx2.Client:
+        timeout = httpx2.Timeout(self._timeout, connect=min(self._timeout, 10.0))
+        try:
+            return httpx2.Client(headers=headers, timeout=timeout)
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL):
+            # Its words may show a proxy's password.
+            names = [name for name in _VARIABLES for one in (name, name.lower()) if os.getenv(one)]
+            raise ActiveDPOError(
+                f"{self._place}: the proxy or the certificates that the environment names cannot "
+                f"be used: check {', '.join(dict.fromkeys(names)) or 'the system settings'}"
+            ) from None
 
     @property
     def _place(self) -> str:
@@ -135,7 +156,7 @@ class JsonServer:
     def _wait(self, failed: _Failed, attempt: int, stop: threading.Event) -> None:
         seconds = failed.after
         if seconds is None:
-            seconds = min(2.0**attempt, _LONGEST_BACKOFF) * random.uniform(1, 1.25)
+            seconds = min(2.0 ** min(attempt, 9), _LONGEST_BACKOFF) * random.uniform(1, 1.25)
         elif seconds > _LONGEST_WAIT:
             raise ActiveDPOError(
                 f"{self._place}: {failed}; it asks to wait {seconds:.0f} s: run again then"
@@ -165,24 +186,22 @@ class JsonServer:
                         raise ActiveDPOError(
                             f"{self._place}: a response of more than {self._max_bytes >> 20} MiB"
                         )
-                    if time.monotonic() > ends:
-                        raise _Failed(f"no whole response in {self._timeout:g} s")
+                    if time.monotonic() > ends:  # nobody waits for it any more
+                        raise _too_late(self._timeout)
         except httpx2.TimeoutException:
-            raise _Failed(f"no response in {self._timeout:g} s") from None
+            raise _too_late(self._timeout) from None
         except httpx2.HTTPError as error:
-            raise _Failed(f"cannot be reached: {self._shown(first_line(error))}") from None
+            raise _Failed(f"cannot be reached: {self.shown(first_line(error))}") from None
         if response.status_code != 200 and not 200 < response.status_code < 300:
             self._refuse(response, bytes(content))
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise _Failed(
-                f"no JSON: {self._shown(content[:200].decode(errors='replace'))}"
-            ) from None
+            raise _Failed(f"no JSON: {self.shown(content.decode(errors='replace'))}") from None
 
     def _refuse(self, response: httpx2.Response, content: bytes) -> None:
         status = response.status_code
-        reason = f"status {status}: {self._shown(_message_of(content))}".removesuffix(": ")
+        reason = f"status {status}: {self.shown(_message_of(content))}".removesuffix(": ")
         if status in _TRY_AGAIN or status >= 500:
             raise _Failed(reason, _retry_after(response.headers.get("retry-after")))
         if status in (401, 403):
@@ -195,12 +214,41 @@ class JsonServer:
             )
         raise ActiveDPOError(f"{self._place}: {reason}")
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
         """Return a text of the server for a message: one short line without secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        text = " ".join(text.split())
+        text = " ".join(text[: 100 * _LONGEST_REASON].split())
         return one_line(text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ...")
+
+
+def _within(seconds: float, work: Callable[[], Value]) -> Value:
+    """Return `work()`, or fail after some seconds, whatever it is doing then.
+
+    The timeouts of a client are for single reads: a server that sends a byte now and then never
+    reaches them, and looking up a name has none. The work goes on in a thread that holds nothing
+    up.
+    """
+    done: SimpleQueue[Value | BaseException] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put(work())
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=run, name="activedpo-request", daemon=True).start()
+    try:
+        result = done.get(timeout=seconds)
+    except Empty:
+        raise _too_late(seconds) from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _too_late(seconds: float) -> _Failed:
+    return _Failed(f"no response in {seconds:g} s")
 
 
 def checked_url(base_url: str) -> str:
@@ -230,7 +278,7 @@ def key_from(variable: str) -> str:
     Raises:
         ActiveDPOError: it is not set, or no header can hold its value.
     """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         raise ActiveDPOError("api_key_env: expected the name of an environment variable")
     key = os.environ.get(variable, "").strip()
     if not key:
@@ -261,7 +309,7 @@ def _retry_after(value: str | None) -> float | None:
         return float(value)
     try:
         date = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     date = date if date.tzinfo else date.replace(tzinfo=UTC)
     return max(0.0, (date - datetime.now(UTC)).total_seconds())

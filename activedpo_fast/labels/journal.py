@@ -17,13 +17,16 @@ from typing import Any
 from activedpo_fast._files import check_characters, parse_json, reason_of
 from activedpo_fast.errors import ActiveDPOError
 
+_BEGINS = b'{"'  # of every entry
+
 
 class Journal:
     """An append-only file of JSON objects, one per line. `locked` creates it.
 
     Raises:
         ActiveDPOError: from `locked` and `append`: the file cannot be read or written, a line is
-            not a JSON object, or the file was removed, replaced or cut since the last call.
+            not a JSON object, or the file was removed, replaced or cut since the last call. A file
+            of something else is left as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,15 +81,26 @@ class Journal:
             )
         self._identity = identity
         data = os.pread(file, status.st_size - self._read_to, self._read_to)
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        *lines, rest = data.split(b"\n")
+        whole = self._read_to + len(data) - len(rest)
+        only_unended = _is_json(rest)
+        if only_unended:
+            lines.append(rest)
+        entries = [
+            _parse(line, f"{self.path}, line {n}")
+            for n, line in enumerate(lines, start=self._lines + 1)
+        ]
+        if only_unended:
+            whole += len(rest) + os.write(file, b"\n")
+        elif rest:
+            if not _is_begun(rest):
+                raise ActiveDPOError(
+                    f"{self.path} is no journal: its last line is no JSON object: give another file"
+                )
             # The machine stopped during a write. Nobody was told that this entry was saved.
-            os.ftruncate(file, self._read_to + whole)
-        entries = []
-        for line in data[:whole].split(b"\n")[:-1]:
-            self._lines += 1
-            entries.append(_parse(line, f"{self.path}, line {self._lines}"))
-        self._read_to += whole
+            os.ftruncate(file, whole)
+        self._lines += len(lines)
+        self._read_to = whole
         return entries
 
 
@@ -99,6 +113,19 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
         raise ActiveDPOError(f"{place}: not a JSON object")
     check_characters(entry, place)
     return entry
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_begun(line: bytes) -> bool:
+    """Return whether a line without an end can be the beginning of an entry, as `append` writes."""
+    return line.startswith(_BEGINS) or _BEGINS.startswith(line)
 
 
 def _sync_folder(folder: Path) -> None:

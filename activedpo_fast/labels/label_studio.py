@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class LabelStudioOracle:
     used are set aside in a file.
 
     The files are those of `FileOracle`: the picks, and the labels once all are there. The folder
-    also has the project's number and the answers as they came.
+    also has the project's number and mark, and the answers as they came.
 
     Args:
         folder: where the files are.
@@ -123,27 +124,43 @@ class LabelStudioOracle:
 
     def _connect(self) -> JsonServer:
         """Return the server, with a token that it takes for some minutes at least."""
-        secrets: tuple[str, ...] = (self._key,)
+        hidden: tuple[str, ...] = (self._key,)
         scheme, token = "Token", self._key
         if self._key.count(".") == 2:  # a personal access token is a JWT, which gets others
-            server = JsonServer(**self._options, secrets=secrets)
+            server = JsonServer(**self._options, secrets=hidden)
             value = server.request("POST", "/api/token/refresh/", {"refresh": self._key})
             scheme, token = "Bearer", _field(value, "access", str, server)
-            secrets = (self._key, token)
+            hidden = (self._key, token)
         headers = {"Authorization": f"{scheme} {token}"}
-        return JsonServer(**self._options, headers=headers, secrets=secrets)
+        return JsonServer(**self._options, headers=headers, secrets=hidden)
 
     def _project(self, server: JsonServer) -> int:
-        """Return the number of the run's project; make it first if there is none."""
+        """Return the number of the run's project; make it first if there is none.
+
+        A project has the folder's mark in its description: at another address, another project may
+        have the number.
+        """
         path = self._folder / "label-studio.json"
         if path.exists():
-            return int(_field(read_json(path), "project", int, path))
-        config = export([])["config.xml"]
-        value = server.request(
-            "POST", "/api/projects/", {"title": self._title, "label_config": config}, again=False
-        )
+            own = read_json(path)
+            project, mark = int(_field(own, "project", int, path)), _field(own, "mark", str, path)
+            value = server.request("GET", f"/api/projects/{project}/")
+            if mark not in str(_field(value, "description", str, server)):
+                raise ActiveDPOError(
+                    f"Label Studio {server.base_url}: project {project} is another one than that "
+                    f"of {self._folder}: give the address that it was made at, or put {mark} back "
+                    "into its description"
+                )
+            return project
+        mark = f"activedpo-{secrets.token_hex(8)}"
+        body = {
+            "title": self._title,
+            "description": f"Pairs to compare. A run finds them by this mark: {mark}",
+            "label_config": export([])["config.xml"],
+        }
+        value = server.request("POST", "/api/projects/", body, again=False)
         project = int(_field(value, "id", int, server))
-        write_json(path, {"project": project})
+        write_json(path, {"project": project, "mark": mark})
         logger.info("Label Studio: the project is %s/projects/%d", server.base_url, project)
         return project
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,7 @@ def run_selection(
             candidate; any error of the strategy.
     """
     first = group is None or dist.get_rank(group) == 0
-    asked = check_n(n, sys.maxsize)
+    asked = check_n(n, None)
     n = min(asked, len(candidates.pairs))
     eligible = None
     if rules is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,8 +260,8 @@ class ActiveDPOLoop:
     ) -> PreferencePool:
         path = folder / "pool.jsonl"
         if not path.exists() and self.args.responses == "given":
-            labeled = Counter(pick.id for picks, _ in history for pick in picks)
-            write_recorded(path, draw_items(self._offered, t, labeled, self.args).jsonl())
+            picks = [pick for picked, _ in history for pick in picked]
+            write_recorded(path, draw_items(self._offered, t, picks, self.args).jsonl())
         if not path.exists():
             asked = same_prompt(
                 self.prompts,

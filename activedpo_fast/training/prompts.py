@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from activedpo_fast.errors import ActiveDPOError
@@ -13,7 +14,10 @@ from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.items import PoolItem, Prompt, check_prompts
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.reading import as_prompts
-from activedpo_fast.selection.prompts import distinct_prompts
+from activedpo_fast.pool.template import own_template_kwargs
+from activedpo_fast.pool.texts import Text, canonical_json
+from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.prompts import distinct_prompts, text_key
 from activedpo_fast.selection.rules import PickRules, check_is_rules
 from activedpo_fast.settings import LoopConfig
 from activedpo_fast.training.recorded import plain
@@ -93,22 +97,28 @@ def draw_prompts(
 
 
 def draw_items(
-    items: Sequence[PoolItem], t: int, labeled: Mapping[str, int], args: LoopConfig
+    items: Sequence[PoolItem], t: int, picks: Iterable[Pick], args: LoopConfig
 ) -> PreferencePool:
     """Return up to `prompts_per_round` items of a given pool for round t, as `draw_prompts` orders.
 
     Args:
-        labeled: for each id, how many of its pairs are labeled. Items without another pair are left
-            out, the others of these come last.
+        picks: those of earlier rounds. Items all of whose pairs were picked, from whichever item
+            with the same texts, are left out; the others that had a pick come last.
 
     Raises:
         ActiveDPOError: none has a pair left.
     """
+    picks = list(picks)
+    ids = {pick.id for pick in picks}
+    picked = {
+        (_prompt_texts(pick.prompt, pick.item_chat_template_kwargs), _pair_texts(pick.responses))
+        for pick in picks
+    }
     order = _rotated(items, t, args.prompts_per_round, args.seed)
-    left = [item for item in order if labeled.get(item.id, 0) < _n_pairs(item)]
+    left = [item for item in order if _has_another_pair(item, picked)]
     if not left:
         raise ActiveDPOError(f"round {t}: all pairs of the pool are labeled: lower rounds")
-    left.sort(key=lambda item: item.id in labeled)
+    left.sort(key=lambda item: item.id in ids)
     return PreferencePool(left[: args.prompts_per_round])
 
 
@@ -131,6 +141,22 @@ def check_pairs(offered: Sequence[Any], args: LoopConfig) -> None:
             f"loop.batch_size: {args.batch_size} pairs are to be picked, but "
             f"{prompts} prompts with {responses} responses have {pairs}"
         )
+
+
+def _has_another_pair(item: PoolItem, picked: Collection[tuple[Any, Any]]) -> bool:
+    prompt = _prompt_texts(item.prompt, own_template_kwargs(item.extra))
+    return any(
+        (prompt, _pair_texts(pair)) not in picked for pair in combinations(item.responses, 2)
+    )
+
+
+def _prompt_texts(prompt: Text, own: dict[str, Any] | None) -> Any:
+    """Return a key of a prompt; of chat messages, with the row's own arguments of the template."""
+    return text_key(prompt), None if isinstance(prompt, str) or not own else canonical_json(own)
+
+
+def _pair_texts(responses: Sequence[Text]) -> frozenset[Any]:
+    return frozenset(map(text_key, responses))
 
 
 def _n_pairs(item: PoolItem) -> int:

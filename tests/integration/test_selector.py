@@ -235,6 +235,7 @@ def test_rules(model, tokenizer, caplog) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     with caplog.at_level("WARNING"):
         assert len(chooser.select(pool, 19)) == 18
+        assert len(chooser.select(pool, 10**30)) == 18
     assert "18 pairs are picked instead of 19: there are no other candidates" in caplog.text
     assert len(chooser.select(pool, 5, labeled=chooser.select(pool, 18))) == 0
     for n, message in ((-1, "n must be 0 or more"), (1.5, "n must be an integer")):

@@ -45,6 +45,27 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     assert path.read_text() == '{"n": 0}\n{"n": 2}\n'
 
 
+def test_a_last_line_that_only_lacks_its_end_is_an_entry(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"n": 0}\n{"n": 1}')  # as an editor may leave it
+    journal = Journal(path)
+    with journal.locked() as new:
+        assert new == [{"n": 0}, {"n": 1}]
+        journal.append({"n": 2})
+    assert path.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "content", ["my notes", '{\n "a": 1\n}', "a line\nand a last one", "- a: 1\n- {b: 2}", "[1,\n2"]
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(ActiveDPOError, match=r"notes\.txt"):
+        _entries(path)
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [

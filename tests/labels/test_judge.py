@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import JudgeOracle
+from activedpo_fast.labels.http import JsonServer, _retry_after
 from activedpo_fast.labels.judge.prompt import DEFAULT_TEMPLATE, fill
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
@@ -273,7 +275,8 @@ def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None
         ),
         (Reply({"detail": "no model 'x'\x1b[2J\nsecond"}, 404), r"404: no model 'x'\x1b[2J second"),
         (Reply({}, 307, {"Location": "http://127.0.0.1:1/v1"}), "redirects to another address"),
-        (Reply({"answer": "A"}), "no choices[0].message"),
+        (Reply({"answer": "A"}), 'no choices[0].message, it is {"answer": "A"}'),
+        (Reply({"error": {"message": f"busy {KEY}"}}), 'it is {"error": {"message": "busy ***"}}'),
         (Reply({"choices": []}), "no choices[0].message"),
         (Reply([]), "no choices[0].message"),
         (Reply({"choices": [{"message": {"content": 5}}]}), "content is no text"),
@@ -306,6 +309,85 @@ def test_a_pair_that_the_server_refuses_is_skipped(tmp_path: Path, caplog: Any) 
         assert "2 questions were refused" in caplog.text and "context length" in caplog.text
         with pytest.raises(ActiveDPOError, match="context length exceeded: none of the 1 pairs"):
             _judge(server, tmp_path).label(_selection(SAME))
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 200 OK\r\n\r\n", b""])
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
+    tmp_path: Path, start: bytes
+) -> None:
+    over = threading.Event()
+
+    class Dripping(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(start)
+            while not over.wait(0.05):
+                self.request.sendall(b" " if start else b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        asked = JsonServer(address, name="judge", timeout=0.3, retries=0)
+        with pytest.raises(ActiveDPOError, match=r"no response in 0\.3 s"):
+            asked.request("GET", "/")
+        over.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["Wed, 21 Oct 2099 07:28:00 +99999999999999", f"Wed, 21 Oct {'9' * 20} 07:28:00 GMT", "-1", ""],
+)
+def test_a_wait_that_is_no_time_is_not_obeyed(value: str) -> None:
+    assert _retry_after(value) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTP_PROXY", "none://user:hidden@host"),
+        ("HTTP_PROXY", "http://user:hidden@[::1"),
+        ("SSL_CERT_FILE", "/none.pem"),
+    ],
+)
+def test_a_broken_environment_is_named_without_its_values(
+    monkeypatch: Any, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ActiveDPOError, match=f"environment .* check .*{variable}") as caught:
+        JsonServer("http://localhost", name="judge")
+    assert "hidden" not in str(caught.value)
+
+
+def test_no_part_of_the_key_is_shown_where_a_text_is_cut(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    for n in range(170, 320, 5):
+        server = JsonServer("http://localhost", name="judge", secrets=(KEY,))
+        assert KEY[:4] not in server.shown("x" * n + KEY + "y" * 100)
+    with serving(lambda request: Reply(b"x" * 190 + KEY.encode())) as answering:
+        with pytest.raises(ActiveDPOError, match="no JSON: x") as caught:
+            _judge(answering, tmp_path, api_key_env="JUDGE_KEY").label(_selection(SAME))
+    assert KEY[:4] not in str(caught.value)
+
+
+def test_two_runs_with_one_journal_have_one_answer_to_a_question(tmp_path: Path) -> None:
+    """The first that is on disk counts, for the slower process and for later ones."""
+    selection = _selection(LONG_FIRST, LONG_SECOND)
+    found = []
+
+    def slower(request: Request) -> Reply:
+        if not found:
+            found.append(None)
+            found[0] = _judge(quick, tmp_path).label(selection)
+        a, b = responses_shown(request)
+        return chat_reply("A" if len(a) < len(b) else "B")
+
+    with serving(prefers_longer) as quick, serving(slower) as slow:
+        assert _judge(slow, tmp_path, concurrency=1).label(selection) == found[0] == [0, 1]
+        assert _judge(slow, tmp_path).label(selection) == [0, 1]
+    keys = [entry["key"] for entry in _entries(tmp_path)]
+    assert len(set(keys)) == len(keys) == 4
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -367,7 +449,16 @@ def test_more_fields_of_the_request(tmp_path: Path) -> None:
         ({"api_key_env": "BROKEN"}, "api_key_env: the key has characters"),
         ({"concurrency": 0}, "concurrency: 0 is below 1"),
         ({"attempts": 0}, "attempts: 0 is below 1"),
+        ({"concurrency": "2"}, "concurrency: expected an integer, got '2'"),
         ({"timeout": 0.0}, "timeout: 0.0 is not above 0"),
+        ({"timeout": 1e300}, "timeout: 1e+300 is not above 0 and at most 86400"),
+        ({"timeout": "3"}, "timeout: 3 is not above 0"),
+        ({"retries": -1}, "retries: -1 is below 0"),
+        ({"model": 5}, "model: expected the name"),
+        ({"extra_body": "seed"}, "extra_body: expected names and values"),
+        ({"extra_body": {"top_p": float("nan")}}, "extra_body: not what JSON can hold"),
+        ({"extra_body": {"since": datetime.now(UTC)}}, "extra_body: not what JSON can hold"),
+        ({"extra_body": {"a": 1, 2: 3}}, "extra_body: not what JSON can hold"),
         ({"extra_body": {"messages": []}}, "extra_body: 'messages' cannot"),
         ({"template": "none.txt"}, "none.txt: no such file"),
         ({"template": "empty.txt"}, "template: empty.txt has no {response_b}"),
@@ -379,9 +470,9 @@ def test_bad_options_are_refused_without_showing_secrets(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BROKEN", "kéy-hidden")
     Path("empty.txt").write_text("{prompt} {response_a}")
-    given = {"base_url": "http://localhost/v1", "journal": "judge.jsonl", **options}
+    given = {"model": "m", "base_url": "http://localhost/v1", "journal": "judge.jsonl", **options}
     with pytest.raises(ActiveDPOError) as caught:
-        JudgeOracle("m", **given)
+        JudgeOracle(**given)
     assert message in str(caught.value)
     assert "hidden" not in str(caught.value)
 

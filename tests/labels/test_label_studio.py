@@ -137,6 +137,21 @@ def test_what_would_be_done_twice_is_not_sent_again(tmp_path: Path) -> None:
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retries": -1}, "retries: -1 is below 0"),
+        ({"timeout": float("nan")}, "timeout: nan is not above 0"),
+        ({"api_key_env": 5}, "api_key_env: expected the name"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ActiveDPOError, match=message):
+        LabelStudioOracle(
+            tmp_path, **{"base_url": "http://localhost", "api_key_env": "TOKEN", **options}
+        )
+
+
 @pytest.mark.parametrize("key", ["f" * 40, "a.b.c"])
 def test_a_refused_token_is_said_and_not_shown(tmp_path: Path, monkeypatch: Any, key: str) -> None:
     monkeypatch.setenv("TOKEN", key)
@@ -176,6 +191,22 @@ def test_other_servers_are_refused_in_one_line(
         with pytest.raises(ActiveDPOError, match=message) as caught:
             _oracle(server, tmp_path).label(_selection())
     assert "\n" not in str(caught.value)
+
+
+def test_another_project_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
+    """At another address, or after the server was set up anew."""
+    for folder in ("own", "other"):
+        studio = LabelStudio()
+        with serving(studio) as server:
+            with pytest.raises(LabelsPending):
+                _oracle(server, tmp_path / folder).label(_selection())
+            if folder == "other":
+                with pytest.raises(ActiveDPOError, match="project 7 is another one than .*own"):
+                    _oracle(server, tmp_path / "own").label(_selection("q", 2))
+                assert len(studio.tasks[7]) == 3
+                studio.projects[7]["description"] = None
+                with pytest.raises(ActiveDPOError, match="expected 'description'"):
+                    _oracle(server, tmp_path / "own").label(_selection("q", 2))
 
 
 def test_a_project_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class LabelStudio:
         parts = url.path.split("/")
         if parts[:3] != ["", "api", "projects"] or int(parts[3]) not in self.projects:
             return Reply({"detail": "Not found."}, 404)
+        if route[0] == "GET" and parts[4:] == [""]:
+            return Reply(self.projects[int(parts[3])])
         tasks = self.tasks[int(parts[3])]
         if (request.method, parts[4]) == ("POST", "import"):
             for task in request.body[: self.takes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import CallableOracle, RecordedOracle
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.settings import LoopConfig
 from activedpo_fast.training import loop as loop_module
@@ -111,20 +113,53 @@ def test_rows_with_pairs_left_are_offered_again_after_the_others(tmp_path: Path)
 def test_the_items_of_a_round() -> None:
     items = [PoolItem(f"r{n}", f"p{n}", ("a", "b", "c")) for n in range(6)]
     args = LoopConfig(output_dir="o", prompts_per_round=4, responses="given")
-    first = draw_items(items, 0, {}, args)
-    assert len(first) == 4 and first.ids == draw_items(items, 0, {}, args).ids
-    assert set(first.ids) | set(draw_items(items, 1, {}, args).ids) == {i.id for i in items}
-    later = draw_items(items, 0, {first.ids[0]: 3, first.ids[1]: 1}, args).ids
+    first = draw_items(items, 0, [], args)
+    assert len(first) == 4 and first.ids == draw_items(items, 0, [], args).ids
+    assert set(first.ids) | set(draw_items(items, 1, [], args).ids) == {i.id for i in items}
+    later = draw_items(items, 0, [*_picks(first[0], 3), *_picks(first[1], 1)], args).ids
     assert first.ids[0] not in later
-    all_later = draw_items(items, 0, {first.ids[1]: 1}, LoopConfig(output_dir="o"))
+    all_later = draw_items(items, 0, _picks(first[1], 1), LoopConfig(output_dir="o"))
     assert all_later.ids[-1] == first.ids[1]
     with pytest.raises(ActiveDPOError, match="all pairs of the pool are labeled"):
-        draw_items(items, 5, {item.id: 3 for item in items}, args)
+        draw_items(items, 5, [pick for item in items for pick in _picks(item, 3)], args)
+
+
+def test_items_whose_pairs_were_picked_from_others_are_not_offered() -> None:
+    """Pairs with the same texts are one candidate: such items would be all that a round has."""
+    twins = [PoolItem(f"t{n}", "p", ("a", "b")) for n in range(4)]
+    larger = PoolItem("l", "p", ("b", "c", "a"))
+    chat = [{"role": "user", "content": "p"}]
+    answers = tuple([{"role": "assistant", "content": text}] for text in "ab")
+    own = [
+        PoolItem(f"c{n}", chat, answers, {"chat_template_kwargs": {"k": n % 2}}) for n in range(4)
+    ]
+    args = LoopConfig(output_dir="o", prompts_per_round=2, responses="given")
+    for t in range(4):
+        assert draw_items([*twins, larger], t, _picks(larger, 1), args).ids != ["l"]  # b, c
+        assert draw_items([*twins, larger], t, _picks(twins[0], 1), args).ids == ["l"]
+        assert set(draw_items(own, t, _picks(own[1], 1), args).ids) == {"c0", "c2"}
+
+
+def _picks(item: PoolItem, n: int) -> list[Pick]:
+    """The first n pairs of an item."""
+    return [
+        Pick(
+            item.id,
+            (a, b),
+            0.0,
+            0,
+            item.prompt,
+            (item.responses[a], item.responses[b]),
+            item_chat_template_kwargs=item.extra.get("chat_template_kwargs"),
+        )
+        for a, b in list(combinations(range(len(item.responses)), 2))[:n]
+    ]
 
 
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
+        (None, {"temperature": 0.5}, "temperature: with responses 'given' no response is sampled"),
         ([Prompt("p", "The prompt")], {}, "expected a PreferencePool or a datasets.Dataset"),
         (None, {"rounds": 4}, "loop.rounds: 4 rounds of 3 pairs are more than the 8 of the pool"),
         (None, {"batch_size": 9, "rounds": 1}, "8 prompts with their given responses have 8"),

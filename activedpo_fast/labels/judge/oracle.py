@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._checks import check_at_least
-from activedpo_fast._files import FilePath, check_file_target
+from activedpo_fast._files import FilePath, check_file_target, first_line
 from activedpo_fast._printable import one_line
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.exchange.shown import as_shown
@@ -124,9 +125,6 @@ class JudgeOracle:
             attempts=attempts,
             concurrency=concurrency,
         )
-        check_at_least(0, retries=retries)
-        if not 0 < timeout < float("inf"):
-            raise ActiveDPOError(f"timeout: {timeout} is not above 0 and finite")
         key = None if api_key_env is None else key_from(api_key_env)
         self._server = JsonServer(
             base_url,
@@ -229,8 +227,10 @@ class JudgeOracle:
             "replies": replies,
         }
         with self._lock, self._journal.locked() as entries:
-            self._remember([*entries, entry])
-            self._journal.append(entry)
+            self._remember(entries)
+            if question.key not in self._known:  # or another process was faster: the first counts
+                self._journal.append(entry)
+                self._remember([entry])
 
     def _reply(self, messages: Sequence[Mapping[str, str]], stop: threading.Event) -> str:
         """Return the text of the server's reply; "" if it has none, as of a filtered one."""
@@ -238,9 +238,10 @@ class JudgeOracle:
         try:
             content = value["choices"][0]["message"].get("content")
         except (LookupError, TypeError, AttributeError):
+            said = self._server.shown(json.dumps(value))
             raise ActiveDPOError(
-                f"judge {self._server.base_url}: the response has no choices[0].message: is it a "
-                "chat-completions server?"
+                f"judge {self._server.base_url}: the response has no choices[0].message, it is "
+                f"{said}: is it a chat-completions server?"
             ) from None
         if content is not None and not isinstance(content, str):
             raise ActiveDPOError(f"judge {self._server.base_url}: the reply's content is no text")
@@ -255,7 +256,7 @@ class JudgeOracle:
                     f"{self._journal.path}: an entry is not an answer of a judge: it is another "
                     "file, or was changed by hand"
                 )
-            self._known[entry["key"]] = answer
+            self._known.setdefault(entry["key"], answer)
 
     # -- answers to labels -----------------------------------------------------------------------
 
@@ -325,9 +326,20 @@ def _fixed_body(
     model: str, max_tokens: int, extra_body: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return the fields that all requests share."""
+    if not isinstance(model, str) or not model:
+        raise ActiveDPOError("model: expected the name of a model")
+    if not isinstance(extra_body, Mapping | None):
+        raise ActiveDPOError("extra_body: expected names and values")
     extra = dict(extra_body or {})
     for name in ("model", "messages", "stream", "n"):
         if name in extra:
             raise ActiveDPOError(f"extra_body: {name!r} cannot be set there")
     body = {"model": model, "temperature": 0, "max_tokens": max_tokens, **extra}
-    return {name: value for name, value in body.items() if value is not None}
+    body = {name: value for name, value in body.items() if value is not None}
+    try:
+        json.dumps(body, allow_nan=False, sort_keys=True, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ActiveDPOError(
+            f"model, extra_body: not what JSON can hold: {first_line(error)}"
+        ) from None
+    return body

@@ -146,15 +146,18 @@ class Contest:
         return Choice(offer.index, offer.score, offer.quota_group, offer.prompt, owner=0)
 
 
-def check_n(n: int, available: int) -> int:
-    """Return n as an int; raise `ActiveDPOError` unless it is an integer from 0 to `available`."""
+def check_n(n: int, available: int | None) -> int:
+    """Return n as an int; raise `ActiveDPOError` unless it is an integer from 0 to `available`.
+
+    With None, it may be any from 0.
+    """
     try:
         count = operator.index(None if isinstance(n, bool) else n)  # type: ignore[arg-type]
     except TypeError:
         raise ActiveDPOError(f"n must be an integer, not {n!r}") from None
     if count < 0:
         raise ActiveDPOError(f"n must be 0 or more, not {count}")
-    if count > available:
+    if available is not None and count > available:
         raise ActiveDPOError(
             f"{count} pairs are asked for, but there are only {available} candidate pairs"
         )
