@@ -26,6 +26,7 @@ _MEANINGS = {
     "length_normalized": "rows are gradients of mean log-probs",
     "max_length": "longest prompt + response, in tokens",
     "truncation_mode": "which end of longer ones is kept",
+    "gradient": "tokens that the weights act on in a gradient row",
     "chat_template_kwargs": "arguments of the chat template",
     "version": "of activedpo-fast, when the store was made",
     "store_dtype": "of the rows on disk",

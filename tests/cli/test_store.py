@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from activedpo_fast._files import temporary_name
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.app import main
+from activedpo_fast.cli.store_info import _MEANINGS
 from activedpo_fast.store.store import FeatureStore
 from tests.support.killing import content, project, run
 
@@ -71,6 +72,11 @@ def test_info_verify_and_export(folder: Path, capsys: pytest.CaptureFixture[str]
     assert main(_features(folder, "store", f"--export={shard}")) == 2
     assert f"{shard} is inside what --output names" in capsys.readouterr().err
     assert main(["store", "verify", store]) == 0
+
+
+def test_info_explains_every_setting() -> None:
+    optional = ["gradient", "length_normalized", "chat_template_kwargs"]  # written if not default
+    assert [name for name in optional if not _MEANINGS.get(name)] == []
 
 
 def test_info_and_gc_of_a_killed_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

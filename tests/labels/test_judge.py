@@ -128,6 +128,23 @@ def test_no_answer_to_any_pair_is_an_error(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_judge_that_was_mended_is_asked_again(tmp_path: Path) -> None:
+    useless = True
+
+    def answer(request: Request) -> Reply:
+        reply = prefers_longer(request)
+        half = reply.body["choices"][0]["message"]["content"] == "B"  # of the pair's two questions
+        return chat_reply("I cannot say.") if useless and half else reply
+
+    with serving(answer) as server:
+        with pytest.raises(ActiveDPOError, match="change the judge or its settings and run again"):
+            _judge(server, tmp_path).label(_selection(LONG_SECOND))
+        useless = False
+        before = len(server.requests)
+        assert _judge(server, tmp_path).label(_selection(LONG_SECOND)) == [1]
+        assert len(server.requests) == before + 1  # what had an answer is not paid for again
+
+
 def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
     def answer(request: Request) -> Reply:
         time.sleep(0.05)

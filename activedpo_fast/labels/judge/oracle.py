@@ -67,7 +67,8 @@ class JudgeOracle:
     for the model. A line in the log counts ties and skips.
 
     Answers are appended to `journal`, and are on disk before the next question is asked. What the
-    journal already has, for the same model, template and texts, is not asked again.
+    journal already has, for the same model, template and texts, is not asked again, except if no
+    pair of a selection got a label or a tie: then what had no answer is.
 
     Args:
         model: the model's name at the server.
@@ -154,7 +155,7 @@ class JudgeOracle:
             return []
         self._log_cuts(selection)
         pairs = [(self._question(pick, 0), self._question(pick, 1)) for pick in selection]
-        refused = self._ask_what_is_unknown([one for pair in pairs for one in pair])
+        refused = self._ask_what_is_unknown(pairs)
         answers = [
             tuple(self._response_meant(question, refused) for question in pair) for pair in pairs
         ]
@@ -187,12 +188,16 @@ class JudgeOracle:
         key = hashlib.sha256(canonical_json(body)).hexdigest()[:32]
         return _Question(pick.id, first, text, key)
 
-    def _ask_what_is_unknown(self, questions: Sequence[_Question]) -> dict[str, str]:
+    def _ask_what_is_unknown(self, pairs: Sequence[tuple[_Question, _Question]]) -> dict[str, str]:
         """Ask, and return the server's reasons for refusing questions, by key."""
+        questions = [one for pair in pairs for one in pair]
         self._journal.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self._journal.locked() as entries:
             self._remember(entries)
         unknown = {one.key: one for one in questions if one.key not in self._known}
+        if not unknown and not any(all(self._known[one.key] for one in pair) for pair in pairs):
+            # That ended in an error: the server may have been mended since.
+            unknown = {one.key: one for one in questions if self._known[one.key] is None}
         refused: dict[str, str] = {}
 
         def ask(question: _Question, stop: threading.Event) -> None:
@@ -276,7 +281,10 @@ class JudgeOracle:
                 f"judge {self._server.base_url}: the replies are {_NO_ANSWER}; see "
                 f"{self._journal.path}"
             )
-            raise ActiveDPOError(f"{reason}: none of the {len(answers)} pairs has a label")
+            raise ActiveDPOError(
+                f"{reason}: none of the {len(answers)} pairs has a label; change the judge or its "
+                "settings and run again"
+            )
         logger.info(
             "judge: %d of %d pairs have a preference; %d ties, of which the order of the responses "
             "decided %d; %d skipped",
