@@ -10,7 +10,14 @@ from benchmarks.claims.experiments import Experiment
 from benchmarks.claims.figures import draw_bound, draw_curves, draw_frontiers
 from benchmarks.claims.results import Results
 from benchmarks.claims.shown import seeds_of
-from benchmarks.claims.tables import fit_table, grid_table, main_table, paper_table, single_table
+from benchmarks.claims.tables import (
+    fit_table,
+    grid_table,
+    learned_table,
+    main_table,
+    paper_table,
+    single_table,
+)
 from benchmarks.markdown import write_into
 
 
@@ -23,7 +30,11 @@ def document(
     Args:
         results, experiments: by task.
     """
-    found = {"claims: paper": paper_table(), "claims: linear fit": fit_table()}
+    found = {
+        "claims: paper": paper_table(),
+        "claims: linear fit": fit_table(),
+        "claims: learned difference": learned_table(),
+    }
     for task, known in results.items():
         own = [e for e in experiments[task] if len(seeds_of(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]

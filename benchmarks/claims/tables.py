@@ -8,11 +8,12 @@ import numpy as np
 
 from activedpo_fast._files import read_json
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment
+from benchmarks.claims.learned_difference import RESULT as LEARNED
 from benchmarks.claims.linear_fit import RESULT as FITS
 from benchmarks.claims.results import Results
 from benchmarks.claims.shown import costs_of, curves_of, seeds_of, variants_made
 from benchmarks.claims.statistics import Comparison, Estimate, compare, mean_and_error
-from benchmarks.markdown import table
+from benchmarks.markdown import Row, table
 from benchmarks.selection.paper import Assumptions, paper_round
 
 _PAPER_LABELS = 500  # of ten rounds; half of them on average
@@ -179,6 +180,30 @@ def fit_table() -> str:
             "variance explained": lambda r: f"{r['r2']:.1%}",
             "reward earned": lambda r: f"{r['reward']:.3f}",
             "pairs ranked right": lambda r: f"{r['accuracy']:.1%}",
+        },
+    )
+
+
+def learned_table() -> str:
+    """How well labels so far tell which pairs are far apart (`learned_difference`)."""
+    result = read_json(LEARNED)
+    found = {(r["by"], r["labels"]): r for r in result["found"]}
+    counts = sorted({labels for _, labels in found})
+
+    def correlation(r: Row) -> str:
+        first, last = (found[r["by"], n].get("correlation") for n in (counts[0], counts[-1]))
+        return "–" if first is None else f"{first:.2f} to {last:.2f}"
+
+    columns = {
+        f"{count} labels": lambda r, count=count: f"{found[r['by'], count]['apart']:.2f}"
+        for count in counts
+    }
+    return f"{result['seeds']} seeds.\n\n" + table(
+        [{"by": name} for name in ("random", "gradients", "hidden states", "the truth")],
+        {
+            "64 pairs picked by": lambda r: r["by"],
+            **columns,
+            "correlation, first to last": correlation,
         },
     )
 
