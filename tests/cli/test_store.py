@@ -120,7 +120,7 @@ def test_select_writes_to_no_device(folder: Path, capsys: pytest.CaptureFixture[
         assert main(["select", str(folder / "store"), "--output", output]) == 2
         assert capsys.readouterr().err.startswith(f"activedpo: error: {output} is a ")
     name = str(folder / ("x" * 300))
-    assert main(["select", str(folder / "store"), "--n=2", "--output", name]) == 2
+    assert main(["select", str(folder / "store"), "--pairs=2", "--output", name]) == 2
     assert "name too long" in capsys.readouterr().err
 
 
@@ -158,7 +158,7 @@ def test_rows_and_numbers_that_say_nothing(
     capsys.readouterr()
     assert main(["store", "verify", str(folder / "zeros")]) == 0
     assert "12 rows, 12 of them all zeros" in capsys.readouterr().out
-    select = ["select", "--n=2", output]
+    select = ["select", "--pairs=2", output]
     assert main([*select, str(folder / "zeros")]) == 2
     assert "all scores are 0" in capsys.readouterr().err
     for options in (["--lam=1e300"], ["--lam=1e-300"], ["--lam=1e90", "--kappa=1e-90"]):

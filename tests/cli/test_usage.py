@@ -33,7 +33,7 @@ def _commands(command: Any = None, name: str = "") -> Iterator[tuple[str, Any]]:
         ("select s --output o --random-fraction 3", "3: expected a number from 0 to 1"),
         ("select s --output o --random-fraction x", "x: expected a number from 0 to 1"),
         ("select s --output o --min-score low", "low: expected a number"),
-        ("select s --output o --n 0", "0: expected an integer from 1"),
+        ("select s --output o --pairs 0", "0: expected an integer from 1"),
         ("select s --output o --seed 1.5", "1.5: expected an integer"),
         ("select s --output o --normalize l2", "l2: expected default, response, pair or none"),
         ("label p --port -1", "-1: expected an integer from 0 to 65535"),

@@ -337,7 +337,7 @@ def test_prompts_that_fill_max_length_are_not_candidates(
     assert "1 prompts too long" in capsys.readouterr().out
     picked = tmp_path / "picked.jsonl"
     candidates = 1 + 6  # the rows of items 0 and 2, which have two and four responses
-    select = ["select", str(tmp_path / "store"), "--output", str(picked), "--n"]
+    select = ["select", str(tmp_path / "store"), "--output", str(picked), "--pairs"]
     assert main([*select, str(candidates)]) == 0
     assert {line["id"] for line in _read_jsonl(picked)} == {"p0", "p2"}
     picks = picked.read_bytes()
@@ -349,7 +349,7 @@ def test_prompts_that_fill_max_length_are_not_candidates(
     said = "no pair is left to pick: every pair was asked before"
     _refused(capsys, [*select, "--labeled", str(labels)], said)
     said = "no pair is left to pick: none of the 7 candidate pairs reaches --min-score"
-    _refused(capsys, [*select, "--n=7", "--min-score=1e9"], said)
+    _refused(capsys, [*select, "--pairs=7", "--min-score=1e9"], said)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -397,7 +397,7 @@ def test_picks_are_those_of_the_selector(
     argv = [
         "select",
         str(store),
-        "--n",
+        "--pairs",
         "6",
         "--normalize",
         options["normalize"],
@@ -439,7 +439,7 @@ def test_rows_that_stay_on_disk_give_the_same_file(
         argv = [
             "select",
             str(store),
-            "--n",
+            "--pairs",
             "9",
             "--labeled",
             str(labels),
@@ -472,7 +472,7 @@ def test_rows_that_stay_on_disk_give_the_same_file(
 
 def test_labeled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: Path) -> None:
     everything = tmp_path / "all.jsonl"
-    select = ["select", str(store), "--n"]
+    select = ["select", str(store), "--pairs"]
     assert main([*select, "5", "--output", str(everything)]) == 0
     before = [(line["id"], tuple(line["pair"])) for line in _read_jsonl(everything)]
     scores = [line["score"] for line in _read_jsonl(everything)]
@@ -499,7 +499,7 @@ def test_labeled_pairs_are_left_out_and_change_the_picks(store: Path, tmp_path: 
 def test_pairs_without_a_preference_are_left_out_but_do_not_enter_v(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    select = ["select", str(store), "--n"]
+    select = ["select", str(store), "--pairs"]
     assert main([*select, "8", "--lam", "1000", "--output", str(tmp_path / "a.jsonl")]) == 0
     # With such a large λ, V hardly changes: pairs are ranked one by one, whatever is in V.
     (first, *others) = _read_jsonl(tmp_path / "a.jsonl")
@@ -557,7 +557,7 @@ def test_bad_labels_are_refused_by_line(
 
 
 def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
-    argv = ["select", str(store), "--n", "6", "--strategy", "random", "--output"]
+    argv = ["select", str(store), "--pairs", "6", "--strategy", "random", "--output"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert main([*argv, str(tmp_path / name), "--seed", seed]) == 0
     a, b, c = ((tmp_path / name).read_text() for name in "abc")
@@ -623,7 +623,7 @@ def test_rules_are_those_of_the_selector(
     free = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 8, show_progress=False)
     assert expected != free and len(expected) > 2  # the rules make a difference
     capsys.readouterr()
-    argv = ["select", str(store), "--n", "8", "--output", str(tmp_path / "x.jsonl")]
+    argv = ["select", str(store), "--pairs", "8", "--output", str(tmp_path / "x.jsonl")]
     assert main([*argv, *options]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{len(expected)} of 24 candidate pairs picked by activedpo")
@@ -662,7 +662,7 @@ def test_select_identifies_prompts_by_text_and_not_by_row(
     )
     store = tmp_path / "store"
     assert main([*_features(project, store, pool=tmp_path / "pool"), "--proj-dim", "64"]) == 0
-    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--n", "6"]
+    argv = ["select", str(store), "--output", str(tmp_path / "x.jsonl"), "--pairs", "6"]
 
     def picked(*options: str) -> list[str]:
         assert main([*argv, *options]) == 0
@@ -691,7 +691,7 @@ def test_select_identifies_prompts_by_text_and_not_by_row(
             {"id": "again", "pair": [0, 1], "label": 0},
         ],
     )
-    left = picked("--labeled", str(labels), "--n", "4")
+    left = picked("--labeled", str(labels), "--pairs", "4")
     assert sorted(left) == ["c1", "c2", "c3", "c5"]
     assert "of 4 candidate pairs and 2 labeled picked" in capsys.readouterr().out
     _refused(capsys, [*argv, "--prompt-by", "thread"], "prompt_by: item 'c0' has no 'thread'")
@@ -701,7 +701,7 @@ def test_rules_hold_for_random_picks_too(store: Path, tmp_path: Path) -> None:
     argv = [
         "select",
         str(store),
-        "--n",
+        "--pairs",
         "8",
         "--strategy",
         "random",
@@ -725,7 +725,7 @@ def test_ids_to_exclude_must_be_of_the_pool(
         str(store),
         "--output",
         str(tmp_path / "x.jsonl"),
-        "--n",
+        "--pairs",
         "2",
         "--exclude",
         str(tmp_path / "done.txt"),
@@ -927,8 +927,8 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
             ["select", "{store}", "--output", "{tmp}/x", "--normalize", "rows"],
             "--normalize rows: expected default, response, pair or none (see activedpo select",
         ),
-        (["select", "{store}", "--output", "{tmp}/x", "--n", "0"], "--n"),
-        (["select", "{store}", "--output", "{tmp}/x", "--n", "many"], "--n"),
+        (["select", "{store}", "--output", "{tmp}/x", "--pairs", "0"], "--pairs"),
+        (["select", "{store}", "--output", "{tmp}/x", "--pairs", "many"], "--pairs"),
         (["select", "{store}", "--output", "{tmp}/x", "--lam", "0"], "lam"),
         (["select", "{store}", "--output", "{tmp}/x", "--max-per-prompt", "0"], "--max-per-prompt"),
         (
@@ -949,7 +949,7 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
                 "1",
                 "--strategy",
                 "random",
-                "--n",
+                "--pairs",
                 "2",
             ],
             "min_score: the strategy 'random' has no scores",
@@ -977,13 +977,13 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
                 "topic",
                 "--quota",
                 "art=1",
-                "--n",
+                "--pairs",
                 "2",
             ],
             "quotas: no item's 'topic' is 'art'",
         ),
         (
-            ["select", "{store}", "--output", "{tmp}/x", "--cost", "topic", "--n", "2"],
+            ["select", "{store}", "--output", "{tmp}/x", "--cost", "topic", "--pairs", "2"],
             "cost: 'topic' of item 'p0' must be a positive number, not 'law'",
         ),
         (["select", "{store}", "--output", "{tmp}"], "is a folder"),
@@ -1106,7 +1106,7 @@ def test_quiet_prints_nothing(
             [
                 "select",
                 str(tmp_path / "store"),
-                "--n",
+                "--pairs",
                 "2",
                 "-q",
                 "--output",
@@ -1126,7 +1126,7 @@ def test_unexpected_errors_keep_their_traceback(
 
     monkeypatch.setattr(select_command, "run_selection", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        main(["select", str(store), "--n", "2", "--output", str(tmp_path / "x.jsonl")])
+        main(["select", str(store), "--pairs", "2", "--output", str(tmp_path / "x.jsonl")])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1169,7 +1169,7 @@ def test_commands_as_processes(project: Path, store: Path, tmp_path: Path) -> No
     assert light.returncode == 0 and "features" in light.stdout
 
     picked = tmp_path / "picked.jsonl"
-    argv = ["-m", "activedpo_fast", "select", str(store), "--output", str(picked), "--n"]
+    argv = ["-m", "activedpo_fast", "select", str(store), "--output", str(picked), "--pairs"]
     done = process(*argv, "3")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(_read_jsonl(picked)) == 3
@@ -1186,7 +1186,7 @@ def test_select_does_not_overwrite_labels_or_the_store(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, picked = project / "store", tmp_path / "picked.jsonl"
-    argv = ["select", str(store), "--n", "2", "--output"]
+    argv = ["select", str(store), "--pairs", "2", "--output"]
     assert main([*argv, str(picked)]) == 0 and main([*argv, str(picked)]) == 0  # no label is lost
     rows = [{**row, "label": n} for n, row in enumerate(_read_jsonl(picked))]
     picked.write_text("".join(json.dumps(row) + "\n" for row in rows))

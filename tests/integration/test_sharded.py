@@ -201,7 +201,7 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     said = {}
     for name, port, options in (
         ("rules", ports[0], ["--group-by", "none", "--quota", "art=1"]),
-        ("labels", ports[1], ["--labeled", str(folder / f"labels-{rank}.jsonl"), "--n", "3"]),
+        ("labels", ports[1], ["--labeled", str(folder / f"labels-{rank}.jsonl"), "--pairs", "3"]),
     ):
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -349,7 +349,7 @@ def test_select_under_torchrun_writes_the_file_of_one_process(
         str(store),
         "--labeled",
         str(tmp_path / "labels.jsonl"),
-        "--n",
+        "--pairs",
         "10",
         "--max-per-prompt",
         "1",
@@ -421,4 +421,6 @@ def test_missing_variables_of_a_launcher_are_an_error(
     assert list(tmp_path.iterdir()) == []
     for size in ("", "0"):  # as some launchers and container files leave it
         monkeypatch.setenv("WORLD_SIZE", size)
-        assert main(["select", str(store), "--n", "2", "--output", str(tmp_path / "x.jsonl")]) == 0
+        assert (
+            main(["select", str(store), "--pairs", "2", "--output", str(tmp_path / "x.jsonl")]) == 0
+        )

@@ -153,7 +153,7 @@ def test_columns_are_brought_up_to_date(
                 str(tmp_path / "store"),
                 "--cost",
                 "tokens",
-                "--n",
+                "--pairs",
                 "2",
                 "--max-per-prompt",
                 "2",

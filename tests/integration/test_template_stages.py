@@ -548,7 +548,15 @@ def test_a_store_is_made_with_the_arguments_and_picks_keep_them(
     picked_path = tmp_path / "picked.jsonl"
     assert (
         main(
-            ["select", str(tmp_path / "store"), "--n", "4", "--quiet", "--output", str(picked_path)]
+            [
+                "select",
+                str(tmp_path / "store"),
+                "--pairs",
+                "4",
+                "--quiet",
+                "--output",
+                str(picked_path),
+            ]
         )
         == 0
     )

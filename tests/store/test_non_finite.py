@@ -53,7 +53,7 @@ def test_it_is_skipped_if_asked_for(
     picks = []
     for given in (lines, lines[:1]):
         labels.write_text("".join(json.dumps(line) + "\n" for line in given))
-        argv = ["select", str(tmp_path / "s"), f"--labeled={labels}", "--n=3"]
+        argv = ["select", str(tmp_path / "s"), f"--labeled={labels}", "--pairs=3"]
         assert main([*argv, f"--output={tmp_path / 'picked.jsonl'}"]) == 0
         picks.append((tmp_path / "picked.jsonl").read_text())
     assert picks[0] == picks[1] and '"p2"' not in picks[0]

@@ -171,9 +171,7 @@ def test_picks_from_disk_are_those_from_memory(
     picks = []
     for limit in (2**30, 0):
         monkeypatch.setattr(select_command, "_IN_MEMORY_BYTES", limit)
-        select_command.select_pairs(
-            tmp_path / "s", tmp_path / "picked.jsonl", batch_size=5, labeled=labels
-        )
+        select_command.select_pairs(tmp_path / "s", tmp_path / "picked.jsonl", n=5, labeled=labels)
         picks.append((tmp_path / "picked.jsonl").read_text())
     assert picks[0] == picks[1]
 

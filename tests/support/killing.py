@@ -168,7 +168,7 @@ def features(files: Path, output: Path) -> list[str]:
 def select(output: Path) -> list[str]:
     """The command that picks pairs of that store."""
     picked = output / "picked.jsonl"
-    return ["select", str(output / "store"), "--n=3", f"--output={picked}", "--quiet"]
+    return ["select", str(output / "store"), "--pairs=3", f"--output={picked}", "--quiet"]
 
 
 def run_file(files: Path, output: Path) -> list[str]:

@@ -14,8 +14,8 @@ from activedpo_fast.settings import LoopConfig, Normalization, SelectorConfig
 
 EPILOG = """\b
 Examples:
-  activedpo select store --n 50 --output picked.jsonl
-  activedpo select store --n 50 --labeled labels.jsonl --output next.jsonl
+  activedpo select store --pairs 50 --output picked.jsonl
+  activedpo select store --pairs 50 --labeled labels.jsonl --output next.jsonl
   activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
   activedpo select store --group-by topic --quota math=20 --quota law=10 --output picked.jsonl
   activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
@@ -52,8 +52,7 @@ def select(
     n: Annotated[
         int,
         typer.Option(
-            "--n",
-            "-n",
+            "--pairs",
             min=1,
             metavar="INTEGER",
             help="How many pairs to pick; all that there are if there are fewer.",

@@ -233,7 +233,8 @@ class JudgeOracle:
         }
         with self._lock, self._journal.locked() as entries:
             self._remember(entries)
-            if question.key not in self._known:  # or another process was faster: the first counts
+            # Another process may have been faster: the first answer counts.
+            if question.key not in self._known or (answer and not self._known[question.key]):
                 self._journal.append(entry)
                 self._remember([entry])
 
@@ -261,7 +262,7 @@ class JudgeOracle:
                     f"{self._journal.path}: an entry is not an answer of a judge: it is another "
                     "file, or was changed by hand"
                 )
-            self._known.setdefault(entry["key"], answer)
+            self._known[entry["key"]] = self._known.get(entry["key"]) or answer
 
     # -- answers to labels -----------------------------------------------------------------------
 
