@@ -32,11 +32,11 @@ def main(
     """Print the tables of benchmark runs, or write them into the documentation."""
     found: dict[str, str] = {}
     if (path := results / "cpu.json").exists():
-        run = json.loads(path.read_text())
-        found["machine"] = where_and_when(
-            run["machine_info"], run["datetime"][:10], run["commit_info"]["id"]
-        )
-        found |= tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
+        found["machine"], own = _run(path)
+        found |= own
+    if (path := results / "response_tokens.json").exists():
+        where, own = _run(path)
+        found["response tokens"] = f"{where}\n\n{own['summary']}"
     if (path := results / "fidelity.json").exists():
         found |= fidelity_tables(json.loads(path.read_text()))
     if (path := results / "selection.json").exists():
@@ -49,6 +49,13 @@ def main(
     for document in map(Path, DOCUMENTS):
         document.write_text(write_into(document.read_text(), found))
         print(f"written: {document}")
+
+
+def _run(path: Path) -> tuple[str, dict[str, str]]:
+    """Return where and when a run of `make bench` was measured, and its tables."""
+    run = json.loads(path.read_text())
+    where = where_and_when(run["machine_info"], run["datetime"][:10], run["commit_info"]["id"])
+    return where, tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
 
 
 if __name__ == "__main__":
