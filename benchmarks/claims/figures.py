@@ -36,7 +36,7 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
         seeds = seeds_of(results, experiment)
         setting = experiment.variants[0].setting
         labels = np.arange(setting.rounds + 1) * setting.batch_size
-        for n, name in enumerate(_drawn(results, experiment)):
+        for name in _drawn(results, experiment):
             variant = next(v for v in experiment.variants if v.method == name)
             mean, error = mean_and_error(curves_of(results, variant, seeds))
             plain = name in (RANDOM, EVERYTHING)
@@ -44,7 +44,7 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
                 labels,
                 mean,
                 label=name,
-                color="black" if plain else f"C{n}",
+                color=_color(name),
                 linestyle=":" if name == EVERYTHING else "-",
                 linewidth=2 if plain else 1.5,
             )[0]
@@ -62,8 +62,13 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
             title=f"{experiment.title}, {len(seeds)} seeds",
         )
         panel.grid(alpha=0.3)
-    axes[0][-1].legend(title="band: ± 2 standard errors", fontsize=9, title_fontsize=8)
+        panel.legend(title="band: ± 2 standard errors", fontsize=8, title_fontsize=8)
     _save(figure, path)
+
+
+def _color(name: str) -> str:
+    """A method has one color in all pictures."""
+    return "black" if name in (RANDOM, EVERYTHING) else f"C{_DRAWN.index(name)}"
 
 
 def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None:
@@ -80,7 +85,7 @@ def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None
         1, len(against), figsize=(6.2 * len(against), 4.6), layout="constrained", squeeze=False
     )
     for axes, (metric, label) in zip(panels[0], against.items(), strict=True):
-        for n, name in enumerate(_drawn(results, experiment)):
+        for name in _drawn(results, experiment):
             if name == EVERYTHING:
                 continue
             variant = next(v for v in experiment.variants if v.method == name)
@@ -88,14 +93,7 @@ def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None
             x, reward = (
                 np.mean([run[what] for run in runs], axis=0) for what in (metric, "reward")
             )
-            axes.plot(
-                x,
-                reward,
-                marker="o",
-                markersize=4,
-                label=name,
-                color="black" if name == RANDOM else f"C{n}",
-            )
+            axes.plot(x, reward, marker="o", markersize=4, label=name, color=_color(name))
         axes.set(
             xlabel=label,
             ylabel="held-out reward",
