@@ -205,7 +205,10 @@ class JsonServer:
         if status in _TRY_AGAIN or status >= 500:
             raise _Failed(reason, _retry_after(response.headers.get("retry-after")))
         if status in (401, 403):
-            raise ActiveDPOError(f"{self._place}: the key is missing or refused ({reason})")
+            raise ActiveDPOError(
+                f"{self._place}: the key is missing or refused ({reason}); api_key_env names the "
+                "environment variable that holds it"
+            )
         if status in (400, 413, 422):
             raise RequestRefused(f"{self._place}: {reason}")
         if 300 <= status < 400:

@@ -62,6 +62,11 @@ class RecordedOracle:
     """
 
     def __init__(self, source: FilePath | datasets.Dataset | Sequence[Mapping[str, Any]]) -> None:
+        if isinstance(source, PreferencePool):
+            raise ActiveDPOError(
+                "a pool does not say which response is preferred: give RecordedOracle rows with "
+                "chosen and rejected, and select from its pool"
+            )
         items, self._chosen = _read(source)
         self.pool = PreferencePool(items)
         self.preferences = hashlib.sha256(

@@ -288,7 +288,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None
     [
         (
             Reply({"error": {"message": f"Incorrect API key: {KEY}."}}, 401),
-            "the key is missing or refused (status 401: Incorrect API key: ***.)",
+            "missing or refused (status 401: Incorrect API key: ***.); api_key_env names",
         ),
         (Reply({"detail": "no model 'x'\x1b[2J\nsecond"}, 404), r"404: no model 'x'\x1b[2J second"),
         (Reply({}, 307, {"Location": "http://127.0.0.1:1/v1"}), "redirects to another address"),

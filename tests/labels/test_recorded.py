@@ -115,3 +115,9 @@ def test_picks_of_another_pool_are_refused() -> None:
     ):
         with pytest.raises(ActiveDPOError, match="has no recorded preference"):
             oracle.label(Selection((pick,), "random"))
+
+
+def test_a_pool_is_not_a_source() -> None:
+    pool = RecordedOracle(ROWS).pool
+    with pytest.raises(ActiveDPOError, match="does not say which response is preferred"):
+        RecordedOracle(pool)  # type: ignore[arg-type]
