@@ -194,7 +194,7 @@ def test_other_servers_are_refused_in_one_line(
 
 
 def test_another_project_with_the_same_number_is_left_alone(tmp_path: Path) -> None:
-    """At another address, or after the server was set up anew."""
+    """At another address, or after the server was set up again."""
     for folder in ("own", "other"):
         studio = LabelStudio()
         with serving(studio) as server:
