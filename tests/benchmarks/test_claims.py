@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from activedpo_fast.selection.signals import TensorSignals
-from benchmarks.claims import known_reward, linear_fit
+from benchmarks.claims import known_reward, learned_difference, linear_fit
 from benchmarks.claims.evidence import document
 from benchmarks.claims.experiments import Experiment, Variant, of_known_reward
 from benchmarks.claims.jobs import missing_runs
@@ -273,6 +273,25 @@ def test_a_linear_reward_is_fitted_and_another_one_is_not(world: World) -> None:
     ]
     other = linear_fit.fit(replace(world, reward=noise[0], heldout_reward=noise[1]))
     assert abs(other["r2"]) < 0.05
+
+
+def test_differences_that_the_features_tell_are_learned_and_others_are_not() -> None:
+    generator = torch.Generator().manual_seed(3)
+    theta = torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def one_round(told: bool) -> learned_difference.Round:
+        features = torch.randn(400, 4, generator=generator, dtype=torch.float64)
+        noise = torch.randn(400, generator=generator, dtype=torch.float64)
+        apart = features @ theta if told else noise
+        labeled = torch.randperm(400, generator=generator)[:100]
+        return learned_difference.Round({"x": features}, apart, labeled, apart[labeled].sign())
+
+    for told in (True, False):
+        new = one_round(told)
+        found = learned_difference.predicted([one_round(told), one_round(told)], new, "x")
+        mean, most = float(new.apart.abs().mean()), float(new.apart.abs().topk(64).values.mean())
+        share = (found["apart"] - mean) / (most - mean)
+        assert (found["correlation"] > 0.9 and share > 0.8) if told else share < 0.3
 
 
 # -- the page --------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_info_verify_and_export(folder: Path, capsys: pytest.CaptureFixture[str]
     assert main(["store", "verify", store]) == 0
 
 
-def test_info_explains_every_setting() -> None:
+def test_info_explains_settings_that_most_stores_do_not_have() -> None:
     optional = ["gradient", "length_normalized", "chat_template_kwargs"]  # written if not default
     assert [name for name in optional if not _MEANINGS.get(name)] == []
 

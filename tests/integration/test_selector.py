@@ -304,7 +304,7 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
     tokens = tokenize_pool(pool, tokenizer)
     rows = exact.gradients(tokens).gradients
     x, y = rows[0], rows[4]
-    k, seeds = 64, 90
+    k, seeds = 64, 150
     variance = (x.dot(x) * y.dot(y) + x.dot(y) ** 2 - 2 * (x * x * y * y).sum()) / k
     for method in ("sjlt", "rademacher"):
         products = []
@@ -322,8 +322,8 @@ def test_sketches_follow_the_variance_law_on_real_gradients(model, tokenizer) ->
             products.append(sketched[0].dot(sketched[4]))
         found = torch.stack(products)
         assert abs(found.mean() - x.dot(y)) < 4 * (variance / seeds).sqrt()
-        # The sample variance of 90 draws is within half of the law, except by chance < 1e-3.
-        assert float(found.var() / variance) == pytest.approx(1.0, abs=0.5)
+        # The sample variance of 150 draws is within a third of the law, except by chance < 1e-3.
+        assert float(found.var() / variance) == pytest.approx(1.0, abs=0.4)
 
 
 def test_arguments_that_are_not_a_pool_or_selection_are_named() -> None:

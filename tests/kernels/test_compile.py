@@ -42,9 +42,8 @@ def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 # All kernels take minutes for each architecture. Every run of the suite compiles a part of them for
 # one architecture: without the kernels of float16, which differ from those of bfloat16 only in the
-# type, without the tiles of middle size and those that mirror another, and without some variants
-# of the smaller kernels.
-PART = ("fp16", "32x64", "64x32", "128x16", "anywhere", "64", "2")
+# type, and without the tiles of middle size.
+PART = ("fp16", "32x64", "64x32")
 
 
 @pytest.fixture(
