@@ -105,7 +105,7 @@ class Session:
                     labeler=self.labeler,
                     label=labels[choice],
                     left=left,
-                    seconds=round(seconds, 1),
+                    seconds=round(seconds, 3),
                     time=now().isoformat(),
                     strength=strength if choice in ("left", "right") else None,
                     comment=comment.strip(),

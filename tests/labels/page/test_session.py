@@ -64,7 +64,7 @@ def test_a_label_is_the_position_in_responses_whatever_the_side(tmp_path: Path) 
 
 def test_every_answer_is_on_disk_with_all_that_was_said(picks: Path) -> None:
     one = _session(picks)
-    one.answer(0, "right", seconds=1.26, strength=3, comment=" clearer\n")
+    one.answer(0, "right", seconds=1.2341, strength=3, comment=" clearer\n")
     one.answer(1, "tie", seconds=1, strength=2)
     one.answer(2, "skip", seconds=1)
     entries = [json.loads(line) for line in one.labeling.journal.path.read_text().splitlines()]
@@ -77,7 +77,7 @@ def test_every_answer_is_on_disk_with_all_that_was_said(picks: Path) -> None:
         "labeler": "ann",
         "label": 1 - one.left(0),
         "left": one.left(0),
-        "seconds": 1.3,
+        "seconds": 1.234,
         "strength": 3,
         "comment": "clearer",
     }
