@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,23 @@ from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_p
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.labels import RewardOracle
+from activedpo_fast.labels.reward import Reward
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.report.compute import count_tokens, cumulative
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.trial_strategies import TRIALS, Trial, TrueMargin
+from benchmarks.claims.trial_strategies import TRIALS, make_trial
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = "all labels"
-TRUE_MARGIN = "largest true difference"
+TRUE_DIFFERENCE = "largest true difference"
+VADER_DIFFERENCE = "largest VADER difference"
+VADER_WEIGHTED = "activedpo times VADER difference"
 GEMMA = Path(__file__).parent / "gemma"
 KL_SAMPLES = 150  # of the held-out responses
 
@@ -54,7 +58,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin_large": ("margin_large", {}),
     "trace": ("trace", {}),
     "trace_plus": ("trace_plus", {}),
-    TRUE_MARGIN: ("true_margin", {}),
+    TRUE_DIFFERENCE: ("difference", {"by": "rating"}),
+    VADER_DIFFERENCE: ("difference", {"by": "vader"}),
+    VADER_WEIGHTED: ("weighted_logdet", {"by": "vader"}),
     EVERYTHING: ("random", {}),
 }
 
@@ -121,6 +127,8 @@ def run(
         start first; and what `_asked` returns, each a list over the rounds.
     """
     strategy, options = METHODS[method]
+    outside = options.get("by")
+    rewards: dict[str, Reward] = {"rating": rating, "vader": vader}
     model, tokenizer = load_policy(setting, seed)
     pairs = setting.n_responses * (setting.n_responses - 1) // 2 * setting.prompts_per_round
     records = ActiveDPOLoop(
@@ -138,12 +146,10 @@ def run(
             num_train_epochs=setting.epochs,
             per_device_train_batch_size=16,
         ),
-        strategy=_trial(strategy, folder, rating) if strategy in TRIALS else strategy,
-        selector_options={
-            **setting.selection,
-            **({} if strategy in TRIALS else options),
-            "seed": seed,
-        },
+        strategy=strategy
+        if outside is None
+        else make_trial(strategy, OutsideRewards(folder, rewards[outside])),
+        selector_options={**setting.selection, **({} if outside else options), "seed": seed},
         batch_size=pairs if method == EVERYTHING else setting.batch_size,
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
@@ -185,21 +191,41 @@ def win_rates(folder: Path) -> list[float]:
     return ((difference > 0) + (difference == 0) / 2).mean(axis=1).tolist()
 
 
-def _trial(name: str, folder: Path, rating: Rating) -> Trial:
-    """A strategy on trial; `TrueMargin` is told the rewards of the newest round's pool."""
-    if name != TrueMargin.name:
-        return TRIALS[name]()
+class OutsideRewards:
+    """`Rewards` of the trials, from the pools and labels in a run's folder."""
 
-    def rewards() -> Tensor | None:
-        newest = max(folder.glob("round-*/pool.jsonl"), default=None)
-        if newest is None:
-            return None
-        texts = [(row["prompt"], r) for _, row in jsonl_rows(newest) for r in row["responses"]]
+    def __init__(self, folder: Path, reward: Reward) -> None:
+        self._folder = folder
+        self._reward = reward
+
+    def candidates(self) -> Tensor | None:
+        newest = max(self._folder.glob("round-*/pool.jsonl"), default=None)
+        return None if newest is None else self._of(row for _, row in jsonl_rows(newest))
+
+    def labeled(self, count: int) -> Tensor:
+        paths = sorted(self._folder.glob("round-*/labels.jsonl"))
+        rows = [row for path in paths for _, row in jsonl_rows(path)]
+        if len(rows) != count:
+            raise RuntimeError(f"{self._folder}: {len(rows)} labels, {count} in the history")
+        first, second = self._of(rows).view(count, 2).unbind(1)
+        return (first - second).abs()
+
+    def _of(self, rows: Iterable[dict[str, Any]]) -> Tensor:
+        texts = [(row["prompt"], response) for row in rows for response in row["responses"]]
         return torch.tensor(
-            rating([p for p, _ in texts], [r for _, r in texts], []), dtype=torch.float64
+            self._reward([p for p, _ in texts], [r for _, r in texts], []), dtype=torch.float64
         )
 
-    return TrueMargin(rewards=rewards)
+
+def vader(
+    prompts: Sequence[Text], responses: Sequence[Text], extras: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """VADER's compound score of prompt and response together, from -1 to 1."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # `make claims` has it
+
+    analyzer = SentimentIntensityAnalyzer()
+    texts = [f"{p}{r}" for p, r in zip(prompts, responses, strict=True)]
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
 def requires(method: str) -> frozenset[str]:
@@ -248,15 +274,9 @@ class Evaluation:
         )
 
     def __call__(self, model: PeftModel) -> dict[str, float]:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # `make claims` has it
-
         metrics = self._heldout(model)
         prompts, responses = self._heldout.prompts, self._heldout.responses
-        analyzer = SentimentIntensityAnalyzer()
-        compound = [
-            analyzer.polarity_scores(f"{p.prompt}{r}")["compound"]
-            for p, r in zip(prompts, responses, strict=True)
-        ]
+        compound = vader([p.prompt for p in prompts], responses, [])
         return {
             **{name: metrics[name] for name in ("reward", "gain_se")},
             "vader": float(np.mean(compound)),

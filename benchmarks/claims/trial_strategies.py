@@ -6,13 +6,14 @@ One that the data speaks for moves into the library, with bounds on its rounding
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies import Strategy
@@ -87,30 +88,88 @@ class AtOnce(Trial):
 
 
 @dataclass(frozen=True)
-class TrueMargin(Trial):
-    """The largest true difference of rewards, which only the oracle knows: a bound, not a method.
+class Difference(Trial):
+    """The largest |difference| of rewards from outside the policy, as a reward model has them.
 
-    It says what choosing pairs can be worth on a task.
-
-    rewards: returns float64 [R], those of the candidate responses; None while a round's settings
-        are only tried out, before it has any.
+    With the rewards of the labels themselves it is a bound: what choosing pairs can be worth.
     """
 
-    name: ClassVar[str] = "true_margin"
+    name: ClassVar[str] = "difference"
     requires: ClassVar[frozenset[str]] = frozenset()
-    rewards: Callable[[], Tensor | None] | None = None
+    rewards: Rewards | None = None
 
     def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
-        assert self.rewards is not None
-        found = self.rewards()
-        margins = torch.zeros(len(signals.pairs), dtype=torch.float64)
-        if found is not None:
-            margins = (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
+        apart = _apart(self.rewards, signals)
         while True:
-            yield margins
+            yield apart
 
 
-TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce, TrueMargin)}
+@dataclass(frozen=True)
+class WeightedLogdet(Strategy):
+    """ActiveDPO without normalization, each phi times the |difference| of rewards from outside.
+
+    So the score is difference^2 phi^T V^-1 phi: a direction of the gradients counts as known only
+    if pairs that are far apart were labeled along it.
+    """
+
+    name: ClassVar[str] = "weighted_logdet"
+    requires: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    lam: float = 1.0
+    rewards: Rewards | None = None
+
+    def select(
+        self,
+        signals: Signals,
+        n: int,
+        *,
+        eligible: Any = None,
+        group: Any = None,
+        show_progress: bool | None = None,
+    ) -> Ranking:
+        if eligible is not None or group is not None:
+            raise NotImplementedError("a trial has no rules and one process")
+        assert self.rewards is not None
+        history = signals.history_gradients()
+        return greedy_logdet(
+            signals.gradients(),
+            signals.pairs,
+            n,
+            lam=self.lam,
+            normalize=None,
+            weights=_apart(self.rewards, signals),
+            history=history,
+            history_weights=self.rewards.labeled(len(history[1])),
+            show_progress=False,
+        )
+
+
+class Rewards(Protocol):
+    """Rewards from outside, of what a run has on disk."""
+
+    def candidates(self) -> Tensor | None:
+        """float64 [R], those of the newest round's responses; None before there are any."""
+
+    def labeled(self, count: int) -> Tensor:
+        """float64 [count], the |differences| of the labeled pairs."""
+
+
+def _apart(rewards: Rewards | None, signals: Signals) -> Tensor:
+    """|Differences| of the candidates, float64 [N]; 1 while settings are only tried out."""
+    assert rewards is not None
+    found = rewards.candidates()
+    if found is None:
+        return torch.ones(len(signals.pairs), dtype=torch.float64)
+    return (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
+
+
+TRIALS: dict[str, type[Strategy]] = {
+    t.name: t for t in (Diagonal, AtOnce, Difference, WeightedLogdet)
+}
+
+
+def make_trial(name: str, rewards: Rewards) -> Strategy:
+    """A trial that is told rewards from outside."""
+    return replace(TRIALS[name](), rewards=rewards)  # type: ignore[type-var]
 
 
 def _rows(rows: Any) -> Tensor:
