@@ -19,7 +19,7 @@ from benchmarks.claims.jobs import missing_runs
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import compare, holm, saved
-from benchmarks.claims.trial_strategies import TRIALS
+from benchmarks.claims.trial_strategies import TRIALS, make_trial
 from benchmarks.claims.world import RESPONSES, World
 
 # -- statistics ------------------------------------------------------------------------------------
@@ -140,6 +140,49 @@ def test_picks_made_at_once_do_not_depend_on_each_other() -> None:
         for a, b in signals.pairs.tolist()
     ]
     assert picks == sorted(range(len(scores)), key=lambda n: -scores[n])[:6]
+
+
+class _Known:
+    """Rewards of ten prompts' responses and differences of the labeled pairs."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.numbers = torch.randn(30, generator=generator, dtype=torch.float64)
+        self.apart = torch.rand(100, generator=generator, dtype=torch.float64)
+
+    def candidates(self) -> torch.Tensor:
+        return self.numbers
+
+    def labeled(self, count: int) -> torch.Tensor:
+        return self.apart[:count]
+
+
+def test_the_largest_difference_of_rewards_from_outside() -> None:
+    signals, rewards = _signals(), _Known()
+    ranking = make_trial("difference", rewards).select(signals, 5)
+    apart = [abs(float(rewards.numbers[a] - rewards.numbers[b])) for a, b in signals.pairs.tolist()]
+    assert ranking.indices.tolist() == sorted(range(len(apart)), key=lambda n: -apart[n])[:5]
+    assert ranking.scores.tolist() == sorted(apart, reverse=True)[:5]
+
+
+def test_differences_weigh_the_gradients_of_candidates_and_of_labeled_pairs() -> None:
+    signals, rewards = _signals(), _Known()
+    ranking = make_trial("weighted_logdet", rewards).select(signals, 6)
+    rows, (past_rows, past_pairs) = signals.gradients(), signals.history_gradients()
+    assert isinstance(rows, torch.Tensor)
+    v = torch.eye(rows.shape[1], dtype=torch.float64)
+    for (a, b), apart in zip(past_pairs.tolist(), rewards.apart, strict=False):
+        v += apart**2 * torch.outer(past_rows[a] - past_rows[b], past_rows[a] - past_rows[b])
+    first, second = signals.pairs.unbind(1)
+    apart = (rewards.numbers[first] - rewards.numbers[second])[:, None]
+    phi = apart * (rows[first] - rows[second])
+    left = list(range(len(phi)))
+    for pick, score in zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True):
+        gains = {n: float(phi[n] @ torch.linalg.inv(v) @ phi[n]) for n in left}
+        assert pick == max(gains, key=lambda n: gains[n])
+        assert score == pytest.approx(gains[pick], rel=1e-9)
+        left.remove(pick)
+        v += torch.outer(phi[pick], phi[pick])
 
 
 def test_ties_are_taken_in_order() -> None:
