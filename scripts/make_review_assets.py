@@ -3,7 +3,8 @@
 
 Prompts are the first four words of review sentences. The reward is a ridge regression from the
 MiniLM embedding of a sentence to the mean of twenty people's ratings of it, from -4 to 4. Its fit
-on held-out reviews is written to the same folder.
+on held-out reviews is written to the same folder. The same regression on tweets is the reward model
+from elsewhere of benchmarks/claims, and goes to its folder.
 
 Example:
     python scripts/make_review_assets.py
@@ -24,6 +25,7 @@ from train_review_model import ASSETS, prompt_of
 
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 
+TWEETS = Path(__file__).parents[1] / "benchmarks" / "claims" / "tweets"
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
@@ -95,6 +97,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ASSETS / "reviews", help="folder to write to")
     parser.add_argument(
+        "--tweets", type=Path, default=TWEETS, help="folder of the regression on tweets"
+    )
+    parser.add_argument(
         "--texts", type=Path, default=Path("runs/reviews"), help="folder to download the texts to"
     )
     args = parser.parse_args()
@@ -104,7 +109,10 @@ def main() -> None:
     counts = write_prompts(sentences, args.out)
     summary = {"prompts": counts, "reward": write_reward(sentences, args.out)}
     (args.out / "assets.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    args.tweets.mkdir(parents=True, exist_ok=True)
+    fits = write_reward(review_texts.read(folder, "tweets"), args.tweets)
+    (args.tweets / "fit.json").write_text(json.dumps(fits, indent=2) + "\n")
+    print(json.dumps(summary | {"tweets": fits}, indent=2))
 
 
 if __name__ == "__main__":

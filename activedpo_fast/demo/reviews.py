@@ -28,10 +28,13 @@ class Rating:
 
     A linear regression from the MiniLM embedding of the sentence to the mean rating of twenty
     people; `assets/README.md` has its origin and fit. In a real project, people replace it.
+
+    Args:
+        weights: file of another such regression.
     """
 
-    def __init__(self) -> None:
-        tensors = load_file(_ASSETS / "reward.safetensors")
+    def __init__(self, weights: Path = _ASSETS / "reward.safetensors") -> None:
+        tensors = load_file(weights)
         self._weights, self._bias = tensors["weights"], tensors["bias"]
         self._embed = SynopsisSimilarity().embed
 
