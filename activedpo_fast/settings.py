@@ -31,6 +31,7 @@ StrategyName = Literal[
     "adpo_plus",
     "trace",
     "trace_plus",
+    "reward_gap",
 ]
 SketchName = Literal["sjlt", "rademacher", "kronecker", "none"]
 Normalization = Literal["default", "response", "pair", "none"]

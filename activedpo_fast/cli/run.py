@@ -20,6 +20,7 @@ from activedpo_fast.labels import (
     LabelStudioOracle,
     Oracle,
     RecordedOracle,
+    RewardModel,
     RewardModelOracle,
 )
 from activedpo_fast.models.file_fingerprints import fingerprint_adapter, fingerprint_model
@@ -30,6 +31,7 @@ from activedpo_fast.pool.reading import read_prompts
 from activedpo_fast.report.reading import round_name
 from activedpo_fast.report.tables import aligned
 from activedpo_fast.selection.rules import PickRules
+from activedpo_fast.selection.strategies import RewardGap, Strategy
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord, write_command
 from activedpo_fast.training.trl import dpo_config, selector_settings
@@ -75,6 +77,7 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
     """Check the settings, read the prompts and load the models."""
     dpo_args = _dpo_args(config, output)
     prompts, oracle = _prompts_and_oracle(config, output, show_progress)
+    strategy = _strategy(config, show_progress)
     model, tokenizer = load_policy(
         config.model,
         adapter=config.adapter,
@@ -92,7 +95,7 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         oracle,
         output_dir=output,
         dpo_args=dpo_args,
-        strategy=config.strategy,
+        strategy=strategy,
         selector_options={"seed": config.seed, **config.selection},
         chat_template_kwargs=config.chat_template_kwargs,
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
@@ -101,6 +104,19 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         show_progress=show_progress,
         **config.loop,
     )
+
+
+def _strategy(config: RunConfig, show_progress: bool | None) -> str | Strategy | None:
+    """Return the strategy, with its reward model if it has one."""
+    if config.reward is None:
+        return config.strategy
+    options = {k: v for k, v in config.reward.items() if k != "model"}
+    model, tokenizer = load_reward_model(config.reward["model"], config.device)
+    try:
+        reward = RewardModel(model, tokenizer, show_progress=show_progress, **options)
+    except ActiveDPOError as error:
+        raise ActiveDPOError(f"reward: {error}") from None
+    return RewardGap(reward)
 
 
 def _dpo_args(config: RunConfig, output: Path) -> DPOConfig:
@@ -191,7 +207,12 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
             "model": fingerprint_model(oracle["model"]),
         }
         oracle.pop("batch_size", None)
-    return {"adapter": adapter, "oracle": oracle}
+    found = {"adapter": adapter, "oracle": oracle}
+    if config.reward is not None:
+        reward = {"max_length": None, **config.reward}
+        reward.pop("batch_size", None)
+        found["reward"] = {**reward, "model": fingerprint_model(reward["model"])}
+    return found
 
 
 def _table(records: Sequence[RoundRecord]) -> str:

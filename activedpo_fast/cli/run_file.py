@@ -34,6 +34,8 @@ class RunConfig:
             `selection`, they are moved here.
         selection: fields of `SelectorConfig`.
         loop: fields of `LoopConfig`.
+        reward: `model`, the folder of a reward model, and options of `RewardModel`: what the
+            strategy reward_gap picks by.
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
         oracle: `kind` ("people", "reward_model", "judge" or "recorded") and its options.
@@ -55,6 +57,7 @@ class RunConfig:
     chat_template_kwargs: dict[str, Any] | None = None
     selection: dict[str, Any] = field(default_factory=dict)
     loop: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] | None = None
     rules: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
 
@@ -85,6 +88,7 @@ def make_config(given: Any) -> RunConfig:
         check_keys(values.get(section, {}), known, section)
     _check_oracle(values["oracle"])
     values["loop"] = _with_responses(values)
+    _check_reward(values)
     _check_rules(values.get("rules", {}))
     _move_template_kwargs(values)
     values = _with_preset(values)
@@ -241,6 +245,28 @@ def _with_responses(values: Mapping[str, Any]) -> dict[str, Any]:
             if name in loop:
                 raise ActiveDPOError(f"loop.{name}: no response is sampled: remove it")
     return loop
+
+
+def _check_reward(values: Mapping[str, Any]) -> None:
+    """Require a reward model where rewards are needed, and refuse one where they are not."""
+    from activedpo_fast.labels import RewardModel
+
+    wanted = values.get("strategy") == "reward_gap"
+    if "reward" not in values:
+        if wanted and values["loop"].get("responses") != "given":
+            raise ActiveDPOError(
+                "reward: missing; the strategy reward_gap picks sampled responses by a reward "
+                "model: give its folder as reward.model"
+            )
+        return
+    if not wanted:
+        raise ActiveDPOError("reward: only the strategy reward_gap uses one")
+    without = {"show_progress"}
+    check_keys(
+        values["reward"], {"model": str, **_options(RewardModel.__init__, without)}, "reward"
+    )
+    if "model" not in values["reward"]:
+        raise ActiveDPOError("reward.model: missing, the folder of the reward model")
 
 
 def _check_rules(rules: Mapping[str, Any]) -> None:

@@ -85,6 +85,7 @@ def select_pairs(
         chosen = make_strategy(
             args.strategy,
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
+            **_options(args),
         )
         found = len(candidates.pairs)
         rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
@@ -93,6 +94,7 @@ def select_pairs(
             candidates.part.item_of_row(pool),
             gradients=rows,
             history_gradients=history,
+            pool=_own_items(candidates) if "rewards" in chosen.requires else None,
         )
         picked = run_selection(
             candidates,
@@ -181,6 +183,16 @@ def _read_rows(
     used, pairs = torch.unique(known, return_inverse=True)
     mine = rows.select(torch.arange(own.start, own.stop))
     return _at_hand(mine), (rows.take(used), pairs.view(-1, 2))
+
+
+def _options(args: SelectorConfig) -> Mapping[str, Any]:
+    found: Any = args.strategy_options or {}  # a mapping by now
+    return found  # type: ignore[no-any-return]
+
+
+def _own_items(candidates: Candidates) -> PreferencePool:
+    items = candidates.part.items
+    return candidates.pool[items.start : items.stop]
 
 
 def _at_hand(rows: StoredRows) -> torch.Tensor | StoredRows:

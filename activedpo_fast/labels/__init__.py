@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from activedpo_fast.labels.files import FileOracle, LabelsPending
 from activedpo_fast.labels.oracle import CallableOracle, Oracle
 from activedpo_fast.labels.recorded import RecordedOracle
-from activedpo_fast.labels.reward import Reward, RewardOracle
+from activedpo_fast.labels.reward import RewardOracle
+from activedpo_fast.pool.rewards import Reward
 
 if TYPE_CHECKING:
     from activedpo_fast.labels.judge.oracle import JudgeOracle
     from activedpo_fast.labels.label_studio import LabelStudioOracle
-    from activedpo_fast.labels.reward_model import RewardModelOracle
+    from activedpo_fast.labels.reward_model import RewardModel, RewardModelOracle
 
 __all__ = [
     "CallableOracle",
@@ -27,6 +28,7 @@ __all__ = [
     "Oracle",
     "RecordedOracle",
     "Reward",
+    "RewardModel",
     "RewardModelOracle",
     "RewardOracle",
 ]
@@ -35,6 +37,7 @@ __all__ = [
 _LATE = {
     "JudgeOracle": "activedpo_fast.labels.judge.oracle",
     "LabelStudioOracle": "activedpo_fast.labels.label_studio",
+    "RewardModel": "activedpo_fast.labels.reward_model",
     "RewardModelOracle": "activedpo_fast.labels.reward_model",
 }
 

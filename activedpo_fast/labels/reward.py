@@ -5,28 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool, as_pool
-from activedpo_fast.pool.texts import Text
+from activedpo_fast.pool.rewards import Reward
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 
 if TYPE_CHECKING:
     import datasets
-
-
-class Reward(Protocol):
-    """A function that gives one number per response; higher is better."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Text],
-        extras: Sequence[Mapping[str, Any]],
-    ) -> Sequence[float]: ...
 
 
 class RewardOracle:

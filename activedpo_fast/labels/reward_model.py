@@ -1,4 +1,4 @@
-"""A sequence classifier with one output as the reward."""
+"""A sequence classifier with one output as the reward, and an oracle that labels by it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from activedpo_fast.pool.tokenizers import tokenizer_as_found
 from activedpo_fast.progress import progress_bar
 
 
-class RewardModelOracle(RewardOracle):
-    """`RewardOracle` whose reward is a `transformers` model for sequence classification.
+class RewardModel:
+    """A `transformers` model for sequence classification as a `Reward`: its output is the number.
 
     With a chat template, prompt and response are rendered as a conversation (a plain prompt as the
     user's message). Without one they are encoded as the tokenizer encodes a pair of texts, as
@@ -30,23 +30,23 @@ class RewardModelOracle(RewardOracle):
         model: with one output (`num_labels=1`); it stays on its device and runs in eval mode. A
             string or path is the folder or hub name of one, loaded on a GPU if there is one.
         tokenizer: may be left out for a model given by name.
-        temperature, seed: as in `RewardOracle`.
         batch_size: responses scored at once.
-        chat_template_kwargs: passed to the reward model's own chat template, which does not get
-            those of the policy.
         max_length: maximum input length in tokens; the tokenizer truncates longer inputs. None for
             no limit.
+        chat_template_kwargs: passed to the reward model's own chat template, which does not get
+            those of the policy.
 
     Raises:
         ActiveDPOError: a model with several outputs; no padding token, or different ones in the
             model's config and the tokenizer; chat messages without a chat template.
 
     Examples:
-        >>> from activedpo_fast.labels import RewardModelOracle
-        >>> oracle = RewardModelOracle(reward_model, reward_tokenizer, temperature=0.5)
-        >>> labels = oracle.label(picked)
-        >>> len(picked.to_dataset(labels))
-        4
+        >>> from activedpo_fast import ActiveDPOSelector, make_strategy
+        >>> from activedpo_fast.labels import RewardModel
+        >>> reward = RewardModel(reward_model, reward_tokenizer)
+        >>> strategy = make_strategy("reward_gap", reward=reward)
+        >>> len(ActiveDPOSelector(model, tokenizer, strategy=strategy).select(pool, 3))
+        3
     """
 
     def __init__(
@@ -54,8 +54,6 @@ class RewardModelOracle(RewardOracle):
         model: PreTrainedModel | FilePath,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        temperature: float = 1.0,
-        seed: int = 0,
         batch_size: int = 16,
         max_length: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -84,7 +82,6 @@ class RewardModelOracle(RewardOracle):
                 "chat_template_kwargs: the reward model's tokenizer has no chat "
                 "template to pass them to"
             )
-        super().__init__(self._score, temperature=temperature, seed=seed)
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
@@ -95,7 +92,7 @@ class RewardModelOracle(RewardOracle):
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._show_progress = show_progress
 
-    def _score(
+    def __call__(
         self,
         prompts: Sequence[Text],
         responses: Sequence[Text],
@@ -133,6 +130,47 @@ class RewardModelOracle(RewardOracle):
                 "the reward model's tokenizer has no chat template, which chat messages need"
             )
         return self._tokenizer(prompt, response, **self._limit)
+
+
+class RewardModelOracle(RewardOracle):
+    """`RewardOracle` whose reward is a `RewardModel`.
+
+    Args:
+        temperature, seed: as in `RewardOracle`.
+        model, tokenizer, batch_size, max_length, chat_template_kwargs: as in `RewardModel`.
+
+    Raises:
+        ActiveDPOError: as `RewardModel` and `RewardOracle` do.
+
+    Examples:
+        >>> from activedpo_fast.labels import RewardModelOracle
+        >>> oracle = RewardModelOracle(reward_model, reward_tokenizer, temperature=0.5)
+        >>> labels = oracle.label(picked)
+        >>> len(picked.to_dataset(labels))
+        4
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | FilePath,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        max_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        reward = RewardModel(
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            chat_template_kwargs=chat_template_kwargs,
+            show_progress=show_progress,
+        )
+        super().__init__(reward, temperature=temperature, seed=seed)
 
 
 def _messages(text: Text, role: str) -> list[dict[str, str]]:

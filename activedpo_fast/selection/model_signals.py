@@ -13,6 +13,7 @@ from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.models.ref_model import RefModel, reference_policy
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.rewards import Reward, rewards_of
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.selection.candidates import Candidates
 from activedpo_fast.selection.picks_jsonl import Pick
@@ -46,6 +47,7 @@ class ModelSignals(Signals):
         show_progress: bool | None,
     ) -> None:
         self._extractor = extractor
+        self._candidates = candidates
         self._tokens = tokens
         self._in_pool, self._elsewhere = candidates.labeled, elsewhere
         self._tokenize = tokenize
@@ -125,6 +127,10 @@ class ModelSignals(Signals):
         return self._once(
             "history_ref_logps", lambda: self._history(self.ref_logps(), self._reference_logps)
         )
+
+    def rewards(self, reward: str | Reward) -> Tensor:
+        items, pool = self._candidates.part.items, self._candidates.pool
+        return self._own("rewards", lambda: rewards_of(pool[items.start : items.stop], reward))
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         if name not in self._cache:

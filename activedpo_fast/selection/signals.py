@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.rewards import rewards_of
 
 if TYPE_CHECKING:
+    from activedpo_fast.pool.pool import PreferencePool
+    from activedpo_fast.pool.rewards import Reward
     from activedpo_fast.store.rows import StoredRows
 
 History = tuple[Tensor, Tensor]
@@ -87,6 +90,10 @@ class Signals(ABC):
         """Return log pi_ref of the labeled responses; float64 [H], may be empty."""
         self._missing("history_ref_logps")
 
+    def rewards(self, reward: str | Reward) -> Tensor:
+        """Return the reward of each response, float64 [R]; see `pool.rewards.rewards_of`."""
+        self._missing("rewards")
+
     def _missing(self, signal: str) -> NoReturn:
         raise ActiveDPOError(f"this selection needs the signal '{signal}', which is not available")
 
@@ -105,6 +112,7 @@ class TensorSignals(Signals):
             If no history is given, nothing has been labeled and all histories are empty. If any is
             given, asking for a missing one is an error: a history must not be dropped silently.
         lengths: int64 [R], if log-probs are means over that many tokens.
+        pool: the items of the responses, which rewards are of.
 
     Raises:
         ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
@@ -126,6 +134,7 @@ class TensorSignals(Signals):
         lengths: Tensor | None = None,
         prompt_of_row: Tensor | None = None,
         repeated: Tensor | None = None,
+        pool: PreferencePool | None = None,
     ) -> None:
         if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
             raise ActiveDPOError(
@@ -149,6 +158,7 @@ class TensorSignals(Signals):
         self.lengths = lengths
         self.prompt_of_row = prompt_of_row
         self.repeated = repeated
+        self._pool = pool
         self._gradients = gradients
         self._hidden = hidden
         self._logps = logps
@@ -187,6 +197,11 @@ class TensorSignals(Signals):
     def history_ref_logps(self) -> History:
         numbers, pairs = self._history("history_ref_logps", self.ref_logps)
         return numbers.to(torch.float64), pairs
+
+    def rewards(self, reward: str | Reward) -> Tensor:
+        if self._pool is None:
+            self._missing("rewards")
+        return rewards_of(self._pool, reward)
 
     def _history(self, name: str, current: Callable[[], Tensor | StoredRows]) -> History:
         given = self._histories[name]

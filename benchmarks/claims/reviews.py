@@ -26,10 +26,10 @@ from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.labels import RewardOracle
-from activedpo_fast.labels.reward import Reward
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.rewards import Reward
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.report.compute import count_tokens, cumulative

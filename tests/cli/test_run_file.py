@@ -96,6 +96,13 @@ def _given(**changes: Any) -> dict[str, Any]:
             "oracle.api_key_env: missing",
         ),
         ({"oracle": {}}, "oracle.kind"),
+        ({"strategy": "reward_gap"}, "reward: missing; the strategy reward_gap picks sampled"),
+        ({"reward": {"model": "r"}}, "reward: only the strategy reward_gap uses one"),
+        ({"strategy": "reward_gap", "reward": {}}, "reward.model: missing"),
+        (
+            {"strategy": "reward_gap", "reward": {"model": "r", "temperature": 1.0}},
+            "reward.temperature: unknown key",
+        ),
         ({"oracle": {"kind": []}}, "oracle.kind: expected one of"),
         ({"oracle": {"kind": "reward_model"}}, "oracle.model: missing"),
         ({"oracle": {"kind": "judge", "base_url": "http://h"}}, "oracle.model: missing"),

@@ -62,21 +62,26 @@ def test_a_misspelled_option_names_the_closest(capsys: pytest.CaptureFixture[str
 def test_select_says_which_strategies_a_store_serves(capsys: pytest.CaptureFixture[str]) -> None:
     served = get_args(StoreStrategy)
     needs_rows = {
-        name for name, strategy in STRATEGIES.items() if strategy.requires <= {"gradients"}
+        name
+        for name, strategy in STRATEGIES.items()
+        if strategy.requires <= {"gradients", "rewards"}
     }
     assert set(served) == needs_rows
     assert main(["select", "--help"]) == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "activedpo|trace|random" in help_text and "a reference model: they are in" in help_text
+    assert (
+        "activedpo|trace|random|reward_gap" in help_text
+        and "a reference model: they are in" in help_text
+    )
     for name in STRATEGIES.keys() - needs_rows:
         assert main(["select", "s", "--output", "o", "--strategy", name]) == 2
         error = capsys.readouterr().err
         needed = "last hidden states" if name == "apo" else "log-probs of the reference model"
         assert f"--strategy {name}: it needs {needed}, which a store does not have" in error
-        assert "expected activedpo, trace or random" in error and error.count("\n") == 1
+        assert "expected activedpo, trace, random or reward_gap" in error and error.count("\n") == 1
     assert main(["select", "s", "--output", "o", "--strategy", "best"]) == 2
     assert capsys.readouterr().err == (
-        "activedpo: error: --strategy best: expected activedpo, trace or random\n"
+        "activedpo: error: --strategy best: expected activedpo, trace, random or reward_gap\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -27,6 +28,7 @@ from activedpo_fast.cli import features as features_command
 from activedpo_fast.cli import select as select_command
 from activedpo_fast.cli.app import main
 from activedpo_fast.gradients import extractor
+from activedpo_fast.labels import RewardModel
 from activedpo_fast.labels.page.session import Session
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
@@ -59,6 +61,7 @@ def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
             "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
             "topic": ("law", "math")[i % 2],
             "price": 1 + i % 3,
+            "quality": [0.3 * i - 0.7 * j * j for j in range(2 + i % 3)],
         }
         for i in range(n)
     ]
@@ -564,6 +567,31 @@ def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_picks_by_rewards_of_the_pool(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "picked.jsonl"
+    argv = ["select", str(store), "--pairs", "5", "--output", str(output), "--quiet"]
+    assert main([*argv, "--strategy", "reward_gap", "--reward-column", "quality"]) == 0
+    gaps = {
+        (row["id"], a, b): abs(row["quality"][a] - row["quality"][b])
+        for row in _rows()
+        for a, b in itertools.combinations(range(len(row["responses"])), 2)
+    }
+    best = sorted(gaps.values(), reverse=True)[:5]
+    picks = _read_jsonl(output)
+    assert [pick["score"] for pick in picks] == best
+    assert [gaps[(pick["id"], *pick["pair"])] for pick in picks] == best
+    output.unlink()
+    _refused(capsys, [*argv, "--strategy", "reward_gap"], "item 'p0' has no column 'rewards'")
+    _refused(
+        capsys,
+        [*argv, "--reward-column", "quality"],
+        "--reward-column: the strategy activedpo reads no rewards",
+    )
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "rules"),
     [
@@ -881,12 +909,13 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         "adapter": None,
         "lora": {"r": 2, "target_modules": ["q_proj"]},
         "oracle": {"kind": "reward_model", "model": str(tmp_path / "reward"), "temperature": 0.5},
-        "strategy": "margin_large",
+        "strategy": "reward_gap",
+        "reward": {"model": str(tmp_path / "reward"), "max_length": 64},
         "loop": {
             "rounds": 2,
             "batch_size": 2,
             "prompts_per_round": 5,
-            "num_generations": 2,
+            "num_generations": 3,
             "max_completion_length": 4,
         },
         "rules": {"exclude": ["p1"], "group_by": "topic", "quotas": {"law": 0}},
@@ -905,6 +934,14 @@ def test_run_with_a_reward_model_and_a_fresh_adapter(
         for line in _read_jsonl(path)
     ]
     assert picked and set(picked) <= {"p3", "p5", "p7"}
+    rating = RewardModel(tmp_path / "reward", max_length=64)
+    for folder in (tmp_path / "run").glob("round-*"):
+        rows = {row["id"]: row for row in _read_jsonl(folder / "pool.jsonl")}
+        for pick in _read_jsonl(folder / "picked.jsonl"):
+            row = rows[pick["id"]]
+            numbers = rating([row["prompt"]] * 3, row["responses"], [{}] * 3)
+            a, b = (numbers[n] for n in pick["pair"])
+            assert pick["score"] == pytest.approx(abs(a - b), abs=1e-6)
 
     # A causal language model has no reward head.
     changes["oracle"] = {"kind": "reward_model", "model": str(project / "model")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -138,7 +140,10 @@ def test_every_strategy_selects_and_leaves_the_model_alone(strategy, tokenizer) 
     model = lora(tiny_causal_lm("llama"), "llama")
     model.train()
     flags = [p.requires_grad for p in model.parameters()]
-    pool = make_pool(10)
+    pool = PreferencePool(
+        replace(item, extra={"rewards": [len(r) * 0.3 for r in item.responses]})
+        for item in make_pool(10)
+    )
     chooser = ActiveDPOSelector(
         model, processing_class=tokenizer, strategy=strategy, proj_dim=64, seed=3
     )

@@ -57,6 +57,7 @@ def make_pool(count: int = 12, start: int = 0) -> PreferencePool:
             ],
             "topic": ("law", "art", "math")[i % 3],
             "price": 1.0 + i % 4,
+            "rewards": [(i * 7 + j * 5) % 11 for j in range(2 + i % 3)],
         }
         for i in range(start, start + count)
     )
@@ -91,6 +92,7 @@ def make_spread_pool() -> PreferencePool:
             "prompt": f"Number {i % 4} about {WORDS[i % 4]}.",
             "responses": texts[i],
             "post": i % 3,
+            "rewards": [(i * 7 + j * 5) % 11 for j in range(2 + i % 3)],
         }
         for i in range(12)
     )

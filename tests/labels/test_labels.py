@@ -17,6 +17,7 @@ from activedpo_fast.labels import (
     CallableOracle,
     FileOracle,
     LabelsPending,
+    RewardModel,
     RewardModelOracle,
     RewardOracle,
 )
@@ -240,9 +241,9 @@ def test_files_with_a_fault_are_refused(tmp_path: Path, fault: str, message: str
 def test_reward_model_is_left_as_found_and_ignores_the_callers_modes() -> None:
     model, tokenizer = _reward_model(), tiny_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(max_length=7)
-    oracle = RewardModelOracle(model, tokenizer, temperature=0, max_length=16, show_progress=False)
+    reward = RewardModel(model, tokenizer, max_length=16, show_progress=False)
     selection = _selection(6, (" good", " something else, and longer"))
-    expected = oracle._score(["a prompt"], [" good"], [{}])
+    expected = reward(["a prompt"], [" good"], [{}])
     model.train()
     list(model.modules())[4].eval()
     before = snapshot(model, tokenizer)
@@ -252,8 +253,8 @@ def test_reward_model_is_left_as_found_and_ignores_the_callers_modes() -> None:
         lambda: torch.autocast("cpu", torch.bfloat16),
     ):
         with around():
-            assert oracle._score(["a prompt"], [" good"], [{}]) == expected
-        oracle.label(selection)
+            assert reward(["a prompt"], [" good"], [{}]) == expected
+        RewardOracle(reward, temperature=0).label(selection)
         assert differences(before, snapshot(model, tokenizer)) == []
 
 

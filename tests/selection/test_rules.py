@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from activedpo_fast import ActiveDPOError, PickRules, PreferencePool
 from activedpo_fast.pool.items import Prompt
+from activedpo_fast.pool.rewards import rewards_of
 from activedpo_fast.selection.eligible import Eligible, random_order, warn_if_fewer
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
@@ -30,6 +31,7 @@ def make_pool(
             "responses": [f"{i} {j}" for j in range(size)],
             "topic": topics[i % len(topics)],
             "cost": costs[i % len(costs)],
+            "rewards": [math.sin(7 * i + 5 * j) for j in range(size)],
         }
         for i, size in enumerate(sizes)
     )
@@ -159,6 +161,7 @@ def _parts() -> dict[str, Any]:
     labeled = torch.arange(4).view(2, 2)
     return dict(
         pairs=PAIRS,
+        pool=POOL,
         item_of_row=torch.arange(P).repeat_interleave(M),
         gradients=normal(P * M, K),
         hidden=normal(P * M, 4),
@@ -180,6 +183,7 @@ STRATEGIES_HERE = {
     "margin_large": make_strategy("margin_large", beta=BETA),
     "margin_small": make_strategy("margin_small", beta=BETA),
     "random": make_strategy("random", seed=4),
+    "reward_gap": make_strategy("reward_gap"),
     "trace": make_strategy("trace", lam=LAM),
     "trace_plus": make_strategy("trace_plus", lam=LAM, beta=BETA, targets=13),
 }
@@ -203,6 +207,9 @@ def plain_scores(name: str, taken: list[int]) -> torch.Tensor:
         return torch.zeros(len(PAIRS), dtype=torch.float64)
     if name in ("aplp", "margin_large"):
         return d.abs()
+    if name == "reward_gap":
+        numbers = rewards_of(POOL, "rewards")
+        return (numbers[PAIRS[:, 0]] - numbers[PAIRS[:, 1]]).abs()
     if name == "margin_small":
         return 1 / (1 + d.abs().exp())
     if name == "apo":

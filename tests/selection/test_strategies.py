@@ -8,12 +8,26 @@ import pytest
 import torch
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.signals import Signals, TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
 from activedpo_fast.selection.strategies.reward_margins import uncertainty
 
 P, M, K = 8, 3, 12
+
+
+def make_pool(rewards):
+    """A pool of `P` prompts with the column "rewards", from [P * M] numbers."""
+    return PreferencePool.from_rows(
+        {
+            "id": f"p{p}",
+            "prompt": f"Prompt {p}",
+            "responses": [f"{p} {m}" for m in range(M)],
+            "rewards": rewards[M * p : M * p + M],
+        }
+        for p in range(P)
+    )
 
 
 @pytest.fixture
@@ -30,6 +44,7 @@ def parts():
         item_of_row=torch.arange(P).repeat_interleave(M),
         gradients=normal(P * M, K),
         hidden=normal(P * M, 5),
+        pool=make_pool([(7 * n) % 23 / 4 for n in range(P * M)]),
         logps=-20 + 3 * normal(P * M),
         ref_logps=-20 + 3 * normal(P * M),
         history_gradients=(normal(8, K), labeled),
@@ -241,6 +256,7 @@ def test_duplicate_pairs_tie_and_every_strategy_checks_n(parts, name):
         for key in ("gradients", "hidden", "logps", "ref_logps"):  # every prompt is like the first
             value = parts[key][:M]
             parts[key] = value.repeat((P,) + (1,) * (value.ndim - 1))
+        parts["pool"] = make_pool([0.1, 3.0, 0.7] * P)
         everything = strategy.select(TensorSignals(**parts), n_pairs).indices.tolist()
         for kind in range(M):
             of_kind = [i for i in everything if i % M == kind]
@@ -251,12 +267,14 @@ def test_duplicate_pairs_tie_and_every_strategy_checks_n(parts, name):
 def test_a_strategy_needs_what_it_requires_and_no_more(parts, name):
     strategy = make_strategy(name)
     needed = set(strategy.requires)
+    needed = {"pool" if signal == "rewards" else signal for signal in needed}
     needed |= {f"history_{signal}" for signal in needed if f"history_{signal}" in parts}
     base = {key: parts[key] for key in ("pairs", "item_of_row")}
     given = {key: parts[key] for key in needed}
     assert len(strategy.select(TensorSignals(**base, **given), 4).indices) == 4
     for missing in strategy.requires:
-        rest = {key: value for key, value in given.items() if missing not in key}
+        own = "pool" if missing == "rewards" else missing
+        rest = {key: value for key, value in given.items() if own not in key}
         with pytest.raises(ActiveDPOError, match=missing):
             strategy.select(TensorSignals(**base, **rest), 4)
 
@@ -272,6 +290,7 @@ def test_options_are_checked():
         "adpo_plus",
         "trace",
         "trace_plus",
+        "reward_gap",
     ]
     assert list(STRATEGIES) == names
     assert STRATEGIES["adpo_plus"]().normalize is None
@@ -296,9 +315,62 @@ def test_options_are_checked():
         ("trace", dict(lam=0)),
         ("trace", dict(targets=0)),
         ("trace_plus", dict(beta=-1)),
+        ("reward_gap", dict(reward="")),
+        ("reward_gap", dict(reward=3)),
     ):
         with pytest.raises(ActiveDPOError, match=next(iter(options))):
             make_strategy(name, **options)
+
+
+def test_reward_gap_takes_the_pairs_that_a_reward_rates_furthest_apart(parts):
+    pool, pairs = parts["pool"], parts["pairs"].tolist()
+    column = [n for item in pool for n in item.extra["rewards"]]
+
+    def longest(prompts, responses, extras):
+        assert (prompts[M], responses[M], extras[M]) == ("Prompt 1", "1 0", pool[1].extra)
+        return [math.sin(9 * n) for n in range(len(responses))]
+
+    for reward, numbers in (
+        ("rewards", column),
+        (longest, [math.sin(9 * n) for n in range(P * M)]),
+    ):
+        got = make_strategy("reward_gap", reward=reward).select(TensorSignals(**parts), 9)
+        gaps = [abs(numbers[a] - numbers[b]) for a, b in pairs]
+        assert got.indices.tolist() == sorted(range(len(gaps)), key=lambda n: -gaps[n])[:9]
+        assert got.scores.tolist() == sorted(gaps, reverse=True)[:9]
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ([1.0, 2.0], "item 'p0': 'rewards' should have 3 finite numbers"),
+        ([1.0, 2.0, float("nan")], "item 'p0': 'rewards' should have 3 finite"),
+        ([1.0, 2.0, True], "item 'p0': 'rewards' should have 3 finite"),
+        ("123", "item 'p0': 'rewards' should have 3 finite"),
+        (4.0, "item 'p0': 'rewards' should have 3 finite"),
+        (None, "item 'p0' has no column 'rewards'"),
+    ],
+)
+def test_rewards_of_a_column_are_checked(parts, numbers, message):
+    rows = [
+        {"prompt": i.prompt, "id": i.id, "responses": i.responses, "rewards": numbers}
+        for i in parts["pool"]
+    ]
+    signals = TensorSignals(**(parts | {"pool": PreferencePool.from_rows(rows)}))
+    with pytest.raises(ActiveDPOError, match=message):
+        make_strategy("reward_gap").select(signals, 2)
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda p, r, e: [1.0] * (len(r) - 1), "returned 23 numbers for 24 responses"),
+        (lambda p, r, e: [1.0] * 4 + [math.inf] * 20, "returned inf for a response of 'p1'"),
+    ],
+)
+def test_rewards_of_a_function_are_checked(parts, reward, message):
+    with pytest.raises(ActiveDPOError, match=message):
+        make_strategy("reward_gap", reward=reward).select(TensorSignals(**parts), 2)
 
 
 def test_nan_is_named(parts):

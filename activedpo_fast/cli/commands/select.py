@@ -19,11 +19,12 @@ Examples:
   activedpo select store --max-per-prompt 1 --exclude done.txt --output picked.jsonl
   activedpo select store --group-by topic --quota math=20 --quota law=10 --output picked.jsonl
   activedpo select store --min-score 0.5 --random-fraction 0.1 --cost tokens --output picked.jsonl
+  activedpo select store --strategy reward_gap --reward-column rewards --output picked.jsonl
   torchrun --nproc-per-node 4 -m activedpo_fast select store --output picked.jsonl
 """
 
-# Those that need gradient rows or nothing. A test compares them with the strategies.
-StoreStrategy = Literal["activedpo", "trace", "random"]
+# Those that need gradient rows, rewards or nothing. A test compares them with the strategies.
+StoreStrategy = Literal["activedpo", "trace", "random", "reward_gap"]
 
 
 def _served(name: str) -> str:
@@ -77,6 +78,15 @@ def select(
     ] = "default",
     lam: Annotated[float, option(SelectorConfig, "lam")] = SelectorConfig.lam,
     kappa: Annotated[float, option(SelectorConfig, "kappa")] = SelectorConfig.kappa,
+    reward_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Column of the pool with a list of rewards, one number for each response, from a "
+            "reward model: reward_gap picks the pairs that they rate furthest apart. Its default "
+            "is rewards.",
+        ),
+    ] = None,
     labeled: Annotated[
         list[Path] | None,
         typer.Option(
@@ -144,7 +154,12 @@ def select(
         from activedpo_fast.cli.select import read_rules, select_pairs
 
         args = selector_config(
-            strategy=strategy, normalize=normalize, lam=lam, kappa=kappa, seed=seed
+            strategy=strategy,
+            normalize=normalize,
+            lam=lam,
+            kappa=kappa,
+            seed=seed,
+            strategy_options=_with_reward(strategy, reward_column),
         )
         rules = read_rules(
             max_per_prompt=max_per_prompt,
@@ -170,6 +185,13 @@ def select(
                 show_progress=progress(quiet),
             ),
         )
+
+
+def _with_reward(strategy: str, column: str | None) -> dict[str, str] | None:
+    """Return the options of reward_gap; refuse a column that the strategy does not read."""
+    if column is not None and strategy != "reward_gap":
+        raise ActiveDPOError(f"--reward-column: the strategy {strategy} reads no rewards")
+    return None if column is None else {"reward": column}
 
 
 def _only(files: list[Path] | None, option: str) -> Path | None:

@@ -13,6 +13,7 @@ from activedpo_fast.selection.strategies.apo import Apo
 from activedpo_fast.selection.strategies.base import Strategy
 from activedpo_fast.selection.strategies.margin import MarginLarge, MarginSmall
 from activedpo_fast.selection.strategies.random import Random
+from activedpo_fast.selection.strategies.reward_gap import RewardGap
 from activedpo_fast.selection.strategies.trace import Trace, TracePlus
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MarginLarge",
     "MarginSmall",
     "Random",
+    "RewardGap",
     "Strategy",
     "Trace",
     "TracePlus",
@@ -42,6 +44,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         AdpoPlus,
         Trace,
         TracePlus,
+        RewardGap,
     )
 }
 

@@ -1,0 +1,84 @@
+"""A number for each response from outside the policy: a column of the pool, or a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from reprlib import repr as show
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.texts import Text
+
+
+class Reward(Protocol):
+    """A function that gives one number per response; higher is better."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> Sequence[float]: ...
+
+
+def rewards_of(pool: PreferencePool, reward: str | Reward) -> Tensor:
+    """Return the reward of every response of `pool`, float64 [R], in the pool's order.
+
+    Args:
+        reward: the column of the pool that has a list of numbers, one for each response of the
+            item; or a function that is called once with all prompts and responses, and for each the
+            other columns of its item.
+
+    Raises:
+        ActiveDPOError: a missing column, a wrong number of rewards, or one that is not a finite
+            number, naming the item.
+    """
+    if isinstance(reward, str):
+        found = [number for item in pool for number in _of_item(item, reward)]
+    else:
+        rows = [(item, response) for item in pool for response in item.responses]
+        found = list(
+            reward(
+                [item.prompt for item, _ in rows],
+                [response for _, response in rows],
+                [item.extra for item, _ in rows],
+            )
+        )
+        if len(found) != len(rows):
+            raise ActiveDPOError(
+                f"the reward function returned {len(found)} numbers for {len(rows)} responses"
+            )
+        for (item, _), number in zip(rows, found, strict=True):
+            if not math.isfinite(number):
+                raise ActiveDPOError(
+                    f"the reward function returned {number!r} for a response of {item.id!r}, not a "
+                    "finite number"
+                )
+    return torch.tensor([float(number) for number in found], dtype=torch.float64)
+
+
+def _of_item(item: Any, column: str) -> Sequence[float]:
+    numbers = item.extra.get(column)
+    if numbers is None:
+        raise ActiveDPOError(
+            f"item {item.id!r} has no column {column!r}, which should have a reward for each of "
+            "its responses; name the column that has them, or give the strategy a function"
+        )
+    if not (
+        isinstance(numbers, Sequence)
+        and len(numbers) == len(item.responses)
+        and all(
+            isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+        )
+    ):
+        raise ActiveDPOError(
+            f"item {item.id!r}: {column!r} should have {len(item.responses)} finite numbers, one "
+            f"for each response, not {show(numbers)}"
+        )
+    return numbers
