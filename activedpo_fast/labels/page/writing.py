@@ -24,11 +24,15 @@ class LabelsWriter:
 
     Args:
         write: writes the file.
+        clock: returns seconds; says how long a write takes.
     """
 
-    def __init__(self, write: Callable[[], None]) -> None:
+    def __init__(
+        self, write: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._write = write
-        self._next = 0.0  # not before, by time.monotonic
+        self._clock = clock
+        self._next = 0.0  # not before, by the clock
         self._timer: asyncio.TimerHandle | None = None
         self._failing = False
 
@@ -36,7 +40,7 @@ class LabelsWriter:
         """Write now, or see to it that the change is written later."""
         if self._timer is not None:
             return
-        wait = self._next - time.monotonic()
+        wait = self._next - self._clock()
         if wait > 0:
             self._timer = asyncio.get_running_loop().call_later(wait, self._write_now)
         else:
@@ -44,7 +48,7 @@ class LabelsWriter:
 
     def _write_now(self) -> None:
         self._timer = None
-        begin = time.monotonic()
+        begin = self._clock()
         try:
             self._write()
         except (ActiveDPOError, OSError) as error:
@@ -53,5 +57,5 @@ class LabelsWriter:
             self._failing = True
         else:
             self._failing = False
-        seconds = time.monotonic() - begin
+        seconds = self._clock() - begin
         self._next = begin + seconds * (1 + _PAUSE) if seconds > _QUICK else 0.0
