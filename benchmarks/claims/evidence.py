@@ -38,18 +38,21 @@ def document(
     for task, known in results.items():
         own = [e for e in experiments[task] if len(seeds_of(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]
+        outside = [e for e in own if e.name.startswith("outside")]
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:
             make = (
                 single_table
                 if not experiment.compared
-                else (main_table if experiment in mains else grid_table)
+                else (main_table if experiment in [*mains, *outside] else grid_table)
             )
             found[f"claims: {experiment.name}"] = make(known, experiment)
         drawn = [e for e in mains if e.drawn]
         if drawn:
             draw_curves(known, drawn, path.with_name(f"evidence_{task}.png"))
+        if outside:
+            draw_curves(known, outside, path.with_name("evidence_outside.png"))
         if drawn and task == "known_reward":
             draw_bound(known, drawn, path.with_name("evidence_bound.png"))
         if drawn and task == "reviews":

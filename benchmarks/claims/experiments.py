@@ -155,7 +155,11 @@ def of_reviews() -> list[Experiment]:
             "main reviews",
             "sentiment of reviews",
             8,
-            _variants(reviews.METHODS, usual, {"": {}}),
+            _variants(
+                [name for name, (_, options) in reviews.METHODS.items() if "by" not in options],
+                usual,
+                {"": {}},
+            ),
             seconds=300,
         ),
         _gate("gate gemma", "The same with Gemma's architecture", gemma),
@@ -171,17 +175,14 @@ def of_reviews() -> list[Experiment]:
                     "trace_plus",
                     "margin_large",
                     reviews.TRUE_DIFFERENCE,
-                    reviews.TWEETS_DIFFERENCE,
-                    reviews.TWEETS_LABELS,
-                    reviews.TWEETS_WEIGHTED,
-                    reviews.VADER_DIFFERENCE,
-                    reviews.LEARNED_DIFFERENCE,
                 ),
                 gemma,
                 {"": {}},
             ),
             seconds=300,
         ),
+        _by_rewards("outside gemma", "Gemma's architecture, picks by rewards from outside", gemma),
+        _by_rewards("outside llama", "Llama's architecture, picks by rewards from outside", usual),
         Experiment(
             "responses of reviews",
             "M responses to each prompt, at the same number of labels",
@@ -216,6 +217,20 @@ def of_reviews() -> list[Experiment]:
             seconds=200,
         ),
     ]
+
+
+def _by_rewards(name: str, title: str, setting: ReviewSetting) -> Experiment:
+    """Random picks, and those by rewards that do not come from the policy."""
+    methods = (
+        RANDOM,
+        reviews.VADER_DIFFERENCE,
+        reviews.TWEETS_DIFFERENCE,
+        reviews.TWEETS_WEIGHTED,
+        reviews.LEARNED_DIFFERENCE,
+        reviews.TWEETS_LABELS,
+        reviews.TRUE_DIFFERENCE,
+    )
+    return Experiment(name, title, 8, _variants(methods, setting, {"": {}}), seconds=200)
 
 
 def _main(reward: str, title: str, seeds: int) -> Experiment:

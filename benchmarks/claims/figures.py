@@ -11,6 +11,12 @@ import numpy as np
 from activedpo_fast._files import atomic_path
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment
 from benchmarks.claims.results import Results
+from benchmarks.claims.reviews import (
+    LEARNED_DIFFERENCE,
+    TRUE_DIFFERENCE,
+    TWEETS_DIFFERENCE,
+    VADER_DIFFERENCE,
+)
 from benchmarks.claims.shown import costs_of, curves_of, seeds_of, variants_made
 from benchmarks.claims.statistics import mean_and_error
 
@@ -22,6 +28,10 @@ _DRAWN = (
     "apo",
     "margin_large",
     "trace_plus",
+    VADER_DIFFERENCE,
+    TWEETS_DIFFERENCE,
+    LEARNED_DIFFERENCE,
+    TRUE_DIFFERENCE,
     EVERYTHING,
 )
 

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from activedpo_fast.pool.rewards import Reward
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.report.compute import count_tokens, cumulative
-from activedpo_fast.selection.strategies import STRATEGIES
+from activedpo_fast.selection.strategies import STRATEGIES, RewardGap, Strategy
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.trial_strategies import TRIALS, make_trial
+from benchmarks.claims.trial_strategies import WeightedLogdet
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = "all labels"
@@ -64,12 +65,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin_large": ("margin_large", {}),
     "trace": ("trace", {}),
     "trace_plus": ("trace_plus", {}),
-    TRUE_DIFFERENCE: ("difference", {"by": "rating"}),
-    VADER_DIFFERENCE: ("difference", {"by": "vader"}),
-    TWEETS_DIFFERENCE: ("difference", {"by": "tweets"}),
+    TRUE_DIFFERENCE: ("reward_gap", {"by": "rating"}),
+    VADER_DIFFERENCE: ("reward_gap", {"by": "vader"}),
+    TWEETS_DIFFERENCE: ("reward_gap", {"by": "tweets"}),
     TWEETS_WEIGHTED: ("weighted_logdet", {"by": "tweets"}),
-    TWEETS_LABELS: ("difference", {"by": "tweets"}),
-    LEARNED_DIFFERENCE: ("difference", {"by": "learned"}),
+    TWEETS_LABELS: ("reward_gap", {"by": "tweets"}),
+    LEARNED_DIFFERENCE: ("reward_gap", {"by": "learned"}),
     EVERYTHING: ("random", {}),
 }
 
@@ -136,7 +137,6 @@ def run(
         start first; and what `_asked` returns, each a list over the rounds.
     """
     strategy, options = METHODS[method]
-    outside = options.get("by")
     model, tokenizer = load_policy(setting, seed)
     pairs = setting.n_responses * (setting.n_responses - 1) // 2 * setting.prompts_per_round
     records = ActiveDPOLoop(
@@ -158,10 +158,12 @@ def run(
             num_train_epochs=setting.epochs,
             per_device_train_batch_size=16,
         ),
-        strategy=strategy
-        if outside is None
-        else make_trial(strategy, OutsideRewards(folder, reward_called(outside, folder, rating))),
-        selector_options={**setting.selection, **({} if outside else options), "seed": seed},
+        strategy=_with_reward(strategy, options, folder, rating),
+        selector_options={
+            **setting.selection,
+            **({} if "by" in options else options),
+            "seed": seed,
+        },
         batch_size=pairs if method == EVERYTHING else setting.batch_size,
         rounds=setting.rounds,
         prompts_per_round=setting.prompts_per_round,
@@ -203,6 +205,18 @@ def win_rates(folder: Path) -> list[float]:
     return ((difference > 0) + (difference == 0) / 2).mean(axis=1).tolist()
 
 
+def _with_reward(
+    name: str, options: dict[str, Any], folder: Path, rating: Rating
+) -> str | Strategy:
+    """The strategy, or its name if no reward from outside is among its options."""
+    if "by" not in options:
+        return name
+    reward = reward_called(options["by"], folder, rating)
+    if name == RewardGap.name:
+        return RewardGap(reward)
+    return WeightedLogdet(reward, partial(labeled_differences, folder, reward))
+
+
 def reward_called(name: str, folder: Path, rating: Rating) -> Reward:
     """A reward that picks are made by: "rating", the oracle's own, "vader", "tweets" (see
     tweets/README.md), or "learned" from the labels in a run's folder."""
@@ -229,8 +243,7 @@ class LearnedReward:
         extras: Sequence[Mapping[str, Any]],
     ) -> list[float]:
         candidates = self._embedded(zip(prompts, responses, strict=True))
-        paths = sorted(self._folder.glob("round-*/labels.jsonl"))
-        rows = [row for path in paths for _, row in jsonl_rows(path)]
+        rows = _labels(self._folder)
         if not rows:
             generator = torch.Generator().manual_seed(len(responses))
             return torch.rand(len(responses), generator=generator).tolist()
@@ -247,30 +260,20 @@ class LearnedReward:
         return self._embed([f"{prompt}{response}" for prompt, response in texts]).double()
 
 
-class OutsideRewards:
-    """`Rewards` of the trials, from the pools and labels in a run's folder."""
+def labeled_differences(folder: Path, reward: Reward, count: int) -> Tensor:
+    """|Differences| of a reward for the labeled pairs in a run's folder, float64 [count]."""
+    rows = _labels(folder)
+    if len(rows) != count:
+        raise RuntimeError(f"{folder}: {len(rows)} labels, {count} in the history")
+    texts = [(row["prompt"], response) for row in rows for response in row["responses"]]
+    found = reward([p for p, _ in texts], [r for _, r in texts], [{}] * len(texts))
+    first, second = torch.tensor(found, dtype=torch.float64).view(count, 2).unbind(1)
+    return (first - second).abs()
 
-    def __init__(self, folder: Path, reward: Reward) -> None:
-        self._folder = folder
-        self._reward = reward
 
-    def candidates(self) -> Tensor | None:
-        newest = max(self._folder.glob("round-*/pool.jsonl"), default=None)
-        return None if newest is None else self._of(row for _, row in jsonl_rows(newest))
-
-    def labeled(self, count: int) -> Tensor:
-        paths = sorted(self._folder.glob("round-*/labels.jsonl"))
-        rows = [row for path in paths for _, row in jsonl_rows(path)]
-        if len(rows) != count:
-            raise RuntimeError(f"{self._folder}: {len(rows)} labels, {count} in the history")
-        first, second = self._of(rows).view(count, 2).unbind(1)
-        return (first - second).abs()
-
-    def _of(self, rows: Iterable[dict[str, Any]]) -> Tensor:
-        texts = [(row["prompt"], response) for row in rows for response in row["responses"]]
-        return torch.tensor(
-            self._reward([p for p, _ in texts], [r for _, r in texts], []), dtype=torch.float64
-        )
+def _labels(folder: Path) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("round-*/labels.jsonl"))
+    return [row for path in paths for _, row in jsonl_rows(path)]
 
 
 def vader(
@@ -287,7 +290,7 @@ def vader(
 def requires(method: str) -> frozenset[str]:
     """The signals of a method's strategy."""
     strategy = METHODS[method][0]
-    return TRIALS[strategy].requires if strategy in TRIALS else STRATEGIES[strategy].requires
+    return STRATEGIES.get(strategy, WeightedLogdet).requires
 
 
 def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:

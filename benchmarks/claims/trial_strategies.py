@@ -6,13 +6,14 @@ One that the data speaks for moves into the library, with bounds on its rounding
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from activedpo_fast.pool.rewards import Reward
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import Signals
@@ -88,34 +89,20 @@ class AtOnce(Trial):
 
 
 @dataclass(frozen=True)
-class Difference(Trial):
-    """The largest |difference| of rewards from outside the policy, as a reward model has them.
-
-    With the rewards of the labels themselves it is a bound: what choosing pairs can be worth.
-    """
-
-    name: ClassVar[str] = "difference"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    rewards: Rewards | None = None
-
-    def steps(self, signals: Signals, picks: list[int]) -> Iterator[Tensor]:
-        apart = _apart(self.rewards, signals)
-        while True:
-            yield apart
-
-
-@dataclass(frozen=True)
 class WeightedLogdet(Strategy):
     """ActiveDPO without normalization, each phi times the |difference| of rewards from outside.
 
     So the score is difference^2 phi^T V^-1 phi: a direction of the gradients counts as known only
     if pairs that are far apart were labeled along it.
+
+    reward: as in `RewardGap`. labeled: returns the |differences| of so many labeled pairs, [t].
     """
 
     name: ClassVar[str] = "weighted_logdet"
-    requires: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    requires: ClassVar[frozenset[str]] = frozenset({"gradients", "rewards"})
+    reward: Reward
+    labeled: Callable[[int], Tensor]
     lam: float = 1.0
-    rewards: Rewards | None = None
 
     def select(
         self,
@@ -128,48 +115,24 @@ class WeightedLogdet(Strategy):
     ) -> Ranking:
         if eligible is not None or group is not None:
             raise NotImplementedError("a trial has no rules and one process")
-        assert self.rewards is not None
-        history = signals.history_gradients()
+        rewards, history = signals.rewards(self.reward), signals.history_gradients()
         return greedy_logdet(
             signals.gradients(),
             signals.pairs,
             n,
             lam=self.lam,
             normalize=None,
-            weights=_apart(self.rewards, signals),
+            weights=_differences(rewards, signals.pairs).abs(),
             history=history,
-            history_weights=self.rewards.labeled(len(history[1])),
+            history_weights=self.labeled(len(history[1])),
             show_progress=False,
         )
 
-
-class Rewards(Protocol):
-    """Rewards from outside, of what a run has on disk."""
-
-    def candidates(self) -> Tensor | None:
-        """float64 [R], those of the newest round's responses; None before there are any."""
-
-    def labeled(self, count: int) -> Tensor:
-        """float64 [count], the |differences| of the labeled pairs."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightedLogdet:
+        return self
 
 
-def _apart(rewards: Rewards | None, signals: Signals) -> Tensor:
-    """|Differences| of the candidates, float64 [N]; 1 while settings are only tried out."""
-    assert rewards is not None
-    found = rewards.candidates()
-    if found is None:
-        return torch.ones(len(signals.pairs), dtype=torch.float64)
-    return (found[signals.pairs[:, 0]] - found[signals.pairs[:, 1]]).abs()
-
-
-TRIALS: dict[str, type[Strategy]] = {
-    t.name: t for t in (Diagonal, AtOnce, Difference, WeightedLogdet)
-}
-
-
-def make_trial(name: str, rewards: Rewards) -> Strategy:
-    """A trial that is told rewards from outside."""
-    return replace(TRIALS[name](), rewards=rewards)  # type: ignore[type-var]
+TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce)}
 
 
 def _rows(rows: Any) -> Tensor:
