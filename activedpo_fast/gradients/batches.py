@@ -214,7 +214,7 @@ def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool)
     if share and len(members) > 1:
         shared = min(map(_before, members))
         # commonprefix is meant for paths, but compares any sequences.
-        shared = len(commonprefix([member.input_ids[:shared] for member in members]))
+        shared = len(commonprefix([list(member.input_ids[:shared]) for member in members]))
     return _of_prompt(sequences, rows, shared)
 
 

@@ -17,7 +17,8 @@ TRL itself is not needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,11 +50,15 @@ class TokenizedResponse:
     """A prompt with one response, after truncation.
 
     `input_ids[completion_start:]` belong to the response. The scored tokens are
-    `input_ids[max(completion_start, 1):]`: nothing predicts the first token of a sequence.
+    `input_ids[max(completion_start, 1):]`: nothing predicts the first token of a sequence. They are
+    kept as 32-bit numbers, a tenth of what Python's own would take: a pool may have millions.
     """
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     completion_start: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", array("i", self.input_ids))
 
 
 @dataclass(frozen=True)

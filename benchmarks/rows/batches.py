@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ IGNORED = -100  # the label that cross_entropy ignores
 
 def scored_labels(response: TokenizedResponse) -> list[int]:
     start = max(response.completion_start, 1)
-    return [IGNORED] * start + response.input_ids[start:]
+    return [IGNORED] * start + list(response.input_ids[start:])
 
 
 def dimension(model: nn.Module) -> int:
@@ -59,8 +60,8 @@ def collate(tokenized: TokenizedPool, rows: list[int]) -> tuple[Tensor, Tensor]:
     responses = [tokenized.sequences[row] for row in rows]
     longest = max(len(response.input_ids) for response in responses)
 
-    def pad(values: list[int], by: int) -> list[int]:
-        return values + [by] * (longest - len(values))
+    def pad(values: Sequence[int], by: int) -> list[int]:
+        return [*values] + [by] * (longest - len(values))
 
     ids = torch.tensor([pad(response.input_ids, 0) for response in responses])
     return ids, torch.tensor([pad(scored_labels(response), IGNORED) for response in responses])

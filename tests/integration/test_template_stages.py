@@ -20,7 +20,7 @@ from activedpo_fast._files import read_checked_json
 from activedpo_fast.cli.app import main
 from activedpo_fast.cli.run_file import make_config
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending, RewardModelOracle
+from activedpo_fast.labels import CallableOracle, FileOracle, LabelsPending, RewardModel
 from activedpo_fast.labels.reading import read_labels
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
@@ -97,7 +97,8 @@ def _scored(tokens: TokenizedPool) -> list[tuple[list[int], list[int], list[int]
     for a, b in zip(tokens.sequences[::2], tokens.sequences[1::2], strict=True):
         assert a.completion_start == b.completion_start
         start = a.completion_start
-        pairs.append((a.input_ids[:start], a.input_ids[start:], b.input_ids[start:]))
+        first, second = list(a.input_ids), list(b.input_ids)
+        pairs.append((first[:start], first[start:], second[start:]))
     return pairs
 
 
@@ -326,7 +327,7 @@ def test_history_keeps_the_arguments_of_its_own_rows(caplog: Any) -> None:
     expected = _tokenizer().apply_chat_template(
         [*old[0].prompt, *old[0].responses[0]], style="long"
     )["input_ids"]
-    assert tokens.sequences[0].input_ids == expected
+    assert list(tokens.sequences[0].input_ids) == expected
 
 
 def test_label_files_keep_the_arguments_and_their_file_name(tmp_path: Path) -> None:
@@ -378,17 +379,17 @@ def test_a_reward_model_has_its_own_arguments() -> None:
     ).eval()
     picked = _selector(_BRIEF).select(_pool(), 4)
     prompts, responses = [p.prompt for p in picked], [p.responses[0] for p in picked]
-    oracle = RewardModelOracle(
+    reward = RewardModel(
         model, _tokenizer(), chat_template_kwargs={"style": "strict"}, show_progress=False
     )
-    for pick, score in zip(picked, oracle._score(prompts, responses, [{}] * 4), strict=True):
+    for pick, score in zip(picked, reward(prompts, responses, [{}] * 4), strict=True):
         ids = _tokenizer().apply_chat_template(
             [*pick.prompt, *pick.responses[0]], style="strict", return_tensors="pt"
         )["input_ids"]
         with torch.no_grad():
             assert score == pytest.approx(float(model(ids).logits), rel=1e-4)
     with pytest.raises(ActiveDPOError, match="no chat template"):
-        RewardModelOracle(model, tiny_tokenizer(), chat_template_kwargs=_THINKING)
+        RewardModel(model, tiny_tokenizer(), chat_template_kwargs=_THINKING)
 
 
 # -- where it is given -----------------------------------------------------------------------------

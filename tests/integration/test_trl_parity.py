@@ -122,7 +122,7 @@ def _assert_same_pair(
     collated: dict[str, torch.Tensor], which: int, ours: TokenizedResponse
 ) -> None:
     real = collated["attention_mask"][which].bool()
-    assert collated["input_ids"][which][real].tolist() == ours.input_ids
+    assert collated["input_ids"][which][real].tolist() == list(ours.input_ids)
     expected = [int(n >= ours.completion_start) for n in range(len(ours.input_ids))]
     assert collated["completion_mask"][which][real].tolist() == expected
 
@@ -164,7 +164,7 @@ def test_tokens_of_every_pair(
             _assert_same_pair(collated, which, ours.sequences[response])
             if max_length is None:
                 start = ours.sequences[response].completion_start
-                ids = ours.sequences[response].input_ids
+                ids = list(ours.sequences[response].input_ids)
                 assert row["prompt_ids"] == ids[:start]
                 assert row["chosen_ids" if which == 0 else "rejected_ids"] == ids[start:]
 
@@ -186,7 +186,7 @@ def test_items_of_three_responses(
             row["pair"], (row["chosen_ids"], row["rejected_ids"]), strict=True
         ):
             sequence = ours.sequences[response]
-            assert sequence.input_ids == row["prompt_ids"] + ids
+            assert list(sequence.input_ids) == row["prompt_ids"] + ids
             assert sequence.completion_start <= len(row["prompt_ids"])
             if sequence.completion_start < len(row["prompt_ids"]):
                 differing.add(pool.locate(response)[0])

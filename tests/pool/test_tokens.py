@@ -36,8 +36,8 @@ def test_plain_text_gets_eos_once() -> None:
     result = tokenize_pool(pool, tokenizer)
     prompt = tokenizer("The quick")["input_ids"]
     for sequence, text in zip(result.sequences, (" brown fox", " dog", f"{EOS} dog"), strict=True):
-        assert sequence.input_ids == tokenizer(f"The quick{text}{EOS}")["input_ids"]
-        assert sequence.input_ids[: sequence.completion_start] == prompt
+        assert list(sequence.input_ids) == tokenizer(f"The quick{text}{EOS}")["input_ids"]
+        assert list(sequence.input_ids[: sequence.completion_start]) == prompt
         assert sequence.input_ids[-1] == tokenizer.eos_token_id
     assert result.skipped == []
 
