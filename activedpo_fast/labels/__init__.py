@@ -17,6 +17,7 @@ from activedpo_fast.pool.rewards import Reward
 if TYPE_CHECKING:
     from activedpo_fast.labels.judge.oracle import JudgeOracle
     from activedpo_fast.labels.label_studio import LabelStudioOracle
+    from activedpo_fast.labels.learned_reward import LearnedReward
     from activedpo_fast.labels.reward_model import RewardModel, RewardModelOracle
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "JudgeOracle",
     "LabelStudioOracle",
     "LabelsPending",
+    "LearnedReward",
     "Oracle",
     "RecordedOracle",
     "Reward",
@@ -37,6 +39,7 @@ __all__ = [
 _LATE = {
     "JudgeOracle": "activedpo_fast.labels.judge.oracle",
     "LabelStudioOracle": "activedpo_fast.labels.label_studio",
+    "LearnedReward": "activedpo_fast.labels.learned_reward",
     "RewardModel": "activedpo_fast.labels.reward_model",
     "RewardModelOracle": "activedpo_fast.labels.reward_model",
 }

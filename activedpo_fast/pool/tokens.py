@@ -45,7 +45,7 @@ DEFAULT_TRUNCATION_MODE: TruncationMode = "keep_start"
 _ITEMS_A_BATCH = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenizedResponse:
     """A prompt with one response, after truncation.
 

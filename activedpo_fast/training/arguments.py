@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
+from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
 from activedpo_fast.settings import LoopConfig, SelectorConfig, read_settings
 from activedpo_fast.training.trl import selector_settings
@@ -45,6 +47,14 @@ def selection_settings(
     )
     read_settings(SelectorConfig, None, options, None)
     return options, template
+
+
+def learn_reward(
+    strategy: str | Strategy, history: Sequence[tuple[Selection, Sequence[int | None]]]
+) -> None:
+    """Have the reward that a strategy picks by learn from the labels so far, if it can."""
+    if callable(learn := getattr(getattr(strategy, "reward", None), "learn", None)):
+        learn([picked for picked, _ in history], [labels for _, labels in history])
 
 
 def warn_of_the_policy_as_reference(args: LoopConfig, strategy: str | Strategy) -> None:

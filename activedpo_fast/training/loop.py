@@ -29,6 +29,7 @@ from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.settings import LoopConfig, read_settings
 from activedpo_fast.training.arguments import (
     check_oracle,
+    learn_reward,
     selection_settings,
     warn_of_the_policy_as_reference,
 )
@@ -295,6 +296,7 @@ class ActiveDPOLoop:
             split = [by_preference(*past) for past in history]
             rules = self.rules and self.rules.within(pool)
             self.selector.ref_model = self._reference_weights()
+            learn_reward(self.selector.strategy, history)
             with measured(folder, "select", self.model.device):
                 picked = self.selector.select(
                     pool,

@@ -48,7 +48,9 @@ def recorded_settings(
     settings |= {
         "model": model,
         "strategy": (
-            strategy if isinstance(strategy, str) else {"name": strategy.name, **vars(strategy)}
+            strategy
+            if isinstance(strategy, str)
+            else {"name": strategy.name, **{k: _described(v) for k, v in vars(strategy).items()}}
         ),
         "selector_options": selector_options,
         "chat_template_kwargs": chat_template_kwargs,
@@ -57,7 +59,7 @@ def recorded_settings(
         ),
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
-        "oracle": _oracle_settings(oracle),
+        "oracle": _own_settings(oracle),
         "extra_settings": extra_settings,
     }
     recorded: dict[str, Any] = plain(settings)
@@ -73,14 +75,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _oracle_settings(oracle: Oracle) -> dict[str, Any]:
-    """Return the class of an oracle, and its public attributes that are numbers or texts."""
+def _described(option: Any) -> Any:
+    """Return an option of a strategy as it is, or what is known of a function or an object."""
+    return _own_settings(option) if callable(option) else option
+
+
+def _own_settings(of: Any) -> dict[str, Any]:
+    """Return the class of an object, and its public attributes that are numbers or texts."""
     own = {
         name: value
-        for name, value in getattr(oracle, "__dict__", {}).items()
+        for name, value in getattr(of, "__dict__", {}).items()
         if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))
     }
-    return {"class": type(oracle).__name__, **own}
+    return {"class": type(of).__name__, **own}
 
 
 def _identity(prompt: Any, *, given: bool) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_p
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
-from activedpo_fast.labels import RewardOracle
+from activedpo_fast.labels import LearnedReward, RewardOracle
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.items import PoolItem, Prompt
 from activedpo_fast.pool.pool import PreferencePool
@@ -211,69 +211,38 @@ def _with_reward(
     """The strategy, or its name if no reward from outside is among its options."""
     if "by" not in options:
         return name
-    reward = reward_called(options["by"], folder, rating)
+    reward = reward_called(options["by"], rating)
     if name == RewardGap.name:
         return RewardGap(reward)
     return WeightedLogdet(reward, partial(labeled_differences, folder, reward))
 
 
-def reward_called(name: str, folder: Path, rating: Rating) -> Reward:
+def reward_called(name: str, rating: Rating) -> Reward:
     """A reward that picks are made by: "rating", the oracle's own, "vader", "tweets" (see
-    tweets/README.md), or "learned" from the labels in a run's folder."""
+    tweets/README.md), or "learned" from the labels so far."""
     if name == "tweets":
         return Rating(TWEETS)
-    others: dict[str, Reward] = {"rating": rating, "vader": vader, "learned": LearnedReward(folder)}
-    return others[name]
-
-
-class LearnedReward:
-    """A ridge regression from MiniLM embeddings to the labels so far; random before the first.
-
-    The oracle's rating is linear in these embeddings, so this is a reward model of the right form.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._embed = SynopsisSimilarity().embed
-
-    def __call__(
-        self,
-        prompts: Sequence[Text],
-        responses: Sequence[Text],
-        extras: Sequence[Mapping[str, Any]],
-    ) -> list[float]:
-        candidates = self._embedded(zip(prompts, responses, strict=True))
-        rows = _labels(self._folder)
-        if not rows:
-            generator = torch.Generator().manual_seed(len(responses))
-            return torch.rand(len(responses), generator=generator).tolist()
-        first, second = (
-            self._embedded((row["prompt"], row["responses"][n]) for row in rows) for n in (0, 1)
+    if name == "learned":
+        embed = SynopsisSimilarity().embed  # the oracle's rating is linear in these embeddings
+        return LearnedReward(
+            lambda prompts, responses: embed(
+                [f"{p}{r}" for p, r in zip(prompts, responses, strict=True)]
+            ),
+            ridge=LEARNED_RIDGE,
         )
-        known = first - second
-        known, scale = known / known.norm(dim=1).mean(), known.norm(dim=1).mean()
-        labels = torch.tensor([1.0 - 2.0 * row["label"] for row in rows], dtype=torch.float64)
-        kernel = known @ known.T + LEARNED_RIDGE * torch.eye(len(rows), dtype=torch.float64)
-        return (candidates @ (known.T @ torch.linalg.solve(kernel, labels)) / scale).tolist()
-
-    def _embedded(self, texts: Iterable[tuple[Text, Text]]) -> Tensor:
-        return self._embed([f"{prompt}{response}" for prompt, response in texts]).double()
+    return vader if name == "vader" else rating
 
 
 def labeled_differences(folder: Path, reward: Reward, count: int) -> Tensor:
     """|Differences| of a reward for the labeled pairs in a run's folder, float64 [count]."""
-    rows = _labels(folder)
+    paths = sorted(folder.glob("round-*/labels.jsonl"))
+    rows = [row for path in paths for _, row in jsonl_rows(path)]
     if len(rows) != count:
         raise RuntimeError(f"{folder}: {len(rows)} labels, {count} in the history")
     texts = [(row["prompt"], response) for row in rows for response in row["responses"]]
     found = reward([p for p, _ in texts], [r for _, r in texts], [{}] * len(texts))
     first, second = torch.tensor(found, dtype=torch.float64).view(count, 2).unbind(1)
     return (first - second).abs()
-
-
-def _labels(folder: Path) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("round-*/labels.jsonl"))
-    return [row for path in paths for _, row in jsonl_rows(path)]
 
 
 def vader(
