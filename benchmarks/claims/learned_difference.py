@@ -2,11 +2,11 @@
 
     python -m benchmarks.claims.learned_difference
 
-A ridge regression from the labels of earlier rounds to the model's own features of a pair, in the
-kept folders of the runs with random picks and Gemma's architecture (`make claims` leaves them in
-runs/claims). What it predicts for the candidates of the next round is compared with the oracle's
-own ratings. The figures go to benchmarks/results/claims/learned_difference.json, from where
-docs/evidence.md has them.
+A ridge regression from features of a pair, the model's own or an encoder's, to the labels of
+earlier rounds, in the kept folders of the runs with random picks and Gemma's architecture (`make
+claims` leaves them in runs/claims). What it predicts for the candidates of the next round is
+compared with the oracle's own ratings, and so is what rewards from outside say. The figures go to
+benchmarks/results/claims/learned_difference.json, from where docs/evidence.md has them.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ from torch import Tensor
 
 from activedpo_fast._files import write_atomic
 from activedpo_fast.demo.reviews import Rating
+from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from benchmarks.claims.jobs import WORK
-from benchmarks.claims.reviews import ReviewSetting, load_policy, quiet
+from benchmarks.claims.reviews import ReviewSetting, load_policy, quiet, reward_called
 
 RESULT = Path("benchmarks/results/claims/learned_difference.json")
 RUNS = "random*gemma*-"
 RIDGES = (0.1, 1.0, 10.0, 100.0)
+MINILM, HALFWAY = "MiniLM embeddings", "MiniLM, halfway"  # the oracle is linear in the former
 PICKED = 64  # of a round's candidates
 
 
 class Round(NamedTuple):
     """A round's candidates.
 
-    features: by name, float64 [N, d], differences of two responses. apart: float64 [N], the
-    difference of their ratings. labeled: int64 [B], candidates with a label; labels: float64 [B],
-    1 where the first response is preferred, else -1.
+    features: by name, float64 [N, d], differences of two responses. rewards: by name, float64 [N],
+    differences by a reward from outside. apart: float64 [N], the difference of their ratings.
+    labeled: int64 [B], candidates with a label; labels: float64 [B], 1 where the first response is
+    preferred, else -1.
     """
 
     features: dict[str, Tensor]
+    rewards: dict[str, Tensor]
     apart: Tensor
     labeled: Tensor
     labels: Tensor
@@ -54,15 +58,22 @@ def rounds(folder: Path, seed: int, rating: Rating) -> Iterator[Round]:
     setting = ReviewSetting(model="gemma")
     model, tokenizer = load_policy(setting, seed)
     extractor = FeatureExtractor(model, Sketch("sjlt", setting.selection["proj_dim"]))
+    encoders = {MINILM: SynopsisSimilarity(), HALFWAY: SynopsisSimilarity(layer=3)}
     for path in sorted(folder.glob("round-*/pool.jsonl")):
         pool = PreferencePool.from_jsonl(path)
         tokens = tokenize_pool(pool, tokenizer, max_length=64, show_progress=False)
         texts = [(item.prompt, response) for item in pool for response in item.responses]
-        ratings = torch.tensor(rating([p for p, _ in texts], [r for _, r in texts], []))
+        prompts, responses = [p for p, _ in texts], [r for _, r in texts]
+        ratings = torch.tensor(rating(prompts, responses, []))
+        outside = {
+            name: torch.tensor(reward_called(called, rating)(prompts, responses, [])).double()
+            for name, called in (("VADER", "vader"), ("a rating learned on tweets", "tweets"))
+        }
         first, second = pool.pairs().unbind(1)
         rows = {
             "hidden states": extractor.hidden(tokens, show_progress=False),
             "gradients": extractor.gradients(tokens, show_progress=False).gradients,
+            **{name: e.embed([f"{p}{r}" for p, r in texts]) for name, e in encoders.items()},
         }
         candidates = {
             (item.id, *pair): n
@@ -76,6 +87,7 @@ def rounds(folder: Path, seed: int, rating: Rating) -> Iterator[Round]:
         answers = [row for _, row in jsonl_rows(path.parent / "labels.jsonl")]
         yield Round(
             {name: (x[first] - x[second]).double() for name, x in rows.items()},
+            {name: x[first] - x[second] for name, x in outside.items()},
             (ratings[first] - ratings[second]).double(),
             torch.tensor([candidates[(row["id"], *row["responses"])] for row in answers]),
             torch.tensor([1.0 - 2.0 * row["label"] for row in answers], dtype=torch.float64),
@@ -83,11 +95,7 @@ def rounds(folder: Path, seed: int, rating: Rating) -> Iterator[Round]:
 
 
 def predicted(known: list[Round], new: Round, name: str) -> dict[str, float]:
-    """The prediction for a new round's candidates, of the ridge that suits them best.
-
-    correlation: with the true differences. apart: mean true difference of the pairs that are
-    predicted to be furthest apart.
-    """
+    """The prediction for a new round's candidates, of the ridge that suits them best."""
     x = torch.cat([r.features[name][r.labeled] for r in known])
     labels = torch.cat([r.labels for r in known])
     scale = x.norm(dim=1).mean()
@@ -95,15 +103,22 @@ def predicted(known: list[Round], new: Round, name: str) -> dict[str, float]:
     found = []
     for ridge in RIDGES:
         weights = torch.linalg.solve(kernel + ridge * torch.eye(len(x), dtype=x.dtype), labels)
-        guess = to_new @ weights
-        furthest = guess.abs().topk(PICKED).indices
-        found.append(
-            {
-                "correlation": float(torch.corrcoef(torch.stack([guess, new.apart]))[0, 1]),
-                "apart": float(new.apart[furthest].abs().mean()),
-            }
-        )
+        found.append(judged(to_new @ weights, new.apart))
     return max(found, key=lambda f: f["apart"])
+
+
+def judged(guess: Tensor, apart: Tensor) -> dict[str, float]:
+    """How good a guess of the differences is.
+
+    correlation: with the true ones. right: share of the pairs with the right sign. apart: mean true
+    difference of the pairs that are furthest apart by the guess.
+    """
+    furthest = guess.abs().topk(PICKED).indices
+    return {
+        "correlation": float(torch.corrcoef(torch.stack([guess, apart]))[0, 1]),
+        "right": float((guess.sign() == apart.sign()).double().mean()),
+        "apart": float(apart[furthest].abs().mean()),
+    }
 
 
 def main() -> None:
@@ -119,6 +134,8 @@ def main() -> None:
             count = sum(len(r.labels) for r in known)
             for name in new.features if known else ():
                 records.setdefault((name, count), []).append(predicted(known, new, name))
+            for name, guess in new.rewards.items() if known else ():
+                records.setdefault((name, count), []).append(judged(guess, new.apart))
             distance = new.apart.abs()
             for name, chosen in (("random", distance), ("the truth", distance.topk(PICKED).values)):
                 if known:

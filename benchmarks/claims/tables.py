@@ -8,6 +8,7 @@ import numpy as np
 
 from activedpo_fast._files import read_json
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment
+from benchmarks.claims.learned_difference import HALFWAY, MINILM
 from benchmarks.claims.learned_difference import RESULT as LEARNED
 from benchmarks.claims.linear_fit import RESULT as FITS
 from benchmarks.claims.results import Results
@@ -194,16 +195,33 @@ def learned_table() -> str:
         first, last = (found[r["by"], n].get("correlation") for n in (counts[0], counts[-1]))
         return "–" if first is None else f"{first:.2f} to {last:.2f}"
 
+    def right(r: Row) -> str:
+        shares = [found[r["by"], n].get("right") for n in counts]
+        return "–" if None in shares else f"{np.mean(shares):.0%}"
+
     columns = {
         f"{count} labels": lambda r, count=count: f"{found[r['by'], count]['apart']:.2f}"
         for count in counts
     }
     return f"{result['seeds']} seeds.\n\n" + table(
-        [{"by": name} for name in ("random", "gradients", "hidden states", "the truth")],
+        [
+            {"by": name}
+            for name in (
+                "random",
+                "gradients",
+                "hidden states",
+                HALFWAY,
+                MINILM,
+                "VADER",
+                "a rating learned on tweets",
+                "the truth",
+            )
+        ],
         {
             "64 pairs picked by": lambda r: r["by"],
             **columns,
             "correlation, first to last": correlation,
+            "pairs ranked right": right,
         },
     )
 

@@ -310,7 +310,7 @@ def test_differences_that_the_features_tell_are_learned_and_others_are_not() -> 
         noise = torch.randn(400, generator=generator, dtype=torch.float64)
         apart = features @ theta if told else noise
         labeled = torch.randperm(400, generator=generator)[:100]
-        return learned_difference.Round({"x": features}, apart, labeled, apart[labeled].sign())
+        return learned_difference.Round({"x": features}, {}, apart, labeled, apart[labeled].sign())
 
     for told in (True, False):
         new = one_round(told)
