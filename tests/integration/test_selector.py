@@ -361,11 +361,22 @@ def test_equal_rewards_are_logged(strategy: str, caplog: pytest.LogCaptureFixtur
     assert line not in caplog.text
 
 
-@pytest.mark.parametrize("normalize", ["response", "pair", "none"])
-def test_two_stages_are_a_cheap_and_an_exact_selection(model, tokenizer, normalize: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "normalize"),
+    [
+        ("activedpo", "response"),
+        ("activedpo", "pair"),
+        ("activedpo", "none"),
+        ("adpo_plus", "response"),
+        ("adpo_plus", "none"),
+    ],
+)
+def test_two_stages_are_a_cheap_and_an_exact_selection(
+    model, tokenizer, strategy: str, normalize: str
+) -> None:
     """Pairs labeled in the pool and elsewhere are in V of both stages."""
     pool, earlier = make_pool(10), make_pool(4, n_responses=2, start=20)
-    options = {"normalize": normalize}
+    options = {"strategy": strategy, "normalize": normalize}
     exact = selector(model, tokenizer, **options)
     cheap = selector(model, tokenizer, gradient="response_tokens", **options)
     labeled = [exact.select(pool, 3), exact.select(earlier, 2)]
@@ -381,7 +392,7 @@ def test_two_stages_are_a_cheap_and_an_exact_selection(model, tokenizer, normali
     got = two.select(pool, 4, labeled=labeled)
     assert [(p.id, p.pair) for p in got] == [(p.id, p.pair) for p in expected]
     assert [p.score for p in got] == pytest.approx([p.score for p in expected], rel=1e-7)
-    assert got.strategy == "activedpo" and two.last_timings["features"] > 0
+    assert got.strategy == strategy and two.last_timings["features"] > 0
     assert {(p.id, p.pair) for p in got} <= chosen
 
 
@@ -403,16 +414,21 @@ def test_exact_rows_are_computed_for_the_chosen_pairs_alone(model, tokenizer) ->
         lambda module, inputs, output: seen.append(inputs[0].numel())
     )
 
-    def tokens(*, n: int, **options) -> int:
+    def tokens(**options) -> int:
         chooser = selector(model, tokenizer, max_tokens_per_batch=400, **options)
         chooser.extractor.check(chooser.tokenize(pool))
         seen.clear()
-        chooser.select(pool, n)
+        chooser.select(pool, 2)
         return sum(seen)
 
     try:
-        exact, cheap = tokens(n=2), tokens(n=2, gradient="response_tokens")
-        assert cheap < tokens(n=2, preselect=1) < cheap + 0.4 * exact
+        exact, cheap = tokens(), tokens(gradient="response_tokens")
+        assert cheap < tokens(preselect=1) < cheap + 0.4 * exact
+        # The reference model too runs once on every response, not again on those that are chosen.
+        strategy = {"strategy": "adpo_plus"}
+        reference = tokens(**strategy) - exact
+        again = tokens(preselect=1, **strategy) - reference - tokens(preselect=1)
+        assert abs(again) < 40  # its picks are others; one response with its prompt has 25 or more
     finally:
         hook.remove()
 
