@@ -133,6 +133,21 @@ def select(
             "picked by score / cost.",
         ),
     ] = None,
+    preselect: Annotated[
+        int | None,
+        typer.Option(
+            help="How many pairs per pick the rows of --preselect-by choose first; the store's own "
+            "rows then pick among them."
+        ),
+    ] = None,
+    preselect_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="A store of other rows of the same pool, such as those of features --gradient "
+            "response_tokens: shows what two stages would pick.",
+        ),
+    ] = None,
     seed: Annotated[int, option(SelectorConfig, "seed")] = SelectorConfig.seed,
     quiet: Quiet = False,
 ) -> None:
@@ -144,7 +159,12 @@ def select(
         from activedpo_fast.cli.select import read_rules, select_pairs
 
         args = selector_config(
-            strategy=strategy, normalize=normalize, lam=lam, kappa=kappa, seed=seed
+            strategy=strategy,
+            normalize=normalize,
+            lam=lam,
+            kappa=kappa,
+            preselect=preselect,
+            seed=seed,
         )
         rules = read_rules(
             max_per_prompt=max_per_prompt,
@@ -167,6 +187,7 @@ def select(
                 labeled=_only(labeled, "--labeled"),
                 rules=rules,
                 exclude=exclude,
+                preselect_by=preselect_by,
                 show_progress=progress(quiet),
             ),
         )
