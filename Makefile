@@ -69,8 +69,9 @@ bench: $(PEERS) $(SMOLLM2)  ## the benchmarks, with their peers; BENCH="--worklo
 	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median --benchmark-group-by=group \
 	  $(or $(BENCH),--benchmark-json=$(RESULTS))
 
-fidelity: env  ## how the sketches change the picks: a table and docs/fidelity.png
+fidelity: env  ## how sketches and cheaper rows change the picks: tables and docs/fidelity.png
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.fidelity.cheaper
 
 selection: $(PEERS)  ## the selection compared with its peers: tables and docs/selection_growth.png
 	$(BIN)/python -m benchmarks.selection

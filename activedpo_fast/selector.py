@@ -27,6 +27,7 @@ from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.candidates import Candidates, pool_text, split_history
 from activedpo_fast.selection.model_signals import ModelSignals
 from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.preselection import check_preselectable
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, check_is_rules, random_seed
 from activedpo_fast.selection.run import run_selection
@@ -127,7 +128,10 @@ class ActiveDPOSelector:
         config = self.args
         projection = Sketch(config.sketch, config.proj_dim, config.seed)
         # Report an unknown name or option, or an unsupported model, now rather than after an hour.
-        requires = getattr(self._make_strategy(""), "requires", ())
+        chosen = self._make_strategy("")
+        requires = getattr(chosen, "requires", ())
+        if config.preselect is not None:
+            check_preselectable(chosen)
         self.model, self.processing_class = as_model(
             model, processing_class, peft_config=peft_config, seed=config.seed
         )
@@ -253,6 +257,7 @@ class ActiveDPOSelector:
             strategy,
             n,
             rules=rules,
+            preselect=self.args.preselect,
             chat_template_kwargs=template,
             group=group,
             show_progress=show_progress,
@@ -318,6 +323,7 @@ class ActiveDPOSelector:
                 "beta or precision": repr((extractor.beta, extractor.precision)),
                 "length_normalized": repr(extractor.length_normalized),
                 "gradient": repr(extractor.gradient),
+                "preselect": repr(self.args.preselect),
                 "ref_model": (
                     repr(self.ref_model)
                     if isinstance(self.ref_model, str)

@@ -85,6 +85,14 @@ class SelectorConfig:
             "prompt's keys and values as constants: cheaper for long prompts, and not exact."
         },
     )
+    preselect: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs per pick that cheap rows (response_tokens) of the whole pool choose "
+            "first; exact rows are computed for these alone, and decide. For activedpo and "
+            "adpo_plus. Default: exact rows of the whole pool."
+        },
+    )
     sketch: SketchName = field(
         default="sjlt",
         metadata={"help": "Random projection of the gradients; none keeps them whole."},
@@ -150,7 +158,17 @@ class SelectorConfig:
         _check_types(self)
         _check_positive(self, "beta", "lam", "kappa")
         check_at_least(0, seed=self.seed)
-        check_at_least(1, proj_dim=self.proj_dim, max_tokens_per_batch=self.max_tokens_per_batch)
+        check_at_least(
+            1,
+            preselect=self.preselect,
+            proj_dim=self.proj_dim,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+        )
+        if self.preselect is not None and self.gradient != "all_tokens":
+            raise ActiveDPOError(
+                f"preselect: gradient is {self.gradient!r}, which the first stage uses anyway: "
+                "leave one of the two out"
+            )
         if self.max_length is not None and self.max_length < 2:
             raise ActiveDPOError(
                 f"max_length: {self.max_length} leaves no token to score, 2 is the least"

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.fidelity.tables import fidelity_tables
+from benchmarks.fidelity.tables import cheaper_tables, fidelity_tables
 from benchmarks.markdown import where_and_when, write_into
 from benchmarks.rows.tables import tables
 from benchmarks.selection.tables import on_disk_table, selection_tables
@@ -39,6 +39,8 @@ def main(
         found["response tokens"] = f"{where}\n\n{own['summary']}"
     if (path := results / "fidelity.json").exists():
         found |= fidelity_tables(json.loads(path.read_text()))
+    if (path := results / "cheaper_rows.json").exists():
+        found |= cheaper_tables(json.loads(path.read_text()))
     if (path := results / "selection.json").exists():
         found |= selection_tables(json.loads(path.read_text()))
     if (path := results / "selection_on_disk.json").exists():

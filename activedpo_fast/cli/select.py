@@ -23,6 +23,7 @@ from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.candidates import Candidates, pool_text
+from activedpo_fast.selection.preselection import check_preselectable
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, random_seed
 from activedpo_fast.selection.run import run_selection
@@ -46,15 +47,18 @@ def select_pairs(
     labeled: FilePath | None = None,
     rules: PickRules | None = None,
     exclude: FilePath | None = None,
+    preselect_by: FilePath | None = None,
     show_progress: bool | None = None,
 ) -> str | None:
     """Write to `output` the pairs of a feature store to label next; return a one-line summary.
 
     `args` has the strategy and its settings; those of the rows, which are in the store, have no
     effect. If there are fewer than `n` pairs, or `rules` leave fewer, those are written.
-    `exclude` is the file that some rules came from, which is not overwritten. Processes started by
-    a launcher such as torchrun (WORLD_SIZE in the environment) make one selection together, each
-    with its part of the rows. The first process writes it, and the others return None.
+    `exclude` is the file that some rules came from, which is not overwritten. `preselect_by` is a
+    store of cheap rows of the same pool, which choose `args.preselect` pairs per pick first.
+    Processes started by a launcher such as torchrun (WORLD_SIZE in the environment) make one
+    selection together, each with its part of the rows. The first process writes it, and the others
+    return None.
 
     Raises:
         ActiveDPOError: bad input, no pair to pick, or another process failed; nothing is written
@@ -62,21 +66,23 @@ def select_pairs(
     """
     started = time.perf_counter()
     args = SelectorConfig() if args is None else args
+    _check_stages(args.preselect, preselect_by)
     with _launched() as group:
         processes = PoolProcesses(group)
 
-        def prepare() -> tuple[FeatureStore, Candidates, torch.Tensor]:
+        def prepare() -> tuple[list[FeatureStore], Candidates, torch.Tensor]:
             if processes.rank == 0:
                 check_output("--output", output, {"--labeled": labeled, "--exclude": exclude})
                 _check_keeps_labels(output)
-            return _find_candidates(store_path, labeled, rules, processes)
+            paths = [path for path in (store_path, preselect_by) if path is not None]
+            return _find_candidates(paths, labeled, rules, processes)
 
-        store, candidates, asked = processes.check(prepare)
+        stores, candidates, asked = processes.check(prepare)
         pool, known = candidates.pool, candidates.labeled
         if group is not None:
             processes.require_same(
                 {
-                    "store": pool_text(pool, rules) + repr(store.manifest),
+                    "store": pool_text(pool, rules) + repr([store.manifest for store in stores]),
                     "--labeled": repr((known.tolist(), asked.tolist())),
                     "rules": repr(rules),
                     "settings": repr((n, args)),
@@ -87,14 +93,11 @@ def select_pairs(
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
             **_options(args),
         )
+        if args.preselect is not None:
+            check_preselectable(chosen)
         found = len(candidates.pairs)
-        rows, history = processes.check(lambda: _read_rows(store, candidates.part.rows, known))
-        signals = TensorSignals(
-            candidates.own_pairs,
-            candidates.part.item_of_row(pool),
-            gradients=rows,
-            history_gradients=history,
-            pool=_own_items(candidates) if "rewards" in chosen.requires else None,
+        signals = processes.check(
+            lambda: _signals(stores, candidates, with_pool="rewards" in chosen.requires)
         )
         picked = run_selection(
             candidates,
@@ -102,8 +105,9 @@ def select_pairs(
             chosen,
             n,
             rules=rules,
+            preselect=args.preselect,
             group=group,
-            chat_template_kwargs=store.manifest["settings"].get("chat_template_kwargs"),
+            chat_template_kwargs=stores[0].manifest["settings"].get("chat_template_kwargs"),
             show_progress=show_progress,
         )
         if processes.rank > 0:
@@ -137,17 +141,33 @@ def _launched() -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
+def _check_stages(preselect: int | None, preselect_by: FilePath | None) -> None:
+    """Refuse one of the two options without the other."""
+    if preselect is not None and preselect_by is None:
+        raise ActiveDPOError(
+            "--preselect: a store has rows of one kind: name one of cheap rows of the same pool "
+            "(--preselect-by), or select with the model, in `activedpo run` or in Python"
+        )
+    if preselect is None and preselect_by is not None:
+        raise ActiveDPOError(
+            "--preselect-by: say how many pairs per pick it chooses (--preselect INTEGER)"
+        )
+
+
 def _find_candidates(
-    store_path: FilePath,
+    store_paths: Sequence[FilePath],
     labeled: FilePath | None,
     rules: PickRules | None,
     processes: PoolProcesses,
-) -> tuple[FeatureStore, Candidates, torch.Tensor]:
-    """Return the store, its candidates, and the pairs that were only asked, int64 [n, 2]."""
-    store = FeatureStore.open(store_path)
-    pool = store.pool()
+) -> tuple[list[FeatureStore], Candidates, torch.Tensor]:
+    """Return the stores, their candidates, and the pairs that were only asked, int64 [n, 2]."""
+    stores = [FeatureStore.open(path) for path in store_paths]
+    pool = stores[0].pool()
+    for path, store in zip(store_paths, stores, strict=True):
+        if store.manifest["pool"] != stores[0].manifest["pool"]:
+            raise ActiveDPOError(f"{path} has rows of another pool than {store_paths[0]}")
     known = asked = torch.empty(0, 2, dtype=torch.int64)
-    non_finite = store.non_finite()
+    non_finite = sorted({item for store in stores for item in store.non_finite()})
     if labeled is not None:
         known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
         known, asked = _without(known, asked, pool, non_finite)
@@ -156,10 +176,10 @@ def _find_candidates(
         processes,
         labeled=known,
         asked=asked,
-        skipped=[*store.manifest["skipped"], *non_finite],
+        skipped=[*(item for store in stores for item in store.manifest["skipped"]), *non_finite],
         rules=rules,
     )
-    return store, candidates, asked
+    return stores, candidates, asked
 
 
 def _without(
@@ -173,6 +193,25 @@ def _without(
             "%d labeled pairs have rows that are not finite, and do not enter V", int(out.sum())
         )
     return known[~out], torch.cat([asked, known[out]])
+
+
+def _signals(
+    stores: Sequence[FeatureStore], candidates: Candidates, *, with_pool: bool
+) -> TensorSignals:
+    """Return the signals of the first store; the second one, if any, has cheap rows."""
+    signals: TensorSignals | None = None
+    for store in reversed(stores):
+        rows, history = _read_rows(store, candidates.part.rows, candidates.labeled)
+        signals = TensorSignals(
+            candidates.own_pairs,
+            candidates.part.item_of_row(candidates.pool),
+            gradients=rows,
+            history_gradients=history,
+            cheap=signals,
+            pool=_own_items(candidates) if with_pool else None,
+        )
+    assert signals is not None
+    return signals
 
 
 def _read_rows(

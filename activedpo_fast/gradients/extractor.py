@@ -164,6 +164,12 @@ class FeatureExtractor:
         twin._layouts, twin._runner = self._layouts.copy(), self._runner.copy()
         return twin
 
+    def of_response_tokens(self) -> FeatureExtractor:
+        """Return one with the same model, settings and self-check whose rows are the cheap ones."""
+        twin = copy.copy(self)
+        twin.gradient = "response_tokens"
+        return twin
+
     @in_own_modes
     def gradients(
         self, tokenized: TokenizedPool, *, relative: bool = False, show_progress: bool | None = None
@@ -350,7 +356,7 @@ class FeatureExtractor:
             raise ActiveDPOError(
                 "gradient='response_tokens' needs a model whose prompts can run apart from their "
                 "responses, as the self-check finds out (verify=True; its warning says why not); "
-                "use gradient='all_tokens'"
+                "use gradient='all_tokens', and no preselect"
             )
         return Layout.APART
 

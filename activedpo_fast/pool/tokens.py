@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -72,12 +72,15 @@ class TokenizedPool:
     `items`: the item of each sequence. None: every sequence is a separate item.
 
     `ids`: the id of each item, for messages.
+
+    `numbers`: of each sequence among the responses of its item, from 0. None: all of them are here.
     """
 
     sequences: list[TokenizedResponse]
     skipped: list[int]
     items: list[int] | None = None
     ids: list[str] | None = None
+    numbers: list[int] | None = None
 
     def item_of(self, row: int) -> int:
         """Return the item that response `row` belongs to."""
@@ -87,8 +90,21 @@ class TokenizedPool:
         """Return a description of response `row` to look it up in the pool."""
         if self.items is None or self.ids is None:
             return f"response row {row}"
-        item = self.items[row]
-        return f"item {self.ids[item]!r}, response {row - self.items.index(item) + 1}"
+        return f"item {self.ids[self.items[row]]!r}, response {self._number(row) + 1}"
+
+    def only(self, rows: Sequence[int]) -> TokenizedPool:
+        """Return some of the responses, `rows` in ascending order; items keep their numbers."""
+        return replace(
+            self,
+            sequences=[self.sequences[row] for row in rows],
+            items=[self.item_of(row) for row in rows],
+            numbers=[self._number(row) for row in rows],
+        )
+
+    def _number(self, row: int) -> int:
+        if self.numbers is not None:
+            return self.numbers[row]
+        return 0 if self.items is None else row - self.items.index(self.items[row])
 
 
 def scored_tokens(response: TokenizedResponse) -> int:

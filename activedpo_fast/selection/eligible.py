@@ -80,18 +80,21 @@ class Eligible:
         """Return an `Eligible` without rules: every candidate may be picked."""
         return cls(torch.ones(n_candidates, dtype=torch.bool))
 
-    def part(self, start: int, end: int) -> Eligible:
-        """Return the same rules for candidates `start` to `end` (exclusive), before any pick.
+    def only(self, which: slice | Tensor) -> Eligible:
+        """Return the same rules for some of the candidates, before any pick.
 
         Each part counts how much room prompts and groups still have, so it must be informed of
         picks made by other parts (`record_elsewhere`).
+
+        Args:
+            which: a slice of them, or their numbers, int64 [m].
         """
 
         def cut(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[start:end]
+            return None if values is None else values[which]
 
         return Eligible(
-            self.remaining[start:end].clone(),
+            self.remaining[which].clone(),
             inverse_cost=cut(self.inverse_cost),
             min_score=self.min_score,
             n_random=self.n_random,
@@ -100,6 +103,24 @@ class Eligible:
             max_per_prompt=self._max_per_prompt,
             quota_group=cut(self._quota_group),
             room=self._room,
+        )
+
+    def roomier(self, factor: int, random_order: Tensor | None, n_random: int) -> Eligible:
+        """Return rules with `factor` times the room, no least score, and other random picks.
+
+        Args:
+            factor: of `max_per_prompt` and of the room of every group, from 1.
+            random_order, n_random: as of the constructor.
+        """
+        return Eligible(
+            self.remaining.clone(),
+            inverse_cost=self.inverse_cost,
+            n_random=n_random,
+            random_order=random_order,
+            prompt=self._prompt,
+            max_per_prompt=factor * self._max_per_prompt,
+            quota_group=self._quota_group,
+            room=[factor * room for room in self._room],
         )
 
     def record_pick(self, index: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +25,18 @@ from activedpo_fast.selection.signals import History, Signals
 T = TypeVar("T")
 
 
+@dataclass
+class _Watch:
+    """Seconds spent on signals, of one object and of those made from it."""
+
+    seconds: float = 0.0
+
+
 class ModelSignals(Signals):
     """The signals of this process's part of the candidates, and the seconds they took.
 
-    Signals of labeled pairs are computed by all processes together.
+    Signals of labeled pairs are computed by all processes together. Signals that do not depend on
+    which gradients are taken are shared with those made by `cheap`.
 
     Args:
         tokens: of this process's part of the pool.
@@ -34,6 +44,9 @@ class ModelSignals(Signals):
         tokenize: tokenizes the texts of `elsewhere`.
         ref_model: see `ActiveDPOSelector`.
     """
+
+    prompt_of_row: Tensor
+    repeated: Tensor
 
     def __init__(
         self,
@@ -55,15 +68,48 @@ class ModelSignals(Signals):
         self._processes = processes
         self._show_progress = show_progress
         self._cache: dict[str, Any] = {}
-        self.seconds = 0.0
+        self._watch = _Watch()
         self.device = next(extractor.model.parameters()).device
-        self._rows = candidates.part.rows
-        mine = slice(self._rows.start, self._rows.stop)
+        rows = candidates.part.rows
+        self._row_ids = torch.arange(rows.start, rows.stop)  # in the pool
+        mine = slice(rows.start, rows.stop)
         self.pairs = candidates.own_pairs
         self.item_of_row = candidates.part.item_of_row(candidates.pool)
         self.lengths = extractor.lengths(tokens)
         self.prompt_of_row = candidates.prompts.of_row(candidates.pool)[mine]
         self.repeated = candidates.prompts.repeats()[mine]
+
+    @property
+    def seconds(self) -> float:
+        return self._watch.seconds
+
+    def cheap(self) -> ModelSignals:
+        twin = copy.copy(self)
+        twin._extractor = self._extractor.of_response_tokens()
+        return twin
+
+    def only(self, indices: Tensor) -> ModelSignals:
+        """Return the signals of some candidates, with the rows of these and of labeled pairs alone.
+
+        What is known of all rows is forgotten here: their gradients are large.
+        """
+        pairs = self.pairs[indices]
+        labeled = torch.isin(self._row_ids, self._in_pool).nonzero().flatten()
+        rows = torch.cat([pairs.flatten(), labeled]).unique()
+        if not len(rows):  # a process that has none of these takes part with its first item
+            rows = (self.item_of_row == self.item_of_row[0]).nonzero().flatten()
+        part = copy.copy(self)
+        part.pairs = torch.searchsorted(rows, pairs)
+        part._row_ids, part._tokens = self._row_ids[rows], self._tokens.only(rows.tolist())
+        part.item_of_row, part.prompt_of_row = self.item_of_row[rows], self.prompt_of_row[rows]
+        part.repeated = self.repeated[rows]
+        part.lengths = None if self.lengths is None else self.lengths[rows]
+        whole = ("outside tokens", "history_ref_logps")
+        part._cache = {name: self._cache[name] for name in whole if name in self._cache}
+        if "ref_logps" in self._cache:
+            part._cache["ref_logps"] = self._cache["ref_logps"][rows]
+        self._cache.clear()
+        return part
 
     def gradients(self, *, relative: bool = False) -> Tensor:
         def compute() -> Tensor:
@@ -73,7 +119,7 @@ class ModelSignals(Signals):
             self._cache.setdefault("logps", rows.logps)  # they come for free
             return rows.gradients
 
-        return self._own(f"gradients {relative=}", compute)
+        return self._own(f"gradients of {self._extractor.gradient}, {relative=}", compute)
 
     def history_gradients(self, *, relative: bool = False) -> History:
         def extract(tokens: TokenizedPool) -> Tensor:
@@ -84,7 +130,7 @@ class ModelSignals(Signals):
             return rows.gradients
 
         return self._once(
-            f"history_gradients {relative=}",
+            f"history_gradients of {self._extractor.gradient}, {relative=}",
             lambda: self._history(self.gradients(relative=relative), extract),
         )
 
@@ -129,15 +175,17 @@ class ModelSignals(Signals):
         )
 
     def rewards(self, reward: str | Reward) -> Tensor:
-        items, pool = self._candidates.part.items, self._candidates.pool
-        return self._own("rewards", lambda: rewards_of(pool[items.start : items.stop], reward))
+        part, pool = self._candidates.part, self._candidates.pool
+        rows = self._row_ids - part.rows.start
+        own = pool[part.items.start : part.items.stop]
+        return self._own("rewards", lambda: rewards_of(own, reward)[rows])
 
     def _once(self, name: str, compute: Callable[[], T]) -> T:
         if name not in self._cache:
-            before, started = self.seconds, time.perf_counter()
+            before, started = self._watch.seconds, time.perf_counter()
             self._cache[name] = compute()
             # Computing one signal may compute another: do not count its time twice.
-            self.seconds = before + time.perf_counter() - started
+            self._watch.seconds = before + time.perf_counter() - started
         found: T = self._cache[name]
         return found
 
@@ -149,8 +197,7 @@ class ModelSignals(Signals):
         """Return rows and pairs of all labeled pairs, the same in all processes."""
         used, pairs_inside = torch.unique(self._in_pool, return_inverse=True)
         pairs_inside = pairs_inside.view(-1, 2)
-        mine = used[(used >= self._rows.start) & (used < self._rows.stop)] - self._rows.start
-        inside = self._processes.gather(rows[mine])
+        inside = self._processes.gather(rows[torch.isin(self._row_ids, used)])
         if not self._elsewhere:
             return inside, pairs_inside
         tokens = self._own("outside tokens", self._outside_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from activedpo_fast.selection.candidates import Candidates
 from activedpo_fast.selection.eligible import warn_if_fewer
 from activedpo_fast.selection.greedy.contest import check_n
 from activedpo_fast.selection.picks_jsonl import Pick
+from activedpo_fast.selection.preselection import select_in_two_stages
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules
@@ -31,6 +33,7 @@ def run_selection(
     n: int,
     *,
     rules: PickRules | None = None,
+    preselect: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
     show_progress: bool | None = None,
@@ -42,6 +45,7 @@ def run_selection(
 
     Args:
         signals: of this process's part of the candidates.
+        preselect: pairs per pick that cheap rows choose first; None to pick from all at once.
         chat_template_kwargs: those that the whole pool was tokenized with; stored in the picks.
         group: the processes that select together; all return the same result.
 
@@ -56,10 +60,11 @@ def run_selection(
     if rules is not None:
         eligible = rules.bind(candidates.pool, candidates.pairs, n)
         if group is not None:
-            eligible = eligible.part(candidates.mine.start, candidates.mine.stop)
-    ranking = strategy.select(
-        signals, n, eligible=eligible, group=group, show_progress=show_progress
-    )
+            eligible = eligible.only(slice(candidates.mine.start, candidates.mine.stop))
+    select: Callable[..., Ranking] = strategy.select
+    if preselect is not None:
+        select = partial(select_in_two_stages, strategy, preselect)
+    ranking = select(signals, n, eligible=eligible, group=group, show_progress=show_progress)
     picked = len(ranking.indices)
     if first and picked:
         if picked == n < asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -94,6 +95,22 @@ class Signals(ABC):
         """Return the reward of each response, float64 [R]; see `pool.rewards.rewards_of`."""
         self._missing("rewards")
 
+    def cheap(self) -> Signals:
+        """Return signals of the same candidates and rows whose gradients are cheap ones.
+
+        They decide which candidates `only` is called with; see `docs/method.md` on two stages.
+        """
+        self._missing("cheap gradients")
+
+    def only(self, indices: Tensor) -> Signals:
+        """Return the signals of the candidates `indices`, int64 [m] ascending.
+
+        Their rows may be fewer and numbered anew. Histories stay the same.
+        """
+        part = copy.copy(self)
+        part.pairs = self.pairs[indices]
+        return part
+
     def _missing(self, signal: str) -> NoReturn:
         raise ActiveDPOError(f"this selection needs the signal '{signal}', which is not available")
 
@@ -113,6 +130,7 @@ class TensorSignals(Signals):
             given, asking for a missing one is an error: a history must not be dropped silently.
         lengths: int64 [R], if log-probs are means over that many tokens.
         pool: the items of the responses, which rewards are of.
+        cheap: signals of the same candidates with cheap gradients, for the first of two stages.
 
     Raises:
         ActiveDPOError: a shape, dtype or row number that does not fit; a signal that was not given.
@@ -135,6 +153,7 @@ class TensorSignals(Signals):
         prompt_of_row: Tensor | None = None,
         repeated: Tensor | None = None,
         pool: PreferencePool | None = None,
+        cheap: Signals | None = None,
     ) -> None:
         if item_of_row.ndim != 1 or item_of_row.dtype != torch.int64:
             raise ActiveDPOError(
@@ -153,8 +172,11 @@ class TensorSignals(Signals):
         _check_vector_history("history_ref_logps", history_ref_logps)
         _check_numbers("prompt_of_row", prompt_of_row, torch.int64, n_rows)
         _check_numbers("repeated", repeated, torch.bool, n_rows)
+        if cheap is not None and not cheap.pairs.equal(pairs):
+            raise ActiveDPOError("cheap: it has other candidate pairs")
         self.pairs = pairs
         self.item_of_row = item_of_row
+        self._cheap = cheap
         self.lengths = lengths
         self.prompt_of_row = prompt_of_row
         self.repeated = repeated
@@ -202,6 +224,9 @@ class TensorSignals(Signals):
         if self._pool is None:
             self._missing("rewards")
         return rewards_of(self._pool, reward)
+
+    def cheap(self) -> Signals:
+        return super().cheap() if self._cheap is None else self._cheap
 
     def _history(self, name: str, current: Callable[[], Tensor | StoredRows]) -> History:
         given = self._histories[name]

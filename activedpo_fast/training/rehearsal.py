@@ -142,7 +142,10 @@ def _select(selector: ActiveDPOSelector, pool: PreferencePool, dpo_args: DPOConf
                 f"even the shortest prompt fills dpo.max_length="
                 f"{dpo_args.max_length}, which leaves nothing to train on"
             )
-        return selector.select(pool, len(pool) - len(skipped), show_progress=False)
+        n = len(pool) - len(skipped)
+        if selector.args.preselect is not None:  # both stages, which a small pool would not need
+            selector.args, n = replace(selector.args, preselect=1), 1
+        return selector.select(pool, n, show_progress=False)
     except UnsupportedParameterError as error:
         raise UnsupportedParameterError(f"adapter or lora: {error}") from error
     except ActiveDPOError as error:

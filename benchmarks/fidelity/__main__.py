@@ -12,32 +12,18 @@ kept in the work folder, so that an interrupted run continues; times are always 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
-import subprocess
-from collections.abc import Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast import PreferencePool, Sketch
-from activedpo_fast._files import write_atomic
-from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
-from activedpo_fast.demo.similarity import SynopsisSimilarity
-from activedpo_fast.labels import RewardOracle
-from activedpo_fast.pool.tokens import tokenize_pool
-from activedpo_fast.training.generation import generate_responses
-from activedpo_fast.training.loop import ActiveDPOLoop
-from activedpo_fast.training.prompts import draw_prompts
-from activedpo_fast.training.trl import dpo_config
+from activedpo_fast import Sketch
+from benchmarks.fidelity.cases import Part, environment, prepare, write_json
 from benchmarks.fidelity.figures import draw
 from benchmarks.fidelity.measures import (
     CASES,
@@ -48,7 +34,6 @@ from benchmarks.fidelity.measures import (
     METHODS,
     PICKS,
     RANDOM_DRAWS,
-    RESPONSE_TOKENS,
     ROUNDS,
     SEED,
     TIMED_ITEMS,
@@ -68,61 +53,8 @@ from benchmarks.fidelity.measures import (
     sketches_of,
 )
 from benchmarks.fidelity.tables import fidelity_tables
-from benchmarks.machine import describe_run
 from benchmarks.rows.measure import seconds
 from benchmarks.rows.workloads import PlainForward
-
-
-def prepare(name: str, n_prompts: int, folder: Path) -> Case:
-    """The policy `name` of CASES with a pool of its own responses, from disk if they exist."""
-    model, tokenizer = policy(name, folder)
-    path = folder / f"prompts-{n_prompts}" / f"pool-{name}.jsonl"
-    if not path.exists():
-        prompts = read_prompts("pool", max_words=DEMO.max_words)
-        drawn = draw_prompts(prompts, 0, n_prompts, set(), SEED)
-        generate_responses(
-            model,
-            tokenizer,
-            drawn,
-            num_generations=DEMO.num_generations,
-            seed=SEED,
-            **DEMO.generation,
-        ).to_jsonl(path)
-    pool = PreferencePool.from_jsonl(path)
-    tokens = tokenize_pool(pool, tokenizer, max_length=DEMO.dpo["max_length"])
-    return Case(name, model, pool, tokens)
-
-
-def policy(name: str, folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The policy `name` of CASES; its round of DPO is read from `folder`, or run there."""
-    base, tokenizer = load_base("small")
-    model = with_fresh_lora(base, DEMO, SEED)
-    if name == "trained":
-        prompts = read_prompts("pool", max_words=DEMO.max_words)
-        _one_round(model, tokenizer, prompts, folder / "dpo")
-    return model, tokenizer
-
-
-def _one_round(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], folder: Path
-) -> None:
-    """One round of the demo with random pairs; the model is left with the trained adapter."""
-    ActiveDPOLoop(
-        model,
-        tokenizer,
-        prompts,
-        RewardOracle(SynopsisSimilarity(), temperature=DEMO.temperature, seed=SEED),
-        output_dir=folder,
-        dpo_args=dpo_config(output_dir=str(folder / "trainer"), seed=SEED, **DEMO.dpo),
-        strategy="random",
-        selector_options={"seed": SEED},
-        batch_size=DEMO.batch_size,
-        rounds=1,
-        prompts_per_round=DEMO.prompts_per_round,
-        num_generations=DEMO.num_generations,
-        **DEMO.generation,
-        seed=SEED,
-    ).run()
 
 
 def compare(case: Case, seeds: int, folder: Path) -> Record:
@@ -131,14 +63,14 @@ def compare(case: Case, seeds: int, folder: Path) -> Record:
     A part on disk is taken if it belongs to the same pool, settings and definition of the sketch.
     """
     setting = [case.pool.fingerprint(), CRITERIA, PICKS, RANDOM_DRAWS]
-    about = _Part(folder / f"{case.name}.json", setting)
+    about = Part(folder / f"{case.name}.json", setting)
     parts = {
-        (method, seed): _Part(
+        (method, seed): Part(
             folder / f"{case.name}-{method}-{seed}.json",
             [*setting, *_definition(method, seed, case.parameters())],
         )
-        for method in (*METHODS, RESPONSE_TOKENS)
-        for seed in range(1 if method == RESPONSE_TOKENS else seeds)
+        for method in METHODS
+        for seed in range(seeds)
     }
     missing = [key for key, part in parts.items() if part.records is None]
     if missing or about.records is None:
@@ -156,23 +88,8 @@ def compare(case: Case, seeds: int, folder: Path) -> Record:
     return result
 
 
-class _Part:
-    """Records on disk with the key that they were made for; None if the key differs."""
-
-    def __init__(self, path: Path, key: list[Any]) -> None:
-        self._path, self._key = path, json.dumps(key)
-        found = json.loads(path.read_text()) if path.exists() else {}
-        self.records: Record | None = found["records"] if found.get("key") == self._key else None
-
-    def write(self, records: Record) -> None:
-        self.records = records
-        _write_json(self._path, {"key": self._key, "records": records})
-
-
 def _definition(method: str, seed: int, parameters: Parameters) -> list[Any]:
     """Values that change when rows of this method and seed do."""
-    if method == RESPONSE_TOKENS:
-        return [method]
     name, shape = parameters[0]
     # Small integers, whose sums are exact, so the order of additions does not matter.
     row = (torch.arange(math.prod(shape)) * 7919 % 13 - 6).float()[None]
@@ -188,12 +105,7 @@ def _compare_sketch(
 ) -> Record:
     pairs = case.pool.pairs()
     records: Record = {"geometry": [], "selection": []}
-    alternatives = (
-        [(None, exact_rows(case, RESPONSE_TOKENS).points)]
-        if method == RESPONSE_TOKENS
-        else sketches_of(exact.rows, case.parameters(), method, seed)
-    )
-    for k, sketched in alternatives:
+    for k, sketched in sketches_of(exact.rows, case.parameters(), method, seed):
         key = {"case": case.name, "sketch": method, "k": k, "seed": seed}
         records["geometry"].append({**key, **geometry(sketched, exact, pairs)})
         for reference in references:
@@ -209,11 +121,7 @@ def time_sketches(case: Case) -> list[Record]:
     """
     tokens = case.head(TIMED_ITEMS)
     sketches = [Sketch("none"), *(Sketch(method, k) for method in METHODS for k in DIMS)]
-    named = [(sketch.method, sketch.dim) for sketch in sketches] + [(RESPONSE_TOKENS, None)]
-    extractors = [
-        *(case.extractor(sketch) for sketch in sketches),
-        case.extractor(Sketch("none"), RESPONSE_TOKENS),
-    ]
+    extractors = [case.extractor(sketch) for sketch in sketches]
     for extractor in extractors:
         extractor.check(tokens)
     forward = PlainForward(case.model, tokens, TOKENS)
@@ -229,41 +137,16 @@ def time_sketches(case: Case) -> list[Record]:
     return [
         {
             "case": case.name,
-            "sketch": method,
-            "k": k,
+            "sketch": sketch.method,
+            "k": sketch.dim,
             "responses": len(tokens.sequences),
             "seconds": statistics.median(rows for _, rows in runs),
             "forward_seconds": statistics.median(plain for plain, _ in runs),
             "ratio": statistics.median(rows / plain for plain, rows in runs),
             "ratios": [rows / plain for plain, rows in runs],
         }
-        for (method, k), runs in zip(named, taken, strict=True)
+        for sketch, runs in zip(sketches, taken, strict=True)
     ]
-
-
-def environment() -> Record:
-    """The machine and the versions that the figures were made with."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parents[2],
-            text=True,
-            capture_output=True,
-            check=False,
-        ).stdout.strip()
-
-    changed = bool(git("status", "--porcelain", "--", "activedpo_fast", "csrc"))
-    return {
-        **describe_run(),
-        "date": date.today().isoformat(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": changed,
-    }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(
@@ -310,7 +193,7 @@ def main(
             result.setdefault(kind, []).extend(records)
         if name == "trained":
             result["time"] = time_sketches(case)
-    _write_json(out, result)
+    write_json(out, result)
     draw(result, figure)
     tables = "\n\n".join(fidelity_tables(result).values())
     print(f"{tables}\n\nfigures: {out}   picture: {figure}")

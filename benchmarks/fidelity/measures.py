@@ -26,7 +26,6 @@ DEMO = SETTINGS["small"]
 SEED = 0  # of adapter, prompts, responses, labels and training
 CASES = ("initial", "trained")
 METHODS = ("sjlt", "rademacher", "kronecker")
-RESPONSE_TOKENS = "response_tokens"  # not a sketch: whole rows, prompts taken as constants
 DIMS = (512, 1024, 2048, 4096, 8192)
 DENSE_DIM = 4096  # the largest k at which the dense sketch is taken with more than one seed
 PICKS = 50
@@ -92,6 +91,11 @@ class Exact:
 def exact_rows(case: Case, gradient: str = "all_tokens") -> Exact:
     """The unsketched rows and their Gram matrix."""
     rows = case.extractor(Sketch("none"), gradient).gradients(case.tokens).gradients
+    return from_rows(rows)
+
+
+def from_rows(rows: Tensor) -> Exact:
+    """The rows [R, D] with the numbers that stand for them."""
     gram = gram_matrix(rows)
     norms = gram.diagonal().sqrt()
     cosines = gram / norms[:, None] / norms
@@ -244,6 +248,9 @@ def reference_picks(case: Case, exact: Exact) -> list[Record]:
                 "logdet": logdet(exact.points, pairs[picks], normalize, lam),
                 "logdet_random": statistics.mean(at_random),
                 "logdet_random_sd": statistics.stdev(at_random),
+                "overlap_random": statistics.mean(
+                    int(torch.isin(draw, picks).sum()) for draw in draws
+                ),
                 "largest_pairs_logdet": logdet(
                     exact.points,
                     pairs[_largest(exact.points, pairs, normalize, count)],
@@ -266,11 +273,20 @@ def selection(sketched: Tensor, exact: Exact, pairs: Tensor, reference: Record) 
     overlap: exact picks among them. ratio: log det of these picks over that of the exact picks.
     fraction: the same counted from random pairs, which have 0.
     """
-    normalize, lam = reference["normalize"], reference["lam"]
-    count = len(reference["picks"])
     picks = greedy_logdet(
-        sketched, pairs, count, lam=lam, normalize=normalize, show_progress=False
+        sketched,
+        pairs,
+        len(reference["picks"]),
+        lam=reference["lam"],
+        normalize=reference["normalize"],
+        show_progress=False,
     ).indices
+    return judge(picks, exact, pairs, reference)
+
+
+def judge(picks: Tensor, exact: Exact, pairs: Tensor, reference: Record) -> Record:
+    """Some picks, judged by the exact rows and beside the exact picks; see `selection`."""
+    normalize, lam = reference["normalize"], reference["lam"]
     reached = logdet(exact.points, pairs[picks], normalize, lam)
     best, chance = reference["logdet"], reference["logdet_random"]
     return {

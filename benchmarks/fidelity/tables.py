@@ -29,7 +29,7 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
             )
         columns = {
             "sketch": lambda r: r["sketch"],
-            "k": lambda r: "–" if r["k"] is None else str(r["k"]),
+            "k": lambda r: str(r["k"]),
             "seeds": lambda r: str(r["seeds"]),
             "product error": lambda r: f"{r['inner_product_error']:.3f}",
             "norm distortion": lambda r: f"{r['norm_error']:.3f}",
@@ -44,6 +44,56 @@ def fidelity_tables(result: dict[str, Any]) -> dict[str, str]:
             columns.pop("× forward")
         found[f"fidelity: {case}"] = table(lines, columns)
     return found
+
+
+def cheaper_tables(result: dict[str, Any]) -> dict[str, str]:
+    """The same for a run of `benchmarks.fidelity.cheaper`."""
+    where = result["environment"]
+    found = {"cheaper rows machine": where_and_when(where, where["date"], where["commit"])}
+    for case in dict.fromkeys(r["case"] for r in result["cheaper"]):
+        kinds = dict.fromkeys((r["rows"], r["per_pick"]) for r in result["cheaper"])
+        lines = [_random_line(result["exact"], case)]
+        for rows, per_pick in kinds:
+            of = {"case": case, "rows": rows, "per_pick": per_pick, "lam": 1.0}
+            lines.append(
+                {
+                    "rows": rows,
+                    "per_pick": str(per_pick or "alone"),
+                    **{how: _means(result["cheaper"], **of, normalize=how) for how in _HOW},
+                }
+            )
+        columns: dict[str, Any] = {
+            "rows": lambda r: r["rows"],
+            "pairs per pick": lambda r: r["per_pick"],
+        }
+        for how in _HOW:
+            columns |= {
+                f'log det, "{how}"': lambda r, how=how: f"{r[how]['ratio']:.4f}",
+                f'from random = 0, "{how}"': lambda r, how=how: f"{r[how]['fraction']:.3f}",
+                f'of 50 picks, "{how}"': lambda r, how=how: f"{r[how]['overlap']:.0f}",
+                f'exact rows, "{how}"': lambda r, how=how: f"{r[how]['exact_share']:.0%}",
+            }
+        found[f"cheaper rows: {case}"] = table(lines, columns)
+    return found
+
+
+_HOW = ("response", "pair")
+
+
+def _random_line(references: list[Row], case: str) -> Row:
+    """The line of random pairs."""
+    line: Row = {"rows": "random pairs", "per_pick": "–"}
+    for how in _HOW:
+        (found,) = (
+            r for r in references if (r["case"], r["normalize"], r["lam"]) == (case, how, 1.0)
+        )
+        line[how] = {
+            "ratio": found["logdet_random"] / found["logdet"],
+            "fraction": 0.0,
+            "overlap": found["overlap_random"],
+            "exact_share": 0.0,
+        }
+    return line
 
 
 def _means(records: list[Row], **wanted: Any) -> Row:

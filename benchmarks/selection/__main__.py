@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from activedpo_fast._files import write_atomic
 from activedpo_fast.selection.pair_features import Normalize
-from benchmarks.fidelity.__main__ import environment
+from benchmarks.fidelity.cases import environment
 from benchmarks.rows.measure import peak_memory, seconds
 from benchmarks.selection.figures import draw
 from benchmarks.selection.paper import paper_round

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from activedpo_fast._files import atomic_path, write_atomic
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.store.rows import StoredRows
-from benchmarks.fidelity.__main__ import environment
+from benchmarks.fidelity.cases import environment
 
 SHARD = 8192
 

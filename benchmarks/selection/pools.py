@@ -23,7 +23,7 @@ from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.store.store import FeatureStore
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.prompts import draw_prompts
-from benchmarks.fidelity.__main__ import policy
+from benchmarks.fidelity.cases import policy
 from benchmarks.fidelity.measures import DEMO, SEED, TOKENS
 
 RESPONSES = 8  # a prompt

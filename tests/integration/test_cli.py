@@ -434,6 +434,51 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
     assert scores == sorted(scores, reverse=True)  # gains only shrink within a batch
 
 
+def test_two_stores_are_the_two_stages_of_the_selector(
+    project: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cheap = str(tmp_path / "cheap")
+    argv = [*_features(project, tmp_path / "cheap"), "--proj-dim", "64"]
+    assert main([*argv, "--gradient", "response_tokens"]) == 0
+    model, tokenizer = _policy(project)
+    pool = PreferencePool.load(project / "pool.jsonl")
+    one = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 4)
+    two = ActiveDPOSelector(model, tokenizer, proj_dim=64, preselect=1)
+    labels = _write_jsonl(
+        tmp_path / "labels.jsonl",
+        [{"id": pick.id, "pair": list(pick.pair), "label": 0} for pick in one],
+    )
+    expected = two.select(pool, 8, labeled=one)
+    chosen = ["select", str(store), "--pairs", "8", "--labeled", str(labels)]
+    stages = ["--preselect", "1", "--preselect-by", cheap]
+    for name, limit in (("memory", 2**30), ("disk", 0)):
+        monkeypatch.setattr(select_command, "_IN_MEMORY_BYTES", limit)
+        assert main([*chosen, *stages, "--output", str(tmp_path / name)]) == 0
+        _assert_same_picks(_read_jsonl(tmp_path / name), expected)
+    assert main([*chosen, "--output", str(tmp_path / "exact")]) == 0
+    assert _read_jsonl(tmp_path / "exact") != _read_jsonl(tmp_path / "memory")
+    everything = ["--preselect", "1000", "--preselect-by", cheap]
+    assert main([*chosen, *everything, "--output", str(tmp_path / "all")]) == 0
+    assert (tmp_path / "all").read_bytes() == (tmp_path / "exact").read_bytes()
+
+    other = _write_jsonl(tmp_path / "other.jsonl", _rows(3))
+    assert main([*_features(project, tmp_path / "other", pool=other), "--proj-dim", "64"]) == 0
+    chosen += ["--output", str(tmp_path / "refused")]
+    for more, expected_words in (
+        (["--preselect", "2"], "--preselect-by"),
+        (["--preselect-by", cheap], "--preselect INTEGER"),
+        (["--preselect", "0", "--preselect-by", cheap], "--preselect: 0 is below 1"),
+        ([*stages, "--strategy", "trace"], "the strategy 'trace'"),
+        (["--preselect", "2", "--preselect-by", str(tmp_path / "other")], "rows of another pool"),
+    ):
+        _refused(capsys, [*chosen, *more], expected_words)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_rows_that_stay_on_disk_give_the_same_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

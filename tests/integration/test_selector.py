@@ -364,3 +364,90 @@ def test_equal_rewards_are_logged(strategy: str, caplog: pytest.LogCaptureFixtur
     trained = lora(tiny_causal_lm("llama"), "llama")
     ActiveDPOSelector(trained, tiny_tokenizer(), strategy=strategy).select(pool, 2)
     assert line not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "normalize"),
+    [
+        ("activedpo", "response"),
+        ("activedpo", "pair"),
+        ("activedpo", "none"),
+        ("adpo_plus", "response"),
+        ("adpo_plus", "none"),
+    ],
+)
+def test_two_stages_are_a_cheap_and_an_exact_selection(
+    model, tokenizer, strategy: str, normalize: str
+) -> None:
+    """Pairs labeled in the pool and elsewhere are in V of both stages."""
+    pool, earlier = make_pool(10), make_pool(4, n_responses=2, start=20)
+    options = {"strategy": strategy, "normalize": normalize}
+    exact = selector(model, tokenizer, **options)
+    cheap = selector(model, tokenizer, gradient="response_tokens", **options)
+    labeled = [exact.select(pool, 3), exact.select(earlier, 2)]
+    chosen = {(pick.id, pick.pair) for pick in cheap.select(pool, 8, labeled=labeled)}
+    others = [
+        pick
+        for pick in exact.select(pool, 99, labeled=labeled)
+        if (pick.id, pick.pair) not in chosen
+    ]
+    # One stage with exact rows over the pairs that the cheap stage chose: the others are closed.
+    expected = exact.select(pool, 4, labeled=labeled, asked=Selection(tuple(others), "activedpo"))
+    two = selector(model, tokenizer, preselect=2, **options)
+    got = two.select(pool, 4, labeled=labeled)
+    assert [(p.id, p.pair) for p in got] == [(p.id, p.pair) for p in expected]
+    assert [p.score for p in got] == pytest.approx([p.score for p in expected], rel=1e-7)
+    assert got.strategy == strategy and two.last_timings["features"] > 0
+    assert {(p.id, p.pair) for p in got} <= chosen
+
+
+def test_two_stages_of_everything_are_one(model, tokenizer) -> None:
+    pool = make_pool(5)
+    one = selector(model, tokenizer).select(pool, 5)
+    for preselect in (3, 10**9):
+        assert selector(model, tokenizer, preselect=preselect).select(pool, 5) == one
+    assert selector(model, tokenizer, preselect=3).select(pool, 99) == selector(
+        model, tokenizer
+    ).select(pool, 99)
+
+
+def test_exact_rows_are_computed_for_the_chosen_pairs_alone(model, tokenizer) -> None:
+    """Told by the tokens that run through the model's embedding, in either selection."""
+    pool = make_pool(12)
+    seen: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].numel())
+    )
+
+    def tokens(**options) -> int:
+        chooser = selector(model, tokenizer, max_tokens_per_batch=400, **options)
+        chooser.extractor.check(chooser.tokenize(pool))
+        seen.clear()
+        chooser.select(pool, 2)
+        return sum(seen)
+
+    try:
+        exact, cheap = tokens(), tokens(gradient="response_tokens")
+        assert cheap < tokens(preselect=1) < cheap + 0.4 * exact
+        # The reference model too runs once on every response, not again on those that are chosen.
+        strategy = {"strategy": "adpo_plus"}
+        reference = tokens(**strategy) - exact
+        again = tokens(preselect=1, **strategy) - reference - tokens(preselect=1)
+        assert abs(again) < 40  # its picks are others; one response with its prompt has 25 or more
+    finally:
+        hook.remove()
+
+
+def test_what_two_stages_cannot_be_is_refused(model, tokenizer) -> None:
+    for options, message in (
+        ({"preselect": 0}, "preselect: 0 is below 1"),
+        ({"preselect": 2.5}, "preselect: expected"),
+        ({"preselect": 2, "gradient": "response_tokens"}, "preselect: gradient is"),
+        ({"preselect": 2, "strategy": "trace"}, "preselect: the strategy 'trace'"),
+        ({"preselect": 2, "strategy": "random"}, "preselect: the strategy 'random'"),
+    ):
+        with pytest.raises(ActiveDPOError, match=message):
+            selector(model, tokenizer, **options)
+    unchecked = selector(model, tokenizer, preselect=1, verify=False)
+    with pytest.raises(ActiveDPOError, match="no preselect"):
+        unchecked.select(make_pool(4), 2)

@@ -112,6 +112,18 @@ def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
         found[strategy] = own.select(pool, **few)
         found[f"{strategy}, history"] = own.select(pool, labeled=history, **few)
         found[f"{strategy}, rules"] = own.select(pool, labeled=one, rules=RULES, **few)
+    for strategy in ("activedpo", "adpo_plus"):
+        for normalize in ("response", "pair"):
+            own = chooser(model, strategy, normalize=normalize, preselect=2)
+            name = f"{strategy}, {normalize}, two stages"
+            found[name] = own.select(pool, **few)
+            found[f"{name}, history"] = own.select(pool, 3, labeled=history, group=group)
+            found[f"{name}, rules"] = own.select(pool, labeled=one, rules=RULES, **few)
+    one_pair = chooser(model, preselect=1)  # of which a process has none
+    found["one of one, two stages"] = one_pair.select(pool, 1, group=group)
+    found["one of one, two stages, history"] = one_pair.select(
+        pool, 1, labeled=history[1], group=group
+    )
     found["all"] = chooser(model).select(pool, 34, group=group)
     found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labeled=history, **few)
     found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
@@ -167,6 +179,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     attempt("n", n=3 + rank)
     attempt("strategy", strategy=("apo", "random")[rank])
     attempt("lam", options={"lam": 1.0 + rank})
+    attempt("preselect", options={"preselect": 1 + rank})
     attempt("length", options={"truncation_mode": ("keep_start", "keep_end")[rank]})
     attempt("rules", rules=PickRules(max_per_prompt=1 + rank))
     rows = [
@@ -300,6 +313,7 @@ def test_wrong_input_in_one_process_is_an_error_in_all(results) -> None:
             ("n", "n"),
             ("strategy", "strategy"),
             ("lam", "strategy"),
+            ("preselect", "preselect"),
             ("length", "tokenization"),
             ("rules", "rules"),
             ("price", "pool"),

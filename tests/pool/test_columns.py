@@ -101,7 +101,7 @@ def _scored_tokens(pool: PreferencePool) -> Any:
     tokens = tokenize_pool(pool, _tokenizer(pool.is_chat)).sequences
     starts = [t.completion_start for t in tokens]
     return [
-        (a.input_ids[:s], a.input_ids[s:], b.input_ids[s:])
+        (list(a.input_ids[:s]), list(a.input_ids[s:]), list(b.input_ids[s:]))
         for a, b, s in zip(tokens[::2], tokens[1::2], starts[::2], strict=True)
     ]
 

@@ -198,3 +198,16 @@ def test_truncation_is_logged(mode: Any, end: str, caplog: pytest.LogCaptureFixt
         "1 of 2 responses are longer than max_length=8 with their prompt and are cut at the "
         f"{end}, as in DPOTrainer"
     ) in caplog.text
+
+
+def test_some_responses_keep_their_items_and_places() -> None:
+    rows = [
+        {"id": f"q{i}", "prompt": f"Question {i}?", "responses": [f" {i}{j}" for j in range(3)]}
+        for i in range(3)
+    ]
+    tokens = tokenize_pool(PreferencePool.from_rows(rows), tiny_tokenizer())
+    part = tokens.only([1, 5, 6, 8])
+    assert part.sequences == [tokens.sequences[row] for row in (1, 5, 6, 8)]
+    assert [part.item_of(row) for row in range(4)] == [0, 1, 2, 2]
+    assert [part.place(row) for row in range(4)] == [tokens.place(row) for row in (1, 5, 6, 8)]
+    assert part.only([1, 3]).place(1) == tokens.place(8) == "item 'q2', response 3"

@@ -143,6 +143,21 @@ def select(
             "picked by score / cost.",
         ),
     ] = None,
+    preselect: Annotated[
+        int | None,
+        typer.Option(
+            help="How many pairs per pick the rows of --preselect-by choose first; the store's own "
+            "rows then pick among them."
+        ),
+    ] = None,
+    preselect_by: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="A store of other rows of the same pool, such as those of features --gradient "
+            "response_tokens: shows what two stages would pick.",
+        ),
+    ] = None,
     seed: Annotated[int, option(SelectorConfig, "seed")] = SelectorConfig.seed,
     quiet: Quiet = False,
 ) -> None:
@@ -158,6 +173,7 @@ def select(
             normalize=normalize,
             lam=lam,
             kappa=kappa,
+            preselect=preselect,
             seed=seed,
             strategy_options=_with_reward(strategy, reward_column),
         )
@@ -182,6 +198,7 @@ def select(
                 labeled=_only(labeled, "--labeled"),
                 rules=rules,
                 exclude=exclude,
+                preselect_by=preselect_by,
                 show_progress=progress(quiet),
             ),
         )

@@ -26,6 +26,7 @@ class ActiveDPO(Strategy):
 
     name: ClassVar[str] = "activedpo"
     requires: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    preselectable: ClassVar[bool] = True
     lam: float = 1.0
     kappa: float = 1.0
     normalize: Normalize = "response"

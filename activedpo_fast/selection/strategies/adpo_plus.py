@@ -42,6 +42,7 @@ class AdpoPlus(Strategy):
 
     name: ClassVar[str] = "adpo_plus"
     requires: ClassVar[frozenset[str]] = frozenset({"gradients", "logps", "ref_logps"})
+    preselectable: ClassVar[bool] = True
     lam: float = 1.0
     kappa: float = 1.0
     normalize: Normalize = None

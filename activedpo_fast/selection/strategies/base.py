@@ -25,6 +25,8 @@ class Strategy(ABC):
         name: its name in `make_strategy`.
         requires: the signals it uses, from "gradients", "hidden", "logps", "ref_logps", some of
             them with their history.
+        preselectable: whether it can pick in two stages (see `selection.preselection`): it uses
+            gradients, and those of the candidate and labeled pairs alone.
 
     Examples:
         >>> from activedpo_fast import ActiveDPOSelector, Strategy
@@ -40,6 +42,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
+    preselectable: ClassVar[bool] = False
 
     @abstractmethod
     def select(
