@@ -25,13 +25,8 @@ def check_store_folder(folder: Path, pool: PreferencePool) -> None:
 def require_same_settings(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str = "made"
 ) -> None:
-    """Raise `ActiveDPOError` for the first setting that differs.
-
-    The location of a model, adapter or tokenizer does not count if it has a fingerprint.
-    """
-    for name, old, new in _differences(before, now):
-        if {f"{name}_fingerprint"} <= before.keys() & now.keys():
-            continue
+    """Raise `ActiveDPOError` for the first setting that differs; see `differences`."""
+    for name, old, new in differences(before, now):
         what = name.removesuffix("_fingerprint")
         if what != name:
             where = (
@@ -45,6 +40,21 @@ def require_same_settings(
         raise ActiveDPOError(
             f"{folder} was {how} with {name} = {old!r}, not {new!r}: choose another path"
         )
+
+
+def differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that differ, with their values, in the order of the settings.
+
+    The location of a model, adapter or tokenizer does not count if both have its fingerprint.
+    """
+    # Chosen settings come before those derived from them.
+    for name in dict.fromkeys([*wanted, *found]):
+        if {f"{name}_fingerprint"} <= found.keys() & wanted.keys():
+            continue
+        if found.get(name) != wanted.get(name):
+            yield name, found.get(name), wanted.get(name)
 
 
 def pool_difference(old: PreferencePool, new: PreferencePool) -> str:
@@ -82,15 +92,6 @@ def _is_unused(folder: Path, pool: bytes) -> bool:
         if path.name != LOCK and not is_temporary_file(path.name):
             return False
     return True
-
-
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    # In the order of the settings: chosen settings come before those derived from them.
-    for name in dict.fromkeys([*wanted, *found]):
-        if found.get(name) != wanted.get(name):
-            yield name, found.get(name), wanted.get(name)
 
 
 def _text(value: Any) -> str:
