@@ -25,36 +25,30 @@ def check_store_folder(folder: Path, pool: PreferencePool) -> None:
 def require_same_settings(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str = "made"
 ) -> None:
-    """Raise `ActiveDPOError` for the first setting that differs; see `differences`."""
-    for name, old, new in differences(before, now):
-        what = name.removesuffix("_fingerprint")
-        if what != name:
-            where = (
-                f"{now[what]} has changed since"
-                if before[what] == now[what]
-                else f"{before[what]!r}, not {now[what]!r}"
-            )
-            raise ActiveDPOError(
-                f"{folder} was made with another {what} ({where}): choose another path"
-            )
-        raise ActiveDPOError(
-            f"{folder} was {how} with {name} = {old!r}, not {new!r}: choose another path"
-        )
+    """Raise `ActiveDPOError` for the first setting that differs; see `first_difference`."""
+    differs = first_difference(before, now)
+    if differs is not None:
+        raise ActiveDPOError(f"{folder} was {how} {differs}: choose another path")
 
 
-def differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the settings that differ, with their values, in the order of the settings.
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting that differs, as in "with beta = 0.2, not 0.1"; None if none does.
 
-    The location of a model, adapter or tokenizer does not count if both have its fingerprint.
+    The location of a model, adapter or tokenizer does not count if it has a fingerprint.
     """
-    # Chosen settings come before those derived from them.
-    for name in dict.fromkeys([*wanted, *found]):
-        if {f"{name}_fingerprint"} <= found.keys() & wanted.keys():
+    for name, old, new in _differences(before, now):
+        if {f"{name}_fingerprint"} <= before.keys() & now.keys():
             continue
-        if found.get(name) != wanted.get(name):
-            yield name, found.get(name), wanted.get(name)
+        what = name.removesuffix("_fingerprint")
+        if what == name:
+            return f"with {name} = {old!r}, not {new!r}"
+        where = (
+            f"{now[what]} has changed since"
+            if before[what] == now[what]
+            else f"{before[what]!r}, not {now[what]!r}"
+        )
+        return f"with another {what} ({where})"
+    return None
 
 
 def pool_difference(old: PreferencePool, new: PreferencePool) -> str:
@@ -92,6 +86,15 @@ def _is_unused(folder: Path, pool: bytes) -> bool:
         if path.name != LOCK and not is_temporary_file(path.name):
             return False
     return True
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    # In the order of the settings: chosen settings come before those derived from them.
+    for name in dict.fromkeys([*wanted, *found]):
+        if found.get(name) != wanted.get(name):
+            yield name, found.get(name), wanted.get(name)
 
 
 def _text(value: Any) -> str:

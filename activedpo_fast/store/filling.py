@@ -30,6 +30,11 @@ _SHARD_ROWS = 512  # for a small pool
 _SHARDS = 128  # for a large pool; all of them are open while rows are read from disk
 
 
+def default_rows_per_shard(responses: int) -> int:
+    """Return how many rows a full shard of a store of so many responses has."""
+    return max(_SHARD_ROWS, responses // _SHARDS)
+
+
 def fill_missing(
     store: StoreFolder,
     extractor: FeatureExtractor,
@@ -132,9 +137,8 @@ def _begin(
     layout = extractor.check(tokenized).name
     filling = store.manifest.get("filling")
     if filling is None:
-        default = max(_SHARD_ROWS, store.manifest["responses"] // _SHARDS)
         filling = {
-            "rows_per_shard": rows_per_shard or default,
+            "rows_per_shard": rows_per_shard or default_rows_per_shard(store.manifest["responses"]),
             "max_tokens_per_batch": extractor.tokens_per_batch(tokenized),
             "layout": layout,
             "extractor": now,

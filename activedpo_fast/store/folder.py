@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from activedpo_fast._files import checksum, is_temporary, reason_of, write_atomic
 from activedpo_fast.errors import ActiveDPOError
@@ -136,6 +136,10 @@ class StoreFolder:
                 "options"
             )
         return content
+
+    def tokens(self) -> torch.Tensor:
+        """Return the hash of each item's tokens, int64 [P]."""
+        return load(self.read(TOKENS))["items"]
 
     def remove_temporary_files(self) -> None:
         """Remove what a killed process left."""

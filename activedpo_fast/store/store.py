@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 
 from activedpo_fast._files import FilePath, atomic_path, write_atomic
 from activedpo_fast._locks import locked_folder
@@ -30,6 +29,7 @@ from activedpo_fast.store.comparing import (
 )
 from activedpo_fast.store.filling import fill_missing
 from activedpo_fast.store.folder import POOL, TOKENS, StoreFolder, new_manifest
+from activedpo_fast.store.joining import join_stores
 from activedpo_fast.store.manifest import MANIFEST, key_of, read_manifest, write_manifest
 from activedpo_fast.store.row_checks import RowChecks
 from activedpo_fast.store.row_order import incomplete, row_order
@@ -207,6 +207,35 @@ class FeatureStore(StoreFolder):
                 show_progress=show_progress,
             )
 
+    @classmethod
+    def join(
+        cls, path: FilePath, stores: Sequence[FilePath], *, show_progress: bool | None = False
+    ) -> FeatureStore:
+        """Write a store at `path` with the rows of several stores of parts of a pool, and open it.
+
+        Its pool has the items of all, in the order in which the stores are given. An item that is
+        in several is kept once, if everything about it is the same in them. Rows are copied, and
+        compared with their checksums; `path` appears when everything is written.
+
+        Raises:
+            ActiveDPOError: `path` is not a new or empty folder; a store is incomplete or damaged;
+                two stores differ in a setting, which is named, or in an item that both have.
+
+        Examples:
+            >>> from activedpo_fast import FeatureExtractor, FeatureStore, Sketch
+            >>> extractor = FeatureExtractor(model, Sketch(dim=1024))
+            >>> for name, part in (("first", pool[:2]), ("second", pool[2:])):
+            ...     store = FeatureStore.create(name, part, {"model": "my-model"}, skipped=[])
+            ...     store.fill(extractor, selector.tokenize(part))
+            >>> store = FeatureStore.join("both", ["first", "second"])
+            >>> store.pool()
+            PreferencePool(4 prompts, 10 responses)
+        """
+        if not stores:
+            raise ActiveDPOError("there are no stores to join")
+        join_stores(Path(path), [cls.open(store) for store in stores], show_progress=show_progress)
+        return cls.open(path)
+
     def check_tokens(self, tokenized: TokenizedPool) -> None:
         """Raise `ActiveDPOError`, naming a prompt, unless existing rows are of these tokens.
 
@@ -222,7 +251,7 @@ class FeatureStore(StoreFolder):
         if self.manifest.get("tokens") in (None, digest_of(hashes)):
             return
         try:
-            before = load(self.read(TOKENS))["items"]
+            before = self.tokens()
             differing = (before != hashes).nonzero().flatten().tolist()
         except (ActiveDPOError, LookupError, SafetensorError, RuntimeError):
             differing = []  # the file only serves to name the prompts
@@ -237,11 +266,13 @@ class FeatureStore(StoreFolder):
         """Load all rows into memory, in pool order."""
         with self.rows_on_disk() as rows:
             everything = torch.arange(len(rows))
-            shards = self.shards()
-            logps = np.concatenate([shard.logps for shard in shards])[
-                row_order(self.path, shards, self.manifest["responses"])
-            ]
-            return GradientRows(everything, rows.take(everything), torch.from_numpy(logps))
+            return GradientRows(everything, rows.take(everything), self.logps())
+
+    def logps(self) -> torch.Tensor:
+        """Return log π(y|x) of every response, float64 [R], in pool order."""
+        shards = self.shards()
+        order = row_order(self.path, shards, self.manifest["responses"])
+        return torch.from_numpy(np.concatenate([shard.logps for shard in shards])[order])
 
     def non_finite(self) -> list[int]:
         """Return the positions of items with a response that `skip_non_finite` has skipped."""

@@ -54,11 +54,13 @@ def run_together(
     when: dict[int, int] | None = None,
     number: int = signal.SIGKILL,
     largest: int = resource.RLIM_INFINITY,
+    in_last: Callable[[pytest.MonkeyPatch], None] | None = None,
 ) -> list[tuple[int, dict[str, int], str]]:
     """Run each command in a process of its own, as a launcher starts them; see `run`.
 
     Args:
         when: the step at which a process is killed, by its rank. largest: for the first process.
+        in_last: changes something in the last process, before its command.
 
     Returns:
         What `run` does, for each process; with its stdout in its stderr.
@@ -71,7 +73,7 @@ def run_together(
             (when or {}).get(rank, 0),
             number,
             largest if rank == 0 else resource.RLIM_INFINITY,
-            _launched(rank, len(commands), port),
+            _launched(rank, len(commands), port, in_last if rank == len(commands) - 1 else None),
             True,
         )
         for rank, command in enumerate(commands)
@@ -80,12 +82,16 @@ def run_together(
 
 
 @contextlib.contextmanager
-def _launched(rank: int, size: int, port: int) -> Iterator[None]:
+def _launched(
+    rank: int, size: int, port: int, change: Callable[[pytest.MonkeyPatch], None] | None
+) -> Iterator[None]:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         for name, value in names.items():
             patch.setenv(name, str(value))
+        if change is not None:
+            change(patch)
         yield
 
 
