@@ -31,6 +31,7 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.comparing import check_store_folder
+from activedpo_fast.store.filling import KEPT
 from activedpo_fast.store.manifest import MANIFEST
 from activedpo_fast.store.store import FeatureStore
 
@@ -122,7 +123,7 @@ def take_features(
             were already being computed.
     """
     started = time.perf_counter()
-    folder, processes = Path(output), PoolProcesses(group, "rows that were written are kept")
+    folder, processes = Path(output), PoolProcesses(group, KEPT)
 
     def prepare() -> tuple[PreferencePool, FeatureOptions, dict[str, Any]]:
         if processes.rank == 0:
@@ -144,7 +145,6 @@ def take_features(
             options,
             settings,
             processes,
-            group,
             skip_non_finite=skip_non_finite,
             show_progress=show_progress,
         )
@@ -185,7 +185,6 @@ def _take(
     options: FeatureOptions,
     settings: dict[str, Any],
     processes: PoolProcesses,
-    group: dist.ProcessGroup | None,
     *,
     skip_non_finite: bool,
     show_progress: bool | None,
@@ -196,7 +195,12 @@ def _take(
 
     def store_of(skipped: list[int]) -> FeatureStore:
         return FeatureStore.create(
-            folder, pool, settings, skipped=skipped, dtype=options.store_dtype, group=group
+            folder,
+            pool,
+            settings,
+            skipped=skipped,
+            dtype=options.store_dtype,
+            group=processes.group,
         )
 
     if any(processes.of_first(lambda: [(folder / MANIFEST).exists()])):
@@ -218,7 +222,7 @@ def _take(
     extractor, tokenized = processes.check(prepare)
     if store is None:
         store = store_of(skipped=tokenized.skipped)
-    store.fill(extractor, tokenized, show_progress=show_progress, group=group)
+    store.fill(extractor, tokenized, show_progress=show_progress, group=processes.group)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
     said = f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder}"
     return _Done(store, True, said, columns)

@@ -50,6 +50,7 @@ class PoolProcesses:
     def __init__(
         self, group: dist.ProcessGroup | None, outcome: str = "nothing was selected"
     ) -> None:
+        self.group = group
         self._processes = None if group is None else Processes(group, 0, outcome)
         self.rank = 0 if self._processes is None else self._processes.rank
         self.size = 1 if self._processes is None else self._processes.size

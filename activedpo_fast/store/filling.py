@@ -26,6 +26,8 @@ from activedpo_fast.store.token_hashes import digest_of, token_hashes
 
 logger = logging.getLogger(__name__)
 
+# What an error means for the work of several processes.
+KEPT = "rows that were written are kept"
 _SHARD_ROWS = 512  # for a small pool
 _SHARDS = 128  # for a large pool; all of them are open while rows are read from disk
 

@@ -27,7 +27,7 @@ from activedpo_fast.store.comparing import (
     pool_difference,
     require_same_settings,
 )
-from activedpo_fast.store.filling import fill_missing
+from activedpo_fast.store.filling import KEPT, fill_missing
 from activedpo_fast.store.folder import POOL, TOKENS, StoreFolder, new_manifest
 from activedpo_fast.store.joining import join_stores
 from activedpo_fast.store.manifest import MANIFEST, key_of, read_manifest, write_manifest
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _CHUNK_BYTES = 2**26  # rows exported at once
-_OUTCOME = "rows that were written are kept"  # where another of several processes fails
 
 
 class FeatureStore(StoreFolder):
@@ -104,7 +103,7 @@ class FeatureStore(StoreFolder):
         """
         if group is None:
             require_one_process("FeatureStore.create")
-        folder, processes = Path(path), PoolProcesses(group, _OUTCOME)
+        folder, processes = Path(path), PoolProcesses(group, KEPT)
         made_of = processes.check(lambda: as_pool(pool))
         manifest = processes.check(lambda: new_manifest(made_of, settings, skipped, dtype))
         if processes.size > 1:
@@ -195,7 +194,7 @@ class FeatureStore(StoreFolder):
         """
         if group is None:
             require_one_process("FeatureStore.fill")
-        processes = PoolProcesses(group, _OUTCOME)
+        processes = PoolProcesses(group, KEPT)
         with processes.in_first(lambda: locked_folder(self.path)):
             processes.check(lambda: self.check_tokens(tokenized))
             fill_missing(
