@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,8 +107,7 @@ def test_a_signal_ends_all_in_one_line(
     assert _codes(ended) == [code, 2]
     assert _said(ended) == [f"activedpo: {word}\n", ""]
     assert not [name for name in content(tmp_path) if name.endswith(".lock")]
-    assert _codes(run_together([_command(files, tmp_path)] * 3)) == [0] * 3
-    assert run([select(tmp_path)])[0] == 0
+    assert run([features(files, tmp_path), select(tmp_path)])[0] == 0
     assert content(tmp_path) == alone[0]
 
 
@@ -179,15 +183,26 @@ def test_a_process_that_runs_out_of_memory_and_a_response_that_is_not_finite(
 def test_launchers(
     files: Path, tmp_path: Path, alone: tuple[dict[str, bytes], int], launcher: list[str]
 ) -> None:
-    done = subprocess.run(
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # its size
+    process = subprocess.Popen(
         [sys.executable, "-m", *launcher, "-m", "activedpo_fast", *_command(files, tmp_path)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
         text=True,
-        timeout=1200,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1 and "14 gradient rows" in done.stdout
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # all have closed it
+        while part := os.read(screen, 2**16):
+            shown += part
+    os.close(screen)
+    said = process.communicate()[0]
+    assert process.returncode == 0, shown.decode()
+    assert said.count("\n") == 1 and "14 gradient rows" in said
+    # One progress bar, over the rows of all.
+    assert shown.count(b"gradient features:   0%") == 1 and b" 14/14 " in shown
     assert run([select(tmp_path)])[0] == 0
     assert content(tmp_path) == alone[0]

@@ -67,7 +67,7 @@ def join(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new store.")],
     stores: Annotated[
         list[Path],
-        typer.Argument(metavar="STORE...", help="Stores of parts of a pool, in the pool's order."),
+        typer.Argument(metavar="STORE", help="Stores of parts of a pool, in the pool's order."),
     ],
     quiet: Quiet = False,
 ) -> None:
