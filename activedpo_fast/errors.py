@@ -6,7 +6,8 @@ from __future__ import annotations
 class ActiveDPOError(ValueError):
     """Bad input or an unsupported setup, described in one line that names the cause.
 
-    The command line prints only the message and exits with code 2.
+    The command line prints only the message and exits with code 2. Of several processes that raise
+    it together, the one numbered `said_by` prints it.
 
     Examples:
         >>> from activedpo_fast import ActiveDPOError, PreferencePool
@@ -16,6 +17,8 @@ class ActiveDPOError(ValueError):
         ...     print(error)
         row 1: 1 response(s), two or more are needed to form a pair
     """
+
+    said_by = 0
 
 
 class UnsupportedParameterError(ActiveDPOError):

@@ -29,6 +29,7 @@ from activedpo_fast.cli.commands import (
 from activedpo_fast.cli.session import interrupted, terminated_as_interrupted
 from activedpo_fast.cli.streams import mend_streams
 from activedpo_fast.cli.usage import usage_line
+from activedpo_fast.distributed.launcher import launched_rank
 from activedpo_fast.errors import ActiveDPOError
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = command.main(args, prog_name="activedpo", standalone_mode=False)
             sys.stdout.flush()
     except ActiveDPOError as error:
-        return _fail(str(error))
+        return _fail(str(error), error)
     except (BrokenPipeError, SystemExit):  # typer makes the latter of the former
         # Whoever read the output, such as `head`, has gone; at the end Python would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,14 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return interrupted(error)
     except OSError as error:
         # No permission to read or write a file, a full disk, a name that is too long.
-        return _fail(f"{error.filename or 'reading or writing a file'}: {reason_of(error)}")
+        place = error.filename or "reading or writing a file"
+        return _fail(f"{place}: {reason_of(error)}", error)
     except Exception as error:
         if type(error).__name__ == "SafetensorError":  # its module is slow to import
-            return _fail(f"a safetensors file cannot be read or written: {first_line(error)}")
+            what = f"a safetensors file cannot be read or written: {first_line(error)}"
+            return _fail(what, error)
         # The base class of usage errors differs between versions of typer; this method does not.
         if not hasattr(error, "format_message"):
             raise
-        return _fail(usage_line(error))
+        return _fail(usage_line(error), error)
     return code if isinstance(code, int) else 0
 
 
@@ -96,8 +99,10 @@ def _wait_politely() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def _fail(message: str) -> int:
-    print("activedpo: error: " + one_line(" ".join(message.split())), file=sys.stderr)
+def _fail(message: str, error: Exception) -> int:
+    """Say what is wrong, which one of several processes does."""
+    if launched_rank() == getattr(error, "said_by", 0):
+        print("activedpo: error: " + one_line(" ".join(message.split())), file=sys.stderr)
     return 2
 
 

@@ -1,17 +1,21 @@
-"""The command `activedpo features`: writes the gradient rows of a pool to a store."""
+"""The command `activedpo features`: writes the gradient rows of a pool to a store.
+
+Several processes share the work. Only the first one reads and writes the store.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from activedpo_fast import __version__
 from activedpo_fast._files import FilePath, check_folder_target
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.outputs import check_output
-from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.distributed.launcher import own_device
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
@@ -27,7 +31,12 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.comparing import check_store_folder
+from activedpo_fast.store.filling import KEPT
+from activedpo_fast.store.manifest import MANIFEST
 from activedpo_fast.store.store import FeatureStore
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -101,17 +110,54 @@ def take_features(
     export: FilePath | None = None,
     skip_non_finite: bool = False,
     show_progress: bool | None = None,
-) -> str:
+    group: dist.ProcessGroup | None = None,
+) -> str | None:
     """Create the feature store at `output`, or finish an existing one; return a one-line summary.
 
-    In an existing store, columns of the pool other than its texts are updated.
+    In an existing store, columns of the pool other than its texts are updated. With a `group`, all
+    of its processes call this and compute the rows together, each on a GPU of its own if there are
+    any; the first one writes them, and the others return None.
 
     Raises:
-        ActiveDPOError: bad input, or several processes. Nothing is written then, unless rows were
-            already being computed.
+        ActiveDPOError: bad input, or another process failed. Nothing is written then, unless rows
+            were already being computed.
     """
     started = time.perf_counter()
-    require_one_process("activedpo features")
+    folder, processes = Path(output), PoolProcesses(group, KEPT)
+
+    def prepare() -> tuple[PreferencePool, FeatureOptions, dict[str, Any]]:
+        if processes.rank == 0:
+            _check_targets(pool_path, output, options, export)
+        pool = PreferencePool.load(pool_path)
+        for item in pool:
+            check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
+        own = replace(options, device=own_device(options.device)) if group else options
+        settings = own.settings()
+        if processes.rank == 0:
+            check_store_folder(folder, pool)
+        return pool, own, settings
+
+    pool, options, settings = processes.check(prepare)
+    with processes.in_first(lambda: locked_folder(folder)):
+        done = _take(
+            folder,
+            pool,
+            options,
+            settings,
+            processes,
+            skip_non_finite=skip_non_finite,
+            show_progress=show_progress,
+        )
+    if processes.rank > 0:
+        return None
+    seconds = f" ({time.perf_counter() - started:.1f} s)" if done.computed else ""
+    return f"{done.said}{seconds}{done.columns}{_export(done.store, export, show_progress)}"
+
+
+def _check_targets(
+    pool_path: FilePath, output: FilePath, options: FeatureOptions, export: FilePath | None
+) -> None:
+    """Raise `ActiveDPOError` if the store or the export cannot be written."""
     check_output(
         "--export",
         export,
@@ -124,23 +170,6 @@ def take_features(
         },
     )
     check_folder_target(output)
-    pool = PreferencePool.load(pool_path)
-    for item in pool:
-        check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
-    settings = options.settings()
-    folder = Path(output)
-    check_store_folder(folder, pool)
-    with locked_folder(folder):
-        done = _take(
-            folder,
-            pool,
-            options,
-            settings,
-            skip_non_finite=skip_non_finite,
-            show_progress=show_progress,
-        )
-    seconds = f" ({time.perf_counter() - started:.1f} s)" if done.computed else ""
-    return f"{done.said}{seconds}{done.columns}{_export(done.store, export, show_progress)}"
 
 
 class _Done(NamedTuple):
@@ -155,30 +184,45 @@ def _take(
     pool: PreferencePool,
     options: FeatureOptions,
     settings: dict[str, Any],
+    processes: PoolProcesses,
     *,
     skip_non_finite: bool,
     show_progress: bool | None,
 ) -> _Done:
     """Compute the rows that the store at `folder` lacks, which may be all of them."""
     columns = ""
-    store = None
-    if (folder / "manifest.json").exists():
+    store: FeatureStore | None = None
+
+    def store_of(skipped: list[int]) -> FeatureStore:
+        return FeatureStore.create(
+            folder,
+            pool,
+            settings,
+            skipped=skipped,
+            dtype=options.store_dtype,
+            group=processes.group,
+        )
+
+    if any(processes.of_first(lambda: [(folder / MANIFEST).exists()])):
         # Opening it compares the settings before a model is loaded.
-        store = FeatureStore.create(folder, pool, settings, skipped=[], dtype=options.store_dtype)
+        store = opened = store_of(skipped=[])
         if store.columns_taken:
             columns = f"; columns brought up to date: {', '.join(store.columns_taken)}"
-        if store.is_whole():
+        if any(processes.of_first(lambda: [opened.is_whole()])):
             nothing = "" if columns else ": nothing to do"
             return _Done(store, False, f"{folder} is complete already{nothing}", columns)
-    extractor, tokenized = _prepare(pool, options, settings, skip_non_finite, show_progress)
-    if store is not None:
-        store.check_tokens(tokenized)
-    extractor.check(tokenized)  # before anything is written
+
+    def prepare() -> tuple[FeatureExtractor, TokenizedPool]:
+        extractor, tokenized = _prepare(pool, options, settings, skip_non_finite, show_progress)
+        if store is not None:
+            store.check_tokens(tokenized)
+        extractor.check(tokenized)  # before anything is written
+        return extractor, tokenized
+
+    extractor, tokenized = processes.check(prepare)
     if store is None:
-        store = FeatureStore.create(
-            folder, pool, settings, skipped=tokenized.skipped, dtype=options.store_dtype
-        )
-    store.fill(extractor, tokenized, show_progress=show_progress)
+        store = store_of(skipped=tokenized.skipped)
+    store.fill(extractor, tokenized, show_progress=show_progress, group=processes.group)
     left_out = f", {len(tokenized.skipped)} prompts too long" if tokenized.skipped else ""
     said = f"{pool.n_responses} gradient rows of {len(pool)} prompts{left_out} in {folder}"
     return _Done(store, True, said, columns)

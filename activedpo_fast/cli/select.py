@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from activedpo_fast._files import FilePath, first_line, read_text
+from activedpo_fast._files import FilePath, read_text
 from activedpo_fast.cli.outputs import check_output
-from activedpo_fast.distributed.launcher import ONE_PROCESS
+from activedpo_fast.distributed.launcher import launched
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.labeled_pairs import read_labeled_pairs
@@ -67,7 +64,7 @@ def select_pairs(
     started = time.perf_counter()
     args = SelectorConfig() if args is None else args
     _check_stages(args.preselect, preselect_by)
-    with _launched() as group:
+    with launched() as group:
         processes = PoolProcesses(group)
 
         def prepare() -> tuple[list[FeatureStore], Candidates, torch.Tensor]:
@@ -119,26 +116,6 @@ def select_pairs(
         f"{len(picked)} of {found} candidate pairs{labels} picked by {args.strategy}"
         f"{_gain(picked)}: {output} ({time.perf_counter() - started:.1f} s)"
     )
-
-
-@contextmanager
-def _launched() -> Iterator[dist.ProcessGroup | None]:
-    """Yield the group of processes that a launcher started; None for a single process."""
-    size = os.environ.get("WORLD_SIZE", "").strip()
-    if size in ONE_PROCESS:
-        yield None
-        return
-    try:
-        dist.init_process_group("gloo")
-    except (ValueError, RuntimeError) as error:
-        raise ActiveDPOError(
-            f"WORLD_SIZE is {size}, but the processes cannot be connected (use "
-            f"torchrun, or unset it): {first_line(error)}"
-        ) from None
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 def _check_stages(preselect: int | None, preselect_by: FilePath | None) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -18,6 +18,7 @@ import typer
 
 from activedpo_fast._files import reason_of
 from activedpo_fast._printable import one_line, printable
+from activedpo_fast.distributed.launcher import launched_rank, require_one_process
 from activedpo_fast.errors import ActiveDPOError
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes after SIGINT and SIGTERM
@@ -29,6 +30,9 @@ _HARMLESS = (
     "`gradient_checkpointing` is deprecated",
     "fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
+
+# What a process has to say that the others do not.
+_OF_ROWS = ("gradients.finite.rows", "gradients.token_budget")
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing except errors: no progress, no result.")
@@ -64,14 +68,13 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 def interrupted(error: KeyboardInterrupt) -> int:
     terminated = isinstance(error, _Terminated)
-    print(f"activedpo: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+    if launched_rank() == 0:
+        print(f"activedpo: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
     return TERMINATED if terminated else INTERRUPTED
 
 
 def one_process(command: str) -> None:
     """Refuse several processes. Call it before other imports: some libraries connect on import."""
-    from activedpo_fast.distributed.launcher import require_one_process
-
     require_one_process(command)
 
 
@@ -88,7 +91,7 @@ def exit_when_labels_are_missing() -> Iterator[None]:
 
 
 def progress(quiet: bool) -> bool | None:
-    return False if quiet else None
+    return False if quiet or launched_rank() > 0 else None
 
 
 def say(quiet: bool, text: str | None, *, lines: bool = False) -> None:
@@ -111,23 +114,39 @@ def echo(text: object, *, lines: bool = False) -> None:
 
 @contextmanager
 def session(quiet: bool) -> Iterator[None]:
-    """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line."""
+    """Show our messages on stderr, hide harmless warnings, and report Ctrl-C in one line.
+
+    Of several processes, the first shows them, and each what concerns its own responses.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     log = logging.getLogger("activedpo_fast")
-    level = log.level
     log.addHandler(handler)
-    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    first = launched_rank() == 0
+    levels = {log: logging.INFO if first and not quiet else logging.ERROR}
+    if not (first or quiet):
+        levels.update((log.getChild(name), logging.WARNING) for name in _OF_ROWS)
     try:
-        with warnings.catch_warnings():
-            for message in _HARMLESS:
+        with warnings.catch_warnings(), _levels(levels):
+            for message in _HARMLESS if first else ("",):
                 warnings.filterwarnings("ignore", message=message)
             yield
     except KeyboardInterrupt as error:
         raise typer.Exit(interrupted(error)) from None
     finally:
         log.removeHandler(handler)
+
+
+@contextmanager
+def _levels(levels: Mapping[logging.Logger, int]) -> Iterator[None]:
+    before = {log: log.level for log in levels}
+    for log, level in levels.items():
         log.setLevel(level)
+    try:
+        yield
+    finally:
+        for log, level in before.items():
+            log.setLevel(level)
 
 
 def hush() -> None:

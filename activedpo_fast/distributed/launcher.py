@@ -1,16 +1,25 @@
-"""Detection of several processes started together by a launcher."""
+"""Several processes started together by a launcher: which one this is, and how they are connected.
+
+torch is imported inside the functions: the command line asks for the rank before it needs torch.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
+from activedpo_fast._files import first_line
 from activedpo_fast.errors import ActiveDPOError
 
-# Set by torchrun and `accelerate launch`, then by MPI launchers (accelerate reads these, too).
-_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-ONE_PROCESS = ("", "0", "1")  # values of these variables that mean no launcher
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+# Set by MPI launchers, which set none of torchrun's variables.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_SIZES = ("WORLD_SIZE", *_MPI_SIZES)  # the first is set by torchrun and `accelerate launch`
+_ONE_PROCESS = ("", "0", "1")  # values of these variables that mean no launcher
 
 
 def require_one_process(what: str) -> None:
@@ -18,14 +27,9 @@ def require_one_process(what: str) -> None:
 
     Each process would write the same files. `what` is the command or method that is refused.
     """
-    found = next(
-        (
-            (name, size)
-            for name in _SIZES
-            if (size := os.environ.get(name, "").strip()) not in ONE_PROCESS
-        ),
-        None,
-    )
+    import torch.distributed as dist
+
+    found = _several(_SIZES)
     if found is None and dist.is_available() and dist.is_initialized():
         count = dist.get_world_size()
         found = ("the size of torch.distributed's group", str(count)) if count > 1 else None
@@ -35,3 +39,83 @@ def require_one_process(what: str) -> None:
             f"{name} is {size}: {what} works in one process only, several would "
             "mix their files; start it without torchrun or another launcher"
         )
+
+
+@contextmanager
+def launched() -> Iterator[dist.ProcessGroup | None]:
+    """Connect the processes that a launcher started, through gloo; None for a single process.
+
+    Raises:
+        ActiveDPOError: they cannot be connected, or were started by MPI alone.
+    """
+    import torch.distributed as dist
+
+    found = _several(("WORLD_SIZE",))
+    if found is None:
+        _require_no_mpi()
+        yield None
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:
+        raise ActiveDPOError(
+            f"WORLD_SIZE is {found[1]}, but the processes cannot be connected (use "
+            f"torchrun, or unset it): {first_line(error)}"
+        ) from None
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """Return the number of this process among those of a launcher; 0 for a single process."""
+    return 0 if _several(("WORLD_SIZE",)) is None else _number("RANK", 0)
+
+
+def own_device(device: str) -> str:
+    """Return the device of this process: of several processes, each has a GPU of its own.
+
+    Args:
+        device: "cuda" or "auto" leave the choice of the GPU; any other is returned as it is.
+
+    Raises:
+        ActiveDPOError: this machine has more processes than GPUs.
+    """
+    import torch
+
+    if _several(("WORLD_SIZE",)) is None or device not in ("auto", "cuda"):
+        return device
+    if not torch.cuda.is_available():
+        return device
+    number, gpus = _number("LOCAL_RANK", launched_rank()), torch.cuda.device_count()
+    if number >= gpus:
+        raise ActiveDPOError(
+            f"there is no GPU for process {number} of this machine, which has {gpus}: start as "
+            "many processes as GPUs, or name the device that all of them share"
+        )
+    return f"cuda:{number}"
+
+
+def _several(names: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the first of these variables that means several processes, and its value."""
+    for name in names:
+        size = os.environ.get(name, "").strip()
+        if size not in _ONE_PROCESS:
+            return name, size
+    return None
+
+
+def _require_no_mpi() -> None:
+    found = _several(_MPI_SIZES)
+    if found is not None:
+        raise ActiveDPOError(
+            f"{found[0]} is {found[1]}, but WORLD_SIZE is not set: start the processes with "
+            "torchrun or `accelerate launch`, or set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR "
+            "and MASTER_PORT in each"
+        )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    return int(text) if text.isascii() and text.isdigit() else default

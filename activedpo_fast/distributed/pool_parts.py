@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from hashlib import blake2b
 from typing import NamedTuple, TypeVar
 
@@ -43,10 +44,14 @@ class PoolProcesses:
     Args:
         group: `dist.group.WORLD` for all processes; None for a single process, which has the whole
             pool.
+        outcome: see `Processes`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._processes = None if group is None else Processes(group, 0)
+    def __init__(
+        self, group: dist.ProcessGroup | None, outcome: str = "nothing was selected"
+    ) -> None:
+        self.group = group
+        self._processes = None if group is None else Processes(group, 0, outcome)
         self.rank = 0 if self._processes is None else self._processes.rank
         self.size = 1 if self._processes is None else self._processes.size
 
@@ -77,6 +82,26 @@ class PoolProcesses:
     def check(self, compute: Callable[[], Result]) -> Result:
         """Return the result of `compute` if it succeeds everywhere; it must not communicate."""
         return compute() if self._processes is None else self._processes.check(compute)
+
+    def of_first(self, compute: Callable[[], Sequence[int]]) -> list[int]:
+        """Return, everywhere, the numbers that `compute` gives in the first process."""
+        found = self.check(lambda: compute() if self.rank == 0 else ())
+        return self.gather(torch.tensor(found, dtype=torch.int64)).tolist()
+
+    @contextmanager
+    def in_first(self, enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Enter the context that `enter` returns in the first process, as `check` does."""
+        with ExitStack() as stack:
+            self.check(lambda: stack.enter_context(enter()) if self.rank == 0 else None)
+            yield
+
+    def total(self, count: int) -> int:
+        """Return the sum of a number over all processes."""
+        return count if self._processes is None else int(self._processes.sum(torch.tensor([count])))
+
+    def to_first(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows of all processes in the first one; see `Processes.to_first`."""
+        return [rows] if self._processes is None else self._processes.to_first(rows)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in rank order; their number may differ, not their shape.

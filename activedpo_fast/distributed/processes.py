@@ -1,4 +1,7 @@
-"""One selection by several processes: each has a part of the candidates, all get the picks."""
+"""Several processes that work together: an error in one is an error in all.
+
+In a selection, each has a part of the candidates, and all get the picks.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +52,16 @@ class Choice:
 
 
 class Processes:
-    """The processes of a `torch.distributed` group, gloo or NCCL, in a selection.
+    """The processes of a `torch.distributed` group, gloo or NCCL.
 
-    Candidates are numbered consecutively, in rank order. A pick costs one gather of a few numbers
-    and one broadcast of a feature. If a process fails, is lost or does not answer within the
-    group's timeout, every other one raises: no process returns only a part of the picks.
+    Candidates of a selection are numbered consecutively, in rank order. A pick costs one gather of
+    a few numbers and one broadcast of a feature. If a process fails, is lost or does not answer
+    within the group's timeout, every other one raises: no process returns only a part of the picks.
 
     Args:
         group: the process group; `dist.group.WORLD` for all.
         n_candidates: the number of candidates of this process.
+        outcome: what an error means for the work of all; the end of its message.
 
     Attributes:
         rank, size: in the group. offset: the number of this process's first candidate. total: the
@@ -67,13 +71,15 @@ class Processes:
         ActiveDPOError: a process was lost.
     """
 
-    def __init__(self, group: dist.ProcessGroup, n_candidates: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, n_candidates: int, outcome: str = "nothing was selected"
+    ) -> None:
         self._group = group
+        self._outcome = outcome
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         nccl = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
-        self._picks = 0
         counts = self._gather([float(n_candidates)])[:, 0].long()
         self.offset = int(counts[: self.rank].sum())
         self.total = int(counts.sum())
@@ -123,15 +129,44 @@ class Processes:
 
     def share(self, vector: Tensor | None, size: int, owner: int) -> Tensor:
         """Return the owner's `vector`, float64 [size], on all processes."""
-        self._picks += 1
         sent = torch.empty(size, dtype=torch.float64) if vector is None else vector.cpu()
         sent = sent.to(self._device).contiguous()
         source = dist.get_global_rank(self._group, owner)
         self._call(lambda: dist.broadcast(sent, source, group=self._group))
         return sent
 
+    def to_first(self, rows: Tensor) -> list[Tensor]:
+        """Return the `rows` [n, k] of all processes in the first one, and no others anywhere else.
+
+        n may differ, the dtype may not; k has no meaning where n is 0.
+        """
+        shapes = self._gather([float(len(rows)), float(rows.shape[1])]).long().tolist()
+        if self.rank > 0:
+            if len(rows):
+                sent = rows.contiguous().view(torch.uint8).to(self._device)
+                first = dist.get_global_rank(self._group, 0)
+                self._call(lambda: dist.send(sent, first, group=self._group))
+            return []
+        return [rows] + [
+            self._receive(rank, count, width, rows.dtype)
+            for rank, (count, width) in enumerate(shapes)
+            if rank > 0
+        ]
+
+    def _receive(self, rank: int, count: int, width: int, dtype: torch.dtype) -> Tensor:
+        if count == 0:
+            return torch.empty(0, width, dtype=dtype)
+        got = torch.empty(count, width * dtype.itemsize, dtype=torch.uint8, device=self._device)
+        source = dist.get_global_rank(self._group, rank)
+        self._call(lambda: dist.recv(got, source, group=self._group))
+        return got.cpu().view(dtype)
+
     def check(self, prepare: Callable[[], Any]) -> Any:
-        """Return the result of `prepare` if it succeeds everywhere."""
+        """Return the result of `prepare` if it succeeds everywhere.
+
+        Its own exception is raised where it fails, an `ActiveDPOError` elsewhere; `said_by` of each
+        is the first process that has failed.
+        """
         result: list[Any] = []
         self._exchange(lambda: result.append(prepare()))
         return result[0]
@@ -147,14 +182,14 @@ class Processes:
         if offer is not None:
             numbers[0] += self.offset
         table = self._gather([float(error is not None), float(offer is not None), *numbers])
-        if error is not None:
-            raise error
         failed = table[:, 0].nonzero().flatten().tolist()
         if failed:
-            raise ActiveDPOError(
-                f"process {failed[0]} of {self.size} failed, see its own error; "
-                "nothing was selected"
-            )
+            if error is None:
+                error = ActiveDPOError(
+                    f"process {failed[0]} of {self.size} failed, see its own error; {self._outcome}"
+                )
+            error.said_by = failed[0]  # type: ignore[attr-defined]
+            raise error
         return [
             Offer(int(row[2]), row[3], int(row[4]), int(row[5]), *row[6:]) if row[1] else None
             for row in table.tolist()
@@ -173,6 +208,5 @@ class Processes:
             collective()
         except RuntimeError as error:  # raised by gloo and NCCL, including timeouts
             raise ActiveDPOError(
-                f"lost contact with another of the {self.size} processes after {self._picks} "
-                f"picks; nothing was selected"
+                f"lost contact with another of the {self.size} processes; {self._outcome}"
             ) from error

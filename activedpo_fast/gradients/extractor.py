@@ -227,6 +227,21 @@ class FeatureExtractor:
             asked = wanted[result[0]]
             yield GradientRows(*(part[asked] for part in result))
 
+    def batches(
+        self, tokenized: TokenizedPool, rows: Sequence[int], max_tokens_per_batch: int
+    ) -> list[list[int]]:
+        """Return which of `rows` each batch of `iter_gradients` has, in order; none is empty.
+
+        Several processes that share them out by whole batches give every row the bits that one
+        process would.
+        """
+        wanted = set(rows)
+        planned = self._runner.planned(
+            tokenized, self.model, self.check(tokenized), max_tokens_per_batch
+        )
+        asked = ([row for row in batch if row in wanted] for batch in planned)
+        return [batch for batch in asked if batch]
+
     @in_own_modes
     def tokens_per_batch(self, tokenized: TokenizedPool) -> int:
         """Return `max_tokens_per_batch`, or what a first batch shows to be suitable for it."""

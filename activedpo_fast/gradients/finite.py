@@ -12,13 +12,14 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Layout, group_rows
-from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
+from activedpo_fast.gradients.running import BatchResult, RunBatch, planned_batches, run_batches
 from activedpo_fast.gradients.token_budget import TokenBudget
 from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.models.positions import LengthClass, length_class
 from activedpo_fast.pool.tokens import TokenizedPool
 
 logger = logging.getLogger(__name__)
+of_rows = logging.getLogger(f"{__name__}.rows")  # about single responses
 
 
 class ModelRunner:
@@ -78,6 +79,16 @@ class ModelRunner:
             planned=planned,
         )
 
+    def planned(
+        self, tokenized: TokenizedPool, model: nn.Module, layout: Layout, max_tokens: int
+    ) -> Iterator[list[int]]:
+        """Yield the responses of every batch of the whole pool, in the order that `run` has."""
+        everything = range(len(tokenized.sequences))
+        for groups in planned_batches(
+            tokenized, everything, layout, max_tokens, length_class=length_class(model)
+        ):
+            yield [row for group in groups for row in group.rows]
+
     def run_alone(
         self,
         tokenized: TokenizedPool,
@@ -96,7 +107,7 @@ class ModelRunner:
         """
         if len(rows) == 0:
             return
-        logger.warning(
+        of_rows.warning(
             "%d responses are not finite in a batch (first: %s); each is run alone",
             len(rows),
             tokenized.place(int(rows[0])),
@@ -111,7 +122,7 @@ class ModelRunner:
         ):
             finite = bool(finite_rows(result).all())
             if skip and not finite:
-                logger.warning(
+                of_rows.warning(
                     "%s: what the model gives for it is not finite (NaN or infinite): it is kept "
                     "out of V and of the picks",
                     tokenized.place(int(result[0][0])),

@@ -9,6 +9,7 @@ import torch
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import (
     Batch,
+    Group,
     Layout,
     collate,
     group_rows,
@@ -24,6 +25,22 @@ from activedpo_fast.progress import progress_bar
 BatchResult = tuple[torch.Tensor, ...]
 # (batch on the device, whether its prompts are shared)
 RunBatch = Callable[[Batch, bool], BatchResult]
+
+
+def planned_batches(
+    tokenized: TokenizedPool,
+    rows: Sequence[int],
+    layout: Layout,
+    max_tokens: int,
+    *,
+    length_class: LengthClass | None,
+    whole_items: bool = False,
+) -> Iterator[list[Group]]:
+    """Plan the batches of `rows`; see `plan_batches` and `run_batches`."""
+    groups = group_rows(tokenized, rows, layout, length_class)
+    # With this budget, responses that run alone never share a batch.
+    tokens = 1 if layout is Layout.ALONE else max_tokens
+    return plan_batches(groups, tokens, split=not whole_items)
 
 
 def run_batches(
@@ -56,12 +73,16 @@ def run_batches(
     shared = layout in (Layout.SHARED, Layout.APART)
     with progress_bar(show_progress, total=len(rows), desc=title, unit="response") as progress:
         while pending:
-            groups = group_rows(tokenized, pending, layout, length_class)
             done: set[int] = set()
-            # With this budget, responses that run alone never share a batch.
-            tokens = 1 if layout is Layout.ALONE else budget.tokens
             at_first = budget.tokens
-            for members in plan_batches(groups, tokens, split=not whole_items):
+            for members in planned_batches(
+                tokenized,
+                pending,
+                layout,
+                at_first,
+                length_class=length_class,
+                whole_items=whole_items,
+            ):
                 found = wanted.intersection(row for group in members for row in group.rows)
                 if not found:
                     done.update(row for group in members for row in group.rows)
@@ -88,5 +109,7 @@ def run_batches(
                     continue
                 # Outside the handler, whose traceback holds the batch's tensors.
                 budget.halve(padded_tokens(members))
+                # The plan of all is void: others would be computed for nothing.
+                pending = [row for row in pending if row in wanted]
                 break
             pending = [row for row in pending if row not in done]

@@ -25,7 +25,14 @@ def check_store_folder(folder: Path, pool: PreferencePool) -> None:
 def require_same_settings(
     folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str = "made"
 ) -> None:
-    """Raise `ActiveDPOError` for the first setting that differs.
+    """Raise `ActiveDPOError` for the first setting that differs; see `first_difference`."""
+    differs = first_difference(before, now)
+    if differs is not None:
+        raise ActiveDPOError(f"{folder} was {how} {differs}: choose another path")
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting that differs, as in "with beta = 0.2, not 0.1"; None if none does.
 
     The location of a model, adapter or tokenizer does not count if it has a fingerprint.
     """
@@ -33,18 +40,15 @@ def require_same_settings(
         if {f"{name}_fingerprint"} <= before.keys() & now.keys():
             continue
         what = name.removesuffix("_fingerprint")
-        if what != name:
-            where = (
-                f"{now[what]} has changed since"
-                if before[what] == now[what]
-                else f"{before[what]!r}, not {now[what]!r}"
-            )
-            raise ActiveDPOError(
-                f"{folder} was made with another {what} ({where}): choose another path"
-            )
-        raise ActiveDPOError(
-            f"{folder} was {how} with {name} = {old!r}, not {new!r}: choose another path"
+        if what == name:
+            return f"with {name} = {old!r}, not {new!r}"
+        where = (
+            f"{now[what]} has changed since"
+            if before[what] == now[what]
+            else f"{before[what]!r}, not {now[what]!r}"
         )
+        return f"with another {what} ({where})"
+    return None
 
 
 def pool_difference(old: PreferencePool, new: PreferencePool) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from activedpo_fast._files import checksum, is_temporary, reason_of, write_atomic
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.tokens import TokenizedPool
-from activedpo_fast.store.manifest import key_of, write_manifest
+from activedpo_fast.store.manifest import FORMAT, key_of, write_manifest
 from activedpo_fast.store.shard_files import SHARDS, partial_shards
 from activedpo_fast.store.shards import DamagedShard, Shard
-from activedpo_fast.store.token_hashes import digest_of, token_hashes
+from activedpo_fast.store.token_hashes import digest_of
 
 POOL = "pool.jsonl"
 TOKENS = "tokens.safetensors"
@@ -27,6 +28,22 @@ _TEMPORARY = ("manifest", "pool", "tokens")  # files that are renamed into place
 def is_temporary_file(name: str) -> bool:
     """Return whether a process that writes a store has such a file for a moment."""
     return is_temporary(name, *_TEMPORARY)
+
+
+def new_manifest(
+    pool: PreferencePool, settings: Mapping[str, Any], skipped: list[int], dtype: str
+) -> dict[str, Any]:
+    """Return the manifest of a store without rows; the arguments are those of `create`."""
+    if dtype not in DTYPES:
+        raise ActiveDPOError(f"rows are stored as {' or '.join(DTYPES)}, not {dtype!r}")
+    return {
+        "format": FORMAT,
+        "pool": pool.fingerprint(),
+        "responses": pool.n_responses,
+        "skipped": skipped,
+        "settings": json.loads(json.dumps({**settings, "store_dtype": dtype})),
+        "files": {POOL: checksum(pool.jsonl())},
+    }
 
 
 class StoreFolder:
@@ -120,6 +137,10 @@ class StoreFolder:
             )
         return content
 
+    def tokens(self) -> torch.Tensor:
+        """Return the hash of each item's tokens, int64 [P]."""
+        return load(self.read(TOKENS))["items"]
+
     def remove_temporary_files(self) -> None:
         """Remove what a killed process left."""
         for path in self.temporary_files():
@@ -137,9 +158,8 @@ class StoreFolder:
             write_manifest(self.path, final)
         self.manifest = final
 
-    def write_tokens(self, tokenized: TokenizedPool, filling: dict[str, Any]) -> None:
+    def write_tokens(self, hashes: torch.Tensor, filling: dict[str, Any]) -> None:
         """Write the hashes of all tokens, and with them how rows are computed (`filling`)."""
-        hashes = token_hashes(tokenized)
         content = save({"items": hashes})
         write_atomic(self.path / TOKENS, content)
         self.manifest = {

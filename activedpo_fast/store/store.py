@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 
-from activedpo_fast._files import FilePath, atomic_path, checksum, write_atomic
+from activedpo_fast._files import FilePath, atomic_path, write_atomic
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
 from activedpo_fast.pool.pool import PreferencePool, as_pool
@@ -27,9 +27,10 @@ from activedpo_fast.store.comparing import (
     pool_difference,
     require_same_settings,
 )
-from activedpo_fast.store.filling import fill_missing
-from activedpo_fast.store.folder import DTYPES, POOL, TOKENS, StoreFolder
-from activedpo_fast.store.manifest import FORMAT, MANIFEST, key_of, read_manifest, write_manifest
+from activedpo_fast.store.filling import KEPT, fill_missing
+from activedpo_fast.store.folder import POOL, TOKENS, StoreFolder, new_manifest
+from activedpo_fast.store.joining import join_stores
+from activedpo_fast.store.manifest import MANIFEST, key_of, read_manifest, write_manifest
 from activedpo_fast.store.row_checks import RowChecks
 from activedpo_fast.store.row_order import incomplete, row_order
 from activedpo_fast.store.rows import StoredRows
@@ -37,6 +38,7 @@ from activedpo_fast.store.token_hashes import digest_of, token_hashes
 
 if TYPE_CHECKING:
     import datasets
+    import torch.distributed as dist
 
 _CHUNK_BYTES = 2**26  # rows exported at once
 
@@ -79,6 +81,7 @@ class FeatureStore(StoreFolder):
         *,
         skipped: list[int],
         dtype: str = "float32",
+        group: dist.ProcessGroup | None = None,
     ) -> FeatureStore:
         """Create a store at `path`, or reopen an existing one to continue it.
 
@@ -90,26 +93,30 @@ class FeatureStore(StoreFolder):
             skipped: positions of items that DPOTrainer would drop; never candidates.
             dtype: the dtype of the stored rows, rounded to nearest: "float32", "bfloat16" or
                 "float64". It counts as a setting, `store_dtype`.
+            group: the processes that fill the store together, see `fill`. All call this with the
+                same arguments; only the first one reads and writes the folder.
 
         Raises:
             ActiveDPOError: the folder holds something else, or a store made with other settings or
                 of another pool; another process is writing to it; an unknown dtype; several
-                processes.
+                processes without a `group`, or other arguments in one of them.
         """
-        require_one_process("FeatureStore.create")
-        if dtype not in DTYPES:
-            raise ActiveDPOError(f"rows are stored as {' or '.join(DTYPES)}, not {dtype!r}")
-        folder = Path(path)
-        pool = as_pool(pool)
-        content = pool.jsonl()
-        manifest = {
-            "format": FORMAT,
-            "pool": pool.fingerprint(),
-            "responses": pool.n_responses,
-            "skipped": skipped,
-            "settings": json.loads(json.dumps({**settings, "store_dtype": dtype})),
-            "files": {POOL: checksum(content)},
-        }
+        if group is None:
+            require_one_process("FeatureStore.create")
+        folder, processes = Path(path), PoolProcesses(group, KEPT)
+        made_of = processes.check(lambda: as_pool(pool))
+        manifest = processes.check(lambda: new_manifest(made_of, settings, skipped, dtype))
+        if processes.size > 1:
+            _require_same_manifest(manifest, processes)
+        return processes.check(
+            lambda: (
+                cls(folder, manifest) if processes.rank else cls._begin(folder, made_of, manifest)
+            )
+        )
+
+    @classmethod
+    def _begin(cls, folder: Path, pool: PreferencePool, manifest: dict[str, Any]) -> FeatureStore:
+        """Write the files of a store without rows, or reopen the one that is there."""
         check_store_folder(folder, pool)
         with locked_folder(folder):
             if (folder / MANIFEST).exists():
@@ -121,7 +128,7 @@ class FeatureStore(StoreFolder):
             store = cls(folder, manifest)
             store.remove_temporary_files()
             write_manifest(folder, manifest)
-            write_atomic(folder / POOL, content)
+            write_atomic(folder / POOL, pool.jsonl())
             return store
 
     def _reopen(self, pool: PreferencePool, manifest: dict[str, Any]) -> None:
@@ -165,6 +172,7 @@ class FeatureStore(StoreFolder):
         *,
         rows_per_shard: int | None = None,
         show_progress: bool | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Compute and write the missing rows; written rows are kept on interruption.
 
@@ -173,21 +181,59 @@ class FeatureStore(StoreFolder):
         another, as long as memory suffices for it. `rows_per_shard`, by default 512 or 1/128 of a
         large pool, counts when the first rows are computed.
 
+        The processes of a `torch.distributed` group, gloo or NCCL, share the work if all of them
+        call `create` and this with it, such as `group=dist.group.WORLD`; `show_progress` should be
+        False in all but the first. They take whole batches in turn, and the first one writes: the
+        files are those of a single process. Any other number of processes may go on.
+
         Raises:
-            ActiveDPOError: the tokens differ from those of the first rows, or the extractor does
-                (its sketch, β, precision or weights); another process is writing to the store;
-                several processes; errors of the extractor.
+            ActiveDPOError: the tokens differ from those of the first rows or of other processes, or
+                the extractor does (its sketch, β, precision or weights); another process is writing
+                to the store; several processes without a `group`; errors of the extractor, in any
+                process.
         """
-        require_one_process("FeatureStore.fill")
-        with locked_folder(self.path):
-            self.check_tokens(tokenized)
+        if group is None:
+            require_one_process("FeatureStore.fill")
+        processes = PoolProcesses(group, KEPT)
+        with processes.in_first(lambda: locked_folder(self.path)):
+            processes.check(lambda: self.check_tokens(tokenized))
             fill_missing(
                 self,
                 extractor,
                 tokenized,
+                processes,
                 rows_per_shard=rows_per_shard,
                 show_progress=show_progress,
             )
+
+    @classmethod
+    def join(
+        cls, path: FilePath, stores: Sequence[FilePath], *, show_progress: bool | None = False
+    ) -> FeatureStore:
+        """Write a store at `path` with the rows of several stores of parts of a pool, and open it.
+
+        Its pool has the items of all, in the order in which the stores are given. An item that is
+        in several is kept once, if everything about it is the same in them. Rows are copied, and
+        compared with their checksums; `path` appears when everything is written.
+
+        Raises:
+            ActiveDPOError: `path` is not a new or empty folder; a store is incomplete or damaged;
+                two stores differ in a setting, which is named, or in an item that both have.
+
+        Examples:
+            >>> from activedpo_fast import FeatureExtractor, FeatureStore, Sketch
+            >>> extractor = FeatureExtractor(model, Sketch(dim=1024))
+            >>> for name, part in (("first", pool[:2]), ("second", pool[2:])):
+            ...     store = FeatureStore.create(name, part, {"model": "my-model"}, skipped=[])
+            ...     store.fill(extractor, selector.tokenize(part))
+            >>> store = FeatureStore.join("both", ["first", "second"])
+            >>> store.pool()
+            PreferencePool(4 prompts, 10 responses)
+        """
+        if not stores:
+            raise ActiveDPOError("there are no stores to join")
+        join_stores(Path(path), [cls.open(store) for store in stores], show_progress=show_progress)
+        return cls.open(path)
 
     def check_tokens(self, tokenized: TokenizedPool) -> None:
         """Raise `ActiveDPOError`, naming a prompt, unless existing rows are of these tokens.
@@ -204,7 +250,7 @@ class FeatureStore(StoreFolder):
         if self.manifest.get("tokens") in (None, digest_of(hashes)):
             return
         try:
-            before = load(self.read(TOKENS))["items"]
+            before = self.tokens()
             differing = (before != hashes).nonzero().flatten().tolist()
         except (ActiveDPOError, LookupError, SafetensorError, RuntimeError):
             differing = []  # the file only serves to name the prompts
@@ -219,11 +265,13 @@ class FeatureStore(StoreFolder):
         """Load all rows into memory, in pool order."""
         with self.rows_on_disk() as rows:
             everything = torch.arange(len(rows))
-            shards = self.shards()
-            logps = np.concatenate([shard.logps for shard in shards])[
-                row_order(self.path, shards, self.manifest["responses"])
-            ]
-            return GradientRows(everything, rows.take(everything), torch.from_numpy(logps))
+            return GradientRows(everything, rows.take(everything), self.logps())
+
+    def logps(self) -> torch.Tensor:
+        """Return log π(y|x) of every response, float64 [R], in pool order."""
+        shards = self.shards()
+        order = row_order(self.path, shards, self.manifest["responses"])
+        return torch.from_numpy(np.concatenate([shard.logps for shard in shards])[order])
 
     def non_finite(self) -> list[int]:
         """Return the positions of items with a response that `skip_non_finite` has skipped."""
@@ -298,3 +346,16 @@ class FeatureStore(StoreFolder):
                     progress.update(len(part))
         zeros = f", {zero} of them all zeros" if zero else ""
         return f"all files of {self.path} are as written: {len(rows)} rows{zeros}"
+
+
+def _require_same_manifest(manifest: dict[str, Any], processes: PoolProcesses) -> None:
+    """Raise `ActiveDPOError`, on all processes, unless all would make the same store."""
+    settings = manifest["settings"]
+    processes.require_same({"set of settings": repr(list(settings))})
+    given = {
+        name: repr(value)
+        for name, value in settings.items()
+        if f"{name}_fingerprint" not in settings  # a location
+    }
+    skipped = repr(manifest["skipped"])
+    processes.require_same({"pool": manifest["pool"], **given, "list of skipped items": skipped})

@@ -87,7 +87,7 @@ def test_select_says_which_strategies_a_store_serves(capsys: pytest.CaptureFixtu
 
 def test_every_command_takes_quiet() -> None:
     commands = dict(_commands())
-    assert len(commands) == 13
+    assert len(commands) == 14
     for name, command in commands.items():
         quiet = [one for one in command.params if one.name == "quiet"]
         assert quiet and quiet[0].opts == ["--quiet", "-q"], name

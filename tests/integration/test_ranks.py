@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import timedelta
+from itertools import count
 
 import pytest
 import torch
@@ -114,10 +115,10 @@ def lose_one(rank, world, group):
     rows, pairs = problem()
     first, last = share(rank, world)
     if rank == world - 1:
-        original = Processes.share
+        original, picks = Processes.share, count()
 
         def leave(self, *arguments):
-            if self._picks == 4:
+            if next(picks) == 4:
                 os._exit(0)
             return original(self, *arguments)
 

@@ -413,15 +413,15 @@ def test_select_under_torchrun_writes_the_file_of_one_process(
     assert one == two
 
 
-def test_bad_input_to_a_shared_select_is_one_line_each_and_no_file(results) -> None:
-    for rank, result in enumerate(results):
-        said = result["commands"]
-        code, error, there = said["rules"]
-        assert (code, there, error.count("\n")) == (2, False, 1)
-        assert error.startswith("activedpo: error: group_by: there is no column 'none'")
-        code, error, there = said["labels"]
-        assert (code, there, error.count("\n")) == (2, False, 1)
-        assert ("two different" if rank else "process 1 of 2 failed, see its own") in error
+def test_bad_input_to_a_shared_select_is_one_line_and_no_file(results) -> None:
+    for name, speaker, expected in (
+        ("rules", 0, "activedpo: error: group_by: there is no column 'none'"),  # all find it
+        ("labels", 1, "two different"),
+    ):
+        for rank, result in enumerate(results):
+            code, error, there = result["commands"][name]
+            assert (code, there, error.count("\n")) == (2, False, int(rank == speaker))
+            assert error == "" or expected in error
 
 
 def test_missing_variables_of_a_launcher_are_an_error(

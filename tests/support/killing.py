@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -44,6 +45,65 @@ def run(
     Returns:
         The exit code (the negative signal), the steps and passes that it made, its stderr.
     """
+    return _start(commands, when, number, largest, around, False)()
+
+
+def run_together(
+    commands: list[list[str]],
+    *,
+    when: dict[int, int] | None = None,
+    number: int = signal.SIGKILL,
+    largest: int = resource.RLIM_INFINITY,
+    in_last: Callable[[pytest.MonkeyPatch], None] | None = None,
+) -> list[tuple[int, dict[str, int], str]]:
+    """Run each command in a process of its own, as a launcher starts them; see `run`.
+
+    Args:
+        when: the step at which a process is killed, by its rank. largest: for the first process.
+        in_last: changes something in the last process, before its command.
+
+    Returns:
+        What `run` does, for each process; with its stdout in its stderr.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [
+        _start(
+            [command],
+            (when or {}).get(rank, 0),
+            number,
+            largest if rank == 0 else resource.RLIM_INFINITY,
+            _launched(rank, len(commands), port, in_last if rank == len(commands) - 1 else None),
+            True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    return [end() for end in started]
+
+
+@contextlib.contextmanager
+def _launched(
+    rank: int, size: int, port: int, change: Callable[[pytest.MonkeyPatch], None] | None
+) -> Iterator[None]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        for name, value in names.items():
+            patch.setenv(name, str(value))
+        if change is not None:
+            change(patch)
+        yield
+
+
+def _start(
+    commands: list[list[str]],
+    when: int,
+    number: int,
+    largest: int,
+    around: contextlib.AbstractContextManager[Any] | None,
+    show: bool,
+) -> Callable[[], tuple[int, dict[str, int], str]]:
+    """Start what `run` runs; the function that is returned waits for its end."""
     # Through pipes: limits and rights concern files alone.
     (read_err, err), (read_counts, counts) = os.pipe(), os.pipe()
     for pipe in (err, counts):
@@ -56,18 +116,22 @@ def run(
             signal.signal(signal.SIGINT, signal.default_int_handler)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
             with around or contextlib.nullcontext():
-                code = _child(err, counts, commands, when, number)
+                code = _child(err, counts, commands, when, number, show)
         finally:
             os._exit(code)
     os.close(err)
     os.close(counts)
-    status = os.waitpid(child, 0)[1]
-    with open(read_err, errors="replace") as said, open(read_counts) as told:
-        return (
-            os.waitstatus_to_exitcode(status),
-            json.loads(told.read().splitlines()[-1]),
-            said.read(),
-        )
+
+    def end() -> tuple[int, dict[str, int], str]:
+        status = os.waitpid(child, 0)[1]
+        with open(read_err, errors="replace") as said, open(read_counts) as told:
+            return (
+                os.waitstatus_to_exitcode(status),
+                json.loads(told.read().splitlines()[-1]),
+                said.read(),
+            )
+
+    return end
 
 
 def send(number: int) -> Callable[[], None]:
@@ -80,7 +144,9 @@ def disk_full() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
-def _child(err_pipe: int, told: int, commands: list[list[str]], when: int, number: int) -> int:
+def _child(
+    err_pipe: int, told: int, commands: list[list[str]], when: int, number: int, show: bool
+) -> int:
     counts = {"steps": 0, "passes": 0}
 
     def tell() -> None:
@@ -98,7 +164,7 @@ def _child(err_pipe: int, told: int, commands: list[list[str]], when: int, numbe
         open(err_pipe, "w") as err,
         open(os.devnull, "w") as out,
         contextlib.redirect_stderr(err),
-        contextlib.redirect_stdout(out),
+        contextlib.redirect_stdout(err if show else out),
         _counted(step, counts),
     ):
         os.dup2(err.fileno(), 2)

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from activedpo_fast.cli.options import flag, option, selector_config
-from activedpo_fast.cli.session import Quiet, hush, one_process, progress, say, session
+from activedpo_fast.cli.session import Quiet, hush, progress, say, session
+from activedpo_fast.distributed.launcher import launched
 from activedpo_fast.settings import GradientOf, SelectorConfig, SketchName, Truncation
 
 EPILOG = """\b
@@ -16,6 +17,8 @@ Examples:
   activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store
   activedpo features pool.jsonl --model ./llama --adapter ./adapter --output store \\
       --sketch none --export features.safetensors
+  torchrun --nproc-per-node 4 -m activedpo_fast features pool.jsonl --model ./llama \\
+      --adapter ./adapter --output store
 """
 
 
@@ -96,12 +99,13 @@ def features(
 
     The rows are kept in a store, a folder that `activedpo select` reads. The same command
     continues an interrupted run. In an existing store, columns of POOL other than the texts are
-    updated.
+    updated. Under torchrun or `accelerate launch`, the processes share the work, each with a GPU of
+    its own if there are any.
     """
-    with session(quiet):
+    # The processes are connected first: some libraries do it themselves when they are imported.
+    with session(quiet), launched() as group:
         import torch
 
-        one_process("activedpo features")
         from activedpo_fast.cli.features import FeatureOptions, take_features
 
         hush()
@@ -139,5 +143,6 @@ def features(
                 export=export,
                 skip_non_finite=skip_non_finite,
                 show_progress=progress(quiet),
+                group=group,
             ),
         )

@@ -1,4 +1,4 @@
-"""`activedpo store ...`: look at a feature store, check it, export it, clean it up."""
+"""`activedpo store ...`: look at a feature store, check it, export it, join it, clean it up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from activedpo_fast.cli.session import Quiet, progress, say, session
 
 app = typer.Typer(
     name="store",
-    help="Look at a feature store, check it, export its rows, or clean it up.",
+    help="Look at a feature store, check it, export its rows, join several, or clean one up.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -57,6 +57,31 @@ def export(
         check_output("FILE", output, {})
         FeatureStore.open(store).export(output, show_progress=progress(quiet))
         say(quiet, f"the rows of {store} exported to {output}")
+
+
+@app.command(
+    epilog="Example:\n\n  activedpo store join store part-1 part-2\n\n"
+    "  activedpo select store --output picked.jsonl"
+)
+def join(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new store.")],
+    stores: Annotated[
+        list[Path],
+        typer.Argument(metavar="STORE", help="Stores of parts of a pool, in the pool's order."),
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Make one store of stores of parts of a pool, with the same model and settings.
+
+    Rows are copied. A prompt that is in several stores is kept once, if its rows are the same.
+    """
+    from activedpo_fast.store.store import FeatureStore
+
+    with session(quiet):
+        joined = FeatureStore.join(output, stores, show_progress=progress(quiet))
+        pool = joined.pool()
+        what = f"{pool.n_responses} gradient rows of {len(pool)} prompts"
+        say(quiet, f"{what} from {len(stores)} stores in {output}")
 
 
 @app.command(epilog="Example:\n\n  activedpo store gc store --dry-run")
