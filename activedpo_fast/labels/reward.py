@@ -29,6 +29,29 @@ class Reward(Protocol):
     ) -> Sequence[float]: ...
 
 
+def rewards_of(
+    reward: Reward,
+    ids: Sequence[str],
+    prompts: Sequence[Text],
+    responses: Sequence[Text],
+    extras: Sequence[Mapping[str, Any]],
+) -> list[float]:
+    """Return the reward of each response; `ids` are those of their prompts, for messages.
+
+    Raises:
+        ActiveDPOError: a wrong number of rewards, or one that is not finite.
+    """
+    rewards = [float(value) for value in reward(prompts, responses, extras)]
+    if len(rewards) != len(responses):
+        raise ActiveDPOError(
+            f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
+        )
+    for id, value in zip(ids, rewards, strict=True):
+        if not math.isfinite(value):
+            raise ActiveDPOError(f"the reward of a response to id {id!r} is {value}")
+    return rewards
+
+
 class RewardOracle:
     """Labels with P(a is preferred to b) = σ((r_a − r_b) / temperature).
 
@@ -42,6 +65,9 @@ class RewardOracle:
         temperature: in units of the reward. 0 always prefers the higher reward and labels a tie
             None.
         seed: for the draws.
+
+    Attributes:
+        reward: as given.
 
     Raises:
         ActiveDPOError: a negative temperature; from `label`, a wrong number of rewards or one that
@@ -59,7 +85,7 @@ class RewardOracle:
     def __init__(self, reward: Reward, *, temperature: float = 1.0, seed: int = 0) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ActiveDPOError(f"temperature: {temperature} is not a finite number from 0")
-        self._reward = reward
+        self.reward = reward
         self.temperature = temperature
         self.seed = seed
 
@@ -76,17 +102,11 @@ class RewardOracle:
             for pick in selection
             for _ in pick.responses
         ]
-        rewards = [float(value) for value in self._reward(prompts, responses, extras)]
-        if len(rewards) != len(responses):
-            raise ActiveDPOError(
-                f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
-            )
+        ids = [pick.id for pick in selection for _ in pick.responses]
+        rewards = rewards_of(self.reward, ids, prompts, responses, extras)
         labels = []
         for n, pick in enumerate(selection):
             first, second = rewards[2 * n : 2 * n + 2]
-            for value in (first, second):
-                if not math.isfinite(value):
-                    raise ActiveDPOError(f"the reward of a response to id {pick.id!r} is {value}")
             labels.append(self._draw(pick, first - second))
         return labels
 

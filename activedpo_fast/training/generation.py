@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
@@ -17,7 +16,7 @@ from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
-from activedpo_fast.settings import check_sampling
+from activedpo_fast.settings import check_responding, check_sampling
 from activedpo_fast.training.sampler import PromptLike, Sampler
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def generate_responses(
         PoolItem(
             prompt.id,
             prompt.prompt,
-            tuple(_as_text(text, prompt.prompt) for text in texts),
+            tuple(as_text(text, prompt.prompt) for text in texts),
             dict(prompt.extra),
         )
         for prompt, texts in zip(prompts, found, strict=True)
@@ -157,51 +156,22 @@ def _distinct_texts(
     return [list(texts.values()) for texts in found]
 
 
-def try_generation(
-    model: PreTrainedModel | PeftModel,
-    processing_class: PreTrainedTokenizerBase,
+@leaves_tokenizer(1)
+def shortest_prompts(
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None,
     prompts: Sequence[PromptLike],
-    *,
-    num_generations: int = 2,
-    max_completion_length: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generation_batch_size: int = 16,
-    max_attempts: int = 4,
-    chat_template_kwargs: dict[str, Any] | None = None,
+    max_completion_length: int,
+    chat_template_kwargs: dict[str, Any] | None,
 ) -> list[int]:
-    """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
-
-    Returns:
-        The positions of the two prompts with the fewest tokens (or of the only one), which were
-        continued.
+    """Encode all prompts; return the positions of the two with the fewest tokens, or of the one.
 
     Raises:
-        ActiveDPOError: as `generate_responses`.
+        ActiveDPOError: a prompt that `generate_responses` would refuse.
     """
-    check_sampling(
-        num_generations=num_generations,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        top_p=top_p,
-        generation_batch_size=generation_batch_size,
-        max_attempts=max_attempts,
-    )
-    sampler = Sampler(
-        model,
-        processing_class,
-        prompts,
-        max_completion_length,
-        generation_batch_size,
-        chat_template_kwargs or {},
-    )
-    sampler.max_completion_length = min(max_completion_length, 2)
-    shortest = sorted(range(len(prompts)), key=lambda n: len(sampler.prompt_ids[n]))[:2]
-    with forked_rng(sampler.device, 0):
-        sampler.run(
-            shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p, top_k=0
-        )
-    return shortest
+    kwargs = chat_template_kwargs or {}
+    sampler = Sampler(model, processing_class, prompts, max_completion_length, 1, kwargs)
+    return sorted(range(len(prompts)), key=lambda n: len(sampler.prompt_ids[n]))[:2]
 
 
 @leaves_tokenizer(1)
@@ -212,6 +182,7 @@ def respond(
     *,
     max_completion_length: int = 64,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     generation_batch_size: int = 16,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -220,11 +191,10 @@ def respond(
     """Return one text per prompt, in order, possibly empty, to evaluate a model.
 
     `temperature` 0 takes the most likely token at each step; above 0, tokens are sampled from the
-    model's distribution. Arguments, texts, errors and restored state are as in
-    `generate_responses`; chat responses are only the message's content.
+    model's distribution, truncated to `top_p`. Arguments, texts, errors and restored state are as
+    in `generate_responses`; chat responses are only the message's content.
     """
-    if not temperature >= 0:
-        raise ActiveDPOError(f"temperature: {temperature} is below 0")
+    check_responding(temperature=temperature, top_p=top_p)
     sampler = Sampler(
         model,
         processing_class,
@@ -235,12 +205,13 @@ def respond(
     )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with forked_rng(sampler.device, seed):
         return sampler.run(range(len(sampler.prompts)), "respond", show_progress, **sampling)
 
 
-def _as_text(response: str, prompt: Text) -> Text:
+def as_text(response: str, prompt: Text) -> Text:
+    """Return a response to a prompt: as it is, or as the message of the assistant."""
     if isinstance(prompt, str):
         return response
     return [{"role": "assistant", "content": response}]

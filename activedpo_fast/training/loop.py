@@ -115,7 +115,10 @@ class ActiveDPOLoop:
         rules: constraints on each round's picks, see `PickRules`; ids, groups and costs are
             those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
             pair, or none that reaches `min_score`, the run ends with an error.
-        evaluate: returns metrics of the model; called before the first round and after each.
+        evaluate: returns metrics of the model; called before the first round and after each. See
+            `activedpo_fast.training.evaluation` for some. Its method `rehearse`, if it has one, is
+            called with the model in the rehearsal. Its attribute `settings`, if it has one, JSON
+            values by name, is compared like the other settings.
         callbacks: for each round's `DPOTrainer`. One that stops the training ends that of the
             round alone. If one raises, so does `run`; nothing of the training is kept, and the next
             `run` trains the round again.
@@ -200,6 +203,7 @@ class ActiveDPOLoop:
             prompts=self.prompts,
             rules=rules,
             oracle=oracle,
+            evaluate=evaluate,
             extra_settings=extra_settings or {},
         )
 
@@ -397,6 +401,11 @@ class ActiveDPOLoop:
         check_pairs(self._offered, args)
         if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
             rehearse_oracle()
+        if callable(rehearse_evaluate := getattr(self.evaluate, "rehearse", None)):
+            try:
+                rehearse_evaluate(self.model)
+            except ActiveDPOError as error:
+                raise ActiveDPOError(f"evaluate: {error}") from error
         rehearse(
             self.model,
             self.processing_class,

@@ -30,6 +30,7 @@ def recorded_settings(
     prompts: Sequence[Prompt],
     rules: PickRules | None,
     oracle: Oracle,
+    evaluate: Any,
     extra_settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that a run depends on, except the model and the tokenizer.
@@ -53,11 +54,12 @@ def recorded_settings(
         "selector_options": selector_options,
         "chat_template_kwargs": chat_template_kwargs,
         "prompts": digest(
-            [_identity(prompt, given=args.responses == "given") for prompt in prompts]
+            [prompt_identity(prompt, given=args.responses == "given") for prompt in prompts]
         ),
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
-        "oracle": _oracle_settings(oracle),
+        "oracle": object_settings(oracle),
+        "evaluate": getattr(evaluate, "settings", None),
         "extra_settings": extra_settings,
     }
     recorded: dict[str, Any] = plain(settings)
@@ -73,17 +75,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _oracle_settings(oracle: Oracle) -> dict[str, Any]:
-    """Return the class of an oracle, and its public attributes that are numbers or texts."""
+def object_settings(given: Any) -> dict[str, Any]:
+    """Return the class of an object, and its public attributes that are numbers or texts."""
     own = {
         name: value
-        for name, value in getattr(oracle, "__dict__", {}).items()
+        for name, value in getattr(given, "__dict__", {}).items()
         if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))
     }
-    return {"class": type(oracle).__name__, **own}
+    return {"class": type(given).__name__, **own}
 
 
-def _identity(prompt: Any, *, given: bool) -> list[Any]:
+def prompt_identity(prompt: Any, *, given: bool = False) -> list[Any]:
     """Return the id of a prompt and everything its tokens, or those of its pairs, depend on."""
     own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
     responses = [prompt.responses] if given else []

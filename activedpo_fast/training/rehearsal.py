@@ -34,7 +34,7 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.training.generation import try_generation
+from activedpo_fast.training.generation import respond, shortest_prompts
 from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
@@ -103,9 +103,20 @@ def _generate(
     prompts: Sequence[Prompt],
     generation: Mapping[str, Any],
 ) -> list[Prompt]:
-    """Try generation; return the two prompts with the fewest tokens."""
+    """Encode all prompts and sample two tokens; return the two prompts with the fewest tokens."""
+    length, kwargs = generation["max_completion_length"], generation["chat_template_kwargs"]
     try:
-        shortest = try_generation(model, tokenizer, prompts, **generation)
+        shortest = shortest_prompts(model, tokenizer, prompts, length, kwargs)
+        respond(
+            model,
+            tokenizer,
+            [prompts[n] for n in shortest],
+            max_completion_length=min(length, 2),
+            temperature=generation["temperature"],
+            top_p=generation["top_p"],
+            chat_template_kwargs=kwargs,
+            show_progress=False,
+        )
     except ActiveDPOError as error:
         raise ActiveDPOError(f"generation: {error}") from error
     return [prompts[n] for n in shortest]

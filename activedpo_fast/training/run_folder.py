@@ -40,6 +40,9 @@ _STEMS = (
     "checksums",
     "command",
     "config",
+    "heldout",
+    "heldout-preferences",
+    "heldout-responses",
     "joules",
     "labels",
     "picked",
@@ -106,6 +109,19 @@ def round_folders(output_dir: Path) -> dict[int, Path]:
         if digits and path == round_folder(output_dir, int(digits[1])) and path.is_dir():
             found[int(digits[1])] = path
     return dict(sorted(found.items()))
+
+
+def folder_to_evaluate(output_dir: Path) -> Path:
+    """Return the folder of the start or of the round whose record is the next to be written.
+
+    Raises:
+        ActiveDPOError: all are there.
+    """
+    folders = (output_dir / "start", *round_folders(output_dir).values())
+    for folder in folders:
+        if not (folder / "record.json").exists():
+            return folder
+    raise ActiveDPOError(f"{output_dir}: all rounds are evaluated")
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:

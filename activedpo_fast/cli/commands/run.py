@@ -32,6 +32,11 @@ Sources of labels:
   oracle: {{kind: judge, model: NAME, base_url: http://localhost:8000/v1}}
   oracle: {{kind: recorded}}
 
+\b
+Metrics on held-out data after each round (docs/cli.md):
+  evaluate: {{prompts: FILE, oracle: {{kind: reward_model, model: FOLDER}}}}
+  evaluate: {{preferences: FILE}}
+
 {keys_help()}
 """
 
