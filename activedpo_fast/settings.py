@@ -306,6 +306,7 @@ _ARGUMENTS: dict[type, tuple[str, ...]] = {
         "args",
         "dpo_args",
         "rules",
+        "generate",
         "evaluate",
         "callbacks",
         "peft_config",

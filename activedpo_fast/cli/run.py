@@ -33,6 +33,7 @@ from activedpo_fast.report.tables import TIMED, aligned, with_error
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord, write_command
+from activedpo_fast.training.server import ServerGeneration
 from activedpo_fast.training.trl import dpo_config, selector_settings
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
     dpo_args = _dpo_args(config, output)
     prompts, recorded = _prompts(config)
     heldout = read_heldout(config, prompts)
+    generate = _generation(config, show_progress)
     oracle = recorded or _oracle(config, config.oracle, output / "labeling", show_progress)
     scorer = _scorer(config, oracle, output, show_progress)
     model, tokenizer = load_policy(
@@ -99,6 +101,7 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         strategy=config.strategy,
         selector_options={"seed": config.seed, **config.selection},
         chat_template_kwargs=config.chat_template_kwargs,
+        generate=generate,
         evaluate=make_evaluation(config, heldout, scorer, tokenizer, dpo_args, show_progress),
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
@@ -170,6 +173,13 @@ def _oracle(
         show_progress=show_progress,
         **options,
     )
+
+
+def _generation(config: RunConfig, show_progress: bool | None) -> ServerGeneration | None:
+    if config.generation is None:
+        return None
+    with _named("generation"):
+        return ServerGeneration(show_progress=show_progress, **config.generation)
 
 
 def _people(oracle: Mapping[str, Any], folder: Path) -> Oracle:

@@ -38,6 +38,7 @@ class RunConfig:
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
         oracle: `kind` ("people", "reward_model", "judge" or "recorded") and its options.
+        generation: arguments of `ServerGeneration`; None to sample from the model in memory.
         evaluate: fields of `EvaluationConfig`, with `oracle` if it has prompts; None for no
             metrics.
     """
@@ -60,6 +61,7 @@ class RunConfig:
     loop: dict[str, Any] = field(default_factory=dict)
     rules: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None
 
 
@@ -91,6 +93,7 @@ def make_config(given: Any) -> RunConfig:
     if "evaluate" in values:
         values["evaluate"] = _with_oracle(values["evaluate"], values["oracle"])
     values["loop"] = _with_responses(values)
+    _check_generation(values)
     _check_rules(values.get("rules", {}))
     _move_template_kwargs(values)
     values = _with_preset(values)
@@ -162,6 +165,7 @@ def _sections() -> dict[str, dict[str, Any]]:
     from peft import LoraConfig
 
     from activedpo_fast.selection.rules import PickRules
+    from activedpo_fast.training.server import ServerGeneration
     from activedpo_fast.training.trl import dpo_config
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
@@ -170,6 +174,10 @@ def _sections() -> dict[str, dict[str, Any]]:
         "dpo": _keys(dpo, "dpo"),
         **{section: section_keys(section) for section in SETTINGS},
         "rules": _keys(PickRules, "rules"),
+        "generation": {
+            "model": str,
+            **_options(ServerGeneration.__init__, without={"show_progress"}),
+        },
     }
 
 
@@ -203,6 +211,10 @@ _NEEDED_BY_ORACLE = {
 }
 
 
+_NEEDED_BY_GENERATION = {
+    "base_url": "the address of the server that samples, such as http://localhost:8000/v1",
+    "model": "the name of the base model at that server",
+}
 _SCORING = ("reward_model", "judge")  # kinds that score responses to held-out prompts
 
 
@@ -270,6 +282,17 @@ def _with_responses(values: Mapping[str, Any]) -> dict[str, Any]:
             if name in loop:
                 raise ActiveDPOError(f"loop.{name}: no response is sampled: remove it")
     return loop
+
+
+def _check_generation(values: Mapping[str, Any]) -> None:
+    generation = values.get("generation")
+    if generation is None:
+        return
+    if values["loop"].get("responses") == "given":
+        raise ActiveDPOError("generation: no response is sampled: remove it")
+    for name, what in _NEEDED_BY_GENERATION.items():
+        if name not in generation:
+            raise ActiveDPOError(f"generation.{name}: missing, {what}")
 
 
 def _check_rules(rules: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from activedpo_fast.pool.reading import as_prompts
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.settings import check_responding
-from activedpo_fast.training.generation import as_text, respond, shortest_prompts
+from activedpo_fast.training.distinct import as_text
+from activedpo_fast.training.generation import respond, shortest_prompts
 from activedpo_fast.training.heldout import (
     RESPONSES,
     REWARDS,

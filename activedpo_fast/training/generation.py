@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._random import forked_rng
-from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.named import GivenModel
-from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.settings import check_responding, check_sampling
+from activedpo_fast.training.distinct import distinct_responses
 from activedpo_fast.training.sampler import PromptLike, Sampler
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 
 @leaves_tokenizer(1)
@@ -95,65 +89,24 @@ def generate_responses(
         generation_batch_size,
         chat_template_kwargs or {},
     )
-    prompts = sampler.prompts
-    for n, prompt in enumerate(prompts, start=1):
-        check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
 
-    with forked_rng(sampler.device, seed):
-        found = _distinct_texts(
-            sampler,
-            num_generations,
-            max_attempts,
+    def sample(missing: list[int], attempt: int) -> Iterator[tuple[int, str]]:
+        description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
+        texts = sampler.run(
+            missing,
+            description,
             show_progress,
             do_sample=True,
             temperature=temperature,
             top_p=top_p,
             top_k=0,
         )
-    items = [
-        PoolItem(
-            prompt.id,
-            prompt.prompt,
-            tuple(as_text(text, prompt.prompt) for text in texts),
-            dict(prompt.extra),
-        )
-        for prompt, texts in zip(prompts, found, strict=True)
-        if len(texts) == num_generations
-    ]
-    if len(items) < len(prompts):
-        logger.warning(
-            "%d of %d prompts are left out: fewer than %d distinct responses after %d attempts",
-            len(prompts) - len(items),
-            len(prompts),
-            num_generations,
-            max_attempts,
-        )
-    if not items:
-        raise ActiveDPOError(
-            f"no prompt got {num_generations} distinct responses in {max_attempts} "
-            "attempts: is the temperature too low, or max_completion_length?"
-        )
-    return PreferencePool(items)
+        return zip(missing, texts, strict=True)
 
-
-def _distinct_texts(
-    sampler: Sampler, count: int, max_attempts: int, show_progress: bool | None, **sampling: Any
-) -> list[list[str]]:
-    """Return up to `count` texts of every prompt, in the order of sampling."""
-    # Keyed by the text without surrounding white space.
-    found: list[dict[str, str]] = [{} for _ in sampler.prompts]
-    for attempt in range(1, max_attempts + 1):
-        missing = [
-            position for position, texts in enumerate(found) for _ in range(count - len(texts))
-        ]
-        if not missing:
-            break
-        description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
-        sampled = sampler.run(missing, description, show_progress, **sampling)
-        for position, text in zip(missing, sampled, strict=True):
-            if text.strip():
-                found[position].setdefault(text.strip(), text)
-    return [list(texts.values()) for texts in found]
+    with forked_rng(sampler.device, seed):
+        return distinct_responses(
+            sampler.prompts, sample, num_generations=num_generations, max_attempts=max_attempts
+        )
 
 
 @leaves_tokenizer(1)
@@ -208,10 +161,3 @@ def respond(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with forked_rng(sampler.device, seed):
         return sampler.run(range(len(sampler.prompts)), "respond", show_progress, **sampling)
-
-
-def as_text(response: str, prompt: Text) -> Text:
-    """Return a response to a prompt: as it is, or as the message of the assistant."""
-    if isinstance(prompt, str):
-        return response
-    return [{"role": "assistant", "content": response}]

@@ -35,6 +35,7 @@ from activedpo_fast.training.arguments import (
 from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
+from activedpo_fast.training.generators import Generate, check_generate, generated_responses
 from activedpo_fast.training.prompts import (
     check_pairs,
     draw_items,
@@ -115,6 +116,8 @@ class ActiveDPOLoop:
         rules: constraints on each round's picks, see `PickRules`; ids, groups and costs are
             those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
             pair, or none that reaches `min_score`, the run ends with an error.
+        generate: samples the responses in place of `generate_responses`: a function, see
+            `activedpo_fast.training.generators.Generate`, or a `ServerGeneration`.
         evaluate: returns metrics of the model; called before the first round and after each. See
             `activedpo_fast.training.evaluation` for some. Its method `rehearse`, if it has one, is
             called with the model in the rehearsal. Its attribute `settings`, if it has one, JSON
@@ -158,6 +161,7 @@ class ActiveDPOLoop:
         dpo_args: DPOConfig | None = None,
         strategy: str | Strategy | None = None,
         rules: PickRules | None = None,
+        generate: Generate | None = None,
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
@@ -171,12 +175,14 @@ class ActiveDPOLoop:
             prompts, rules, given=self.args.responses == "given"
         )
         check_oracle(oracle)
+        check_generate(generate, given=self.args.responses == "given")
         check_callbacks(callbacks)
         self.oracle = oracle
         if dpo_args is None:
             dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)
         self.dpo_args = dpo_args
         self.rules = rules
+        self.generate = generate
         self.evaluate = evaluate
         self.callbacks = callbacks
         self.show_progress = show_progress
@@ -203,6 +209,7 @@ class ActiveDPOLoop:
             prompts=self.prompts,
             rules=rules,
             oracle=oracle,
+            generate=generate,
             evaluate=evaluate,
             extra_settings=extra_settings or {},
         )
@@ -236,7 +243,7 @@ class ActiveDPOLoop:
         for t in range(self.args.rounds):
             folder = self._folder(t)
             history.append(self._labels(t, folder, history))
-            self._train(folder, self._folder(t - 1) if t else start, history)
+            self._train(folder, self._before(t), history)
             self._load(folder)
             total = sum(label is not None for _, labels in history for label in labels)
             records.append(self._record(folder, t, total))
@@ -277,19 +284,34 @@ class ActiveDPOLoop:
             )
             seed = int(digest([self.args.seed, t])[:12], 16)
             with timed(folder, "generate", self.model.device):
-                pool = generate_responses(
-                    self.model,
-                    self.processing_class,
-                    prompts,
-                    seed=seed,
-                    chat_template_kwargs=self.chat_template_kwargs,
-                    show_progress=self.show_progress,
-                    **self.args.sampling,
-                )
+                pool = self._sampled(prompts, seed, self._before(t))
             write_recorded(path, pool.jsonl())
         check(folder, path.name)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
         return with_columns_of_now(PreferencePool.from_jsonl(path), self.prompts, folder.name)
+
+    def _sampled(self, prompts: Sequence[Prompt], seed: int, policy: Path) -> PreferencePool:
+        """Return responses of the current policy, whose adapter is in the folder `policy`."""
+        if self.generate is not None:
+            return generated_responses(
+                self.generate,
+                self.model,
+                self.processing_class,
+                prompts,
+                adapter=policy / "adapter",
+                seed=seed,
+                sampling=self.args.sampling,
+                common_template_kwargs=self.chat_template_kwargs,
+            )
+        return generate_responses(
+            self.model,
+            self.processing_class,
+            prompts,
+            seed=seed,
+            chat_template_kwargs=self.chat_template_kwargs,
+            show_progress=self.show_progress,
+            **self.args.sampling,
+        )
 
     def _picked(
         self, folder: Path, pool: PreferencePool, history: list[tuple[Selection, list[int | None]]]
@@ -393,6 +415,10 @@ class ActiveDPOLoop:
     def _folder(self, t: int) -> Path:
         return round_folder(self.output_dir, t)
 
+    def _before(self, t: int) -> Path:
+        """Return the folder of the policy that round t begins with."""
+        return self._folder(t - 1) if t else self.output_dir / "start"
+
     def _load(self, folder: Path) -> None:
         load_adapter_state(self.model, read_adapter(folder))
 
@@ -417,6 +443,7 @@ class ActiveDPOLoop:
             generation=None
             if args.responses == "given"
             else {**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
+            generate=self.generate,
         )
 
 

@@ -31,6 +31,7 @@ def recorded_settings(
     rules: PickRules | None,
     oracle: Oracle,
     evaluate: Any,
+    generate: Any,
     extra_settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that a run depends on, except the model and the tokenizer.
@@ -59,6 +60,7 @@ def recorded_settings(
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
         "oracle": object_settings(oracle),
+        "generate": None if generate is None else object_settings(generate),
         "evaluate": getattr(evaluate, "settings", None),
         "extra_settings": extra_settings,
     }

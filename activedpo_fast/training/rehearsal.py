@@ -35,6 +35,7 @@ from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.training.generation import respond, shortest_prompts
+from activedpo_fast.training.generators import rehearse_generate
 from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def rehearse(
     reference: Reference,
     batch_size: int,
     generation: Mapping[str, Any] | None,
+    generate: Any = None,
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
@@ -71,6 +73,8 @@ def rehearse(
         batch_size: pairs in a round.
         generation: arguments of `generate_responses`; None: nothing is generated, and `prompts` are
             the items of a pool, of which the two shortest take the place of dummies.
+        generate: the loop's own source of responses, of which its method `rehearse` is called, if
+            it has one, in place of sampling.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
@@ -83,7 +87,7 @@ def rehearse(
         else:
             pool = PreferencePool(
                 PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
-                for prompt in _generate(model, processing_class, prompts, generation)
+                for prompt in _generate(model, processing_class, prompts, generation, generate)
             )
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
@@ -102,15 +106,19 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     generation: Mapping[str, Any],
+    generate: Any,
 ) -> list[Prompt]:
     """Encode all prompts and sample two tokens; return the two prompts with the fewest tokens."""
     length, kwargs = generation["max_completion_length"], generation["chat_template_kwargs"]
     try:
-        shortest = shortest_prompts(model, tokenizer, prompts, length, kwargs)
+        shortest = [prompts[n] for n in shortest_prompts(model, tokenizer, prompts, length, kwargs)]
+        if generate is not None:
+            rehearse_generate(generate, shortest, kwargs)
+            return shortest
         respond(
             model,
             tokenizer,
-            [prompts[n] for n in shortest],
+            shortest,
             max_completion_length=min(length, 2),
             temperature=generation["temperature"],
             top_p=generation["top_p"],
@@ -119,7 +127,7 @@ def _generate(
         )
     except ActiveDPOError as error:
         raise ActiveDPOError(f"generation: {error}") from error
-    return [prompts[n] for n in shortest]
+    return shortest
 
 
 def _shortest(selector: ActiveDPOSelector, items: Sequence[PoolItem]) -> PreferencePool:

@@ -57,6 +57,7 @@ _ENTERS: dict[str, str | None] = {
     "responses": "generated",
     **dict.fromkeys(SAMPLING, "generated"),
     "chat_template_kwargs": "generated",
+    "generate": "generated",
     "rules": "picked",
     "rules.exclude": "generated",  # excluded prompts get no responses
     "strategy": "picked",

@@ -125,6 +125,20 @@ def _given(**changes: Any) -> dict[str, Any]:
             "loop.temperature: no response is sampled: remove it",
         ),
         ({"oracle": {"kind": "recorded", "path": "x"}}, "oracle.path: unknown key"),
+        ({"generation": {"model": "m"}}, "generation.base_url: missing, the address of the server"),
+        (
+            {"generation": {"base_url": "http://h"}},
+            "generation.model: missing, the name of the base",
+        ),
+        ({"generation": {"server": "http://h"}}, "generation.server: unknown key"),
+        (
+            {"generation": {"model": "m", "base_url": "http://h", "load_adapter": "yes"}},
+            "generation.load_adapter: expected true or false",
+        ),
+        (
+            {"generation": {"model": "m", "base_url": "http://h"}, "oracle": {"kind": "recorded"}},
+            "generation: no response is sampled: remove it",
+        ),
         ({"evaluate": {}}, "evaluate.prompts: missing, the file of held-out prompts; or give pref"),
         ({"evaluate": {"promts": "h"}}, "evaluate.promts: unknown key; did you mean 'prompts'?"),
         ({"evaluate": {"prompts": "h"}}, "evaluate.oracle: missing, what scores the responses"),
@@ -226,12 +240,13 @@ def test_held_out_responses_are_scored_by_the_run_s_oracle_if_it_can() -> None:
     assert make_config(_given(evaluate={"preferences": "h"})).evaluate == {"preferences": "h"}
 
 
-def test_the_commented_evaluation_of_the_example_is_valid() -> None:
+@pytest.mark.parametrize("name", ["evaluate", "generation"])
+def test_commented_sections_of_the_example_are_valid(name: str) -> None:
     text = (EXAMPLES / "run.yaml").read_text()
-    section = re.search("^# evaluate:.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    section = re.search(f"^# {name}:.*?\n\n", text, re.MULTILINE | re.DOTALL)
     assert section is not None
     given = yaml.safe_load(re.sub("^# ", "", section[0], flags=re.MULTILINE))
-    assert make_config(_given(**given)).evaluate == given["evaluate"]
+    assert getattr(make_config(_given(**given)), name) == given[name]
 
 
 def test_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The section `evaluate` of the run file: metrics in the records of whole runs of a tiny model."""
+"""The sections `evaluate` and `generation` of the run file: whole runs of a tiny model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import yaml
 
 from activedpo_fast.cli.app import main
 from activedpo_fast.training.run_folder import read_records
+from tests.support.generation_server import GenerationServer
 from tests.support.killing import project, reward_model
+from tests.support.models import tiny_causal_lm, tiny_tokenizer
 from tests.support.servers import prefers_longer, serving
 
 HELDOUT = [{"prompt": f"The dog {n}"} for n in range(3)]
@@ -34,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _write(files: Path, folder: Path, evaluate: dict[str, Any], **changes: Any) -> str:
+def _write(files: Path, folder: Path, evaluate: dict[str, Any] | None, **changes: Any) -> str:
     config = {
         "model": str(files / "model"),
         "adapter": str(files / "adapter"),
@@ -127,6 +129,30 @@ def test_a_win_rate_by_a_judge_in_a_run_on_recorded_preferences(
         capsys.readouterr()
         assert main(["run", path]) == 2
     assert "evaluate.win_rate.oracle.request" in capsys.readouterr().err
+
+
+def test_responses_from_a_server(files: Path, tmp_path: Path, capsys: Any) -> None:
+    behind = GenerationServer(tiny_causal_lm("llama"), tiny_tokenizer())
+    with serving(behind) as server:
+        generation = {"model": "base", "base_url": f"{server.address}/v1"}
+        path = _write(files, tmp_path, None, generation=generation)
+        config = yaml.safe_load(Path(path).read_text())
+        assert main(["run", path, "--quiet"]) == 0
+    assert list(behind.adapters.values()) == [str(tmp_path / "run" / "start" / "adapter")]
+    sampled = {text for _, _, texts in behind.answers[1:] for text in texts}
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "round-000" / "pool.jsonl").read_text().splitlines()
+    ]
+    assert rows and all(text in sampled for row in rows for text in row["responses"])
+    # The server is gone; what it answered is there.
+    assert main(["run", path, "--quiet"]) == 0
+    Path(path).write_text(yaml.safe_dump({**config, "generation": {**generation, "model": "b"}}))
+    assert main(["run", path]) == 2
+    assert "generate.model ('base', now 'b') differs" in capsys.readouterr().err
+    Path(path).write_text(yaml.safe_dump({**config, "generation": {**generation, "base_url": "h"}}))
+    assert main(["run", path]) == 2
+    assert "generation.base_url: expected an address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
