@@ -308,6 +308,7 @@ _ARGUMENTS: dict[type, tuple[str, ...]] = {
         "rules",
         "generate",
         "evaluate",
+        "eval_dataset",
         "callbacks",
         "peft_config",
         "extra_settings",

@@ -19,10 +19,11 @@ from activedpo_fast.pool.reading import read_prompts
 from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.settings import LoopConfig, SelectorConfig
 from activedpo_fast.training.evaluation import Evaluations, HeldoutReward, HeldoutWinRate
-from activedpo_fast.training.heldout_preferences import HeldoutPreferences
+from activedpo_fast.training.heldout_preferences import HeldoutPreferences, all_pairs
 from activedpo_fast.training.trl import selector_settings
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,16 @@ def make_evaluation(
                 )
             )
     return Evaluations(parts)
+
+
+def trainer_dataset(
+    config: RunConfig, data: HeldoutData, dpo_args: DPOConfig
+) -> datasets.Dataset | None:
+    """Return the held-out pairs if the trainer is to evaluate on them, by `dpo.eval_strategy`."""
+    if data.preferences is None or dpo_args.eval_strategy == "no":
+        return None
+    pairs = all_pairs(data.preferences.pool, config.chat_template_kwargs)
+    return pairs.to_dataset(data.preferences.label(pairs))
 
 
 _SHARED = {"max_tokens_per_batch", "bf16"}  # settings of the selection that log-probs have, too

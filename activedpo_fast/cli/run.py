@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import check_folder_target
 from activedpo_fast._locks import locked_folder
-from activedpo_fast.cli.evaluation import make_evaluation, read_heldout
+from activedpo_fast.cli.evaluation import make_evaluation, read_heldout, trainer_dataset
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
@@ -101,6 +101,7 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         strategy=config.strategy,
         selector_options={"seed": config.seed, **config.selection},
         chat_template_kwargs=config.chat_template_kwargs,
+        eval_dataset=trainer_dataset(config, heldout, dpo_args),
         generate=generate,
         evaluate=make_evaluation(config, heldout, scorer, tokenizer, dpo_args, show_progress),
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,

@@ -17,6 +17,7 @@ from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.labels import RecordedOracle
 from activedpo_fast.pool.pool import PreferencePool
+from activedpo_fast.pool.template import template_kwargs
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
@@ -81,7 +82,7 @@ class HeldoutPreferences:
             pool = _without(pool, tokens.skipped, settings.max_length)
             tokens = _tokenized(pool, processing_class, settings, show_progress)
         self._tokens = tokens
-        self._chosen = np.array(recorded.label(_all_pairs(pool)))
+        self._chosen = np.array(recorded.label(all_pairs(pool)))
         self._options = settings
         self._pad = processing_class.pad_token_id
         self._output_dir = Path(output_dir)
@@ -151,10 +152,13 @@ def _without(
     return pool.subset(kept)
 
 
-def _all_pairs(pool: PreferencePool) -> Selection:
-    """Return the pair of each item of a pool whose items have two responses."""
-    picks = [
-        Pick(item.id, (0, 1), 0.0, n, item.prompt, (item.responses[0], item.responses[1]))
-        for n, item in enumerate(pool)
-    ]
+def all_pairs(
+    pool: PreferencePool, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Selection:
+    """Return the pair of each item of a pool whose items have two responses, scored 0."""
+    picks = []
+    for n, item in enumerate(pool):
+        first, second = item.responses
+        arguments = template_kwargs(item.extra, chat_template_kwargs) if pool.is_chat else None
+        picks.append(Pick(item.id, (0, 1), 0.0, n, item.prompt, (first, second), arguments or None))
     return Selection(tuple(picks), "heldout")

@@ -63,7 +63,7 @@ from activedpo_fast.training.run_folder import (
     write_labels,
     write_record,
 )
-from activedpo_fast.training.trl import check_callbacks, dpo_config, train_dpo
+from activedpo_fast.training.trl import check_callbacks, check_eval_dataset, dpo_config, train_dpo
 
 if TYPE_CHECKING:
     import datasets
@@ -122,6 +122,9 @@ class ActiveDPOLoop:
             `activedpo_fast.training.evaluation` for some. Its method `rehearse`, if it has one, is
             called with the model in the rehearsal. Its attribute `settings`, if it has one, JSON
             values by name, is compared like the other settings.
+        eval_dataset: for each round's `DPOTrainer`, which evaluates on it as `dpo_args` says
+            (`eval_strategy`): rows with prompt, chosen and rejected. The last of its values are in
+            `RoundRecord.training`.
         callbacks: for each round's `DPOTrainer`. One that stops the training ends that of the
             round alone. If one raises, so does `run`; nothing of the training is kept, and the next
             `run` trains the round again.
@@ -163,6 +166,7 @@ class ActiveDPOLoop:
         rules: PickRules | None = None,
         generate: Generate | None = None,
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
+        eval_dataset: datasets.Dataset | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         extra_settings: Mapping[str, Any] | None = None,
@@ -177,6 +181,7 @@ class ActiveDPOLoop:
         check_oracle(oracle)
         check_generate(generate, given=self.args.responses == "given")
         check_callbacks(callbacks)
+        check_eval_dataset(eval_dataset)
         self.oracle = oracle
         if dpo_args is None:
             dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)
@@ -184,6 +189,7 @@ class ActiveDPOLoop:
         self.rules = rules
         self.generate = generate
         self.evaluate = evaluate
+        self.eval_dataset = eval_dataset
         self.callbacks = callbacks
         self.show_progress = show_progress
         self.strategy: str = strategy if isinstance(strategy, str) else strategy.name
@@ -210,6 +216,7 @@ class ActiveDPOLoop:
             rules=rules,
             oracle=oracle,
             generate=generate,
+            eval_dataset=eval_dataset,
             evaluate=evaluate,
             extra_settings=extra_settings or {},
         )
@@ -373,6 +380,7 @@ class ActiveDPOLoop:
                     reference=self.args.reference,
                     initial_adapter=self._initial,
                     callbacks=self.callbacks,
+                    eval_dataset=self.eval_dataset,
                     show_progress=self.show_progress,
                     steps_before=steps_before(self.output_dir, len(history) - 1),
                 )
@@ -444,6 +452,7 @@ class ActiveDPOLoop:
             if args.responses == "given"
             else {**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
             generate=self.generate,
+            eval_dataset=self.eval_dataset,
         )
 
 

@@ -16,6 +16,7 @@ from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.settings import LoopConfig
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 
@@ -32,6 +33,7 @@ def recorded_settings(
     oracle: Oracle,
     evaluate: Any,
     generate: Any,
+    eval_dataset: datasets.Dataset | None,
     extra_settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that a run depends on, except the model and the tokenizer.
@@ -60,6 +62,7 @@ def recorded_settings(
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
         "oracle": object_settings(oracle),
+        "eval_dataset": None if eval_dataset is None else digest(eval_dataset.to_list()),
         "generate": None if generate is None else object_settings(generate),
         "evaluate": getattr(evaluate, "settings", None),
         "extra_settings": extra_settings,

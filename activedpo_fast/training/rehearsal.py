@@ -39,6 +39,7 @@ from activedpo_fast.training.generators import rehearse_generate
 from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def rehearse(
     batch_size: int,
     generation: Mapping[str, Any] | None,
     generate: Any = None,
+    eval_dataset: datasets.Dataset | None = None,
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
@@ -75,6 +77,7 @@ def rehearse(
             the items of a pool, of which the two shortest take the place of dummies.
         generate: the loop's own source of responses, of which its method `rehearse` is called, if
             it has one, in place of sampling.
+        eval_dataset: of the trainer's own evaluation, which gets two of its rows.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
@@ -92,7 +95,8 @@ def rehearse(
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
         picked = _select(twin, pool, dpo_args)
-        _train(model, processing_class, picked, dpo_args, reference, batch_size)
+        few = eval_dataset and eval_dataset.select(range(min(2, len(eval_dataset))))
+        _train(model, processing_class, picked, dpo_args, reference, batch_size, few)
     logger.info(
         "rehearsed %sselection and a training step on %s pairs (%.1f s)",
         "" if generation is None else "generation, ",
@@ -189,6 +193,7 @@ def _train(
     dpo_args: DPOConfig,
     reference: Reference,
     batch_size: int,
+    eval_dataset: datasets.Dataset | None,
 ) -> None:
     # Use a round's number of pairs: the schedule and the last batch depend on it.
     picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
@@ -208,6 +213,7 @@ def _train(
                 reference=reference,
                 initial_adapter=adapter_state(model),
                 callbacks=[_OneStep()],
+                eval_dataset=eval_dataset,
                 show_progress=False,
             )
         except Exception as error:  # any library that the trainer calls may raise

@@ -68,6 +68,7 @@ _ENTERS: dict[str, str | None] = {
     "evaluate": "evaluated",
     "extra_settings.evaluate": "evaluated",
     "dpo": "trained",
+    "eval_dataset": "trained",
     # In the first round that is trained on, all labels are the newest and the current policy is
     # the initial one.
     "reference": "picked again",  # strategies may need it, too

@@ -65,7 +65,8 @@ class RoundRecord:
         seconds: by stage: generate, features, select, label, train, evaluate.
         strategy: the strategy of this round's selection.
         training: of the trainer: its mean "loss", its "steps" and the "pairs" it trained on; empty
-            at the start and in a round without a preference.
+            at the start and in a round without a preference. With the trainer's own evaluation
+            also its last "eval_loss", "eval_accuracy" and "eval_margin".
         gpu: the name of the GPU that the model was on; "" without one.
         joules: energy of that GPU by stage, as NVML counts it for the whole device; features are
             part of select. Empty if it is not known, for example without nvidia-ml-py.

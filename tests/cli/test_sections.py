@@ -60,8 +60,10 @@ def test_a_run_with_metrics(files: Path, tmp_path: Path, capsys: Any) -> None:
         "samples": 2,
         "preferences": str(files / "pairs.jsonl"),
     }
-    assert main(["run", _write(files, tmp_path, evaluate)]) == 0
+    dpo = {"max_steps": 2, "learning_rate": 0.1, "eval_strategy": "steps", "eval_steps": 2}
+    assert main(["run", _write(files, tmp_path, evaluate, dpo=dpo)]) == 0
     start, first = read_records(tmp_path / "run")
+    assert first.training["eval_margin"] == pytest.approx(first.metrics["margin"], rel=1e-3)
     names = ("reward", "gain", "accuracy", "margin")
     assert start.metrics.keys() == {f"{name}{end}" for name in names for end in ("", "_se")}
     assert start.metrics["gain"] == start.metrics["margin"] == 0
@@ -77,13 +79,13 @@ def test_a_run_with_metrics(files: Path, tmp_path: Path, capsys: Any) -> None:
     assert read_records(tmp_path / "run")[1].metrics == first.metrics
     for changes, name in (
         ({"samples": 1}, "evaluate.reward.samples (2, now 1)"),
-        ({"preferences": str(files / "recorded.jsonl")}, "evaluate.preferences.pairs"),
+        ({"preferences": str(files / "recorded.jsonl")}, "eval_dataset ("),
         (
             {"oracle": {"kind": "reward_model", "model": str(files / "reward"), "max_length": 8}},
             "extra_settings.evaluate.oracle.max_length (None, now 8)",
         ),
     ):
-        assert main(["run", _write(files, tmp_path, {**evaluate, **changes})]) == 2
+        assert main(["run", _write(files, tmp_path, {**evaluate, **changes}, dpo=dpo)]) == 2
         assert name in capsys.readouterr().err
     assert main(["report", str(tmp_path / "run"), "--quiet"]) == 0
     page = (tmp_path / "run" / "report.html").read_text()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from activedpo_fast import ActiveDPOError, ActiveDPOLoop, Prompt, SelectorConfig
 from activedpo_fast.labels import CallableOracle
@@ -39,7 +40,7 @@ def _model() -> Any:
     return lora(tiny_causal_lm("llama"), "llama")
 
 
-def _loop(folder: Path, evaluate: Any, **options: Any) -> ActiveDPOLoop:
+def _loop(folder: Path, evaluate: Any, dpo: Any = None, **options: Any) -> ActiveDPOLoop:
     return ActiveDPOLoop(
         options.pop("model", None) or _model(),
         tiny_tokenizer(),
@@ -47,7 +48,8 @@ def _loop(folder: Path, evaluate: Any, **options: Any) -> ActiveDPOLoop:
         CallableOracle(lambda prompt, a, b: int(len(b) < len(a))),
         output_dir=folder,
         dpo_args=dpo_config(
-            output_dir=str(folder / "trainer"), learning_rate=0.1, max_steps=3, beta=0.2
+            output_dir=str(folder / "trainer"),
+            **{"learning_rate": 0.1, "max_steps": 3, "beta": 0.2, **(dpo or {})},
         ),
         strategy="random",
         batch_size=2,
@@ -202,7 +204,18 @@ def _logp(model: Any, prompt: str, response: str) -> float:
 
 def test_accuracy_and_margin_of_the_implicit_reward(tmp_path: Path) -> None:
     evaluate = Evaluations([_reward(tmp_path), _preferences(tmp_path)])
-    start, first = _loop(tmp_path, evaluate).run()
+    # The trainer's own evaluation, after its last step, has to say the same.
+    own = {
+        "eval_dataset": Dataset.from_list(PAIRS),
+        "dpo": {"eval_strategy": "steps", "eval_steps": 3},
+    }
+    start, first = _loop(tmp_path, evaluate, **own).run()
+    assert first.training["eval_margin"] == pytest.approx(first.metrics["margin"], rel=1e-3)
+    assert first.training["eval_accuracy"] == pytest.approx(first.metrics["accuracy"])
+    assert first.training["eval_loss"] > 0 and not start.training
+    other = {**own, "eval_dataset": Dataset.from_list(PAIRS[:2])}
+    with pytest.raises(ActiveDPOError, match="eval_dataset .*differs"):
+        _loop(tmp_path, evaluate, **other).run()
     assert (start.metrics["accuracy"], start.metrics["margin"]) == (0.5, 0.0)
     assert start.metrics["accuracy_se"] == start.metrics["margin_se"] == 0
     rewards = np.zeros((3, 2))
@@ -219,6 +232,16 @@ def test_accuracy_and_margin_of_the_implicit_reward(tmp_path: Path) -> None:
     assert first.metrics.keys() == {
         f"{name}{end}" for name in ("reward", "gain", "accuracy", "margin") for end in ("", "_se")
     }
+
+
+def test_what_is_no_data_set_for_the_trainer_is_refused(tmp_path: Path) -> None:
+    for given, message in (
+        (PAIRS, "eval_dataset: expected a datasets.Dataset, got list"),
+        (Dataset.from_list([{"prompt": "a", "chosen": "b"}]), "it has no column 'rejected'"),
+        (Dataset.from_list(PAIRS).select([]), "eval_dataset: it has no rows"),
+    ):
+        with pytest.raises(ActiveDPOError, match=message):
+            _loop(tmp_path, None, eval_dataset=given)
 
 
 def test_pairs_that_the_trainer_leaves_out_are_left_out(tmp_path: Path, caplog: Any) -> None:
