@@ -395,8 +395,10 @@ def check_sampling(
         raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
 
 
-def check_responding(*, temperature: float, top_p: float) -> None:
+def check_responding(*, temperature: float, top_p: float, samples: int = 1) -> None:
     """Raise `ActiveDPOError`, naming the argument, for what `respond` cannot do."""
+    if temperature == 0 and samples > 1:
+        raise ActiveDPOError(f"samples: at temperature 0 all {samples} are the same: leave it out")
     if not 0 <= temperature < math.inf:  # nor NaN
         raise ActiveDPOError(f"temperature: {temperature} is not a finite number from 0")
     if not 0 < top_p <= 1:

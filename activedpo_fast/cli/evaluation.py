@@ -20,6 +20,7 @@ from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.settings import LoopConfig, SelectorConfig
 from activedpo_fast.training.evaluation import Evaluations, HeldoutReward, HeldoutWinRate
 from activedpo_fast.training.heldout_preferences import HeldoutPreferences, all_pairs
+from activedpo_fast.training.server import ServerGeneration
 from activedpo_fast.training.trl import selector_settings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def make_evaluation(
     config: RunConfig,
     data: HeldoutData,
     oracle: Oracle | None,
+    generate: ServerGeneration | None,
     processing_class: PreTrainedTokenizerBase,
     dpo_args: DPOConfig,
     show_progress: bool | None,
@@ -65,6 +67,7 @@ def make_evaluation(
 
     Args:
         oracle: scores responses to the held-out prompts; with a reward, by it.
+        generate: samples them if it does so from the current policy.
     """
     if config.evaluate is None:
         return None
@@ -77,6 +80,7 @@ def make_evaluation(
             options = {
                 **EvaluationConfig(**config.evaluate).responding(loop),
                 "chat_template_kwargs": config.chat_template_kwargs,
+                "generate": generate if generate is not None and generate.load_adapter else None,
                 "show_progress": show_progress,
             }
             parts.append(

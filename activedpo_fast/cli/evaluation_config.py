@@ -70,6 +70,7 @@ class EvaluationConfig:
         check_responding(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            samples=self.samples,
         )
         if self.prompts is None and self.preferences is None:
             raise ActiveDPOError(

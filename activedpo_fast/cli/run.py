@@ -103,7 +103,9 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         chat_template_kwargs=config.chat_template_kwargs,
         eval_dataset=trainer_dataset(config, heldout, dpo_args),
         generate=generate,
-        evaluate=make_evaluation(config, heldout, scorer, tokenizer, dpo_args, show_progress),
+        evaluate=make_evaluation(
+            config, heldout, scorer, generate, tokenizer, dpo_args, show_progress
+        ),
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
         extra_settings=_extra_settings(config),

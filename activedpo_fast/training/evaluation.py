@@ -6,7 +6,7 @@ Every value is compared with that of the start on the same prompts, sampled with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._checks import check_at_least
 from activedpo_fast._files import FilePath
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle, Reward
 from activedpo_fast.labels.reward import rewards_of
 from activedpo_fast.pool.items import Prompt
@@ -25,6 +26,7 @@ from activedpo_fast.selection.result import Selection
 from activedpo_fast.settings import check_responding
 from activedpo_fast.training.distinct import as_text
 from activedpo_fast.training.generation import respond, shortest_prompts
+from activedpo_fast.training.generators import Generate, ask, check_generate
 from activedpo_fast.training.heldout import (
     RESPONSES,
     REWARDS,
@@ -34,13 +36,12 @@ from activedpo_fast.training.heldout import (
     write_heldout,
 )
 from activedpo_fast.training.recorded import digest, object_settings, prompt_identity
+from activedpo_fast.training.run_folder import folder_to_evaluate
 
 if TYPE_CHECKING:
     import datasets
 
 _SEED = 1  # of responses: the same in every round and every run
-
-Evaluate = Callable[[PeftModel], Mapping[str, float]]
 
 
 class HeldoutResponses:
@@ -49,8 +50,10 @@ class HeldoutResponses:
     Args:
         prompts: `Prompt`s, or a `datasets.Dataset` with a column `prompt`.
         samples: responses to each prompt.
-        temperature: 0 for the most likely tokens. The other options are those of
-            `generate_responses`.
+        output_dir: of the run, whose newest adapter is the policy's.
+        temperature: 0 for the most likely tokens.
+        generate: samples in place of the model in memory, see `generators.Generate`. The other
+            options are those of `generate_responses`.
 
     Attributes:
         prompts: each of them `samples` times, in that order: first all of them once.
@@ -62,12 +65,14 @@ class HeldoutResponses:
         prompts: Sequence[Prompt] | datasets.Dataset,
         processing_class: PreTrainedTokenizerBase,
         *,
+        output_dir: FilePath,
         samples: int = 1,
         max_completion_length: int = 64,
         temperature: float = 1.0,
         top_p: float = 1.0,
         generation_batch_size: int = 16,
         chat_template_kwargs: dict[str, Any] | None = None,
+        generate: Generate | None = None,
         show_progress: bool | None = None,
     ) -> None:
         check_at_least(
@@ -76,7 +81,8 @@ class HeldoutResponses:
             max_completion_length=max_completion_length,
             generation_batch_size=generation_batch_size,
         )
-        check_responding(temperature=temperature, top_p=top_p)
+        check_responding(temperature=temperature, top_p=top_p, samples=samples)
+        check_generate(generate, given=False)
         self._given = as_prompts(prompts)
         self.prompts = [
             Prompt(f"{p.id}/{n}", p.prompt, p.extra) for n in range(samples) for p in self._given
@@ -90,15 +96,20 @@ class HeldoutResponses:
             "generation_batch_size": generation_batch_size,
             "chat_template_kwargs": chat_template_kwargs,
         }
+        self._output_dir = Path(output_dir)
+        self._generate = generate
         self._show_progress = show_progress
         self.settings: dict[str, Any] = {
             **self._options,
             "samples": samples,
+            "generate": None if generate is None else object_settings(generate),
             "prompts": digest([prompt_identity(prompt) for prompt in self._given]),
         }
 
     def sample(self, model: PeftModel) -> list[str]:
         """Return a response to each of `prompts`, possibly empty."""
+        if self._generate is not None:
+            return self._generated(self._generate, model)
         return respond(
             model,
             self._processing_class,
@@ -107,6 +118,26 @@ class HeldoutResponses:
             show_progress=self._show_progress,
             **self._options,
         )
+
+    def _generated(self, generate: Generate, model: PeftModel) -> list[str]:
+        found = ask(
+            generate,
+            model,
+            self._processing_class,
+            self._given,
+            self.samples,
+            adapter=folder_to_evaluate(self._output_dir) / "adapter",
+            seed=_SEED,
+            sampling=self._options,
+            common_template_kwargs=self._options["chat_template_kwargs"],
+        )
+        for responses in found:
+            if len(responses) < self.samples:
+                raise ActiveDPOError(
+                    f"generate: {len(responses)} responses to a held-out prompt, {self.samples} "
+                    "were asked for"
+                )
+        return [responses[n] for n in range(self.samples) for responses in found]
 
     def by_prompt(self, values: Sequence[Any]) -> list[list[Any]]:
         """Return the values of the responses as a list for each prompt given."""
@@ -145,7 +176,8 @@ class HeldoutReward:
         processing_class: the policy's tokenizer.
         options: `samples`, the number of responses to each prompt (1); `max_completion_length`,
             `temperature` (0 for the most likely tokens), `top_p`, `generation_batch_size`,
-            `chat_template_kwargs` and `show_progress`, as in `generate_responses`.
+            `chat_template_kwargs` and `show_progress`, as in `generate_responses`; `generate`, as
+            in `ActiveDPOLoop`, to sample elsewhere.
 
     Raises:
         ActiveDPOError: malformed prompts or options; from a call, a wrong number of rewards or one
@@ -177,7 +209,9 @@ class HeldoutReward:
         processing_class: PreTrainedTokenizerBase,
         **options: Any,
     ) -> None:
-        self._heldout = HeldoutResponses(prompts, processing_class, **options)
+        self._heldout = HeldoutResponses(
+            prompts, processing_class, output_dir=output_dir, **options
+        )
         self._reward = reward
         self._output_dir = Path(output_dir)
         self.prompts = self._heldout.prompts
@@ -250,7 +284,9 @@ class HeldoutWinRate:
         processing_class: PreTrainedTokenizerBase,
         **options: Any,
     ) -> None:
-        self._heldout = HeldoutResponses(prompts, processing_class, **options)
+        self._heldout = HeldoutResponses(
+            prompts, processing_class, output_dir=output_dir, **options
+        )
         self._oracle = oracle
         self._output_dir = Path(output_dir)
         self.settings = {"win_rate": {**self._heldout.settings, "oracle": object_settings(oracle)}}

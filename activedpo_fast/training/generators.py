@@ -118,28 +118,22 @@ def generated_responses(
         ActiveDPOError: `generate` does not give lists of texts as it should; no prompt with enough
             distinct responses. What `generate` raises is passed on.
     """
-    texts = [prompt.prompt for prompt in prompts]
-    kwargs = [_template_kwargs(prompt, common_template_kwargs) for prompt in prompts]
 
     def sample(missing: list[int], attempt: int) -> Iterator[tuple[int, str]]:
         counts = Counter(missing)
         for count in sorted(set(counts.values()), reverse=True):
             positions = [position for position in counts if counts[position] == count]
-            call_seed = int(digest([seed, attempt, count])[:12], 16)
-            with undisturbed(model), forked_rng(model.device, call_seed):
-                found = generate(
-                    prompts=[texts[position] for position in positions],
-                    num_generations=count,
-                    seed=call_seed,
-                    adapter=adapter,
-                    model=model,
-                    processing_class=processing_class,
-                    max_completion_length=sampling["max_completion_length"],
-                    temperature=sampling["temperature"],
-                    top_p=sampling["top_p"],
-                    chat_template_kwargs=[kwargs[position] for position in positions],
-                )
-            _check(found, len(positions), count)
+            found = ask(
+                generate,
+                model,
+                processing_class,
+                [prompts[position] for position in positions],
+                count,
+                adapter=adapter,
+                seed=int(digest([seed, attempt, count])[:12], 16),
+                sampling=sampling,
+                common_template_kwargs=common_template_kwargs,
+            )
             for position, responses in zip(positions, found, strict=True):
                 yield from ((position, response) for response in responses)
 
@@ -149,6 +143,38 @@ def generated_responses(
         num_generations=sampling["num_generations"],
         max_attempts=sampling["max_attempts"],
     )
+
+
+def ask(
+    generate: Generate,
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptLike],
+    num_generations: int,
+    *,
+    adapter: Path,
+    seed: int,
+    sampling: Mapping[str, Any],
+    common_template_kwargs: Mapping[str, Any] | None,
+) -> Sequence[Sequence[str]]:
+    """Return what one call of `generate` gives, checked; see `generated_responses`."""
+    with undisturbed(model), forked_rng(model.device, seed):
+        found = generate(
+            prompts=[prompt.prompt for prompt in prompts],
+            num_generations=num_generations,
+            seed=seed,
+            adapter=adapter,
+            model=model,
+            processing_class=processing_class,
+            max_completion_length=sampling["max_completion_length"],
+            temperature=sampling["temperature"],
+            top_p=sampling["top_p"],
+            chat_template_kwargs=[
+                _template_kwargs(prompt, common_template_kwargs) for prompt in prompts
+            ],
+        )
+    _check(found, len(prompts), num_generations)
+    return found
 
 
 def _check(found: Any, prompts: int, count: int) -> None:

@@ -14,7 +14,7 @@ from activedpo_fast.training.run_folder import read_records
 from tests.support.generation_server import GenerationServer
 from tests.support.killing import project, reward_model
 from tests.support.models import tiny_causal_lm, tiny_tokenizer
-from tests.support.servers import prefers_longer, serving
+from tests.support.servers import Request, prefers_longer, serving
 
 HELDOUT = [{"prompt": f"The dog {n}"} for n in range(3)]
 PAIRS = [
@@ -133,14 +133,28 @@ def test_a_win_rate_by_a_judge_in_a_run_on_recorded_preferences(
     assert "evaluate.win_rate.oracle.request" in capsys.readouterr().err
 
 
+def _name_of(requests: list[Request], folder: str) -> str:
+    """The name under which an adapter's folder was loaded."""
+    loads = [r.body for r in requests if r.path == "/v1/load_lora_adapter"]
+    (name,) = {body["lora_name"] for body in loads if body["lora_path"] == folder}
+    return str(name)
+
+
 def test_responses_from_a_server(files: Path, tmp_path: Path, capsys: Any) -> None:
     behind = GenerationServer(tiny_causal_lm("llama"), tiny_tokenizer())
     with serving(behind) as server:
         generation = {"model": "base", "base_url": f"{server.address}/v1"}
-        path = _write(files, tmp_path, None, generation=generation)
+        heldout = {"prompts": str(files / "heldout.jsonl"), "samples": 2}
+        path = _write(files, tmp_path, heldout, generation=generation)
         config = yaml.safe_load(Path(path).read_text())
         assert main(["run", path, "--quiet"]) == 0
-    assert list(behind.adapters.values()) == [str(tmp_path / "run" / "start" / "adapter")]
+    # The start's is made room for; the last is there for its evaluation.
+    assert list(behind.adapters.values()) == [str(tmp_path / "run" / "round-000" / "adapter")]
+    for name in ("start", "round-000"):
+        kept = json.loads((tmp_path / "run" / name / "heldout.json").read_text())["responses"]
+        at = _name_of(server.requests, str(tmp_path / "run" / name / "adapter"))
+        said = {prompt: texts for model, prompt, texts in behind.answers if model == at}
+        assert kept == [said[row["prompt"]] for row in HELDOUT]
     sampled = {text for _, _, texts in behind.answers[1:] for text in texts}
     rows = [
         json.loads(line)

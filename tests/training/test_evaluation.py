@@ -150,11 +150,29 @@ def test_greedy_responses_and_chat(tmp_path: Path) -> None:
         output_dir=tmp_path,
         processing_class=tiny_tokenizer(chat=True),
         temperature=0.0,
-        samples=2,
         **OPTIONS,
     )
     assert evaluate(_model()) == {"reward": 1.0, "reward_se": 0.0, "gain": 0.0, "gain_se": 0.0}
-    assert seen[0] == seen[1] == [{"role": "assistant", "content": evaluate.responses[0]}]
+    assert seen == [[{"role": "assistant", "content": evaluate.responses[0]}]]
+    with pytest.raises(ActiveDPOError, match="samples: at temperature 0 all 2 are the same"):
+        _reward(tmp_path, temperature=0.0)
+
+
+def test_responses_from_elsewhere_are_the_policy_s_of_the_round(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def generate(prompts: Any, num_generations: int, seed: int, **kwargs: Any) -> list[list[str]]:
+        calls.append((kwargs["adapter"].parent.name, num_generations, seed))
+        length = 1 + (kwargs["adapter"].parent.name == "start")
+        return [[" x" * length, " y" * length] for _ in prompts]
+
+    start, first = _loop(tmp_path, _reward(tmp_path, generate=generate)).run()
+    assert calls == [("start", 2, 1), ("round-000", 2, 1)]
+    assert first.metrics["gain"] == pytest.approx(0.2)  # two characters less
+    kept = json.loads((tmp_path / "start" / "heldout.json").read_text())
+    assert kept["responses"] == [[" x x", " y y"]] * 3
+    with pytest.raises(ActiveDPOError, match="1 responses to a held-out prompt, 2 were asked for"):
+        _reward(tmp_path / "b", generate=lambda prompts, **_: [["a"]] * len(prompts))(_model())
 
 
 def test_the_win_rate_against_the_start(tmp_path: Path) -> None:
