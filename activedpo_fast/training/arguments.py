@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
 from activedpo_fast.selection.strategies import STRATEGIES, Strategy
@@ -45,6 +47,14 @@ def selection_settings(
     )
     read_settings(SelectorConfig, None, options, None)
     return options, template
+
+
+def warn_of_the_date(processing_class: PreTrainedTokenizerBase) -> None:
+    if "strftime_now" in str(processing_class.chat_template):
+        logger.warning(
+            "the chat template uses the current date: rounds on different days have "
+            "different prompts"
+        )
 
 
 def warn_of_the_policy_as_reference(args: LoopConfig, strategy: str | Strategy) -> None:

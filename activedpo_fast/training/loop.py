@@ -30,6 +30,7 @@ from activedpo_fast.settings import LoopConfig, read_settings
 from activedpo_fast.training.arguments import (
     check_oracle,
     selection_settings,
+    warn_of_the_date,
     warn_of_the_policy_as_reference,
 )
 from activedpo_fast.training.checksums import check, write_recorded
@@ -63,7 +64,13 @@ from activedpo_fast.training.run_folder import (
     write_labels,
     write_record,
 )
-from activedpo_fast.training.trl import check_callbacks, check_eval_dataset, dpo_config, train_dpo
+from activedpo_fast.training.trl import (
+    check_callbacks,
+    check_eval_dataset,
+    check_finite,
+    dpo_config,
+    train_dpo,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -229,11 +236,7 @@ class ActiveDPOLoop:
             return self._run()
 
     def _run(self) -> list[RoundRecord]:
-        if "strftime_now" in str(self.processing_class.chat_template):
-            logger.warning(
-                "the chat template uses the current date: rounds on different days have "
-                "different prompts"
-            )
+        warn_of_the_date(self.processing_class)
         settings = self._settings | policy_settings(self.model, self.processing_class)
         mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
@@ -384,7 +387,7 @@ class ActiveDPOLoop:
                     show_progress=self.show_progress,
                     steps_before=steps_before(self.output_dir, len(history) - 1),
                 )
-            _check_finite(self.model, folder.name)
+            check_finite(self.model, folder.name)
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
@@ -454,13 +457,3 @@ class ActiveDPOLoop:
             generate=self.generate,
             eval_dataset=self.eval_dataset,
         )
-
-
-def _check_finite(model: PeftModel, name: str) -> None:
-    """Refuse an adapter with NaN or infinite weights."""
-    for weight, tensor in adapter_state(model).items():
-        if not tensor.isfinite().all():
-            raise ActiveDPOError(
-                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
-                "use a smaller learning_rate, or a smaller max_grad_norm"
-            )

@@ -183,6 +183,16 @@ def _last_evaluation(history: Sequence[Mapping[str, float]]) -> dict[str, float]
     return {own: float(last[name]) for name, own in _EVALUATED.items() if name in last}
 
 
+def check_finite(model: PeftModel, name: str) -> None:
+    """Refuse an adapter with NaN or infinite weights, trained in the round `name`."""
+    for weight, tensor in adapter_state(model).items():
+        if not tensor.isfinite().all():
+            raise ActiveDPOError(
+                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
+                "use a smaller learning_rate, or a smaller max_grad_norm"
+            )
+
+
 def check_eval_dataset(given: Any) -> None:
     """Refuse what is no data set of pairs for the trainer's own evaluation."""
     if given is None:

@@ -37,11 +37,11 @@ def _model() -> Any:
     return lora(tiny_causal_lm("llama"), "llama")
 
 
-def _loop(folder: Path, generate: Any, *, chat: bool = False, **options: Any) -> ActiveDPOLoop:
+def _loop(folder: Path, generate: Any) -> ActiveDPOLoop:
     return ActiveDPOLoop(
         _model(),
-        tiny_tokenizer(chat=chat),
-        CHAT if chat else PROMPTS,
+        tiny_tokenizer(),
+        PROMPTS,
         CallableOracle(lambda prompt, a, b: int(str(b) < str(a))),
         output_dir=folder,
         dpo_args=dpo_config(output_dir=str(folder / "trainer"), learning_rate=0.1, max_steps=2),
@@ -52,7 +52,6 @@ def _loop(folder: Path, generate: Any, *, chat: bool = False, **options: Any) ->
         max_completion_length=6,
         generate=generate,
         show_progress=False,
-        **options,
     )
 
 
@@ -60,15 +59,17 @@ def _pool(folder: Path, t: int) -> PreferencePool:
     return PreferencePool.from_jsonl(folder / f"round-{t:03d}" / "pool.jsonl")
 
 
-def _responses(generate: Any, prompts: Any = PROMPTS, **sampling: Any) -> PreferencePool:
+def _responses(
+    generate: Any, prompts: Any = PROMPTS, adapter: Path = Path("adapter")
+) -> PreferencePool:
     return generated_responses(
         generate,
         _model(),
         tiny_tokenizer(),
         prompts,
-        adapter=Path("adapter"),
+        adapter=adapter,
         seed=7,
-        sampling={**SAMPLING, **sampling},
+        sampling=SAMPLING,
         common_template_kwargs={"enable_thinking": False},
     )
 
@@ -185,12 +186,11 @@ def _server(chat: bool = False, **options: Any) -> GenerationServer:
     return GenerationServer(tiny_causal_lm("llama"), tiny_tokenizer(chat=chat), **options)
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_server_answers_with_the_policy_of_each_round(tmp_path: Path, chat: bool) -> None:
-    behind = _server(chat)
+def test_a_server_answers_with_the_policy_of_each_round(tmp_path: Path) -> None:
+    behind = _server()
     with serving(behind) as server:
         generate = ServerGeneration(BASE, base_url=f"{server.address}/v1", show_progress=False)
-        _loop(tmp_path / "run", generate, chat=chat).run()
+        _loop(tmp_path / "run", generate).run()
     folders = [str(tmp_path / "run" / name / "adapter") for name in ("start", "round-000")]
     loads = [r.body for r in server.requests if r.path == "/v1/load_lora_adapter"]
     assert [body["lora_path"] for body in loads] == ["", *folders]
@@ -199,28 +199,45 @@ def test_a_server_answers_with_the_policy_of_each_round(tmp_path: Path, chat: bo
     names = [body["lora_name"] for body in loads[1:]]
     # Sampled once more, from the adapters as they are on disk, by servers of their own.
     for t, (name, folder) in enumerate(zip(names, folders, strict=True)):
-        asked = [(p, texts) for model, p, texts in behind.answers if model == name]
         bodies = [r.body for r in server.requests if (r.body or {}).get("model") == name]
-        assert len(bodies) == len(asked) >= 4
-        fresh = _server(chat)
-        fresh(
-            Request("POST", "/v1/load_lora_adapter", {}, {"lora_name": name, "lora_path": folder})
-        )
-        path = "/v1/chat/completions" if chat else "/v1/completions"
-        texts: dict[str, list[str]] = {}
-        for body in bodies:
-            fresh(Request("POST", path, {}, body))
-            _, prompt, sampled = fresh.answers[-1]
-            texts.setdefault(json.dumps(prompt), []).extend(sampled)
+        texts = _again(_server(), name, folder, "/v1/completions", bodies)
         for item in _pool(tmp_path / "run", t):
-            possible = texts[json.dumps(item.prompt)]
-            for response in item.responses:
-                if chat:
-                    assert response[0]["content"] in {text.strip() for text in possible}
-                else:
-                    assert response in possible
-    body = bodies[0]
-    assert (body["n"], body["max_tokens"], body["top_k"]) == (2, 6, -1)
+            assert set(item.responses) <= texts[json.dumps(item.prompt)]
+    assert (bodies[0]["n"], bodies[0]["max_tokens"], bodies[0]["top_k"]) == (2, 6, -1)
+
+
+def _again(
+    server: GenerationServer, name: str, folder: str, path: str, bodies: list[dict[str, Any]]
+) -> dict[str, set[str]]:
+    """The texts that a fresh server answers with, by the prompt as JSON."""
+    load = {"lora_name": name, "lora_path": folder}
+    server(Request("POST", "/v1/load_lora_adapter", {}, load))
+    texts: dict[str, set[str]] = {}
+    for body in bodies:
+        server(Request("POST", path, {}, body))
+        _, prompt, sampled = server.answers[-1]
+        texts.setdefault(json.dumps(prompt), set()).update(sampled)
+    return texts
+
+
+def test_chat_messages_go_to_a_server_s_chat_completions(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    _model().save_pretrained(str(adapter))
+    own = Prompt("own", CHAT[0].prompt, {"chat_template_kwargs": {"depth": 2}})
+    with serving(_server(chat=True)) as server:
+        generate = ServerGeneration(BASE, base_url=f"{server.address}/v1", show_progress=False)
+        pool = _responses(generate, [own, CHAT[1]], adapter=adapter)
+    asked = [r.body for r in server.requests if r.path == "/v1/chat/completions"]
+    arguments = {json.dumps(body["messages"]): body["chat_template_kwargs"] for body in asked}
+    assert arguments == {
+        json.dumps(own.prompt): {"enable_thinking": False, "depth": 2},
+        json.dumps(CHAT[1].prompt): {"enable_thinking": False},
+    }
+    (name,) = {body["model"] for body in asked}
+    texts = _again(_server(chat=True), name, str(adapter), "/v1/chat/completions", asked)
+    for item in pool:
+        possible = {text.strip() for text in texts[json.dumps(item.prompt)]}
+        assert {response[0]["content"] for response in item.responses} <= possible
 
 
 def test_a_server_that_cannot_load_adapters(tmp_path: Path, caplog: Any) -> None:
@@ -233,7 +250,9 @@ def test_a_server_that_cannot_load_adapters(tmp_path: Path, caplog: Any) -> None
             _loop(tmp_path / "run", ServerGeneration("other", **address)).run()
         assert not (tmp_path / "run").exists()
         generate = ServerGeneration(BASE, load_adapter=False, **address)
-        _loop(tmp_path / "run", generate).run()
+        generate.rehearse(["The fox"], [{}])
+        for _ in range(2):
+            assert len(_responses(generate)) == len(PROMPTS)
     assert caplog.text.count("responses of base as it is there, not of the current policy") == 1
     assert {model for model, *_ in behind.answers} == {BASE}
     assert "top_k" not in server.requests[-1].body
