@@ -239,7 +239,8 @@ class ServerGeneration:
             if template_kwargs:
                 request["chat_template_kwargs"] = dict(template_kwargs)
         value = self._server.request("POST", path, request, stop=stop)
-        if self.load_adapter and isinstance(value, dict) and value.get("model") != body["model"]:
+        ours = body["model"] != self.model  # the base model may be answered for by another name
+        if ours and isinstance(value, dict) and value.get("model") != body["model"]:
             raise ActiveDPOError(
                 f"{self._place}: it answered with the model {value.get('model')!r}, asked for was "
                 f"{body['model']!r}: responses have to be of the current policy"
