@@ -155,7 +155,7 @@ class SelectorConfig:
         self.chat_template_kwargs = _parsed("chat_template_kwargs", self.chat_template_kwargs)
         self.strategy_options = as_mapping("strategy_options", self.strategy_options)
         check_template_kwargs(self.chat_template_kwargs)
-        _check_types(self)
+        check_types(self)
         _check_positive(self, "beta", "lam", "kappa")
         check_at_least(0, seed=self.seed)
         check_at_least(
@@ -285,7 +285,7 @@ class LoopConfig:
         self.chat_template_kwargs = _parsed("chat_template_kwargs", self.chat_template_kwargs)
         self.selector_options = as_mapping("selector_options", self.selector_options)
         check_template_kwargs(self.chat_template_kwargs)
-        _check_types(self)
+        check_types(self)
         check_at_least(0, seed=self.seed)
         check_at_least(
             1,
@@ -325,7 +325,9 @@ _ARGUMENTS: dict[type, tuple[str, ...]] = {
         "args",
         "dpo_args",
         "rules",
+        "generate",
         "evaluate",
+        "eval_dataset",
         "callbacks",
         "peft_config",
         "extra_settings",
@@ -412,6 +414,16 @@ def check_sampling(
         raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
 
 
+def check_responding(*, temperature: float, top_p: float, samples: int = 1) -> None:
+    """Raise `ActiveDPOError`, naming the argument, for what `respond` cannot do."""
+    if temperature == 0 and samples > 1:
+        raise ActiveDPOError(f"samples: at temperature 0 all {samples} are the same: leave it out")
+    if not 0 <= temperature < math.inf:  # nor NaN
+        raise ActiveDPOError(f"temperature: {temperature} is not a finite number from 0")
+    if not 0 < top_p <= 1:
+        raise ActiveDPOError(f"top_p: {top_p} is not in (0, 1]")
+
+
 def as_mapping(name: str, value: Any) -> Any:
     """Return the mapping that JSON text stands for, which is what a command line has.
 
@@ -438,7 +450,8 @@ def _parsed(name: str, value: Any) -> Any:
         raise ActiveDPOError(f"{name}: not JSON ({error}): {value!r}") from None
 
 
-def _check_types(settings: Any) -> None:
+def check_types(settings: Any) -> None:
+    """Raise `ActiveDPOError` for the first field of a dataclass that is not of its type."""
     hints = typing.get_type_hints(type(settings))
     for option in fields(settings):
         value = getattr(settings, option.name)

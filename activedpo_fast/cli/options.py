@@ -50,7 +50,7 @@ def selector_config(**values: Any) -> SelectorConfig:
 
 
 def key_rows(section: str) -> Iterator[Row]:
-    """Yield the rows of the keys of "selection" or "loop" in the run file."""
+    """Yield the rows of the keys of a section of `SETTINGS` in the run file."""
     rows = {row.name: row for row in field_rows(SETTINGS[section])}
     return (rows[name] for name in section_keys(section))
 
@@ -63,10 +63,14 @@ def field_rows(settings: type) -> Iterator[Row]:
 
 
 def keys_help() -> str:
-    """Return the keys of the run file's sections `loop` and `selection` for `--help`."""
+    """Return the keys of the run file's sections that have settings for `--help`."""
     lines = ["\b"]
-    for section, settings in (("loop", "LoopConfig"), ("selection", "SelectorConfig")):
-        lines.append(f"Keys of {section} (fields of {settings}):")
+    for section, of in (
+        ("loop", " (fields of LoopConfig)"),
+        ("selection", " (fields of SelectorConfig)"),
+        ("evaluate", ""),
+    ):
+        lines.append(f"Keys of {section}{of}:")
         for row in key_rows(section):
             lines += textwrap.wrap(
                 f"{row.name}: {row.help} [{row.default}]",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import check_folder_target
 from activedpo_fast._locks import locked_folder
+from activedpo_fast.cli.evaluation import make_evaluation, read_heldout, trainer_dataset
 from activedpo_fast.cli.run_file import RunConfig
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
@@ -28,12 +29,13 @@ from activedpo_fast.models.loading import load_policy, load_reward_model
 from activedpo_fast.pool.items import Prompt
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.reading import read_prompts
-from activedpo_fast.report.reading import round_name
-from activedpo_fast.report.tables import aligned
+from activedpo_fast.report.reading import metric_names, round_name
+from activedpo_fast.report.tables import TIMED, aligned, with_error
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import RewardGap, Strategy
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord, write_command
+from activedpo_fast.training.server import ServerGeneration
 from activedpo_fast.training.trl import dpo_config, selector_settings
 
 if TYPE_CHECKING:
@@ -76,8 +78,12 @@ def _record_command(output: Path, command: str | None) -> None:
 def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> ActiveDPOLoop:
     """Check the settings, read the prompts and load the models."""
     dpo_args = _dpo_args(config, output)
-    prompts, oracle = _prompts_and_oracle(config, output, show_progress)
+    prompts, recorded = _prompts(config)
     strategy = _strategy(config, show_progress)
+    heldout = read_heldout(config, prompts)
+    generate = _generation(config, show_progress)
+    oracle = recorded or _oracle(config, config.oracle, output / "labeling", show_progress)
+    scorer = _scorer(config, oracle, output, show_progress)
     model, tokenizer = load_policy(
         config.model,
         adapter=config.adapter,
@@ -98,6 +104,11 @@ def _loop(config: RunConfig, output: Path, show_progress: bool | None) -> Active
         strategy=strategy,
         selector_options={"seed": config.seed, **config.selection},
         chat_template_kwargs=config.chat_template_kwargs,
+        eval_dataset=trainer_dataset(config, heldout, dpo_args),
+        generate=generate,
+        evaluate=make_evaluation(
+            config, heldout, scorer, generate, tokenizer, dpo_args, show_progress
+        ),
         rules=PickRules(seed=config.seed, **config.rules) if config.rules else None,
         seed=config.seed,
         extra_settings=_extra_settings(config),
@@ -135,37 +146,65 @@ def _dpo_args(config: RunConfig, output: Path) -> DPOConfig:
     return dpo_args
 
 
-def _prompts_and_oracle(
-    config: RunConfig, output: Path, show_progress: bool | None
-) -> tuple[Sequence[Prompt] | PreferencePool, Oracle]:
-    """Read the prompts, or the pool that has their responses, and make the oracle."""
+def _prompts(config: RunConfig) -> tuple[Sequence[Prompt] | PreferencePool, RecordedOracle | None]:
+    """Read the prompts, or the pool that has their responses, or recorded preferences."""
     if config.oracle["kind"] == "recorded":
         recorded = RecordedOracle(config.prompts)
         return recorded.pool, recorded
     given = config.loop.get("responses") == "given"
-    prompts = PreferencePool.load(config.prompts) if given else read_prompts(config.prompts)
-    return prompts, _oracle(config, output, show_progress)
+    return PreferencePool.load(config.prompts) if given else read_prompts(config.prompts), None
 
 
-def _oracle(config: RunConfig, output: Path, show_progress: bool | None) -> Oracle:
-    labeling = output / "labeling"
-    if config.oracle["kind"] == "people":
-        return _people(config.oracle, labeling)
-    options = {k: v for k, v in config.oracle.items() if k not in ("kind", "model")}
-    if config.oracle["kind"] == "judge":
-        return _judge(config.oracle["model"], labeling, options, show_progress)
+def _scorer(
+    config: RunConfig, oracle: Oracle, output: Path, show_progress: bool | None
+) -> Oracle | None:
+    """Return what scores responses to held-out prompts: the run's oracle if it is the same."""
+    own = (config.evaluate or {}).get("oracle")
+    if own is None:
+        return None
+    if own == config.oracle and own["kind"] == "reward_model":
+        return oracle
+    return _oracle(config, own, output / "evaluation", show_progress, "evaluate.oracle")
+
+
+def _oracle(
+    config: RunConfig,
+    given: Mapping[str, Any],
+    folder: Path,
+    show_progress: bool | None,
+    section: str = "oracle",
+) -> Oracle:
+    """Make an oracle of a section of the run file; `folder` has what it writes."""
+    if given["kind"] == "people":
+        return _people(given, folder)
+    options = {k: v for k, v in given.items() if k not in ("kind", "model")}
+    if given["kind"] == "judge":
+        with _named(section):
+            return JudgeOracle(
+                given["model"],
+                journal=folder / "judge.jsonl",
+                show_progress=show_progress,
+                **options,
+            )
     return RewardModelOracle(
-        *load_reward_model(config.oracle["model"], config.device),
+        *load_reward_model(given["model"], config.device),
         seed=config.seed,
         show_progress=show_progress,
         **options,
     )
 
 
+def _generation(config: RunConfig, show_progress: bool | None) -> ServerGeneration | None:
+    if config.generation is None:
+        return None
+    with _named("generation"):
+        return ServerGeneration(show_progress=show_progress, **config.generation)
+
+
 def _people(oracle: Mapping[str, Any], folder: Path) -> Oracle:
     if oracle.get("via") != "label_studio":
         return FileOracle(folder, via=oracle.get("via", "page"))
-    with _named():
+    with _named("oracle"):
         return LabelStudioOracle(
             folder,
             base_url=oracle["base_url"],
@@ -174,28 +213,33 @@ def _people(oracle: Mapping[str, Any], folder: Path) -> Oracle:
         )
 
 
-def _judge(
-    model: str, folder: Path, options: dict[str, Any], show_progress: bool | None
-) -> JudgeOracle:
-    with _named():
-        return JudgeOracle(
-            model, journal=folder / "judge.jsonl", show_progress=show_progress, **options
-        )
-
-
 @contextmanager
-def _named() -> Iterator[None]:
+def _named(section: str) -> Iterator[None]:
     """Have an error about an option name the section that it is in."""
     try:
         yield
     except ActiveDPOError as error:
-        raise ActiveDPOError(f"oracle.{error}") from None
+        raise ActiveDPOError(f"{section}.{error}") from None
 
 
 def _extra_settings(config: RunConfig) -> dict[str, Any]:
-    """Return what the loop's own arguments do not show: the given adapter, and the oracle."""
-    adapter = None if config.adapter is None else fingerprint_adapter(config.adapter)
-    oracle = dict(config.oracle)
+    """Return what the loop's own arguments do not show: the given adapter, and the oracles."""
+    scorer = (config.evaluate or {}).get("oracle")
+    found = {
+        "adapter": None if config.adapter is None else fingerprint_adapter(config.adapter),
+        "oracle": _identity(config.oracle),
+        "evaluate": None if scorer is None else {"oracle": _identity(scorer, drawn=False)},
+    }
+    if config.reward is not None:
+        reward = {"max_length": None, **config.reward}
+        reward.pop("batch_size", None)
+        found["reward"] = {**reward, "model": fingerprint_model(reward["model"])}
+    return found
+
+
+def _identity(given: Mapping[str, Any], *, drawn: bool = True) -> dict[str, Any]:
+    """Return the options of an oracle that its labels depend on; its scores, if none are drawn."""
+    oracle = dict(given)
     if oracle["kind"] in ("judge", "people"):  # what matters they show themselves, no address
         oracle = {"kind": oracle["kind"]}
     if oracle["kind"] == "reward_model":
@@ -207,19 +251,18 @@ def _extra_settings(config: RunConfig) -> dict[str, Any]:
             "model": fingerprint_model(oracle["model"]),
         }
         oracle.pop("batch_size", None)
-    found = {"adapter": adapter, "oracle": oracle}
-    if config.reward is not None:
-        reward = {"max_length": None, **config.reward}
-        reward.pop("batch_size", None)
-        found["reward"] = {**reward, "model": fingerprint_model(reward["model"])}
-    return found
+        if not drawn:
+            oracle.pop("temperature")
+    return oracle
 
 
 def _table(records: Sequence[RoundRecord]) -> str:
-    """Format one line per round: labels so far, and the seconds of its stages."""
-    stages = ("generate", "features", "select", "label", "train")
-    lines = [["round", "labels", *(f"{stage} s" for stage in stages)]]
+    """Format one line per round: labels so far, the metrics, and the seconds of its stages."""
+    metrics = metric_names(records)
+    stages = TIMED if metrics else TIMED[:-1]  # there is no evaluation without metrics
+    lines = [["round", "labels", *metrics, *(f"{stage} s" for stage in stages)]]
     for r in records:
+        found = [with_error(r.metrics, name) for name in metrics]
         seconds = [f"{r.seconds[stage]:.1f}" if stage in r.seconds else "" for stage in stages]
-        lines.append([round_name(r.round), str(r.labels_total), *seconds])
+        lines.append([round_name(r.round), str(r.labels_total), *found, *seconds])
     return aligned(lines)

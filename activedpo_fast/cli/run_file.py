@@ -11,6 +11,7 @@ from reprlib import repr as short
 from typing import Any, Literal
 
 from activedpo_fast._checks import describe, fits, nearest
+from activedpo_fast.cli.evaluation_config import EvaluationConfig
 from activedpo_fast.cli.yaml_file import read_yaml
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
@@ -39,6 +40,9 @@ class RunConfig:
         rules: options of `PickRules`.
         dpo: arguments of `trl.DPOConfig`.
         oracle: `kind` ("people", "reward_model", "judge" or "recorded") and its options.
+        generation: arguments of `ServerGeneration`; None to sample from the model in memory.
+        evaluate: fields of `EvaluationConfig`, with `oracle` if it has prompts; None for no
+            metrics.
     """
 
     model: str
@@ -60,6 +64,8 @@ class RunConfig:
     reward: dict[str, Any] | None = None
     rules: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
+    evaluate: dict[str, Any] | None = None
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -87,8 +93,11 @@ def make_config(given: Any) -> RunConfig:
     for section, known in _sections().items():
         check_keys(values.get(section, {}), known, section)
     _check_oracle(values["oracle"])
+    if "evaluate" in values:
+        values["evaluate"] = _with_oracle(values["evaluate"], values["oracle"])
     values["loop"] = _with_responses(values)
     _check_reward(values)
+    _check_generation(values)
     _check_rules(values.get("rules", {}))
     _move_template_kwargs(values)
     values = _with_preset(values)
@@ -114,7 +123,7 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], section: str 
 # -- what the sections may hold --------------------------------------------------------------------
 
 
-SETTINGS = {"selection": SelectorConfig, "loop": LoopConfig}
+SETTINGS = {"selection": SelectorConfig, "loop": LoopConfig, "evaluate": EvaluationConfig}
 
 # Fields of the classes behind the sections that are no keys there, and what sets them.
 _ELSEWHERE: dict[str, dict[str, str]] = {
@@ -133,6 +142,7 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
         "chat_template_kwargs": "the run's chat_template_kwargs",
         "seed": "the run's seed",
     },
+    "evaluate": {},
     "rules": {"seed": "the run's seed"},
     "dpo": {"output_dir": "the run's output_dir", "seed": "the run's seed"},
     # Set by this library, or the names of modules that PEFT would import.
@@ -150,7 +160,7 @@ _KEYS_OF = {
 
 
 def section_keys(section: str) -> dict[str, Any]:
-    """Return the keys and types of "selection" or "loop"."""
+    """Return the keys and types of a section of `SETTINGS`."""
     return _keys(SETTINGS[section], section)
 
 
@@ -159,15 +169,19 @@ def _sections() -> dict[str, dict[str, Any]]:
     from peft import LoraConfig
 
     from activedpo_fast.selection.rules import PickRules
+    from activedpo_fast.training.server import ServerGeneration
     from activedpo_fast.training.trl import dpo_config
 
     dpo = type(dpo_config())  # trl.DPOConfig, or an error that says how to install it
     return {
         "lora": _keys(LoraConfig, "lora"),
         "dpo": _keys(dpo, "dpo"),
-        "selection": section_keys("selection"),
-        "loop": section_keys("loop"),
+        **{section: section_keys(section) for section in SETTINGS},
         "rules": _keys(PickRules, "rules"),
+        "generation": {
+            "model": str,
+            **_options(ServerGeneration.__init__, without={"show_progress"}),
+        },
     }
 
 
@@ -201,7 +215,17 @@ _NEEDED_BY_ORACLE = {
 }
 
 
-def _check_oracle(oracle: Mapping[str, Any]) -> None:
+_NEEDED_BY_GENERATION = {
+    "base_url": "the address of the server that samples, such as http://localhost:8000/v1",
+    "model": "the name of the base model at that server",
+}
+_SCORING = ("reward_model", "judge")  # kinds that score responses to held-out prompts
+
+
+def _check_oracle(
+    oracle: Mapping[str, Any], section: str = "oracle", kinds: Collection[str] = ()
+) -> None:
+    """Refuse wrong options of an oracle; `kinds`, if any, are those that it may be of."""
     from activedpo_fast.labels import JudgeOracle, RewardModelOracle
 
     known: dict[str, dict[str, Any]] = {
@@ -222,14 +246,31 @@ def _check_oracle(oracle: Mapping[str, Any]) -> None:
         },
         "recorded": {"kind": str},
     }
-    kind = oracle.get("kind")
-    if not isinstance(kind, str) or kind not in known:
-        raise ActiveDPOError(f"oracle.kind: expected one of {', '.join(known)}, got {short(kind)}")
-    check_keys(oracle, known[kind], "oracle")
+    kind, known_kinds = oracle.get("kind"), kinds or known
+    if not isinstance(kind, str) or kind not in known_kinds:
+        raise ActiveDPOError(
+            f"{section}.kind: expected one of {', '.join(known_kinds)}, got {short(kind)}"
+        )
+    check_keys(oracle, known[kind], section)
     needed = oracle["via"] if oracle.get("via") == "label_studio" else kind
     for name, what in _NEEDED_BY_ORACLE.get(needed, {}).items():
         if name not in oracle:
-            raise ActiveDPOError(f"oracle.{name}: missing, {what}")
+            raise ActiveDPOError(f"{section}.{name}: missing, {what}")
+
+
+def _with_oracle(evaluate: Mapping[str, Any], oracle: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section evaluate, with what scores responses if it has prompts."""
+    found = dict(evaluate)
+    if found.get("oracle") is not None:
+        _check_oracle(found["oracle"], "evaluate.oracle", _SCORING)
+    elif found.get("prompts") is not None:
+        if oracle["kind"] not in _SCORING:
+            raise ActiveDPOError(
+                "evaluate.oracle: missing, what scores the responses: kind reward_model, or judge "
+                "for a win rate against the start"
+            )
+        found["oracle"] = dict(oracle)
+    return found
 
 
 def _with_responses(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,6 +310,17 @@ def _check_reward(values: Mapping[str, Any]) -> None:
         raise ActiveDPOError("reward.model: missing, the folder of the reward model")
 
 
+def _check_generation(values: Mapping[str, Any]) -> None:
+    generation = values.get("generation")
+    if generation is None:
+        return
+    if values["loop"].get("responses") == "given":
+        raise ActiveDPOError("generation: no response is sampled: remove it")
+    for name, what in _NEEDED_BY_GENERATION.items():
+        if name not in generation:
+            raise ActiveDPOError(f"generation.{name}: missing, {what}")
+
+
 def _check_rules(rules: Mapping[str, Any]) -> None:
     from activedpo_fast.selection.rules import PickRules
 
@@ -281,6 +333,8 @@ def _check_rules(rules: Mapping[str, Any]) -> None:
 def _check_settings(values: Mapping[str, Any]) -> None:
     """Refuse what the settings of the selector and the loop refuse, before anything is loaded."""
     for section, settings in SETTINGS.items():
+        if section == "evaluate" and section not in values:
+            continue
         needed = {"output_dir": values["output_dir"]} if section == "loop" else {}
         try:
             settings(**needed, **values.get(section, {}))

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from activedpo_fast._files import atomic_path
-from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards, paired
+from activedpo_fast.training.heldout import heldout_files, heldout_rewards, paired
 from activedpo_fast.training.run_folder import RoundRecord
 
 STAGES = ("generate", "features", "select", "label", "train", "evaluate")

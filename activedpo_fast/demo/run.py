@@ -12,7 +12,6 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._files import check_folder_target, write_atomic
-from activedpo_fast.demo.evaluation import HeldoutReward
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
 from activedpo_fast.demo.report import draw, table, verdict
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
@@ -23,6 +22,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle, Reward, RewardOracle
 from activedpo_fast.labels.page.oracle import PageOracle
 from activedpo_fast.pool.items import Prompt
+from activedpo_fast.training.evaluation import HeldoutReward
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.run_folder import RoundRecord
 from activedpo_fast.training.trl import dpo_config
@@ -163,13 +163,12 @@ def _run_strategy(
 ) -> list[RoundRecord]:
     base, tokenizer = task.load()
     evaluation = HeldoutReward(
-        tokenizer,
         task.heldout,
         task.reward,
-        folder,
-        samples=settings.samples,
-        generation=settings.generation,
+        output_dir=folder,
+        processing_class=tokenizer,
         show_progress=show_progress,
+        **settings.evaluation,
     )
 
     def evaluate(model: object) -> dict[str, float]:

@@ -34,6 +34,12 @@ class DemoSettings:
         default_factory=lambda: {"activedpo": {}, "random": {}}
     )
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Options of `HeldoutReward`."""
+        greedy = {} if self.samples else {"temperature": 0.0}
+        return {"samples": max(1, self.samples), **self.generation, **greedy}
+
 
 _LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -43,6 +43,10 @@ class RequestRefused(ActiveDPOError):
     """The server refuses this request as it is; others may pass."""
 
 
+class NotThere(ActiveDPOError):
+    """The server has nothing at this address (status 404 or 405)."""
+
+
 class Stopped(Exception):
     """The caller no longer wants the answer."""
 
@@ -109,6 +113,7 @@ class JsonServer:
         params: Mapping[str, str] | None = None,
         stop: threading.Event | None = None,
         again: bool = True,
+        text: bool = False,
     ) -> Any:
         """Return the JSON value that the server answers with.
 
@@ -117,9 +122,11 @@ class JsonServer:
             body: sent as JSON, unless it is None.
             stop: once it is set, nothing more is waited for or sent.
             again: it may be sent again after a failure; not so if it would be done twice.
+            text: the answer is not JSON but text, which is returned.
 
         Raises:
             RequestRefused: status 400, 413 or 422.
+            NotThere: status 404 or 405.
             Stopped: `stop` is set, before an attempt or between two.
             ActiveDPOError: the server cannot be reached, refuses the key, or fails in another way.
         """
@@ -129,7 +136,7 @@ class JsonServer:
             if stop.is_set():
                 raise Stopped
             try:
-                return _within(self._timeout, lambda: self._once(method, path, body, params))
+                return _within(self._timeout, lambda: self._once(method, path, body, params, text))
             except _Failed as failed:
                 if attempt == retries:
                     tries = f" ({attempt + 1} attempts)" if attempt else ""
@@ -172,7 +179,9 @@ class JsonServer:
         if stop.wait(seconds):
             raise Stopped
 
-    def _once(self, method: str, path: str, body: Any, params: Mapping[str, str] | None) -> Any:
+    def _once(
+        self, method: str, path: str, body: Any, params: Mapping[str, str] | None, text: bool
+    ) -> Any:
         ends = time.monotonic() + self._timeout
         given: dict[str, Any] = {} if body is None else {"json": body}
         try:
@@ -194,6 +203,8 @@ class JsonServer:
             raise _Failed(f"cannot be reached: {self.shown(first_line(error))}") from None
         if response.status_code != 200 and not 200 < response.status_code < 300:
             self._refuse(response, bytes(content))
+        if text:
+            return content.decode(errors="replace")
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
@@ -211,6 +222,8 @@ class JsonServer:
             )
         if status in (400, 413, 422):
             raise RequestRefused(f"{self._place}: {reason}")
+        if status in (404, 405):
+            raise NotThere(f"{self._place}: {reason}")
         if 300 <= status < 400:
             raise ActiveDPOError(
                 f"{self._place}: it redirects to another address (status {status}); give that one"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool, as_pool
-from activedpo_fast.pool.rewards import Reward
+from activedpo_fast.pool.rewards import Reward, call_reward
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
 
@@ -32,6 +32,9 @@ class RewardOracle:
             None.
         seed: for the draws.
 
+    Attributes:
+        reward: as given.
+
     Raises:
         ActiveDPOError: a negative temperature; from `label`, a wrong number of rewards or one that
             is not finite.
@@ -48,7 +51,7 @@ class RewardOracle:
     def __init__(self, reward: Reward, *, temperature: float = 1.0, seed: int = 0) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ActiveDPOError(f"temperature: {temperature} is not a finite number from 0")
-        self._reward = reward
+        self.reward = reward
         self.temperature = temperature
         self.seed = seed
 
@@ -65,17 +68,11 @@ class RewardOracle:
             for pick in selection
             for _ in pick.responses
         ]
-        rewards = [float(value) for value in self._reward(prompts, responses, extras)]
-        if len(rewards) != len(responses):
-            raise ActiveDPOError(
-                f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
-            )
+        ids = [pick.id for pick in selection for _ in pick.responses]
+        rewards = call_reward(self.reward, ids, prompts, responses, extras)
         labels = []
         for n, pick in enumerate(selection):
             first, second = rewards[2 * n : 2 * n + 2]
-            for value in (first, second):
-                if not math.isfinite(value):
-                    raise ActiveDPOError(f"the reward of a response to id {pick.id!r} is {value}")
             labels.append(self._draw(pick, first - second))
         return labels
 

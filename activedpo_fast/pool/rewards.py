@@ -40,27 +40,40 @@ def rewards_of(pool: PreferencePool, reward: str | Reward) -> Tensor:
             number, naming the item.
     """
     if isinstance(reward, str):
-        found = [number for item in pool for number in _of_item(item, reward)]
+        found = [float(number) for item in pool for number in _of_item(item, reward)]
     else:
         rows = [(item, response) for item in pool for response in item.responses]
-        found = list(
-            reward(
-                [item.prompt for item, _ in rows],
-                [response for _, response in rows],
-                [item.extra for item, _ in rows],
-            )
+        found = call_reward(
+            reward,
+            [item.id for item, _ in rows],
+            [item.prompt for item, _ in rows],
+            [response for _, response in rows],
+            [item.extra for item, _ in rows],
         )
-        if len(found) != len(rows):
-            raise ActiveDPOError(
-                f"the reward function returned {len(found)} numbers for {len(rows)} responses"
-            )
-        for (item, _), number in zip(rows, found, strict=True):
-            if not math.isfinite(number):
-                raise ActiveDPOError(
-                    f"the reward function returned {number!r} for a response of {item.id!r}, not a "
-                    "finite number"
-                )
-    return torch.tensor([float(number) for number in found], dtype=torch.float64)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def call_reward(
+    reward: Reward,
+    ids: Sequence[str],
+    prompts: Sequence[Text],
+    responses: Sequence[Text],
+    extras: Sequence[Mapping[str, Any]],
+) -> list[float]:
+    """Return the reward of each response; `ids` are those of their prompts, for messages.
+
+    Raises:
+        ActiveDPOError: a wrong number of rewards, or one that is not finite.
+    """
+    rewards = [float(value) for value in reward(prompts, responses, extras)]
+    if len(rewards) != len(responses):
+        raise ActiveDPOError(
+            f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
+        )
+    for id, value in zip(ids, rewards, strict=True):
+        if not math.isfinite(value):
+            raise ActiveDPOError(f"the reward of a response to id {id!r} is {value}")
+    return rewards
 
 
 def _of_item(item: Any, column: str) -> Sequence[float]:

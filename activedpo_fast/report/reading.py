@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,9 +106,7 @@ class RunData:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, without their standard errors (`<name>_se`)."""
-        names = dict.fromkeys(name for record in self.records for name in record.metrics)
-        return [name for name in names if not (name.endswith("_se") and name[:-3] in names)]
+        return metric_names(self.records)
 
 
 def read_runs(folders: list[Path]) -> list[RunData]:
@@ -319,6 +317,12 @@ def points(run: RunData, metric: str) -> list[tuple[RoundRecord, float, float | 
         for record in run.records
         if metric in record.metrics
     ]
+
+
+def metric_names(records: Iterable[RoundRecord]) -> list[str]:
+    """Return the names of the metrics, without their standard errors (`<name>_se`)."""
+    names = dict.fromkeys(name for record in records for name in record.metrics)
+    return [name for name in names if not (name.endswith("_se") and name[:-3] in names)]
 
 
 def round_name(number: int) -> str:

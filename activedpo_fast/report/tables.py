@@ -31,7 +31,7 @@ def rounds_table(run: RunData) -> Rows:
             {
                 "round": round_name(record.round),
                 "labels": str(record.labels_total),
-                **{name: _with_error(record.metrics, name) for name in run.metrics},
+                **{name: with_error(record.metrics, name) for name in run.metrics},
                 "train loss": _number(record.training.get("loss"), ".4g"),
                 "compute": _number(spent.get(record.round), ",.0f"),
                 **{f"{stage} s": _number(record.seconds.get(stage), ".1f") for stage in TIMED},
@@ -121,7 +121,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _with_error(metrics: dict[str, float], name: str) -> str:
+def with_error(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return ""
     value, error = metrics[name], metrics.get(f"{name}_se")

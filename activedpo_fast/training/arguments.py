@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import one_setting
 from activedpo_fast.selection.result import Selection
@@ -55,6 +57,14 @@ def learn_reward(
     """Have the reward that a strategy picks by learn from the labels so far, if it can."""
     if callable(learn := getattr(getattr(strategy, "reward", None), "learn", None)):
         learn([picked for picked, _ in history], [labels for _, labels in history])
+
+
+def warn_of_the_date(processing_class: PreTrainedTokenizerBase) -> None:
+    if "strftime_now" in str(processing_class.chat_template):
+        logger.warning(
+            "the chat template uses the current date: rounds on different days have "
+            "different prompts"
+        )
 
 
 def warn_of_the_policy_as_reference(args: LoopConfig, strategy: str | Strategy) -> None:

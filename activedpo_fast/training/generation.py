@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast._random import forked_rng
-from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.named import GivenModel
-from activedpo_fast.pool.columns import check_json_columns
-from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
-from activedpo_fast.settings import check_sampling
+from activedpo_fast.settings import check_responding, check_sampling
+from activedpo_fast.training.distinct import distinct_responses
 from activedpo_fast.training.sampler import PromptLike, Sampler
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 
 @leaves_tokenizer(1)
@@ -96,112 +89,42 @@ def generate_responses(
         generation_batch_size,
         chat_template_kwargs or {},
     )
-    prompts = sampler.prompts
-    for n, prompt in enumerate(prompts, start=1):
-        check_json_columns(prompt.extra, f"prompt {n}")  # the new pool has to be writable
 
-    with forked_rng(sampler.device, seed):
-        found = _distinct_texts(
-            sampler,
-            num_generations,
-            max_attempts,
+    def sample(missing: list[int], attempt: int) -> Iterator[tuple[int, str]]:
+        description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
+        texts = sampler.run(
+            missing,
+            description,
             show_progress,
             do_sample=True,
             temperature=temperature,
             top_p=top_p,
             top_k=0,
         )
-    items = [
-        PoolItem(
-            prompt.id,
-            prompt.prompt,
-            tuple(_as_text(text, prompt.prompt) for text in texts),
-            dict(prompt.extra),
+        return zip(missing, texts, strict=True)
+
+    with forked_rng(sampler.device, seed):
+        return distinct_responses(
+            sampler.prompts, sample, num_generations=num_generations, max_attempts=max_attempts
         )
-        for prompt, texts in zip(prompts, found, strict=True)
-        if len(texts) == num_generations
-    ]
-    if len(items) < len(prompts):
-        logger.warning(
-            "%d of %d prompts are left out: fewer than %d distinct responses after %d attempts",
-            len(prompts) - len(items),
-            len(prompts),
-            num_generations,
-            max_attempts,
-        )
-    if not items:
-        raise ActiveDPOError(
-            f"no prompt got {num_generations} distinct responses in {max_attempts} "
-            "attempts: is the temperature too low, or max_completion_length?"
-        )
-    return PreferencePool(items)
 
 
-def _distinct_texts(
-    sampler: Sampler, count: int, max_attempts: int, show_progress: bool | None, **sampling: Any
-) -> list[list[str]]:
-    """Return up to `count` texts of every prompt, in the order of sampling."""
-    # Keyed by the text without surrounding white space.
-    found: list[dict[str, str]] = [{} for _ in sampler.prompts]
-    for attempt in range(1, max_attempts + 1):
-        missing = [
-            position for position, texts in enumerate(found) for _ in range(count - len(texts))
-        ]
-        if not missing:
-            break
-        description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
-        sampled = sampler.run(missing, description, show_progress, **sampling)
-        for position, text in zip(missing, sampled, strict=True):
-            if text.strip():
-                found[position].setdefault(text.strip(), text)
-    return [list(texts.values()) for texts in found]
-
-
-def try_generation(
-    model: PreTrainedModel | PeftModel,
-    processing_class: PreTrainedTokenizerBase,
+@leaves_tokenizer(1)
+def shortest_prompts(
+    model: GivenModel,
+    processing_class: PreTrainedTokenizerBase | None,
     prompts: Sequence[PromptLike],
-    *,
-    num_generations: int = 2,
-    max_completion_length: int = 64,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generation_batch_size: int = 16,
-    max_attempts: int = 4,
-    chat_template_kwargs: dict[str, Any] | None = None,
+    max_completion_length: int,
+    chat_template_kwargs: dict[str, Any] | None,
 ) -> list[int]:
-    """Refuse what `generate_responses` would, for all prompts, and sample two tokens.
-
-    Returns:
-        The positions of the two prompts with the fewest tokens (or of the only one), which were
-        continued.
+    """Encode all prompts; return the positions of the two with the fewest tokens, or of the one.
 
     Raises:
-        ActiveDPOError: as `generate_responses`.
+        ActiveDPOError: a prompt that `generate_responses` would refuse.
     """
-    check_sampling(
-        num_generations=num_generations,
-        max_completion_length=max_completion_length,
-        temperature=temperature,
-        top_p=top_p,
-        generation_batch_size=generation_batch_size,
-        max_attempts=max_attempts,
-    )
-    sampler = Sampler(
-        model,
-        processing_class,
-        prompts,
-        max_completion_length,
-        generation_batch_size,
-        chat_template_kwargs or {},
-    )
-    sampler.max_completion_length = min(max_completion_length, 2)
-    shortest = sorted(range(len(prompts)), key=lambda n: len(sampler.prompt_ids[n]))[:2]
-    with forked_rng(sampler.device, 0):
-        sampler.run(
-            shortest, "try", False, do_sample=True, temperature=temperature, top_p=top_p, top_k=0
-        )
-    return shortest
+    kwargs = chat_template_kwargs or {}
+    sampler = Sampler(model, processing_class, prompts, max_completion_length, 1, kwargs)
+    return sorted(range(len(prompts)), key=lambda n: len(sampler.prompt_ids[n]))[:2]
 
 
 @leaves_tokenizer(1)
@@ -212,6 +135,7 @@ def respond(
     *,
     max_completion_length: int = 64,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
     generation_batch_size: int = 16,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -220,11 +144,10 @@ def respond(
     """Return one text per prompt, in order, possibly empty, to evaluate a model.
 
     `temperature` 0 takes the most likely token at each step; above 0, tokens are sampled from the
-    model's distribution. Arguments, texts, errors and restored state are as in
-    `generate_responses`; chat responses are only the message's content.
+    model's distribution, truncated to `top_p`. Arguments, texts, errors and restored state are as
+    in `generate_responses`; chat responses are only the message's content.
     """
-    if not temperature >= 0:
-        raise ActiveDPOError(f"temperature: {temperature} is below 0")
+    check_responding(temperature=temperature, top_p=top_p)
     sampler = Sampler(
         model,
         processing_class,
@@ -235,12 +158,6 @@ def respond(
     )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with forked_rng(sampler.device, seed):
         return sampler.run(range(len(sampler.prompts)), "respond", show_progress, **sampling)
-
-
-def _as_text(response: str, prompt: Text) -> Text:
-    if isinstance(prompt, str):
-        return response
-    return [{"role": "assistant", "content": response}]

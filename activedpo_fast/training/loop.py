@@ -31,11 +31,13 @@ from activedpo_fast.training.arguments import (
     check_oracle,
     learn_reward,
     selection_settings,
+    warn_of_the_date,
     warn_of_the_policy_as_reference,
 )
 from activedpo_fast.training.checksums import check, write_recorded
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
+from activedpo_fast.training.generators import Generate, check_generate, generated_responses
 from activedpo_fast.training.prompts import (
     check_pairs,
     draw_items,
@@ -63,7 +65,13 @@ from activedpo_fast.training.run_folder import (
     write_labels,
     write_record,
 )
-from activedpo_fast.training.trl import check_callbacks, dpo_config, train_dpo
+from activedpo_fast.training.trl import (
+    check_callbacks,
+    check_eval_dataset,
+    check_finite,
+    dpo_config,
+    train_dpo,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -116,7 +124,15 @@ class ActiveDPOLoop:
         rules: constraints on each round's picks, see `PickRules`; ids, groups and costs are
             those of `prompts`. Excluded prompts get no responses. If the rules leave a round no
             pair, or none that reaches `min_score`, the run ends with an error.
-        evaluate: returns metrics of the model; called before the first round and after each.
+        generate: samples the responses in place of `generate_responses`: a function, see
+            `activedpo_fast.training.generators.Generate`, or a `ServerGeneration`.
+        evaluate: returns metrics of the model; called before the first round and after each. See
+            `activedpo_fast.training.evaluation` for some. Its method `rehearse`, if it has one, is
+            called with the model in the rehearsal. Its attribute `settings`, if it has one, JSON
+            values by name, is compared like the other settings.
+        eval_dataset: for each round's `DPOTrainer`, which evaluates on it as `dpo_args` says
+            (`eval_strategy`): rows with prompt, chosen and rejected. The last of its values are in
+            `RoundRecord.training`.
         callbacks: for each round's `DPOTrainer`. One that stops the training ends that of the
             round alone. If one raises, so does `run`; nothing of the training is kept, and the next
             `run` trains the round again.
@@ -156,7 +172,9 @@ class ActiveDPOLoop:
         dpo_args: DPOConfig | None = None,
         strategy: str | Strategy | None = None,
         rules: PickRules | None = None,
+        generate: Generate | None = None,
         evaluate: Callable[[PeftModel], dict[str, float]] | None = None,
+        eval_dataset: datasets.Dataset | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: PeftConfig | None = None,
         extra_settings: Mapping[str, Any] | None = None,
@@ -169,13 +187,17 @@ class ActiveDPOLoop:
             prompts, rules, given=self.args.responses == "given"
         )
         check_oracle(oracle)
+        check_generate(generate, given=self.args.responses == "given")
         check_callbacks(callbacks)
+        check_eval_dataset(eval_dataset)
         self.oracle = oracle
         if dpo_args is None:
             dpo_args = dpo_config(output_dir=str(self.output_dir / "trainer"), seed=self.args.seed)
         self.dpo_args = dpo_args
         self.rules = rules
+        self.generate = generate
         self.evaluate = evaluate
+        self.eval_dataset = eval_dataset
         self.callbacks = callbacks
         self.show_progress = show_progress
         self.strategy: str = strategy if isinstance(strategy, str) else strategy.name
@@ -201,6 +223,9 @@ class ActiveDPOLoop:
             prompts=self.prompts,
             rules=rules,
             oracle=oracle,
+            generate=generate,
+            eval_dataset=eval_dataset,
+            evaluate=evaluate,
             extra_settings=extra_settings or {},
         )
 
@@ -212,11 +237,7 @@ class ActiveDPOLoop:
             return self._run()
 
     def _run(self) -> list[RoundRecord]:
-        if "strftime_now" in str(self.processing_class.chat_template):
-            logger.warning(
-                "the chat template uses the current date: rounds on different days have "
-                "different prompts"
-            )
+        warn_of_the_date(self.processing_class)
         settings = self._settings | policy_settings(self.model, self.processing_class)
         mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
@@ -233,7 +254,7 @@ class ActiveDPOLoop:
         for t in range(self.args.rounds):
             folder = self._folder(t)
             history.append(self._labels(t, folder, history))
-            self._train(folder, self._folder(t - 1) if t else start, history)
+            self._train(folder, self._before(t), history)
             self._load(folder)
             total = sum(label is not None for _, labels in history for label in labels)
             records.append(self._record(folder, t, total))
@@ -274,19 +295,34 @@ class ActiveDPOLoop:
             )
             seed = int(digest([self.args.seed, t])[:12], 16)
             with timed(folder, "generate", self.model.device):
-                pool = generate_responses(
-                    self.model,
-                    self.processing_class,
-                    prompts,
-                    seed=seed,
-                    chat_template_kwargs=self.chat_template_kwargs,
-                    show_progress=self.show_progress,
-                    **self.args.sampling,
-                )
+                pool = self._sampled(prompts, seed, self._before(t))
             write_recorded(path, pool.jsonl())
         check(folder, path.name)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
         return with_columns_of_now(PreferencePool.from_jsonl(path), self.prompts, folder.name)
+
+    def _sampled(self, prompts: Sequence[Prompt], seed: int, policy: Path) -> PreferencePool:
+        """Return responses of the current policy, whose adapter is in the folder `policy`."""
+        if self.generate is not None:
+            return generated_responses(
+                self.generate,
+                self.model,
+                self.processing_class,
+                prompts,
+                adapter=policy / "adapter",
+                seed=seed,
+                sampling=self.args.sampling,
+                common_template_kwargs=self.chat_template_kwargs,
+            )
+        return generate_responses(
+            self.model,
+            self.processing_class,
+            prompts,
+            seed=seed,
+            chat_template_kwargs=self.chat_template_kwargs,
+            show_progress=self.show_progress,
+            **self.args.sampling,
+        )
 
     def _picked(
         self, folder: Path, pool: PreferencePool, history: list[tuple[Selection, list[int | None]]]
@@ -349,10 +385,11 @@ class ActiveDPOLoop:
                     reference=self.args.reference,
                     initial_adapter=self._initial,
                     callbacks=self.callbacks,
+                    eval_dataset=self.eval_dataset,
                     show_progress=self.show_progress,
                     steps_before=steps_before(self.output_dir, len(history) - 1),
                 )
-            _check_finite(self.model, folder.name)
+            check_finite(self.model, folder.name)
         except BaseException:
             self._load(before)  # undo partial training: `run` may be called again with this model
             raise
@@ -391,6 +428,10 @@ class ActiveDPOLoop:
     def _folder(self, t: int) -> Path:
         return round_folder(self.output_dir, t)
 
+    def _before(self, t: int) -> Path:
+        """Return the folder of the policy that round t begins with."""
+        return self._folder(t - 1) if t else self.output_dir / "start"
+
     def _load(self, folder: Path) -> None:
         load_adapter_state(self.model, read_adapter(folder))
 
@@ -399,6 +440,11 @@ class ActiveDPOLoop:
         check_pairs(self._offered, args)
         if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
             rehearse_oracle()
+        if callable(rehearse_evaluate := getattr(self.evaluate, "rehearse", None)):
+            try:
+                rehearse_evaluate(self.model)
+            except ActiveDPOError as error:
+                raise ActiveDPOError(f"evaluate: {error}") from error
         rehearse(
             self.model,
             self.processing_class,
@@ -410,14 +456,6 @@ class ActiveDPOLoop:
             generation=None
             if args.responses == "given"
             else {**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
+            generate=self.generate,
+            eval_dataset=self.eval_dataset,
         )
-
-
-def _check_finite(model: PeftModel, name: str) -> None:
-    """Refuse an adapter with NaN or infinite weights."""
-    for weight, tensor in adapter_state(model).items():
-        if not tensor.isfinite().all():
-            raise ActiveDPOError(
-                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
-                "use a smaller learning_rate, or a smaller max_grad_norm"
-            )

@@ -16,6 +16,7 @@ from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.settings import LoopConfig
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 
@@ -30,6 +31,9 @@ def recorded_settings(
     prompts: Sequence[Prompt],
     rules: PickRules | None,
     oracle: Oracle,
+    evaluate: Any,
+    generate: Any,
+    eval_dataset: datasets.Dataset | None,
     extra_settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return everything that a run depends on, except the model and the tokenizer.
@@ -55,11 +59,14 @@ def recorded_settings(
         "selector_options": selector_options,
         "chat_template_kwargs": chat_template_kwargs,
         "prompts": digest(
-            [_identity(prompt, given=args.responses == "given") for prompt in prompts]
+            [prompt_identity(prompt, given=args.responses == "given") for prompt in prompts]
         ),
         "rules": rules and {**asdict(rules), "exclude": digest(sorted(rules.exclude))},
         "dpo": dpo,
-        "oracle": _own_settings(oracle),
+        "oracle": object_settings(oracle),
+        "eval_dataset": None if eval_dataset is None else digest(eval_dataset.to_list()),
+        "generate": None if generate is None else object_settings(generate),
+        "evaluate": getattr(evaluate, "settings", None),
         "extra_settings": extra_settings,
     }
     recorded: dict[str, Any] = plain(settings)
@@ -77,20 +84,20 @@ def digest(value: Any) -> str:
 
 def _described(option: Any) -> Any:
     """Return an option of a strategy as it is, or what is known of a function or an object."""
-    return _own_settings(option) if callable(option) else option
+    return object_settings(option) if callable(option) else option
 
 
-def _own_settings(of: Any) -> dict[str, Any]:
+def object_settings(given: Any) -> dict[str, Any]:
     """Return the class of an object, and its public attributes that are numbers or texts."""
     own = {
         name: value
-        for name, value in getattr(of, "__dict__", {}).items()
+        for name, value in getattr(given, "__dict__", {}).items()
         if not name.startswith("_") and isinstance(value, (int, float, str, type(None)))
     }
-    return {"class": type(of).__name__, **own}
+    return {"class": type(given).__name__, **own}
 
 
-def _identity(prompt: Any, *, given: bool) -> list[Any]:
+def prompt_identity(prompt: Any, *, given: bool = False) -> list[Any]:
     """Return the id of a prompt and everything its tokens, or those of its pairs, depend on."""
     own = None if isinstance(prompt.prompt, str) else own_template_kwargs(prompt.extra)
     responses = [prompt.responses] if given else []

@@ -34,10 +34,12 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
-from activedpo_fast.training.generation import try_generation
+from activedpo_fast.training.generation import respond, shortest_prompts
+from activedpo_fast.training.generators import rehearse_generate
 from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
+    import datasets
     from trl import DPOConfig
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ def rehearse(
     reference: Reference,
     batch_size: int,
     generation: Mapping[str, Any] | None,
+    generate: Any = None,
+    eval_dataset: datasets.Dataset | None = None,
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
@@ -71,6 +75,9 @@ def rehearse(
         batch_size: pairs in a round.
         generation: arguments of `generate_responses`; None: nothing is generated, and `prompts` are
             the items of a pool, of which the two shortest take the place of dummies.
+        generate: the loop's own source of responses, of which its method `rehearse` is called, if
+            it has one, in place of sampling.
+        eval_dataset: of the trainer's own evaluation, which gets two of its rows.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
@@ -83,12 +90,13 @@ def rehearse(
         else:
             pool = PreferencePool(
                 PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
-                for prompt in _generate(model, processing_class, prompts, generation)
+                for prompt in _generate(model, processing_class, prompts, generation, generate)
             )
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
         picked = _select(twin, pool, dpo_args)
-        _train(model, processing_class, picked, dpo_args, reference, batch_size)
+        few = eval_dataset and eval_dataset.select(range(min(2, len(eval_dataset))))
+        _train(model, processing_class, picked, dpo_args, reference, batch_size, few)
     logger.info(
         "rehearsed %sselection and a training step on %s pairs (%.1f s)",
         "" if generation is None else "generation, ",
@@ -102,13 +110,28 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     generation: Mapping[str, Any],
+    generate: Any,
 ) -> list[Prompt]:
-    """Try generation; return the two prompts with the fewest tokens."""
+    """Encode all prompts and sample two tokens; return the two prompts with the fewest tokens."""
+    length, kwargs = generation["max_completion_length"], generation["chat_template_kwargs"]
     try:
-        shortest = try_generation(model, tokenizer, prompts, **generation)
+        shortest = [prompts[n] for n in shortest_prompts(model, tokenizer, prompts, length, kwargs)]
+        if generate is not None:
+            rehearse_generate(generate, shortest, kwargs)
+            return shortest
+        respond(
+            model,
+            tokenizer,
+            shortest,
+            max_completion_length=min(length, 2),
+            temperature=generation["temperature"],
+            top_p=generation["top_p"],
+            chat_template_kwargs=kwargs,
+            show_progress=False,
+        )
     except ActiveDPOError as error:
         raise ActiveDPOError(f"generation: {error}") from error
-    return [prompts[n] for n in shortest]
+    return shortest
 
 
 def _shortest(selector: ActiveDPOSelector, items: Sequence[PoolItem]) -> PreferencePool:
@@ -173,6 +196,7 @@ def _train(
     dpo_args: DPOConfig,
     reference: Reference,
     batch_size: int,
+    eval_dataset: datasets.Dataset | None,
 ) -> None:
     # Use a round's number of pairs: the schedule and the last batch depend on it.
     picks = tuple(replace(picked[n % len(picked)], rank=n) for n in range(batch_size))
@@ -192,6 +216,7 @@ def _train(
                 reference=reference,
                 initial_adapter=adapter_state(model),
                 callbacks=[_OneStep()],
+                eval_dataset=eval_dataset,
                 show_progress=False,
             )
         except Exception as error:  # any library that the trainer calls may raise

@@ -45,6 +45,7 @@ _STAGES: dict[str, Callable[[Path], bool]] = {
     "labeled": lambda folder: _any_has(folder, "labels.jsonl"),
     "trained": lambda folder: len(_trained(folder)) > 0,
     "trained again": lambda folder: len(_trained(folder)) > 1,
+    "evaluated": lambda folder: (folder / "start" / "record.json").exists(),
 }
 
 # The first stage that a setting affects; if several prefixes match, the longest counts. Settings
@@ -56,6 +57,7 @@ _ENTERS: dict[str, str | None] = {
     "responses": "generated",
     **dict.fromkeys(SAMPLING, "generated"),
     "chat_template_kwargs": "generated",
+    "generate": "generated",
     "rules": "picked",
     "rules.exclude": "generated",  # excluded prompts get no responses
     "strategy": "picked",
@@ -63,7 +65,10 @@ _ENTERS: dict[str, str | None] = {
     "batch_size": "picked",
     "extra_settings.oracle": "labeled",
     "oracle": "labeled",
+    "evaluate": "evaluated",
+    "extra_settings.evaluate": "evaluated",
     "dpo": "trained",
+    "eval_dataset": "trained",
     # In the first round that is trained on, all labels are the newest and the current policy is
     # the initial one.
     "reference": "picked again",  # strategies may need it, too

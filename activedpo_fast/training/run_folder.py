@@ -40,6 +40,9 @@ _STEMS = (
     "checksums",
     "command",
     "config",
+    "heldout",
+    "heldout-preferences",
+    "heldout-responses",
     "joules",
     "labels",
     "picked",
@@ -62,7 +65,8 @@ class RoundRecord:
         seconds: by stage: generate, features, select, label, train, evaluate.
         strategy: the strategy of this round's selection.
         training: of the trainer: its mean "loss", its "steps" and the "pairs" it trained on; empty
-            at the start and in a round without a preference.
+            at the start and in a round without a preference. With the trainer's own evaluation
+            also its last "eval_loss", "eval_accuracy" and "eval_margin".
         gpu: the name of the GPU that the model was on; "" without one.
         joules: energy of that GPU by stage, as NVML counts it for the whole device; features are
             part of select. Empty if it is not known, for example without nvidia-ml-py.
@@ -106,6 +110,19 @@ def round_folders(output_dir: Path) -> dict[int, Path]:
         if digits and path == round_folder(output_dir, int(digits[1])) and path.is_dir():
             found[int(digits[1])] = path
     return dict(sorted(found.items()))
+
+
+def folder_to_evaluate(output_dir: Path) -> Path:
+    """Return the folder of the start or of the round whose record is the next to be written.
+
+    Raises:
+        ActiveDPOError: all are there.
+    """
+    folders = (output_dir / "start", *round_folders(output_dir).values())
+    for folder in folders:
+        if not (folder / "record.json").exists():
+            return folder
+    raise ActiveDPOError(f"{output_dir}: all rounds are evaluated")
 
 
 def read_records(output_dir: str | Path) -> list[RoundRecord]:

@@ -97,6 +97,7 @@ def train_dpo(
     reference: Reference = "initial",
     initial_adapter: Mapping[str, torch.Tensor] | None = None,
     callbacks: Sequence[TrainerCallback] | None = None,
+    eval_dataset: datasets.Dataset | None = None,
     show_progress: bool | None = None,
     steps_before: int | None = None,
 ) -> dict[str, float]:
@@ -114,6 +115,7 @@ def train_dpo(
             at the call.
         initial_adapter: `adapter_state(model)` from before the first round; for "initial".
         callbacks: for the trainer.
+        eval_dataset: as `dataset`, for the trainer's own evaluation (`args.eval_strategy`).
         show_progress: a bar over the optimizer's steps; None shows it on a terminal only.
         steps_before: optimizer's steps of the rounds before this one: what `args.report_to` reports
             goes on from there, in the same run (see `activedpo_fast.training.tracking`). None: the
@@ -121,7 +123,8 @@ def train_dpo(
 
     Returns:
         "loss" (mean over the training), "steps", "pairs" trained on (without those that the trainer
-        leaves out because their prompt fills max_length), "seconds".
+        leaves out because their prompt fills max_length), "seconds"; "eval_loss", "eval_accuracy"
+        and "eval_margin" of the trainer's last evaluation, if there was one.
 
     Raises:
         ActiveDPOError: TRL is missing; not a PEFT model; the active adapter is not "default"; an
@@ -137,6 +140,7 @@ def train_dpo(
                 model=model,
                 args=args,
                 train_dataset=dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=[*(callbacks or ()), _Bar(show_progress)],
             )
@@ -162,7 +166,49 @@ def train_dpo(
         "steps": output.global_step,
         "pairs": pairs,
         "seconds": time.perf_counter() - started,
+        **_last_evaluation(trainer.state.log_history),
     }
+
+
+_EVALUATED = {
+    "eval_loss": "eval_loss",
+    "eval_rewards/accuracies": "eval_accuracy",
+    "eval_rewards/margins": "eval_margin",
+}
+
+
+def _last_evaluation(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what the trainer logged about its last evaluation, by our names."""
+    last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    return {own: float(last[name]) for name, own in _EVALUATED.items() if name in last}
+
+
+def check_finite(model: PeftModel, name: str) -> None:
+    """Refuse an adapter with NaN or infinite weights, trained in the round `name`."""
+    for weight, tensor in adapter_state(model).items():
+        if not tensor.isfinite().all():
+            raise ActiveDPOError(
+                f"{name}: training has diverged, {weight!r} is not finite: nothing of it is kept; "
+                "use a smaller learning_rate, or a smaller max_grad_norm"
+            )
+
+
+def check_eval_dataset(given: Any) -> None:
+    """Refuse what is no data set of pairs for the trainer's own evaluation."""
+    if given is None:
+        return
+    columns = getattr(given, "column_names", None)
+    if not isinstance(columns, list):
+        raise ActiveDPOError(
+            f"eval_dataset: expected a datasets.Dataset, got {type(given).__name__}"
+        )
+    missing = [name for name in ("prompt", "chosen", "rejected") if name not in columns]
+    if missing or not len(given):
+        raise ActiveDPOError(
+            f"eval_dataset: it has no column {missing[0]!r}"
+            if missing
+            else "eval_dataset: it has no rows"
+        )
 
 
 def check_callbacks(callbacks: Any) -> None:

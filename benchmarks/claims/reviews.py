@@ -21,7 +21,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast.demo.evaluation import HeldoutReward, heldout_files, heldout_rewards
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
 from activedpo_fast.demo.similarity import SynopsisSimilarity
 from activedpo_fast.gradients.extractor import FeatureExtractor
@@ -35,6 +34,8 @@ from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.report.compute import count_tokens, cumulative
 from activedpo_fast.selection.strategies import STRATEGIES, RewardGap, Strategy
+from activedpo_fast.training.evaluation import HeldoutReward
+from activedpo_fast.training.heldout import heldout_files, heldout_rewards
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from benchmarks.claims.trial_strategies import WeightedLogdet
@@ -292,13 +293,13 @@ class Evaluation:
     ) -> None:
         self._tokenizer = tokenizer
         self._heldout = HeldoutReward(
-            tokenizer,
             read_review_prompts("heldout")[: setting.heldout],
             rating,
-            folder,
+            output_dir=folder,
+            processing_class=tokenizer,
             samples=setting.samples,
-            generation=setting.sampling,
             show_progress=False,
+            **setting.sampling,
         )
 
     def __call__(self, model: PeftModel) -> dict[str, float]:

@@ -35,7 +35,7 @@ def test_options_are_the_fields(command: str, count: int) -> None:
 def test_the_help_of_run_lists_the_keys_of_the_file() -> None:
     own = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
     words = " ".join(own.epilog.split())
-    for section in ("loop", "selection"):
+    for section in ("loop", "selection", "evaluate"):
         for row in key_rows(section):
             assert f"{row.name}: {row.help} [{row.default}]" in words
 

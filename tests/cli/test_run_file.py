@@ -132,6 +132,49 @@ def _given(**changes: Any) -> dict[str, Any]:
             "loop.temperature: no response is sampled: remove it",
         ),
         ({"oracle": {"kind": "recorded", "path": "x"}}, "oracle.path: unknown key"),
+        ({"generation": {"model": "m"}}, "generation.base_url: missing, the address of the server"),
+        (
+            {"generation": {"base_url": "http://h"}},
+            "generation.model: missing, the name of the base",
+        ),
+        ({"generation": {"server": "http://h"}}, "generation.server: unknown key"),
+        (
+            {"generation": {"model": "m", "base_url": "http://h", "load_adapter": "yes"}},
+            "generation.load_adapter: expected true or false",
+        ),
+        (
+            {"generation": {"model": "m", "base_url": "http://h"}, "oracle": {"kind": "recorded"}},
+            "generation: no response is sampled: remove it",
+        ),
+        ({"evaluate": {}}, "evaluate.prompts: missing, the file of held-out prompts; or give pref"),
+        ({"evaluate": {"promts": "h"}}, "evaluate.promts: unknown key; did you mean 'prompts'?"),
+        ({"evaluate": {"prompts": "h"}}, "evaluate.oracle: missing, what scores the responses"),
+        (
+            {"evaluate": {"prompts": "h", "oracle": {"kind": "people"}}},
+            "evaluate.oracle.kind: expected one of reward_model, judge, got 'people'",
+        ),
+        (
+            {"evaluate": {"prompts": "h", "oracle": {"kind": "judge", "model": "m"}}},
+            "evaluate.oracle.base_url: missing",
+        ),
+        (
+            {"evaluate": {"preferences": "h", "samples": 2}},
+            "evaluate.samples: no response is sampled without prompts",
+        ),
+        (
+            {
+                "evaluate": {
+                    "prompts": "h",
+                    "oracle": {"kind": "reward_model", "model": "r"},
+                    "samples": 0,
+                }
+            },
+            "evaluate.samples: 0 is below 1",
+        ),
+        (
+            {"evaluate": {"preferences": "h", "temperature": -1.0}},
+            "evaluate.temperature: -1.0 is not a finite number from 0",
+        ),
         ({"preset": "papr"}, "unknown preset 'papr'"),
         ({"lora": {"r": 4}}, "adapter, lora: give one of them"),
         ({"adapter": ...}, "adapter: missing"),
@@ -195,6 +238,22 @@ def test_without_a_preset_the_defaults_of_the_library_apply() -> None:
     assert (config.selection, config.loop, config.dpo) == ({}, {}, {})
     assert config.rules == {}
     assert config.strategy is None
+
+
+def test_held_out_responses_are_scored_by_the_run_s_oracle_if_it_can() -> None:
+    oracle = {"kind": "reward_model", "model": "r"}
+    config = make_config(_given(oracle=oracle, evaluate={"prompts": "h"}))
+    assert config.evaluate == {"prompts": "h", "oracle": oracle}
+    assert make_config(_given(evaluate={"preferences": "h"})).evaluate == {"preferences": "h"}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "generation"])
+def test_commented_sections_of_the_example_are_valid(name: str) -> None:
+    text = (EXAMPLES / "run.yaml").read_text()
+    section = re.search(f"^# {name}:.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    given = yaml.safe_load(re.sub("^# ", "", section[0], flags=re.MULTILINE))
+    assert getattr(make_config(_given(**given)), name) == given[name]
 
 
 def test_files(tmp_path: Path) -> None:

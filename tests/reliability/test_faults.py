@@ -88,7 +88,7 @@ _FULL = (disk_full, 2, " cannot be written: ")
 
 
 def test_a_run_that_is_interrupted_and_terminated(files: Path, whole: Path, tmp_path: Path) -> None:
-    _breaks(files, whole, tmp_path, [("generate", *_INT), ("train", *_TERM)])
+    _breaks(files, whole, tmp_path, [("generate", *_INT), ("train", *_TERM), ("evaluate", *_INT)])
 
 
 def test_a_run_on_a_full_disk(files: Path, whole: Path, tmp_path: Path) -> None:

@@ -364,8 +364,8 @@ def test_rewards_of_a_column_are_checked(parts, numbers, message):
 @pytest.mark.parametrize(
     "reward, message",
     [
-        (lambda p, r, e: [1.0] * (len(r) - 1), "returned 23 numbers for 24 responses"),
-        (lambda p, r, e: [1.0] * 4 + [math.inf] * 20, "returned inf for a response of 'p1'"),
+        (lambda p, r, e: [1.0] * (len(r) - 1), "gave 23 numbers for 24 responses"),
+        (lambda p, r, e: [1.0] * 4 + [math.inf] * 20, "reward of a response to id 'p1' is inf"),
     ],
 )
 def test_rewards_of_a_function_are_checked(parts, reward, message):

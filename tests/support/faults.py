@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from activedpo_fast import selector
 from activedpo_fast.training import loop
 
-STAGES = ("generate", "features", "select", "label", "train", "save")
+STAGES = ("generate", "features", "select", "label", "train", "save", "evaluate")
 _NAMES = {"features": "select"}  # timed as a part of it
 _FORWARDS = 12  # modules that have run by then: a stage has begun, and has not ended
 _NOBODY = 65534

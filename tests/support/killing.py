@@ -238,7 +238,7 @@ def select(output: Path) -> list[str]:
 
 
 def run_file(files: Path, output: Path) -> list[str]:
-    """The command of a run of two rounds with a tiny reward model."""
+    """The command of a run of two rounds with a tiny reward model, which also evaluates."""
     config = {
         "model": str(files / "model"),
         "adapter": str(files / "adapter"),
@@ -249,6 +249,7 @@ def run_file(files: Path, output: Path) -> list[str]:
         "loop": {"rounds": 2, "batch_size": 2, "prompts_per_round": 2, "max_completion_length": 4},
         "dpo": {"max_steps": 1, "learning_rate": 0.01},
         "oracle": {"kind": "reward_model", "model": str(files / "reward")},
+        "evaluate": {"prompts": str(files / "prompts.jsonl"), "max_completion_length": 2},
     }
     path = output / "run.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -32,6 +32,15 @@ Sources of labels:
   oracle: {{kind: judge, model: NAME, base_url: http://localhost:8000/v1}}
   oracle: {{kind: recorded}}
 
+\b
+Responses from a server that loads each round's adapter, such as vLLM (docs/cli.md):
+  generation: {{base_url: http://localhost:8000/v1, model: NAME}}
+
+\b
+Metrics on held-out data after each round (docs/cli.md):
+  evaluate: {{prompts: FILE, oracle: {{kind: reward_model, model: FOLDER}}}}
+  evaluate: {{preferences: FILE}}
+
 {keys_help()}
 """
 
