@@ -13,7 +13,7 @@ from activedpo_fast.cli.options import key_rows, selector_config
 
 OF_THE_FIELDS = {field.name: field for field in fields(SelectorConfig)}
 # Their help says what holds for the few strategies that a store serves.
-OF_A_STORE = {("select", "strategy"), ("select", "normalize")}
+OF_A_STORE = {("select", "strategy"), ("select", "normalize"), ("select", "preselect")}
 
 
 @pytest.mark.parametrize(("command", "count"), [("features", 12), ("select", 3)])
