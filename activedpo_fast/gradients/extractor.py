@@ -22,15 +22,14 @@ from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
 from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_items
-from activedpo_fast.gradients.hooks import Capture, row_dtype
-from activedpo_fast.gradients.layouts import KnownLayouts
-from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
+from activedpo_fast.gradients.layouts import HowGradients, KnownLayouts
+from activedpo_fast.gradients.passes import divisors, hidden_pass, logp_pass
+from activedpo_fast.gradients.rows import autograd_rows, captured_rows
 from activedpo_fast.gradients.running import BatchResult, RunBatch
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
-from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
-from activedpo_fast.gradients.trainable import TrainableLinear, trainable_linears
+from activedpo_fast.gradients.trainable import TrainableParameters, trainable_parameters
 from activedpo_fast.models.fingerprints import fingerprint_weights
 from activedpo_fast.models.named import GivenModel, as_model_alone
 from activedpo_fast.models.positions import length_class
@@ -256,20 +255,23 @@ class FeatureExtractor:
     ) -> Iterator[tuple[BatchResult, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
-        linears = trainable_linears(self.model)
-        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
+        trained = trainable_parameters(self.model)
+        plan = SketchPlan(self.sketch, trained.shapes)
         groups = group_rows(tokenized, rows, Layout.WHOLE)
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
-        layout = self.check(tokenized)
+        layout, by_hooks = self._how_gradients(tokenized, trained)
         # Rows are relative to each other if they can be in one batch, to save a prompt's pass.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups) and layout is not Layout.APART
-        run_alone = self._gradient_pass(tokenized, linears, plan, relative=False)
+        run_batch, run_alone = (
+            self._gradient_pass(tokenized, trained, plan, by_hooks=by_hooks, relative=of_first)
+            for of_first in (relative, False)
+        )
         for result in self._runner.run(
             tokenized,
             rows,
-            self._gradient_pass(tokenized, linears, plan, relative),
+            run_batch,
             self.model,
             layout,
             "gradient features",
@@ -295,38 +297,38 @@ class FeatureExtractor:
     def _gradient_pass(
         self,
         tokenized: TokenizedPool,
-        linears: Sequence[TrainableLinear],
+        trained: TrainableParameters,
         plan: SketchPlan,
+        *,
+        by_hooks: bool,
         relative: bool,
     ) -> RunBatch:
         """Return a function that gives (rows, gradients, logps) of a batch."""
-        dtype = row_dtype(linears)
 
         def run(batch: Batch, shared: bool) -> BatchResult:
-            # Sum over layers in float64, round once.
-            sketched = torch.zeros(
-                len(batch.rows), plan.dim, dtype=torch.float64, device=batch.input_ids.device
-            )
             lengths = self.lengths(tokenized, batch.rows.tolist())
-            with (
-                undisturbed(self.model, self.precision),
-                sketch_into(plan, sketched) as consume,
-                Capture(linears, consume) as capture,
-            ):
-                logps = gradient_pass(
+            # Parameters are added up in float64, and rounded once.
+            if by_hooks:
+                logps, sketched = captured_rows(
                     self.model,
+                    trained,
+                    plan,
                     batch,
-                    capture,
+                    precision=self.precision,
                     shared=shared,
                     relative=relative,
                     lengths=lengths,
                     through_prompts=self.gradient == "all_tokens",
                 )
+            else:
+                logps, sketched = autograd_rows(
+                    self.model, trained, plan, batch, precision=self.precision
+                )
             if lengths is not None:
                 logps = logps / lengths.to(logps.device)
                 sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
             # β last: multiplying the objective would lose bits of small gradients in bf16.
-            gradients = sketched.mul_(self.beta).to(dtype).cpu()
+            gradients = sketched.mul_(self.beta).to(trained.row_dtype).cpu()
             return batch.rows, gradients, logps.double().cpu()
 
         return run
@@ -339,20 +341,27 @@ class FeatureExtractor:
         differ in how they treat long responses.
 
         Raises:
-            UnsupportedParameterError: captured gradients differ from autograd's.
             ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        layout = self._layouts.for_gradients(tokenized)
+        return self._how_gradients(tokenized, trainable_parameters(self.model)).layout
+
+    def _how_gradients(self, tokenized: TokenizedPool, trained: TrainableParameters) -> HowGradients:
+        if self.gradient == "response_tokens" and trained.others:
+            raise ActiveDPOError(
+                "gradient='response_tokens' is for trainable linear layers alone, and the model "
+                f"trains {trained.describe_others()}; use gradient='all_tokens'"
+            )
+        how = self._layouts.for_gradients(tokenized, trained)
         if self.gradient == "all_tokens":
-            return layout
-        if layout is not Layout.SHARED:
+            return how
+        if how.layout is not Layout.SHARED:
             raise ActiveDPOError(
                 "gradient='response_tokens' needs a model whose prompts can run apart from their "
                 "responses, as the self-check finds out (verify=True; its warning says why not); "
                 "use gradient='all_tokens'"
             )
-        return Layout.APART
+        return HowGradients(Layout.APART, by_hooks=True)
 
     @in_own_modes
     def logps(
