@@ -232,6 +232,8 @@ class FeatureExtractor:
 
     def identity(self) -> dict[str, Any]:
         """Return JSON values that gradient rows depend on, except for the responses."""
+        by_name = trainable_parameters(self.model).by_name
+        names = fingerprint_weights((name, p.detach().to("meta")) for name, p in by_name.items())
         return {
             "sketch": self.sketch.method,
             "proj_dim": self.sketch.dim,
@@ -241,6 +243,7 @@ class FeatureExtractor:
             "gradient": self.gradient,
             "precision": self.precision,
             "weights": fingerprint_weights(self.model.named_parameters()),
+            "trained": f"{len(by_name)} parameters, {names[:8]}",
         }
 
     def _gradient_parts(
@@ -346,7 +349,9 @@ class FeatureExtractor:
         self._require_supported(tokenized, gradients=True)
         return self._how_gradients(tokenized, trainable_parameters(self.model)).layout
 
-    def _how_gradients(self, tokenized: TokenizedPool, trained: TrainableParameters) -> HowGradients:
+    def _how_gradients(
+        self, tokenized: TokenizedPool, trained: TrainableParameters
+    ) -> HowGradients:
         if self.gradient == "response_tokens" and trained.others:
             raise ActiveDPOError(
                 "gradient='response_tokens' is for trainable linear layers alone, and the model "

@@ -77,10 +77,7 @@ def autograd_rows(
 
 
 def autograd_gradients(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    precision: str | None,
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch, precision: str | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return log π(y|x) [1], and its gradients by name, each in its parameter's shape and dtype.
 

@@ -273,9 +273,9 @@ def _autograd_gradients(
     batch = batch.to(next(model.parameters()).device)
     _, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     return {
-        name: (gradients[name] if name in gradients else torch.zeros_like(parameter)).detach().to(
-            trained.row_dtype
-        )
+        name: (gradients[name] if name in gradients else torch.zeros_like(parameter))
+        .detach()
+        .to(trained.row_dtype)
         for name, parameter in trained.by_name.items()
     }
 

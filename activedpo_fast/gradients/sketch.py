@@ -222,7 +222,8 @@ def canonical_name(name: str, adapter: str | None) -> str:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return a parameter's shape as a matrix: of rows of its last dimension; a vector is a column."""
+    """Return a parameter's shape as a matrix: all but the last dimension are rows; a vector is one
+    column."""
     if len(shape) < 2:
         return math.prod(shape), 1
     return math.prod(shape[:-1]), shape[-1]

@@ -64,12 +64,13 @@ def _adapter_contents(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[str
     """Yield (adapter, a part of its weights, the active adapters) for all parts of a model."""
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for group in module.adapter_layer_names:
+            for group in (*module.adapter_layer_names, *module.other_param_names):
                 contents: Any = module
                 for name in group.split("."):
-                    contents = getattr(contents, name, {})
-                for adapter, content in contents.items():
-                    yield adapter, content, module.active_adapters
+                    contents = getattr(contents, name, None)
+                if isinstance(contents, (nn.ModuleDict, nn.ParameterDict)):
+                    for adapter, content in contents.items():
+                        yield adapter, content, module.active_adapters
     if isinstance(model, PeftModel):
         for adapter, content in getattr(model, "prompt_encoder", {}).items():
             yield adapter, content, active_adapters(model)

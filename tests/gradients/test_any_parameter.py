@@ -7,11 +7,10 @@ import logging
 from functools import lru_cache
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from activedpo_fast import ActiveDPOError, ActiveDPOSelector, PreferencePool
@@ -21,6 +20,7 @@ from activedpo_fast.gradients.sketch import Sketch, canonical_name
 from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.ops import reference
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
+from tests.support.adapters import ADAPTERS, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -34,22 +34,6 @@ EXACT = Sketch("none")
 @lru_cache
 def tokens() -> TokenizedPool:
     return tokenize_pool(PreferencePool.from_rows(ROWS), tiny_tokenizer(), max_length=None)
-
-
-def spread(model: nn.Module, seed: int = 1) -> Any:
-    """Move the trainable weights from their initialization, where many have no effect."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def adapted(config: PeftConfig, arch: str = "llama", **model: Any) -> Any:
-    config = copy.deepcopy(config)
-    config.task_type = "CAUSAL_LM"
-    return spread(get_peft_model(tiny_causal_lm(arch, torch.float64, **model), config).double())
 
 
 def defined(
@@ -86,32 +70,6 @@ def assert_exact(model: nn.Module, *, by_hooks: bool = False, sketch: Sketch = E
         assert by_hooks or extractor.check(tokens()) is Layout.ALONE
 
 
-LORA = dict(r=4, target_modules=["q_proj", "down_proj"])
-ADAPTERS: dict[str, PeftConfig] = {
-    "DoRA": LoraConfig(**LORA, use_dora=True),
-    "LoRA on an embedding": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
-    "modules_to_save": LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"]),
-    "norms in modules_to_save": LoraConfig(**LORA, modules_to_save=["norm", "input_layernorm"]),
-    "trainable tokens of LoRA": LoraConfig(**LORA, trainable_token_indices=[5, 30, 40]),
-    "trainable tokens": peft.TrainableTokensConfig(
-        target_modules=["embed_tokens"], token_indices=[5, 30, 40]
-    ),
-    "VeRA": peft.VeraConfig(r=4, target_modules=["q_proj"]),
-    "LoHa": peft.LoHaConfig(r=4, target_modules=["q_proj"]),
-    "LoKr": peft.LoKrConfig(r=4, target_modules=["q_proj"]),
-    "OFT": peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"]),
-    "BOFT": peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj"]),
-    "IA3": peft.IA3Config(
-        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-    ),
-    "AdaLoRA": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
-    "norms": peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
-    "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=3),
-    "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=3),
-    "P-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
-}
-
-
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(name: str) -> None:
     assert_exact(adapted(ADAPTERS[name]))
@@ -142,7 +100,7 @@ def test_a_shared_head_alone() -> None:
 
 def test_tied_embeddings_with_adapters() -> None:
     for config in (
-        LoraConfig(**LORA, trainable_token_indices=[5, 30]),
+        LoraConfig(**LORA, trainable_token_indices=[323, 364]),
         LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
         LoraConfig(**LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     ):
@@ -279,7 +237,7 @@ def test_both_ways_give_a_linear_layer_the_same_row(method: str) -> None:
 
 
 def test_half_precision() -> None:
-    model = spread(get_peft_model(tiny_causal_lm("llama"), ADAPTERS["DoRA"]))
+    model = adapted(ADAPTERS["DoRA"], torch.float32)
     expected, _ = defined(copy.deepcopy(model).double(), EXACT)
     single = FeatureExtractor(model, EXACT, beta=1.0).gradients(tokens()).gradients
     assert single.dtype == torch.float32
@@ -309,15 +267,13 @@ def test_relative_rows_and_means() -> None:
 
 
 def test_rows_do_not_depend_on_the_adapter_name() -> None:
-    rows = []
-    for name in ("default", "policy"):
-        torch.manual_seed(4)
-        model = get_peft_model(
-            tiny_causal_lm("llama"), ADAPTERS["trainable tokens of LoRA"], adapter_name=name
-        )
-        extractor = FeatureExtractor(spread(model), Sketch("sjlt", 128))
-        rows.append(extractor.gradients(tokens()).gradients)
-    assert torch.equal(*rows)
+    for kind in ("DoRA", "trainable tokens of LoRA", "IA3", "prompt tuning"):
+        rows = []
+        for name in ("default", "policy"):
+            model = adapted(ADAPTERS[kind], adapter_name=name)
+            extractor = FeatureExtractor(model, Sketch("sjlt", 128))
+            rows.append(extractor.gradients(tokens()).gradients)
+        assert torch.equal(*rows)
 
 
 @pytest.mark.parametrize("name", ["modules_to_save", "trainable tokens of LoRA", "prompt tuning"])
@@ -358,10 +314,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_dropout_is_off() -> None:
-    model = get_peft_model(
-        tiny_causal_lm("llama", attention_dropout=0.5), LoraConfig(**LORA, use_dora=True)
-    )
-    spread(model).train()
+    model = adapted(ADAPTERS["DoRA"], attention_dropout=0.5).train()
     once, again = (FeatureExtractor(model, EXACT).gradients(tokens()).gradients for _ in range(2))
     assert torch.equal(once, again)
 
@@ -381,7 +334,9 @@ def test_one_line_says_what_is_slow_and_why(caplog: pytest.LogCaptureFixture) ->
 def test_gradients_of_the_response_tokens_are_refused() -> None:
     model = adapted(ADAPTERS["DoRA"])
     extractor = FeatureExtractor(model, EXACT, gradient="response_tokens")
-    with pytest.raises(ActiveDPOError, match="8 of DoraLinear, 4 of .*use gradient='all_tokens'") as error:
+    with pytest.raises(
+        ActiveDPOError, match="8 of DoraLinear, 4 of .*use gradient='all_tokens'"
+    ) as error:
         extractor.gradients(tokens())
     assert "\n" not in str(error.value)
 
@@ -418,11 +373,8 @@ def test_a_response_that_is_not_finite_is_named_or_skipped() -> None:
 
 @pytest.mark.parametrize("name", ["modules_to_save", "full"])
 def test_the_front_door(name: str) -> None:
-    model = (
-        tiny_causal_lm("llama")
-        if name == "full"
-        else spread(get_peft_model(tiny_causal_lm("llama"), ADAPTERS[name]))
-    )
+    full = name == "full"
+    model = tiny_causal_lm("llama") if full else adapted(ADAPTERS[name], torch.float32)
     pool = PreferencePool.from_rows(ROWS)
     selector = ActiveDPOSelector(model, processing_class=tiny_tokenizer(), proj_dim=64)
     picked = selector.select(pool, 2)

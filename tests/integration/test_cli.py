@@ -1057,7 +1057,6 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = {
-        "dora": (lora(tiny_causal_lm("llama"), "llama", use_dora=True), "lora_magnitude_vector"),
         "gpt2": (lora(tiny_causal_lm("gpt2"), "gpt2"), "does not fit"),
         "deeper": (lora(tiny_causal_lm("llama", num_hidden_layers=3), "llama"), "does not fit"),
         "shallower": (lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama"), "does not fit"),
