@@ -87,15 +87,19 @@ class FeatureExtractor:
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
             converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
-            with autograd's, refuse a model for which they differ, and determine how responses can
-            be batched (see `Layout`). Without it prompts are never shared, which is slower.
+            with autograd's, and determine how responses can be batched (see `Layout`). A model for
+            which they differ has its gradients from autograd. Without it prompts are never shared,
+            which is slower.
         skip_non_finite: give a response for which the model's numbers are not finite a row of zeros
             and the log-prob NaN, and log a warning that names it, instead of raising.
 
     Raises:
         UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
-            of model even without `verify`, `trainable_linears` and `gradient_layout`; an option out
-            of range; bf16 on a CPU that does not support it.
+            of model even without `verify`, and `trainable_parameters`; an option out of range; bf16
+            on a CPU that does not support it.
+
+    Hooks capture the gradients of linear layers. If anything else is trained, all gradients come
+    from autograd, one response at a time, which is as exact and slower, and is logged.
 
     Every number is that of the response run alone in a freshly loaded model: responses that the
     model would treat differently together than alone are not batched together.

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from activedpo_fast import (
     ActiveDPOError,
     ActiveDPOLoop,
+    ActiveDPOSelector,
     FeatureExtractor,
     FeatureStore,
     PreferencePool,
@@ -268,3 +270,20 @@ def test_an_adapter_whose_file_lacks_a_weight_is_refused(tmp_path: Path) -> None
         save_file(weights, path, metadata={"format": "pt"})
         with pytest.raises(ActiveDPOError, match=f"does not fit the model: .*'{lost}'"):
             load_policy(tmp_path / "model", adapter=folder)
+
+
+def test_lora_on_fused_experts(tmp_path: Path) -> None:
+    """Mixtral with LoRA on everything that "all-linear" finds: selected, trained and put back."""
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = spread(get_peft_model(tiny_causal_lm("mixtral"), config))
+    base = logps(tiny_causal_lm("mixtral"))
+    with reference_policy(model, None) as reference:
+        torch.testing.assert_close(logps(reference), base)
+    initial, state = logps(model), adapter_state(model)
+    picked = ActiveDPOSelector(model, tiny_tokenizer(), proj_dim=64).select(POOL, 2)
+    args = dpo_config(output_dir=str(tmp_path), learning_rate=1e-2, max_steps=1)
+    data = picked.to_dataset([0, 1])
+    train_dpo(model, tiny_tokenizer(), data, args, initial_adapter=state, show_progress=False)
+    assert not any(torch.equal(value, state[key]) for key, value in adapter_state(model).items())
+    with reference_policy(model, state) as reference:
+        torch.testing.assert_close(logps(reference), initial)
