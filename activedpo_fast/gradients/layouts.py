@@ -54,7 +54,8 @@ class KnownLayouts:
         # had prompts to share, otherwise by model.
         self._gradients: dict[bool, tuple[Layout, int]] = {}
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
-        self._not_captured = ""  # why hooks cannot capture the gradients, as far as it was logged
+        self._failed: frozenset[str] = frozenset()  # parameters with which the check failed
+        self._said = ""  # why gradients are from autograd, as last logged
 
     def copy(self) -> KnownLayouts:
         """Return one that knows the same; what either finds out later is its own."""
@@ -74,7 +75,7 @@ class KnownLayouts:
         least = _fastest_allowed(self._model)
         if not self._verify:
             return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
-        if self._not_captured:
+        if self._failed == trained.by_name.keys():
             return BY_AUTOGRAD
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
@@ -86,6 +87,7 @@ class KnownLayouts:
                     self._model, trained, tokenized, self._pad_token_id, self._precision
                 )
             except UnsupportedParameterError as error:
+                self._failed = frozenset(trained.by_name)
                 self._say_by_autograd(str(error), tokenized)
                 return BY_AUTOGRAD
             self._gradients[has_prompts] = layout, longest
@@ -94,9 +96,9 @@ class KnownLayouts:
         return HowGradients(Layout.slowest(layout, forward, least), by_hooks=True)
 
     def _say_by_autograd(self, why: str, tokenized: TokenizedPool) -> None:
-        if why == self._not_captured:
+        if why == self._said:
             return
-        self._not_captured = why
+        self._said = why
         logger.warning(
             "gradients are from autograd, one response at a time, which is exact and slower: about "
             "%.1f times the operations of captured gradients, and no batches (%s)",

@@ -151,7 +151,7 @@ def _kind_of_other(owners: list[_Owner], unlike_linear: Mapping[int, str]) -> st
     """Return the kind of a parameter that is not of exactly one linear layer, else None."""
     path, module, attribute = owners[0]
     if len(owners) > 1:
-        return "a weight shared by " + " and ".join(path or "the model" for path, _, _ in owners)
+        return "shared weights"
     if id(module) in unlike_linear:
         return unlike_linear[id(module)]
     if isinstance(module, nn.ParameterDict):  # where PEFT keeps weights that are no modules
