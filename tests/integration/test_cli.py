@@ -175,7 +175,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     assert main([*argv, "--output", str(tmp_path / "other"), "--export", str(whole)]) == 0
 
-    real, calls = extractor.gradient_pass, []
+    real, calls = extractor.captured_rows, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -184,7 +184,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extractor, "gradient_pass", interrupted)
+        patch.setattr(extractor, "captured_rows", interrupted)
         capsys.readouterr()
         assert main(argv) == 130
     assert capsys.readouterr().err == "activedpo: interrupted\n"
