@@ -24,18 +24,18 @@ class ActiveDPOError(ValueError):
 class UnsupportedParameterError(ActiveDPOError):
     """A trainable parameter whose per-sample gradient the library cannot compute.
 
-    Raised before anything is computed: leaving the parameter out would give a gradient with a
-    silently missing block.
+    Leaving the parameter out would give a gradient with a silently missing block.
 
     Examples:
+        >>> from peft import LoraConfig
         >>> from activedpo_fast import ActiveDPOSelector, UnsupportedParameterError
-        >>> model.get_input_embeddings().weight.requires_grad = True
-        >>> selector = ActiveDPOSelector(model, processing_class=tokenizer)
+        >>> activated = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+        >>> model.add_adapter("activated", activated)
+        >>> model.set_adapter("activated")
         >>> try:
-        ...     selector.select(pool, 4)
+        ...     ActiveDPOSelector(model, processing_class=tokenizer)
         ... except UnsupportedParameterError as error:
         ...     print(error)
-        cannot take per-sample gradients of trainable parameter
-        'base_model.model.model.embed_tokens.weight': it belongs to Embedding, not to a linear
-        layer; freeze it (requires_grad_(False)) or leave it out of the adapter
+        base_model.model.model.layers.0.self_attn.q_proj: Activated LoRA is not supported, its
+        layers see only the tokens after the invocation; train without alora_invocation_tokens
     """

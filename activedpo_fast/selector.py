@@ -18,7 +18,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.gradients.supported import require_supported
-from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
 from activedpo_fast.pool.pool import PreferencePool, as_pool
@@ -158,7 +158,7 @@ class ActiveDPOSelector:
         require_supported(self.model, gradients=gradients, pad_token_id=pad_token_id)
         check_ref_model(self.model, self.ref_model, needed="ref_logps" in requires)
         if gradients and named:
-            trainable_linears(self.model)  # the flags of a model in memory may still change
+            trainable_parameters(self.model)  # the flags of a model in memory may still change
         if isinstance(self.ref_model, torch.nn.Module):
             require_supported(self.ref_model, pad_token_id=pad_token_id)
 

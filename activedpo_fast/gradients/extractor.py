@@ -22,15 +22,14 @@ from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
 from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_items
-from activedpo_fast.gradients.hooks import Capture, row_dtype
-from activedpo_fast.gradients.layouts import KnownLayouts
-from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
+from activedpo_fast.gradients.layouts import HowGradients, KnownLayouts
+from activedpo_fast.gradients.passes import divisors, hidden_pass, logp_pass
+from activedpo_fast.gradients.rows import autograd_rows, captured_rows
 from activedpo_fast.gradients.running import BatchResult, RunBatch
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
-from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.token_budget import TokenBudget
-from activedpo_fast.gradients.trainable import TrainableLinear, trainable_linears
+from activedpo_fast.gradients.trainable import TrainableParameters, trainable_parameters
 from activedpo_fast.models.fingerprints import fingerprint_weights
 from activedpo_fast.models.named import GivenModel, as_model_alone
 from activedpo_fast.models.positions import length_class
@@ -88,15 +87,19 @@ class FeatureExtractor:
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
             converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
-            with autograd's, refuse a model for which they differ, and determine how responses can
-            be batched (see `Layout`). Without it prompts are never shared, which is slower.
+            with autograd's, and determine how responses can be batched (see `Layout`). A model for
+            which they differ has its gradients from autograd. Without it prompts are never shared,
+            which is slower.
         skip_non_finite: give a response for which the model's numbers are not finite a row of zeros
             and the log-prob NaN, and log a warning that names it, instead of raising.
 
     Raises:
         UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
-            of model even without `verify`, `trainable_linears` and `gradient_layout`; an option out
-            of range; bf16 on a CPU that does not support it.
+            of model even without `verify`, and `trainable_parameters`; an option out of range; bf16
+            on a CPU that does not support it.
+
+    Hooks capture the gradients of linear layers. If anything else is trained, all gradients come
+    from autograd, one response at a time, which is as exact and slower, and is logged.
 
     Every number is that of the response run alone in a freshly loaded model: responses that the
     model would treat differently together than alone are not batched together.
@@ -254,6 +257,8 @@ class FeatureExtractor:
 
     def identity(self) -> dict[str, Any]:
         """Return JSON values that gradient rows depend on, except for the responses."""
+        by_name = trainable_parameters(self.model).by_name
+        names = fingerprint_weights((name, p.detach().to("meta")) for name, p in by_name.items())
         return {
             "sketch": self.sketch.method,
             "proj_dim": self.sketch.dim,
@@ -263,6 +268,7 @@ class FeatureExtractor:
             "gradient": self.gradient,
             "precision": self.precision,
             "weights": fingerprint_weights(self.model.named_parameters()),
+            "trained": f"{len(by_name)} parameters, {names[:8]}",
         }
 
     def _gradient_parts(
@@ -277,20 +283,23 @@ class FeatureExtractor:
     ) -> Iterator[tuple[BatchResult, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
-        linears = trainable_linears(self.model)
-        plan = SketchPlan(self.sketch, [shape for linear in linears for shape in linear.shapes()])
+        trained = trainable_parameters(self.model)
+        plan = SketchPlan(self.sketch, trained.shapes)
         groups = group_rows(tokenized, rows, Layout.WHOLE)
         if relative and any(len(group.rows) == 1 for group in groups):
             raise ActiveDPOError("relative rows need two or more responses of every item")
-        layout = self.check(tokenized)
+        layout, by_hooks = self._how_gradients(tokenized, trained)
         # Rows are relative to each other if they can be in one batch, to save a prompt's pass.
         batched = group_rows(tokenized, rows, layout, length_class(self.model))
         relative = relative and len(batched) == len(groups) and layout is not Layout.APART
-        run_alone = self._gradient_pass(tokenized, linears, plan, relative=False)
+        run_batch, run_alone = (
+            self._gradient_pass(tokenized, trained, plan, by_hooks=by_hooks, relative=of_first)
+            for of_first in (relative, False)
+        )
         for result in self._runner.run(
             tokenized,
             rows,
-            self._gradient_pass(tokenized, linears, plan, relative),
+            run_batch,
             self.model,
             layout,
             "gradient features",
@@ -316,38 +325,38 @@ class FeatureExtractor:
     def _gradient_pass(
         self,
         tokenized: TokenizedPool,
-        linears: Sequence[TrainableLinear],
+        trained: TrainableParameters,
         plan: SketchPlan,
+        *,
+        by_hooks: bool,
         relative: bool,
     ) -> RunBatch:
         """Return a function that gives (rows, gradients, logps) of a batch."""
-        dtype = row_dtype(linears)
 
         def run(batch: Batch, shared: bool) -> BatchResult:
-            # Sum over layers in float64, round once.
-            sketched = torch.zeros(
-                len(batch.rows), plan.dim, dtype=torch.float64, device=batch.input_ids.device
-            )
             lengths = self.lengths(tokenized, batch.rows.tolist())
-            with (
-                undisturbed(self.model, self.precision),
-                sketch_into(plan, sketched) as consume,
-                Capture(linears, consume) as capture,
-            ):
-                logps = gradient_pass(
+            # Parameters are added up in float64, and rounded once.
+            if by_hooks:
+                logps, sketched = captured_rows(
                     self.model,
+                    trained,
+                    plan,
                     batch,
-                    capture,
+                    precision=self.precision,
                     shared=shared,
                     relative=relative,
                     lengths=lengths,
                     through_prompts=self.gradient == "all_tokens",
                 )
+            else:
+                logps, sketched = autograd_rows(
+                    self.model, trained, plan, batch, precision=self.precision
+                )
             if lengths is not None:
                 logps = logps / lengths.to(logps.device)
                 sketched /= divisors(batch, lengths, relative).to(sketched.device)[:, None]
             # β last: multiplying the objective would lose bits of small gradients in bf16.
-            gradients = sketched.mul_(self.beta).to(dtype).cpu()
+            gradients = sketched.mul_(self.beta).to(trained.row_dtype).cpu()
             return batch.rows, gradients, logps.double().cpu()
 
         return run
@@ -360,20 +369,29 @@ class FeatureExtractor:
         differ in how they treat long responses.
 
         Raises:
-            UnsupportedParameterError: captured gradients differ from autograd's.
             ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        layout = self._layouts.for_gradients(tokenized)
+        return self._how_gradients(tokenized, trainable_parameters(self.model)).layout
+
+    def _how_gradients(
+        self, tokenized: TokenizedPool, trained: TrainableParameters
+    ) -> HowGradients:
+        if self.gradient == "response_tokens" and trained.others:
+            raise ActiveDPOError(
+                "gradient='response_tokens' is for trainable linear layers alone, and the model "
+                f"trains {trained.describe_others()}; use gradient='all_tokens'"
+            )
+        how = self._layouts.for_gradients(tokenized, trained)
         if self.gradient == "all_tokens":
-            return layout
-        if layout is not Layout.SHARED:
+            return how
+        if how.layout is not Layout.SHARED:
             raise ActiveDPOError(
                 "gradient='response_tokens' needs a model whose prompts can run apart from their "
                 "responses, as the self-check finds out (verify=True; its warning says why not); "
                 "use gradient='all_tokens', and no preselect"
             )
-        return Layout.APART
+        return HowGradients(Layout.APART, by_hooks=True)
 
     @in_own_modes
     def logps(

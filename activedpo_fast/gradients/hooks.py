@@ -21,12 +21,6 @@ from activedpo_fast.gradients.trainable import TrainableLinear, silent_modules
 Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def row_dtype(linears: Sequence[TrainableLinear]) -> torch.dtype:
-    """Return float64 if all trainable weights are float64, else float32."""
-    dtypes = {parameter.dtype for linear in linears for parameter in linear.module.parameters()}
-    return torch.float64 if dtypes == {torch.float64} else torch.float32
-
-
 class Capture:
     """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
 
@@ -128,7 +122,7 @@ def _by_token(
         return tensor.reshape(count, tensor.shape[-1])
     what = "is a routed expert, which" if "expert" in linear.label else "has an input that"
     raise UnsupportedParameterError(
-        f"cannot take per-sample gradients of {linear.label!r}: it {what} has not one row for each "
-        f"of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); leave it out of the "
-        "adapter's target_modules"
+        f"cannot capture per-sample gradients of {linear.label!r}: it {what} has not one row for "
+        f"each of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); use verify=True, "
+        "which finds this out and takes all gradients from autograd"
     )

@@ -1,17 +1,35 @@
-"""How responses of a model are batched: what the self-check found, and remembers."""
+"""How gradients are computed and responses are batched: what the self-check found, remembered."""
 
 from __future__ import annotations
 
 import copy
+import logging
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from activedpo_fast.errors import UnsupportedParameterError
 from activedpo_fast.gradients.batches import Layout, group_rows
 from activedpo_fast.gradients.self_check import forward_layout, gradient_layout
-from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.positions import batch_changes_attention
 from activedpo_fast.pool.tokens import TokenizedPool
+
+logger = logging.getLogger(__name__)
+
+
+class HowGradients(NamedTuple):
+    """How gradients are computed.
+
+    layout: `ALONE` without hooks. by_hooks: captured by hooks; otherwise from autograd.
+    """
+
+    layout: Layout
+    by_hooks: bool
+
+
+BY_AUTOGRAD = HowGradients(Layout.ALONE, by_hooks=False)
 
 
 class KnownLayouts:
@@ -23,9 +41,6 @@ class KnownLayouts:
     Args:
         model: whose gradients are computed. pad_token_id, precision: see `FeatureExtractor`.
         verify: without it nothing is checked, and prompts are never shared.
-
-    Raises (all methods):
-        UnsupportedParameterError, ActiveDPOError: see `gradient_layout`.
     """
 
     def __init__(
@@ -39,6 +54,8 @@ class KnownLayouts:
         # had prompts to share, otherwise by model.
         self._gradients: dict[bool, tuple[Layout, int]] = {}
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
+        self._failed: frozenset[str] = frozenset()  # parameters with which the check failed
+        self._said = ""  # why gradients are from autograd, as last logged
 
     def copy(self) -> KnownLayouts:
         """Return one that knows the same; what either finds out later is its own."""
@@ -46,24 +63,48 @@ class KnownLayouts:
         twin._gradients, twin._forward = self._gradients.copy(), self._forward.copy()
         return twin
 
-    def for_gradients(self, tokenized: TokenizedPool) -> Layout:
-        """Return the layout for gradients of the model."""
+    def for_gradients(self, tokenized: TokenizedPool, trained: TrainableParameters) -> HowGradients:
+        """Return how to compute gradients of `trained`; log it if autograd has to.
+
+        Hooks cannot capture gradients of other parameters than those of linear layers, nor those
+        for which the self-check fails. One pass of autograd then gives all of them.
+        """
+        if trained.others:
+            self._say_by_autograd(trained.describe_others(), tokenized)
+            return BY_AUTOGRAD
         least = _fastest_allowed(self._model)
         if not self._verify:
-            return Layout.slowest(Layout.WHOLE, least)
+            return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
+        if self._failed == trained.by_name.keys():
+            return BY_AUTOGRAD
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
         longest = _longest(tokenized)
         layout, checked = self._gradients.get(has_prompts, (Layout.SHARED, 0))
         if longest > checked:
-            linears = trainable_linears(self._model)
-            layout = gradient_layout(
-                self._model, linears, tokenized, self._pad_token_id, self._precision
-            )
+            try:
+                layout = gradient_layout(
+                    self._model, trained, tokenized, self._pad_token_id, self._precision
+                )
+            except UnsupportedParameterError as error:
+                self._failed = frozenset(trained.by_name)
+                self._say_by_autograd(str(error), tokenized)
+                return BY_AUTOGRAD
             self._gradients[has_prompts] = layout, longest
         # The finding of either check also holds for the other.
         forward, _ = self._forward.get(self._model, (layout, 0))
-        return Layout.slowest(layout, forward, least)
+        return HowGradients(Layout.slowest(layout, forward, least), by_hooks=True)
+
+    def _say_by_autograd(self, why: str, tokenized: TokenizedPool) -> None:
+        if why == self._said:
+            return
+        self._said = why
+        logger.warning(
+            "gradients are from autograd, one response at a time, which is exact and slower: about "
+            "%.1f times the operations of captured gradients, and no batches (%s)",
+            _times_the_operations(tokenized),
+            why,
+        )
 
     def for_forward(self, tokenized: TokenizedPool, model: nn.Module) -> Layout:
         """Return the layout for log-probs and hidden states of `model`, which may be another."""
@@ -82,6 +123,18 @@ class KnownLayouts:
 def _fastest_allowed(model: nn.Module) -> Layout:
     """Return the fastest layout allowed for this kind of model, whatever the self-check finds."""
     return Layout.ALONE if batch_changes_attention(model) else Layout.SHARED
+
+
+def _times_the_operations(tokenized: TokenizedPool) -> float:
+    """Return the operations of one pass for each response, relative to those of shared prompts.
+
+    A token costs as much forward as backward. A shared prompt runs forward once, and backward once
+    for each of its responses.
+    """
+    lengths = [len(sequence.input_ids) for sequence in tokenized.sequences]
+    groups = group_rows(tokenized, range(len(lengths)), Layout.SHARED)
+    saved = sum((len(group.rows) - 1) * group.shared for group in groups)
+    return 2 * sum(lengths) / max(2 * sum(lengths) - saved, 1)
 
 
 def _longest(tokenized: TokenizedPool) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import Batch
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.lm_head import chunked_logps, language_model_head
@@ -306,7 +306,7 @@ def _whole_inputs(batch: Batch) -> dict[str, Any]:
 
 def _check_used(capture: Capture) -> None:
     if not capture.used:
-        raise ActiveDPOError(
-            "no trainable layer took part in the model's forward pass (first of them: "
+        raise UnsupportedParameterError(
+            "no trainable layer was called in the model's forward pass (first of them: "
             f"{capture.first_label!r})"
         )

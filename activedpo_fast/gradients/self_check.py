@@ -19,13 +19,12 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import SAME_NUMBERS, Batch, Layout, collate, group_rows
-from activedpo_fast.gradients.hooks import Capture, row_dtype
-from activedpo_fast.gradients.passes import gradient_pass, hidden_pass, logp_pass, whole_model_logps
+from activedpo_fast.gradients.passes import hidden_pass, logp_pass
+from activedpo_fast.gradients.rows import autograd_gradients, captured_rows
 from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
-from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
-from activedpo_fast.gradients.trainable import TrainableLinear
+from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.positions import length_class
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
@@ -64,7 +63,7 @@ _SLOWER = {
 
 def gradient_layout(
     model: nn.Module,
-    linears: Sequence[TrainableLinear],
+    trained: TrainableParameters,
     tokenized: TokenizedPool,
     pad_token_id: int,
     precision: str | None,
@@ -76,13 +75,14 @@ def gradient_layout(
     next layout is tried.
 
     Raises:
-        UnsupportedParameterError: naming the first parameter whose gradients differ in any layout.
+        UnsupportedParameterError: naming the first parameter whose gradients differ in any layout,
+            or cannot be captured.
     """
-    expected = _autograd_rows(model, linears, tokenized, pad_token_id, precision)
+    expected = _autograd_rows(model, trained, tokenized, pad_token_id, precision)
     if not expected:
         return Layout.SHARED  # nothing is scored, so that every row is zero
-    shapes = [shape for linear in linears for shape in linear.shapes()]
-    run_batch = _whole_gradient_pass(model, linears, precision)
+    shapes = trained.shapes
+    run_batch = _whole_gradient_pass(model, trained, precision)
     tolerance = _tolerance(model, precision)
 
     def largest_error(layout: Layout) -> float:
@@ -112,22 +112,16 @@ def gradient_layout(
 
 
 def _whole_gradient_pass(
-    model: nn.Module, linears: Sequence[TrainableLinear], precision: str | None
+    model: nn.Module, trained: TrainableParameters, precision: str | None
 ) -> RunBatch:
     """Return a function that gives (rows, captured gradients [n, D]) of a batch."""
-    plan = SketchPlan(Sketch("none"), [shape for linear in linears for shape in linear.shapes()])
+    plan = SketchPlan(Sketch("none"), trained.shapes)
 
     def run(batch: Batch, shared: bool) -> BatchResult:
-        captured = torch.zeros(
-            len(batch.rows), plan.dim, dtype=row_dtype(linears), device=batch.input_ids.device
+        _, rows = captured_rows(
+            model, trained, plan, batch, precision=precision, shared=shared, dtype=trained.row_dtype
         )
-        with (
-            undisturbed(model, precision),
-            sketch_into(plan, captured) as consume,
-            Capture(linears, consume) as capture,
-        ):
-            gradient_pass(model, batch, capture, shared=shared, relative=False)
-        return batch.rows, captured
+        return batch.rows, rows
 
     return run
 
@@ -236,14 +230,13 @@ def _compare(
         if not bool(error <= tolerance * scale):
             raise UnsupportedParameterError(
                 f"self-check failed: the captured gradient of {name!r} differs from autograd's by "
-                f"{float(error / scale):.1e} of its norm (allowed {tolerance:.0e}); this model "
-                "cannot be handled, leave the parameter out of the adapter"
+                f"{float(error / scale):.1e} of its norm (allowed {tolerance:.0e})"
             )
 
 
 def _autograd_rows(
     model: nn.Module,
-    linears: Sequence[TrainableLinear],
+    trained: TrainableParameters,
     tokenized: TokenizedPool,
     pad_token_id: int,
     precision: str | None,
@@ -253,7 +246,7 @@ def _autograd_rows(
     for row in _rows_to_check(tokenized):
         try:
             found[row] = _autograd_gradients(
-                model, linears, tokenized, row, pad_token_id, precision
+                model, trained, tokenized, row, pad_token_id, precision
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not found:
@@ -269,7 +262,7 @@ def _autograd_rows(
 
 def _autograd_gradients(
     model: nn.Module,
-    linears: Sequence[TrainableLinear],
+    trained: TrainableParameters,
     tokenized: TokenizedPool,
     row: int,
     pad_token_id: int,
@@ -278,21 +271,12 @@ def _autograd_gradients(
     groups = group_rows(tokenized, [row], Layout.ALONE)
     batch = collate(tokenized.sequences, groups, pad_token_id=pad_token_id)
     batch = batch.to(next(model.parameters()).device)
-    dtype = row_dtype(linears)
-    parameters = {
-        name: getattr(linear.module, attribute)
-        for linear in linears
-        for name, attribute in ((linear.weight, "weight"), (linear.bias, "bias"))
-        if name is not None
-    }
-    with undisturbed(model, precision):
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        logp = whole_model_logps(model, batch)
-        gradients = torch.autograd.grad(logp, list(parameters.values()), allow_unused=True)
+    _, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     return {
-        name: (torch.zeros_like(parameter) if gradient is None else gradient).detach().to(dtype)
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        name: (gradients[name] if name in gradients else torch.zeros_like(parameter))
+        .detach()
+        .to(trained.row_dtype)
+        for name, parameter in trained.by_name.items()
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,17 @@ from torch import Tensor
 
 from activedpo_fast import ops
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import reference
 
 METHODS = (*ops.METHODS, "none")
 
 # Components that wrappers put into parameter names: DDP, torch.compile, FSDP, checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# How the components begin that PEFT puts before an adapter's name.
+_BEFORE_ADAPTER = (
+    *("lora_", "hada_", "lokr_", "vera_", "ia3_", "oft_", "boft_", "hra_", "randlora_", "road_"),
+    *("modules_to_save", "trainable_tokens_delta", "ln_tuning_layers", "prompt_encoder"),
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,40 @@ class SketchPlan:
         ]
         ops.outer_sketches_(out, weights, segments, self.sketch.method)
 
+    def add_formed(self, out: Tensor, gradients: Iterable[tuple[str, Tensor]]) -> None:
+        """Add gradients that are formed already to one row.
+
+        Args:
+            out: [dim], float64; any floating dtype with method "none".
+            gradients: (canonical name that the plan was made with, gradient) of each parameter, of
+                its shape, in any floating dtype, on out's device. For "kronecker", a parameter of
+                more than two dimensions is a matrix of rows of its last one.
+
+        The row is the one that `add` gives for outer products with these sums.
+        """
+        for name, gradient in gradients:
+            shape = self._shapes.get(name)
+            if gradient.shape != shape:
+                raise ActiveDPOError(
+                    f"{name}: a gradient of shape {list(gradient.shape)} does not fit the plan"
+                )
+            if gradient.numel() == 0:
+                continue
+            if self.sketch.method == "none":
+                out[self._offsets[name] :][: gradient.numel()] += gradient.flatten()
+                continue
+            # Numbers of half precision are summed in float32.
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            out += self._sketch_of(gradient.reshape(matrix_shape(shape)), self._keys[name])
+
+    def _sketch_of(self, matrix: Tensor, key: int) -> Tensor:
+        if self.sketch.method == "kronecker":
+            return reference.kronecker(matrix[None], key, self.dim)[0]
+        add = ops.sjlt_ if self.sketch.method == "sjlt" else ops.rademacher_
+        row = matrix.new_zeros(1, self.dim)
+        add(row, matrix.reshape(1, -1), key)
+        return row[0]
+
     def _add_whole(
         self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]], segments: Tensor
     ) -> None:
@@ -156,7 +196,7 @@ class SketchPlan:
         shape = self._shapes.get(name)
         if shape is None:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
-        expected = (*shape, 1)[:2]
+        expected = matrix_shape(shape)
         if (left.shape[1], right.shape[1]) != expected:
             raise ActiveDPOError(
                 f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, expected "
@@ -175,10 +215,18 @@ def canonical_name(name: str, adapter: str | None) -> str:
     for part in name.split("."):
         if part in _WRAPPERS:
             continue
-        if part == adapter and kept and kept[-1].startswith("lora_"):
+        if part == adapter and kept and kept[-1].startswith(_BEFORE_ADAPTER):
             continue
         kept.append(part)
     return ".".join(kept)
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return a parameter's shape as a matrix: all but the last dimension are rows; a vector is one
+    column."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def _is_int(value: object) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import torch
 from peft import (
     PeftModelForQuestionAnswering,
     PeftModelForSeq2SeqLM,
@@ -18,7 +19,6 @@ from peft import (
     PeftModelForTokenClassification,
 )
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
@@ -245,36 +245,6 @@ def _check_gradients(model: nn.Module) -> None:
                 f"{name!r} was made inside torch.inference_mode(), where no gradient can be taken: "
                 "load the model outside of it"
             )
-    for path, layer in _trained_lora(model):
-        if isinstance(layer, ParamWrapper):
-            raise UnsupportedParameterError(
-                f"{path}.{layer.parameter_name}: LoRA on weights that are not a linear layer's "
-                "(fused experts or a router, PEFT's ParamWrapper) has no exact per-sample "
-                f"gradients here; attention-only target_modules are exact: {_attention(model)}"
-            )
-        for adapter, variant in _variants(layer):
-            if "Dora" in variant:
-                raise UnsupportedParameterError(
-                    f"{path}.lora_magnitude_vector.{adapter}: DoRA is not supported: A and B also "
-                    "set the norm of the whole weight, so that a frozen magnitude does not help; "
-                    "train with use_dora=False"
-                )
-
-
-def _trained_lora(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the LoRA layers in which an active adapter has a trainable weight."""
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        parameters = [
-            parameter
-            for adapter in layer.active_adapters
-            if adapter in layer.lora_A
-            for matrix in (layer.lora_A[adapter], layer.lora_B[adapter])
-            for parameter in matrix.parameters()
-        ]
-        if any(parameter.requires_grad for parameter in parameters):
-            yield path, layer
 
 
 def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
@@ -282,18 +252,6 @@ def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
         if adapter in layer.active_adapters:
             kind = variant if isinstance(variant, type) else type(variant)
             yield adapter, kind.__name__
-
-
-def _attention(model: nn.Module) -> str:
-    """Return the names of the attention's linear layers, as `target_modules` would list them."""
-    names: dict[str, None] = {}
-    for path, module in causal_lm(model).named_modules():
-        parent, _, name = path.rpartition(".")
-        within = parent.rpartition(".")[2].lower()
-        attention = "attn" in within or "attention" in within
-        if attention and isinstance(module, (nn.Linear, LoraLayer)):
-            names[name] = None
-    return f"target_modules={list(names)}" if names else "the attention's own projections"
 
 
 def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_id: int) -> None:
@@ -340,8 +298,13 @@ def _count(module: Any, attribute: str) -> int | None:
         return None
     if hasattr(module, "get_base_layer"):
         module = module.get_base_layer()
-    count = getattr(module, attribute, None)
-    return count if isinstance(count, int) else None
+    count, weight = getattr(module, attribute, None), getattr(module, "weight", None)
+    if not isinstance(count, int):
+        return None
+    # A head that PEFT ties to an adapter's embedding has its two numbers exchanged.
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        return len(weight)
+    return count
 
 
 def _class_names(module: nn.Module) -> list[str]:

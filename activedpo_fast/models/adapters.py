@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
@@ -47,16 +48,40 @@ def load_adapter_state(
 
 
 def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
-    """Return the ids of the parameters of all adapters, or only of inactive ones."""
-    found: set[int] = set()
-    for _, layer in tuner_layers(model):
-        for group in layer.adapter_layer_names:
-            for adapter, content in getattr(layer, group, {}).items():
-                if inactive and adapter in layer.active_adapters:
-                    continue
-                parameters = content.parameters() if isinstance(content, nn.Module) else [content]
-                found.update(id(parameter) for parameter in parameters)
-    return found
+    """Return the ids of the parameters of all adapters, or only of inactive ones.
+
+    This includes copies of modules (`modules_to_save`), trainable tokens and virtual tokens.
+    """
+    return {
+        id(parameter)
+        for adapter, content, active in _adapter_contents(model)
+        if not (inactive and adapter in active)
+        for parameter in (content.parameters() if isinstance(content, nn.Module) else [content])
+    }
+
+
+def _adapter_contents(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """Yield (adapter, a part of its weights, the active adapters) for all parts of a model."""
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for group in (*module.adapter_layer_names, *module.other_param_names):
+                contents: Any = module
+                for name in group.split("."):
+                    contents = getattr(contents, name, None)
+                if isinstance(contents, (nn.ModuleDict, nn.ParameterDict)):
+                    for adapter, content in contents.items():
+                        yield adapter, content, module.active_adapters
+    if isinstance(model, PeftModel):
+        for adapter, content in getattr(model, "prompt_encoder", {}).items():
+            yield adapter, content, active_adapters(model)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that take part in a forward pass."""
+    names = {name: None for _, layer in tuner_layers(model) for name in layer.active_adapters}
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        names[model.active_adapter] = None
+    return list(names)
 
 
 def tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:

@@ -329,12 +329,13 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         ) from error
     # PEFT leaves missing weights at their initialization and drops unexpected ones.
     in_model = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-    for who, names in (("its file", in_model - in_file), ("the model", in_file - in_model)):
-        lora = sorted(name for name in names if "lora_" in name)
-        if lora:
+    # A file may also have the base model's embeddings.
+    beyond = {name for name in in_file - in_model if "lora_" in name}
+    for who, names in (("its file", in_model - in_file), ("the model", beyond)):
+        if names:
             raise ActiveDPOError(
-                f"adapter {folder} does not fit the model: {who} lacks {lora[0]!r} and "
-                f"{len(lora) - 1} others"
+                f"adapter {folder} does not fit the model: {who} lacks {min(names)!r} and "
+                f"{len(names) - 1} others"
             )
     return policy
 

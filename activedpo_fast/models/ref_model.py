@@ -21,14 +21,6 @@ RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
 
 _REFERENCE = "ref"  # TRL's DPOTrainer's name for the adapter that is π_ref
 
-# Places of adapter weights that are not in a PEFT layer.
-_BESIDE_LAYERS = (
-    "modules_to_save",
-    "prompt_encoder",
-    "trainable_tokens_delta",
-    "trainable_tokens_original",
-)
-
 # Attributes of PEFT models and layers that store which adapters are active.
 _SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters", "_adapters_disabled")
 
@@ -138,13 +130,7 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
     """
     own = adapter_parameters(model)
     for name, parameter in model.named_parameters():
-        # A part of the base model may have the name of an adapter.
-        beside_layers = any(
-            f".{place}.{adapter}." in f".{name}."
-            for place in _BESIDE_LAYERS
-            for adapter in model.peft_config
-        )
-        if not parameter.requires_grad or id(parameter) in own or beside_layers:
+        if not parameter.requires_grad or id(parameter) in own:
             continue
         if not (biases and name.endswith(".bias")):
             raise ActiveDPOError(

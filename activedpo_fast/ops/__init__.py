@@ -5,9 +5,9 @@ The selection's operations on whole candidate sets are in `scores`. As registere
 go through torch.compile without graph breaks (even with `fullgraph`), and FakeTensors know their
 shapes; `outer_sketches_`, which is `outer_sketch_` of many weights, is not registered.
 
-The package never holds a whole gradient, so it does not call `sjlt_` and `rademacher_` itself.
-They give gradients from elsewhere the sketch that `outer_sketch_` would give them, and
-docs/benchmarks.md compares them with the projections of other packages.
+Captured gradients are never formed: `outer_sketches_` takes them as outer products. `sjlt_` and
+`rademacher_` give gradients that autograd has formed the same sketch; docs/benchmarks.md compares
+them with the projections of other packages.
 """
 
 from activedpo_fast.ops.logps import response_logp_grad, response_logps

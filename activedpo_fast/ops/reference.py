@@ -169,13 +169,20 @@ def kronecker(x: Tensor, key: int, k: int) -> Tensor:
     device = x.device
     row_bucket, row_sign = _side_hash(rows, a, key, left, device)
     column_bucket, column_sign = _side_hash(columns, b, key, right, device)
+    # One side after the other, a few rows at a time: [rows, columns] more numbers would not fit.
+    both = torch.zeros(n, a, b, dtype=torch.float64, device=device)
+    step = max(1, _TILE // (max(n, 1) * columns))
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        signed = x[:, part].double() * (row_sign[part, None] * column_sign)
+        narrow = both.new_zeros(n, signed.shape[1], b).index_add_(2, column_bucket, signed)
+        both.index_add_(1, row_bucket[part], narrow)
     width = math.gcd(k, RUN)
     first, stride = kronecker_place(key, k)
-    place = row_bucket[:, None] * b + column_bucket
+    place = torch.arange(a * b, device=device)
     bucket = (first + place // width * stride) % (k // width) * width + place % width
-    signed = x.double() * (row_sign[:, None] * column_sign)
     out = torch.zeros(n, k, dtype=torch.float64, device=device)
-    return out.index_add_(1, bucket.flatten(), signed.flatten(1)).to(x.dtype)
+    return out.index_add_(1, bucket, both.flatten(1)).to(x.dtype)
 
 
 def outer_sketch(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
 
 from activedpo_fast._modes import in_own_modes
@@ -246,6 +246,10 @@ def _check(
         raise ActiveDPOError(
             f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
             f"TRL trains the one called {_ADAPTER!r}, alone"
+        )
+    if model.peft_config[_ADAPTER].peft_type == PeftType.ADALORA:
+        raise ActiveDPOError(
+            "PEFT's AdaLoRA has one adapter only, and the reference is another one; train LoRA"
         )
     if _REFERENCE in model.peft_config:
         raise ActiveDPOError(

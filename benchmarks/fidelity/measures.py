@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from activedpo_fast import FeatureExtractor, PreferencePool, Sketch
 from activedpo_fast.demo.settings import SETTINGS
 from activedpo_fast.gradients.sketch import SketchPlan
-from activedpo_fast.gradients.trainable import trainable_linears
+from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.selection import greedy_logdet
 from activedpo_fast.selection.pair_features import Normalize, PairFeatures
@@ -65,7 +65,7 @@ class Case:
 
     def parameters(self) -> Parameters:
         """(canonical name, shape) of the LoRA matrices, in the order of an unsketched row."""
-        return [shape for linear in trainable_linears(self.model) for shape in linear.shapes()]
+        return trainable_parameters(self.model).shapes
 
     def head(self, items: int) -> TokenizedPool:
         """The responses of the first items."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from activedpo_fast.gradients import extractor as extractor_module
+from activedpo_fast.gradients import rows as rows_module
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.trainable import TrainableLinear
 
@@ -31,5 +32,10 @@ class OnlyActivations(Capture):
 def without_capture(gradients: Callable[[], Any]) -> None:
     """Run `gradients`, a call of an extractor, with the same passes over the same batches but no
     capture."""
-    with patch.object(extractor_module, "Capture", OnlyActivations):
+
+    def passes_alone(*args: Any, **options: Any) -> Any:
+        with patch.object(rows_module, "Capture", OnlyActivations):  # not in the self-check
+            return rows_module.captured_rows(*args, **options)
+
+    with patch.object(extractor_module, "captured_rows", passes_alone):
         gradients()

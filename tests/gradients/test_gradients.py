@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients import lm_head as logprobs
 from activedpo_fast.gradients.batches import Layout
 from activedpo_fast.gradients.extractor import FeatureExtractor
@@ -500,42 +501,10 @@ def test_dropout_is_off(tokens: TokenizedPool) -> None:
     assert torch.equal(extract(model, tokens), extract(model, tokens))
 
 
-@pytest.mark.parametrize(
-    ("arch", "config", "named"),
-    [
-        ("llama", dict(use_dora=True), "lora_magnitude_vector"),
-        ("llama", dict(target_modules=["embed_tokens", "q_proj"]), "lora_embedding_A"),
-        ("llama", dict(modules_to_save=["lm_head"]), "modules_to_save"),
-        ("llama", dict(trainable_token_indices=[5, 6]), "trainable_tokens"),
-        (
-            "mixtral",
-            dict(
-                target_modules=["q_proj"],
-                target_parameters=["mlp.experts.gate_up_proj"],
-                lora_dropout=0.0,
-            ),
-            "experts",
-        ),
-    ],
-)
-def test_unsupported_parameters_are_named(arch, config, named, tokens) -> None:
-    model = lora(tiny_causal_lm(arch), arch, **config)
-    with pytest.raises(UnsupportedParameterError, match=named):
-        extract(model, tokens)
-
-
 def test_other_unsupported_set_ups(tokens: TokenizedPool) -> None:
-    model = tiny_causal_lm("llama")
-    with pytest.raises(UnsupportedParameterError, match="embed_tokens.weight"):
-        extract(model, tokens)
-    model.requires_grad_(False)
+    model = tiny_causal_lm("llama").requires_grad_(False)
     with pytest.raises(ActiveDPOError, match="no trainable parameter"):
         extract(model, tokens)
-    tied = tiny_causal_lm("llama", tie_word_embeddings=True)
-    tied.requires_grad_(False)
-    tied.lm_head.weight.requires_grad_(True)
-    with pytest.raises(UnsupportedParameterError, match="shared by"):
-        extract(tied, tokens)
     adapted = lora(tiny_causal_lm("llama"), "llama")
     adapted.merge_adapter()
     with pytest.raises(ActiveDPOError, match="merged"):
@@ -545,7 +514,9 @@ def test_other_unsupported_set_ups(tokens: TokenizedPool) -> None:
         extract(adapted, tokens)
 
 
-def test_self_check_finds_a_layer_whose_weight_is_used_without_calling_it(tokens) -> None:
+def test_self_check_finds_a_layer_whose_weight_is_used_without_calling_it(
+    tokens: TokenizedPool, caplog: pytest.LogCaptureFixture
+) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     inner = layer.lora_A["default"]
@@ -555,8 +526,17 @@ def test_self_check_finds_a_layer_whose_weight_is_used_without_calling_it(tokens
         return layer.base_layer(x) + layer.lora_B["default"](half) * layer.scaling["default"]
 
     layer.forward = around
-    with pytest.raises(UnsupportedParameterError, match=r"layers\.0\.self_attn\.q_proj\.lora_A"):
-        extract(model, tokens)
+    expected, _ = loop_gradients(model, tokens.sequences, trainable(model))
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    assert relative_error(extractor.gradients(tokens).gradients, expected) <= 1e-5
+    assert re.search(
+        r"gradients are from autograd.*layers\.0\.self_attn\.q_proj\.lora_A", caplog.text
+    )
+    # A longer response is not checked again.
+    sequence = tokens.sequences[0]
+    longer = TokenizedResponse([*sequence.input_ids, *range(20, 60)], sequence.completion_start)
+    assert extractor.check(TokenizedPool([longer], [], [0])) is Layout.ALONE
+    assert caplog.text.count("gradients are from autograd") == 1
 
 
 def test_a_layer_used_twice_counts_twice(tokens: TokenizedPool) -> None:

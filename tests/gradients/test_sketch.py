@@ -265,3 +265,27 @@ def test_nothing_is_added_if_a_later_parameter_does_not_fit():
 def test_no_samples(method):
     plan = SketchPlan(Sketch(method, 16), SHAPES)
     assert rows(plan, gradients(0)).shape == (0, plan.dim)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_formed_gradients_have_the_rows_of_outer_products(method: str, dtype: torch.dtype):
+    shapes = [*SHAPES, ("scalar", torch.Size([])), ("experts", torch.Size([3, 5, 8]))]
+    plan = SketchPlan(Sketch(method, None if method == "none" else 48, seed=2), shapes)
+    matrices = {name: grad.squeeze(0) for name, grad in gradients(1, 5, dtype).items()}
+    as_products = torch.zeros(1, plan.dim, dtype=torch.float64)
+    for name, matrix in matrices.items():
+        left = matrix.reshape(-1, 1) if matrix.dim() == 1 else matrix
+        identity = torch.eye(len(left), dtype=dtype)
+        segments = torch.tensor([[0, len(left), 0]])
+        plan.add(as_products, [(name, identity, left)], segments)
+    row = torch.zeros(plan.dim, dtype=torch.float64)
+    plan.add_formed(row, matrices.items())
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(row, as_products[0], rtol=rounding, atol=rounding)
+    before = row.clone()
+    plan.add_formed(row, [("scalar", torch.tensor(2.0)), ("experts", torch.ones(3, 5, 8))])
+    assert float((row - before).norm()) > 0
+    for name, gradient in (("scalar", torch.ones(1)), ("none", torch.ones(1))):
+        with pytest.raises(ActiveDPOError, match=f"{name}: .*does not fit"):
+            plan.add_formed(row, [(name, gradient)])

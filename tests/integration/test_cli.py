@@ -178,7 +178,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors"
     assert main([*argv, "--output", str(tmp_path / "other"), "--export", str(whole)]) == 0
 
-    real, calls = extractor.gradient_pass, []
+    real, calls = extractor.captured_rows, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -187,7 +187,7 @@ def test_interrupted_features_are_continued_to_the_same_rows(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extractor, "gradient_pass", interrupted)
+        patch.setattr(extractor, "captured_rows", interrupted)
         capsys.readouterr()
         assert main(argv) == 130
     assert capsys.readouterr().err == "activedpo: interrupted\n"
@@ -1139,7 +1139,6 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = {
-        "dora": (lora(tiny_causal_lm("llama"), "llama", use_dora=True), "lora_magnitude_vector"),
         "gpt2": (lora(tiny_causal_lm("gpt2"), "gpt2"), "does not fit"),
         "deeper": (lora(tiny_causal_lm("llama", num_hidden_layers=3), "llama"), "does not fit"),
         "shallower": (lora(tiny_causal_lm("llama", num_hidden_layers=1), "llama"), "does not fit"),

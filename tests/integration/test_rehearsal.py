@@ -106,12 +106,11 @@ def test_adapters_that_cannot_be_trained_or_scored(tmp_path: Path) -> None:
     # Random selection takes no gradients: only the trainer refuses.
     message = _refused(_loop(tmp_path, model=head, strategy="random"))
     assert message.startswith("lora.target_modules: ") and "lm_head" in message
-    dora = lora(tiny_causal_lm("llama"), "llama", use_dora=True)
-    with pytest.raises(UnsupportedParameterError, match="magnitude.*: DoRA is not supported"):
-        _loop(tmp_path, model=dora)
+    tokens = tiny_tokenizer()("The quick")["input_ids"]
+    activated = lora(tiny_causal_lm("llama"), "llama", alora_invocation_tokens=tokens)
+    with pytest.raises(UnsupportedParameterError, match="Activated LoRA is not supported"):
+        _loop(tmp_path, model=activated)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(LabelsPending):
-        _loop(tmp_path, model=dora, strategy="random").run()
 
 
 def test_every_prompt_of_every_round_is_checked(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     """Run the command until some rows are written."""
     from activedpo_fast.gradients import extractor
 
-    real, calls = extractor.gradient_pass, []
+    real, calls = extractor.captured_rows, []
 
     def passing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -80,7 +80,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(extractor, "gradient_pass", passing)
+        patch.setattr(extractor, "captured_rows", passing)
         assert main(argv) == 130
 
 

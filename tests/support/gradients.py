@@ -20,7 +20,7 @@ def loop_gradients(
     for sequence in sequences:
         ids = torch.tensor([sequence.input_ids])
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        log_probs = torch.log_softmax(logits[0, :-1], dim=-1)
+        log_probs = torch.log_softmax(logits[0, -ids.shape[1] : -1], dim=-1)  # virtual tokens first
         logp = log_probs.new_zeros(())
         for position in range(max(sequence.completion_start, 1), ids.shape[1]):
             logp = logp + log_probs[position - 1, ids[0, position]]

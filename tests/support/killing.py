@@ -179,12 +179,12 @@ def _child(
 
 @contextlib.contextmanager
 def _counted(step: Any, counts: dict[str, int]) -> Iterator[None]:
-    real_pass = extractor.gradient_pass
+    real_rows = extractor.captured_rows
 
-    def gradient_pass(*args: Any, **kwargs: Any) -> Any:
+    def captured_rows(*args: Any, **kwargs: Any) -> Any:
         step()
         counts["passes"] += 1
-        return real_pass(*args, **kwargs)
+        return real_rows(*args, **kwargs)
 
     def before(real: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -194,7 +194,7 @@ def _counted(step: Any, counts: dict[str, int]) -> Iterator[None]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor, "gradient_pass", gradient_pass)
+        patch.setattr(extractor, "captured_rows", captured_rows)
         for name in _STEPS:
             patch.setattr(os, name, before(getattr(os, name)))
         yield
