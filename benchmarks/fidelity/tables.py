@@ -63,15 +63,15 @@ def cheaper_tables(result: dict[str, Any]) -> dict[str, str]:
                 }
             )
         columns: dict[str, Any] = {
-            "rows": lambda r: r["rows"],
+            "rows": lambda r: r["rows"].replace("last 1 layers", "last layer"),
             "pairs per pick": lambda r: r["per_pick"],
+            "exact rows": lambda r: f"{r['response']['exact_share']:.0%}",
         }
         for how in _HOW:
             columns |= {
                 f'log det, "{how}"': lambda r, how=how: f"{r[how]['ratio']:.4f}",
                 f'from random = 0, "{how}"': lambda r, how=how: f"{r[how]['fraction']:.3f}",
                 f'of 50 picks, "{how}"': lambda r, how=how: f"{r[how]['overlap']:.0f}",
-                f'exact rows, "{how}"': lambda r, how=how: f"{r[how]['exact_share']:.0%}",
             }
         found[f"cheaper rows: {case}"] = table(lines, columns)
     return found

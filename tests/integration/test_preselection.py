@@ -13,7 +13,7 @@ from activedpo_fast import ActiveDPOError, ActiveDPOLoop, ActiveDPOSelector, Pre
 from activedpo_fast.demo.language_model import load_base, read_prompts, with_fresh_lora
 from activedpo_fast.demo.settings import SETTINGS
 from activedpo_fast.labels import CallableOracle
-from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection import greedy_logdet
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import tiny_tokenizer
@@ -22,20 +22,23 @@ from tests.support.models import tiny_tokenizer
 @pytest.mark.parametrize("normalize", ["response", "pair"])
 def test_two_stages_reach_the_log_det_of_exact_picks(normalize: str, demo) -> None:
     selectors, pool, rows = demo
-    rows = rows / rows.norm(dim=1, keepdim=True) if normalize == "response" else rows
+    pairs = pool.pairs()
+    exact = pairs[greedy_logdet(rows, pairs, 5, normalize=normalize).indices]
+    two = torch.stack(
+        [
+            pool.response_offsets[pool.position(pick.id)] + torch.tensor(pick.pair)
+            for pick in selectors(normalize=normalize, preselect=6).select(pool, 5)
+        ]
+    )
 
-    def log_det(picked: Selection) -> float:
-        chosen = [pool.response_offsets[pool.position(p.id)] + torch.tensor(p.pair) for p in picked]
-        first, second = torch.stack(chosen).unbind(1)
-        phi = rows[first] - rows[second]
+    def log_det(picked: torch.Tensor) -> float:
+        own = rows / rows.norm(dim=1, keepdim=True) if normalize == "response" else rows
+        phi = own[picked[:, 0]] - own[picked[:, 1]]
         if normalize == "pair":
             phi = phi / phi.norm(dim=1, keepdim=True)
         eye = torch.eye(len(phi), dtype=torch.float64)
         return float(torch.linalg.slogdet(eye + phi @ phi.T).logabsdet)
 
-    exact, two = (
-        selectors(normalize=normalize, **how).select(pool, 5) for how in ({}, {"preselect": 6})
-    )
     assert len(two) == 5
     assert log_det(two) >= 0.99 * log_det(exact)
 
