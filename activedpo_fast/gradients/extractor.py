@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_item
 from activedpo_fast.gradients.hooks import Capture, row_dtype
 from activedpo_fast.gradients.layouts import KnownLayouts
 from activedpo_fast.gradients.passes import divisors, gradient_pass, hidden_pass, logp_pass
+from activedpo_fast.gradients.rows import GradientRows
 from activedpo_fast.gradients.running import BatchResult, RunBatch
 from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.sketching import sketch_into
@@ -39,24 +39,6 @@ from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
 
 PRECISIONS = (None, "bf16")
 GRADIENTS = ("all_tokens", "response_tokens")
-
-
-@dataclass(frozen=True)
-class GradientRows:
-    """The result of one pass over some responses.
-
-    Attributes:
-        rows: int64 [n], indices of the responses in the tokenized pool.
-        gradients: [n, k], β ∇θ log π(y|x), sketched; float32 (float64 for a float64 model). If
-            relative, minus the row of the item's first response, whose own row is then zero.
-        logps: float64 [n], log π(y|x).
-
-    With `length_normalized`, both use log π(y|x) / |y|.
-    """
-
-    rows: torch.Tensor
-    gradients: torch.Tensor
-    logps: torch.Tensor
 
 
 class FeatureExtractor:

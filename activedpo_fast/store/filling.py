@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.gradients.rows import GradientRows
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.store.comparing import require_same_settings
 from activedpo_fast.store.folder import TOKENS, StoreFolder
 from activedpo_fast.store.manifest import key_of
 from activedpo_fast.store.shard_files import write_rows
+
+if TYPE_CHECKING:
+    from activedpo_fast.gradients.extractor import FeatureExtractor
 
 logger = logging.getLogger(__name__)
 

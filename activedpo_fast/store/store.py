@@ -17,7 +17,7 @@ from activedpo_fast._files import FilePath, atomic_path, checksum, write_atomic
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.gradients.rows import GradientRows
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.progress import progress_bar
@@ -37,6 +37,8 @@ from activedpo_fast.store.token_hashes import digest_of, token_hashes
 
 if TYPE_CHECKING:
     import datasets
+
+    from activedpo_fast.gradients.extractor import FeatureExtractor
 
 _CHUNK_BYTES = 2**26  # rows exported at once
 
