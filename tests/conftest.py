@@ -7,6 +7,8 @@ import os
 # Before any import of torch or a Hugging Face library.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny models: starting threads costs more than they compute. Of processes that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -45,5 +47,4 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Tiny models: starting threads costs more than they compute.
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # where OMP_NUM_THREADS says otherwise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
 from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_items
+from activedpo_fast.gradients.gradient_rows import GradientRows
 from activedpo_fast.gradients.layouts import HowGradients, KnownLayouts
 from activedpo_fast.gradients.passes import divisors, hidden_pass, logp_pass
 from activedpo_fast.gradients.rows import autograd_rows, captured_rows
@@ -38,24 +38,6 @@ from activedpo_fast.pool.tokens import TokenizedPool, completion_tokens
 
 PRECISIONS = (None, "bf16")
 GRADIENTS = ("all_tokens", "response_tokens")
-
-
-@dataclass(frozen=True)
-class GradientRows:
-    """The result of one pass over some responses.
-
-    Attributes:
-        rows: int64 [n], indices of the responses in the tokenized pool.
-        gradients: [n, k], β ∇θ log π(y|x), sketched; float32 (float64 for a float64 model). If
-            relative, minus the row of the item's first response, whose own row is then zero.
-        logps: float64 [n], log π(y|x).
-
-    With `length_normalized`, both use log π(y|x) / |y|.
-    """
-
-    rows: torch.Tensor
-    gradients: torch.Tensor
-    logps: torch.Tensor
 
 
 class FeatureExtractor:

@@ -10,12 +10,13 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.gradients.gradient_rows import GradientRows
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.store.comparing import require_same_settings
@@ -23,6 +24,9 @@ from activedpo_fast.store.folder import TOKENS, StoreFolder
 from activedpo_fast.store.manifest import key_of
 from activedpo_fast.store.shard_files import write_rows
 from activedpo_fast.store.token_hashes import digest_of, token_hashes
+
+if TYPE_CHECKING:
+    from activedpo_fast.gradients.extractor import FeatureExtractor
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from activedpo_fast._files import (
 )
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.extractor import GradientRows
+from activedpo_fast.gradients.gradient_rows import GradientRows
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.store.comparing import changed_columns, first_difference

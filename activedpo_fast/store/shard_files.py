@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from activedpo_fast.gradients.extractor import GradientRows
+from activedpo_fast.gradients.gradient_rows import GradientRows
 from activedpo_fast.store.shards import PartialShard, ShardLayout
 
 SHARDS = "rows-*.safetensors"

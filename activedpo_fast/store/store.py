@@ -17,7 +17,7 @@ from activedpo_fast._locks import locked_folder
 from activedpo_fast.distributed.launcher import require_one_process
 from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.gradients.extractor import FeatureExtractor, GradientRows
+from activedpo_fast.gradients.gradient_rows import GradientRows
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.tokens import TokenizedPool
 from activedpo_fast.progress import progress_bar
@@ -39,6 +39,8 @@ from activedpo_fast.store.token_hashes import digest_of, token_hashes
 if TYPE_CHECKING:
     import datasets
     import torch.distributed as dist
+
+    from activedpo_fast.gradients.extractor import FeatureExtractor
 
 _CHUNK_BYTES = 2**26  # rows exported at once
 

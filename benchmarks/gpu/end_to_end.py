@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from activedpo_fast.gradients.batches import Layout
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.timing import wall_seconds
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # (method, ACTIVEDPO_DETERMINISTIC)
 METHODS = (("sjlt", "0"), ("sjlt", "1"))
@@ -115,6 +116,7 @@ def _measure(model: Model, settings: Settings, found: Found) -> Record:
     import peft  # noqa: F401  (its absence is this case's reason)
 
     from activedpo_fast import FeatureExtractor, Sketch
+    from activedpo_fast.gradients.batches import Layout
     from benchmarks.rows.floor import without_capture
 
     if settings.device == "cuda":

@@ -153,7 +153,7 @@ def compile_all(
 ) -> list[Resources]:
     """The variants of a module (None: of all) for each architecture, in order, by `jobs` processes.
 
-    skip: leaves out variants whose name has one of these words.
+    skip: each leaves out the variants whose name has all of its words.
 
     Raises ActiveDPOError where kernels cannot be compiled here, or an architecture is unknown.
     """
@@ -170,7 +170,7 @@ def compile_all(
     left = [
         Task(module, number, arch)
         for number, variant in enumerate(_variants(module))
-        if set(skip).isdisjoint(variant.name.split())
+        if not any({*words.split()} <= {*variant.name.split()} for words in skip)
         for arch in archs
     ]
     order, found = list(left), {}
@@ -337,7 +337,10 @@ def main(
     ] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="leave out kernels with this word in the name, as fp16; may be repeated"),
+        typer.Option(
+            help="leave out kernels with all of these words in the name, as 'fp32 fast'; may be "
+            "repeated"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     output: Annotated[Path | None, typer.Option("--json", help="write the findings here")] = None,

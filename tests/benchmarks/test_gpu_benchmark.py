@@ -353,7 +353,7 @@ def test_gpu_tests_are_counted_as_they_end(tmp_path):
         "def test_ends(): os._exit(7)\n"
         "def test_after(): pass\n"
     )
-    record = run_file(file, 60)
+    record = run_file(file, 600)
     assert record["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
     assert record["collected"] == 5
     assert "assert 1 == 2" in record["failures"][0]["message"]
@@ -390,7 +390,9 @@ def test_the_kernels_are_importable_from_a_checkout_that_is_not_installed(tmp_pa
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True
     )
-    assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py", done.stderr
+    # A developer may have linked activedpo_fast/kernels to kernels/.
+    found = Path(done.stdout.strip()).resolve()
+    assert found == ROOT / "kernels" / "__init__.py", done.stderr
 
 
 def test_file_names_and_paths():

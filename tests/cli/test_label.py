@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import resource
@@ -22,6 +23,7 @@ pytest.importorskip("markdown_it")
 
 from activedpo_fast.cli.app import main  # noqa: E402
 from activedpo_fast.labels.files import labels_file  # noqa: E402
+from activedpo_fast.labels.page import writing  # noqa: E402
 from activedpo_fast.labels.page.labeling import journal_path  # noqa: E402
 from activedpo_fast.labels.page.session import Session  # noqa: E402
 from tests.support.labeling import open_labeling, plain_picks, write_picks  # noqa: E402
@@ -59,7 +61,7 @@ class _Command:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.base + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=20) as response:
+            with urllib.request.urlopen(request, timeout=120) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -82,6 +84,12 @@ class _Command:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with self.out, self.err:
             return code, self.out.read(), self.err.read()
+
+
+@pytest.fixture(autouse=True)
+def every_write_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels file follows every answer, however slow the machine is."""
+    monkeypatch.setattr(writing, "_QUICK", math.inf)
 
 
 @pytest.fixture

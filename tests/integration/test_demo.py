@@ -104,7 +104,7 @@ def _prefer_the_left(address: str) -> None:
     def ask(path: str, body: dict | None = None) -> dict:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(base + path, data, headers)
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)
 
     state = ask("/api/pair")

@@ -4,8 +4,7 @@ data with the same columns."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +56,23 @@ WEBGPT = [
     ],
 )
 def test_prompts_of_the_real_columns(
-    tmp_path: Path, name: str, rows: list[dict[str, Any]], first: str, suffix: str
+    tmp_path: Path,
+    name: str,
+    rows: list[dict[str, Any]],
+    first: str,
+    suffix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, output = tmp_path / f"rows.{suffix}", tmp_path / "out" / "prompts.jsonl"
     if suffix == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), source)
     else:
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = subprocess.run(
-        [sys.executable, str(PAPER / "prompts.py"), name, str(output), "--source", str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"3 prompts in {output}\n"
+    monkeypatch.setattr("sys.argv", ["prompts.py", name, str(output), "--source", str(source)])
+    capsys.readouterr()
+    runpy.run_path(str(PAPER / "prompts.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"3 prompts in {output}\n"
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert written[0]["prompt"] == first
     assert len({row["id"] for row in written}) == 3

@@ -9,12 +9,15 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, Resources
+from benchmarks.gpu.kernel_resources import ARCHS, LIMITS, Resources, main
 
 triton = pytest.importorskip("triton")
 
@@ -25,10 +28,10 @@ ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Any]]
 
 
-def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run python -m COMMAND in a process that compiles, with its own cache."""
+def compiling(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run python -m COMMAND in a process that compiles, with Triton's cache in this folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["TRITON_CACHE_DIR"] = str(cache)
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
@@ -41,9 +44,21 @@ def compiling(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 # All kernels take minutes for each architecture. Every run of the suite compiles a part of them for
-# one architecture: without the kernels of float16, which differ from those of bfloat16 only in the
-# type, and without the tiles of middle size.
-PART = ("fp16", "32x64", "64x32")
+# one architecture, in which any two of the words that distinguish variants still occur together,
+# except for those of LOST.
+OTHERS = ("fp16", "32x64", "64x32")  # only another type than bf16; tiles of middle size
+PART = (
+    *OTHERS,
+    # Each small tile has two of the four sketches, with both methods and both modes; the largest
+    # have both methods and the mode that needs more registers.
+    *("16x128 sjlt fast", "16x128 kronecker deterministic"),
+    *("128x16 sjlt deterministic", "128x16 kronecker fast"),
+    *("128x64 fast", "128x128 fast"),
+    *("form fp32 128x16", "form bf16 16x128"),
+    *("64 rows 2 pieces", "32 rows 3 pieces"),
+    *("bf16 any no", "fp32 anywhere no"),
+)
+LOST = {("128x64", "fast"), ("128x128", "fast"), ("2", "64"), ("3", "32")}
 
 
 @pytest.fixture(
@@ -54,11 +69,16 @@ PART = ("fp16", "32x64", "64x32")
     ],
 )
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """The resources that the binaries of one architecture need."""
+    """The resources that the binaries of one architecture need.
+
+    Triton's cache, which knows binaries by the kernels' code, the options and the compiler, is that
+    of pytest: kernels that are the same as in an earlier run are not compiled again.
+    """
     folder = tmp_path_factory.mktemp("compiled")
+    kept = getattr(request.config, "cache", None)  # not with -p no:cacheprovider
     arch, skipped = request.param
     ran = compiling(
-        folder,
+        folder / "cache" if kept is None else kept.mkdir("triton"),
         "benchmarks.gpu.kernel_resources",
         *(f"--arch={arch}", f"--json={folder / 'found.json'}"),
         *(f"--skip={word}" for word in skipped),
@@ -102,16 +122,34 @@ def test_there_are_no_other_problems(rows: Rows) -> None:
     assert {name: problems for name, problems in others.items() if problems} == {}
 
 
-def test_every_launch_is_a_compiled_variant(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests.support.launches finds."""
+    folder = tmp_path_factory.mktemp("launches")
+    ran = compiling(folder / "cache", "tests.support.launches", str(folder / "found.json"))
+    assert ran.returncode == 0, ran.stdout
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_every_launch_is_a_compiled_variant(launches: dict[str, Any]) -> None:
     """For every shape, the types, constants, alignments, warps and stages are those of a
     variant."""
-    ran = compiling(tmp_path, "tests.support.launches", str(tmp_path / "found.json"))
-    assert ran.returncode == 0, ran.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["launches"] > 1000
-    assert found["wrong"] == []
-    assert found["unknown"] == []
-    assert found["idle"] == []
+    assert launches["launches"] > 1000
+    assert launches["wrong"] == []
+    assert launches["unknown"] == []
+    assert launches["idle"] == []
+
+
+def test_what_every_run_compiles(launches: dict[str, Any]) -> None:
+    every = [set(name.split()) for name in launches["variants"]]
+    part = [words for words in every if not any({*skip.split()} <= words for skip in PART)]
+    assert len(part) < len(every) / 2
+
+    def together(variants: list[set[str]]) -> set[tuple[str, str]]:
+        return {two for words in variants for two in combinations(sorted(words), 2)}
+
+    wanted = together([words for words in every if words.isdisjoint(OTHERS)])
+    assert wanted - together(part) == {tuple(sorted(two)) for two in LOST}
 
 
 def test_faults_are_found(tmp_path: Path) -> None:
@@ -171,8 +209,10 @@ def test_resident_warps(registers: int, shared: int, warps: int) -> None:
     assert found.resident_warps == warps
 
 
-def test_an_unknown_architecture_is_a_one_line_error(tmp_path: Path) -> None:
-    ran = compiling(tmp_path, "benchmarks.gpu.kernel_resources", "--arch", "75")
-    assert ran.returncode == 2
-    assert ran.stdout.startswith("error: no limits are known of sm_75")
-    assert ran.stdout.count("\n") == 1
+def test_an_unknown_architecture_is_a_one_line_error() -> None:
+    app = typer.Typer()
+    app.command()(main)
+    ran = CliRunner().invoke(app, ["--arch", "75"])
+    assert ran.exit_code == 2
+    assert ran.output.startswith("error: no limits are known of sm_75")
+    assert ran.output.count("\n") == 1

@@ -50,7 +50,7 @@ LONG_FIRST, LONG_SECOND, SAME = ("much longer", "short"), ("short", "much longer
 
 
 def _judge(server: Server, folder: Path, **options: Any) -> JudgeOracle:
-    given = {"retries": 0, "timeout": 10.0, "show_progress": False, **options}
+    given = {"retries": 0, "timeout": 60.0, "show_progress": False, **options}
     return JudgeOracle(
         "some/model", base_url=f"{server.address}/v1", journal=folder / "judge.jsonl", **given
     )
@@ -146,8 +146,13 @@ def test_a_judge_that_was_mended_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
+    three = threading.Event()
+
     def answer(request: Request) -> Reply:
-        time.sleep(0.05)
+        if server.most_at_once == 3:
+            three.set()
+        assert three.wait(60)  # nothing is answered before three are here
+        time.sleep(0.01)  # in which a fourth would come
         return prefers_longer(request)
 
     selection = _selection(*[(f"{n}", f"longer {n}") for n in range(8)])
@@ -173,7 +178,7 @@ def test_an_interrupted_run_does_not_pay_again(tmp_path: Path, number: int) -> N
     def answer(request: Request) -> Reply:
         if len(paid) >= 6:
             full.set()
-            go.wait(30)
+            go.wait(600)
         paid.append(request.body["messages"][0]["content"])
         return prefers_longer(request)
 
@@ -182,9 +187,9 @@ def test_an_interrupted_run_does_not_pay_again(tmp_path: Path, number: int) -> N
         process = subprocess.Popen(
             [*arguments, str(tmp_path / "judge.jsonl")], stderr=subprocess.DEVNULL
         )
-        assert full.wait(60)
+        assert full.wait(300)
         process.send_signal(number)
-        process.wait(30)  # not held up by requests that the server is working on
+        process.wait(120)  # not held up by requests that the server is working on
         go.set()
         before = _entries(tmp_path)
         assert 4 <= len(before) <= 8
@@ -274,13 +279,15 @@ def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None
     silent = threading.Event()
 
     def answer(request: Request) -> Reply:
-        silent.wait(20)
+        silent.wait(600)
         return prefers_longer(request)
 
     with serving(answer) as server:
-        with pytest.raises(ActiveDPOError, match=r"no response in 0\.2 s \(2 attempts\)"):
-            _judge(server, tmp_path, timeout=0.2, retries=1).label(_selection(SAME))
-        silent.set()
+        try:
+            with pytest.raises(ActiveDPOError, match=r"no response in 0\.2 s \(2 attempts\)"):
+                _judge(server, tmp_path, timeout=0.2, retries=1).label(_selection(SAME))
+        finally:
+            silent.set()
 
 
 @pytest.mark.parametrize(

@@ -134,28 +134,37 @@ def parts(
     }
 
 
+def _docstrings(name: str) -> list[doctest.DocTest]:
+    """The examples of a public name and of its methods."""
+    return doctest.DocTestFinder().find(PUBLIC[name], name, globs={})
+
+
 @pytest.fixture
 def namespace(
-    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """A copy for one example, in a folder with an adapter and partly labeled picks."""
+    """A copy for one example, in a folder with an adapter and partly labeled picks; a selector and
+    a loop if it uses them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LABEL_STUDIO_TOKEN", LEGACY)
     Path("adapter").symlink_to(parts["adapter"])
     names = {**parts, "model": deepcopy(parts["model"]), "labels": list(LABELS)}
     model, tokenizer, picked = names["model"], names["tokenizer"], names["picked"]
-    names["selector"] = ActiveDPOSelector(model, tokenizer)
-    names["loop"] = ActiveDPOLoop(
-        model,
-        tokenizer,
-        names["prompts"],
-        CallableOracle(lambda prompt, a, b: int(a < b)),
-        output_dir="loop",
-        dpo_args=names["dpo_args"],
-        rounds=1,
-        batch_size=2,
-        max_completion_length=8,
-    )
+    used = "".join(example.source for found in _docstrings(name) for example in found.examples)
+    if "selector" in used:
+        names["selector"] = ActiveDPOSelector(model, tokenizer)
+    if "loop" in used:
+        names["loop"] = ActiveDPOLoop(
+            model,
+            tokenizer,
+            names["prompts"],
+            CallableOracle(lambda prompt, a, b: int(a < b)),
+            output_dir="loop",
+            dpo_args=names["dpo_args"],
+            rounds=1,
+            batch_size=2,
+            max_completion_length=8,
+        )
     picked.to_jsonl("to_label.jsonl")
     lines = [json.loads(line) for line in Path("to_label.jsonl").read_text().splitlines()]
     for line, label in zip(lines, (0, 1, "skip"), strict=False):
@@ -166,13 +175,14 @@ def namespace(
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run_as_written(name: str, namespace: dict[str, Any]) -> None:
-    docstrings = doctest.DocTestFinder().find(PUBLIC[name], name, globs=namespace)  # methods' too
+    docstrings = _docstrings(name)
     assert any(found.name == name and found.examples for found in docstrings), (
         f"the docstring of {name} has no example"
     )
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     said: list[str] = []
     for found in docstrings:
+        found.globs.update(namespace)
         runner.run(found, out=said.append)
     if runner.failures:
         pytest.fail("".join(said), pytrace=False)

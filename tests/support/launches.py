@@ -3,9 +3,9 @@
     python -m tests.support.launches FILE
 
 calls every function of the kernels on tensors of many shapes and writes JSON: what is wrong with a
-launch, the launches that are no variant of activedpo_fast.kernels.variants, and the variants that
-nothing launched. The tensors are on the CPU; types, constants and alignments are found by Triton's
-own code, for a GPU that is not there. Numbers are never looked at.
+launch, the launches that are no variant of activedpo_fast.kernels.variants, the names of all
+variants, and those that nothing launched. The tensors are on the CPU; types, constants and
+alignments are found by Triton's own code, for a GPU that is not there. Numbers are never looked at.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main() -> None:
     Path(sys.argv[1]).write_text(
         json.dumps(
             {
+                "variants": [variant.name for variant in known.values()],
                 "launches": len(launches),
                 "wrong": sorted(wrong),
                 "unknown": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ pytest.importorskip("httpx2", reason="Starlette's TestClient needs httpx2")
 from starlette.testclient import TestClient  # noqa: E402
 
 from activedpo_fast.labels.files import labels_file  # noqa: E402
+from activedpo_fast.labels.page import writing  # noqa: E402
 from activedpo_fast.labels.page.app import make_app  # noqa: E402
 from activedpo_fast.labels.page.security import MAX_BODY  # noqa: E402
 from activedpo_fast.labels.page.server import hosts_of, serve  # noqa: E402
@@ -36,6 +38,12 @@ def _client(path: Path, labeler: str = "ann", finished: list | None = None) -> T
         finish=lambda: (finished if finished is not None else []).append(True),
     )
     return TestClient(app, base_url=f"http://{HOST}", headers=SIGNED)
+
+
+@pytest.fixture(autouse=True)
+def every_write_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels file follows every answer, however slow the machine is."""
+    monkeypatch.setattr(writing, "_QUICK", math.inf)
 
 
 @pytest.fixture
@@ -212,7 +220,7 @@ def test_a_body_that_is_cut_off_is_no_answer(path: Path) -> None:
         target=serve, args=(Session(open_labeling(path), "ann"),), kwargs=arguments
     )
     thread.start()
-    base, token = address.get(timeout=20).split("/#")
+    base, token = address.get(timeout=120).split("/#")
     port = int(base.rpartition(":")[2])
 
     def send(url: str, body: bytes, length: int) -> bytes:
@@ -220,7 +228,7 @@ def test_a_body_that_is_cut_off_is_no_answer(path: Path) -> None:
             f"POST {url} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {token}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
         )
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
             connection.sendall(head.encode() + body)
             connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(4096), b""))
@@ -231,7 +239,7 @@ def test_a_body_that_is_cut_off_is_no_answer(path: Path) -> None:
     finally:
         # With SHUT_WR the connection counts as gone: the request is served all the same.
         send("/api/finish", b"{}", 2)
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert not thread.is_alive()
     assert [entry for entry in _journal(path) if entry["kind"] == "answer"] == []
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -67,7 +68,7 @@ class _Server:
             target=serve, args=(Session(open_labeling(path), "ann"),), kwargs={"ready": address.put}
         )
         self.thread.start()
-        self.address = address.get(timeout=20)
+        self.address = address.get(timeout=120)
         self.context = browser.new_context(**context)
         self.problems: list[str] = []
         self.page = self.open()
@@ -76,7 +77,7 @@ class _Server:
         page = self.context.new_page()
         page.on("console", lambda message: self.problems.append(message.text))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)
         page.goto(self.address)
         page.locator("#count:not(:empty)").wait_for()
         return page
@@ -104,7 +105,7 @@ class _Server:
             script = """token => fetch("/api/finish", {method: "POST", body: "{}",
               headers: {Authorization: `Bearer ${token}`, "Content-Type": "application/json"}})"""
             self.page.evaluate(script, self.address.partition("#")[2])
-        self.thread.join(timeout=20)
+        self.thread.join(timeout=120)
         self.context.close()
         assert not self.thread.is_alive()
 
@@ -123,7 +124,7 @@ def server(path: Path, browser: Any) -> Iterator[_Server]:
 
 
 def test_all_by_keys_then_finish(server: _Server) -> None:
-    page = server.page
+    page, begin = server.page, time.monotonic()
     assert page.locator("#count").text_content() == "0 of 6 done"
     server.press("1", "2", "t", "s", "0")
     assert server.answers() == [(0, "left"), (1, "right"), (2, "tie"), (3, "skip"), (4, "tie")]
@@ -138,7 +139,7 @@ def test_all_by_keys_then_finish(server: _Server) -> None:
     assert page.get_by_role("heading", name="All pairs are labeled").is_visible()
     assert "6 of 6 pairs have a label" in page.locator("#report").text_content()
     page.get_by_role("button", name="Finish").click()
-    server.thread.join(timeout=20)
+    server.thread.join(timeout=120)
     records = [json.loads(line) for line in labels_file(server.path).open()]
     assert [record["label"] in (0, 1) for record in records] == [
         True,
@@ -150,7 +151,7 @@ def test_all_by_keys_then_finish(server: _Server) -> None:
     ]
     last = records[5]["answers"][0]
     assert (last["strength"], last["comment"]) == (2, "12 1s u")
-    assert 0 < last["seconds"] < 60
+    assert 0 < last["seconds"] < time.monotonic() - begin
 
 
 @pytest.mark.slow
@@ -195,7 +196,10 @@ def test_a_policy_stands_behind_that(server: _Server) -> None:
         """document.body.insertAdjacentHTML("beforeend",
            "<img src='http://127.0.0.1:1/x' onerror='window.hacked = 1'>")"""
     )
-    server.page.wait_for_timeout(200)
+    for _ in range(300):
+        server.page.wait_for_timeout(200)
+        if server.problems:
+            break
     assert server.page.evaluate("window.hacked") is None
     assert server.problems and all("Content Security Policy" in one for one in server.problems)
     server.problems.clear()
