@@ -326,7 +326,7 @@ def test_wrong_input_in_one_process_is_an_error_in_all(results) -> None:
             ), name
         assert "norm of the trainable weights" in told["weights"]
         # Only the process whose numbers are bad can name them.
-        for name, own in (("scores", "is not finite"), ("rows", "self-check failed")):
+        for name, own in (("scores", "is not finite"), ("rows", "is not finite")):
             assert (own if rank else "process 1 of 2 failed, see its own error") in told[name]
 
 
