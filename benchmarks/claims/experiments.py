@@ -200,6 +200,17 @@ def of_reviews() -> list[Experiment]:
             ),
             seconds=200,
         ),
+        Experiment(
+            "longer gemma",
+            "Random picks, trained three times as long",
+            4,
+            tuple(
+                Variant(f"{epochs} epochs", RANDOM, RANDOM, replace(gemma, epochs=epochs))
+                for epochs in (2, 6)
+            ),
+            compared=False,
+            seconds=400,
+        ),
         _by_best_rewards("more gemma", "Gemma's architecture, more seeds", gemma),
         _by_best_rewards("outside llama", "Llama's architecture", usual),
         Experiment(
