@@ -51,12 +51,15 @@ def document(
         drawn = [e for e in mains if e.drawn]
         if drawn:
             draw_curves(known, drawn, path.with_name(f"evidence_{task}.png"))
-        if outside:
-            draw_curves(known, outside, path.with_name("evidence_outside.png"))
+        pictured = [e for e in outside if e.name.startswith("outside")]
+        if pictured:
+            draw_curves(known, pictured, path.with_name("evidence_outside.png"))
         if drawn and task == "known_reward":
             draw_bound(known, drawn, path.with_name("evidence_bound.png"))
         if drawn and task == "reviews":
             draw_frontiers(known, drawn[0], path.with_name("evidence_reviews_kl.png"))
+        if pictured:
+            draw_frontiers(known, pictured[0], path.with_name("evidence_outside_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 

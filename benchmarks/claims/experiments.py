@@ -190,7 +190,6 @@ def of_reviews() -> list[Experiment]:
                     RANDOM,
                     reviews.VADER_DIFFERENCE,
                     reviews.TWEETS_DIFFERENCE,
-                    reviews.TWEETS_WEIGHTED,
                     reviews.LEARNED_DIFFERENCE,
                     reviews.TWEETS_LABELS,
                     reviews.TRUE_DIFFERENCE,
@@ -211,8 +210,22 @@ def of_reviews() -> list[Experiment]:
             compared=False,
             seconds=400,
         ),
-        _by_best_rewards("more gemma", "Gemma's architecture, more seeds", gemma),
-        _by_best_rewards("outside llama", "Llama's architecture", usual),
+        Experiment(
+            "more gemma",
+            "Gemma's architecture, more seeds",
+            8,
+            _variants((RANDOM, reviews.LEARNED_DIFFERENCE), gemma, {"": {}}),
+            seconds=200,
+        ),
+        Experiment(
+            "outside llama",
+            "Llama's architecture, picks by rewards from outside",
+            4,
+            _variants(
+                (RANDOM, reviews.TWEETS_DIFFERENCE, reviews.LEARNED_DIFFERENCE), usual, {"": {}}
+            ),
+            seconds=200,
+        ),
         Experiment(
             "responses of reviews",
             "M responses to each prompt, at the same number of labels",
@@ -247,12 +260,6 @@ def of_reviews() -> list[Experiment]:
             seconds=200,
         ),
     ]
-
-
-def _by_best_rewards(name: str, title: str, setting: ReviewSetting) -> Experiment:
-    """Random picks, and those by the two rewards from outside that were best in four seeds."""
-    methods = (RANDOM, reviews.TWEETS_DIFFERENCE, reviews.LEARNED_DIFFERENCE)
-    return Experiment(name, title, 8, _variants(methods, setting, {"": {}}), seconds=200)
 
 
 def _main(reward: str, title: str, seeds: int) -> Experiment:

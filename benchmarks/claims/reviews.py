@@ -11,14 +11,12 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast.demo.reviews import Rating, load_review_model, read_review_prompts
@@ -33,19 +31,17 @@ from activedpo_fast.pool.rewards import Reward
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.report.compute import count_tokens, cumulative
-from activedpo_fast.selection.strategies import STRATEGIES, RewardGap, Strategy
+from activedpo_fast.selection.strategies import STRATEGIES, RewardGap
 from activedpo_fast.training.evaluation import HeldoutReward
 from activedpo_fast.training.heldout import heldout_files, heldout_rewards
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
-from benchmarks.claims.trial_strategies import WeightedLogdet
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = "all labels"
 TRUE_DIFFERENCE = "largest true difference"
 VADER_DIFFERENCE = "largest VADER difference"
 TWEETS_DIFFERENCE = "largest tweets difference"
-TWEETS_WEIGHTED = "activedpo times tweets difference"
 TWEETS_LABELS = "the same, and labels"  # of TWEETS_DIFFERENCE
 LEARNED_DIFFERENCE = "largest learned difference"
 TWEETS = Path(__file__).parent / "tweets" / "reward.safetensors"
@@ -69,7 +65,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     TRUE_DIFFERENCE: ("reward_gap", {"by": "rating"}),
     VADER_DIFFERENCE: ("reward_gap", {"by": "vader"}),
     TWEETS_DIFFERENCE: ("reward_gap", {"by": "tweets"}),
-    TWEETS_WEIGHTED: ("weighted_logdet", {"by": "tweets"}),
     TWEETS_LABELS: ("reward_gap", {"by": "tweets"}),
     LEARNED_DIFFERENCE: ("reward_gap", {"by": "learned"}),
     EVERYTHING: ("random", {}),
@@ -159,7 +154,7 @@ def run(
             num_train_epochs=setting.epochs,
             per_device_train_batch_size=16,
         ),
-        strategy=_with_reward(strategy, options, folder, rating),
+        strategy=RewardGap(reward_called(options["by"], rating)) if "by" in options else strategy,
         selector_options={
             **setting.selection,
             **({} if "by" in options else options),
@@ -206,18 +201,6 @@ def win_rates(folder: Path) -> list[float]:
     return ((difference > 0) + (difference == 0) / 2).mean(axis=1).tolist()
 
 
-def _with_reward(
-    name: str, options: dict[str, Any], folder: Path, rating: Rating
-) -> str | Strategy:
-    """The strategy, or its name if no reward from outside is among its options."""
-    if "by" not in options:
-        return name
-    reward = reward_called(options["by"], rating)
-    if name == RewardGap.name:
-        return RewardGap(reward)
-    return WeightedLogdet(reward, partial(labeled_differences, folder, reward))
-
-
 def reward_called(name: str, rating: Rating) -> Reward:
     """A reward that picks are made by: "rating", the oracle's own, "vader", "tweets" (see
     tweets/README.md), or "learned" from the labels so far."""
@@ -234,18 +217,6 @@ def reward_called(name: str, rating: Rating) -> Reward:
     return vader if name == "vader" else rating
 
 
-def labeled_differences(folder: Path, reward: Reward, count: int) -> Tensor:
-    """|Differences| of a reward for the labeled pairs in a run's folder, float64 [count]."""
-    paths = sorted(folder.glob("round-*/labels.jsonl"))
-    rows = [row for path in paths for _, row in jsonl_rows(path)]
-    if len(rows) != count:
-        raise RuntimeError(f"{folder}: {len(rows)} labels, {count} in the history")
-    texts = [(row["prompt"], response) for row in rows for response in row["responses"]]
-    found = reward([p for p, _ in texts], [r for _, r in texts], [{}] * len(texts))
-    first, second = torch.tensor(found, dtype=torch.float64).view(count, 2).unbind(1)
-    return (first - second).abs()
-
-
 def vader(
     prompts: Sequence[Text], responses: Sequence[Text], extras: Sequence[Mapping[str, Any]]
 ) -> list[float]:
@@ -260,7 +231,7 @@ def vader(
 def requires(method: str) -> frozenset[str]:
     """The signals of a method's strategy."""
     strategy = METHODS[method][0]
-    return STRATEGIES.get(strategy, WeightedLogdet).requires
+    return STRATEGIES[strategy].requires
 
 
 def _asked(folder: Path, rating: Rating) -> dict[str, list[float]]:

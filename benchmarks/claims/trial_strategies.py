@@ -6,15 +6,13 @@ One that the data speaks for moves into the library, with bounds on its rounding
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from activedpo_fast.pool.rewards import Reward
-from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.ranking import Ranking
 from activedpo_fast.selection.signals import Signals
 from activedpo_fast.selection.strategies import Strategy
@@ -86,50 +84,6 @@ class AtOnce(Trial):
         scores = (phi * torch.linalg.solve(v, phi.T).T).sum(dim=1)
         while True:
             yield scores
-
-
-@dataclass(frozen=True)
-class WeightedLogdet(Strategy):
-    """ActiveDPO without normalization, each phi times the |difference| of rewards from outside.
-
-    So the score is difference^2 phi^T V^-1 phi: a direction of the gradients counts as known only
-    if pairs that are far apart were labeled along it.
-
-    reward: as in `RewardGap`. labeled: returns the |differences| of so many labeled pairs, [t].
-    """
-
-    name: ClassVar[str] = "weighted_logdet"
-    requires: ClassVar[frozenset[str]] = frozenset({"gradients", "rewards"})
-    reward: Reward
-    labeled: Callable[[int], Tensor]
-    lam: float = 1.0
-
-    def select(
-        self,
-        signals: Signals,
-        n: int,
-        *,
-        eligible: Any = None,
-        group: Any = None,
-        show_progress: bool | None = None,
-    ) -> Ranking:
-        if eligible is not None or group is not None:
-            raise NotImplementedError("a trial has no rules and one process")
-        rewards, history = signals.rewards(self.reward), signals.history_gradients()
-        return greedy_logdet(
-            signals.gradients(),
-            signals.pairs,
-            n,
-            lam=self.lam,
-            normalize=None,
-            weights=_differences(rewards, signals.pairs).abs(),
-            history=history,
-            history_weights=self.labeled(len(history[1])),
-            show_progress=False,
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightedLogdet:
-        return self
 
 
 TRIALS: dict[str, type[Trial]] = {t.name: t for t in (Diagonal, AtOnce)}

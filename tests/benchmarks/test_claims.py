@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.selection.signals import TensorSignals
 from benchmarks.claims import known_reward, learned_difference, linear_fit
 from benchmarks.claims.evidence import document
@@ -20,7 +19,7 @@ from benchmarks.claims.jobs import missing_runs
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
 from benchmarks.claims.statistics import compare, holm, saved
-from benchmarks.claims.trial_strategies import TRIALS, WeightedLogdet
+from benchmarks.claims.trial_strategies import TRIALS
 from benchmarks.claims.world import RESPONSES, World
 
 # -- statistics ------------------------------------------------------------------------------------
@@ -108,9 +107,6 @@ def _signals(seed: int = 0) -> TensorSignals:
         history_gradients=(normal(4, 7), known),
         history_logps=(9 * normal(4), known),
         history_ref_logps=(9 * normal(4), known),
-        pool=PreferencePool.from_rows(
-            {"id": f"p{n}", "prompt": f"{n}?", "responses": ["a", "b", "c"]} for n in range(5)
-        ),
     )
 
 
@@ -144,28 +140,6 @@ def test_picks_made_at_once_do_not_depend_on_each_other() -> None:
         for a, b in signals.pairs.tolist()
     ]
     assert picks == sorted(range(len(scores)), key=lambda n: -scores[n])[:6]
-
-
-def test_differences_weigh_the_gradients_of_candidates_and_of_labeled_pairs() -> None:
-    signals = _signals()
-    numbers = torch.arange(15, dtype=torch.float64).mul(5).sin()
-    apart = torch.tensor([0.3, 2.0], dtype=torch.float64)
-    trial = WeightedLogdet(lambda prompts, responses, extras: numbers.tolist(), lambda n: apart[:n])
-    ranking = trial.select(signals, 6)
-    rows, (past_rows, past_pairs) = signals.gradients(), signals.history_gradients()
-    assert isinstance(rows, torch.Tensor)
-    v = torch.eye(rows.shape[1], dtype=torch.float64)
-    for (a, b), weight in zip(past_pairs.tolist(), apart, strict=True):
-        v += weight**2 * torch.outer(past_rows[a] - past_rows[b], past_rows[a] - past_rows[b])
-    first, second = signals.pairs.unbind(1)
-    phi = (numbers[first] - numbers[second])[:, None] * (rows[first] - rows[second])
-    left = list(range(len(phi)))
-    for pick, score in zip(ranking.indices.tolist(), ranking.scores.tolist(), strict=True):
-        gains = {n: float(phi[n] @ torch.linalg.inv(v) @ phi[n]) for n in left}
-        assert pick == max(gains, key=lambda n: gains[n])
-        assert score == pytest.approx(gains[pick], rel=1e-9)
-        left.remove(pick)
-        v += torch.outer(phi[pick], phi[pick])
 
 
 def test_ties_are_taken_in_order() -> None:
