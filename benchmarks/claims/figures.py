@@ -67,7 +67,9 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
                 linewidth=0,
             )
         panel.set(
-            xlabel=f"labels ({EVERYTHING}: many times as many)",
+            xlabel="labels"
+            if EVERYTHING not in _drawn(results, experiment)
+            else f"labels ({EVERYTHING}: many times as many)",
             ylabel="held-out reward",
             title=f"{experiment.title}, {len(seeds)} seeds",
         )
@@ -104,12 +106,9 @@ def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None
                 np.mean([run[what] for run in runs], axis=0) for what in (metric, "reward")
             )
             axes.plot(x, reward, marker="o", markersize=4, label=name, color=_color(name))
-        axes.set(
-            xlabel=label,
-            ylabel="held-out reward",
-            title=f"{experiment.title}, {len(seeds)} seeds, a point a round",
-        )
+        axes.set(xlabel=label, ylabel="held-out reward")
         axes.grid(alpha=0.3)
+    figure.suptitle(f"{experiment.title}, {len(seeds)} seeds, a point per round")
     panels[0][-1].legend(fontsize=9)
     _save(figure, path)
 
