@@ -149,14 +149,14 @@ def test_a_process_that_runs_out_of_memory_and_a_response_that_is_not_finite(
     assert said.count(named) == 2  # the prompt has the token
 
     def short_of_memory(patch: pytest.MonkeyPatch) -> None:
-        real = extractor.gradient_pass
+        real = extractor.captured_rows
 
-        def gradient_pass(model: Any, batch: Batch, *args: Any, **options: Any) -> Any:
+        def captured_rows(model: Any, trained: Any, plan: Any, batch: Batch, **options: Any) -> Any:
             if len(batch.rows) > 1:
                 raise torch.OutOfMemoryError
-            return real(model, batch, *args, **options)
+            return real(model, trained, plan, batch, **options)
 
-        patch.setattr(extractor, "gradient_pass", gradient_pass)
+        patch.setattr(extractor, "captured_rows", captured_rows)
 
     (tmp_path / "shared").mkdir()
     command = _command(files, tmp_path / "shared", *options)

@@ -27,6 +27,8 @@ from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 _DIFFERENT = ("seconds.json", "record.json", "command.json", "joules.json", "run.yaml")
 _STEPS = ("pwrite", "ftruncate", "replace", "rename", "fsync", "unlink")
 
+_LONGEST = 400.0  # seconds that a process may take, on a slow machine
+
 
 def run(
     commands: list[list[str]],
@@ -123,7 +125,7 @@ def _start(
     os.close(counts)
 
     def end() -> tuple[int, dict[str, int], str]:
-        status = os.waitpid(child, 0)[1]
+        status = _status(child)
         with open(read_err, errors="replace") as said, open(read_counts) as told:
             return (
                 os.waitstatus_to_exitcode(status),
@@ -132,6 +134,16 @@ def _start(
             )
 
     return end
+
+
+def _status(child: int) -> int:
+    """Wait for a process; one that waits for another that never came is killed at last."""
+    end = time.monotonic() + _LONGEST
+    while (found := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return found[1]
 
 
 def send(number: int) -> Callable[[], None]:
