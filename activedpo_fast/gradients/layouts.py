@@ -35,9 +35,9 @@ BY_AUTOGRAD = HowGradients(Layout.ALONE, by_hooks=False)
 class KnownLayouts:
     """The fastest layouts that are correct for a model's gradients, and for forward passes.
 
-    The self-check runs when an answer is not known yet, again for a pool with a response longer than
-    all before, because models differ in how they treat long responses, and again, for gradients, if
-    other parameters are trained than before.
+    The self-check runs when an answer is not known yet, and again for a pool with a response longer
+    than all before, because models differ in how they treat long responses; that of gradients also
+    if other parameters are trained than before.
 
     Args:
         model: whose gradients are computed. pad_token_id, precision: see `FeatureExtractor`.
