@@ -229,10 +229,13 @@ def _check_scores(
         raise ActiveDPOError(f"{store_path}: no pair is left to pick: {why}")
     at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
     if not at_random and not any(pick.score for pick in picked):
-        raise ActiveDPOError(
-            f"{store_path}: all scores are 0, the gradient rows of each pair are the same or "
-            "zero: was beta or a weight too small when they were computed?"
+        why = (
+            "every pair's two responses have the same reward"
+            if picked.strategy == "reward_gap"
+            else "the gradient rows of each pair are the same or zero: was beta or a weight too "
+            "small when they were computed?"
         )
+        raise ActiveDPOError(f"{store_path}: all scores are 0, {why}")
 
 
 def _gain(picked: Selection) -> str:

@@ -36,7 +36,8 @@ class KnownLayouts:
     """The fastest layouts that are correct for a model's gradients, and for forward passes.
 
     The self-check runs when an answer is not known yet, and again for a pool with a response longer
-    than all before, because models differ in how they treat long responses.
+    than all before, because models differ in how they treat long responses; that of gradients also
+    if other parameters are trained than before.
 
     Args:
         model: whose gradients are computed. pad_token_id, precision: see `FeatureExtractor`.
@@ -53,6 +54,7 @@ class KnownLayouts:
         # Each with the longest response it was determined with: for gradients by whether the pool
         # had prompts to share, otherwise by model.
         self._gradients: dict[bool, tuple[Layout, int]] = {}
+        self._checked: frozenset[str] = frozenset()  # the parameters that `_gradients` is about
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
         self._failed: frozenset[str] = frozenset()  # parameters with which the check failed
         self._said = ""  # why gradients are from autograd, as last logged
@@ -77,6 +79,9 @@ class KnownLayouts:
             return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
         if self._failed == trained.by_name.keys():
             return BY_AUTOGRAD
+        if self._checked != trained.by_name.keys():
+            self._gradients.clear()
+            self._checked = frozenset(trained.by_name)
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
         longest = _longest(tokenized)

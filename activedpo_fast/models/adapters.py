@@ -60,6 +60,24 @@ def adapter_parameters(model: nn.Module, *, inactive: bool = False) -> set[int]:
     }
 
 
+def trained_outside(model: PeftModel, *, biases: bool) -> list[str]:
+    """Return the names of trained parameters that are not in `adapter_state`.
+
+    Args:
+        biases: biases of the base model that LoRA's option `bias` trains are in it, too.
+    """
+    own = adapter_parameters(model)
+    configs = (model.peft_config[name] for name in model.active_adapters)
+    biases = biases and any(getattr(config, "bias", "none") != "none" for config in configs)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and id(parameter) not in own
+        and not (biases and name.endswith(".bias"))
+    ]
+
+
 def _adapter_contents(model: nn.Module) -> Iterator[tuple[str, Any, Sequence[str]]]:
     """Yield (adapter, a part of its weights, the active adapters) for all parts of a model."""
     for module in model.modules():

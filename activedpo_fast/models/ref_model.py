@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.models.adapters import adapter_parameters, adapter_state, load_adapter_state
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state, trained_outside
 from activedpo_fast.models.undisturbed import undisturbed
 
 RefModel = PreTrainedModel | PeftModel | str | Mapping[str, torch.Tensor]
@@ -128,15 +128,11 @@ def _check_only_adapters_are_trained(model: PeftModel, *, biases: bool) -> None:
     LoRA's bias="all" trains the base model's biases: they are part of the adapter's weights, but
     not of another adapter of the model.
     """
-    own = adapter_parameters(model)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or id(parameter) in own:
-            continue
-        if not (biases and name.endswith(".bias")):
-            raise ActiveDPOError(
-                f"{name} is trained besides the adapter, so the model no longer has its old value; "
-                "pass a model that was loaded by itself as ref_model"
-            )
+    for name in trained_outside(model, biases=biases):
+        raise ActiveDPOError(
+            f"{name} is trained besides the adapter, so the model no longer has its old value; "
+            "pass a model that was loaded by itself as ref_model"
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from reprlib import repr as show
@@ -14,6 +14,8 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import Text
+
+_LARGEST = sys.float_info.max / 4  # so that differences are finite, too
 
 
 class Reward(Protocol):
@@ -41,8 +43,10 @@ def rewards_of(pool: PreferencePool, reward: str | Reward) -> Tensor:
     """
     if isinstance(reward, str):
         found = [float(number) for item in pool for number in _of_item(item, reward)]
-    else:
-        rows = [(item, response) for item in pool for response in item.responses]
+        return torch.tensor(found, dtype=torch.float64)
+    rows = [(item, response) for item in pool for response in item.responses]
+    found = []
+    if rows:  # a process of several may have no item
         found = call_reward(
             reward,
             [item.id for item, _ in rows],
@@ -63,15 +67,22 @@ def call_reward(
     """Return the reward of each response; `ids` are those of their prompts, for messages.
 
     Raises:
-        ActiveDPOError: a wrong number of rewards, or one that is not finite.
+        ActiveDPOError: a wrong number of rewards, or one that is no number or not finite.
     """
-    rewards = [float(value) for value in reward(prompts, responses, extras)]
+    given = reward(prompts, responses, extras)
+    try:
+        rewards = [float(value) for value in given]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ActiveDPOError(
+            f"the reward should give a number for each of {len(responses)} responses, not "
+            f"{show(given)}"
+        ) from error
     if len(rewards) != len(responses):
         raise ActiveDPOError(
             f"the reward gave {len(rewards)} numbers for {len(responses)} responses"
         )
     for id, value in zip(ids, rewards, strict=True):
-        if not math.isfinite(value):
+        if not _is_usable(value):
             raise ActiveDPOError(f"the reward of a response to id {id!r} is {value}")
     return rewards
 
@@ -86,12 +97,15 @@ def _of_item(item: Any, column: str) -> Sequence[float]:
     if not (
         isinstance(numbers, Sequence)
         and len(numbers) == len(item.responses)
-        and all(
-            isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-        )
+        and all(isinstance(n, Real) and not isinstance(n, bool) and _is_usable(n) for n in numbers)
     ):
         raise ActiveDPOError(
             f"item {item.id!r}: {column!r} should have {len(item.responses)} finite numbers, one "
             f"for each response, not {show(numbers)}"
         )
     return numbers
+
+
+def _is_usable(value: Any) -> bool:
+    """Return whether a number is finite and not so large that a difference would not be."""
+    return bool(-_LARGEST <= value <= _LARGEST)

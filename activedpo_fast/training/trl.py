@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.models.adapters import adapter_state, load_adapter_state
+from activedpo_fast.models.adapters import adapter_state, load_adapter_state, trained_outside
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.training.options import check_training_options, trains_mean_logps
@@ -127,8 +127,9 @@ def train_dpo(
         and "eval_margin" of the trainer's last evaluation, if there was one.
 
     Raises:
-        ActiveDPOError: TRL is missing; not a PEFT model; the active adapter is not "default"; an
-            adapter is called "ref"; no pair to train on; incompatible options.
+        ActiveDPOError: TRL is missing; not a PEFT model, or one that also trains weights outside
+            its adapter; the active adapter is not "default"; an adapter is called "ref"; no pair to
+            train on; incompatible options.
     """
     trainer_class, _ = _trl()
     check_callbacks(callbacks)
@@ -250,6 +251,12 @@ def _check(
     if model.peft_config[_ADAPTER].peft_type == PeftType.ADALORA:
         raise ActiveDPOError(
             "PEFT's AdaLoRA has one adapter only, and the reference is another one; train LoRA"
+        )
+    for name in trained_outside(model, biases=True):
+        raise ActiveDPOError(
+            f"{name} is trained besides the adapter, but rounds keep and restore the adapter "
+            "alone, and the reference would change with it: freeze it (requires_grad_(False)), or "
+            "have the adapter train it (modules_to_save)"
         )
     if _REFERENCE in model.peft_config:
         raise ActiveDPOError(

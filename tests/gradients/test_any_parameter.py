@@ -348,6 +348,32 @@ def test_flags_may_change_between_calls() -> None:
     assert relative_error(extractor.gradients(tokens()).gradients, expected) <= 1e-9
 
 
+class CalledAndRead(nn.Linear):
+    """A layer whose weight also acts where no hook sees it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0.5 * x.pow(2) @ self.weight.mT
+
+
+def test_parameters_that_were_frozen_at_the_self_check_are_checked() -> None:
+    """What it found of others says nothing of them."""
+    model = tiny_causal_lm("llama", torch.float64)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.__class__ = CalledAndRead
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    assert extractor.check(tokens()) is Layout.SHARED
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.requires_grad_(True)
+    expected, _ = loop_gradients(model, tokens().sequences, trainable(model))
+    found = extractor.gradients(tokens()).gradients
+    assert relative_error(found, expected) <= 1e-9
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.requires_grad_(False)
+    assert extractor.check(tokens()) is Layout.SHARED
+
+
 def test_gradients_of_the_response_tokens_are_refused() -> None:
     model = adapted(ADAPTERS["DoRA"])
     extractor = FeatureExtractor(model, EXACT, gradient="response_tokens")

@@ -33,7 +33,7 @@ from activedpo_fast.models.ref_model import reference_policy
 from activedpo_fast.pool.tokens import tokenize_pool
 from activedpo_fast.training.run_folder import read_adapter, read_records
 from activedpo_fast.training.trl import dpo_config, train_dpo
-from tests.support.adapters import ADAPTERS, adapted, spread
+from tests.support.adapters import ADAPTERS, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import tiny_causal_lm, tiny_tokenizer
 
@@ -183,6 +183,18 @@ def test_adapters_that_rounds_refuse(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ActiveDPOError, match="rounds train an adapter.*peft_config"):
         _loop(tmp_path, tiny_causal_lm("llama"), rounds=1)
+
+
+def test_rounds_refuse_weights_that_are_trained_besides_the_adapter(tmp_path: Path) -> None:
+    """They would be trained, but neither kept nor restored."""
+    model = adapted(LoraConfig(**LORA), torch.float32)
+    model.get_submodule("base_model.model.model.norm").weight.requires_grad_(True)
+    loop = _loop(tmp_path, model, rounds=1)
+    with pytest.raises(ActiveDPOError, match="model.norm.weight is trained besides the adapter"):
+        loop.run()
+    assert not (tmp_path / "config.json").exists()
+    model.get_submodule("base_model.model.model.norm").weight.requires_grad_(False)
+    assert len(loop.run()) == 2
 
 
 # -- stores ---------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def _rows(n: int = 8, seed: int = 0) -> list[dict[str, Any]]:
             "responses": [f" {words(1, 8)} {j}" for j in range(2 + i % 3)],
             "topic": ("law", "math")[i % 2],
             "price": 1 + i % 3,
+            "alike": [1] * (2 + i % 3),
             "quality": [0.3 * i - 0.7 * j * j for j in range(2 + i % 3)],
         }
         for i in range(n)
@@ -633,6 +634,11 @@ def test_picks_by_rewards_of_the_pool(
         capsys,
         [*argv, "--reward-column", "quality"],
         "--reward-column: the strategy activedpo reads no rewards",
+    )
+    _refused(
+        capsys,
+        [*argv, "--strategy", "reward_gap", "--reward-column", "alike"],
+        "all scores are 0, every pair's two responses have the same reward",
     )
     assert not output.exists()
 

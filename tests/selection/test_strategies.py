@@ -345,6 +345,8 @@ def test_reward_gap_takes_the_pairs_that_a_reward_rates_furthest_apart(parts):
     [
         ([1.0, 2.0], "item 'p0': 'rewards' should have 3 finite numbers"),
         ([1.0, 2.0, float("nan")], "item 'p0': 'rewards' should have 3 finite"),
+        ([1.0, 2.0, 10**400], "item 'p0': 'rewards' should have 3 finite"),
+        ([1e308, -1e308, 1.0], "item 'p0': 'rewards' should have 3 finite"),
         ([1.0, 2.0, True], "item 'p0': 'rewards' should have 3 finite"),
         ("123", "item 'p0': 'rewards' should have 3 finite"),
         (4.0, "item 'p0': 'rewards' should have 3 finite"),
@@ -366,6 +368,9 @@ def test_rewards_of_a_column_are_checked(parts, numbers, message):
     [
         (lambda p, r, e: [1.0] * (len(r) - 1), "gave 23 numbers for 24 responses"),
         (lambda p, r, e: [1.0] * 4 + [math.inf] * 20, "reward of a response to id 'p1' is inf"),
+        (lambda p, r, e: None, "a number for each of 24 responses, not None"),
+        (lambda p, r, e: [10**400] * 24, "a number for each of 24 responses, not "),
+        (lambda p, r, e: [None] * 24, "a number for each of 24 responses, not "),
     ],
 )
 def test_rewards_of_a_function_are_checked(parts, reward, message):

@@ -72,8 +72,8 @@ def select(
         Normalization,
         typer.Option(
             help="What activedpo scales to unit norm: each response's gradient row (response, its "
-            "default), the difference of a pair's two rows (pair), or nothing (none). trace and "
-            "random do not scale."
+            "default), the difference of a pair's two rows (pair), or nothing (none). The other "
+            "strategies do not scale."
         ),
     ] = "default",
     lam: Annotated[float, option(SelectorConfig, "lam")] = SelectorConfig.lam,
