@@ -162,7 +162,8 @@ def test_no_more_requests_at_once_than_allowed(tmp_path: Path) -> None:
 
 
 _SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 from tests.labels.test_judge import _selection
 from activedpo_fast.labels import JudgeOracle
 oracle = JudgeOracle("some/model", base_url=sys.argv[1], journal=sys.argv[2], concurrency=2)
