@@ -105,7 +105,7 @@ class Signals(ABC):
     def only(self, indices: Tensor) -> Signals:
         """Return the signals of the candidates `indices`, int64 [m] ascending.
 
-        Their rows may be fewer and numbered anew. Histories stay the same.
+        Their rows may be fewer and numbered again from 0. Histories stay the same.
         """
         part = copy.copy(self)
         part.pairs = self.pairs[indices]
