@@ -81,7 +81,10 @@ def join(
         joined = FeatureStore.join(output, stores, show_progress=progress(quiet))
         pool = joined.pool()
         what = f"{pool.n_responses} gradient rows of {len(pool)} prompts"
-        say(quiet, f"{what} from {len(stores)} stores in {output}")
+        say(
+            quiet,
+            f"{what} from {len(stores)} {'store' if len(stores) == 1 else 'stores'} in {output}",
+        )
 
 
 @app.command(epilog="Example:\n\n  activedpo store gc store --dry-run")
