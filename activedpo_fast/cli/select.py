@@ -85,10 +85,11 @@ def select_pairs(
                     "settings": repr((n, args)),
                 }
             )
+        options: Any = args.strategy_options or {}
         chosen = make_strategy(
             args.strategy,
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
-            **_options(args),
+            **options,
         )
         if args.preselect is not None:
             check_preselectable(chosen)
@@ -199,11 +200,6 @@ def _read_rows(
     used, pairs = torch.unique(known, return_inverse=True)
     mine = rows.select(torch.arange(own.start, own.stop))
     return _at_hand(mine), (rows.take(used), pairs.view(-1, 2))
-
-
-def _options(args: SelectorConfig) -> Mapping[str, Any]:
-    found: Any = args.strategy_options or {}  # a mapping by now
-    return found  # type: ignore[no-any-return]
 
 
 def _own_items(candidates: Candidates) -> PreferencePool:
