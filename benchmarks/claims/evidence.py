@@ -38,7 +38,7 @@ def document(
     for task, known in results.items():
         own = [e for e in experiments[task] if len(seeds_of(known, e)) > 1]
         mains = [e for e in own if e.name.startswith("main")]
-        outside = [e for e in own if e.name.startswith(("outside", "more"))]
+        outside = [e for e in own if e.name.startswith("outside")]
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:
@@ -51,15 +51,14 @@ def document(
         drawn = [e for e in mains if e.drawn]
         if drawn:
             draw_curves(known, drawn, path.with_name(f"evidence_{task}.png"))
-        pictured = [e for e in outside if e.name.startswith("outside")]
-        if pictured:
-            draw_curves(known, pictured, path.with_name("evidence_outside.png"))
+        if outside:
+            draw_curves(known, outside, path.with_name("evidence_outside.png"))
         if drawn and task == "known_reward":
             draw_bound(known, drawn, path.with_name("evidence_bound.png"))
         if drawn and task == "reviews":
             draw_frontiers(known, drawn[0], path.with_name("evidence_reviews_kl.png"))
-        if pictured:
-            draw_frontiers(known, pictured[0], path.with_name("evidence_outside_kl.png"))
+        if outside:
+            draw_frontiers(known, outside[0], path.with_name("evidence_outside_kl.png"))
     path.write_text(write_into(path.read_text(), found))
     print(f"written: {path}")
 

@@ -171,6 +171,7 @@ def of_reviews() -> list[Experiment]:
                 (
                     RANDOM,
                     "activedpo, response",
+                    reviews.OWN_TOKENS,
                     "activedpo, none",
                     "trace_plus",
                     "margin_large",
@@ -184,13 +185,14 @@ def of_reviews() -> list[Experiment]:
         Experiment(
             "outside gemma",
             "Gemma's architecture, picks by rewards from outside",
-            4,
+            8,
             _variants(
                 (
                     RANDOM,
                     reviews.VADER_DIFFERENCE,
                     reviews.TWEETS_DIFFERENCE,
                     reviews.LEARNED_DIFFERENCE,
+                    reviews.WORDS_DIFFERENCE,
                     reviews.TWEETS_LABELS,
                     reviews.TRUE_DIFFERENCE,
                 ),
@@ -211,18 +213,19 @@ def of_reviews() -> list[Experiment]:
             seconds=400,
         ),
         Experiment(
-            "more gemma",
-            "Gemma's architecture, more seeds",
-            8,
-            _variants((RANDOM, reviews.LEARNED_DIFFERENCE), gemma, {"": {}}),
-            seconds=200,
-        ),
-        Experiment(
             "outside llama",
             "Llama's architecture, picks by rewards from outside",
-            4,
+            8,
             _variants(
-                (RANDOM, reviews.TWEETS_DIFFERENCE, reviews.LEARNED_DIFFERENCE), usual, {"": {}}
+                (
+                    RANDOM,
+                    reviews.VADER_DIFFERENCE,
+                    reviews.TWEETS_DIFFERENCE,
+                    reviews.LEARNED_DIFFERENCE,
+                    reviews.WORDS_DIFFERENCE,
+                ),
+                usual,
+                {"": {}},
             ),
             seconds=200,
         ),
@@ -242,9 +245,9 @@ def of_reviews() -> list[Experiment]:
             "the same with Gemma's architecture",
             4,
             _variants(
-                (RANDOM, reviews.TRUE_DIFFERENCE, reviews.TWEETS_DIFFERENCE),
+                (RANDOM, reviews.TWEETS_DIFFERENCE, reviews.LEARNED_DIFFERENCE),
                 gemma,
-                {f"M = {m}": {"n_responses": m} for m in (3, 8)},
+                {f"M = {m}": {"n_responses": m} for m in (2, 3, 8)},
             ),
             seconds=400,
         ),

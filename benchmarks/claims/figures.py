@@ -16,6 +16,7 @@ from benchmarks.claims.reviews import (
     TRUE_DIFFERENCE,
     TWEETS_DIFFERENCE,
     VADER_DIFFERENCE,
+    WORDS_DIFFERENCE,
 )
 from benchmarks.claims.shown import costs_of, curves_of, seeds_of, variants_made
 from benchmarks.claims.statistics import mean_and_error
@@ -32,6 +33,7 @@ _DRAWN = (
     TWEETS_DIFFERENCE,
     LEARNED_DIFFERENCE,
     TRUE_DIFFERENCE,
+    WORDS_DIFFERENCE,
     EVERYTHING,
 )
 
@@ -79,8 +81,10 @@ def draw_curves(results: Results, mains: Sequence[Experiment], path: Path) -> No
 
 
 def _color(name: str) -> str:
-    """A method has one color in all pictures."""
-    return "black" if name in (RANDOM, EVERYTHING) else f"C{_DRAWN.index(name)}"
+    """A method has one color in all pictures; matplotlib's own ten are not enough."""
+    if name in (RANDOM, EVERYTHING):
+        return "black"
+    return "gold" if name == WORDS_DIFFERENCE else f"C{_DRAWN.index(name)}"
 
 
 def draw_frontiers(results: Results, experiment: Experiment, path: Path) -> None:
