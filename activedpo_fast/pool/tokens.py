@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,7 +70,7 @@ class TokenizedPool:
     `max_length`. Their sequences stay in the list, with no scored token, to keep the order. Every
     response of every other item has at least one scored token.
 
-    `items`: the item of each sequence. None: every sequence is a separate item.
+    `items`: the item of each sequence, ascending. None: every sequence is a separate item.
 
     `ids`: the id of each item, for messages.
 
@@ -104,7 +105,7 @@ class TokenizedPool:
     def _number(self, row: int) -> int:
         if self.numbers is not None:
             return self.numbers[row]
-        return 0 if self.items is None else row - self.items.index(self.items[row])
+        return 0 if self.items is None else row - bisect_left(self.items, self.items[row])
 
 
 def scored_tokens(response: TokenizedResponse) -> int:
