@@ -243,7 +243,7 @@ def _fill(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
             max(shared, group.shared),
             max(own, group.own),
         )
-        # As `padded_tokens`, without a look at the whole batch for each group: it may have thousands.
+        # As `padded_tokens`, without a look at the whole batch for each of its groups.
         if batch and (len(batch) + 1) * shared + responses * own > max_tokens:
             yield batch
             batch = []

@@ -275,20 +275,20 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
         ids = np.asarray(sequence.input_ids)  # a view of an array: pools have millions of tokens
         if limit is not None and len(ids) > limit:
             raise ActiveDPOError(
-                f"{tokenized.place(row)} has {len(ids)} tokens with its prompt, and the model has {limit} "
-                f"positions: set max_length to {limit} or less, as for DPOTrainer"
+                f"{tokenized.place(row)} has {len(ids)} tokens with its prompt, and the model has "
+                f"{limit} positions: set max_length to {limit} or less, as for DPOTrainer"
             )
         if known is not None and len(ids) and not 0 <= ids.min() <= ids.max() < known:
             token = ids.max() if ids.max() >= known else ids.min()
             raise ActiveDPOError(
-                f"{tokenized.place(row)} has the token id {token}, beyond the {known} tokens that the model has "
-                f"embeddings for: is it the model's tokenizer? {what}"
+                f"{tokenized.place(row)} has the token id {token}, beyond the {known} tokens that "
+                f"the model has embeddings for: is it the model's tokenizer? {what}"
             )
         scored = ids[len(ids) - scored_tokens(sequence) :]
         if predicted is not None and len(scored) and scored.max() >= predicted:
             raise ActiveDPOError(
-                f"{tokenized.place(row)} has the token id {scored.max()}, beyond the {predicted} tokens that the "
-                f"model's head predicts: {what}"
+                f"{tokenized.place(row)} has the token id {scored.max()}, beyond the {predicted} "
+                f"tokens that the model's head predicts: {what}"
             )
 
 
