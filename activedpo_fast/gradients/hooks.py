@@ -1,53 +1,55 @@
-"""Hooks that capture per-token inputs and output gradients of every trainable linear layer.
+"""Hooks that capture the inputs and output gradients of every trainable layer.
 
 For y = W h the gradient of an objective is Σ_t g_t h_tᵀ, where g_t is its gradient at the layer's
 output for token t. A response's own part is the sum over the tokens that only it has. Hooks capture
-h in the forward pass and g in the backward pass. Autograd computes no weight gradient, and
-differentiates nothing below the lowest trainable layer.
+h in the forward pass and g in the backward pass; `layers` has the rules for this and other layers.
+Autograd computes no weight gradient, and differentiates nothing below the lowest trainable layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from activedpo_fast.errors import UnsupportedParameterError
-from activedpo_fast.gradients.trainable import TrainableLinear, silent_modules
+from activedpo_fast.gradients.layers import Call, Layer, silent_modules
+from activedpo_fast.gradients.terms import Term
 
-# (layer, h [N, in], g [N, out], segments int64 [S, 3] of (first token, token after the last, row))
-Consumer = Callable[[TrainableLinear, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (what a layer adds, segments int64 [S, 3] of (first token, token after the last, row))
+Consumer = Callable[[Sequence[Term], torch.Tensor], None]
 
 
 class Capture:
-    """Hooks on trainable linear layers that hand (h, g) to a consumer as gradients arrive.
+    """Hooks on trainable layers that hand what they add to a consumer as gradients arrive.
 
     Args:
-        linears: the layers. An A matrix whose B is zero everywhere has an exactly zero gradient
+        layers: the layers. An A matrix whose B is zero everywhere has an exactly zero gradient
             (dL/dA h = Bᵀ g): nothing is differentiated through it, and it is never consumed.
         consume: called once per use of a layer in each backward pass; a layer's gradient is the sum
-            over the calls. h and g have the dtypes that the model computes with.
+            over the calls. Tensors have the dtypes that the model computes with.
 
     Used as a context manager inside `undisturbed`. Forward passes run inside `forward(...)`, the
     backward passes through them inside `backward(...)`.
     """
 
-    def __init__(self, linears: Sequence[TrainableLinear], consume: Consumer) -> None:
-        self._silent = silent_modules(linears)
-        self.linears = linears
+    def __init__(self, layers: Sequence[Layer], consume: Consumer) -> None:
+        self._silent = silent_modules(layers)
+        self.layers = layers
         self._consume = consume
         self._shape: tuple[int, int] | None = None
         self._segments: torch.Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.first_label = linears[0].label
+        self.first_label = layers[0].label
         self.used = False  # whether any of the layers took part in a forward pass
 
     def __enter__(self) -> Capture:
-        for linear in self.linears:
-            hook = _cut if id(linear.module) in self._silent else self._forward_hook(linear)
-            self._handles.append(linear.module.register_forward_hook(hook))
+        for layer in self.layers:
+            hook = _cut if id(layer.module) in self._silent else self._forward_hook(layer)
+            handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+            self._handles.append(handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -76,21 +78,22 @@ class Capture:
         finally:
             self._segments = before
 
-    def _forward_hook(
-        self, linear: TrainableLinear
-    ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+    def _forward_hook(self, layer: Layer) -> Callable[..., None]:
         def on_forward(
-            module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
             shape = self._shape
             if shape is None or not torch.is_grad_enabled():
                 return
             self.used = True
-            h = _by_token(linear, inputs[0].detach(), shape)
+            rule = layer.seen(Call(args, kwargs, shape))
 
             def on_gradient(g: torch.Tensor) -> None:
-                assert self._segments is not None, "a backward pass outside of `backward`"
-                self._consume(linear, h, _by_token(linear, g.detach(), shape), self._segments)
+                segments = self._segments
+                assert segments is not None, "a backward pass outside of `backward`"
+                with self._unseen():
+                    terms = rule(g.detach(), segments)
+                self._consume(terms, segments)
 
             if output.requires_grad:
                 output.register_hook(on_gradient)
@@ -106,23 +109,15 @@ class Capture:
 
         return on_forward
 
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Let a rule run modules once more without capturing them."""
+        before, self._shape = self._shape, None
+        try:
+            yield
+        finally:
+            self._shape = before
 
-def _cut(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+
+def _cut(module: nn.Module, args: object, kwargs: object, output: torch.Tensor) -> torch.Tensor:
     return output.detach()
-
-
-def _by_token(
-    linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
-) -> torch.Tensor:
-    count = shape[0] * shape[1]
-    # Some MLPs flatten batch and time; latent attention (DeepSeek) has a head dimension of one. The
-    # self-check verifies the order.
-    given = [size for size in tensor.shape[:-1] if size != 1]
-    if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
-        return tensor.reshape(count, tensor.shape[-1])
-    what = "is a routed expert, which" if "expert" in linear.label else "has an input that"
-    raise UnsupportedParameterError(
-        f"cannot capture per-sample gradients of {linear.label!r}: it {what} has not one row for "
-        f"each of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); use verify=True, "
-        "which finds this out and takes all gradients from autograd"
-    )

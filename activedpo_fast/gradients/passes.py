@@ -211,7 +211,7 @@ def _head_is_captured(model: nn.Module, capture: Capture) -> bool:
     if head is None:
         return False
     within = set(map(id, head.modules()))
-    return any(id(linear.module) in within for linear in capture.linears)
+    return any(id(layer.module) in within for layer in capture.layers)
 
 
 def _shape(ids: torch.Tensor) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """The gradient rows of a batch: captured by hooks, or taken from autograd for one response.
 
-Hooks take whole batches, but linear layers only. Autograd takes any parameter, one response at a
-time. A model that trains something else beside linear layers has all of its gradients from
-autograd: the pass through the whole model that the others need yields those of the linear layers,
-too, at less cost than another pass with hooks.
+Hooks take whole batches, but only the layers that there are rules for. Autograd takes any
+parameter, one response at a time. A model that trains anything else has all of its gradients from
+autograd: the pass through the whole model that the others need yields those of these layers, too,
+at less cost than another pass with hooks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch
+from activedpo_fast.gradients.dora import constant_dora_norms
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.passes import gradient_pass, whole_model_logps
 from activedpo_fast.gradients.sketch import SketchPlan
@@ -43,8 +44,9 @@ def captured_rows(
     rows = torch.zeros(len(batch.rows), plan.dim, dtype=dtype, device=batch.input_ids.device)
     with (
         undisturbed(model, precision),
+        constant_dora_norms(model),
         sketch_into(plan, rows) as consume,
-        Capture(trained.linears, consume) as capture,
+        Capture(trained.layers, consume) as capture,
     ):
         logps = gradient_pass(
             model,
@@ -72,7 +74,8 @@ def autograd_rows(
     """
     logps, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     rows = torch.zeros(1, plan.dim, dtype=torch.float64, device=batch.input_ids.device)
-    plan.add_formed(rows[0], gradients.items())
+    each = ((name, gradient.unsqueeze(0)) for name, gradient in gradients.items())
+    plan.add_formed(rows, each, torch.tensor([0]))
     return logps, rows
 
 

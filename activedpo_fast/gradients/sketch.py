@@ -146,39 +146,65 @@ class SketchPlan:
         ]
         ops.outer_sketches_(out, weights, segments, self.sketch.method)
 
-    def add_formed(self, out: Tensor, gradients: Iterable[tuple[str, Tensor]]) -> None:
-        """Add gradients that are formed already to one row.
+    def add_one_hot(self, out: Tensor, name: str, of: ops.OneHotSum, segments: Tensor) -> None:
+        """Add a parameter's gradients to which each token adds in one row or column.
+
+        out, segments: as in `add`. name: canonical name that the plan was made with.
+
+        Raises ActiveDPOError if the parameter does not fit.
+        """
+        if self._shapes.get(name) != torch.Size(of.shape):
+            raise ActiveDPOError(f"{name}: gradients of shape {of.shape} do not fit the plan")
+        if self.sketch.method != "none":
+            ops.one_hot_sketch_(out, of, segments, self._keys[name], self.sketch.method)
+            return
+        rows, places, values = of.tokens(segments)
+        block = slice(self._offsets[name], self._offsets[name] + math.prod(of.shape))
+        for row in rows.unique().tolist():
+            here = rows == row
+            of.add_to(out[row, block].view(of.shape), places[here], values[here])
+
+    def add_formed(
+        self, out: Tensor, gradients: Iterable[tuple[str, Tensor]], rows: Tensor
+    ) -> None:
+        """Add gradients that are formed already.
 
         Args:
-            out: [dim], float64; any floating dtype with method "none".
-            gradients: (canonical name that the plan was made with, gradient) of each parameter, of
-                its shape, in any floating dtype, on out's device. For "kronecker", a parameter of
-                more than two dimensions is a matrix of rows of its last one.
+            out: as in `add`.
+            gradients: (canonical name that the plan was made with, gradients [m, *shape]) of each
+                parameter, of its shape, in any floating dtype, on out's device. For "kronecker", a
+                parameter of more than two dimensions is a matrix of rows of its last one.
+            rows: int64 [m], the row of `out` that each is added to, each row once.
 
-        The row is the one that `add` gives for outer products with these sums.
+        What is added is what `add` gives for outer products with these sums.
+
+        Raises ActiveDPOError if a gradient does not fit.
         """
         for name, gradient in gradients:
             shape = self._shapes.get(name)
-            if gradient.shape != shape:
+            if shape is None or gradient.shape != (len(rows), *shape):
                 raise ActiveDPOError(
-                    f"{name}: a gradient of shape {list(gradient.shape)} does not fit the plan"
+                    f"{name}: gradients of shape {list(gradient.shape)} do not fit the plan"
                 )
             if gradient.numel() == 0:
                 continue
+            to = rows.to(out.device)
             if self.sketch.method == "none":
-                out[self._offsets[name] :][: gradient.numel()] += gradient.flatten()
+                block = slice(self._offsets[name], self._offsets[name] + shape.numel())
+                out[:, block].index_add_(0, to, gradient.flatten(1).to(out.dtype))
                 continue
             # Numbers of half precision are summed in float32.
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            out += self._sketch_of(gradient.reshape(matrix_shape(shape)), self._keys[name])
+            matrices = gradient.reshape(len(rows), *matrix_shape(shape))
+            out.index_add_(0, to, self._sketches_of(matrices, self._keys[name]).to(out.dtype))
 
-    def _sketch_of(self, matrix: Tensor, key: int) -> Tensor:
+    def _sketches_of(self, matrices: Tensor, key: int) -> Tensor:
         if self.sketch.method == "kronecker":
-            return reference.kronecker(matrix[None], key, self.dim)[0]
+            return reference.kronecker(matrices, key, self.dim)
         add = ops.sjlt_ if self.sketch.method == "sjlt" else ops.rademacher_
-        row = matrix.new_zeros(1, self.dim)
-        add(row, matrix.reshape(1, -1), key)
-        return row[0]
+        found = matrices.new_zeros(len(matrices), self.dim)
+        add(found, matrices.flatten(1), key)
+        return found
 
     def _add_whole(
         self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]], segments: Tensor

@@ -6,7 +6,7 @@ is put aside, up to a bound on memory, and then sketched with a few launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from activedpo_fast.gradients.hooks import Consumer
 from activedpo_fast.gradients.sketch import SketchPlan
-from activedpo_fast.gradients.trainable import TrainableLinear
+from activedpo_fast.gradients.terms import OneHot, Outer, Term
 
 # Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
 # sees few already: this much keeps it busy for longer than launching the next sketches takes.
@@ -50,23 +50,26 @@ class _Sketching:
         self._addresses: set[int] = set()  # layers share inputs
         self._bytes = 0
 
-    def add(self, linear: TrainableLinear, h: Tensor, g: Tensor, segments: Tensor) -> None:
-        stream = torch.cuda.current_stream(g.device) if g.is_cuda else None
+    def add(self, terms: Sequence[Term], segments: Tensor) -> None:
+        for term in terms:
+            if isinstance(term, Outer):
+                self._put_aside(term, segments)
+            elif isinstance(term, OneHot):
+                self._plan.add_one_hot(self._out, term.name, term.of, segments)
+            else:
+                self._plan.add_formed(self._out, [(term.name, term.gradients)], term.rows)
+        if self._bytes > self._most:
+            self.finish()
+
+    def _put_aside(self, term: Outer, segments: Tensor) -> None:
+        device = term.left.device
+        stream = torch.cuda.current_stream(device) if term.left.is_cuda else None
         captured = self._aside.setdefault((id(segments), stream), _Captured(segments, stream))
-        if linear.weight is not None:
-            # Under autocast h is the layer's input before the cast, and g has the cast dtype.
-            dtype = torch.promote_types(h.dtype, g.dtype)
-            h, g = h.to(dtype), g.to(dtype)
-            left, right = (h, g) if linear.transposed else (g, h)
-            captured.gradients.append((linear.weight, left, right))
-        if linear.bias is not None:
-            captured.gradients.append((linear.bias, g, g.new_ones(len(g), 1)))
-        for tensor in (h, g):
+        captured.gradients.append((term.name, term.left, term.right))
+        for tensor in (term.left, term.right):
             if tensor.data_ptr() not in self._addresses:
                 self._addresses.add(tensor.data_ptr())
                 self._bytes += tensor.nbytes
-        if self._bytes > self._most:
-            self.finish()
 
     def finish(self) -> None:
         """Sketch what was put aside."""

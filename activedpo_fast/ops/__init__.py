@@ -5,12 +5,14 @@ The selection's operations on whole candidate sets are in `scores`. As registere
 go through torch.compile without graph breaks (even with `fullgraph`), and FakeTensors know their
 shapes; `outer_sketches_`, which is `outer_sketch_` of many weights, is not registered.
 
-Captured gradients are never formed: `outer_sketches_` takes them as outer products. `sjlt_` and
-`rademacher_` give gradients that autograd has formed the same sketch; docs/benchmarks.md compares
-them with the projections of other packages.
+Captured gradients are never formed: `outer_sketches_` takes them as outer products, and
+`one_hot_sketch_` takes those of embeddings by place. `sjlt_` and `rademacher_` give gradients that
+are formed already the same sketch; docs/benchmarks.md compares them with the projections of other
+packages.
 """
 
 from activedpo_fast.ops.logps import response_logp_grad, response_logps
+from activedpo_fast.ops.one_hot import OneHotSum, one_hot_sketch_
 from activedpo_fast.ops.rank_update import rank_update_
 from activedpo_fast.ops.sketch import (
     METHODS,
@@ -23,7 +25,9 @@ from activedpo_fast.ops.sketch import (
 
 __all__ = [
     "METHODS",
+    "OneHotSum",
     "OuterSum",
+    "one_hot_sketch_",
     "outer_sketch_",
     "outer_sketches_",
     "rademacher_",

@@ -60,6 +60,19 @@ def sjlt_hash(
     return ((word * k) >> 32) ^ (positions % width), 1 - 2 * ((sign_word >> (positions & 31)) & 1)
 
 
+def sjlt_hash_of_rows(rows: Tensor, columns: int, key: int, k: int) -> tuple[Tensor, Tensor]:
+    """Return `sjlt_hash` of all positions in some rows of a matrix, [rows, columns] each.
+
+    rows: int64. The position of (r, c) is r columns + c. Words are drawn once for all the adjacent
+    positions that use them.
+    """
+    width = math.gcd(k, RUN)
+    positions = rows[:, None] * columns + torch.arange(columns, device=rows.device)
+    word = _words_along(positions, width, SJLT_STREAM, key)
+    sign_word = _words_along(positions, 32, SJLT_STREAM + SIGNS, key)
+    return ((word * k) >> 32) ^ (positions % width), 1 - 2 * ((sign_word >> (positions & 31)) & 1)
+
+
 def rademacher_signs(positions: Tensor, columns: Tensor, key: int) -> Tensor:
     """Return signs (+1, -1), int64 [positions, columns], of the projection matrix of `rademacher`.
 
@@ -167,8 +180,10 @@ def kronecker(x: Tensor, key: int, k: int) -> Tensor:
     a, b = kronecker_sides(rows, columns, k)
     left, right, _ = KRONECKER_STREAMS
     device = x.device
-    row_bucket, row_sign = _side_hash(rows, a, key, left, device)
-    column_bucket, column_sign = _side_hash(columns, b, key, right, device)
+    row_bucket, row_sign = kronecker_hash(torch.arange(rows, device=device), rows, a, key, left)
+    column_bucket, column_sign = kronecker_hash(
+        torch.arange(columns, device=device), columns, b, key, right
+    )
     # One side after the other, a few rows at a time: [rows, columns] more numbers would not fit.
     both = torch.zeros(n, a, b, dtype=torch.float64, device=device)
     step = max(1, _TILE // (max(n, 1) * columns))
@@ -177,12 +192,24 @@ def kronecker(x: Tensor, key: int, k: int) -> Tensor:
         signed = x[:, part].double() * (row_sign[part, None] * column_sign)
         narrow = both.new_zeros(n, signed.shape[1], b).index_add_(2, column_bucket, signed)
         both.index_add_(1, row_bucket[part], narrow)
+    return kronecker_placed(both.flatten(1), key, k).to(x.dtype)
+
+
+def kronecker_placed(both: Tensor, key: int, k: int) -> Tensor:
+    """Place projections to a b numbers, [n, a b], among k buckets: [n, k]."""
     width = math.gcd(k, RUN)
     first, stride = kronecker_place(key, k)
-    place = torch.arange(a * b, device=device)
+    place = torch.arange(both.shape[1], device=both.device)
     bucket = (first + place // width * stride) % (k // width) * width + place % width
-    out = torch.zeros(n, k, dtype=torch.float64, device=device)
-    return out.index_add_(1, bucket, both.flatten(1)).to(x.dtype)
+    return both.new_zeros(len(both), k).index_add_(1, bucket, both)
+
+
+def kronecker_hash(
+    positions: Tensor, length: int, buckets: int, key: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    """Return bucket and sign of positions on a side of `length`, both int64; see `kronecker`."""
+    bucket, sign = sjlt_hash(positions, key, buckets, stream)
+    return (positions if buckets == length else bucket), sign
 
 
 def outer_sketch(
@@ -214,14 +241,6 @@ def outer_sketch(
     return out
 
 
-def _side_hash(
-    length: int, buckets: int, key: int, stream: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    positions = torch.arange(length, device=device)
-    bucket, sign = sjlt_hash(positions, key, buckets, stream)
-    return (positions if buckets == length else bucket), sign
-
-
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """Return the high and low words of the 64-bit product, by halves of b (int64 has 63 bits)."""
     low = a * (b & 0xFFFF)
@@ -233,6 +252,16 @@ def _word(block: Tensor, index: Tensor, stream: int, key: int) -> Tensor:
     """Return word `index` (0..3) of each block of a stream."""
     words = torch.stack(_words(block, 0, stream, key))
     return words.gather(0, index.unsqueeze(0)).squeeze(0)
+
+
+def _words_along(positions: Tensor, width: int, stream: int, key: int) -> Tensor:
+    """Return word p // width of a stream for each p of `positions`, whose rows are adjacent."""
+    number = positions // width
+    first = number[:, :1] >> 2
+    count = (positions.shape[1] + width - 2) // width // 4 + 2  # blocks that a row may touch
+    blocks = first + torch.arange(count, device=positions.device)
+    words = torch.stack(_words(blocks, 0, stream, key), dim=-1).flatten(1)
+    return words.gather(1, number - 4 * first)
 
 
 def _words(

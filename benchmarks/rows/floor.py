@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from activedpo_fast.gradients import extractor as extractor_module
 from activedpo_fast.gradients import rows as rows_module
 from activedpo_fast.gradients.hooks import Capture
-from activedpo_fast.gradients.trainable import TrainableLinear
+from activedpo_fast.gradients.layers import Layer
 
 
 class OnlyActivations(Capture):
     """Let autograd differentiate the same activations, without capturing anything."""
 
-    def _forward_hook(
-        self, linear: TrainableLinear
-    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def begin_the_graph(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _forward_hook(self, layer: Layer) -> Callable[..., None]:
+        def begin_the_graph(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             self.used = True
             if torch.is_grad_enabled() and not output.requires_grad:
                 output.requires_grad_()
