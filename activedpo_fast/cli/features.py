@@ -19,6 +19,7 @@ from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.models.encoder_decoder import decoder_start_token_id
 from activedpo_fast.models.file_fingerprints import (
     fingerprint_adapter,
     fingerprint_model,
@@ -245,7 +246,13 @@ def _prepare(
         device=options.device,
         tokenizer=options.tokenizer,
     )
-    tokenized = tokenize_pool(pool, tokenizer, show_progress=show_progress, **rows.tokenization)
+    tokenized = tokenize_pool(
+        pool,
+        tokenizer,
+        decoder_start_token_id=decoder_start_token_id(model, tokenizer),
+        show_progress=show_progress,
+        **rows.tokenization,
+    )
     if len(tokenized.skipped) == len(pool):
         raise ActiveDPOError(
             f"every prompt fills --max-length {rows.max_length}: there is nothing to score"
