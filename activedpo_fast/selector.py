@@ -19,6 +19,7 @@ from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.trainable import trainable_parameters
+from activedpo_fast.models.encoder_decoder import decoder_start_token_id
 from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
 from activedpo_fast.pool.pool import PreferencePool, as_pool
@@ -49,7 +50,7 @@ class ActiveDPOSelector:
     that was given by name is `selector.model` then, and its tokenizer `selector.processing_class`.
 
     Args:
-        model: the policy π_θ, a causal LM with trainable linear layers (usually PEFT LoRA). A
+        model: the policy π_θ, a causal or encoder-decoder LM (usually with PEFT LoRA). A
             string or path is loaded as `activedpo features` loads it: the folder or hub name of an
             adapter (on the base model that it names), or of a model, which is frozen then and
             serves the strategies that need no gradients.
@@ -274,7 +275,11 @@ class ActiveDPOSelector:
     ) -> TokenizedPool:
         """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
         return tokenize_pool(
-            pool, self.processing_class, show_progress=show_progress, **self.args.tokenization
+            pool,
+            self.processing_class,
+            decoder_start_token_id=decoder_start_token_id(self.model, self.processing_class),
+            show_progress=show_progress,
+            **self.args.tokenization,
         )
 
     def _make_strategy(self, pool_fingerprint: str) -> Strategy:

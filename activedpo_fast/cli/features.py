@@ -20,6 +20,7 @@ from activedpo_fast.distributed.token_parts import tokenize_in_parts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
+from activedpo_fast.models.encoder_decoder import decoder_start_token_id
 from activedpo_fast.models.file_fingerprints import (
     fingerprint_adapter,
     fingerprint_model,
@@ -215,7 +216,12 @@ def _take(
 
     extractor, tokenizer = processes.check(lambda: _load(options, settings, skip_non_finite))
     tokenized = tokenize_in_parts(
-        pool, tokenizer, processes, show_progress=show_progress, **options.rows.tokenization
+        pool,
+        tokenizer,
+        processes,
+        decoder_start_token_id=decoder_start_token_id(extractor.model, tokenizer),
+        show_progress=show_progress,
+        **options.rows.tokenization,
     )
 
     def check() -> None:

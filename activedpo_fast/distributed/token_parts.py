@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,6 +30,7 @@ def tokenize_in_parts(
     max_length: int | None,
     truncation_mode: TruncationMode,
     chat_template_kwargs: dict[str, Any] | None,
+    decoder_start_token_id: int | None = None,
     show_progress: bool | None = None,
 ) -> TokenizedPool:
     """Return what `tokenize_pool` does, in every process; the first one warns.
@@ -48,6 +50,7 @@ def tokenize_in_parts(
             max_length=max_length,
             truncation_mode=truncation_mode,
             chat_template_kwargs=chat_template_kwargs,
+            decoder_start_token_id=decoder_start_token_id,
             show_progress=show_progress,
         )
     )
@@ -55,7 +58,7 @@ def tokenize_in_parts(
         own = _together(own, pool, part.items.start, processes)
         noticed = Noticed(*map(processes.total, noticed))
     if processes.rank == 0:
-        noticed.warn(max_length, truncation_mode)
+        noticed.warn(own, max_length, truncation_mode)
     return own
 
 
@@ -74,7 +77,9 @@ def _together(
         for (begin, end), start in zip(bounds, starts, strict=True)
     ]
     items = torch.repeat_interleave(pool.response_offsets.diff()).tolist()
-    return TokenizedPool(sequences, skipped, items, pool.ids)
+    return replace(
+        own, sequences=sequences, skipped=skipped, items=items, ids=pool.ids, numbers=None
+    )
 
 
 def _numbers(values: list[int]) -> torch.Tensor:

@@ -4,6 +4,10 @@ A batch has two parts. `prompt_ids` holds what the responses of an item have in 
 the left; `input_ids` holds what each response adds, padded on the right. With the second part
 continuing the first, the tokens of every response are contiguous. Position ids, sliding windows and
 ALiBi slopes are therefore those of the response alone.
+
+For an encoder-decoder model, `prompt_ids` is what the encoder reads, in every layout, and
+`input_ids` what the decoder does. Either begins at position 0, so that both are padded on the
+right.
 """
 
 from __future__ import annotations
@@ -63,11 +67,13 @@ class Batch:
     Attributes:
         rows: int64 [B], indices of the responses in the tokenized pool; groups stay together.
         group_of: int64 [B], the group (0 .. P-1) of each response, ascending.
-        prompt_ids, prompt_mask: int64 [P, L], padded on the left; L = 0 when nothing is shared.
+        prompt_ids, prompt_mask: int64 [P, L], padded on the left (with an encoder, on the right);
+            L = 0 when nothing is shared.
         input_ids, attention_mask: int64 [B, T], padded on the right.
         position_ids: int64 [B, T], counted from the beginning of the prompt.
         scored: bool [B, T], True where the token's log-prob counts (response tokens; never the
             first token of a sequence, which nothing predicts, nor the first of `input_ids`).
+        encoder_decoder: whether the two parts are for an encoder and a decoder.
     """
 
     rows: torch.Tensor
@@ -78,6 +84,12 @@ class Batch:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     scored: torch.Tensor
+    encoder_decoder: bool = False
+
+    def prompts_of_responses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `prompt_ids` and `prompt_mask` with a row for each response, [B, L]."""
+        group_of = self.group_of.to(self.prompt_ids.device)
+        return self.prompt_ids[group_of], self.prompt_mask[group_of]
 
     def to(self, device: torch.device) -> Batch:
         """Move the model inputs to `device`; `rows` and `group_of` stay on the CPU."""
@@ -90,6 +102,7 @@ class Batch:
             self.attention_mask.to(device),
             self.position_ids.to(device),
             self.scored.to(device),
+            self.encoder_decoder,
         )
 
 
@@ -108,26 +121,28 @@ def group_rows(
 
     With `Layout.APART`, every response has its prompt's tokens in the shared part, up to that last
     token, whatever the others are: an item with different prompt tokens (truncated, or merged with
-    the response's first) has a group for each.
+    the response's first) has a group for each. So it is for an encoder-decoder model in every
+    layout: what the encoder reads is the shared part.
 
     Raises:
         ActiveDPOError: with `Layout.APART`, a prompt of a different class than its response.
     """
     by_item: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+    apart = layout is Layout.APART or tokenized.encoder_decoder
     for row in rows:
         sequence = tokenized.sequences[row]
         kind = 0 if length_class is None else length_class(len(sequence.input_ids))
         item = row if layout is Layout.ALONE else tokenized.item_of(row)
-        prompt = tuple(sequence.input_ids[: _before(sequence)]) if layout is Layout.APART else ()
+        prompt = tuple(sequence.input_ids[: _before(sequence)]) if apart else ()
         by_item.setdefault((item, kind, prompt), []).append(row)
     groups = []
     for (_, kind, prompt), members in by_item.items():
-        if layout is Layout.APART:
+        if apart:
             group = _of_prompt(tokenized.sequences, members, len(prompt))
         else:
             group = _group(tokenized.sequences, members, layout is Layout.SHARED)
         if group.shared and length_class is not None and length_class(group.shared) != kind:
-            if layout is Layout.APART:
+            if apart:
                 raise ActiveDPOError(
                     f"{tokenized.place(members[0])}: the model embeds positions of its prompt "
                     "differently in a longer sequence, so that the prompt cannot run apart; "
@@ -167,10 +182,9 @@ def padded_tokens(groups: Sequence[Group]) -> int:
     return len(groups) * length + responses * longest
 
 
-def collate(
-    sequences: Sequence[TokenizedResponse], groups: Sequence[Group], *, pad_token_id: int
-) -> Batch:
+def collate(tokenized: TokenizedPool, groups: Sequence[Group], *, pad_token_id: int) -> Batch:
     """Pad the responses of `groups`; `pad_token_id` never influences a result."""
+    sequences = tokenized.sequences
     rows = [row for group in groups for row in group.rows]
     shared_of = [group.shared for group in groups for _ in group.rows]
     length, longest = max(g.shared for g in groups), max(g.own for g in groups)
@@ -179,8 +193,9 @@ def collate(
     for index, group in enumerate(groups):
         if group.shared:
             ids = sequences[group.rows[0]].input_ids[: group.shared]
-            prompt_ids[index, length - group.shared :] = torch.tensor(ids)
-            prompt_mask[index, length - group.shared :] = 1
+            start = 0 if tokenized.encoder_decoder else length - group.shared
+            prompt_ids[index, start : start + group.shared] = torch.tensor(ids)
+            prompt_mask[index, start : start + group.shared] = 1
     input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     scored = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -205,6 +220,7 @@ def collate(
         attention_mask,
         position_ids,
         scored,
+        tokenized.encoder_decoder,
     )
 
 

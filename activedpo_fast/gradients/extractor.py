@@ -49,9 +49,9 @@ class FeatureExtractor:
     does the autocast that a trainer with bf16=True puts around the model's `forward`.
 
     Args:
-        model: a transformers causal LM, or a PEFT model around one, or the name of either as in
-            `ActiveDPOSelector`. The gradient is computed for every parameter that requires one (of
-            the active adapter).
+        model: a transformers causal LM or encoder-decoder LM, or a PEFT model around one, or the
+            name of either as in `ActiveDPOSelector`. The gradient is computed for every parameter
+            that requires one (of the active adapter).
         sketch: the random projection of the gradients; its `dim` is k.
         beta: β of the implicit reward r = β log(π/π_ref); the rows are multiplied by it.
         length_normalized: use log π(y|x) / |y| instead of log π(y|x), in rows and log-probs, as
@@ -64,8 +64,8 @@ class FeatureExtractor:
         gradient: "all_tokens", or "response_tokens": the gradient by which the weights act on the
             tokens of the response and on the prompt's last token, which predicts the first of them;
             the keys and values of all tokens before are constants. No prompt runs backward, which
-            is cheaper, the more the longer prompts are. Not the gradient of the implicit reward,
-            but near it (docs/method.md).
+            is cheaper, the more the longer prompts are. With an encoder, its output is the
+            constant. Not the gradient of the implicit reward, but near it (docs/method.md).
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
             converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses

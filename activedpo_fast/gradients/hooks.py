@@ -8,6 +8,7 @@ Autograd computes no weight gradient, and differentiates nothing below the lowes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +40,8 @@ class Capture:
         self._silent = silent_modules(layers)
         self.layers = layers
         self._consume = consume
-        self._shape: tuple[int, int] | None = None
-        self._segments: torch.Tensor | None = None
+        self._shapes: tuple[tuple[int, int], ...] = ()
+        self._segments: tuple[torch.Tensor, ...] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.first_label = layers[0].label
         self.used = False  # whether any of the layers took part in a forward pass
@@ -58,19 +59,23 @@ class Capture:
         self._handles.clear()
 
     @contextmanager
-    def forward(self, shape: tuple[int, int]) -> Iterator[None]:
-        """Capture the forward passes inside, of B x T tokens: `shape` of the model's input."""
-        before, self._shape = self._shape, shape
+    def forward(self, *shapes: tuple[int, int]) -> Iterator[None]:
+        """Capture the forward passes inside, of B x T tokens: the shape of the model's input.
+
+        With an encoder and a decoder there are two: each layer's input has one of them.
+        """
+        before, self._shapes = self._shapes, shapes
         try:
             yield
         finally:
-            self._shape = before
+            self._shapes = before
 
     @contextmanager
-    def backward(self, segments: torch.Tensor) -> Iterator[None]:
+    def backward(self, *segments: torch.Tensor) -> Iterator[None]:
         """Add the gradients that arrive inside to rows.
 
-        segments: which of the B T tokens (row-major) of the forward pass add to which row.
+        segments: for each of the forward pass's shapes, which of its B T tokens (row-major) add to
+            which row.
         """
         before, self._segments = self._segments, segments
         try:
@@ -82,15 +87,16 @@ class Capture:
         def on_forward(
             module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            shape = self._shape
-            if shape is None or not torch.is_grad_enabled():
+            shapes = self._shapes
+            if not shapes or not torch.is_grad_enabled():
                 return
             self.used = True
-            rule = layer.seen(Call(args, kwargs, shape))
+            which = _which_tokens(Call(args, kwargs, shapes[0]).first, shapes)
+            rule = layer.seen(Call(args, kwargs, shapes[which]))
 
             def on_gradient(g: torch.Tensor) -> None:
-                segments = self._segments
-                assert segments is not None, "a backward pass outside of `backward`"
+                assert self._segments, "a backward pass outside of `backward`"
+                segments = self._segments[which]
                 with self._unseen():
                     terms = rule(g.detach(), segments)
                 self._consume(terms, segments)
@@ -112,12 +118,24 @@ class Capture:
     @contextmanager
     def _unseen(self) -> Iterator[None]:
         """Let a rule run modules once more without capturing them."""
-        before, self._shape = self._shape, None
+        before, self._shapes = self._shapes, ()
         try:
             yield
         finally:
-            self._shape = before
+            self._shapes = before
 
 
 def _cut(module: nn.Module, args: object, kwargs: object, output: torch.Tensor) -> torch.Tensor:
     return output.detach()
+
+
+def _which_tokens(tensor: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the first of `shapes` that a layer's input has, of states or token ids.
+
+    If it has none, the rule of the layer says so.
+    """
+    given = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
+    for number, (sequences, length) in enumerate(shapes):
+        if math.prod(given) == sequences * length:
+            return number
+    return 0

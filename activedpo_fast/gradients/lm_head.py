@@ -16,15 +16,22 @@ from activedpo_fast import ops
 _CHUNK_CPU, _CHUNK = 1 << 22, 1 << 26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+# (token ids [1, N], hidden states [1, N, h]) -> keyword arguments of a model
+HeadInputs = Callable[[torch.Tensor, torch.Tensor], dict[str, Any]]
 
 
 @contextmanager
-def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> Iterator[Head]:
+def language_model_head(
+    model: nn.Module, decoder: nn.Module, output: Any, inputs: HeadInputs
+) -> Iterator[Head]:
     """Yield the part of `model` after its `decoder` as a function of hidden states.
 
     The function is head(hidden [1, N, h]) -> logits [1, N, V]. It is the model's own forward pass,
     with the decoder's part replaced by an output of the same type as `output` that holds `hidden`.
     It includes scaling, soft-capping, biases and adapters of the head.
+
+    Args:
+        inputs: gives the model's inputs for N tokens, whose ids are of no effect, and `hidden`.
     """
     states: list[torch.Tensor] = []
 
@@ -34,7 +41,7 @@ def language_model_head(model: nn.Module, decoder: nn.Module, output: Any) -> It
     def head(hidden: torch.Tensor) -> torch.Tensor:
         states[:] = [hidden]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(**inputs(ids, hidden), use_cache=False).logits
         return logits
 
     # A decoder may have its own `forward` (accelerate's hooks, a patch); it is restored.

@@ -2,7 +2,8 @@
 
 Two layouts give the same numbers. `shared`: the prompts run once, the responses continue them, and
 the LM head runs only on scored tokens. Not `shared`: every response is a separate sequence and goes
-through the whole model as in a training step, which any causal LM supports.
+through the whole model as in a training step, which any causal LM supports. With an encoder, the
+prompts are what it reads, and the responses what the decoder does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import Batch
+from activedpo_fast.gradients.encoder_decoder import (
+    decoder_inputs,
+    encode_prompts,
+    head_inputs,
+    whole_inputs,
+)
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.lm_head import chunked_logps, language_model_head
 from activedpo_fast.gradients.prompt_cache import continue_prompts, run_prompts
@@ -64,25 +71,25 @@ def gradient_pass(
     """
     terms = row_terms(batch, relative)
     weights = _weights(batch, relative, lengths)
-    shape, segments = _shape(batch.input_ids), response_segments(batch, terms)
+    shapes, segments = _shapes(batch), response_segments(batch, terms)
     if not shared:
-        with capture.forward(shape):
+        with capture.forward(*shapes):
             logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
         _check_used(capture)
-        with capture.backward(segments):
+        with capture.backward(*segments):
             (logps * weights).sum().backward()
         return logps.detach()
 
     decoder = _decoder(model)
     with capture.forward(_shape(batch.prompt_ids)) if through_prompts else torch.no_grad():
-        states = _prompt_states(decoder, batch)
+        states = _prompt_states(model, decoder, batch)
     continued = _one_for_each_response(states, batch)
-    with capture.forward(shape):
+    with capture.forward(*shapes):
         output = _continue(decoder, batch, continued)
     logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
     _check_used(capture)
     if output.last_hidden_state.requires_grad:
-        with capture.backward(segments):
+        with capture.backward(*segments):
             output.last_hidden_state.backward(gradient)
     del output, gradient
     _prompt_backward_passes(capture, batch, states, continued, relative)
@@ -145,7 +152,7 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
             return whole_model_logps(model, batch)
         decoder = _decoder(model)
         output = _continue(
-            decoder, batch, _one_for_each_response(_prompt_states(decoder, batch), batch)
+            decoder, batch, _one_for_each_response(_prompt_states(model, decoder, batch), batch)
         )
         return _scored_logps(model, batch, decoder, output, None, None)[0]
 
@@ -178,7 +185,7 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
     with torch.no_grad():
         if shared:
             decoder = _decoder(model)
-            states = _prompt_states(decoder, batch)
+            states = _prompt_states(model, decoder, batch)
             hidden = _continue(
                 decoder, batch, _one_for_each_response(states, batch)
             ).last_hidden_state
@@ -218,6 +225,12 @@ def _shape(ids: torch.Tensor) -> tuple[int, int]:
     return ids.shape[0], ids.shape[1]
 
 
+def _shapes(batch: Batch) -> tuple[tuple[int, int], ...]:
+    """Return [B, T]; with an encoder also [B, L], of what it gives the decoder to read."""
+    own = _shape(batch.input_ids)
+    return (own, (own[0], batch.prompt_ids.shape[1])) if batch.encoder_decoder else (own,)
+
+
 def _decoder(model: nn.Module) -> nn.Module:
     """Return the stack of layers of a causal LM, without its head."""
     decoder: nn.Module = causal_lm(model).get_decoder()  # type: ignore[operator]
@@ -226,7 +239,9 @@ def _decoder(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def _prompt_states(decoder: nn.Module, batch: Batch) -> list[torch.Tensor]:
+def _prompt_states(model: nn.Module, decoder: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    if batch.encoder_decoder:
+        return [encode_prompts(causal_lm(model).get_encoder(), batch)]  # type: ignore[operator]
     if batch.prompt_ids.shape[1] == 0:
         return []
     return run_prompts(decoder, batch.prompt_ids, batch.prompt_mask)
@@ -243,6 +258,8 @@ def _one_for_each_response(states: list[torch.Tensor], batch: Batch) -> list[tor
 
 
 def _continue(decoder: nn.Module, batch: Batch, continued: list[torch.Tensor]) -> Any:
+    if batch.encoder_decoder:
+        return decoder(**decoder_inputs(batch, *continued))
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -280,7 +297,8 @@ def _scored_logps(
         with capture.forward((1, end - start)), capture.backward(segments):
             yield
 
-    with language_model_head(causal_lm(model), decoder, output) as head:
+    inputs = head_inputs if batch.encoder_decoder else _head_inputs
+    with language_model_head(causal_lm(model), decoder, output, inputs) as head:
         logps, gradient = chunked_logps(
             head,
             hidden.detach()[response, position - 1],
@@ -295,7 +313,13 @@ def _scored_logps(
     return total, torch.zeros_like(hidden).index_put_((response, position - 1), gradient)
 
 
+def _head_inputs(ids: torch.Tensor, hidden: torch.Tensor) -> dict[str, Any]:
+    return {"input_ids": ids}
+
+
 def _whole_inputs(batch: Batch) -> dict[str, Any]:
+    if batch.encoder_decoder:
+        return whole_inputs(batch)
     # With padding on the right, the model's own position ids are correct.
     return {
         "input_ids": batch.input_ids,

@@ -89,7 +89,7 @@ def run_batches(
                     continue
                 try:
                     with budget.batch(padded_tokens(members)):
-                        batch = collate(tokenized.sequences, members, pad_token_id=pad_token_id)
+                        batch = collate(tokenized, members, pad_token_id=pad_token_id)
                         result = run_batch(batch.to(budget.device), shared)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):

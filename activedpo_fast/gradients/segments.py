@@ -34,10 +34,25 @@ def row_terms(batch: Batch, relative: bool) -> list[tuple[int, int]]:
     ]
 
 
-def response_segments(batch: Batch, terms: list[tuple[int, int]]) -> torch.Tensor:
-    """Return the segments of the tokens of `input_ids`."""
-    length = batch.input_ids.shape[1]
-    counts = batch.attention_mask.sum(dim=1).tolist()
+def response_segments(batch: Batch, terms: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """Return the segments of the tokens of `input_ids`.
+
+    With an encoder, also those of each response's prompt: the decoder reads both.
+    """
+    own = batch.attention_mask
+    if not batch.encoder_decoder:
+        return (_segments_of(own, terms),)
+    prompts = batch.prompts_of_responses()[1]
+    if prompts.shape == own.shape:
+        # Layers that read either are not told apart then, and padding has no gradient.
+        own = prompts = own | prompts
+    return _segments_of(own, terms), _segments_of(prompts, terms)
+
+
+def _segments_of(mask: torch.Tensor, terms: list[tuple[int, int]]) -> torch.Tensor:
+    """Return the segments of the tokens that `mask` [B, T], padded on the right, has."""
+    length = mask.shape[1]
+    counts = mask.sum(dim=1).tolist()
     segments: list[list[int]] = []
     for b, row in sorted(terms, key=lambda term: (term[1], term[0])):
         start = b * length
@@ -71,11 +86,11 @@ def prompt_segments(
     groups, length = batch.prompt_ids.shape
     first = first_of_group(batch)
     sizes = torch.bincount(batch.group_of, minlength=groups)
-    begins = length - batch.prompt_mask.sum(dim=1).cpu()
+    counts = batch.prompt_mask.sum(dim=1).cpu()
+    begins = torch.zeros_like(counts) if batch.encoder_decoder else length - counts
     for n in range(1 if relative else 0, int(sizes.max())):
         group = (sizes > n).nonzero().squeeze(1)
         response = first[group] + n
-        segments = torch.stack(
-            [group * length + begins[group], (group + 1) * length, response], dim=1
-        )
+        start = group * length + begins[group]
+        segments = torch.stack([start, start + counts[group], response], dim=1)
         yield group, (response, first[group]) if relative else (response,), segments

@@ -269,7 +269,7 @@ def _autograd_gradients(
     precision: str | None,
 ) -> dict[str, torch.Tensor]:
     groups = group_rows(tokenized, [row], Layout.ALONE)
-    batch = collate(tokenized.sequences, groups, pad_token_id=pad_token_id)
+    batch = collate(tokenized, groups, pad_token_id=pad_token_id)
     batch = batch.to(next(model.parameters()).device)
     _, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     return {

@@ -1,7 +1,7 @@
 """Which models are supported, decided by the kind of model before anything runs.
 
-The self-check compares numbers, and two wrong numbers may agree: with an encoder that reads the
-response, hooks and autograd give the same wrong gradient. Models known to be wrong, or known to
+The self-check compares numbers, and two wrong numbers may agree: with tokens that see later ones,
+hooks and autograd give the same wrong gradient. Models known to be wrong, or known to
 fail, are refused here with a message that says what to do, even without `verify`.
 """
 
@@ -26,9 +26,14 @@ from transformers.models.auto import modeling_auto as auto
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.encoder_decoder import (
+    check_encoder_decoder,
+    check_tokens_are_for,
+    is_encoder_decoder,
+)
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
-_WANTED = "pass a decoder-only causal language model (AutoModelForCausalLM)"
+_WANTED = "pass a causal language model (AutoModelForCausalLM), or AutoModelForSeq2SeqLM"
 
 # Wrappers by class name (their packages may be missing), and what to pass instead.
 _WRAPPERS = {
@@ -99,8 +104,11 @@ def position_limit(model: nn.Module) -> int | None:
     if getattr(config, "model_type", None) == "mpt":
         return int(config.max_seq_len)  # ALiBi, but its table has that many columns
     decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else None
-    if decoder is None:
-        decoder = base
+    return positions_of(base if decoder is None else decoder)
+
+
+def positions_of(decoder: nn.Module) -> int | None:
+    """Return how many positions a stack of layers can compute; None if there is no limit."""
     limits = [
         _rows(table)
         for name, table in decoder.named_modules()
@@ -147,22 +155,23 @@ def _check_kind(model: nn.Module) -> None:
     base = causal_lm(model)
     name = type(base).__name__
     config: Any = getattr(base, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ActiveDPOError(
-            f"{name} is an encoder-decoder model, whose encoder would read the response too: "
-            f"{_WANTED}"
-        )
+    with_encoder = is_encoder_decoder(model)
     for peft_class, task in _PEFT_TASKS:
-        if isinstance(model, peft_class):
+        if isinstance(model, peft_class) and not (
+            with_encoder and peft_class is PeftModelForSeq2SeqLM
+        ):
             raise ActiveDPOError(
                 f"the adapter is for {task} ({peft_class.__name__}): make it with "
-                "task_type='CAUSAL_LM'"
+                f"task_type={'SEQ_2_SEQ_LM' if with_encoder else 'CAUSAL_LM'!r}"
             )
     if not isinstance(base, PreTrainedModel):
         return  # a user-defined module: left to the self-check
     for ending, what in _HEADS.items():
         if any(known.endswith(ending) for known in _class_names(base)):
             raise ActiveDPOError(f"{name} is {what}: {_WANTED}")
+    if with_encoder:
+        check_encoder_decoder(model)
+        return
     causal = _names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     known = [
         known
@@ -269,15 +278,20 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
         )
     if tokenized is None or not tokenized.sequences:
         return
+    check_tokens_are_for(model, tokenized)
     predicted = _count(base.get_output_embeddings(), "out_features")
-    limit = position_limit(model)
+    limits = _position_limits(base, tokenized)
+    as_in = "" if tokenized.encoder_decoder else ", as for DPOTrainer"
     for row, sequence in enumerate(tokenized.sequences):
         ids = np.asarray(sequence.input_ids)  # a view of an array: pools have millions of tokens
-        if limit is not None and len(ids) > limit:
-            raise ActiveDPOError(
-                f"{tokenized.place(row)} has {len(ids)} tokens with its prompt, and the model has "
-                f"{limit} positions: set max_length to {limit} or less, as for DPOTrainer"
-            )
+        prompt = sequence.completion_start - 1 if tokenized.encoder_decoder else 0
+        lengths = (len(ids) - prompt, prompt)
+        for length, (limit, where) in zip(lengths, limits, strict=True):
+            if limit is not None and length > limit:
+                raise ActiveDPOError(
+                    f"{tokenized.place(row)} has {length} tokens {where}, and the model has "
+                    f"{limit} positions: set max_length to {limit} or less{as_in}"
+                )
         if known is not None and len(ids) and not 0 <= ids.min() <= ids.max() < known:
             token = ids.max() if ids.max() >= known else ids.min()
             raise ActiveDPOError(
@@ -290,6 +304,16 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
                 f"{tokenized.place(row)} has the token id {scored.max()}, beyond the {predicted} "
                 f"tokens that the model's head predicts: {what}"
             )
+
+
+def _position_limits(base: Any, tokenized: TokenizedPool) -> list[tuple[int | None, str]]:
+    """Return how many positions there are for the decoder's tokens and for the encoder's."""
+    if not tokenized.encoder_decoder:
+        return [(position_limit(base), "with its prompt"), (None, "")]
+    return [
+        (positions_of(base.get_decoder()), "beside its prompt"),
+        (positions_of(base.get_encoder()), "in its prompt"),
+    ]
 
 
 def _count(module: Any, attribute: str) -> int | None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -26,6 +27,7 @@ from transformers import (
 from activedpo_fast._files import FilePath, first_line
 from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.models.encoder_decoder import is_encoder_decoder
 from activedpo_fast.models.folders import (
     ADAPTER_WEIGHTS,
     TokenizerSource,
@@ -47,6 +49,11 @@ NO_ADAPTER = (
     "peft.get_peft_model(...).save_pretrained(DIR)"
 )
 _HALF = (torch.bfloat16, torch.float16)
+_KINDS: dict[Any, str] = {
+    AutoModelForCausalLM: "causal language",
+    AutoModelForSeq2SeqLM: "encoder-decoder language",
+    AutoModelForSequenceClassification: "sequence classification",
+}
 
 
 def load_policy(
@@ -81,9 +88,9 @@ def load_policy(
         The PEFT model and the tokenizer; without a pad token it pads with EOS, as in TRL.
 
     Raises:
-        ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
-            neither `adapter` nor `lora`, or both; a tokenizer with tokens that the model has no
-            embedding for.
+        ActiveDPOError: no such folder, not a causal or encoder-decoder LM, weights that are missing
+            or do not match, neither `adapter` nor `lora`, or both; a tokenizer with tokens that the
+            model has no embedding for.
     """
     if (adapter is None) == (lora is None):
         raise ActiveDPOError(
@@ -238,13 +245,17 @@ def resolve_dtype(
     return found
 
 
-def _checkpoint_dtype(folder: Path) -> torch.dtype:
+def _config(folder: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each kind of model checks its own settings
         raise ActiveDPOError(
             f"{folder} is not a model that can be loaded: {first_line(error)}"
         ) from None
+
+
+def _checkpoint_dtype(folder: Path) -> torch.dtype:
+    config = _config(folder)
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     for path in sorted(folder.glob("*.safetensors")):
@@ -283,20 +294,19 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
 
 def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
     options: dict[str, Any] = {"use_safetensors": True}
+    auto_class: Any = AutoModelForCausalLM
     if gguf_file is not None:
         from transformers import GgufConfig
 
         options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model: PreTrainedModel = _load_weights(AutoModelForCausalLM, folder, dtype, **options)
+    elif getattr(_config(folder), "is_encoder_decoder", False):
+        auto_class = AutoModelForSeq2SeqLM
+    model: PreTrainedModel = _load_weights(auto_class, folder, dtype, **options)
     return model
 
 
 def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    what = (
-        "sequence classification"
-        if auto_class is AutoModelForSequenceClassification
-        else "causal language"
-    )
+    what = _KINDS[auto_class]
     try:
         model, info = auto_class.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
@@ -377,8 +387,9 @@ def with_fresh_adapter(base: PreTrainedModel, config: PeftConfig, seed: int) -> 
 
 def _with_fresh_lora(base: PreTrainedModel, lora: dict[str, Any], seed: int) -> PeftModel:
     # The names of `LoraConfig`'s arguments are checked where user input is read.
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(base) else "CAUSAL_LM"
     try:
-        return with_fresh_adapter(base, LoraConfig(**{"task_type": "CAUSAL_LM", **lora}), seed)
+        return with_fresh_adapter(base, LoraConfig(**{"task_type": task, **lora}), seed)
     except (TypeError, ValueError) as error:
         raise ActiveDPOError(f"lora: {first_line(error)}") from error
 

@@ -11,7 +11,8 @@ The rules are those of TRL's `DPOTrainer._prepare_dataset` and `DataCollatorForP
 * A sequence longer than `max_length` loses its end ("keep_start") or its beginning ("keep_end").
 * With "keep_start", a pair whose prompt alone fills `max_length` is left out.
 
-TRL itself is not needed.
+TRL itself is not needed. It does not train encoder-decoder models, for which
+`pool.encoder_decoder_tokens` has the rules.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.encoder_decoder_tokens import encode_for_decoder
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
@@ -75,6 +77,9 @@ class TokenizedPool:
     `ids`: the id of each item, for messages.
 
     `numbers`: of each sequence among the responses of its item, from 0. None: all of them are here.
+
+    `encoder_decoder`: each sequence is the encoder's tokens and then the decoder's, whose first is
+    the one before `completion_start`.
     """
 
     sequences: list[TokenizedResponse]
@@ -82,6 +87,7 @@ class TokenizedPool:
     items: list[int] | None = None
     ids: list[str] | None = None
     numbers: list[int] | None = None
+    encoder_decoder: bool = False
 
     def item_of(self, row: int) -> int:
         """Return the item that response `row` belongs to."""
@@ -128,6 +134,7 @@ def tokenize_pool(
     max_length: int | None = DEFAULT_MAX_LENGTH,
     truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
     chat_template_kwargs: dict[str, Any] | None = None,
+    decoder_start_token_id: int | None = None,
     show_progress: bool | None = None,
 ) -> TokenizedPool:
     """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
@@ -143,11 +150,15 @@ def tokenize_pool(
         truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there).
         chat_template_kwargs: passed to the chat template. Those in an item's own column of this
             name, which TRL passes, take precedence. Plain text uses neither.
+        decoder_start_token_id: for an encoder-decoder model, what its decoder begins with (see
+            `activedpo_fast.models.encoder_decoder`). The prompt is for the encoder then, and the
+            response for the decoder; see `activedpo_fast.pool.encoder_decoder_tokens`.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
         ActiveDPOError: no usable tokenizer, no EOS token (plain text), no chat template (chat), a
-            template that refuses a conversation or renders nothing for a response, bad options.
+            template that refuses a conversation or renders nothing for a response, bad options; for
+            an encoder-decoder model also chat, "keep_end", or a prompt without tokens.
     """
     tokenized, noticed = tokenize_noticing(
         pool,
@@ -155,14 +166,15 @@ def tokenize_pool(
         max_length=max_length,
         truncation_mode=truncation_mode,
         chat_template_kwargs=chat_template_kwargs,
+        decoder_start_token_id=decoder_start_token_id,
         show_progress=show_progress,
     )
-    noticed.warn(max_length, truncation_mode)
+    noticed.warn(tokenized, max_length, truncation_mode)
     return tokenized
 
 
 class Noticed(NamedTuple):
-    """How many prompts and responses DPOTrainer treats in a way that may surprise."""
+    """How many prompts and responses are treated in a way that may surprise."""
 
     prompts: int
     responses: int
@@ -171,8 +183,9 @@ class Noticed(NamedTuple):
     skipped: int
     cut: int
 
-    def warn(self, max_length: int | None, truncation_mode: str) -> None:
+    def warn(self, tokenized: TokenizedPool, max_length: int | None, truncation_mode: str) -> None:
         """Log them."""
+        as_in = "" if tokenized.encoder_decoder else ", as in DPOTrainer"
         if self.merged:
             logger.warning(
                 "%d of %d prompts are not tokenized the same alone as with a response "
@@ -191,18 +204,20 @@ class Noticed(NamedTuple):
         if self.cut:
             logger.warning(
                 "%d of %d responses are longer than max_length=%d with their prompt and are "
-                "cut at the %s, as in DPOTrainer",
+                "cut at the %s%s",
                 self.cut,
                 self.responses,
                 max_length,
                 "end" if truncation_mode == "keep_start" else "beginning",
+                as_in,
             )
         if self.skipped:
             logger.warning(
-                "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
+                "%d of %d prompts fill max_length=%d and are skipped%s",
                 self.skipped,
                 self.prompts,
                 max_length,
+                as_in,
             )
 
 
@@ -214,21 +229,27 @@ def tokenize_noticing(
     max_length: int | None,
     truncation_mode: TruncationMode,
     chat_template_kwargs: dict[str, Any] | None,
+    decoder_start_token_id: int | None,
     show_progress: bool | None,
 ) -> tuple[TokenizedPool, Noticed]:
     """`tokenize_pool` without its warnings, and what they would be about."""
-    _check_truncation(max_length, truncation_mode)
+    encoder_decoder = decoder_start_token_id is not None
+    _check_truncation(max_length, truncation_mode, encoder_decoder)
     pool = as_pool(pool)
-    check_tokenizer(processing_class, chat=pool.is_chat)
+    check_tokenizer(processing_class, chat=pool.is_chat and not encoder_decoder)
     check_template_kwargs(chat_template_kwargs)
-    if pool.is_chat:
+    if pool.is_chat and not encoder_decoder:
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:
             logger.warning(
                 "chat_template_kwargs have no effect: the texts are plain, not chat messages"
             )
-        encoded = _encode_plain(pool, processing_class)
+        encoded = (
+            _encode_plain(pool, processing_class)
+            if decoder_start_token_id is None
+            else encode_for_decoder(pool, processing_class, decoder_start_token_id)
+        )
 
     sequences: list[TokenizedResponse] = []
     items: list[int] = []
@@ -261,7 +282,8 @@ def tokenize_noticing(
             cut += sum(len(ids) > max_length for ids in full_ids)
 
     noticed = Noticed(len(pool), len(sequences), merged, unequal, len(skipped), cut)
-    return TokenizedPool(sequences, skipped, items, pool.ids), noticed
+    tokenized = TokenizedPool(sequences, skipped, items, pool.ids, encoder_decoder=encoder_decoder)
+    return tokenized, noticed
 
 
 def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
@@ -301,7 +323,7 @@ def encode_chat(
     return list(encoded["input_ids"])
 
 
-def _check_truncation(max_length: int | None, truncation_mode: str) -> None:
+def _check_truncation(max_length: int | None, truncation_mode: str, encoder_decoder: bool) -> None:
     if max_length is not None and not isinstance(max_length, int):
         raise ActiveDPOError(f"max_length: {max_length!r} is not an integer")
     if max_length is not None and max_length < 2:
@@ -309,6 +331,11 @@ def _check_truncation(max_length: int | None, truncation_mode: str) -> None:
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ActiveDPOError(
             f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor 'keep_end'"
+        )
+    if encoder_decoder and truncation_mode == "keep_end":
+        raise ActiveDPOError(
+            "truncation_mode: 'keep_end' would cut the prompt that an encoder reads; use "
+            "'keep_start', and shorten long prompts yourself"
         )
 
 

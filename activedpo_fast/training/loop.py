@@ -17,6 +17,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state
+from activedpo_fast.models.encoder_decoder import refuse_encoder_decoder
 from activedpo_fast.models.fingerprints import policy_settings
 from activedpo_fast.models.named import GivenModel, as_policy
 from activedpo_fast.pool.items import Prompt
@@ -66,6 +67,7 @@ from activedpo_fast.training.run_folder import (
     write_record,
 )
 from activedpo_fast.training.trl import (
+    NOT_TRAINED,
     check_callbacks,
     check_eval_dataset,
     check_finite,
@@ -205,6 +207,7 @@ class ActiveDPOLoop:
         self.model, self.processing_class = as_policy(  # late: it is slow
             model, processing_class, peft_config=peft_config, seed=self.args.seed
         )
+        refuse_encoder_decoder(self.model, NOT_TRAINED)
         self.selector = ActiveDPOSelector(
             self.model,
             processing_class=self.processing_class,

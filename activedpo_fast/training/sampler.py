@@ -14,6 +14,7 @@ from activedpo_fast._checks import check_at_least
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
 from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.encoder_decoder import refuse_encoder_decoder
 from activedpo_fast.models.named import GivenModel, as_model
 from activedpo_fast.models.undisturbed import undisturbed
 from activedpo_fast.pool.items import check_prompts
@@ -66,6 +67,7 @@ class Sampler:
         check_template_kwargs(common)
         self.chat = not isinstance(prompts[0].prompt, str)
         self.model, self.tokenizer = as_model(model, tokenizer)
+        refuse_encoder_decoder(self.model, "whose responses are not sampled here")
         check_tokenizer(self.tokenizer, chat=self.chat)
         pad = self.tokenizer.pad_token_id
         require_supported(self.model, pad_token_id=0 if pad is None else pad)

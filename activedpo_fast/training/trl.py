@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.adapters import adapter_state, load_adapter_state, trained_outside
+from activedpo_fast.models.encoder_decoder import refuse_encoder_decoder
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.training.options import check_training_options, trains_mean_logps
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from trl import DPOConfig
 
 Reference = Literal["initial", "round"]
+
+NOT_TRAINED = "which trl.DPOTrainer does not train"  # of an encoder-decoder model
 
 _ADAPTER = "default"  # TRL 1.16 copies the adapter of this name ...
 _REFERENCE = "ref"  # ... to one of this name, which is π_ref
@@ -243,6 +246,7 @@ def _check(
 ) -> None:
     if not isinstance(model, PeftModel):
         raise ActiveDPOError(f"model: expected a PEFT model, got {type(model).__name__}")
+    refuse_encoder_decoder(model, NOT_TRAINED)
     if model.active_adapters != [_ADAPTER]:
         raise ActiveDPOError(
             f"the active adapter is {', '.join(model.active_adapters) or 'none'}; "
