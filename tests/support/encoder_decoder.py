@@ -115,9 +115,7 @@ def tokenized(
 
 
 def loop_rows(
-    model: nn.Module,
-    texts: list[tuple[list[int], list[int]]],
-    parameters: dict[str, nn.Parameter],
+    model: nn.Module, texts: list[tuple[list[int], list[int]]], parameters: dict[str, nn.Parameter]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """∇ log π(y|x) by `torch.autograd.grad`, one (prompt, labels) at a time.
 
