@@ -13,6 +13,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.models.positions import length_class
 from activedpo_fast.pool.encoder_decoder_tokens import label_ids
+from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 
@@ -22,6 +23,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+@leaves_tokenizer(1)
 def decoder_start_token_id(
     model: nn.Module, processing_class: PreTrainedTokenizerBase
 ) -> int | None:

@@ -67,10 +67,10 @@ class Sampler:
         check_template_kwargs(common)
         self.chat = not isinstance(prompts[0].prompt, str)
         self.model, self.tokenizer = as_model(model, tokenizer)
-        refuse_encoder_decoder(self.model, "whose responses are not sampled here")
         check_tokenizer(self.tokenizer, chat=self.chat)
         pad = self.tokenizer.pad_token_id
         require_supported(self.model, pad_token_id=0 if pad is None else pad)
+        refuse_encoder_decoder(self.model, "whose responses are not sampled here")
         # The model whose `generate` and generation config are used.
         self.owner = cast(PreTrainedModel, causal_lm(self.model))
         self.max_completion_length = max_completion_length

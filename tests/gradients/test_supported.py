@@ -153,14 +153,21 @@ T5: dict[str, Any] = dict(
     ("name", "config", "options", "targets", "task", "message"),
     [
         (
-            "BartForConditionalGeneration",
+            "BartForSequenceClassification",
             "BartConfig",
             ENCODER_DECODER,
             ["q_proj"],
-            "CAUSAL_LM",
-            "BartForConditionalGeneration is an encoder-decoder model",
+            None,
+            "BartForSequenceClassification is a sequence classifier",
         ),
-        ("T5ForConditionalGeneration", "T5Config", T5, ["q"], "SEQ_2_SEQ_LM", "an encoder-decoder"),
+        (
+            "T5ForConditionalGeneration",
+            "T5Config",
+            T5,
+            ["q"],
+            "SEQ_CLS",
+            "make it with .*SEQ_2_SEQ",
+        ),
         ("T5EncoderModel", "T5Config", T5, ["q"], None, "T5EncoderModel"),
         (
             "LlamaForSequenceClassification",
@@ -168,7 +175,7 @@ T5: dict[str, Any] = dict(
             SIZES,
             ["q_proj"],
             None,
-            "is a sequence classifier: pass a decoder-only",
+            "is a sequence classifier: pass a causal language model",
         ),
         (
             "LlamaForSequenceClassification",
