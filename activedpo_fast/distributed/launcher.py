@@ -62,17 +62,22 @@ def launched(*, train: bool = False) -> Iterator[dist.ProcessGroup | None]:
         _require_no_mpi()
         yield None
         return
+    backend = _trainers_backend() if train else "gloo"
     try:
-        dist.init_process_group(_backend() if train else "gloo")
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     except (ValueError, RuntimeError) as error:
         raise ActiveDPOError(
             f"WORLD_SIZE is {found[1]}, but the processes cannot be connected (use "
             f"torchrun, or unset it): {first_line(error)}"
         ) from None
+    done = False
     try:
         yield dist.group.WORLD
+        done = True
     finally:
-        dist.destroy_process_group()
+        # After an error NCCL would wait here for processes that may be waiting for this one.
+        if done or backend == "gloo":
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def group_of_all() -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group(group)
 
 
-def _backend() -> str:
+def _trainers_backend() -> str:
     import torch
     import torch.distributed as dist
 

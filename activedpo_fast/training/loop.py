@@ -104,6 +104,12 @@ class ActiveDPOLoop:
     `activedpo_fast.training.rehearsal`). Settings that cannot work are refused at that point, and
     nothing is written.
 
+    Under torchrun or `accelerate launch`, every process makes the loop with the same arguments,
+    each with a model on its own GPU, and calls `run`. The first process has the run's folder: it
+    alone calls `oracle`, `generate` and `evaluate`. Responses, picks and labels are those of one
+    process; adapters and scores are so up to rounding, if the pairs of a training step divide (see
+    `train_dpo`). Any other number of processes may go on with the run.
+
     Args:
         model: a PEFT model with the adapter "default", or the folder or hub name of an adapter, as
             in `ActiveDPOSelector`; with `peft_config`, a model without one. The adapter's weights
@@ -152,8 +158,9 @@ class ActiveDPOLoop:
     Raises:
         ActiveDPOError: bad options. From `run` also: `output_dir` holds a run with other settings,
             or with another model, adapter or tokenizer (naming the first difference that matters);
-            a launcher has started several processes; errors of the rehearsal, which begin with the
-            section at fault; errors of the stages.
+            another process has other settings, has failed or is gone; an engine that splits the
+            model (FSDP, DeepSpeed); errors of the rehearsal, which begin with the section at fault;
+            errors of the stages.
 
     Examples:
         >>> from activedpo_fast import ActiveDPOLoop
@@ -271,7 +278,7 @@ class ActiveDPOLoop:
         settings = processes.check(
             lambda: self._settings | policy_settings(self.model, self.processing_class)
         )
-        processes.require_same_settings(settings)
+        processes.require_same_settings({**settings, "rounds": self.args.rounds})
         mended: list[Change] = []
 
         def open_folder() -> list[int]:

@@ -69,7 +69,7 @@ def generate(group: Any = None) -> list[Any]:
 
 
 def rounds(folder: Path) -> tuple[list[Any], list[str]]:
-    """Run rounds of one prompt each; return the records, and the calls of the caller's functions."""
+    """Run rounds of one prompt each; return the records, and which functions were called."""
     from activedpo_fast.labels import CallableOracle
     from activedpo_fast.training.loop import ActiveDPOLoop
     from activedpo_fast.training.trl import dpo_config
