@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,7 +317,8 @@ class ActiveDPOLoop:
 
             self._processes.by_first(label)
         # What the labels are of, too, even if it is not read again.
-        with self._file(folder, path.name, "pool.jsonl", "picked.jsonl") as found:
+        checked = ("pool.jsonl", "picked.jsonl", path.name)
+        with self._file(path, *checked) as found:
             return read_labels(found, strategy=self.strategy, all_answered=True)
 
     def _pool(
@@ -347,7 +349,7 @@ class ActiveDPOLoop:
 
             processes.by_first(write)
         # Always read it back, so that interrupted and uninterrupted runs see the same.
-        with self._file(folder, path.name) as found:
+        with self._file(path, path.name) as found:
             pool = PreferencePool.from_jsonl(found)
         return with_columns_of_now(pool, self.prompts, folder.name)
 
@@ -404,7 +406,7 @@ class ActiveDPOLoop:
                 write_recorded(path, picked.jsonl())
 
             processes.by_first(write)
-        with self._file(folder, path.name) as found:
+        with self._file(path, path.name) as found:
             return Selection.from_jsonl(found, strategy=self.strategy)
 
     def _select(
@@ -524,16 +526,13 @@ class ActiveDPOLoop:
 
     def _adapter_of(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the weights that `_save` wrote to a folder, on the CPU."""
-        with self._file(folder, WEIGHTS, "adapter") as found:
+        whole = partial(check, folder, "adapter")
+        with self._processes.file_of_first(folder / WEIGHTS, whole) as found:
             return read_weights(found)
 
-    @contextmanager
-    def _file(self, folder: Path, name: str, *others: str) -> Iterator[Path]:
-        """Yield the path of a file of the run, or of a copy, after it and others are checked."""
-        with self._processes.file_of_first(
-            folder / name, lambda: check(folder, name, *others)
-        ) as path:
-            yield path
+    def _file(self, path: Path, *checked: str) -> AbstractContextManager[Path]:
+        """Give a file of the run, or a copy of it, after it and others of its folder are checked."""
+        return self._processes.file_of_first(path, lambda: check(path.parent, *checked))
 
     def _timed(self, folder: Path, stage: str) -> AbstractContextManager[None]:
         first = self._processes.rank == 0
