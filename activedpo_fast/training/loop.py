@@ -531,7 +531,7 @@ class ActiveDPOLoop:
             return read_weights(found)
 
     def _file(self, path: Path, *checked: str) -> AbstractContextManager[Path]:
-        """Give a file of the run, or a copy of it, after it and others of its folder are checked."""
+        """Give a file of the run, or a copy of it, once it and others of its folder are checked."""
         return self._processes.file_of_first(path, lambda: check(path.parent, *checked))
 
     def _timed(self, folder: Path, stage: str) -> AbstractContextManager[None]:

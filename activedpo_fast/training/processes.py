@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from activedpo_fast.distributed.pool_parts import PoolProcesses, Result
 from activedpo_fast.distributed.processes import LostContactError
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import LabelsPending
 
 # What an error means for the work of several processes.
@@ -90,9 +91,13 @@ class RunProcesses(PoolProcesses):
 
     def require_same_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise `ActiveDPOError`, on all processes, unless all were given the same settings."""
-        self.require_same(
-            {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
-        )
+        try:
+            self.require_same(
+                {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
+            )
+        except ActiveDPOError as error:
+            error.said_by = 0  # all raise it
+            raise
 
     @contextmanager
     def one_says_it(self) -> Iterator[None]:
