@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from activedpo_fast._files import check_folder_target
 from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.evaluation import make_evaluation, read_heldout, trainer_dataset
-from activedpo_fast.cli.run_file import RunConfig
-from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.cli.run_file import RunConfig, load_config
+from activedpo_fast.distributed.launcher import own_device
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import (
     FileOracle,
@@ -33,31 +34,46 @@ from activedpo_fast.report.reading import metric_names, round_name
 from activedpo_fast.report.tables import TIMED, aligned, with_error
 from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import RewardGap, Strategy
+from activedpo_fast.training.data_parallel import require_whole_model
 from activedpo_fast.training.loop import ActiveDPOLoop
+from activedpo_fast.training.processes import RunProcesses
 from activedpo_fast.training.run_folder import RoundRecord, write_command
 from activedpo_fast.training.server import ServerGeneration
 from activedpo_fast.training.trl import dpo_config, selector_settings
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from trl import DPOConfig
 
 
 def run_rounds(
-    config: RunConfig, *, command: str | None = None, show_progress: bool | None = None
-) -> str:
-    """Run or continue the rounds that a configuration describes, and return a table of them.
+    path: Path,
+    *,
+    command: str | None = None,
+    show_progress: bool | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> str | None:
+    """Run or continue the rounds that a YAML file describes, and return a table of them.
 
-    `command` is the command line that does it, which the run's folder records.
+    With a `group`, all of its processes call this, each with a GPU of its own if there are any; the
+    others than the first return None. `command` is the command line that does it, which the run's
+    folder records.
 
     Raises:
         LabelsPending: the run waits for labels from people.
-        ActiveDPOError: bad input, or several processes; nothing new is written then.
+        ActiveDPOError: bad input, or another process failed; nothing new is written then, unless a
+            stage was already running.
     """
-    require_one_process("activedpo run")
+    require_whole_model()
+    processes = RunProcesses(group)
+    config = processes.check(lambda: load_config(path))
+    config = processes.check(lambda: replace(config, device=own_device(config.device)))
     output = Path(config.output_dir)
-    check_folder_target(output)
-    with locked_folder(output):  # before minutes of loading
-        loop = _loop(config, output, show_progress)
+    processes.by_first(lambda: check_folder_target(output))
+    if processes.rank > 0:
+        command = None
+    with processes.in_first(lambda: locked_folder(output)):  # before minutes of loading
+        loop = processes.check(lambda: _loop(config, output, show_progress))
         try:
             records = loop.run()
         except BaseException as error:
@@ -67,7 +83,7 @@ def run_rounds(
                     _record_command(output, command)
             raise
         _record_command(output, command)
-        return _table(records)
+        return _table(records) if processes.rank == 0 else None
 
 
 def _record_command(output: Path, command: str | None) -> None:

@@ -80,13 +80,17 @@ def one_process(command: str) -> None:
 
 @contextmanager
 def exit_when_labels_are_missing() -> Iterator[None]:
-    """Say what people have to do, and end with an exit code of its own."""
+    """Say what people have to do, and end with an exit code of its own.
+
+    Of several processes, the first says it.
+    """
     from activedpo_fast.labels import LabelsPending
 
     try:
         yield
     except LabelsPending as pending:
-        print(f"activedpo: {one_line(str(pending))}", file=sys.stderr)
+        if launched_rank() == 0:
+            print(f"activedpo: {one_line(str(pending))}", file=sys.stderr)
         raise typer.Exit(PENDING) from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from activedpo_fast._files import first_line
@@ -42,30 +43,78 @@ def require_one_process(what: str) -> None:
 
 
 @contextmanager
-def launched() -> Iterator[dist.ProcessGroup | None]:
+def launched(*, train: bool = False) -> Iterator[dist.ProcessGroup | None]:
     """Connect the processes that a launcher started, through gloo; None for a single process.
+
+    Args:
+        train: whether a trainer will use the connection, too: on GPUs it does so through NCCL.
 
     Raises:
         ActiveDPOError: they cannot be connected, or were started by MPI alone.
     """
+    found = _several(("WORLD_SIZE",))
+    if found is not None and train:
+        # Before torch is imported: each process would say at every training what slows DDP down.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
-    found = _several(("WORLD_SIZE",))
     if found is None:
         _require_no_mpi()
         yield None
         return
+    backend = _trainers_backend() if train else "gloo"
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     except (ValueError, RuntimeError) as error:
         raise ActiveDPOError(
             f"WORLD_SIZE is {found[1]}, but the processes cannot be connected (use "
             f"torchrun, or unset it): {first_line(error)}"
         ) from None
+    done = False
     try:
         yield dist.group.WORLD
+        done = True
     finally:
-        dist.destroy_process_group()
+        # After an error NCCL would wait here for processes that may be waiting for this one.
+        if done or backend == "gloo":
+            dist.destroy_process_group()
+
+
+@contextmanager
+def group_of_all() -> Iterator[dist.ProcessGroup | None]:
+    """Make a gloo group of all connected processes, beside the trainer's; None for a single one.
+
+    Its processes may wait for each other for as long as labeling takes.
+
+    Raises:
+        ActiveDPOError: a launcher has started several, and they are not connected.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        if (found := _several(_SIZES)) is not None:
+            raise ActiveDPOError(
+                f"{found[0]} is {found[1]}, but the processes are not connected: start them with "
+                "torchrun or `accelerate launch`, and call torch.distributed.init_process_group"
+            )
+        yield None
+        return
+    if dist.get_world_size() == 1:
+        yield None
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _trainers_backend() -> str:
+    import torch
+    import torch.distributed as dist
+
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if nccl else "gloo"
 
 
 def launched_rank() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from hashlib import blake2b
@@ -87,6 +88,22 @@ class PoolProcesses:
         """Return, everywhere, the numbers that `compute` gives in the first process."""
         found = self.check(lambda: compute() if self.rank == 0 else ())
         return self.gather(torch.tensor(found, dtype=torch.int64)).tolist()
+
+    def bytes_of_first(self, compute: Callable[[], bytes]) -> bytes:
+        """Return, everywhere, the bytes that `compute` gives in the first process."""
+        found = self.check(lambda: compute() if self.rank == 0 else None)
+        return found or b"" if self._processes is None else self._processes.share_bytes(found, 0)
+
+    def texts_of_all(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return the texts of each process, in rank order."""
+        if self._processes is None:
+            return [list(texts)]
+        mine = json.dumps(texts).encode()
+        shared = [
+            self._processes.share_bytes(mine if owner == self.rank else None, owner)
+            for owner in range(self.size)
+        ]
+        return [json.loads(content) for content in shared]
 
     @contextmanager
     def in_first(self, enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:

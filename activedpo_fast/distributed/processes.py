@@ -17,6 +17,17 @@ from torch import Tensor
 from activedpo_fast.errors import ActiveDPOError
 
 
+class LostContactError(ActiveDPOError):
+    """Another of several processes is gone: it has ended, or does not answer."""
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Return whether a collective raised this because another process is gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 @dataclass(frozen=True)
 class Offer:
     """A process's summary of its own best candidates.
@@ -135,6 +146,20 @@ class Processes:
         self._call(lambda: dist.broadcast(sent, source, group=self._group))
         return sent
 
+    def share_bytes(self, content: bytes | None, owner: int) -> bytes:
+        """Return the owner's `content` on all processes; the others give None."""
+        size = int(self._gather([float(len(content or b""))])[owner, 0])
+        if size == 0:
+            return b""
+        if content is None:
+            sent = torch.empty(size, dtype=torch.uint8)
+        else:
+            sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        sent = sent.to(self._device)
+        source = dist.get_global_rank(self._group, owner)
+        self._call(lambda: dist.broadcast(sent, source, group=self._group))
+        return sent.cpu().numpy().tobytes()
+
     def to_first(self, rows: Tensor) -> list[Tensor]:
         """Return the `rows` [n, k] of all processes in the first one, and no others anywhere else.
 
@@ -207,6 +232,6 @@ class Processes:
         try:
             collective()
         except RuntimeError as error:  # raised by gloo and NCCL, including timeouts
-            raise ActiveDPOError(
+            raise LostContactError(
                 f"lost contact with another of the {self.size} processes; {self._outcome}"
             ) from error

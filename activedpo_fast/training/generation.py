@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from activedpo_fast._random import forked_rng
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.models.named import GivenModel
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
@@ -17,6 +17,7 @@ from activedpo_fast.training.sampler import PromptLike, Sampler
 
 if TYPE_CHECKING:
     import datasets
+    import torch.distributed as dist
 
 
 @leaves_tokenizer(1)
@@ -33,6 +34,7 @@ def generate_responses(
     generation_batch_size: int = 16,
     max_attempts: int = 4,
     chat_template_kwargs: dict[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
     show_progress: bool | None = None,
 ) -> PreferencePool:
     """Sample `num_generations` distinct responses to each prompt from π_θ.
@@ -58,6 +60,9 @@ def generate_responses(
         generation_batch_size: sequences generated at once.
         chat_template_kwargs: passed to the chat template, as in `tokenize_pool`; give the same as
             to the selector. Those in a prompt's own column of this name take precedence.
+        group: processes that share the batches, as in `ActiveDPOSelector.select`. Each has the same
+            model and calls this with the same arguments, and all get the responses of one process
+            (given the same kind of GPU, or the same number of CPU threads).
         show_progress: None shows a bar on a terminal only.
 
     Raises:
@@ -81,14 +86,19 @@ def generate_responses(
         generation_batch_size=generation_batch_size,
         max_attempts=max_attempts,
     )
-    sampler = Sampler(
-        model,
-        processing_class,
-        prompts,
-        max_completion_length,
-        generation_batch_size,
-        chat_template_kwargs or {},
+    processes = PoolProcesses(group, "nothing was generated")
+    sampler = processes.check(
+        lambda: Sampler(
+            model,
+            processing_class,
+            prompts,
+            max_completion_length,
+            generation_batch_size,
+            chat_template_kwargs or {},
+        )
     )
+    if processes.rank > 0:
+        show_progress = False
 
     def sample(missing: list[int], attempt: int) -> Iterator[tuple[int, str]]:
         description = "generate" if attempt == 1 else f"generate, attempt {attempt}"
@@ -96,6 +106,8 @@ def generate_responses(
             missing,
             description,
             show_progress,
+            seed=[int(seed), attempt],
+            processes=processes,
             do_sample=True,
             temperature=temperature,
             top_p=top_p,
@@ -103,10 +115,9 @@ def generate_responses(
         )
         return zip(missing, texts, strict=True)
 
-    with forked_rng(sampler.device, seed):
-        return distinct_responses(
-            sampler.prompts, sample, num_generations=num_generations, max_attempts=max_attempts
-        )
+    return distinct_responses(
+        sampler.prompts, sample, num_generations=num_generations, max_attempts=max_attempts
+    )
 
 
 @leaves_tokenizer(1)
@@ -159,5 +170,5 @@ def respond(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    with forked_rng(sampler.device, seed):
-        return sampler.run(range(len(sampler.prompts)), "respond", show_progress, **sampling)
+    everyone = range(len(sampler.prompts))
+    return sampler.run(everyone, "respond", show_progress, seed=[int(seed)], **sampling)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from activedpo_fast._locks import locked_folder
-from activedpo_fast.distributed.launcher import require_one_process
+from activedpo_fast.distributed.launcher import group_of_all
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels import Oracle
 from activedpo_fast.labels.reading import by_preference, read_labels
@@ -36,9 +39,11 @@ from activedpo_fast.training.arguments import (
     warn_of_the_policy_as_reference,
 )
 from activedpo_fast.training.checksums import check, write_recorded
+from activedpo_fast.training.data_parallel import require_whole_model
 from activedpo_fast.training.energy import gpu_name
 from activedpo_fast.training.generation import generate_responses
 from activedpo_fast.training.generators import Generate, check_generate, generated_responses
+from activedpo_fast.training.processes import RunProcesses
 from activedpo_fast.training.prompts import (
     check_pairs,
     draw_items,
@@ -48,16 +53,17 @@ from activedpo_fast.training.prompts import (
 )
 from activedpo_fast.training.recorded import digest, recorded_settings
 from activedpo_fast.training.rehearsal import rehearse
-from activedpo_fast.training.resuming import check_adapter, check_settings, write_settings
+from activedpo_fast.training.resuming import Change, check_adapter, check_settings, write_settings
 from activedpo_fast.training.run_folder import (
     START,
+    WEIGHTS,
     RoundRecord,
     add_numbers,
     add_seconds,
     measured,
-    read_adapter,
     read_numbers,
     read_record,
+    read_weights,
     remove_leftovers,
     round_folder,
     save_adapter,
@@ -100,6 +106,12 @@ class ActiveDPOLoop:
     and dummy pairs are generated, selected and trained on for one step (see
     `activedpo_fast.training.rehearsal`). Settings that cannot work are refused at that point, and
     nothing is written.
+
+    Under torchrun or `accelerate launch`, every process makes the loop with the same arguments,
+    each with a model on its own GPU, and calls `run`. The first process has the run's folder: it
+    alone calls `oracle`, `generate` and `evaluate`. Responses, picks and labels are those of one
+    process; adapters and scores are so up to rounding, if the pairs of a training step divide (see
+    `train_dpo`). Any other number of processes may go on with the run.
 
     Args:
         model: a PEFT model with the adapter "default", or the folder or hub name of an adapter, as
@@ -149,8 +161,9 @@ class ActiveDPOLoop:
     Raises:
         ActiveDPOError: bad options. From `run` also: `output_dir` holds a run with other settings,
             or with another model, adapter or tokenizer (naming the first difference that matters);
-            a launcher has started several processes; errors of the rehearsal, which begin with the
-            section at fault; errors of the stages.
+            another process has other settings, has failed or is gone; an engine that splits the
+            model (FSDP, DeepSpeed); errors of the rehearsal, which begin with the section at fault;
+            errors of the stages.
 
     Examples:
         >>> from activedpo_fast import ActiveDPOLoop
@@ -204,6 +217,7 @@ class ActiveDPOLoop:
         self.show_progress = show_progress
         self.strategy: str = strategy if isinstance(strategy, str) else strategy.name
         selection, self.chat_template_kwargs = selection_settings(self.args, self.dpo_args)
+        self._processes = RunProcesses(None)
         self.model, self.processing_class = as_policy(  # late: it is slow
             model, processing_class, peft_config=peft_config, seed=self.args.seed
         )
@@ -233,25 +247,24 @@ class ActiveDPOLoop:
         )
 
     def run(self) -> list[RoundRecord]:
-        """Run what is not on disk yet; return the records of the start and of all rounds."""
-        require_one_process("ActiveDPOLoop.run")
-        with locked_folder(self.output_dir):
-            remove_leftovers(self.output_dir)
-            return self._run()
+        """Run what is not on disk yet; return the records of the start and of all rounds.
+
+        Of several processes, all call it and all return the same.
+        """
+        require_whole_model(self.dpo_args)
+        with group_of_all() as group:
+            processes = self._processes = RunProcesses(group)
+            with (
+                processes.one_says_it(),
+                processes.in_first(lambda: locked_folder(self.output_dir)),
+            ):
+                return self._run()
 
     def _run(self) -> list[RoundRecord]:
-        warn_of_the_date(self.processing_class)
-        settings = self._settings | policy_settings(self.model, self.processing_class)
-        mended = check_settings(self.output_dir, settings)
         start = self.output_dir / "start"
-        begun = check_adapter(self.output_dir, adapter_state(self.model))
-        if mended or not (self._folder(0) / "pool.jsonl").exists():
-            self._rehearse()  # before anything is written
-        write_settings(self.output_dir, settings, mended)
-        if not begun:
-            save_adapter(self.model, self.processing_class, start / "adapter")
-        self._initial = read_adapter(start)
-        self._load(start)
+        self._begin(start)
+        self._initial = self._adapter_of(start)
+        load_adapter_state(self.model, self._initial)
         records = [self._record(start, START, 0)]
         history: list[tuple[Selection, list[int | None]]] = []
         for t in range(self.args.rounds):
@@ -263,31 +276,64 @@ class ActiveDPOLoop:
             records.append(self._record(folder, t, total))
         return records
 
+    def _begin(self, start: Path) -> None:
+        """Check what is on disk, rehearse if nothing was generated yet, and write the start."""
+        processes = self._processes
+        settings = processes.check(
+            lambda: self._settings | policy_settings(self.model, self.processing_class)
+        )
+        processes.require_same_settings({**settings, "rounds": self.args.rounds})
+        mended: list[Change] = []
+
+        def open_folder() -> list[int]:
+            remove_leftovers(self.output_dir)
+            warn_of_the_date(self.processing_class)
+            mended.extend(check_settings(self.output_dir, settings))
+            begun = check_adapter(self.output_dir, adapter_state(self.model))
+            return [begun, bool(mended) or not (self._folder(0) / "pool.jsonl").exists()]
+
+        def write_start() -> None:
+            write_settings(self.output_dir, settings, mended)
+            if not begun:
+                save_adapter(self.model, self.processing_class, start / "adapter")
+
+        begun, rehearse_first = processes.of_first(open_folder)
+        if rehearse_first:
+            self._rehearse()  # before anything is written
+        processes.by_first(write_start)
+
     # -- stages: each only reads its result if it is already on disk -----------------------------
 
     def _labels(
         self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> tuple[Selection, list[int | None]]:
         path = folder / "labels.jsonl"
-        if not path.exists():
+        if self._processes.lacks(path):
             pool = self._pool(t, folder, history)
             picked = self._picked(folder, pool, history)
-            with timed(folder, "label"):
-                labels = self.oracle.label(picked, pool)
-            picked.to_dataset(labels)  # checks them
-            write_labels(path, picked, labels)
+
+            def label() -> None:
+                with timed(folder, "label"):
+                    labels = self.oracle.label(picked, pool)
+                picked.to_dataset(labels)  # checks them
+                write_labels(path, picked, labels)
+
+            self._processes.by_first(label)
         # What the labels are of, too, even if it is not read again.
-        check(folder, "pool.jsonl", "picked.jsonl", path.name)
-        return read_labels(path, strategy=self.strategy, all_answered=True)
+        checked = ("pool.jsonl", "picked.jsonl", path.name)
+        with self._file(path, *checked) as found:
+            return read_labels(found, strategy=self.strategy, all_answered=True)
 
     def _pool(
         self, t: int, folder: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> PreferencePool:
-        path = folder / "pool.jsonl"
-        if not path.exists() and self.args.responses == "given":
+        processes, path = self._processes, folder / "pool.jsonl"
+        wanted = processes.lacks(path)
+        if wanted and self.args.responses == "given":
             picks = [pick for picked, _ in history for pick in picked]
-            write_recorded(path, draw_items(self._offered, t, picks, self.args).jsonl())
-        if not path.exists():
+            given = draw_items(self._offered, t, picks, self.args)
+            processes.by_first(lambda: write_recorded(path, given.jsonl()))
+        elif wanted:
             asked = same_prompt(
                 self.prompts,
                 {p.id for picks, _ in history for p in picks},
@@ -297,18 +343,38 @@ class ActiveDPOLoop:
                 self._offered, t, self.args.prompts_per_round, asked, self.args.seed
             )
             seed = int(digest([self.args.seed, t])[:12], 16)
-            with timed(folder, "generate", self.model.device):
-                pool = self._sampled(prompts, seed, self._before(t))
-            write_recorded(path, pool.jsonl())
-        check(folder, path.name)
-        # Always read it back, so that interrupted and uninterrupted runs see the same.
-        return with_columns_of_now(PreferencePool.from_jsonl(path), self.prompts, folder.name)
+            with self._timed(folder, "generate"):
+                sampled = self._sampled(prompts, seed, self._before(t))
 
-    def _sampled(self, prompts: Sequence[Prompt], seed: int, policy: Path) -> PreferencePool:
-        """Return responses of the current policy, whose adapter is in the folder `policy`."""
-        if self.generate is not None:
-            return generated_responses(
-                self.generate,
+            def write() -> None:
+                assert sampled is not None  # in the first process
+                write_recorded(path, sampled.jsonl())
+
+            processes.by_first(write)
+        # Always read it back, so that interrupted and uninterrupted runs see the same.
+        with self._file(path, path.name) as found:
+            pool = PreferencePool.from_jsonl(found)
+        return with_columns_of_now(pool, self.prompts, folder.name)
+
+    def _sampled(self, prompts: Sequence[Prompt], seed: int, policy: Path) -> PreferencePool | None:
+        """Return responses of the current policy, whose adapter is in the folder `policy`.
+
+        The function `generate` is asked in the first process alone, and the others get None.
+        """
+        if (generate := self.generate) is None:
+            return generate_responses(
+                self.model,
+                self.processing_class,
+                prompts,
+                seed=seed,
+                chat_template_kwargs=self.chat_template_kwargs,
+                group=self._processes.group,
+                show_progress=self.show_progress,
+                **self.args.sampling,
+            )
+        return self._processes.in_first_alone(
+            lambda: generated_responses(
+                generate,
                 self.model,
                 self.processing_class,
                 prompts,
@@ -317,49 +383,59 @@ class ActiveDPOLoop:
                 sampling=self.args.sampling,
                 common_template_kwargs=self.chat_template_kwargs,
             )
-        return generate_responses(
-            self.model,
-            self.processing_class,
-            prompts,
-            seed=seed,
-            chat_template_kwargs=self.chat_template_kwargs,
-            show_progress=self.show_progress,
-            **self.args.sampling,
         )
 
     def _picked(
         self, folder: Path, pool: PreferencePool, history: list[tuple[Selection, list[int | None]]]
     ) -> Selection:
-        path = folder / "picked.jsonl"
-        if not path.exists():
-            split = [by_preference(*past) for past in history]
-            rules = self.rules and self.rules.within(pool)
+        processes, path = self._processes, folder / "picked.jsonl"
+        if processes.lacks(path):
             self.selector.ref_model = self._reference_weights()
-            learn_reward(self.selector.strategy, history)
-            with measured(folder, "select", self.model.device):
-                picked = self.selector.select(
-                    pool,
-                    self.args.batch_size,
-                    labeled=[with_one for with_one, _ in split],
-                    asked=[without for _, without in split],
-                    rules=rules,
-                    show_progress=self.show_progress,
-                )
-            if not picked:
-                raise ActiveDPOError(
-                    f"{folder.name}: no pair is left to pick, or none reaches "
-                    "min_score: nothing to label"
-                )
-            add_seconds(folder, self.selector.last_timings)
-            write_recorded(path, picked.jsonl())
-        check(folder, path.name)
-        return Selection.from_jsonl(path, strategy=self.strategy)
+            processes.check(lambda: learn_reward(self.selector.strategy, history))
+            measuring = measured(folder, "select", self.model.device)
+            with measuring if processes.rank == 0 else nullcontext():
+                if len(pool) < processes.size:  # not a prompt for each
+                    picked = processes.in_first_alone(lambda: self._select(pool, history, None))
+                else:
+                    picked = self._select(pool, history, processes.group)
+
+            def write() -> None:
+                if not picked:
+                    raise ActiveDPOError(
+                        f"{folder.name}: no pair is left to pick, or none reaches "
+                        "min_score: nothing to label"
+                    )
+                add_seconds(folder, self.selector.last_timings)
+                write_recorded(path, picked.jsonl())
+
+            processes.by_first(write)
+        with self._file(path, path.name) as found:
+            return Selection.from_jsonl(found, strategy=self.strategy)
+
+    def _select(
+        self,
+        pool: PreferencePool,
+        history: list[tuple[Selection, list[int | None]]],
+        group: dist.ProcessGroup | None,
+    ) -> Selection:
+        split = [by_preference(*past) for past in history]
+        return self.selector.select(
+            pool,
+            self.args.batch_size,
+            labeled=[with_one for with_one, _ in split],
+            asked=[without for _, without in split],
+            rules=self.rules and self.rules.within(pool),
+            group=group,
+            show_progress=self.show_progress,
+        )
 
     def _train(
         self, folder: Path, before: Path, history: list[tuple[Selection, list[int | None]]]
     ) -> None:
-        if (folder / "adapter").exists():
+        processes = self._processes
+        if not processes.lacks(folder / "adapter"):
             return
+        weights = self._adapter_of(before)
         newest = history[-1][1]
         if all(label is None for label in newest):
             logger.info(
@@ -368,18 +444,17 @@ class ActiveDPOLoop:
                 folder.name,
                 len(newest),
             )
-            self._load(before)
-            save_adapter(self.model, self.processing_class, folder / "adapter")
+            load_adapter_state(self.model, weights)
+            processes.by_first(lambda: self._save(folder))
             return
         used = history if self.args.train_on == "all" else history[-1:]
         picks = Selection(tuple(p for selection, _ in used for p in selection), self.strategy)
         dataset = picks.to_dataset([label for _, labels in used for label in labels])
-        if self.args.start_from == "initial":
-            load_adapter_state(self.model, self._initial)
-        else:
-            self._load(before)
+        begin = self._initial if self.args.start_from == "initial" else weights
+        load_adapter_state(self.model, begin)
+        (steps,) = processes.of_first(lambda: [steps_before(self.output_dir, len(history) - 1)])
         try:
-            with timed(folder, "train", self.model.device):
+            with self._timed(folder, "train"):
                 trained = train_dpo(
                     self.model,
                     self.processing_class,
@@ -390,24 +465,35 @@ class ActiveDPOLoop:
                     callbacks=self.callbacks,
                     eval_dataset=self.eval_dataset,
                     show_progress=self.show_progress,
-                    steps_before=steps_before(self.output_dir, len(history) - 1),
+                    steps_before=steps,
                 )
             check_finite(self.model, folder.name)
         except BaseException:
-            self._load(before)  # undo partial training: `run` may be called again with this model
+            # Undo partial training: `run` may be called again with this model.
+            load_adapter_state(self.model, weights)
             raise
         del trained["seconds"]  # those of the stage are in seconds.json
-        add_numbers(folder / "training.json", trained)
+
+        def save() -> None:
+            add_numbers(folder / "training.json", trained)
+            self._save(folder)
+
+        processes.by_first(save)
+
+    def _save(self, folder: Path) -> None:
         save_adapter(self.model, self.processing_class, folder / "adapter")
 
     def _record(self, folder: Path, t: int, labels_total: int) -> RoundRecord:
         path = folder / "record.json"
-        if not path.exists():
+
+        def record() -> None:
+            if path.exists():
+                return
             metrics: dict[str, float] = {}
             with timed(folder, "evaluate", self.model.device):
                 if self.evaluate is not None:
                     metrics = {k: float(v) for k, v in self.evaluate(self.model).items()}
-            record = RoundRecord(
+            found = RoundRecord(
                 t,
                 labels_total,
                 metrics,
@@ -417,8 +503,11 @@ class ActiveDPOLoop:
                 gpu=gpu_name(self.model.device),
                 joules=read_numbers(folder / "joules.json"),
             )
-            write_record(path, record)
-        return read_record(path)
+            write_record(path, found)
+
+        self._processes.by_first(record)
+        with self._processes.file_of_first(path, lambda: None) as copy:
+            return read_record(copy)
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -436,18 +525,26 @@ class ActiveDPOLoop:
         return self._folder(t - 1) if t else self.output_dir / "start"
 
     def _load(self, folder: Path) -> None:
-        load_adapter_state(self.model, read_adapter(folder))
+        load_adapter_state(self.model, self._adapter_of(folder))
+
+    def _adapter_of(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Return the weights that `_save` wrote to a folder, on the CPU."""
+        whole = partial(check, folder, "adapter")
+        with self._processes.file_of_first(folder / WEIGHTS, whole) as found:
+            return read_weights(found)
+
+    def _file(self, path: Path, *checked: str) -> AbstractContextManager[Path]:
+        """Give a file of the run, or a copy of it, once it and others of its folder are checked."""
+        return self._processes.file_of_first(path, lambda: check(path.parent, *checked))
+
+    def _timed(self, folder: Path, stage: str) -> AbstractContextManager[None]:
+        first = self._processes.rank == 0
+        return timed(folder, stage, self.model.device) if first else nullcontext()
 
     def _rehearse(self) -> None:
         args = self.args
         check_pairs(self._offered, args)
-        if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
-            rehearse_oracle()
-        if callable(rehearse_evaluate := getattr(self.evaluate, "rehearse", None)):
-            try:
-                rehearse_evaluate(self.model)
-            except ActiveDPOError as error:
-                raise ActiveDPOError(f"evaluate: {error}") from error
+        self._processes.by_first(self._rehearse_sources)
         rehearse(
             self.model,
             self.processing_class,
@@ -461,4 +558,14 @@ class ActiveDPOLoop:
             else {**args.sampling, "chat_template_kwargs": self.chat_template_kwargs},
             generate=self.generate,
             eval_dataset=self.eval_dataset,
+            processes=self._processes,
         )
+
+    def _rehearse_sources(self) -> None:
+        if callable(rehearse_oracle := getattr(self.oracle, "rehearse", None)):
+            rehearse_oracle()
+        if callable(rehearse_evaluate := getattr(self.evaluate, "rehearse", None)):
+            try:
+                rehearse_evaluate(self.model)
+            except ActiveDPOError as error:
+                raise ActiveDPOError(f"evaluate: {error}") from error

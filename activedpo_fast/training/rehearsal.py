@@ -26,6 +26,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from activedpo_fast._files import reason_of
+from activedpo_fast.distributed.processes import LostContactError
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.token_budget import is_out_of_memory
 from activedpo_fast.models.adapters import adapter_state
@@ -36,6 +37,7 @@ from activedpo_fast.selection.result import Selection
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.training.generation import respond, shortest_prompts
 from activedpo_fast.training.generators import rehearse_generate
+from activedpo_fast.training.processes import RunProcesses
 from activedpo_fast.training.trl import Reference, dpo_config, train_dpo
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def rehearse(
     generation: Mapping[str, Any] | None,
     generate: Any = None,
     eval_dataset: datasets.Dataset | None = None,
+    processes: RunProcesses,
 ) -> None:
     """Generate, select and train once on dummy pairs, with the settings of a run.
 
@@ -78,23 +81,29 @@ def rehearse(
         generate: the loop's own source of responses, of which its method `rehearse` is called, if
             it has one, in place of sampling.
         eval_dataset: of the trainer's own evaluation, which gets two of its rows.
+        processes: of the run: each generates and selects for itself, and they train together.
 
     Raises:
         ActiveDPOError: a stage fails. The message begins with the section of the settings at
             fault, and the setting if it is known.
     """
     started = time.perf_counter()
-    with _unchanged(model), _quiet():
+
+    def pick() -> Selection:
         if generation is None:
             pool = _shortest(selector, prompts)
         else:
+            ask = processes.rank == 0
             pool = PreferencePool(
                 PoolItem(prompt.id, prompt.prompt, _dummies(prompt.prompt), dict(prompt.extra))
-                for prompt in _generate(model, processing_class, prompts, generation, generate)
+                for prompt in _generate(model, processing_class, prompts, generation, generate, ask)
             )
         twin = copy_selector(selector)
         twin.ref_model = adapter_state(model)  # as in the first round
-        picked = _select(twin, pool, dpo_args)
+        return _select(twin, pool, dpo_args)
+
+    with _unchanged(model), _quiet():
+        picked = processes.check(pick)
         few = eval_dataset and eval_dataset.select(range(min(2, len(eval_dataset))))
         _train(model, processing_class, picked, dpo_args, reference, batch_size, few)
     logger.info(
@@ -111,13 +120,19 @@ def _generate(
     prompts: Sequence[Prompt],
     generation: Mapping[str, Any],
     generate: Any,
+    ask: bool,
 ) -> list[Prompt]:
-    """Encode all prompts and sample two tokens; return the two prompts with the fewest tokens."""
+    """Encode all prompts and sample two tokens; return the two prompts with the fewest tokens.
+
+    Args:
+        ask: whether `generate` is rehearsed in this process.
+    """
     length, kwargs = generation["max_completion_length"], generation["chat_template_kwargs"]
     try:
         shortest = [prompts[n] for n in shortest_prompts(model, tokenizer, prompts, length, kwargs)]
         if generate is not None:
-            rehearse_generate(generate, shortest, kwargs)
+            if ask:
+                rehearse_generate(generate, shortest, kwargs)
             return shortest
         respond(
             model,
@@ -219,6 +234,8 @@ def _train(
                 eval_dataset=eval_dataset,
                 show_progress=False,
             )
+        except LostContactError:
+            raise
         except Exception as error:  # any library that the trainer calls may raise
             raise ActiveDPOError(_describe(error, dpo_args)) from error
     if metrics["steps"] == 0:

@@ -51,6 +51,7 @@ _STEMS = (
     "seconds",
     "training",
 )
+WEIGHTS = "adapter/adapter_model.safetensors"  # in the folder of the start or of a round
 START = -1  # `round` in the record of the start
 
 
@@ -226,8 +227,12 @@ def _named_if_not_written(folder: Path) -> Iterator[None]:
 
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights that `save_adapter` wrote to a folder's `adapter/`, on the CPU."""
-    path = folder / "adapter" / "adapter_model.safetensors"
     check(folder, "adapter")
+    return read_weights(folder / WEIGHTS)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a file of an adapter, on the CPU."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from activedpo_fast._checks import check_at_least
+from activedpo_fast._random import forked_rng
+from activedpo_fast.distributed.pool_parts import PoolProcesses
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.supported import known_tokens, position_limit, require_supported
 from activedpo_fast.models.adapters import causal_lm
@@ -23,6 +25,7 @@ from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokens import check_tokenizer, encode_chat
 from activedpo_fast.progress import progress_bar
+from activedpo_fast.training.recorded import digest
 
 if TYPE_CHECKING:
     import datasets
@@ -97,25 +100,61 @@ class Sampler:
         positions: Sequence[int],
         description: str,
         show_progress: bool | None,
+        *,
+        seed: list[int],
+        processes: PoolProcesses | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """Return one continuation for each of `positions` (a prompt may occur several times)."""
+        """Return one continuation for each of `positions` (a prompt may occur several times).
+
+        Args:
+            seed: of this call. Each batch has a seed of its own, so that it is the same whichever
+                batches came before.
+            processes: share the batches, and all get all continuations.
+        """
+        processes = processes or PoolProcesses(None)
         # Longest first: little padding, and running out of memory shows at once.
         order = sorted(range(len(positions)), key=lambda n: -len(self.prompt_ids[positions[n]]))
+        size = self.generation_batch_size
+        batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        mine = list(enumerate(batches))[processes.rank :: processes.size]
+
+        def sample() -> list[str]:
+            return self._run(positions, mine, description, show_progress, seed, sampling)
+
+        found = processes.texts_of_all(processes.check(sample))
         texts = [""] * len(positions)
+        for rank, own in enumerate(found):
+            numbers = (n for batch in batches[rank :: processes.size] for n in batch)
+            for n, text in zip(numbers, own, strict=True):
+                texts[n] = text
+        return texts
+
+    def _run(
+        self,
+        positions: Sequence[int],
+        batches: Sequence[tuple[int, list[int]]],
+        description: str,
+        show_progress: bool | None,
+        seed: list[int],
+        sampling: dict[str, Any],
+    ) -> list[str]:
+        """Return the continuations of some numbered batches, which have places in `positions`."""
+        texts = []
+        total = sum(len(batch) for _, batch in batches)
         with (
             undisturbed(self.model),
             torch.no_grad(),
             self._plain_generation_config(),
-            progress_bar(
-                show_progress, total=len(positions), desc=description, unit="response"
-            ) as bar,
+            progress_bar(show_progress, total=total, desc=description, unit="response") as bar,
         ):
-            for begin in range(0, len(order), self.generation_batch_size):
-                batch = order[begin : begin + self.generation_batch_size]
+            for number, batch in batches:
                 rows = [self.prompt_ids[positions[n]] for n in batch]
-                for n, row, new in zip(batch, rows, self._continue(rows, sampling), strict=True):
-                    texts[n] = self._decode(row, new)
+                with forked_rng(self.device, int(digest([*seed, number])[:12], 16)):
+                    continuations = self._continue(rows, sampling)
+                texts += [
+                    self._decode(row, new) for row, new in zip(rows, continuations, strict=True)
+                ]
                 bar.update(len(batch))
         return texts
 

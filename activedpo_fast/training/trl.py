@@ -18,6 +18,11 @@ from activedpo_fast.models.adapters import adapter_state, load_adapter_state, tr
 from activedpo_fast.models.encoder_decoder import refuse_encoder_decoder
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
+from activedpo_fast.training.data_parallel import (
+    in_contact,
+    mean_over_processes,
+    with_shared_batches,
+)
 from activedpo_fast.training.options import check_training_options, trains_mean_logps
 from activedpo_fast.training.tracking import track_as_one_run
 
@@ -112,6 +117,11 @@ def train_dpo(
     in bfloat16.) The model stays on the trainer's device. The trainer seeds the global random
     generators with `args.seed`; they are not restored.
 
+    Under torchrun or `accelerate launch`, every process calls this with its own copy of the model.
+    A step is then on as many pairs as in one process, if these divide (see
+    `activedpo_fast.training.data_parallel`), and its gradients are the same up to rounding. The
+    last step of an epoch that has too few pairs for all processes repeats some of its first.
+
     Args:
         dataset: prompt, chosen, rejected, as returned by `Selection.to_dataset`.
         reference: π_ref. "initial": the model with `initial_adapter`; "round": the model as it is
@@ -132,13 +142,14 @@ def train_dpo(
     Raises:
         ActiveDPOError: TRL is missing; not a PEFT model, or one that also trains weights outside
             its adapter; the active adapter is not "default"; an adapter is called "ref"; no pair to
-            train on; incompatible options.
+            train on; incompatible options; another process is gone.
     """
     trainer_class, _ = _trl()
     check_callbacks(callbacks)
     _check(model, dataset, args, reference, initial_adapter)
+    args = with_shared_batches(args)
     started = time.perf_counter()
-    with _restored(model, processing_class), _quiet_datasets():
+    with in_contact(args), _restored(model, processing_class), _quiet_datasets():
         with _plain_initialization(model):
             trainer = trainer_class(
                 model=model,
@@ -157,16 +168,17 @@ def train_dpo(
             raise ActiveDPOError(
                 f"no pair to train on: every prompt fills max_length={args.max_length}"
             )
-        if args.dataloader_drop_last and pairs < args.train_batch_size:
+        if args.dataloader_drop_last and pairs < args.train_batch_size * args.world_size:
             raise ActiveDPOError(
                 f"dataloader_drop_last=True leaves out the only batch, of {pairs} "
                 "pairs: per_device_train_batch_size is "
-                f"{args.per_device_train_batch_size}"
+                f"{args.per_device_train_batch_size * args.world_size}"
             )
         _set_reference(model, args, initial_adapter if reference == "initial" else None)
         output = trainer.train()
+        loss = mean_over_processes(trainer, output.training_loss)
     return {
-        "loss": float(output.training_loss),
+        "loss": loss,
         "steps": output.global_step,
         "pairs": pairs,
         "seconds": time.perf_counter() - started,

@@ -13,17 +13,18 @@ from activedpo_fast.cli.session import (
     Quiet,
     exit_when_labels_are_missing,
     hush,
-    one_process,
     progress,
     say,
     session,
 )
+from activedpo_fast.distributed.launcher import launched
 
 EPILOG = f"""\b
 Examples:
   activedpo run run.yaml
   activedpo run examples/run.yaml --quiet
   activedpo run examples/recorded.yaml
+  torchrun --nproc-per-node 2 -m activedpo_fast run run.yaml
 
 \b
 Sources of labels:
@@ -56,16 +57,16 @@ def run(
 
     A round generates responses, selects pairs, has them labeled and trains. Work that an earlier
     run finished is not repeated. Exit code 3 means that the run waits for labels from people: do
-    what it says (such as `activedpo label FILE`), then run the same command again.
+    what it says (such as `activedpo label FILE`), then run the same command again. Under torchrun
+    or `accelerate launch`, the processes share the work, each with a GPU of its own if there are
+    any.
     """
-    with session(quiet):
-        one_process("activedpo run")
+    # The processes are connected first: some libraries do it themselves when they are imported.
+    with session(quiet), launched(train=True) as group:
         from activedpo_fast.cli.run import run_rounds
-        from activedpo_fast.cli.run_file import load_config
 
         hush()
         command = f"activedpo run {shell_word(config)}"
         with exit_when_labels_are_missing():
-            settings = load_config(config)
-            table = run_rounds(settings, command=command, show_progress=progress(quiet))
+            table = run_rounds(config, command=command, show_progress=progress(quiet), group=group)
             say(quiet, table, lines=True)
