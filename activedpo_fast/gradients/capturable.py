@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from activedpo_fast.gradients.dora import DoraMagnitudes
 from activedpo_fast.gradients.layers import (
     Elementwise,
     Layer,
@@ -91,7 +92,9 @@ class Capturable:
                 )
                 for adapter in dict.fromkeys(map(_adapter, names))
             ]
-        if _is_elementwise(module):
+        if isinstance(module, DoraLinearLayer):
+            return [DoraMagnitudes(module, names["weight"])]
+        if _is_norm(module):
             return [Elementwise(module, names)]
         return [SmallModule(module, names)]
 
@@ -106,9 +109,11 @@ class Capturable:
         if isinstance(module, nn.Embedding):
             known = id(module) in self._embeddings and _plain(module)
             return Unit(module, attribute) if known else None
-        if id(module) in self._head:
+        if type(module) is DoraLinearLayer:
+            return Unit(module, attribute)
+        if id(module) in self._head:  # it sees tokens of several responses in one sequence
             return self._of_tokens(owner)
-        if _is_elementwise(module):
+        if _is_norm(module):
             return Unit(module, attribute)
         return self._of_tuner(owner) or self._of_tokens(owner)
 
@@ -187,10 +192,9 @@ def _plain(embedding: nn.Embedding) -> bool:
     return known and embedding.max_norm is None and not embedding.scale_grad_by_freq
 
 
-def _is_elementwise(module: nn.Module) -> bool:
+def _is_norm(module: nn.Module) -> bool:
     name = type(module).__name__
-    is_norm = ("LayerNorm" in name or "RMSNorm" in name) and not any(module.children())
-    return is_norm or type(module) is DoraLinearLayer
+    return ("LayerNorm" in name or "RMSNorm" in name) and not any(module.children())
 
 
 def _modules_of(model: nn.Module, getter: str) -> set[int]:

@@ -5,7 +5,7 @@ the backward pass. From these, without any gradient of a weight from autograd:
 
 * a linear layer y = W h: Σ_t g_t h_tᵀ;
 * an embedding: g_t, added to the row of token t;
-* a norm, or DoRA's magnitudes: g_t times the derivative of the module's own forward pass;
+* a norm: g_t times the derivative of the module's own forward pass;
 * an adapter of another kind: its own forward pass once more, differentiated for each sequence.
 """
 
@@ -208,9 +208,9 @@ class TrainableEmbeddingLora:
 class Elementwise:
     """A module each of whose parameters acts on the output's last dimensions number by number.
 
-    Norms and the magnitudes of DoRA are such. With u the derivative of the output in the direction
-    of ones in the parameter, ∂output_j/∂parameter_j = u_j, so that the gradient is Σ_t g_t u_t. u is
-    from forward-mode differentiation of the module, whatever its formula.
+    Norms are such. With u the derivative of the output in the direction
+    of ones in the parameter, ∂output_j/∂parameter_j = u_j: the gradient is Σ_t g_t u_t. u is from
+    forward-mode differentiation of the module, whatever its formula.
 
     Attributes:
         names: canonical names of the trainable parameters, by their names in the module.

@@ -18,7 +18,7 @@ from activedpo_fast.gradients.batches import Batch
 from activedpo_fast.gradients.dora import constant_dora_norms
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.passes import gradient_pass, whole_model_logps
-from activedpo_fast.gradients.sketch import SketchPlan
+from activedpo_fast.gradients.sketch import RowPlan
 from activedpo_fast.gradients.sketching import sketch_into
 from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.undisturbed import undisturbed
@@ -27,7 +27,7 @@ from activedpo_fast.models.undisturbed import undisturbed
 def captured_rows(
     model: nn.Module,
     trained: TrainableParameters,
-    plan: SketchPlan,
+    plan: RowPlan,
     batch: Batch,
     *,
     precision: str | None,
@@ -35,13 +35,10 @@ def captured_rows(
     relative: bool = False,
     lengths: torch.Tensor | None = None,
     through_prompts: bool = True,
-    dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log π(y|x) [B], and the rows [B, plan.dim] that `gradient_pass` gives.
-
-    dtype: of the rows, in which layers are added up; float64 unless `plan` is of method "none".
-    """
-    rows = torch.zeros(len(batch.rows), plan.dim, dtype=dtype, device=batch.input_ids.device)
+    """Return log π(y|x) [B], and the rows, float64 [B, plan.dim], that `gradient_pass` gives."""
+    device = batch.input_ids.device
+    rows = torch.zeros(len(batch.rows), plan.dim, dtype=torch.float64, device=device)
     with (
         undisturbed(model, precision),
         constant_dora_norms(model),
@@ -63,7 +60,7 @@ def captured_rows(
 def autograd_rows(
     model: nn.Module,
     trained: TrainableParameters,
-    plan: SketchPlan,
+    plan: RowPlan,
     batch: Batch,
     *,
     precision: str | None,

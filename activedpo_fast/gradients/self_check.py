@@ -19,10 +19,10 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import SAME_NUMBERS, Batch, Layout, collate, group_rows
+from activedpo_fast.gradients.check_plan import CheckPlan
 from activedpo_fast.gradients.passes import hidden_pass, logp_pass
 from activedpo_fast.gradients.rows import autograd_gradients, captured_rows
 from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
-from activedpo_fast.gradients.sketch import Sketch, SketchPlan
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
 from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.positions import length_class
@@ -78,11 +78,12 @@ def gradient_layout(
         UnsupportedParameterError: naming the first parameter whose gradients differ in any layout,
             or cannot be captured.
     """
-    expected = _autograd_rows(model, trained, tokenized, pad_token_id, precision)
+    plan = CheckPlan(trained.shapes)
+    expected = _autograd_rows(model, trained, plan, tokenized, pad_token_id, precision)
     if not expected:
         return Layout.SHARED  # nothing is scored, so that every row is zero
-    shapes = trained.shapes
-    run_batch = _whole_gradient_pass(model, trained, precision)
+    shapes = plan.blocks
+    run_batch = _captured_gradient_pass(model, trained, plan, precision)
     tolerance = _tolerance(model, precision)
 
     def largest_error(layout: Layout) -> float:
@@ -111,16 +112,13 @@ def gradient_layout(
     return _first_that_agrees(model, compare)
 
 
-def _whole_gradient_pass(
-    model: nn.Module, trained: TrainableParameters, precision: str | None
+def _captured_gradient_pass(
+    model: nn.Module, trained: TrainableParameters, plan: CheckPlan, precision: str | None
 ) -> RunBatch:
-    """Return a function that gives (rows, captured gradients [n, D]) of a batch."""
-    plan = SketchPlan(Sketch("none"), trained.shapes)
+    """Return a function that gives (rows, captured gradients [n, plan.dim]) of a batch."""
 
     def run(batch: Batch, shared: bool) -> BatchResult:
-        _, rows = captured_rows(
-            model, trained, plan, batch, precision=precision, shared=shared, dtype=trained.row_dtype
-        )
+        _, rows = captured_rows(model, trained, plan, batch, precision=precision, shared=shared)
         return batch.rows, rows
 
     return run
@@ -237,16 +235,18 @@ def _compare(
 def _autograd_rows(
     model: nn.Module,
     trained: TrainableParameters,
+    plan: CheckPlan,
     tokenized: TokenizedPool,
     pad_token_id: int,
     precision: str | None,
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Return autograd's gradients of the responses to check, as far as memory allows."""
+    """Return autograd's gradients of the responses to check, in the blocks of `plan`, as far as
+    memory allows."""
     found: dict[int, dict[str, torch.Tensor]] = {}
     for row in _rows_to_check(tokenized):
         try:
-            found[row] = _autograd_gradients(
-                model, trained, tokenized, row, pad_token_id, precision
+            found[row] = plan.of(
+                _autograd_gradients(model, trained, tokenized, row, pad_token_id, precision)
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not found:
@@ -273,9 +273,7 @@ def _autograd_gradients(
     batch = batch.to(next(model.parameters()).device)
     _, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     return {
-        name: (gradients[name] if name in gradients else torch.zeros_like(parameter))
-        .detach()
-        .to(trained.row_dtype)
+        name: gradients[name] if name in gradients else torch.zeros_like(parameter)
         for name, parameter in trained.by_name.items()
     }
 

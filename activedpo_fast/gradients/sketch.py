@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +86,23 @@ class Sketch:
             f"{self.seed}\0{name}".encode(), digest_size=8, person=b"activedpo/sketch"
         ).digest()
         return int.from_bytes(digest, "little")
+
+
+class RowPlan(Protocol):
+    """How gradients of parameters become rows of `dim` numbers; see `SketchPlan`."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def add(
+        self, out: Tensor, gradients: Sequence[tuple[str, Tensor, Tensor]], segments: Tensor
+    ) -> None: ...
+
+    def add_one_hot(self, out: Tensor, name: str, of: ops.OneHotSum, segments: Tensor) -> None: ...
+
+    def add_formed(
+        self, out: Tensor, gradients: Iterable[tuple[str, Tensor]], rows: Tensor
+    ) -> None: ...
 
 
 class SketchPlan:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.gradients.hooks import Consumer
-from activedpo_fast.gradients.sketch import SketchPlan
+from activedpo_fast.gradients.sketch import RowPlan
 from activedpo_fast.gradients.terms import OneHot, Outer, Term
 
 # Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
@@ -24,7 +24,7 @@ _ASIDE = 1 << 30
 
 
 @contextmanager
-def sketch_into(plan: SketchPlan, out: Tensor) -> Iterator[Consumer]:
+def sketch_into(plan: RowPlan, out: Tensor) -> Iterator[Consumer]:
     """Give a consumer that adds the gradients of each layer's parameters to the rows `out`.
 
     out: [n, plan.dim]. It has all of them once the context ends without an error.
@@ -44,7 +44,7 @@ class _Captured:
 
 
 class _Sketching:
-    def __init__(self, plan: SketchPlan, out: Tensor, most: int) -> None:
+    def __init__(self, plan: RowPlan, out: Tensor, most: int) -> None:
         self._plan, self._out, self._most = plan, out, most
         self._aside: dict[tuple[int, Any], _Captured] = {}
         self._addresses: set[int] = set()  # layers share inputs

@@ -1,4 +1,4 @@
-"""Adapters of every kind that PEFT has and whose gradients hooks do not capture."""
+"""Adapters of every kind that PEFT has, except for LoRA on linear layers alone."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ ADAPTERS: dict[str, PeftConfig] = {
     "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=3),
     "P-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16),
 }
+
+
+# Those whose gradients hooks do not capture.
+OF_PROMPTS = ("prompt tuning", "prefix tuning", "P-tuning")
 
 
 def spread(model: nn.Module, seed: int = 1) -> Any:
