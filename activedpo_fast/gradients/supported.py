@@ -286,10 +286,10 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
         where = tokenized.place(row)
         prompt = sequence.completion_start - 1 if tokenized.encoder_decoder else 0
         lengths = (len(ids) - prompt, prompt)
-        for length, (limit, what) in zip(lengths, limits, strict=True):
+        for length, (limit, side) in zip(lengths, limits, strict=True):
             if limit is not None and length > limit:
                 raise ActiveDPOError(
-                    f"{where} has {length} tokens {what}, and the model has {limit} positions: set "
+                    f"{where} has {length} tokens {side}, and the model has {limit} positions: set "
                     f"max_length to {limit} or less{as_in}"
                 )
         if known is not None and ids and not 0 <= min(ids) <= max(ids) < known:

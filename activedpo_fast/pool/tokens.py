@@ -304,19 +304,18 @@ def _warn(
         )
     if cut:
         logger.warning(
-            "%s responses are longer than max_length=%d with their prompt and are cut at the %s%s",
+            "%s responses are longer than max_length=%d with their prompt and are "
+            f"cut at the %s{as_in}",
             cut,
             max_length,
             "end" if truncation_mode == "keep_start" else "beginning",
-            as_in,
         )
     if skipped:
         logger.warning(
-            "%d of %d prompts fill max_length=%d and are skipped%s",
+            f"%d of %d prompts fill max_length=%d and are skipped{as_in}",
             skipped,
             prompts,
             max_length,
-            as_in,
         )
 
 
