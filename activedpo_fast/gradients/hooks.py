@@ -8,6 +8,7 @@ differentiates nothing below the lowest trainable layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,8 +39,8 @@ class Capture:
         self._silent = silent_modules(linears)
         self.linears = linears
         self._consume = consume
-        self._shape: tuple[int, int] | None = None
-        self._segments: torch.Tensor | None = None
+        self._shapes: tuple[tuple[int, int], ...] = ()
+        self._segments: tuple[torch.Tensor, ...] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.first_label = linears[0].label
         self.used = False  # whether any of the layers took part in a forward pass
@@ -56,19 +57,23 @@ class Capture:
         self._handles.clear()
 
     @contextmanager
-    def forward(self, shape: tuple[int, int]) -> Iterator[None]:
-        """Capture the forward passes inside, of B x T tokens: `shape` of the model's input."""
-        before, self._shape = self._shape, shape
+    def forward(self, *shapes: tuple[int, int]) -> Iterator[None]:
+        """Capture the forward passes inside, of B x T tokens: the shape of the model's input.
+
+        There may be others, of tokens that some layers see besides: each layer's input has one.
+        """
+        before, self._shapes = self._shapes, shapes
         try:
             yield
         finally:
-            self._shape = before
+            self._shapes = before
 
     @contextmanager
-    def backward(self, segments: torch.Tensor) -> Iterator[None]:
+    def backward(self, *segments: torch.Tensor) -> Iterator[None]:
         """Add the gradients that arrive inside to rows.
 
-        segments: which of the B T tokens (row-major) of the forward pass add to which row.
+        segments: for each of the forward pass's shapes, which of its B T tokens (row-major) add to
+            which row.
         """
         before, self._segments = self._segments, segments
         try:
@@ -82,15 +87,17 @@ class Capture:
         def on_forward(
             module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
         ) -> None:
-            shape = self._shape
-            if shape is None or not torch.is_grad_enabled():
+            shapes = self._shapes
+            if not shapes or not torch.is_grad_enabled():
                 return
             self.used = True
-            h = _by_token(linear, inputs[0].detach(), shape)
+            which = _which_tokens(linear, inputs[0], shapes)
+            h = _by_token(inputs[0])
 
             def on_gradient(g: torch.Tensor) -> None:
-                assert self._segments is not None, "a backward pass outside of `backward`"
-                self._consume(linear, h, _by_token(linear, g.detach(), shape), self._segments)
+                assert self._segments, "a backward pass outside of `backward`"
+                _which_tokens(linear, g, shapes[which : which + 1])
+                self._consume(linear, h, _by_token(g), self._segments[which])
 
             if output.requires_grad:
                 output.register_hook(on_gradient)
@@ -111,18 +118,25 @@ def _cut(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tenso
     return output.detach()
 
 
-def _by_token(
-    linear: TrainableLinear, tensor: torch.Tensor, shape: tuple[int, int]
-) -> torch.Tensor:
-    count = shape[0] * shape[1]
-    # Some MLPs flatten batch and time; latent attention (DeepSeek) has a head dimension of one. The
-    # self-check verifies the order.
-    given = [size for size in tensor.shape[:-1] if size != 1]
-    if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
-        return tensor.reshape(count, tensor.shape[-1])
+def _by_token(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _which_tokens(
+    linear: TrainableLinear, tensor: torch.Tensor, shapes: Sequence[tuple[int, int]]
+) -> int:
+    """Return the number of the first of `shapes` whose tokens are those of `tensor` [..., n]."""
+    # Some MLPs flatten batch and time; attention may have dimensions of heads or chunks. Unless the
+    # sequences come first, the order is another one. The self-check verifies it.
+    leading = tensor.shape[:-1]
+    count, first = math.prod(leading), next((size for size in leading if size != 1), 1)
+    for number, (sequences, length) in enumerate(shapes):
+        if count == sequences * length and (sequences == 1 or first in (sequences, count)):
+            return number
+    tokens = " or ".join(f"{sequences} × {length}" for sequences, length in shapes)
     what = "is a routed expert, which" if "expert" in linear.label else "has an input that"
     raise UnsupportedParameterError(
         f"cannot capture per-sample gradients of {linear.label!r}: it {what} has not one row for "
-        f"each of {shape[0]} × {shape[1]} tokens (shape {list(tensor.shape)}); use verify=True, "
+        f"each of {tokens} tokens (shape {list(tensor.shape)}); use verify=True, "
         "which finds this out and takes all gradients from autograd"
     )

@@ -26,8 +26,9 @@ from activedpo_fast.gradients.segments import (
     prompt_segments,
     response_segments,
     row_terms,
+    whole_segments,
 )
-from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.adapters import causal_lm, decoder_of
 from activedpo_fast.ops import reference
 
 
@@ -67,7 +68,7 @@ def gradient_pass(
     shape, segments = _shape(batch.input_ids), response_segments(batch, terms)
     if not shared:
         with capture.forward(shape):
-            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
+            logps = whole_model_logps(model, batch, everywhere=_tokens_would_miss(model, capture))
         _check_used(capture)
         with capture.backward(segments):
             (logps * weights).sum().backward()
@@ -77,12 +78,13 @@ def gradient_pass(
     with capture.forward(_shape(batch.prompt_ids)) if through_prompts else torch.no_grad():
         states = _prompt_states(decoder, batch)
     continued = _one_for_each_response(states, batch)
-    with capture.forward(shape):
+    # Latent attention (DeepSeek) applies a layer to the prompt's tokens again.
+    with capture.forward(shape, (shape[0], batch.prompt_ids.shape[1] + shape[1])):
         output = _continue(decoder, batch, continued)
     logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
     _check_used(capture)
     if output.last_hidden_state.requires_grad:
-        with capture.backward(segments):
+        with capture.backward(segments, whole_segments(batch, terms, prompts=through_prompts)):
             output.last_hidden_state.backward(gradient)
     del output, gradient
     _prompt_backward_passes(capture, batch, states, continued, relative)
@@ -153,7 +155,7 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
 def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = False) -> torch.Tensor:
     """Return log π(y|x) [B] from the model's own logits, as part of the autograd graph.
 
-    With `everywhere` the head runs on all tokens, as hooks on it expect.
+    With `everywhere` every layer runs on all tokens, as hooks expect.
     """
     # The head is needed from the token before the first scored one. Tokens before that in every
     # sequence of the batch are left out if the model supports it.
@@ -162,8 +164,7 @@ def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = Fals
     first = int(scored[0]) if len(scored) else max(length - 1, 1)
     kept = length - first + 1
     inputs = _whole_inputs(batch)
-    can_leave_out = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
-    if can_leave_out and length > 1 and not everywhere:
+    if _can_leave_out(causal_lm(model)) and length > 1 and not everywhere:
         inputs["logits_to_keep"] = kept
     logits = model(**inputs).logits[:, -kept:-1]
     logps = reference.response_logps(logits, batch.input_ids[:, first:])
@@ -193,7 +194,7 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
 def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the decoder's output for whole sequences, [B, T, h]."""
     found: list[torch.Tensor] = []
-    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    decoder = decoder_of(model)
     if decoder is causal_lm(model):
         whole = model(**_whole_inputs(batch), output_hidden_states=True)
         hidden: torch.Tensor = whole.hidden_states[-1]
@@ -206,12 +207,21 @@ def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     return found[-1]
 
 
-def _head_is_captured(model: nn.Module, capture: Capture) -> bool:
-    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return False
-    within = set(map(id, head.modules()))
-    return any(id(linear.module) in within for linear in capture.linears)
+def _tokens_would_miss(model: nn.Module, capture: Capture) -> bool:
+    """Return whether a captured layer may be called without the tokens that need no logits.
+
+    Layers after the decoder are: the head, and what ModernBERT has before it. So are layers inside
+    if the decoder itself leaves tokens out, as Gemma 4 does in layers without keys of their own.
+    """
+    decoder = decoder_of(model)
+    within = set(map(id, decoder.modules()))
+    return _can_leave_out(decoder) or any(
+        id(linear.module) not in within for linear in capture.linears
+    )
+
+
+def _can_leave_out(module: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
 def _shape(ids: torch.Tensor) -> tuple[int, int]:
@@ -220,7 +230,7 @@ def _shape(ids: torch.Tensor) -> tuple[int, int]:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """Return the stack of layers of a causal LM, without its head."""
-    decoder: nn.Module = causal_lm(model).get_decoder()  # type: ignore[operator]
+    decoder = decoder_of(model)
     if decoder is causal_lm(model):
         raise ActiveDPOError("the model has no decoder apart from its head")
     return decoder
