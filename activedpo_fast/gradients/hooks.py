@@ -8,7 +8,6 @@ Autograd computes no weight gradient, and differentiates nothing below the lowes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from activedpo_fast.gradients.layers import Call, Layer, silent_modules
+from activedpo_fast.gradients.layers import Call, Layer, has_tokens, silent_modules
 from activedpo_fast.gradients.terms import Term
 
 # (what a layer adds, segments int64 [S, 3] of (first token, token after the last, row))
@@ -62,7 +61,8 @@ class Capture:
     def forward(self, *shapes: tuple[int, int]) -> Iterator[None]:
         """Capture the forward passes inside, of B x T tokens: the shape of the model's input.
 
-        With an encoder and a decoder there are two: each layer's input has one of them.
+        There may be others, of tokens that some layers see besides (an encoder's, a prompt's once
+        more): each layer's input has one of them.
         """
         before, self._shapes = self._shapes, shapes
         try:
@@ -134,8 +134,7 @@ def _which_tokens(tensor: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> in
 
     If it has none, the rule of the layer says so.
     """
-    given = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
-    for number, (sequences, length) in enumerate(shapes):
-        if math.prod(given) == sequences * length:
-            return number
-    return 0
+    leading = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
+    apart = (n for n, (b, t) in enumerate(shapes) if leading[0] == b and t in leading[1:])
+    flat = (n for n, shape in enumerate(shapes) if has_tokens(leading, shape))
+    return next(apart, next(flat, 0))

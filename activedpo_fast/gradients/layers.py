@@ -11,6 +11,7 @@ the backward pass. From these, without any gradient of a weight from autograd:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -370,14 +371,18 @@ def silent_modules(layers: Sequence[Layer]) -> frozenset[int]:
     )
 
 
+def has_tokens(leading: Sequence[int], shape: tuple[int, int]) -> bool:
+    """Return whether a tensor with these leading dimensions has a row for each of B x T tokens."""
+    # Some MLPs flatten batch and time; attention may have dimensions of heads or chunks. Unless the
+    # sequences come first, the order is another one. The self-check verifies it.
+    count, first = math.prod(leading), next((size for size in leading if size != 1), 1)
+    return count == shape[0] * shape[1] and (shape[0] == 1 or first in (shape[0], count))
+
+
 def by_token(label: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return a layer's input or output [..., d] as [B T, d], the tokens row-major."""
-    count = shape[0] * shape[1]
-    # Some MLPs flatten batch and time; latent attention (DeepSeek) has a head dimension of one. The
-    # self-check verifies the order.
-    given = [size for size in tensor.shape[:-1] if size != 1]
-    if given == [size for size in shape if size != 1] or tuple(tensor.shape[:-1]) == (count,):
-        return tensor.reshape(count, tensor.shape[-1])
+    if has_tokens(tensor.shape[:-1], shape):
+        return tensor.reshape(-1, tensor.shape[-1])
     what = "is a routed expert, which" if "expert" in label else "has an input that"
     raise _no_rule(label, what, tensor, shape)
 

@@ -74,7 +74,8 @@ class KnownLayouts:
         if trained.others:
             self._say_by_autograd(trained.describe_others(), tokenized)
             return BY_AUTOGRAD
-        least = _fastest_allowed(self._model)
+        longest = _longest(tokenized)
+        least = _fastest_allowed(self._model, longest)
         if not self._verify:
             return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
         if self._failed == trained.by_name.keys():
@@ -84,7 +85,6 @@ class KnownLayouts:
             self._checked = frozenset(trained.by_name)
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
-        longest = _longest(tokenized)
         layout, checked = self._gradients.get(has_prompts, (Layout.SHARED, 0))
         if longest > checked:
             try:
@@ -113,10 +113,10 @@ class KnownLayouts:
 
     def for_forward(self, tokenized: TokenizedPool, model: nn.Module) -> Layout:
         """Return the layout for log-probs and hidden states of `model`, which may be another."""
-        least = _fastest_allowed(model)
+        longest = _longest(tokenized)
+        least = _fastest_allowed(model, longest)
         if not self._verify:
             return Layout.slowest(Layout.WHOLE, least)
-        longest = _longest(tokenized)
         layout, checked = self._forward.get(model, (Layout.WHOLE, 0))
         if longest > checked:
             layout = forward_layout(model, tokenized, self._pad_token_id, self._precision)
@@ -125,9 +125,10 @@ class KnownLayouts:
         return Layout.slowest(layout, *found, least)
 
 
-def _fastest_allowed(model: nn.Module) -> Layout:
-    """Return the fastest layout allowed for this kind of model, whatever the self-check finds."""
-    return Layout.ALONE if batch_changes_attention(model) else Layout.SHARED
+def _fastest_allowed(model: nn.Module, longest: int) -> Layout:
+    """Return the fastest layout allowed for this kind of model and sequences of up to `longest`
+    tokens, whatever the self-check finds."""
+    return Layout.ALONE if batch_changes_attention(model, longest) else Layout.SHARED
 
 
 def _times_the_operations(tokenized: TokenizedPool) -> float:

@@ -33,8 +33,10 @@ from activedpo_fast.gradients.segments import (
     prompt_segments,
     response_segments,
     row_terms,
+    whole_segments,
 )
-from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.adapters import causal_lm, decoder_of
+from activedpo_fast.models.encoder_decoder import is_encoder_decoder
 from activedpo_fast.ops import reference
 
 
@@ -74,7 +76,7 @@ def gradient_pass(
     shapes, segments = _shapes(batch), response_segments(batch, terms)
     if not shared:
         with capture.forward(*shapes):
-            logps = whole_model_logps(model, batch, everywhere=_head_is_captured(model, capture))
+            logps = whole_model_logps(model, batch, everywhere=_tokens_would_miss(model, capture))
         _check_used(capture)
         with capture.backward(*segments):
             (logps * weights).sum().backward()
@@ -84,6 +86,10 @@ def gradient_pass(
     with capture.forward(_shape(batch.prompt_ids)) if through_prompts else torch.no_grad():
         states = _prompt_states(model, decoder, batch)
     continued = _one_for_each_response(states, batch)
+    if not batch.encoder_decoder:
+        # Latent attention (DeepSeek) applies a layer to the prompt's tokens again.
+        shapes += ((shapes[0][0], batch.prompt_ids.shape[1] + shapes[0][1]),)
+        segments += (whole_segments(batch, terms, prompts=through_prompts),)
     with capture.forward(*shapes):
         output = _continue(decoder, batch, continued)
     logps, gradient = _scored_logps(model, batch, decoder, output, weights, (capture, terms))
@@ -160,7 +166,7 @@ def logp_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor:
 def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = False) -> torch.Tensor:
     """Return log π(y|x) [B] from the model's own logits, as part of the autograd graph.
 
-    With `everywhere` the head runs on all tokens, as hooks on it expect.
+    With `everywhere` every layer runs on all tokens, as hooks expect.
     """
     # The head is needed from the token before the first scored one. Tokens before that in every
     # sequence of the batch are left out if the model supports it.
@@ -169,8 +175,7 @@ def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = Fals
     first = int(scored[0]) if len(scored) else max(length - 1, 1)
     kept = length - first + 1
     inputs = _whole_inputs(batch)
-    can_leave_out = "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
-    if can_leave_out and length > 1 and not everywhere:
+    if _can_leave_out(causal_lm(model)) and length > 1 and not everywhere:
         inputs["logits_to_keep"] = kept
     logits = model(**inputs).logits[:, -kept:-1]
     logps = reference.response_logps(logits, batch.input_ids[:, first:])
@@ -200,7 +205,7 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
 def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the decoder's output for whole sequences, [B, T, h]."""
     found: list[torch.Tensor] = []
-    decoder = causal_lm(model).get_decoder()  # type: ignore[operator]
+    decoder = decoder_of(model)
     if decoder is causal_lm(model):
         whole = model(**_whole_inputs(batch), output_hidden_states=True)
         hidden: torch.Tensor = whole.hidden_states[-1]
@@ -213,12 +218,24 @@ def _what_the_head_reads(model: nn.Module, batch: Batch) -> torch.Tensor:
     return found[-1]
 
 
-def _head_is_captured(model: nn.Module, capture: Capture) -> bool:
-    head = causal_lm(model).get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        return False
-    within = set(map(id, head.modules()))
-    return any(id(layer.module) in within for layer in capture.layers)
+def _tokens_would_miss(model: nn.Module, capture: Capture) -> bool:
+    """Return whether a captured layer may be called without the tokens that need no logits.
+
+    Layers after the decoder are: the head, and what ModernBERT has before it. So are layers inside
+    if the decoder itself leaves tokens out, as Gemma 4 does in layers without keys of their own.
+    """
+    decoder = decoder_of(model)
+    stacks: list[nn.Module] = [decoder]
+    if is_encoder_decoder(model):
+        stacks.append(causal_lm(model).get_encoder())  # type: ignore[operator]
+    within = {id(module) for stack in stacks for module in stack.modules()}
+    return _can_leave_out(decoder) or any(
+        id(layer.module) not in within for layer in capture.layers
+    )
+
+
+def _can_leave_out(module: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(module.forward).parameters
 
 
 def _shape(ids: torch.Tensor) -> tuple[int, int]:
@@ -233,7 +250,7 @@ def _shapes(batch: Batch) -> tuple[tuple[int, int], ...]:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """Return the stack of layers of a causal LM, without its head."""
-    decoder: nn.Module = causal_lm(model).get_decoder()  # type: ignore[operator]
+    decoder = decoder_of(model)
     if decoder is causal_lm(model):
         raise ActiveDPOError("the model has no decoder apart from its head")
     return decoder

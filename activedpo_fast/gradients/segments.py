@@ -64,6 +64,22 @@ def _segments_of(mask: torch.Tensor, terms: list[tuple[int, int]]) -> torch.Tens
     return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
 
 
+def whole_segments(batch: Batch, terms: list[tuple[int, int]], *, prompts: bool) -> torch.Tensor:
+    """Return the segments of the tokens of each response's prompt and its own, [B, L + T].
+
+    prompts: whether the prompt's tokens, padded on the left, add to the row.
+    """
+    before = batch.prompt_ids.shape[1]
+    length = before + batch.input_ids.shape[1]
+    counts = batch.attention_mask.sum(dim=1).tolist()
+    first = 0 if prompts else before
+    segments = [
+        [b * length + first, b * length + before + counts[b], row]
+        for b, row in sorted(terms, key=lambda term: (term[1], term[0]))
+    ]
+    return torch.tensor(segments, dtype=torch.int64).view(-1, 3)
+
+
 def chunk_segments(owners: list[int], terms: list[tuple[int, int]]) -> torch.Tensor:
     """Return the segments of a chunk of scored tokens, whose responses `owners` are ascending."""
     found: dict[int, tuple[int, int]] = {}

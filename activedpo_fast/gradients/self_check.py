@@ -21,6 +21,7 @@ from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import SAME_NUMBERS, Batch, Layout, collate, group_rows
 from activedpo_fast.gradients.check_plan import CheckPlan
 from activedpo_fast.gradients.passes import hidden_pass, logp_pass
+from activedpo_fast.gradients.rounding import disturbed, rounds_its_activations
 from activedpo_fast.gradients.rows import autograd_gradients, captured_rows
 from activedpo_fast.gradients.running import BatchResult, RunBatch, run_batches
 from activedpo_fast.gradients.token_budget import TokenBudget, is_out_of_memory
@@ -50,7 +51,8 @@ _LOW_PRECISION_TOLERANCE = _Tolerance(0.25, 0.05)
 
 # In half precision, rounding may be as large as errors from shared prompts, so it is measured. A
 # whole row may be off by this multiple of its error in a batch of whole sequences, or by the second
-# number.
+# number. A model that rounds its activations further than its weights' dtype may be off by this
+# multiple of what that does, or by what its dtype allows.
 _TIMES_ROUNDING, _LEAST_ROUNDING = 3.0, 0.03
 
 _SLOWER = {
@@ -85,6 +87,16 @@ def gradient_layout(
     shapes = plan.blocks
     run_batch = _captured_gradient_pass(model, trained, plan, precision)
     tolerance = _tolerance(model, precision)
+    coarse = tolerance == _LOW_PRECISION_TOLERANCE
+    if not coarse and rounds_its_activations(
+        model, _alone(model, tokenized, next(iter(expected)), pad_token_id)
+    ):
+        coarse = True
+        with disturbed(model):
+            again = _autograd_rows(model, trained, plan, tokenized, pad_token_id, precision)
+        off = max(error for row in again for _, error in _errors(again[row], expected[row]))
+        most = _LOW_PRECISION_TOLERANCE.gradient
+        tolerance = tolerance._replace(gradient=_allowed(off, tolerance.gradient, most))
 
     def largest_error(layout: Layout) -> float:
         """Return the largest error of a row, relative to its norm; raise if a parameter fails."""
@@ -100,7 +112,7 @@ def gradient_layout(
 
     def compare(layout: Layout) -> None:
         found = largest_error(layout)
-        if layout is Layout.SHARED and tolerance == _LOW_PRECISION_TOLERANCE:
+        if layout is Layout.SHARED and coarse:
             rounding = largest_error(Layout.WHOLE)
             if found > max(_TIMES_ROUNDING * rounding, _LEAST_ROUNDING):
                 raise UnsupportedParameterError(
@@ -144,27 +156,32 @@ def forward_layout(
         return logps, hidden
 
     alone, hidden_alone = results(Layout.ALONE)
+
+    def errors(layout: Layout) -> tuple[float, float]:
+        """Return the largest errors of hidden states and log-probs; NaN if one is."""
+        logps, hidden = results(layout)
+        # A response with log π near 0 is measured against the size of the others.
+        of_logps = (logps - alone).abs() / alone.abs().maximum(alone.abs().mean())
+        of_hidden = (hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1)
+        return float(of_hidden.max()), float(of_logps.max())
+
     tolerance = _tolerance(model, precision)
+    if tolerance != _LOW_PRECISION_TOLERANCE and rounds_its_activations(
+        model, _alone(model, tokenized, rows[0], pad_token_id)
+    ):
+        with disturbed(model):
+            off = errors(Layout.ALONE)
+        tolerance = _Tolerance(*map(_allowed, off, tolerance, _LOW_PRECISION_TOLERANCE))
 
     def compare(layout: Layout) -> None:
         if layout is Layout.ALONE:
             return
-        logps, hidden = results(layout)
-        # A response with log π near 0 is measured against the size of the others.
-        errors = {
-            "log-prob": (
-                (logps - alone).abs() / alone.abs().maximum(alone.abs().mean()),
-                tolerance.logp,
-            ),
-            "hidden state": (
-                (hidden - hidden_alone).norm(dim=1) / hidden_alone.norm(dim=1),
-                tolerance.gradient,
-            ),
-        }
-        for name, (error, allowed) in errors.items():
+        for name, error, allowed in zip(
+            ("hidden state", "log-prob"), errors(layout), tolerance, strict=True
+        ):
             # Written so that NaN does not pass.
-            if not bool((error <= allowed).all()):
-                raise ActiveDPOError(f"its {name} differs by {float(error.max()):.1e}")
+            if not error <= allowed:
+                raise ActiveDPOError(f"its {name} differs by {error:.1e}")
 
     return _first_that_agrees(model, compare)
 
@@ -219,17 +236,25 @@ def _compare(
     """Raise `UnsupportedParameterError` unless a captured row [D] matches autograd's."""
     parts = found.split([math.prod(shape) for _, shape in shapes])
     captured = {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
-    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    for name, gradient in expected.items():
-        error = (captured[name] - gradient).norm()
-        # A block that is almost zero is measured against the size of the whole gradient.
-        scale = torch.maximum(gradient.norm(), 1e-3 * total)
+    for name, error in _errors(captured, expected):
         # Written so that NaN is refused, too.
-        if not bool(error <= tolerance * scale):
+        if not error <= tolerance:
             raise UnsupportedParameterError(
                 f"self-check failed: the captured gradient of {name!r} differs from autograd's by "
-                f"{float(error / scale):.1e} of its norm (allowed {tolerance:.0e})"
+                f"{error:.1e} of its norm (allowed {tolerance:.0e})"
             )
+
+
+def _errors(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, float]]:
+    """Yield the parameters of a row with the errors of their gradients, relative to the norm."""
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        # A block that is almost zero is measured against the size of the whole gradient.
+        scale = torch.maximum(gradient.norm(), 1e-3 * total)
+        yield name, float(error / scale) if error != 0 else 0.0
 
 
 def _autograd_rows(
@@ -268,14 +293,18 @@ def _autograd_gradients(
     pad_token_id: int,
     precision: str | None,
 ) -> dict[str, torch.Tensor]:
-    groups = group_rows(tokenized, [row], Layout.ALONE)
-    batch = collate(tokenized, groups, pad_token_id=pad_token_id)
-    batch = batch.to(next(model.parameters()).device)
+    batch = _alone(model, tokenized, row, pad_token_id)
     _, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     return {
         name: gradients[name] if name in gradients else torch.zeros_like(parameter)
         for name, parameter in trained.by_name.items()
     }
+
+
+def _alone(model: nn.Module, tokenized: TokenizedPool, row: int, pad_token_id: int) -> Batch:
+    groups = group_rows(tokenized, [row], Layout.ALONE)
+    batch = collate(tokenized, groups, pad_token_id=pad_token_id)
+    return batch.to(next(model.parameters()).device)
 
 
 def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
@@ -301,6 +330,11 @@ def _rows_to_check(tokenized: TokenizedPool) -> list[int]:
         if rows not in chosen and len(chosen) < 3:
             chosen.append(rows)
     return [row for rows in chosen for row in rows]
+
+
+def _allowed(off: float, by_dtype: float, in_half: float) -> float:
+    """Return the error to allow where the model's rounding alone makes one of `off`."""
+    return min(max(by_dtype, _TIMES_ROUNDING * off), in_half)
 
 
 def _tolerance(model: nn.Module, precision: str | None) -> _Tolerance:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
-from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.adapters import causal_lm, decoder_of
 from activedpo_fast.models.encoder_decoder import (
     check_encoder_decoder,
     check_tokens_are_for,
@@ -103,8 +103,7 @@ def position_limit(model: nn.Module) -> int | None:
     config: Any = getattr(base, "config", None)
     if getattr(config, "model_type", None) == "mpt":
         return int(config.max_seq_len)  # ALiBi, but its table has that many columns
-    decoder = cast(Any, base).get_decoder() if isinstance(base, PreTrainedModel) else None
-    return positions_of(base if decoder is None else decoder)
+    return positions_of(decoder_of(base) if isinstance(base, PreTrainedModel) else base)
 
 
 def positions_of(decoder: nn.Module) -> int | None:
@@ -249,12 +248,31 @@ def _check_gradients(model: nn.Module) -> None:
             f"the model is split over {tensor_parallel} processes (tensor parallelism); {_WHOLE} "
             "tp_plan"
         )
+    _check_modules_are_called(model)
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ActiveDPOError(
                 f"{name!r} was made inside torch.inference_mode(), where no gradient can be taken: "
                 "load the model outside of it"
             )
+
+
+def _check_modules_are_called(model: nn.Module) -> None:
+    """Refuse Unsloth's kernels, which read the weights of LoRA's layers and do not call these."""
+    for path, module in model.named_modules():
+        own = (value for value in vars(module).values() if callable(value))
+        for function in (module.forward, *own):
+            function = getattr(function, "__func__", function)
+            name = getattr(function, "__name__", type(function).__name__)
+            # Code that it generates is in modules of other names, such as `Linear_peft_forward`.
+            if f"{getattr(function, '__module__', '')}".startswith("unsloth") or name.startswith(
+                "unsloth"
+            ):
+                raise UnsupportedParameterError(
+                    f"{path or 'the model'} runs Unsloth's {name!r}, which does not call the "
+                    "layers whose gradients are captured: save the adapter, and load the model "
+                    "and the adapter by transformers and PEFT in a process without Unsloth"
+                )
 
 
 def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:

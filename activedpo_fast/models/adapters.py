@@ -123,3 +123,11 @@ def _check_gives_weights(model: PeftModel, adapter_name: str) -> None:
 def causal_lm(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT model; LoRA layers are among its modules."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the stack of layers of a causal LM, without its head; the LM itself if it has none."""
+    base: Any = causal_lm(model)
+    decoder: nn.Module = base.get_decoder()
+    # transformers takes what is named `decoder` for it, which in ModernBERT is the head.
+    return base.base_model if decoder is base.get_output_embeddings() else decoder

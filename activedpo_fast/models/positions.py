@@ -41,12 +41,25 @@ def length_class(model: nn.Module) -> LengthClass | None:
     return classify
 
 
-def batch_changes_attention(model: nn.Module) -> bool:
-    """Return whether attention keeps a number of keys per batch (Doge's dynamic mask)."""
-    return any(
-        getattr(getattr(module, "config", None), "keep_window_size", None) is not None
-        for module in model.modules()
-    )
+def batch_changes_attention(model: nn.Module, longest: int) -> bool:
+    """Return whether the keys that a token attends to depend on the batch it is in.
+
+    Doge keeps a number of keys per batch. Sparse attention with an indexer (DeepSeek-V3.2, GLM)
+    keeps the `index_topk` best keys of each token. Which of equal ones are kept depends on padding,
+    and among nearly equal ones on rounding; fewer tokens than that are all kept.
+
+    Args:
+        longest: tokens of the longest sequence.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "keep_window_size", None) is not None:
+            return True
+        if type(module).__name__.endswith("Indexer"):
+            kept = getattr(module, "index_topk", None)
+            if isinstance(kept, int) and longest > kept:
+                return True
+    return False
 
 
 @contextmanager
