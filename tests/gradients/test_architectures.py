@@ -12,7 +12,8 @@ from torch import nn
 from activedpo_fast import ActiveDPOError, FeatureExtractor
 from activedpo_fast.gradients.batches import Layout
 from activedpo_fast.gradients.hooks import _which_tokens
-from activedpo_fast.gradients.trainable import TrainableLinear, trainable_parameters
+from activedpo_fast.gradients.layers import Call, TrainableLinear
+from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.models.adapters import causal_lm
 from tests.gradients.test_response_tokens import loop as loop_of_responses
 from tests.gradients.test_supported import (
@@ -95,15 +96,16 @@ def test_latent_attention_with_constant_prompts() -> None:
 
 
 def test_which_shapes_have_one_row_for_each_token() -> None:
-    layer = TrainableLinear(nn.Linear(4, 4), "a layer", None)
     of_either = ((3, 6), (3, 8))
     for shape in ((3, 6), (18,), (1, 18), (3, 1, 6), (3, 2, 3)):
-        assert _which_tokens(layer, torch.zeros(*shape, 4), of_either) == 0
-    for shape in ((3, 8), (3, 1, 8)):
-        assert _which_tokens(layer, torch.zeros(*shape, 4), of_either) == 1
+        assert _which_tokens(torch.zeros(*shape, 4), of_either) == 0
+    for shape in ((3, 8), (3, 1, 8), (24,)):
+        assert _which_tokens(torch.zeros(*shape, 4), of_either) == 1
+    layer = TrainableLinear(nn.Linear(4, 4), "a layer", None)
     for shape in ((6, 3), (2, 3, 3), (3, 7), (17,)):
-        with pytest.raises(ActiveDPOError, match=r"each of 3 × 6 or 3 × 8 tokens \(shape"):
-            _which_tokens(layer, torch.zeros(*shape, 4), of_either)
+        states = torch.zeros(*shape, 4)
+        with pytest.raises(ActiveDPOError, match=r"each of 3 × 6 tokens \(shape"):
+            layer.seen(Call((states,), {}, of_either[_which_tokens(states, of_either)]))
 
 
 # -- layers that are called without the tokens that need no logits --------------------------------

@@ -69,7 +69,7 @@ def quantized(kind: type[nn.Linear] | None, **sizes: int) -> Any:
 
 
 def first(pool: TokenizedPool) -> Any:
-    return collate(pool.sequences, group_rows(pool, [0], Layout.ALONE), pad_token_id=0)
+    return collate(pool, group_rows(pool, [0], Layout.ALONE), pad_token_id=0)
 
 
 @pytest.mark.parametrize("kind", [None, Int4Weights, Int8Dynamic, HalfInside])
