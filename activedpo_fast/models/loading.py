@@ -17,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto as auto
 
-from activedpo_fast._files import FilePath, first_line
+from activedpo_fast._files import FilePath, first_line, read_json
 from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.folders import (
@@ -47,6 +49,11 @@ NO_ADAPTER = (
     "peft.get_peft_model(...).save_pretrained(DIR)"
 )
 _HALF = (torch.bfloat16, torch.float16)
+_KINDS: dict[Any, str] = {
+    AutoModelForCausalLM: "causal language",
+    AutoModelForImageTextToText: "vision-language",
+    AutoModelForSequenceClassification: "sequence classification",
+}
 
 
 def load_policy(
@@ -63,7 +70,8 @@ def load_policy(
     """Load the model in training, in eval mode, and its tokenizer.
 
     The tokenizer is the adapter's if its folder has one (training tools save it there), otherwise
-    the base model's. Using the adapter's tokenizer is logged.
+    the base model's. Using the adapter's tokenizer is logged. A vision-language model is loaded
+    whole, with its processor's tokenizer, for texts.
 
     Args:
         model: a folder in transformers' format with safetensors weights, or a name on the hub.
@@ -81,9 +89,9 @@ def load_policy(
         The PEFT model and the tokenizer; without a pad token it pads with EOS, as in TRL.
 
     Raises:
-        ActiveDPOError: no such folder, not a causal LM, weights that are missing or do not match,
-            neither `adapter` nor `lora`, or both; a tokenizer with tokens that the model has no
-            embedding for.
+        ActiveDPOError: no such folder, not a causal or vision-language LM, weights that are missing
+            or do not match, neither `adapter` nor `lora`, or both; a tokenizer with tokens that the
+            model has no embedding for.
     """
     if (adapter is None) == (lora is None):
         raise ActiveDPOError(
@@ -238,13 +246,17 @@ def resolve_dtype(
     return found
 
 
-def _checkpoint_dtype(folder: Path) -> torch.dtype:
+def _config(folder: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each kind of model checks its own settings
         raise ActiveDPOError(
             f"{folder} is not a model that can be loaded: {first_line(error)}"
         ) from None
+
+
+def _checkpoint_dtype(folder: Path) -> torch.dtype:
+    config = _config(folder)
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     for path in sorted(folder.glob("*.safetensors")):
@@ -278,7 +290,17 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
         raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(folder)
     return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the chat template in the file of earlier processors, which tokenizers do not read."""
+    file = folder / "chat_template.json"
+    found = read_json(file) if file.is_file() else None
+    template = found.get("chat_template") if isinstance(found, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
@@ -287,16 +309,24 @@ def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTr
         from transformers import GgufConfig
 
         options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model: PreTrainedModel = _load_weights(AutoModelForCausalLM, folder, dtype, **options)
+    auto_class: Any = AutoModelForCausalLM
+    if gguf_file is None and _is_vision_language(_config(folder)):
+        auto_class = AutoModelForImageTextToText
+    model: PreTrainedModel = _load_weights(auto_class, folder, dtype, **options)
     return model
 
 
-def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    what = (
-        "sequence classification"
-        if auto_class is AutoModelForSequenceClassification
-        else "causal language"
+def _is_vision_language(config: Any) -> bool:
+    """Return whether transformers has the model, but not among its causal language models."""
+    return (
+        config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and config.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and not getattr(config, "is_encoder_decoder", False)
     )
+
+
+def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    what = _KINDS[auto_class]
     try:
         model, info = auto_class.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options

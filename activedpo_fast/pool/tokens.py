@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool, as_pool
+from activedpo_fast.pool.string_contents import check_reads_strings
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
@@ -154,6 +155,7 @@ def tokenize_pool(
     check_tokenizer(processing_class, chat=pool.is_chat)
     check_template_kwargs(chat_template_kwargs)
     if pool.is_chat:
+        check_reads_strings(pool, processing_class)
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:
