@@ -17,14 +17,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto as auto
 
-from activedpo_fast._files import FilePath, first_line
+from activedpo_fast._files import FilePath, first_line, read_json
 from activedpo_fast._random import forked_rng
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.encoder_decoder import is_encoder_decoder
@@ -52,6 +54,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _KINDS: dict[Any, str] = {
     AutoModelForCausalLM: "causal language",
     AutoModelForSeq2SeqLM: "encoder-decoder language",
+    AutoModelForImageTextToText: "vision-language",
     AutoModelForSequenceClassification: "sequence classification",
 }
 
@@ -70,7 +73,8 @@ def load_policy(
     """Load the model in training, in eval mode, and its tokenizer.
 
     The tokenizer is the adapter's if its folder has one (training tools save it there), otherwise
-    the base model's. Using the adapter's tokenizer is logged.
+    the base model's. Using the adapter's tokenizer is logged. A vision-language model is loaded
+    whole, with its processor's tokenizer, for texts.
 
     Args:
         model: a folder in transformers' format with safetensors weights, or a name on the hub.
@@ -88,7 +92,7 @@ def load_policy(
         The PEFT model and the tokenizer; without a pad token it pads with EOS, as in TRL.
 
     Raises:
-        ActiveDPOError: no such folder, not a causal or encoder-decoder LM, weights that are missing
+        ActiveDPOError: no such folder, not a language model that writes text, weights that are missing
             or do not match, neither `adapter` nor `lora`, or both; a tokenizer with tokens that the
             model has no embedding for.
     """
@@ -289,7 +293,17 @@ def _load_tokenizer(folder: Path, gguf_file: str | None) -> PreTrainedTokenizerB
         raise ActiveDPOError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(folder)
     return tokenizer
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the chat template in the file of earlier processors, which tokenizers do not read."""
+    file = folder / "chat_template.json"
+    found = read_json(file) if file.is_file() else None
+    template = found.get("chat_template") if isinstance(found, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTrainedModel:
@@ -301,8 +315,19 @@ def _load_base(folder: Path, dtype: torch.dtype, gguf_file: str | None) -> PreTr
         options = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     elif getattr(_config(folder), "is_encoder_decoder", False):
         auto_class = AutoModelForSeq2SeqLM
+    elif _is_vision_language(_config(folder)):
+        auto_class = AutoModelForImageTextToText
     model: PreTrainedModel = _load_weights(auto_class, folder, dtype, **options)
     return model
+
+
+def _is_vision_language(config: Any) -> bool:
+    """Return whether transformers has the model, but not among its causal language models."""
+    return (
+        config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and config.model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and not getattr(config, "is_encoder_decoder", False)
+    )
 
 
 def _load_weights(auto_class: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Any:

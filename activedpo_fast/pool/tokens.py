@@ -30,6 +30,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.encoder_decoder_tokens import encode_for_decoder
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool, as_pool
+from activedpo_fast.pool.string_contents import check_reads_strings
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
 from activedpo_fast.progress import progress_bar
@@ -239,6 +240,7 @@ def tokenize_noticing(
     check_tokenizer(processing_class, chat=pool.is_chat and not encoder_decoder)
     check_template_kwargs(chat_template_kwargs)
     if pool.is_chat and not encoder_decoder:
+        check_reads_strings(pool, processing_class)
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:
