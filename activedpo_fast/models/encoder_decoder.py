@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from activedpo_fast._files import first_line
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.adapters import causal_lm
 from activedpo_fast.models.positions import length_class
 from activedpo_fast.pool.encoder_decoder_tokens import label_ids
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
-from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
+from activedpo_fast.pool.tokens import TokenizedPool, check_tokenizer, scored_tokens
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -31,9 +30,13 @@ def decoder_start_token_id(
 
     It is the model's own. mBART's is the last token of the labels, which is the language of the
     tokenizer (`tgt_lang`).
+
+    Raises:
+        ActiveDPOError: not a tokenizer, or one without EOS; as `begins_decoder`.
     """
     if not is_encoder_decoder(model):
         return None
+    check_tokenizer(processing_class, chat=False)
     return begins_decoder(model, label_ids(processing_class, [""])[0])
 
 
@@ -44,15 +47,14 @@ def begins_decoder(model: nn.Module, labels: list[int]) -> int:
         ActiveDPOError: the model's config does not name it.
     """
     base: Any = causal_lm(model)
-    name = type(base).__name__
     try:
         if not hasattr(base, "prepare_decoder_input_ids_from_labels"):
             return int(base.config.decoder_start_token_id)
         shifted = base.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))
     except (AttributeError, TypeError, ValueError) as error:
         raise ActiveDPOError(
-            f"{name}: the token that its decoder begins with is unknown ({first_line(error)}): set "
-            "decoder_start_token_id and pad_token_id in model.config"
+            f"the config of {type(base).__name__} does not say which token its decoder begins "
+            "with: set decoder_start_token_id and pad_token_id in model.config"
         ) from error
     return int(shifted[0, 0])
 
@@ -66,7 +68,8 @@ def check_encoder_decoder(model: nn.Module) -> None:
     if base.get_output_embeddings() is None:
         raise ActiveDPOError(f"{name} has no language model head: {wanted}")
     decoder = base.get_decoder()
-    if decoder is base or decoder.get_output_embeddings() is not None:
+    own_head = decoder.get_output_embeddings() if isinstance(decoder, PreTrainedModel) else None
+    if decoder is base or own_head is not None:
         # Two models in one: what the decoder reads is not just the encoder's output.
         raise ActiveDPOError(f"{name} has no decoder apart from its head: {wanted}")
     if length_class(base) is not None:

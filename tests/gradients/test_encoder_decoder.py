@@ -311,7 +311,11 @@ def test_kinds_that_are_refused() -> None:
         transformers.BertConfig(**bert), transformers.BertConfig(**bert)
     )
     headless = transformers.T5Model(transformers.T5Config(**MODELS["t5"][1]))
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+    own = MODELS["t5gemma"][1]
+    varying = tiny_model("t5gemma", decoder=dict(own["decoder"], rope_parameters=rope))
     for model, why in (
+        (varying, "embeds positions by the longest sequence of a batch"),
         (whisper, "its encoder reads input_features"),
         (transformers.EncoderDecoderModel(config), "has no decoder apart from its head"),
         (headless, "T5Model has no language model head"),

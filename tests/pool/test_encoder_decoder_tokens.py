@@ -94,6 +94,13 @@ def test_decoder_only_models_have_no_start_token() -> None:
     assert decoder_start_token_id(tiny_causal_lm("llama"), tiny_tokenizer()) is None
 
 
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ActiveDPOError, match="no EOS token"):
+        decoder_start_token_id(tiny_model("t5"), tokenizer)
+
+
 def test_what_is_refused() -> None:
     messages = [{"role": "user", "content": "a"}]
     answer = [{"role": "assistant", "content": "b"}]
