@@ -43,7 +43,7 @@ class DoraMagnitudes:
             product += given["base_result"]
             if given["base_layer"].bias is not None:
                 product -= given["base_layer"].bias
-            norm = self.module.get_weight_norm()  # type: ignore[call-arg]
+            norm = self.module.get_weight_norm()
             by_magnitude = by_token(self.name, product.div_(norm), call.shape)
 
         def rule(g: Tensor, segments: Tensor) -> list[Term]:
