@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
@@ -23,7 +22,6 @@ from activedpo_fast.gradients.dora import DoraMagnitudes
 from activedpo_fast.gradients.layers import (
     Elementwise,
     Layer,
-    SmallModule,
     TrainableEmbedding,
     TrainableEmbeddingLora,
     TrainableLinear,
@@ -94,9 +92,7 @@ class Capturable:
             ]
         if isinstance(module, DoraLinearLayer):
             return [DoraMagnitudes(module, names["weight"])]
-        if _is_norm(module):
-            return [Elementwise(module, names)]
-        return [SmallModule(module, names)]
+        return [Elementwise(module, names)]
 
     def _unit(self, owner: Owner) -> Unit | None:
         _, module, attribute = owner
@@ -115,7 +111,7 @@ class Capturable:
             return self._of_tokens(owner)
         if _is_norm(module):
             return Unit(module, attribute)
-        return self._of_tuner(owner) or self._of_tokens(owner)
+        return self._of_embedding_lora(owner) or self._of_tokens(owner)
 
     def _is_read_elsewhere(self, owner: Owner) -> bool:
         """Return whether an adapter reads a weight of its base layer without calling the layer."""
@@ -139,23 +135,14 @@ class Capturable:
             return None
         return Unit(tuner, _within(owner, path))
 
-    def _of_tuner(self, owner: Owner) -> Unit | None:
-        """Return the unit of an adapter's weights that are no layers of their own."""
+    def _of_embedding_lora(self, owner: Owner) -> Unit | None:
         path, tuner = self._tuner_around(owner)
-        if tuner is None:
+        if not isinstance(tuner, LoraEmbedding) or owner.attribute in tuner.lora_variant:
             return None
         base = tuner.get_base_layer()
-        if isinstance(tuner, LoraEmbedding):
-            of_lora = owner.path.rpartition(".")[2].startswith("lora_embedding_")
-            known = isinstance(base, nn.Embedding) and _plain(base)
-            if not (of_lora and known) or owner.attribute in tuner.lora_variant:
-                return None
-        elif isinstance(tuner, LoraLayer) and not isinstance(tuner, AdaLoraLayer):
-            return None
-        elif not isinstance(base, (nn.Linear, Conv1D)):
-            return None
-        assert isinstance(tuner, nn.Module)
-        return Unit(tuner, _within(owner, path))
+        of_lora = owner.path.rpartition(".")[2].startswith("lora_embedding_")
+        known = isinstance(base, nn.Embedding) and _plain(base)
+        return Unit(tuner, _within(owner, path)) if of_lora and known else None
 
     def _tuner_around(self, owner: Owner) -> tuple[str, BaseTunerLayer | None]:
         path = owner.path

@@ -4,9 +4,8 @@ A layer is seen where it is called: its inputs in the forward pass, the gradient
 the backward pass. From these, without any gradient of a weight from autograd:
 
 * a linear layer y = W h: Σ_t g_t h_tᵀ;
-* an embedding: g_t, added to the row of token t;
-* a norm: g_t times the derivative of the module's own forward pass;
-* an adapter of another kind: its own forward pass once more, differentiated for each sequence.
+* an embedding: g_t, added to the row of token t, and with LoRA, g_t by its other matrix;
+* a norm: Σ_t g_t u_t, where u is the derivative of the module's own forward pass.
 """
 
 from __future__ import annotations
@@ -241,46 +240,6 @@ class Elementwise:
         return rule
 
 
-@dataclass(frozen=True)
-class SmallModule:
-    """A module with small parameters, which treats the sequences of a batch apart.
-
-    It runs once more for each sequence, and autograd differentiates this.
-
-    Attributes:
-        names: canonical names of the trainable parameters, by their names in the module.
-    """
-
-    module: nn.Module
-    names: Mapping[str, str]
-
-    @property
-    def label(self) -> str:
-        return next(iter(self.names.values()))
-
-    def seen(self, call: Call) -> Rule:
-        again = _Again(self.label, self.module, self.names, call)
-
-        def rule(g: Tensor, segments: Tensor) -> list[Term]:
-            again.check(g)
-            parts: dict[str, list[Tensor]] = {name: [] for name in self.names}
-            with torch.enable_grad():
-                of = {key: p.detach().requires_grad_() for key, p in again.parameters.items()}
-                for number in range(len(g)):
-                    gradients = torch.autograd.grad(
-                        again.output(of, number),
-                        list(of.values()),
-                        g[[number]],
-                        materialize_grads=True,
-                    )
-                    for name, gradient in zip(of, gradients, strict=True):
-                        parts[name].append(gradient)
-            found = {name: torch.stack(gradients) for name, gradients in parts.items()}
-            return _by_sequence(again, self.names, found, segments)
-
-        return rule
-
-
 class _Again:
     """A call of a module that can be repeated with other parameters.
 
@@ -303,18 +262,12 @@ class _Again:
             torch.is_autocast_enabled(self._device),
         )
 
-    def output(self, parameters: dict[str, Tensor], sequence: int | None = None) -> Tensor:
-        """Return the output for one sequence of the batch, [1, ...], or for all."""
-
-        def part(value: Any) -> Any:
-            of_one = isinstance(value, Tensor) and sequence is not None
-            return value[[sequence]] if of_one else value
-
-        args = tuple(map(part, self._args))
-        kwargs = {key: part(value) for key, value in self._kwargs.items()}
+    def output(self, parameters: dict[str, Tensor]) -> Tensor:
         dtype, enabled = self._autocast
         with torch.autocast(self._device, dtype, enabled=enabled, cache_enabled=False):
-            found: Tensor = torch.func.functional_call(self._module, parameters, args, kwargs)
+            found: Tensor = torch.func.functional_call(
+                self._module, parameters, self._args, self._kwargs
+            )
         return found
 
     def check(self, tensor: Tensor) -> None:

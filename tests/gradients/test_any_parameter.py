@@ -20,7 +20,7 @@ from activedpo_fast.gradients.sketch import Sketch, canonical_name
 from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.ops import reference
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
-from tests.support.adapters import ADAPTERS, LORA, OF_PROMPTS, adapted, spread
+from tests.support.adapters import ADAPTERS, CAPTURED, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
@@ -73,7 +73,7 @@ def assert_exact(model: nn.Module, *, by_hooks: bool = False, sketch: Sketch = E
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(name: str) -> None:
-    assert_exact(adapted(ADAPTERS[name]), by_hooks=name not in OF_PROMPTS)
+    assert_exact(adapted(ADAPTERS[name]), by_hooks=name in CAPTURED)
 
 
 def test_a_frozen_magnitude() -> None:

@@ -1,4 +1,4 @@
-"""Captured gradients of embeddings, norms, DoRA and other adapters, against the plain loop."""
+"""Captured gradients of embeddings, norms and DoRA, against the plain loop."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from activedpo_fast import ActiveDPOError, PreferencePool
 from activedpo_fast.gradients import check_plan
 from activedpo_fast.gradients.batches import Layout
 from activedpo_fast.gradients.extractor import FeatureExtractor
-from activedpo_fast.gradients.layers import Call, Elementwise, SmallModule
+from activedpo_fast.gradients.layers import Call, Elementwise
 from activedpo_fast.gradients.sketch import Sketch, canonical_name
 from activedpo_fast.gradients.trainable import trainable_parameters
 from activedpo_fast.ops import reference
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from tests.gradients import test_response_tokens
-from tests.support.adapters import ADAPTERS, LORA, adapted, spread
+from tests.support.adapters import ADAPTERS, CAPTURED, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 
-# Repeated tokens, the padding token among the others, one response, a prompt of one token.
+# Repeated tokens, the padding token among the others, a prompt of one token; the second response of
+# the third prompt is left out.
 ROWS = [
     {"prompt": "x x x x TL;DR:", "responses": [" x x x", " x", " <|pad|> x <|pad|><|pad|> y"]},
     {"prompt": "a <|pad|> b TL;DR:", "responses": [" no, no, no, and no again", " yes"]},
-    {"prompt": "Alone. TL;DR:", "responses": [" the quick brown fox jumps over the lazy dog"]},
+    {"prompt": "Alone. TL;DR:", "responses": [" the quick brown fox jumps over it", " left out"]},
     {"prompt": "q", "responses": ["q", "qqq q"]},
 ]
 EXACT = Sketch("none")
-CAPTURED = (
-    *("DoRA", "LoRA on an embedding", "modules_to_save", "norms in modules_to_save"),
-    *("trainable tokens of LoRA", "trainable tokens", "VeRA", "LoHa", "IA3"),
-)
 
 
 @lru_cache
 def tokens() -> TokenizedPool:
-    return tokenize_pool(PreferencePool.from_rows(ROWS), tiny_tokenizer(), max_length=None)
+    found = tokenize_pool(PreferencePool.from_rows(ROWS), tiny_tokenizer(), max_length=None)
+    kept = [row for row in range(len(found.items)) if row != 6]
+    return TokenizedPool(
+        [found.sequences[row] for row in kept], [], [found.items[row] for row in kept]
+    )
 
 
 def loop(model: nn.Module) -> torch.Tensor:
@@ -55,7 +56,7 @@ def assert_captured(model: nn.Module, layout: Layout = Layout.SHARED) -> None:
     """Rows and relative rows are the loop's, whatever shares a batch."""
     assert not trainable_parameters(model).others
     expected = loop(model)
-    assert tokens().sequences and (expected != 0).any(dim=1).all()
+    assert expected.any()
     for budget in (30, None):
         extractor = FeatureExtractor(model, EXACT, beta=1.0, max_tokens_per_batch=budget)
         found = extractor.gradients(tokens()).gradients
@@ -68,6 +69,14 @@ def assert_captured(model: nn.Module, layout: Layout = Layout.SHARED) -> None:
 @pytest.mark.parametrize("name", CAPTURED)
 def test_repeated_tokens_padding_and_batches(name: str) -> None:
     assert_captured(adapted(ADAPTERS[name]))
+
+
+def test_trained_tokens_that_repeat() -> None:
+    """In an order of their own, and the padding token, whose row has no gradient."""
+    config = LoraConfig(**LORA, trainable_token_indices=[224, 1, 91])
+    assert all({1, 91, 224} & set(sequence.input_ids) for sequence in tokens().sequences[:3])
+    for tied in (True, False):
+        assert_captured(adapted(config, tie_word_embeddings=tied))
 
 
 @pytest.mark.parametrize("name", ["DoRA", "trainable tokens of LoRA", "norms in modules_to_save"])
@@ -154,14 +163,6 @@ def test_dora_on_transposed_weights_and_on_the_head() -> None:
     assert_captured(adapted(LoraConfig(r=4, target_modules=["q_proj", "lm_head"], use_dora=True)))
 
 
-def test_an_adapter_on_the_head_is_from_autograd() -> None:
-    """The head sees tokens of several responses in one sequence."""
-    model = adapted(peft.LoHaConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    assert all("lm_head" in name for name in trainable_parameters(model).others)
-    found = FeatureExtractor(model, EXACT, beta=1.0, verify=False).gradients(tokens()).gradients
-    assert relative_error(found, loop(model)) <= 1e-9
-
-
 def test_two_adapters_at_once() -> None:
     model = adapted(ADAPTERS["DoRA"])
     model.add_adapter("other", LoraConfig(**LORA, use_dora=True, task_type="CAUSAL_LM"))
@@ -241,10 +242,10 @@ def test_a_module_that_is_not_what_its_name_says(caplog: pytest.LogCaptureFixtur
 
 def test_calls_that_no_rule_fits_are_named() -> None:
     norm = nn.LayerNorm(8)
-    for layer in (Elementwise(norm, {"weight": "n.weight"}), SmallModule(norm, {"weight": "n"})):
-        with pytest.raises(ActiveDPOError, match="'n.*not one row for each of 2 × 3 tokens"):
-            layer.seen(Call((torch.randn(6, 8),), {}, (2, 3)))
-    rule = Elementwise(norm, {"weight": "n.weight"}).seen(Call((torch.randn(1, 6, 8),), {}, (1, 6)))
+    layer = Elementwise(norm, {"weight": "n.weight"})
+    with pytest.raises(ActiveDPOError, match="'n.weight'.*not one row for each of 2 × 3 tokens"):
+        layer.seen(Call((torch.randn(6, 8),), {}, (2, 3)))
+    rule = layer.seen(Call((torch.randn(1, 6, 8),), {}, (1, 6)))
     with pytest.raises(ActiveDPOError, match="several responses in one sequence; use verify=True"):
         rule(torch.randn(1, 6, 8), torch.tensor([[0, 2, 0], [2, 6, 1]]))
 
@@ -264,7 +265,7 @@ def several() -> Any:
 
 
 @pytest.mark.parametrize("method", ["sjlt", "rademacher", "kronecker"])
-@pytest.mark.parametrize("name", ["several", "modules_to_save", "DoRA", "LoKr"])
+@pytest.mark.parametrize("name", ["several", "modules_to_save", "DoRA"])
 def test_sketches(method: str, name: str) -> None:
     model = several() if name == "several" else adapted(ADAPTERS[name])
     sketch = Sketch(method, 96, seed=5)
@@ -291,7 +292,7 @@ def test_response_tokens_alone(name: str) -> None:
     assert relative_error(test_response_tokens.extract(model, given), expected) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["DoRA", "modules_to_save", "norms in modules_to_save", "LoHa"])
+@pytest.mark.parametrize("name", ["DoRA", "modules_to_save", "norms in modules_to_save"])
 def test_half_precision(name: str) -> None:
     model = adapted(ADAPTERS[name], torch.float32)
     expected = loop(copy.deepcopy(model).double())

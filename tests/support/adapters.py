@@ -38,8 +38,11 @@ ADAPTERS: dict[str, PeftConfig] = {
 }
 
 
-# Those whose gradients hooks do not capture.
-OF_PROMPTS = ("prompt tuning", "prefix tuning", "P-tuning")
+# Those whose gradients hooks capture.
+CAPTURED = (
+    *("DoRA", "LoRA on an embedding", "modules_to_save", "norms in modules_to_save"),
+    *("trainable tokens of LoRA", "trainable tokens", "norms"),
+)
 
 
 def spread(model: nn.Module, seed: int = 1) -> Any:
