@@ -92,7 +92,7 @@ def load_policy(
         The PEFT model and the tokenizer; without a pad token it pads with EOS, as in TRL.
 
     Raises:
-        ActiveDPOError: no such folder, not a language model that writes text, weights that are missing
+        ActiveDPOError: no such folder, no language model that writes text, weights that are missing
             or do not match, neither `adapter` nor `lora`, or both; a tokenizer with tokens that the
             model has no embedding for.
     """
