@@ -117,7 +117,7 @@ def test_an_adapter_of_the_head() -> None:
 
 # Captured, or left to autograd.
 ADAPTERS: dict[str, tuple[PeftConfig, Layout]] = {
-    "IA3": (peft.IA3Config(target_modules=["k", "wo"], feedforward_modules=["wo"]), Layout.SHARED),
+    "IA3": (peft.IA3Config(target_modules=["k", "wo"], feedforward_modules=["wo"]), Layout.ALONE),
     "DoRA": (LoraConfig(r=2, target_modules=["q"], use_dora=True), Layout.SHARED),
     "prompt tuning": (peft.PromptTuningConfig(num_virtual_tokens=3), Layout.ALONE),
     "prefix tuning": (peft.PrefixTuningConfig(num_virtual_tokens=3), Layout.ALONE),
