@@ -37,6 +37,7 @@ ROWS = [
     {"prompt": "q", "responses": ["q", "qqq q"]},
 ]
 EXACT = Sketch("none")
+GEMMAS = 1e-6  # whose norms compute in float32
 
 
 @lru_cache
@@ -52,7 +53,7 @@ def loop(model: nn.Module) -> torch.Tensor:
     return loop_gradients(model, tokens().sequences, trainable(model))[0]
 
 
-def assert_captured(model: nn.Module, layout: Layout = Layout.SHARED) -> None:
+def assert_captured(model: nn.Module, tolerance: float = 1e-9) -> None:
     """Rows and relative rows are the loop's, whatever shares a batch."""
     assert not trainable_parameters(model).others
     expected = loop(model)
@@ -60,10 +61,10 @@ def assert_captured(model: nn.Module, layout: Layout = Layout.SHARED) -> None:
     for budget in (30, None):
         extractor = FeatureExtractor(model, EXACT, beta=1.0, max_tokens_per_batch=budget)
         found = extractor.gradients(tokens()).gradients
-        assert extractor.check(tokens()) is layout
-        assert relative_error(found, expected) <= 1e-9
+        assert extractor.check(tokens()) is Layout.SHARED
+        assert relative_error(found, expected) <= tolerance
     apart = FeatureExtractor(model, EXACT, beta=1.0, verify=False, max_tokens_per_batch=60)
-    assert relative_error(apart.gradients(tokens()).gradients, expected) <= 1e-9
+    assert relative_error(apart.gradients(tokens()).gradients, expected) <= tolerance
 
 
 @pytest.mark.parametrize("name", CAPTURED)
@@ -80,17 +81,15 @@ def test_trained_tokens_that_repeat() -> None:
 
 
 @pytest.mark.parametrize("name", ["DoRA", "trainable tokens of LoRA", "norms in modules_to_save"])
-def test_relative_rows_and_means(name: str) -> None:
+def test_relative_rows(name: str) -> None:
     model = adapted(ADAPTERS[name])
     pool = tokenize_pool(
         PreferencePool.from_rows([row for row in ROWS if len(row["responses"]) > 1]),
         tiny_tokenizer(),
         max_length=None,
     )
-    extractor = FeatureExtractor(model, EXACT, beta=1.0, length_normalized=True)
-    lengths = extractor.lengths(pool)
-    assert lengths is not None
-    expected = loop_gradients(model, pool.sequences, trainable(model))[0] / lengths[:, None]
+    extractor = FeatureExtractor(model, EXACT, beta=1.0)
+    expected, _ = loop_gradients(model, pool.sequences, trainable(model))
     first = torch.tensor([pool.items.index(item) for item in pool.items])
     found = extractor.gradients(pool, relative=True).gradients
     torch.testing.assert_close(found, expected - expected[first], rtol=1e-9, atol=1e-11)
@@ -100,12 +99,12 @@ def test_relative_rows_and_means(name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "gemma", "gemma2", "qwen", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("arch", ["llama", "gemma", "qwen", "gpt2", "gpt_neox"])
 def test_full_fine_tuning(arch: str, tied: bool) -> None:
     model = tiny_causal_lm(arch, torch.float64, tie_word_embeddings=tied)
     if arch == "gpt2":
         model.transformer.wpe.requires_grad_(False)
-    assert_captured(spread(model))
+    assert_captured(spread(model), GEMMAS if arch == "gemma" else 1e-9)
 
 
 def test_norms_at_zero() -> None:
@@ -155,7 +154,7 @@ def gemma3(**config: Any) -> Any:
     ids=["modules_to_save", "trainable tokens", "LoRA"],
 )
 def test_embeddings_that_scale(config: dict[str, Any]) -> None:
-    assert_captured(gemma3(**config))
+    assert_captured(gemma3(**config), GEMMAS)
 
 
 def test_dora_on_transposed_weights_and_on_the_head() -> None:
@@ -187,31 +186,26 @@ class OddEmbedding(nn.Embedding):
         return super().forward(ids).tanh()
 
 
-@pytest.mark.parametrize("kind", ["own forward", "max_norm", "shared by adapters", "base weight"])
-def test_layers_without_a_rule(kind: str) -> None:
-    model: Any
-    if kind == "shared by adapters":
-        config = peft.VBLoRAConfig(
-            target_modules=["q_proj"], num_vectors=4, vector_length=8, topk=2, r=2
-        )
-        model = adapted(config)
-        assert trainable_parameters(model).others.values() == {"shared weights"} or any(
-            kind == "shared weights" for kind in trainable_parameters(model).others.values()
-        )
-    elif kind == "base weight":
-        model = adapted(ADAPTERS["trainable tokens of LoRA"])
-        # The adapter reads it and never calls its layer.
-        model.get_base_model().model.embed_tokens.token_adapter.base_layer.requires_grad_(True)
-        assert list(trainable_parameters(model).others.values()) == ["Embedding"]
-    else:
-        model = tiny_causal_lm("llama", torch.float64)
-        if kind == "own forward":
-            model.model.embed_tokens.__class__ = OddEmbedding
-        else:
-            model.model.embed_tokens.max_norm = 1e9
+def test_an_embedding_with_its_own_forward_pass() -> None:
+    model: Any = tiny_causal_lm("llama", torch.float64)
+    model.model.embed_tokens.__class__ = OddEmbedding
+    assert trainable_parameters(model).others == {"model.embed_tokens.weight": "OddEmbedding"}
+    found = FeatureExtractor(model, EXACT, beta=1.0, verify=False).gradients(tokens()).gradients
+    assert relative_error(found, loop(model)) <= 1e-9
+
+
+def test_embeddings_that_look_at_the_batch() -> None:
+    for option in ("max_norm", "scale_grad_by_freq"):
+        model: Any = tiny_causal_lm("llama")
+        setattr(model.model.embed_tokens, option, 1)
         assert trainable_parameters(model).others == {"model.embed_tokens.weight": "Embedding"}
-    if kind == "max_norm":
-        return  # it changes the weights in place, which autograd refuses
+
+
+def test_a_weight_that_an_adapter_reads_without_a_call() -> None:
+    model = adapted(ADAPTERS["trainable tokens of LoRA"])
+    layer = model.get_base_model().model.embed_tokens.token_adapter
+    layer.base_layer.requires_grad_(True)
+    assert list(trainable_parameters(model).others.values()) == ["Embedding"]
     found = FeatureExtractor(model, EXACT, beta=1.0, verify=False).gradients(tokens()).gradients
     assert relative_error(found, loop(model)) <= 1e-9
 
