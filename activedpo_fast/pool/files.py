@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from activedpo_fast._files import FilePath, first_line, open_input, parse_json, reason_of
 from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.columns import check_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -44,7 +43,7 @@ def placed_rows(path: FilePath) -> PlacedRows:
         if dataset is not None:
             return (
                 (f"{source}, row {n}", row)
-                for n, row in enumerate(dataset.with_format(None), start=1)
+                for n, row in enumerate(_files_of_images(dataset).with_format(None), start=1)
             )
         return (placed for file in _shards(source) for placed in _reader(file)(file))
     if not source.suffix and not source.exists():
@@ -148,7 +147,7 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
     """Return the placed rows of a `datasets.Dataset` (one split, not streamed).
 
     Raises:
-        ActiveDPOError: it has several splits, is streamed, has images, or is something else.
+        ActiveDPOError: it has several splits, is streamed, or is something else.
     """
     import datasets
 
@@ -162,12 +161,21 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
         )
     if not isinstance(dataset, datasets.Dataset):
         raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
-    for name in {"image", "images"} & set(dataset.column_names):
-        # Check before reading any row: an image that cannot be decoded raises another error.
-        cells = dataset.select_columns(name).with_format("arrow")[:][name]
-        if (first := cells.is_valid().index(True).as_py()) >= 0:
-            check_columns({name: True}, f"data set, row {first + 1}", chat=True)
-    return ((f"data set, row {n}", row) for n, row in enumerate(dataset.with_format(None), start=1))
+    rows = _files_of_images(dataset).with_format(None)
+    return ((f"data set, row {n}", row) for n, row in enumerate(rows, start=1))
+
+
+def _files_of_images(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Return the data set with images as the files that they are, not decoded."""
+    import datasets
+
+    as_file = datasets.Image(decode=False)
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, as_file)
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(as_file))
+    return dataset
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:

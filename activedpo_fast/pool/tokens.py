@@ -29,6 +29,7 @@ from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.pool.unrendered import warn_of_unrendered
 from activedpo_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def tokenize_pool(
     check_tokenizer(processing_class, chat=pool.is_chat)
     check_template_kwargs(chat_template_kwargs)
     if pool.is_chat:
+        warn_of_unrendered(pool, processing_class, chat_template_kwargs or {})
         encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:

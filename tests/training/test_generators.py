@@ -305,4 +305,4 @@ def test_answers_that_are_not_the_policy_s_are_refused(tmp_path: Path) -> None:
         assert "takes reasoning_content out of the responses" in refused(
             chat, body={"choices": [{"message": parsed}]}
         )
-        assert "'tools' cannot be sent" in refused(chat, body=text, kwargs={"tools": []})
+        assert "tools cannot be sent" in refused(chat, body=text, kwargs={"tools": []})

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.messages import message_text
 from activedpo_fast.pool.texts import Text, check_string
 from activedpo_fast.selection.picks_jsonl import Pick
 
@@ -114,7 +115,7 @@ def as_shown(text: Text) -> str:
     """Return a text as one string: itself, or the chat messages one below the other."""
     if isinstance(text, str):
         return text
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in text)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
