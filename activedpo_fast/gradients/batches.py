@@ -9,7 +9,7 @@ ALiBi slopes are therefore those of the response alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from os.path import commonprefix
 
@@ -68,6 +68,7 @@ class Batch:
         position_ids: int64 [B, T], counted from the beginning of the prompt.
         scored: bool [B, T], True where the token's log-prob counts (response tokens; never the
             first token of a sequence, which nothing predicts, nor the first of `input_ids`).
+        images: further arguments of the model, for the images of a prompt; B = 1 if there are any.
     """
 
     rows: torch.Tensor
@@ -78,6 +79,7 @@ class Batch:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     scored: torch.Tensor
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Move the model inputs to `device`; `rows` and `group_of` stay on the CPU."""
@@ -90,6 +92,7 @@ class Batch:
             self.attention_mask.to(device),
             self.position_ids.to(device),
             self.scored.to(device),
+            {name: value.to(device) for name, value in self.images.items()},
         )
 
 
@@ -205,7 +208,16 @@ def collate(
         attention_mask,
         position_ids,
         scored,
+        _image_inputs([sequences[row] for row in rows]),
     )
+
+
+def _image_inputs(sequences: Sequence[TokenizedResponse]) -> dict[str, torch.Tensor]:
+    images = [sequence.images for sequence in sequences if sequence.images is not None]
+    if not images:
+        return {}
+    assert len(sequences) == 1, "responses to images run alone"
+    return images[0].model_inputs(len(sequences[0].input_ids))
 
 
 def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool) -> Group:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PlacedRows = Iterator[tuple[str, Any]]
 _VALUE = 8  # bytes of a value of a table, at least
+IMAGE_COLUMNS = ("image", "images")
 EMPTY_DATASET = "the data set has no rows"
 
 # The hub's names for the files of a split: train-00000-of-00003.parquet.
@@ -41,10 +42,7 @@ def placed_rows(path: FilePath) -> PlacedRows:
     if source.is_dir():
         dataset = saved_dataset(source)
         if dataset is not None:
-            return (
-                (f"{source}, row {n}", row)
-                for n, row in enumerate(_files_of_images(dataset).with_format(None), start=1)
-            )
+            return ((f"{source}, row {n}", row) for n, row in enumerate(_rows(dataset), start=1))
         return (placed for file in _shards(source) for placed in _reader(file)(file))
     if not source.suffix and not source.exists():
         raise ActiveDPOError(f"{source}: no such file or folder")
@@ -161,21 +159,19 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
         )
     if not isinstance(dataset, datasets.Dataset):
         raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
-    rows = _files_of_images(dataset).with_format(None)
-    return ((f"data set, row {n}", row) for n, row in enumerate(rows, start=1))
+    return ((f"data set, row {n}", row) for n, row in enumerate(_rows(dataset), start=1))
 
 
-def _files_of_images(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Return the data set with images as the files that they are, not decoded."""
-    import datasets
-
-    as_file = datasets.Image(decode=False)
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, as_file)
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(as_file))
-    return dataset
+def _rows(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield rows, with images as the files that they are: nothing is decoded."""
+    names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    if not names:
+        yield from dataset.with_format(None)
+        return
+    files = dataset.select_columns(names).with_format("arrow")
+    others = dataset.remove_columns(names).with_format(None)
+    for row, cells in zip(others, files, strict=True):
+        yield {**row, **cells.to_pylist()[0]}
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:

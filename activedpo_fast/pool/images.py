@@ -18,10 +18,9 @@ from typing import Any
 from activedpo_fast._files import first_line
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import is_absent
-from activedpo_fast.pool.messages import Message
+from activedpo_fast.pool.files import IMAGE_COLUMNS
+from activedpo_fast.pool.messages import text_part
 from activedpo_fast.pool.texts import show
-
-COLUMNS = ("image", "images")
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 _EXPECTED = "expected a path, a PIL image, or an object with 'bytes' or 'path'"
@@ -30,8 +29,8 @@ _EXPECTED = "expected a path, a PIL image, or an object with 'bytes' or 'path'"
 def prompt_with_images(prompt: Any, row: Mapping[str, Any], place: str) -> Any:
     """Return a row's prompt with the images of its columns `image` or `images` in their places.
 
-    These are its parts `{"type": "image"}`, in order. Images come before the first message of the
-    user that is a string, if there is one, as in TRL.
+    These are its parts `{"type": "image"}`, in order. If there are none, the images come before the
+    user's first message that is a string, as in TRL.
 
     Raises:
         ActiveDPOError: a prompt of plain text, another number of parts than of images, both
@@ -64,19 +63,18 @@ def open_image(image: str, place: str) -> Any:
     Raises:
         ActiveDPOError: Pillow is missing; there is no such file; it is no image.
     """
+    import datasets  # slow to import
+
+    content = image_bytes(image, place)
+    file = {"bytes": content, "path": image if content is None else None}
     try:
-        from PIL import Image
+        return datasets.Image().decode_example(file)  # as for DPOTrainer
     except ImportError:
         raise ActiveDPOError("images need Pillow: pip install pillow") from None
-    content = image_bytes(image, place)
-    try:
-        opened = Image.open(image if content is None else io.BytesIO(content))
-        opened.load()
     except Exception as error:  # a broken image can raise anything
         raise ActiveDPOError(
             f"{place}: {shown_image(image)} cannot be read as an image: {first_line(error)}"
         ) from None
-    return opened
 
 
 def image_bytes(image: str, place: str) -> bytes | None:
@@ -103,7 +101,7 @@ def shown_image(image: str) -> str:
 
 
 def _images_of_row(row: Mapping[str, Any], place: str) -> list[str] | None:
-    given = {name: row[name] for name in COLUMNS if not is_absent(row.get(name))}
+    given = {name: row[name] for name in IMAGE_COLUMNS if not is_absent(row.get(name))}
     if not given:
         return None
     if len(given) == 2:
@@ -149,14 +147,16 @@ def image_as_text(image: Any, place: str) -> str:
 
 
 def _with_places(prompt: list[Any], count: int) -> list[Any]:
-    """Return messages whose first message of the user begins with `count` places for images, if it
-    is a string."""
+    """Return messages with places for images: their own, or `count` of them before the user's first
+    message that is a string."""
     messages = list(prompt)
+    if any(_is_place(part) for message in messages for part in _parts(message)):
+        return messages
     for n, message in enumerate(messages):
         if isinstance(message, Mapping) and message.get("role") == "user":
             content = message.get("content")
             if count and isinstance(content, str):
-                parts = [*[{"type": "image"} for _ in range(count)], _text_part(content)]
+                parts = [*[{"type": "image"} for _ in range(count)], text_part(content)]
                 messages[n] = {**message, "content": parts}
                 break
     return messages
@@ -184,7 +184,3 @@ def _parts(message: Any) -> Sequence[Any]:
 
 def _is_place(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "image" and "image" not in part
-
-
-def _text_part(text: str) -> Message:
-    return {"type": "text", "text": text}

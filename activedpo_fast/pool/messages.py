@@ -45,15 +45,18 @@ def images_of(text: str | Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def without_images(text: str | list[Message]) -> str | list[Message]:
-    """Return a prompt whose image parts are the bare `{"type": "image"}` of TRL's format."""
-    if isinstance(text, str):
+    """Return a prompt whose image parts are the bare `{"type": "image"}` of TRL's format.
+
+    The user's messages are then all in parts: TRL would put the images before the first of them
+    that is a string, even if they have their places elsewhere.
+    """
+    if isinstance(text, str) or not images_of(text):
         return text
-    return [
-        {**message, "content": [_bare(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in text
-    ]
+    return [_with_bare_images(message) for message in text]
+
+
+def text_part(text: str) -> Message:
+    return {"type": "text", "text": text}
 
 
 def without_nulls(message: Mapping[str, Any]) -> Message:
@@ -87,6 +90,15 @@ def _parts(content: Sequence[Mapping[str, Any]]) -> list[str]:
 def _image_name(part: Mapping[str, Any]) -> str:
     image = str(part.get("image", ""))
     return "[image]" if not image or image.startswith("data:") else f"[image: {image}]"
+
+
+def _with_bare_images(message: Message) -> Message:
+    content = message.get("content")
+    if isinstance(content, str) and message["role"] == "user":
+        return {**message, "content": [text_part(content)]}
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [_bare(part) for part in content]}
 
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:

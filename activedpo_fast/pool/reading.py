@@ -16,12 +16,12 @@ from activedpo_fast.pool.columns import (
 )
 from activedpo_fast.pool.files import (
     EMPTY_DATASET,
+    IMAGE_COLUMNS,
     PlacedRows,
     dataset_rows,
     is_from_datasets,
     placed_rows,
 )
-from activedpo_fast.pool.images import COLUMNS as IMAGE_COLUMNS
 from activedpo_fast.pool.images import prompt_with_images
 from activedpo_fast.pool.items import OWN_COLUMNS, PAIR_COLUMNS, PoolItem, Prompt, check_prompts
 from activedpo_fast.pool.messages import without_nulls

@@ -15,6 +15,7 @@ from activedpo_fast.errors import ActiveDPOError
 
 COLUMN = "chat_template_kwargs"
 TOOLS = "tools"
+NOT_WITH_TOOLS = "tools beside images, which DPOTrainer leaves out: remove the tools or the images"
 
 # Arguments of `apply_chat_template` itself, which determine the form of its output.
 _RESERVED = frozenset(

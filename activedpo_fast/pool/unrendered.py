@@ -10,11 +10,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from activedpo_fast.pool.messages import Message
+from activedpo_fast.pool.messages import Message, without_images
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import TOOLS, template_kwargs
+from activedpo_fast.pool.vision import ProcessingClass
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ _AS_IN_PYTHON = "{'type': 'text'"  # a list of parts, printed
 
 
 def warn_of_unrendered(
-    pool: PreferencePool, processing_class: PreTrainedTokenizerBase, common: Mapping[str, Any]
+    pool: PreferencePool, processing_class: ProcessingClass, common: Mapping[str, Any]
 ) -> None:
     """Log a warning for tools, calls and parts that the template does not render.
 
@@ -48,7 +47,7 @@ def _conversations(
     for item in pool:
         arguments = template_kwargs(item.extra, common)
         for response in item.responses:
-            yield item.id, [*item.prompt, *response], arguments
+            yield item.id, [*without_images(item.prompt), *response], arguments
 
 
 def _kinds(messages: list[Message], arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -61,10 +60,7 @@ def _kinds(messages: list[Message], arguments: Mapping[str, Any]) -> Iterator[st
 
 
 def _is_lost(
-    kind: str,
-    processing_class: PreTrainedTokenizerBase,
-    messages: list[Message],
-    arguments: dict[str, Any],
+    kind: str, processing_class: ProcessingClass, messages: list[Message], arguments: dict[str, Any]
 ) -> bool:
     def render(messages: list[Message], arguments: dict[str, Any]) -> str:
         rendered = processing_class.apply_chat_template(messages, tokenize=False, **arguments)

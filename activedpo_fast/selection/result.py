@@ -17,7 +17,7 @@ from activedpo_fast.pool.images import image_bytes
 from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.messages import images_of, without_images
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.template import COLUMN, TOOLS
+from activedpo_fast.pool.template import COLUMN, NOT_WITH_TOOLS, TOOLS
 from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
 
 if TYPE_CHECKING:
@@ -137,6 +137,8 @@ class Selection(Sequence[Pick]):
                 arguments.append(dict(pick.chat_template_kwargs or {}))
                 images.append(images_of(pick.prompt))
         columns |= _argument_columns(arguments) | _image_columns(images, columns["id"])
+        if TOOLS in columns and _IMAGES in columns:
+            raise ActiveDPOError(NOT_WITH_TOOLS)
         features = None
         if not columns["id"]:  # nothing to infer the column types from
             string = datasets.Value("string")
