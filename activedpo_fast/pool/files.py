@@ -97,6 +97,7 @@ def _parquet(path: Path) -> list[Any]:
                 new = part.to_pylist()
                 size += _bytes_of(new)
                 check_limit("file_mib", size / 2**20, path, "MiB or more in memory")
+                _parse_json_columns(new, part.schema, path)
                 rows += new
         except ActiveDPOError:
             raise
@@ -106,6 +107,21 @@ def _parquet(path: Path) -> list[Any]:
         except (pyarrow.ArrowException, ValueError) as error:
             raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
     return rows
+
+
+def _parse_json_columns(rows: list[Any], schema: Any, path: Path) -> None:
+    """Put the values of columns of JSON texts in their place, as `datasets.Json` writes them."""
+    for column in schema:
+        kind = getattr(column.type, "value_type", column.type)  # of a list's entries
+        if getattr(kind, "extension_name", None) == "arrow.json":
+            for row in rows:
+                row[column.name] = _from_json(row[column.name], f"{path}, column {column.name!r}")
+
+
+def _from_json(value: Any, place: str) -> Any:
+    if isinstance(value, list):
+        return [_from_json(entry, place) for entry in value]
+    return parse_json(value, place) if isinstance(value, str) else value
 
 
 def _rows_at_once(metadata: Any, path: Path) -> int:

@@ -42,7 +42,8 @@ class PreferencePool(Sequence[PoolItem]):
 
     Rows have a `prompt` and either `responses` (a list of two or more), or `chosen` and `rejected`,
     or `response_a` and `response_b`; their order does not express a preference. Texts are strings,
-    or lists of chat messages in TRL's conversational format, the same kind throughout the pool.
+    or lists of chat messages in TRL's conversational format, the same kind throughout the pool;
+    calls of tools, the column `tools` and images are those of TRL (see docs/trl.md).
     `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
     responses, so the same row has the same id at any position. A null cell counts as absent.
     Other columns are kept; those that have a meaning in TRL's trainers are used or refused by name,

@@ -222,7 +222,7 @@ def test_responses_to_images_are_not_sampled(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="line 1: the column 'images': .* sample them first"):
         read_prompts(path)
     prompt = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
-    with pytest.raises(ActiveDPOError, match="prompt 1: the prompt has an image"):
+    with pytest.raises(ActiveDPOError, match="prompt 1: has images, and rounds are of texts"):
         generate_responses(with_lora(tiny_llava()), tiny_processor(), [Prompt("a", prompt)])
 
 

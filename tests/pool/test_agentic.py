@@ -193,7 +193,10 @@ def test_every_source_gives_the_same_pool(tmp_path: Path) -> None:
     assert [(i.prompt, i.responses) for i in data] == [(i.prompt, i.responses) for i in pool]
     assert _scored(data) == _scored(pool)
     _as_json(ROWS).save_to_disk(tmp_path / "saved")
-    assert _scored(PreferencePool.load(tmp_path / "saved")) == _scored(pool)
+    _as_json(ROWS).to_parquet(tmp_path / "pool.parquet")
+    for name in ("saved", "pool.parquet"):
+        again = PreferencePool.load(tmp_path / name)
+        assert list(again) == list(data)
 
 
 def test_tables_fill_keys_up_with_null_and_the_pool_has_none_of_them(tmp_path: Path) -> None:

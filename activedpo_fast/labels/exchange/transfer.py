@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections import Counter
@@ -29,11 +28,8 @@ from activedpo_fast.labels.exchange.answers import Found, Problem
 from activedpo_fast.labels.exchange.matching import Label, match
 from activedpo_fast.labels.exchange.reading import check_size
 from activedpo_fast.labels.exchange.shown import ShownPick, json_text, show_picks
-from activedpo_fast.pool.messages import images_of
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
 from activedpo_fast.selection.result import keep_labels
-
-logger = logging.getLogger(__name__)
 
 _OPTIONAL = ("seconds", "comment", "strength")
 _LONGEST_RECORD = 100_000  # characters of a set-aside record
@@ -110,7 +106,6 @@ def export_picks(batch: FilePath, tool: str, output: FilePath, *, seed: int | No
     if not target.name.lower().endswith(chosen.suffix):
         raise ActiveDPOError(f"{target}: the output of {tool} is one {chosen.suffix} file")
     rows = _read_batch(Path(batch))
-    _warn_of_images([pick for _, pick, _ in rows], tool)
     files = chosen.export(show_picks([(place, pick) for place, pick, _ in rows], seed))
     contents = {target / name if name else target: content for name, content in files.items()}
     for file in contents:
@@ -242,18 +237,6 @@ def _read_batch(path: Path) -> list[tuple[str, Pick, dict[str, Any]]]:
                 f"{place}: is labeled already: give a file of picks that have no label yet"
             )
     return rows
-
-
-def _warn_of_images(picks: Sequence[Pick], tool: str) -> None:
-    count = sum(bool(images_of(pick.prompt)) for pick in picks)
-    if count:
-        logger.warning(
-            "%d of %d picks have images, which %s is given by name alone; `activedpo label` shows "
-            "them",
-            count,
-            len(picks),
-            tool,
-        )
 
 
 def _refusal(problems: Sequence[Problem]) -> str:
