@@ -9,7 +9,7 @@ from typing import Any
 
 from activedpo_fast._limits import check_limit
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.messages import Message, call_lines, content_text
+from activedpo_fast.pool.messages import Message, call_lines, content_text, images_of
 
 Text = str | list[Message]
 
@@ -61,7 +61,10 @@ def check_text(text: Any, what: str, place: str, *, images: bool = False) -> Non
     elif isinstance(text, list):
         for message in text:
             _check_message(message, what, place, images)
-        empty = not any(content_text(message).strip() or call_lines(message) for message in text)
+        empty = not (
+            images_of(text)
+            or any(content_text(message).strip() or call_lines(message) for message in text)
+        )
     else:
         raise ActiveDPOError(
             f"{place}: {what} must be text or a list of chat messages, got {show(text)}"

@@ -33,7 +33,15 @@ from activedpo_fast.pool.tokens import tokenize_pool  # noqa: E402
 from activedpo_fast.selection.result import Selection  # noqa: E402
 from activedpo_fast.store.token_hashes import token_hashes  # noqa: E402
 from activedpo_fast.training.generation import generate_responses  # noqa: E402
-from tests.support.vision import picture, picture_file, tiny_llava, tiny_processor, with_lora  # noqa: E402
+from tests.support.vision import (  # noqa: E402
+    ARCHS,
+    PLACE,
+    picture,
+    picture_file,
+    tiny_processor,
+    tiny_vlm,
+    with_lora,
+)
 
 
 def _say(text: str) -> list[dict[str, Any]]:
@@ -85,12 +93,12 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _selector(strategy: str, model: Any = None, **options: Any) -> ActiveDPOSelector:
-    model = with_lora(tiny_llava()) if model is None else model
-    return ActiveDPOSelector(model, tiny_processor(), strategy=strategy, proj_dim=64, **options)
+def _selector(strategy: str, arch: str = "llava", **options: Any) -> ActiveDPOSelector:
+    model, processor = with_lora(tiny_vlm(arch)), tiny_processor(arch)
+    return ActiveDPOSelector(model, processor, strategy=strategy, proj_dim=64, **options)
 
 
-def _trainer(dataset: Dataset, folder: Path, **options: Any) -> Any:
+def _trainer(dataset: Dataset, folder: Path, arch: str = "llava") -> Any:
     trl = pytest.importorskip("trl")
     config = trl.DPOConfig(
         output_dir=str(folder / "trainer"),
@@ -100,13 +108,13 @@ def _trainer(dataset: Dataset, folder: Path, **options: Any) -> Any:
         disable_tqdm=True,
         max_steps=1,
         per_device_train_batch_size=4,
-        **{"max_length": None, **options},
+        max_length=None,
     )
     return trl.DPOTrainer(
-        model=with_lora(tiny_llava()),
+        model=with_lora(tiny_vlm(arch)),
         args=config,
         train_dataset=dataset,
-        processing_class=tiny_processor(),
+        processing_class=tiny_processor(arch),
     )
 
 
@@ -223,7 +231,7 @@ def test_responses_to_images_are_not_sampled(tmp_path: Path) -> None:
         read_prompts(path)
     prompt = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
     with pytest.raises(ActiveDPOError, match="prompt 1: has images, and rounds are of texts"):
-        generate_responses(with_lora(tiny_llava()), tiny_processor(), [Prompt("a", prompt)])
+        generate_responses(with_lora(tiny_vlm()), tiny_processor(), [Prompt("a", prompt)])
 
 
 def test_random_picks_need_no_processor_and_reach_the_trainer(tmp_path: Path) -> None:
@@ -241,7 +249,7 @@ def test_random_picks_need_no_processor_and_reach_the_trainer(tmp_path: Path) ->
         "reward_gap": {"strategy_options": {"reward": "reward"}},
     }
     for strategy, given in options.items():
-        selector = ActiveDPOSelector(with_lora(tiny_llava()), tokenizer, strategy=strategy, **given)
+        selector = ActiveDPOSelector(with_lora(tiny_vlm()), tokenizer, strategy=strategy, **given)
         picked = selector.select(pool, 4)
         assert {pick.id for pick in picked} == set(pool.ids)
     assert [pick.id for pick in picked] == ["turns", "none", "two", "one"]
@@ -260,7 +268,7 @@ def test_random_picks_need_no_processor_and_reach_the_trainer(tmp_path: Path) ->
     )
     assert dataset[2]["prompt"] == rows[1]["prompt"]  # the parts of TRL's format
     assert _trainer(dataset, tmp_path).train().training_loss > 0
-    unable = ActiveDPOSelector(with_lora(tiny_llava()), tokenizer, strategy="activedpo")
+    unable = ActiveDPOSelector(with_lora(tiny_vlm()), tokenizer, strategy="activedpo")
     with pytest.raises(ActiveDPOError, match="the pool has images: pass the model's processor"):
         unable.select(pool, 1)
 
@@ -273,13 +281,16 @@ def _collated(trainer: Any, row: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"style": "brief"}])
-def test_tokens_and_pixels_are_those_of_trl(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tokens_and_pixels_are_those_of_trl(
+    arch: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
     pool = PreferencePool.from_rows(_rows(tmp_path))
-    ours = tokenize_pool(pool, tiny_processor(), max_length=None, chat_template_kwargs=kwargs)
+    ours = tokenize_pool(pool, tiny_processor(arch), max_length=None, chat_template_kwargs=kwargs)
     assert ours.has_images and not ours.skipped
     options = {"chat_template_kwargs": kwargs} if kwargs else {}
-    picked = _selector("random", max_length=None, **options).select(pool, 4)
-    trainer = _trainer(picked.to_dataset([0] * 4), tmp_path)
+    picked = _selector("random", arch, max_length=None, **options).select(pool, 4)
+    trainer = _trainer(picked.to_dataset([0] * 4), tmp_path, arch)
     for pick, row in zip(picked, trainer.train_dataset, strict=True):
         collated = _collated(trainer, row)
         for which, number in enumerate(pick.pair):
@@ -291,16 +302,18 @@ def test_tokens_and_pixels_are_those_of_trl(tmp_path: Path, kwargs: dict[str, An
             assert scored == [int(n >= start) for n in range(len(sequence.input_ids))]
             assert sequence.images is not None
             inputs = sequence.images.model_inputs(len(sequence.input_ids))
-            pixels = inputs.get("pixel_values", torch.empty(0))
-            theirs = collated.get("pixel_values", torch.empty(2, 0)).chunk(2)[which]
-            assert torch.equal(pixels, theirs.reshape(pixels.shape))
             others = {"input_ids", "attention_mask", "completion_mask"}
             assert inputs.keys() == collated.keys() - others
+            for name, value in inputs.items():
+                theirs = collated[name].chunk(2)[which]
+                if name == "mm_token_type_ids":
+                    theirs = theirs[:, : value.shape[1]]
+                assert torch.equal(value, theirs)
 
 
-def _autograd(model: Any, pool: PreferencePool) -> tuple[torch.Tensor, torch.Tensor]:
+def _autograd(arch: str, model: Any, pool: PreferencePool) -> tuple[torch.Tensor, torch.Tensor]:
     """β ∇ log π(y|x) and log π(y|x), by one plain pass of the processor's own inputs each."""
-    processor = tiny_processor()
+    processor = tiny_processor(arch)
     rows, logps = [], []
     parameters = [p for p in model.parameters() if p.requires_grad]
     for item in pool:
@@ -310,7 +323,7 @@ def _autograd(model: Any, pool: PreferencePool) -> tuple[torch.Tensor, torch.Ten
             + (
                 m["content"]
                 if isinstance(m["content"], str)
-                else "".join(part.get("text", "<image>") for part in m["content"])
+                else "".join(part.get("text", PLACE[arch]) for part in m["content"])
             )
             + "<|im_end|>\n"
             for m in item.prompt
@@ -336,15 +349,22 @@ def _autograd(model: Any, pool: PreferencePool) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("trains", ["language model", "all"])
-def test_features_are_exact(trains: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_features_are_exact(
+    arch: str, trains: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With adapters on the language model by hooks; on the vision tower, too, by autograd."""
-    targets = {"all": r".*\.(q_proj|v_proj|linear_1)"}.get(trains)
-    model = with_lora(tiny_llava(torch.float64), *([targets] if targets else []))
+    targets = {"all": r".*\.(q_proj|v_proj|linear_1|qkv)"}.get(trains)
+    model = with_lora(tiny_vlm(arch, torch.float64), *([targets] if targets else []))
     pool = PreferencePool.from_rows(_rows(tmp_path))
-    expected, expected_logps = _autograd(model, pool)
-    tokens = tokenize_pool(pool, tiny_processor())
+    expected, expected_logps = _autograd(arch, model, pool)
+    tokens = tokenize_pool(pool, tiny_processor(arch))
     extractor = FeatureExtractor(model, Sketch("none"), beta=1.0, pad_token_id=1)
+    inner = model.get_base_model().model
+    if arch == "qwen":  # it remembers where the tokens of its last text began
+        inner.rope_deltas = torch.tensor([[5]])
     found = extractor.gradients(tokens)
+    assert arch != "qwen" or inner.rope_deltas.tolist() == [[5]]
     by_autograd = "gradients are from autograd" in caplog.text
     assert by_autograd == (trains == "all")
     assert torch.allclose(found.logps, expected_logps, rtol=1e-6)
@@ -356,6 +376,13 @@ def test_features_are_exact(trains: str, tmp_path: Path, caplog: pytest.LogCaptu
     assert extractor.hidden(tokens).shape == (8, 32)
 
 
+def test_what_images_do_not_do(tmp_path: Path) -> None:
+    pool = PreferencePool.from_rows(_rows(tmp_path))
+    for options in ({"gradient": "response_tokens"}, {"preselect": 1}):
+        with pytest.raises(ActiveDPOError, match="'response_tokens' is for texts alone"):
+            _selector("activedpo", **options).select(pool, 1)
+
+
 def test_the_image_is_in_the_feature(tmp_path: Path) -> None:
     """The same question and answers about another image have other rows."""
     base = {"prompt": _ask("A cat?"), "chosen": _say("yes"), "rejected": _say("no")}
@@ -363,13 +390,13 @@ def test_the_image_is_in_the_feature(tmp_path: Path) -> None:
     tokens = tokenize_pool(pool, tiny_processor())
     assert tokens.sequences[0].input_ids == tokens.sequences[2].input_ids
     assert len(set(token_hashes(tokens).tolist())) == 2
-    extractor = FeatureExtractor(with_lora(tiny_llava()), Sketch("sjlt", 64))
+    extractor = FeatureExtractor(with_lora(tiny_vlm()), Sketch("sjlt", 64))
     rows = extractor.gradients(tokens).gradients
     assert float((rows[0] - rows[2]).norm()) > 0.01 * float(rows[0].norm())
     # A pool of texts afterward is not held back by what was found out about images.
     texts = PreferencePool.from_rows([{**base, "id": "text"}, {**base, "prompt": _ask("A dog?")}])
     again = extractor.gradients(tokenize_pool(texts, tiny_processor()))
-    fresh = FeatureExtractor(with_lora(tiny_llava()), Sketch("sjlt", 64))
+    fresh = FeatureExtractor(with_lora(tiny_vlm()), Sketch("sjlt", 64))
     assert torch.equal(
         again.gradients, fresh.gradients(tokenize_pool(texts, tiny_processor())).gradients
     )
@@ -380,7 +407,7 @@ def test_the_image_is_in_the_feature(tmp_path: Path) -> None:
 
 def test_strategies_that_use_the_model(tmp_path: Path) -> None:
     pool = PreferencePool.from_rows(_rows(tmp_path))
-    for strategy in ("activedpo", "apo", "margin_small", "adpo_plus"):
+    for strategy in ("apo", "adpo_plus"):
         picked = _selector(strategy).select(pool, 2)
         assert len(picked) == 2
         following = _selector(strategy).select(pool[:3], 2, labeled=picked)
