@@ -10,10 +10,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from activedpo_fast.pool.messages import Message, without_images
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.template import TOOLS, template_kwargs
-from activedpo_fast.pool.vision import ProcessingClass
+from activedpo_fast.pool.vision import ProcessingClass, in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ def _is_lost(
     kind: str, processing_class: ProcessingClass, messages: list[Message], arguments: dict[str, Any]
 ) -> bool:
     def render(messages: list[Message], arguments: dict[str, Any]) -> str:
+        if isinstance(processing_class, ProcessorMixin):
+            messages = in_parts(messages, "")
         rendered = processing_class.apply_chat_template(messages, tokenize=False, **arguments)
         return str(rendered)
 
