@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from os.path import commonprefix
 from typing import Any
@@ -37,18 +37,19 @@ _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptImages:
     """A rendered prompt and its images, from which the model's inputs are made at every use: the
     pixels of a pool would fill the memory.
 
     Attributes:
+        processor: of the model.
         text: the prompt, with the processor's placeholders.
         images: paths or data URIs, in the order of the placeholders.
         place: for error messages.
     """
 
-    processor: ProcessorMixin = field(compare=False, repr=False)
+    processor: ProcessorMixin
     text: str
     images: tuple[str, ...]
     place: str
@@ -140,8 +141,8 @@ def _rendered(item: PoolItem, processor: ProcessorMixin, arguments: dict[str, An
             f"{place}: the prompt ends with a message of the system, which DPOTrainer refuses for "
             "rows with images"
         )
-    begins = {"add_generation_prompt": last != "assistant"}
-    begins["continue_final_message"] = last == "assistant"
+    goes_on = last == "assistant"
+    begins = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
 
     def render(messages: list[Message], **more: Any) -> str:
         try:

@@ -482,3 +482,29 @@ def test_a_judge_does_not_judge_what_it_cannot_see(tmp_path: Path) -> None:
     judge = JudgeOracle("m", base_url="http://127.0.0.1:9/v1", journal=tmp_path / "j.jsonl")
     with pytest.raises(ActiveDPOError, match="the prompt has images, and the judge"):
         judge.label(picked)
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> None:
+    """As DPOTrainer's collator continues it; a changed file is read anew."""
+    file = picture_file(tmp_path, 0)
+    row = {
+        "id": "a",
+        "prompt": [*_ask("What?"), *_say("It is")],
+        "images": [file],
+        "chosen": _say(" a cat."),
+        "rejected": _say(" a dog."),
+    }
+    pool = PreferencePool.from_rows([row])
+    processor = tiny_processor()
+    first, _ = tokenize_pool(pool, processor, max_length=None).sequences
+    picked = _selector("random", max_length=None).select(pool, 1)
+    trainer = _trainer(picked.to_dataset([picked[0].pair.index(0)]), tmp_path)
+    collated = _collated(trainer, trainer.train_dataset[0])
+    real = collated["attention_mask"][0].bool()
+    assert collated["input_ids"][0][real].tolist() == list(first.input_ids)
+    assert first.images is not None
+    before = first.images.model_inputs(len(first.input_ids))["pixel_values"]
+    picture(9).save(file)
+    again, _ = tokenize_pool(pool, processor, max_length=None).sequences
+    assert again.images is not None
+    assert not torch.equal(before, again.images.model_inputs(len(again.input_ids))["pixel_values"])
