@@ -235,8 +235,12 @@ class ActiveDPOSelector:
             lambda: (
                 NO_TOKENS
                 if self._needs_no_tokens(pool, strategy)
-                else self.tokenize(
-                    pool[part.items.start : part.items.stop], show_progress=show_progress
+                else tokenize_pool(
+                    pool[part.items.start : part.items.stop],
+                    self.processing_class,
+                    with_images=pool.has_images,
+                    show_progress=show_progress,
+                    **self.args.tokenization,
                 )
             )
         )

@@ -16,6 +16,7 @@ from activedpo_fast._locks import locked_folder
 from activedpo_fast.cli.outputs import check_output
 from activedpo_fast.distributed.launcher import own_device
 from activedpo_fast.distributed.pool_parts import PoolProcesses
+from activedpo_fast.distributed.token_parts import tokenize_in_parts
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
@@ -28,7 +29,6 @@ from activedpo_fast.models.folders import resolve_source, tokenizer_source
 from activedpo_fast.models.loading import NO_ADAPTER, load_policy, resolve_device, resolve_dtype
 from activedpo_fast.pool.columns import check_json_columns
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.settings import SelectorConfig
 from activedpo_fast.store.comparing import check_store_folder
 from activedpo_fast.store.filling import KEPT
@@ -37,6 +37,7 @@ from activedpo_fast.store.store import FeatureStore
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,22 @@ def _take(
             nothing = "" if columns else ": nothing to do"
             return _Done(store, False, f"{folder} is complete already{nothing}", columns)
 
-    def prepare() -> tuple[FeatureExtractor, TokenizedPool]:
-        extractor, tokenized = _prepare(pool, options, settings, skip_non_finite, show_progress)
+    extractor, tokenizer = processes.check(lambda: _load(options, settings, skip_non_finite))
+    tokenized = tokenize_in_parts(
+        pool, tokenizer, processes, show_progress=show_progress, **options.rows.tokenization
+    )
+
+    def check() -> None:
+        if len(tokenized.skipped) == len(pool):
+            raise ActiveDPOError(
+                f"every prompt fills --max-length {options.rows.max_length}: there is nothing to "
+                "score"
+            )
         if store is not None:
             store.check_tokens(tokenized)
         extractor.check(tokenized)  # before anything is written
-        return extractor, tokenized
 
-    extractor, tokenized = processes.check(prepare)
+    processes.check(check)
     if store is None:
         store = store_of(skipped=tokenized.skipped)
     store.fill(extractor, tokenized, show_progress=show_progress, group=processes.group)
@@ -233,14 +242,10 @@ def _take(
     return _Done(store, True, said, columns)
 
 
-def _prepare(
-    pool: PreferencePool,
-    options: FeatureOptions,
-    settings: dict[str, Any],
-    skip_non_finite: bool,
-    show_progress: bool | None,
-) -> tuple[FeatureExtractor, TokenizedPool]:
-    """Load the model, and tokenize the pool for it."""
+def _load(
+    options: FeatureOptions, settings: dict[str, Any], skip_non_finite: bool
+) -> tuple[FeatureExtractor, PreTrainedTokenizerBase]:
+    """Load the model and its tokenizer."""
     rows = options.rows
     model, tokenizer = load_policy(
         options.model,
@@ -250,11 +255,6 @@ def _prepare(
         device=options.device,
         tokenizer=options.tokenizer,
     )
-    tokenized = tokenize_pool(pool, tokenizer, show_progress=show_progress, **rows.tokenization)
-    if len(tokenized.skipped) == len(pool):
-        raise ActiveDPOError(
-            f"every prompt fills --max-length {rows.max_length}: there is nothing to score"
-        )
     extractor = FeatureExtractor(
         model,
         options.sketch,
@@ -267,7 +267,7 @@ def _prepare(
         verify=rows.verify,
         skip_non_finite=skip_non_finite,
     )
-    return extractor, tokenized
+    return extractor, tokenizer
 
 
 def _export(store: FeatureStore, path: FilePath | None, show_progress: bool | None) -> str:

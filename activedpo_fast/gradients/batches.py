@@ -248,10 +248,18 @@ def _split(group: Group, max_tokens: int) -> Iterator[Group]:
 
 def _fill(groups: Sequence[Group], max_tokens: int) -> Iterator[list[Group]]:
     batch: list[Group] = []
+    responses = shared = own = 0
     for group in groups:
-        if batch and padded_tokens([*batch, group]) > max_tokens:
+        responses, shared, own = (
+            responses + len(group.rows),
+            max(shared, group.shared),
+            max(own, group.own),
+        )
+        # As `padded_tokens`, without a look at the whole batch for each of its groups.
+        if batch and (len(batch) + 1) * shared + responses * own > max_tokens:
             yield batch
             batch = []
+            responses, shared, own = len(group.rows), group.shared, group.own
         batch.append(group)
     if batch:
         yield batch

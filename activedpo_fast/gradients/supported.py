@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import (
     PeftModelForQuestionAnswering,
@@ -271,24 +272,23 @@ def _check_tokens(model: nn.Module, tokenized: TokenizedPool | None, pad_token_i
     predicted = _count(base.get_output_embeddings(), "out_features")
     limit = position_limit(model)
     for row, sequence in enumerate(tokenized.sequences):
-        ids = sequence.input_ids
-        where = tokenized.place(row)
+        ids = np.asarray(sequence.input_ids)  # a view of an array: pools have millions of tokens
         if limit is not None and len(ids) > limit:
             raise ActiveDPOError(
-                f"{where} has {len(ids)} tokens with its prompt, and the model has {limit} "
-                f"positions: set max_length to {limit} or less, as for DPOTrainer"
+                f"{tokenized.place(row)} has {len(ids)} tokens with its prompt, and the model has "
+                f"{limit} positions: set max_length to {limit} or less, as for DPOTrainer"
             )
-        if known is not None and ids and not 0 <= min(ids) <= max(ids) < known:
-            token = max(ids) if max(ids) >= known else min(ids)
+        if known is not None and len(ids) and not 0 <= ids.min() <= ids.max() < known:
+            token = ids.max() if ids.max() >= known else ids.min()
             raise ActiveDPOError(
-                f"{where} has the token id {token}, beyond the {known} tokens that the model has "
-                f"embeddings for: is it the model's tokenizer? {what}"
+                f"{tokenized.place(row)} has the token id {token}, beyond the {known} tokens that "
+                f"the model has embeddings for: is it the model's tokenizer? {what}"
             )
         scored = ids[len(ids) - scored_tokens(sequence) :]
-        if predicted is not None and scored and max(scored) >= predicted:
+        if predicted is not None and len(scored) and scored.max() >= predicted:
             raise ActiveDPOError(
-                f"{where} has the token id {max(scored)}, beyond the {predicted} tokens that the "
-                f"model's head predicts: {what}"
+                f"{tokenized.place(row)} has the token id {scored.max()}, beyond the {predicted} "
+                f"tokens that the model's head predicts: {what}"
             )
 
 

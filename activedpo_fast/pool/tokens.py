@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import logging
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -73,7 +74,7 @@ class TokenizedPool:
     `max_length`. Their sequences stay in the list, with no scored token, to keep the order. Every
     response of every other item has at least one scored token.
 
-    `items`: the item of each sequence. None: every sequence is a separate item.
+    `items`: the item of each sequence, ascending. None: every sequence is a separate item.
 
     `ids`: the id of each item, for messages.
 
@@ -112,7 +113,7 @@ class TokenizedPool:
     def _number(self, row: int) -> int:
         if self.numbers is not None:
             return self.numbers[row]
-        return 0 if self.items is None else row - self.items.index(self.items[row])
+        return 0 if self.items is None else row - bisect_left(self.items, self.items[row])
 
 
 def scored_tokens(response: TokenizedResponse) -> int:
@@ -128,7 +129,6 @@ def completion_tokens(response: TokenizedResponse) -> int:
     return max(1, len(response.input_ids) - response.completion_start)
 
 
-@leaves_tokenizer(1)
 def tokenize_pool(
     pool: PreferencePool | datasets.Dataset,
     processing_class: ProcessingClass,
@@ -136,6 +136,7 @@ def tokenize_pool(
     max_length: int | None = DEFAULT_MAX_LENGTH,
     truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
     chat_template_kwargs: dict[str, Any] | None = None,
+    with_images: bool | None = None,
     show_progress: bool | None = None,
 ) -> TokenizedPool:
     """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
@@ -155,6 +156,8 @@ def tokenize_pool(
             for images).
         chat_template_kwargs: passed to the chat template. Those in an item's own column of this
             name, which TRL passes, take precedence. Plain text uses neither.
+        with_images: whether to tokenize as with images; for a part of a pool, as the pool. Default:
+            if there are any.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
@@ -162,10 +165,80 @@ def tokenize_pool(
             template that refuses a conversation or renders nothing for a response, bad options;
             images without a processor, or that cannot be read.
     """
+    tokenized, noticed = tokenize_noticing(
+        pool,
+        processing_class,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        chat_template_kwargs=chat_template_kwargs,
+        with_images=with_images,
+        show_progress=show_progress,
+    )
+    noticed.warn(max_length, truncation_mode)
+    return tokenized
+
+
+class Noticed(NamedTuple):
+    """How many prompts and responses DPOTrainer treats in a way that may surprise."""
+
+    prompts: int
+    responses: int
+    merged: int
+    unequal: int
+    skipped: int
+    cut: int
+
+    def warn(self, max_length: int | None, truncation_mode: str) -> None:
+        """Log them."""
+        if self.merged:
+            logger.warning(
+                "%d of %d prompts are not tokenized the same alone as with a response "
+                "(tokens merge at the boundary, or the chat template renders them "
+                "differently); the response starts where they diverge, as in DPOTrainer",
+                self.merged,
+                self.prompts,
+            )
+        if self.unequal:
+            logger.warning(
+                "%d of %d prompts have three or more responses that start at different "
+                "tokens; all start at the earliest, while DPOTrainer starts some pairs later",
+                self.unequal,
+                self.prompts,
+            )
+        if self.cut:
+            logger.warning(
+                "%d of %d responses are longer than max_length=%d with their prompt and are "
+                "cut at the %s, as in DPOTrainer",
+                self.cut,
+                self.responses,
+                max_length,
+                "end" if truncation_mode == "keep_start" else "beginning",
+            )
+        if self.skipped:
+            logger.warning(
+                "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
+                self.skipped,
+                self.prompts,
+                max_length,
+            )
+
+
+@leaves_tokenizer(1)
+def tokenize_noticing(
+    pool: PreferencePool | datasets.Dataset,
+    processing_class: ProcessingClass,
+    *,
+    max_length: int | None,
+    truncation_mode: TruncationMode,
+    chat_template_kwargs: dict[str, Any] | None,
+    show_progress: bool | None,
+    with_images: bool | None = None,
+) -> tuple[TokenizedPool, Noticed]:
+    """`tokenize_pool` without its warnings, and what they would be about."""
     _check_truncation(max_length, truncation_mode)
     pool = as_pool(pool)
-    _check_processing_class(pool, processing_class)
-    with_images = pool.has_images
+    with_images = pool.has_images if with_images is None else with_images
+    _check_processing_class(pool, processing_class, with_images)
     if with_images and max_length is not None and truncation_mode == "keep_end":
         raise ActiveDPOError(
             "truncation_mode 'keep_end' would cut images, and DPOTrainer refuses it for them: use "
@@ -218,16 +291,8 @@ def tokenize_pool(
         elif max_length is not None:
             cut += sum(len(ids) > max_length for ids in full_ids)
 
-    _warn(
-        len(pool),
-        merged=merged,
-        unequal=unequal,
-        skipped=len(skipped),
-        cut=f"{cut} of {len(sequences)}" if cut else "",
-        max_length=max_length,
-        truncation_mode=truncation_mode,
-    )
-    return TokenizedPool(sequences, skipped, items, pool.ids)
+    noticed = Noticed(len(pool), len(sequences), merged, unequal, len(skipped), cut)
+    return TokenizedPool(sequences, skipped, items, pool.ids), noticed
 
 
 def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
@@ -271,10 +336,10 @@ def encode_chat(
     return list(ids[0] if batched else ids)
 
 
-def _check_processing_class(pool: PreferencePool, processing_class: Any) -> None:
+def _check_processing_class(pool: PreferencePool, processing_class: Any, with_images: bool) -> None:
     if not isinstance(processing_class, ProcessorMixin):
         check_tokenizer(processing_class, chat=pool.is_chat)
-        if pool.has_images:
+        if with_images:
             raise ActiveDPOError(
                 "the pool has images: pass the model's processor (transformers.AutoProcessor) as "
                 "processing_class, or select by a strategy that needs no model, such as random"
@@ -298,49 +363,6 @@ def _check_truncation(max_length: int | None, truncation_mode: str) -> None:
     if truncation_mode not in ("keep_start", "keep_end"):
         raise ActiveDPOError(
             f"truncation_mode: {truncation_mode!r} is neither 'keep_start' nor 'keep_end'"
-        )
-
-
-def _warn(
-    prompts: int,
-    *,
-    merged: int,
-    unequal: int,
-    skipped: int,
-    cut: str,
-    max_length: int | None,
-    truncation_mode: str,
-) -> None:
-    """Log how many prompts and responses DPOTrainer treats in a way that may surprise."""
-    if merged:
-        logger.warning(
-            "%d of %d prompts are not tokenized the same alone as with a response "
-            "(tokens merge at the boundary, or the chat template renders them "
-            "differently); the response starts where they diverge, as in DPOTrainer",
-            merged,
-            prompts,
-        )
-    if unequal:
-        logger.warning(
-            "%d of %d prompts have three or more responses that start at different "
-            "tokens; all start at the earliest, while DPOTrainer starts some pairs later",
-            unequal,
-            prompts,
-        )
-    if cut:
-        logger.warning(
-            "%s responses are longer than max_length=%d with their prompt and are "
-            "cut at the %s, as in DPOTrainer",
-            cut,
-            max_length,
-            "end" if truncation_mode == "keep_start" else "beginning",
-        )
-    if skipped:
-        logger.warning(
-            "%d of %d prompts fill max_length=%d and are skipped, as in DPOTrainer",
-            skipped,
-            prompts,
-            max_length,
         )
 
 

@@ -311,6 +311,18 @@ def test_tokens_and_pixels_are_those_of_trl(
                 assert torch.equal(value, theirs)
 
 
+def test_a_part_of_a_pool_is_tokenized_as_the_pool(tmp_path: Path) -> None:
+    """A process of several may have the items without images alone."""
+    pool = PreferencePool.from_rows(_rows(tmp_path))
+    processor = tiny_processor()
+    whole = tokenize_pool(pool, processor, max_length=None).sequences[4:6]
+    part = tokenize_pool(pool[2:3], processor, max_length=None, with_images=True).sequences
+    assert [s.input_ids for s in part] == [s.input_ids for s in whole]
+    assert all(s.images is not None and not s.images.images for s in part)
+    with pytest.raises(ActiveDPOError, match="the pool has images: pass"):
+        tokenize_pool(pool[2:3], processor.tokenizer, with_images=True)
+
+
 def _autograd(arch: str, model: Any, pool: PreferencePool) -> tuple[torch.Tensor, torch.Tensor]:
     """β ∇ log π(y|x) and log π(y|x), by one plain pass of the processor's own inputs each."""
     processor = tiny_processor(arch)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.ops import backends
 from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy import one_launch as resident
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
@@ -427,6 +428,17 @@ def test_memory_that_pytorch_keeps_is_free_for_rows():
     del kept
     assert resident.at_its_place(rows, torch.device("cuda", 0)).is_cuda
     torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_without_its_kernel_go_to_the_cpu(monkeypatch, caplog):
+    rows, pairs = random_case(5, 50, 3, 40, duplicates=3, zeros=1)
+    want = greedy_logdet(rows.float(), pairs, 20)
+    monkeypatch.setattr(backends, "_why_no_cuda", lambda: "not built")
+    with caplog.at_level("INFO", logger="activedpo_fast"):
+        got = greedy_logdet(rows.float().cuda(), pairs, 20)
+    assert_same(got, want)
+    assert "rows go to the CPU" in caplog.text
 
 
 @pytest.mark.gpu

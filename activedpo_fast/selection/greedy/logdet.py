@@ -87,9 +87,9 @@ def greedy_logdet(
         labeled = None if history is None else PairFeatures(*history, normalize, history_weights)
         return features, labeled_information(features, labeled, lam=lam, kappa=kappa)
 
-    if group is None and isinstance(rows, Tensor):
-        rows = at_its_place(rows, device or rows.device)
-        if takes_one_launch(rows.device, rows.dtype):
+    if isinstance(rows, Tensor):
+        rows = at_its_place(rows, device or rows.device, alone=group is None)
+        if group is None and takes_one_launch(rows.device, rows.dtype):
             features, v = prepare()
             return greedy_resident(
                 features, v, contest.eligible, contest.n, on_gpu, contest.show_progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,6 +23,8 @@ from activedpo_fast.selection.greedy.running_scores import first_scores, root_er
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -138,14 +141,24 @@ def takes_one_launch(device: torch.device, dtype: torch.dtype) -> bool:
     return backends.choose("greedy_select", device.type, dtype) == "cuda"
 
 
-def at_its_place(rows: Tensor, device: torch.device) -> Tensor:
-    """Return rows on `device` if all picks take one launch there and it has room, else unchanged.
+def at_its_place(rows: Tensor, device: torch.device, *, alone: bool = True) -> Tensor:
+    """Return rows in memory where their picks are quickest.
 
-    As much memory as the rows take is left free for the other data of the picks.
+    That is `device`, if all picks take one launch there and it has room for the rows and as much
+    again for the other data of the picks. Rows that are on a GPU but have no such launch go to the
+    CPU, where a pick reads a few of them: on a GPU it would read all.
+
+    Args:
+        alone: whether this process selects alone. Several agree on each pick, on the CPU.
     """
-    if device.type != "cuda" or rows.device == device:
+    if device.type != "cuda":
         return rows
-    if not takes_one_launch(device, rows.dtype):
+    if not (alone and takes_one_launch(device, rows.dtype)):
+        if rows.is_cuda and backends.choose("advance", "cpu", rows.dtype) == "cpp":
+            log.info("rows go to the CPU, where each pick reads a few of them instead of all")
+            return rows.cpu()
+        return rows
+    if rows.device == device:
         return rows
     free, _ = torch.cuda.mem_get_info(device)
     # What PyTorch keeps of freed tensors is free to it, and to nobody else.
