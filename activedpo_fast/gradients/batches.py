@@ -13,7 +13,7 @@ right.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from os.path import commonprefix
 
@@ -74,6 +74,7 @@ class Batch:
         scored: bool [B, T], True where the token's log-prob counts (response tokens; never the
             first token of a sequence, which nothing predicts, nor the first of `input_ids`).
         encoder_decoder: whether the two parts are for an encoder and a decoder.
+        images: further arguments of the model, for the images of a prompt; B = 1 if there are any.
     """
 
     rows: torch.Tensor
@@ -85,6 +86,7 @@ class Batch:
     position_ids: torch.Tensor
     scored: torch.Tensor
     encoder_decoder: bool = False
+    images: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def prompts_of_responses(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `prompt_ids` and `prompt_mask` with a row for each response, [B, L]."""
@@ -103,6 +105,7 @@ class Batch:
             self.position_ids.to(device),
             self.scored.to(device),
             self.encoder_decoder,
+            {name: value.to(device) for name, value in self.images.items()},
         )
 
 
@@ -221,7 +224,16 @@ def collate(tokenized: TokenizedPool, groups: Sequence[Group], *, pad_token_id: 
         position_ids,
         scored,
         tokenized.encoder_decoder,
+        _image_inputs([sequences[row] for row in rows]),
     )
+
+
+def _image_inputs(sequences: Sequence[TokenizedResponse]) -> dict[str, torch.Tensor]:
+    images = [sequence.images for sequence in sequences if sequence.images is not None]
+    if not images:
+        return {}
+    assert len(sequences) == 1, "responses to images run alone"
+    return images[0].model_inputs(len(sequences[0].input_ids))
 
 
 def _group(sequences: Sequence[TokenizedResponse], rows: list[int], share: bool) -> Group:

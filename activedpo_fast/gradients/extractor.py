@@ -367,6 +367,11 @@ class FeatureExtractor:
         how = self._layouts.for_gradients(tokenized, trained)
         if self.gradient == "all_tokens":
             return how
+        if tokenized.has_images:
+            raise ActiveDPOError(
+                "gradient='response_tokens' is for texts alone, as images do not run apart from "
+                "their responses; use gradient='all_tokens', and no preselect"
+            )
         if how.layout is not Layout.SHARED:
             raise ActiveDPOError(
                 "gradient='response_tokens' needs a model whose prompts can run apart from their "

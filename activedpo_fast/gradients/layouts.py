@@ -52,8 +52,8 @@ class KnownLayouts:
         self._precision = precision
         self._verify = verify
         # Each with the longest response it was determined with: for gradients by whether the pool
-        # had prompts to share, otherwise by model.
-        self._gradients: dict[bool, tuple[Layout, int]] = {}
+        # had prompts to share, and images; otherwise by model.
+        self._gradients: dict[tuple[bool, bool], tuple[Layout, int]] = {}
         self._checked: frozenset[str] = frozenset()  # the parameters that `_gradients` is about
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
         self._failed: frozenset[str] = frozenset()  # parameters with which the check failed
@@ -74,8 +74,7 @@ class KnownLayouts:
         if trained.others:
             self._say_by_autograd(trained.describe_others(), tokenized)
             return BY_AUTOGRAD
-        longest = _longest(tokenized)
-        least = _fastest_allowed(self._model, longest)
+        least = _fastest_allowed(self._model, tokenized)
         if not self._verify:
             return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
         if self._failed == trained.by_name.keys():
@@ -85,17 +84,24 @@ class KnownLayouts:
             self._checked = frozenset(trained.by_name)
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
-        layout, checked = self._gradients.get(has_prompts, (Layout.SHARED, 0))
+        longest = _longest(tokenized)
+        kind = has_prompts, tokenized.has_images
+        layout, checked = self._gradients.get(kind, (Layout.SHARED, 0))
         if longest > checked:
             try:
                 layout = gradient_layout(
-                    self._model, trained, tokenized, self._pad_token_id, self._precision
+                    self._model,
+                    trained,
+                    tokenized,
+                    self._pad_token_id,
+                    self._precision,
+                    fastest=Layout.ALONE if tokenized.has_images else Layout.SHARED,
                 )
             except UnsupportedParameterError as error:
                 self._failed = frozenset(trained.by_name)
                 self._say_by_autograd(str(error), tokenized)
                 return BY_AUTOGRAD
-            self._gradients[has_prompts] = layout, longest
+            self._gradients[kind] = layout, longest
         # The finding of either check also holds for the other.
         forward, _ = self._forward.get(self._model, (layout, 0))
         return HowGradients(Layout.slowest(layout, forward, least), by_hooks=True)
@@ -114,21 +120,23 @@ class KnownLayouts:
     def for_forward(self, tokenized: TokenizedPool, model: nn.Module) -> Layout:
         """Return the layout for log-probs and hidden states of `model`, which may be another."""
         longest = _longest(tokenized)
-        least = _fastest_allowed(model, longest)
-        if not self._verify:
+        least = _fastest_allowed(model, tokenized)
+        if not self._verify or tokenized.has_images:
             return Layout.slowest(Layout.WHOLE, least)
         layout, checked = self._forward.get(model, (Layout.WHOLE, 0))
         if longest > checked:
             layout = forward_layout(model, tokenized, self._pad_token_id, self._precision)
             self._forward[model] = layout, longest
-        found = [known for known, _ in self._gradients.values()] if model is self._model else []
+        known = self._gradients.items() if model is self._model else ()
+        found = [layout for (_, images), (layout, _) in known if not images]
         return Layout.slowest(layout, *found, least)
 
 
-def _fastest_allowed(model: nn.Module, longest: int) -> Layout:
-    """Return the fastest layout allowed for this kind of model and sequences of up to `longest`
-    tokens, whatever the self-check finds."""
-    return Layout.ALONE if batch_changes_attention(model, longest) else Layout.SHARED
+def _fastest_allowed(model: nn.Module, tokenized: TokenizedPool) -> Layout:
+    """Return the fastest layout allowed for this kind of model and for these prompts, whatever the
+    self-check finds."""
+    alone = tokenized.has_images or batch_changes_attention(model, _longest(tokenized))
+    return Layout.ALONE if alone else Layout.SHARED
 
 
 def _times_the_operations(tokenized: TokenizedPool) -> float:

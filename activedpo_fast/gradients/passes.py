@@ -342,6 +342,7 @@ def _whole_inputs(batch: Batch) -> dict[str, Any]:
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "use_cache": False,
+        **batch.images,
     }
 
 

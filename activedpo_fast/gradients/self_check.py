@@ -69,8 +69,12 @@ def gradient_layout(
     tokenized: TokenizedPool,
     pad_token_id: int,
     precision: str | None,
+    *,
+    fastest: Layout = Layout.SHARED,
 ) -> Layout:
     """Return the fastest layout in which captured gradients are correct on a few responses.
+
+    None that is faster than `fastest` is tried.
 
     A batch of three items, captured in a layout, is compared with one autograd backward pass
     through the whole model for each response alone. If it differs, or the model cannot run it, the
@@ -121,7 +125,7 @@ def gradient_layout(
                 )
         logger.debug("self-check: %d parameters agree with autograd", len(shapes))
 
-    return _first_that_agrees(model, compare)
+    return _first_that_agrees(model, compare, fastest)
 
 
 def _captured_gradient_pass(
@@ -186,10 +190,12 @@ def forward_layout(
     return _first_that_agrees(model, compare)
 
 
-def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> Layout:
-    """Return the first layout for which `compare` does not raise."""
+def _first_that_agrees(
+    model: nn.Module, compare: Callable[[Layout], None], fastest: Layout = Layout.SHARED
+) -> Layout:
+    """Return the first layout, from `fastest` on, for which `compare` does not raise."""
     reason = ""
-    for layout in SAME_NUMBERS:
+    for layout in SAME_NUMBERS[SAME_NUMBERS.index(fastest) :]:
         try:
             compare(layout)
         except Exception as error:  # other kinds of models may raise anything
@@ -200,7 +206,7 @@ def _first_that_agrees(model: nn.Module, compare: Callable[[Layout], None]) -> L
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
         else:
-            if layout in _SLOWER:
+            if layout in _SLOWER and layout is not fastest:
                 logger.warning(_SLOWER[layout], type(model).__name__, reason)
             return layout
     raise AssertionError("the last layout returns or raises")

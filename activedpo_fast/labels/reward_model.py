@@ -13,6 +13,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reward import RewardOracle
 from activedpo_fast.models.named import as_reward_model
 from activedpo_fast.models.undisturbed import undisturbed
+from activedpo_fast.pool.messages import Message, images_of
 from activedpo_fast.pool.template import check_template_kwargs
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.pool.tokenizers import tokenizer_as_found
@@ -38,7 +39,7 @@ class RewardModel:
 
     Raises:
         ActiveDPOError: a model with several outputs; no padding token, or different ones in the
-            model's config and the tokenizer; chat messages without a chat template.
+            model's config and the tokenizer; chat messages without a chat template; images.
 
     Examples:
         >>> from activedpo_fast import ActiveDPOSelector, make_strategy
@@ -119,6 +120,11 @@ class RewardModel:
         return rewards
 
     def _encode(self, prompt: Text, response: Text) -> Any:
+        if images_of(prompt):
+            raise ActiveDPOError(
+                "a prompt has images, and the reward model reads texts alone: give a function that "
+                "reads images as the reward (see Reward), or let people label"
+            )
         if self._tokenizer.chat_template:
             messages = [*_messages(prompt, "user"), *_messages(response, "assistant")]
             text = self._tokenizer.apply_chat_template(
@@ -173,5 +179,5 @@ class RewardModelOracle(RewardOracle):
         super().__init__(reward, temperature=temperature, seed=seed)
 
 
-def _messages(text: Text, role: str) -> list[dict[str, str]]:
+def _messages(text: Text, role: str) -> list[Message]:
     return [{"role": role, "content": text}] if isinstance(text, str) else text

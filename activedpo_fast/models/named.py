@@ -8,13 +8,14 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from activedpo_fast._files import FilePath, first_line, read_json
 from activedpo_fast._modes import in_own_modes
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.models.folders import ADAPTER_CONFIG, check_adapter_folder, local_folder
 from activedpo_fast.models.loading import load_model, load_reward_model, with_fresh_adapter
+from activedpo_fast.pool.vision import ProcessingClass
 
 GivenModel = PreTrainedModel | PeftModel | FilePath
 """A model, or its name: a folder of a model or of an adapter, or a name on the hub."""
@@ -27,12 +28,12 @@ def is_name(model: Any) -> bool:
 @in_own_modes  # weights made in the caller's inference mode could have no gradient
 def as_model(
     model: GivenModel,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: ProcessingClass | None = None,
     *,
     peft_config: PeftConfig | None = None,
     seed: int = 0,
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a model and its tokenizer; a name is loaded as the `activedpo` command loads it.
+) -> tuple[Any, Any]:
+    """Return a model and its tokenizer or processor; a name is loaded as by the command.
 
     The name of an adapter (a folder or repository with `adapter_config.json`) stands for the
     adapter, trainable, on the base model that it names, at the revision that it names. The name of
@@ -76,9 +77,7 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, seed: 
         raise ActiveDPOError(f"peft_config: {first_line(error)}") from error
 
 
-def _loaded(
-    model: GivenModel, processing_class: PreTrainedTokenizerBase | None
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def _loaded(model: GivenModel, processing_class: ProcessingClass | None) -> tuple[Any, Any]:
     if not is_name(model):
         if processing_class is None:
             raise ActiveDPOError(
@@ -86,6 +85,11 @@ def _loaded(
                 "by name comes with its own"
             )
         return model, processing_class
+    if isinstance(processing_class, ProcessorMixin):
+        raise ActiveDPOError(
+            "model: a vision-language model is not loaded by name: load it "
+            "(AutoModelForImageTextToText), and pass it with its processor"
+        )
     folder = local_folder(model)  # type: ignore[arg-type]
     if not (folder / ADAPTER_CONFIG).is_file():
         return load_model(folder, tokenizer=processing_class)
@@ -99,13 +103,19 @@ def as_model_alone(model: GivenModel) -> PreTrainedModel | PeftModel:
 
 def as_policy(
     model: GivenModel,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: ProcessingClass | None = None,
     *,
     peft_config: PeftConfig | None = None,
     seed: int = 0,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The same for a model whose adapter is to be trained; one without an adapter is refused."""
     policy, tokenizer = as_model(model, processing_class, peft_config=peft_config, seed=seed)
+    if isinstance(tokenizer, ProcessorMixin):
+        raise ActiveDPOError(
+            f"processing_class: {type(tokenizer).__name__} is a processor, and rounds are of texts "
+            "alone: pass its tokenizer; for images, select by ActiveDPOSelector and train by "
+            "DPOTrainer"
+        )
     if not isinstance(policy, PeftModel):
         name = str(model) if is_name(model) else type(model).__name__
         raise ActiveDPOError(

@@ -66,7 +66,8 @@ def batch_changes_attention(model: nn.Module, longest: int) -> bool:
 def fresh_positions(model: nn.Module) -> Iterator[None]:
     """Reset position embeddings to those of a freshly loaded model; restore them afterward.
 
-    "dynamic" keeps the frequencies of the longest sequence so far for later sequences, too.
+    "dynamic" keeps the frequencies of the longest sequence so far for later sequences, too. Qwen's
+    vision-language models keep how far the positions of the last prompt's images were apart.
     """
     embeddings = {id(module): module for module, _, _ in _varying(model)}.values()
     # Buffers are replaced by some forward passes and written to by others.
@@ -88,9 +89,16 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
             module._buffers[f"{prefix}inv_freq"] = original.clone().to(now.device)
         if kind == "dynamic":
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    remembered: list[tuple[Any, Any]] = [
+        (module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")
+    ]
+    for module, _ in remembered:
+        module.rope_deltas = None
     try:
         yield
     finally:
+        for module, deltas in remembered:
+            module.rope_deltas = deltas
         for module, attributes, buffers, values in before:
             vars(module).clear()
             vars(module).update(attributes)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from activedpo_fast._files import first_line
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.template import check_template_kwargs
+from activedpo_fast.pool.template import check_template_kwargs, check_tools
 
 Verdict = Literal["used", "carried", "refused"]
 
@@ -43,6 +43,12 @@ class DataColumn:
 
 
 _RESPONSE = "a prompt has no responses yet: remove it, or pass the rows as a pool"
+_IMAGE = "responses to images are not sampled here: sample them first, and pass a pool"
+_PART = (
+    'an item has its images in its prompt, as parts {"type": "image", "image": path}; '
+    "PreferencePool.from_rows puts them there"
+)
+_IMAGES = frozenset({"image", "images"})
 
 DATA_COLUMNS = (
     DataColumn("id", "used", "not read", "identifies the row"),
@@ -73,22 +79,24 @@ DATA_COLUMNS = (
     ),
     DataColumn(
         "tools",
-        "refused",
+        "used",
         "passed to the chat template",
-        'put it into chat_template_kwargs, as {"tools": [...]}',
+        "the same; written by `Selection.to_dataset`",
         chat=True,
     ),
     DataColumn(
         "image",
-        "refused",
+        "used",
         "the image of a vision-language model",
-        "remove it, features are of text alone",
+        "the same: it becomes a part of the prompt; written by `Selection.to_dataset`",
+        in_prompts="refused",
     ),
     DataColumn(
         "images",
-        "refused",
+        "used",
         "the images of a vision-language model",
-        "remove it, features are of text alone",
+        "the same: they become parts of the prompt; written by `Selection.to_dataset`",
+        in_prompts="refused",
     ),
     DataColumn(
         "ref_chosen_logps",
@@ -119,19 +127,14 @@ DATA_COLUMNS = (
 # Keys of a chat message. A key that is not listed is used if it is a string, otherwise refused.
 MESSAGE_KEYS = (
     DataColumn("role", "used", "passed to the chat template", "the same"),
-    DataColumn("content", "used", "passed to the chat template", "the same, where it is a string"),
+    DataColumn("content", "used", "passed to the chat template", "the same"),
     DataColumn(
         "content (a list of parts)",
-        "refused",
+        "used",
         "text and images in order",
-        "join the parts into one string; images are not supported",
+        'the same: {"type": "text", "text": ...}, and in prompts {"type": "image"}',
     ),
-    DataColumn(
-        "tool_calls",
-        "refused",
-        "passed to the chat template",
-        "write the calls into 'content' as text",
-    ),
+    DataColumn("tool_calls", "used", "passed to the chat template", "the same: a list of calls"),
     DataColumn(
         "other keys, strings (name, reasoning_content, ...)",
         "used",
@@ -147,8 +150,7 @@ MESSAGE_KEYS = (
 )
 
 _BY_NAME = {column.name: column for column in DATA_COLUMNS}
-RESPONSE_COLUMNS = frozenset(c.name for c in DATA_COLUMNS if c.in_prompts == "refused")
-_BY_KEY = {column.name: column for column in MESSAGE_KEYS}
+RESPONSE_COLUMNS = frozenset(c.name for c in DATA_COLUMNS if c.in_prompts == "refused") - _IMAGES
 
 
 def is_absent(value: Any) -> bool:
@@ -171,14 +173,18 @@ def check_columns(
         column = _BY_NAME.get(name)
         if column is None:
             continue
-        if prompts and column.in_prompts == "refused":
+        if prompts and name in RESPONSE_COLUMNS:
             raise ActiveDPOError(f"{place}: the column {name!r}: {_RESPONSE}")
         if is_absent(value) or (column.chat and not chat):
             continue
+        if name in _IMAGES:
+            raise ActiveDPOError(f"{place}: the column {name!r}: {_IMAGE if prompts else _PART}")
         if column.verdict == "refused":
             raise ActiveDPOError(f"{place}: the column {name!r} is not supported; {column.here}")
         if name == "chat_template_kwargs":
             check_template_kwargs(value, f"{place}: the column {name!r}")
+        if name == "tools":
+            check_tools(value, f"{place}: the column {name!r}")
 
 
 def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
@@ -192,10 +198,3 @@ def check_json_columns(extra: Mapping[str, Any], place: str) -> None:
                 f"{place}: the column {name!r} is no JSON value ({reason}): make "
                 "it text or a number, or remove it"
             ) from None
-
-
-def advice_for_key(key: str, value: Any) -> str:
-    """Return advice on a chat message's key whose value is not a string."""
-    if key == "content" and isinstance(value, list):
-        key = "content (a list of parts)"
-    return _BY_KEY.get(key, _BY_KEY["other keys, not strings"]).here

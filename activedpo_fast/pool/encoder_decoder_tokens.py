@@ -40,8 +40,8 @@ def label_ids(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 def encode_for_decoder(
     pool: PreferencePool, processing_class: PreTrainedTokenizerBase, decoder_start_token_id: int
-) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Yield what `tokenize_pool` truncates: each item's prompt, and it with each of its responses.
+) -> Iterator[tuple[list[int], list[list[int]], None]]:
+    """Yield what `tokenize_pool` truncates: each item's prompt, it with each response, no images.
 
     The prompt ends with the decoder's start token. All responses start after it.
 
@@ -62,4 +62,4 @@ def encode_for_decoder(
             if not prompt:
                 raise ActiveDPOError(f"item {item.id!r}: the prompt has no token")
             start = [*prompt, decoder_start_token_id]
-            yield start, [[*start, *next(labels)] for _ in item.responses]
+            yield start, [[*start, *next(labels)] for _ in item.responses], None

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from activedpo_fast._files import FilePath, first_line, open_input, parse_json, reason_of
 from activedpo_fast._limits import check_limit, limit
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.columns import check_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 PlacedRows = Iterator[tuple[str, Any]]
 _VALUE = 8  # bytes of a value of a table, at least
+IMAGE_COLUMNS = ("image", "images")
 EMPTY_DATASET = "the data set has no rows"
 
 # The hub's names for the files of a split: train-00000-of-00003.parquet.
@@ -42,10 +42,7 @@ def placed_rows(path: FilePath) -> PlacedRows:
     if source.is_dir():
         dataset = saved_dataset(source)
         if dataset is not None:
-            return (
-                (f"{source}, row {n}", row)
-                for n, row in enumerate(dataset.with_format(None), start=1)
-            )
+            return ((f"{source}, row {n}", row) for n, row in enumerate(_rows(dataset), start=1))
         return (placed for file in _shards(source) for placed in _reader(file)(file))
     if not source.suffix and not source.exists():
         raise ActiveDPOError(f"{source}: no such file or folder")
@@ -100,6 +97,7 @@ def _parquet(path: Path) -> list[Any]:
                 new = part.to_pylist()
                 size += _bytes_of(new)
                 check_limit("file_mib", size / 2**20, path, "MiB or more in memory")
+                _parse_json_columns(new, part.schema, path)
                 rows += new
         except ActiveDPOError:
             raise
@@ -109,6 +107,21 @@ def _parquet(path: Path) -> list[Any]:
         except (pyarrow.ArrowException, ValueError) as error:
             raise ActiveDPOError(f"{path}: not a Parquet file: {first_line(error)}") from error
     return rows
+
+
+def _parse_json_columns(rows: list[Any], schema: Any, path: Path) -> None:
+    """Put the values of columns of JSON texts in their place, as `datasets.Json` writes them."""
+    for column in schema:
+        kind = getattr(column.type, "value_type", column.type)  # of a list's entries
+        if getattr(kind, "extension_name", None) == "arrow.json":
+            for row in rows:
+                row[column.name] = _from_json(row[column.name], f"{path}, column {column.name!r}")
+
+
+def _from_json(value: Any, place: str) -> Any:
+    if isinstance(value, list):
+        return [_from_json(entry, place) for entry in value]
+    return parse_json(value, place) if isinstance(value, str) else value
 
 
 def _rows_at_once(metadata: Any, path: Path) -> int:
@@ -148,7 +161,7 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
     """Return the placed rows of a `datasets.Dataset` (one split, not streamed).
 
     Raises:
-        ActiveDPOError: it has several splits, is streamed, has images, or is something else.
+        ActiveDPOError: it has several splits, is streamed, or is something else.
     """
     import datasets
 
@@ -162,12 +175,19 @@ def dataset_rows(dataset: datasets.Dataset) -> PlacedRows:
         )
     if not isinstance(dataset, datasets.Dataset):
         raise ActiveDPOError(f"expected a datasets.Dataset, got {type(dataset).__name__}")
-    for name in {"image", "images"} & set(dataset.column_names):
-        # Check before reading any row: an image that cannot be decoded raises another error.
-        cells = dataset.select_columns(name).with_format("arrow")[:][name]
-        if (first := cells.is_valid().index(True).as_py()) >= 0:
-            check_columns({name: True}, f"data set, row {first + 1}", chat=True)
-    return ((f"data set, row {n}", row) for n, row in enumerate(dataset.with_format(None), start=1))
+    return ((f"data set, row {n}", row) for n, row in enumerate(_rows(dataset), start=1))
+
+
+def _rows(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield rows, with images as the files that they are: nothing is decoded."""
+    names = [name for name in IMAGE_COLUMNS if name in dataset.column_names]
+    if not names:
+        yield from dataset.with_format(None)
+        return
+    files = dataset.select_columns(names).with_format("arrow")
+    others = dataset.remove_columns(names).with_format(None)
+    for row, cells in zip(others, files, strict=True):
+        yield {**row, **cells.to_pylist()[0]}
 
 
 def saved_dataset(folder: Path) -> datasets.Dataset | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.columns import check_columns
+from activedpo_fast.pool.messages import images_of
 from activedpo_fast.pool.texts import Text, check_string, check_text, check_texts, kind_of, show
 
 # A row's own columns; all others are extra.
@@ -20,8 +21,11 @@ class PoolItem:
     """A prompt with its responses.
 
     `prompt` and each of `responses` are plain strings, or all of them lists of chat messages
-    `{"role": ..., "content": ...}`. `extra` holds the other columns of the row, unchanged; they
-    should be JSON values if the pool is to be written with `PreferencePool.to_jsonl`.
+    `{"role": ..., "content": ...}`. A content is a string, or a list of parts
+    `{"type": "text", "text": ...}`; a prompt may have parts `{"type": "image", "image": ...}`, too,
+    with a path or a data URI. A message may have `tool_calls`. `extra` holds the other columns of
+    the row, unchanged; they should be JSON values if the pool is to be written with
+    `PreferencePool.to_jsonl`.
 
     Examples:
         >>> from activedpo_fast import PoolItem, PreferencePool
@@ -86,7 +90,12 @@ def check_prompts(prompts: Sequence[Any], places: Sequence[str] | None = None) -
                 f"{place}: expected a Prompt, or a PreferencePool as a whole, got {show(prompt)}"
             )
         check_id(prompt.id, place)
-        check_text(prompt.prompt, "the prompt", place)
+        check_text(prompt.prompt, "the prompt", place, images=True)
+        if images_of(prompt.prompt):
+            raise ActiveDPOError(
+                f"{place}: has images, and rounds are of texts alone: sample responses yourself, "
+                "select by ActiveDPOSelector and train by DPOTrainer"
+            )
         check_columns(prompt.extra, place, chat=not isinstance(prompt.prompt, str), prompts=True)
         check_same_kind(prompt.prompt, place, prompts[0].prompt, places[0])
         earlier = first_with.setdefault(prompt.id, n)

@@ -26,8 +26,9 @@ from activedpo_fast.pool.files import (
     saved_dataset,
 )
 from activedpo_fast.pool.items import PoolItem, check_item, check_same_kind
+from activedpo_fast.pool.messages import images_of
 from activedpo_fast.pool.reading import item_from_row
-from activedpo_fast.pool.template import own_template_kwargs
+from activedpo_fast.pool.template import NOT_WITH_TOOLS, TOOLS, own_template_kwargs
 from activedpo_fast.pool.texts import canonical_json, content_id
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class PreferencePool(Sequence[PoolItem]):
 
     Rows have a `prompt` and either `responses` (a list of two or more), or `chosen` and `rejected`,
     or `response_a` and `response_b`; their order does not express a preference. Texts are strings,
-    or lists of chat messages in TRL's conversational format, the same kind throughout the pool.
+    or lists of chat messages in TRL's conversational format, the same kind throughout the pool;
+    calls of tools, the column `tools` and images are those of TRL (see docs/trl.md).
     `id` (a string or an integer) is optional: without it the id is a hash of the prompt and
     responses, so the same row has the same id at any position. A null cell counts as absent.
     Other columns are kept; those that have a meaning in TRL's trainers are used or refused by name,
@@ -139,6 +141,7 @@ class PreferencePool(Sequence[PoolItem]):
                     "prompt_by)"
                 )
         self._set(items)
+        _refuse_tools_beside_images(items, places)
         _warn_of_repeated_prompts(items)
 
     def _set(self, items: list[PoolItem]) -> None:
@@ -211,6 +214,11 @@ class PreferencePool(Sequence[PoolItem]):
     def is_chat(self) -> bool:
         """Whether the texts are chat messages (either all or none are)."""
         return not isinstance(self._items[0].prompt, str)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a prompt has images."""
+        return self.is_chat and any(images_of(item.prompt) for item in self._items)
 
     @property
     def n_responses(self) -> int:
@@ -287,6 +295,15 @@ def as_pool(pool: PreferencePool | datasets.Dataset) -> PreferencePool:
         f"pool: expected a PreferencePool or a datasets.Dataset, got {type(pool).__name__}; make "
         "one with PreferencePool.from_rows or load"
     )
+
+
+def _refuse_tools_beside_images(items: Sequence[PoolItem], places: Sequence[str]) -> None:
+    """Refuse tools in a pool with images, whose trainer would not see them."""
+    if isinstance(items[0].prompt, str) or not any(images_of(item.prompt) for item in items):
+        return
+    for item, place in zip(items, places, strict=True):
+        if (own_template_kwargs(item.extra) or {}).get(TOOLS):
+            raise ActiveDPOError(f"{place}: {NOT_WITH_TOOLS}")
 
 
 def _warn_of_repeated_prompts(items: Sequence[PoolItem]) -> None:

@@ -16,12 +16,15 @@ from activedpo_fast.pool.columns import (
 )
 from activedpo_fast.pool.files import (
     EMPTY_DATASET,
+    IMAGE_COLUMNS,
     PlacedRows,
     dataset_rows,
     is_from_datasets,
     placed_rows,
 )
+from activedpo_fast.pool.images import prompt_with_images
 from activedpo_fast.pool.items import OWN_COLUMNS, PAIR_COLUMNS, PoolItem, Prompt, check_prompts
+from activedpo_fast.pool.messages import without_nulls
 from activedpo_fast.pool.texts import check_text, check_texts, content_id, show
 
 if TYPE_CHECKING:
@@ -42,14 +45,15 @@ def item_from_row(row: Any, place: str) -> PoolItem:
                 "trl.extract_prompt)"
             )
         raise ActiveDPOError(f"{place}: missing column 'prompt'{_transcript_hint(responses)}")
-    prompt = plain_text(given["prompt"])
+    prompt = prompt_with_images(plain_text(given["prompt"]), row, place)
     texts = tuple(plain_text(response) for response in responses)
     if "id" not in given:
         # Not checked yet, so possibly not hashable.
         check_texts(prompt, texts, place)
         given["id"] = content_id(prompt, texts)
     id = id_of(given)
-    extra = {str(name): value for name, value in row.items() if name not in OWN_COLUMNS}
+    own = {*OWN_COLUMNS, *IMAGE_COLUMNS}
+    extra = {str(name): value for name, value in row.items() if name not in own}
     return PoolItem(id=id, prompt=prompt, responses=texts, extra=extra)
 
 
@@ -166,8 +170,5 @@ def plain_text(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return [
-        {key: entry for key, entry in message.items() if entry is not None}
-        if isinstance(message, Mapping)
-        else message
-        for message in value
+        without_nulls(message) if isinstance(message, Mapping) else message for message in value
     ]

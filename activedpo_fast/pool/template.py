@@ -1,7 +1,8 @@
 """Arguments of the chat template: one setting for generating, selecting and training.
 
 TRL reads them per row, from the column `chat_template_kwargs`. Here one setting applies to all
-rows, and a row's own column overrides it, key by key.
+rows, and a row's own column overrides it, key by key. TRL passes the column `tools` to the template
+as the argument of this name; so it is one of the row's own arguments here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 from activedpo_fast.errors import ActiveDPOError
 
 COLUMN = "chat_template_kwargs"
+TOOLS = "tools"
+NOT_WITH_TOOLS = "tools beside images, which DPOTrainer leaves out: remove the tools or the images"
 
 # Arguments of `apply_chat_template` itself, which determine the form of its output.
 _RESERVED = frozenset(
@@ -52,10 +55,32 @@ def check_template_kwargs(value: Any, place: str = COLUMN) -> None:
             ) from None
 
 
+def check_tools(value: Any, place: str) -> None:
+    """Raise ActiveDPOError, naming `place`, unless `value` is a list of JSON schemas, or its JSON
+    text, which TRL reads too."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+        json.dumps(tools, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ActiveDPOError(
+            f"{place}: expected a list of JSON schemas, one for each tool, or its JSON text"
+        )
+
+
 def own_template_kwargs(extra: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments in a row's own column, or None."""
-    own = extra.get(COLUMN)
-    return dict(own) if isinstance(own, Mapping) and own else None
+    """Return the arguments in a row's own columns, or None.
+
+    As in TRL, an argument `tools` in `chat_template_kwargs` comes before the column `tools`.
+    """
+    own, tools = extra.get(COLUMN), extra.get(TOOLS)
+    found: dict[str, Any] = {}
+    if isinstance(tools, (str, list)):
+        found[TOOLS] = json.loads(tools) if isinstance(tools, str) else tools
+    if isinstance(own, Mapping):
+        found.update(own)
+    return found or None
 
 
 def template_kwargs(extra: Mapping[str, Any], common: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,15 +9,27 @@ from typing import Any
 
 from activedpo_fast._limits import check_limit
 from activedpo_fast.errors import ActiveDPOError
-from activedpo_fast.pool.columns import advice_for_key
+from activedpo_fast.pool.messages import Message, call_lines, content_text, images_of
 
-Message = dict[str, str]
 Text = str | list[Message]
+
+# What to do about a key of a chat message whose value is of another type.
+_ADVICE = {
+    "role": "make it a string",
+    "content": "make it a string, or a list of parts",
+    "tool_calls": "make it a list of calls",
+}
+_OTHER_KEY = "make it a string, or remove it"
+_PART = (
+    'a part is {"type": "text", "text": ...}, or {"type": "image"} with its image in the column '
+    "'images'"
+)
+_CALL = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
 
 
 def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
     """Raise ActiveDPOError, naming `place`, unless given a prompt with distinct responses."""
-    check_text(prompt, "the prompt", place)
+    check_text(prompt, "the prompt", place, images=True)
     if len(responses) < 2:
         raise ActiveDPOError(
             f"{place}: {len(responses)} response(s), two or more are needed to form a pair"
@@ -38,14 +50,21 @@ def check_texts(prompt: Any, responses: Sequence[Any], place: str) -> None:
             raise ActiveDPOError(f"{place}: responses {earlier} and {n} are identical")
 
 
-def check_text(text: Any, what: str, place: str) -> None:
+def check_text(text: Any, what: str, place: str, *, images: bool = False) -> None:
+    """Raise ActiveDPOError unless it is a text, or chat messages, and not empty.
+
+    images: whether the messages may have images, as the prompt of an item may.
+    """
     if isinstance(text, str):
         check_string(text, what, place)
         empty = not text.strip()
     elif isinstance(text, list):
         for message in text:
-            _check_message(message, what, place)
-        empty = not any(message["content"].strip() for message in text)
+            _check_message(message, what, place, images)
+        empty = not (
+            images_of(text)
+            or any(content_text(message).strip() or call_lines(message) for message in text)
+        )
     else:
         raise ActiveDPOError(
             f"{place}: {what} must be text or a list of chat messages, got {show(text)}"
@@ -54,24 +73,85 @@ def check_text(text: Any, what: str, place: str) -> None:
         raise ActiveDPOError(f"{place}: {what} is empty")
 
 
-def _check_message(message: Any, what: str, place: str) -> None:
+def is_text(value: Any) -> bool:
+    """Return whether a value is a string, or a list of well-formed chat messages."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list) or not value:
+        return False
+    try:
+        for message in value:
+            _check_message(message, "", "", images=True)
+    except ActiveDPOError:
+        return False
+    return True
+
+
+def _check_message(message: Any, what: str, place: str, images: bool) -> None:
     if not isinstance(message, dict):
         raise ActiveDPOError(
             f"{place}: {what} has a chat message that is not an object with "
             f"'role' and 'content': {show(message)}"
         )
     for key, value in message.items():
-        if not isinstance(value, str):
+        if key == "content" and isinstance(value, list):
+            may_show = images and message.get("role") != "tool"
+            for part in value:
+                _check_part(part, what, place, may_show)
+        elif key == "tool_calls" and isinstance(value, list):
+            for call in value:
+                _check_call(call, what, place)
+        elif isinstance(value, str) and key != "tool_calls":
+            check_string(value, what, place)
+        elif key != "content" or value is not None:
+            kind = "list" if key == "tool_calls" else "string"
             raise ActiveDPOError(
-                f"{place}: {what} has a chat message whose {key!r} is not a "
-                f"string: {show(value)}; {advice_for_key(key, value)}"
+                f"{place}: {what} has a chat message whose {key!r} is not a {kind}: {show(value)}; "
+                f"{_ADVICE.get(key, _OTHER_KEY)}"
             )
-        check_string(value, what, place)
-    for key in ("role", "content"):
-        if key not in message:
-            raise ActiveDPOError(f"{place}: {what} has a chat message without {key!r}")
+    if "role" not in message:
+        raise ActiveDPOError(f"{place}: {what} has a chat message without 'role'")
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise ActiveDPOError(f"{place}: {what} has a chat message without 'content'")
     if not message["role"]:
         raise ActiveDPOError(f"{place}: {what} has a chat message whose 'role' is empty")
+
+
+def _check_part(part: Any, what: str, place: str, images: bool) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image") or part.keys() - {"type", kind}:
+        raise ActiveDPOError(
+            f"{place}: {what} has a chat message whose 'content' has the part {show(part)}; {_PART}"
+        )
+    if kind == "image" and not images:
+        raise ActiveDPOError(
+            f"{place}: {what} has an image, which only the prompt of a pool's item may have, in a "
+            "message of the user, the assistant or the system"
+        )
+    if not isinstance(part.get(kind), str):
+        raise ActiveDPOError(
+            f"{place}: {what} has an image without a file: give it in the column 'images'"
+            if kind == "image"
+            else f"{place}: {what} has a part of type 'text' whose 'text' is no string"
+        )
+    if kind == "text":
+        check_string(part["text"], what, place)
+
+
+def _check_call(call: Any, what: str, place: str) -> None:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ActiveDPOError(
+            f"{place}: {what} has a chat message whose 'tool_calls' has {show(call)}; a call is "
+            f"{_CALL}"
+        )
+    try:
+        written = json.dumps(call, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ActiveDPOError(
+            f"{place}: {what} has a chat message whose 'tool_calls' is no JSON value"
+        ) from None
+    check_string(written, what, place)
 
 
 def check_string(text: str, what: str, place: str) -> None:

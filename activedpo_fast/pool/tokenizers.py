@@ -16,8 +16,9 @@ def tokenizer_as_found(tokenizer: Any) -> Iterator[None]:
     """Restore the truncation and padding that a tokenizer's file may set.
 
     Every call of a fast tokenizer sets both in its backend, and `save_pretrained` would write them
-    from there.
+    from there. A processor's tokenizer is meant by the processor.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     try:

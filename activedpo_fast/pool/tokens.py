@@ -33,6 +33,8 @@ from activedpo_fast.pool.pool import PreferencePool, as_pool
 from activedpo_fast.pool.string_contents import check_reads_strings
 from activedpo_fast.pool.template import check_template_kwargs, template_kwargs
 from activedpo_fast.pool.tokenizers import leaves_tokenizer
+from activedpo_fast.pool.unrendered import warn_of_unrendered
+from activedpo_fast.pool.vision import ProcessingClass, PromptImages, encode_with_images, in_parts
 from activedpo_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -56,10 +58,12 @@ class TokenizedResponse:
     `input_ids[completion_start:]` belong to the response. The scored tokens are
     `input_ids[max(completion_start, 1):]`: nothing predicts the first token of a sequence. They are
     kept as 32-bit numbers, a tenth of what Python's own would take: a pool may have millions.
+    `images` is what the model gets beside them, if the prompt has images.
     """
 
     input_ids: Sequence[int]
     completion_start: int
+    images: PromptImages | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_ids", array("i", self.input_ids))
@@ -89,6 +93,10 @@ class TokenizedPool:
     ids: list[str] | None = None
     numbers: list[int] | None = None
     encoder_decoder: bool = False
+
+    @property
+    def has_images(self) -> bool:
+        return any(sequence.images is not None for sequence in self.sequences)
 
     def item_of(self, row: int) -> int:
         """Return the item that response `row` belongs to."""
@@ -130,12 +138,13 @@ def completion_tokens(response: TokenizedResponse) -> int:
 
 def tokenize_pool(
     pool: PreferencePool | datasets.Dataset,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     *,
     max_length: int | None = DEFAULT_MAX_LENGTH,
     truncation_mode: TruncationMode = DEFAULT_TRUNCATION_MODE,
     chat_template_kwargs: dict[str, Any] | None = None,
     decoder_start_token_id: int | None = None,
+    with_images: bool | None = None,
     show_progress: bool | None = None,
 ) -> TokenizedPool:
     """Tokenize a pool as `trl.DPOTrainer` would tokenize its pairs.
@@ -145,21 +154,28 @@ def tokenize_pool(
     or the template renders the prompt differently, the trainer starts a pair of the others later.
     One warning gives the number of such items.
 
+    If a prompt of the pool has images, its items are tokenized as in `pool.vision`.
+
     Args:
+        processing_class: the model's tokenizer, or its processor, which images need.
         max_length: maximum sequence length in tokens, ≥ 2; None for no limit. TRL's default is
             1024.
-        truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there).
+        truncation_mode: "keep_start" (TRL's default) or "keep_end" (deprecated there, and refused
+            for images).
         chat_template_kwargs: passed to the chat template. Those in an item's own column of this
             name, which TRL passes, take precedence. Plain text uses neither.
         decoder_start_token_id: for an encoder-decoder model, what its decoder begins with (see
             `activedpo_fast.models.encoder_decoder`). The prompt is for the encoder then, and the
             response for the decoder; see `activedpo_fast.pool.encoder_decoder_tokens`.
+        with_images: whether to tokenize as with images; for a part of a pool, as the pool. Default:
+            if there are any.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
         ActiveDPOError: no usable tokenizer, no EOS token (plain text), no chat template (chat), a
-            template that refuses a conversation or renders nothing for a response, bad options; for
-            an encoder-decoder model also chat, "keep_end", or a prompt without tokens.
+            template that refuses a conversation or renders nothing for a response, bad options;
+            images without a processor, or that cannot be read; for an encoder-decoder model also
+            chat, images, "keep_end", or a prompt without tokens.
     """
     tokenized, noticed = tokenize_noticing(
         pool,
@@ -168,6 +184,7 @@ def tokenize_pool(
         truncation_mode=truncation_mode,
         chat_template_kwargs=chat_template_kwargs,
         decoder_start_token_id=decoder_start_token_id,
+        with_images=with_images,
         show_progress=show_progress,
     )
     noticed.warn(tokenized, max_length, truncation_mode)
@@ -225,28 +242,45 @@ class Noticed(NamedTuple):
 @leaves_tokenizer(1)
 def tokenize_noticing(
     pool: PreferencePool | datasets.Dataset,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: ProcessingClass,
     *,
     max_length: int | None,
     truncation_mode: TruncationMode,
     chat_template_kwargs: dict[str, Any] | None,
     decoder_start_token_id: int | None,
     show_progress: bool | None,
+    with_images: bool | None = None,
 ) -> tuple[TokenizedPool, Noticed]:
     """`tokenize_pool` without its warnings, and what they would be about."""
     encoder_decoder = decoder_start_token_id is not None
     _check_truncation(max_length, truncation_mode, encoder_decoder)
     pool = as_pool(pool)
-    check_tokenizer(processing_class, chat=pool.is_chat and not encoder_decoder)
+    with_images = pool.has_images if with_images is None else with_images
+    if encoder_decoder:
+        check_tokenizer(processing_class, chat=False)
+    else:
+        _check_processing_class(pool, processing_class, with_images)
+    if with_images and max_length is not None and truncation_mode == "keep_end":
+        raise ActiveDPOError(
+            "truncation_mode 'keep_end' would cut images, and DPOTrainer refuses it for them: use "
+            "'keep_start', or max_length=None"
+        )
     check_template_kwargs(chat_template_kwargs)
+    encoded: _Encoded
     if pool.is_chat and not encoder_decoder:
-        check_reads_strings(pool, processing_class)
-        encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            check_reads_strings(pool, processing_class)
+        warn_of_unrendered(pool, processing_class, chat_template_kwargs or {})
+        if with_images and isinstance(processing_class, ProcessorMixin):
+            encoded = encode_with_images(pool, processing_class, chat_template_kwargs or {})
+        else:
+            encoded = _encode_chat(pool, processing_class, chat_template_kwargs or {})
     else:
         if chat_template_kwargs:
             logger.warning(
                 "chat_template_kwargs have no effect: the texts are plain, not chat messages"
             )
+        assert isinstance(processing_class, PreTrainedTokenizerBase)
         encoded = (
             _encode_plain(pool, processing_class)
             if decoder_start_token_id is None
@@ -264,7 +298,7 @@ def tokenize_noticing(
         desc="tokenize",
         unit="prompt",
     )
-    for position, (item, (prompt_ids, full_ids)) in enumerate(bar):
+    for position, (item, (prompt_ids, full_ids, images)) in enumerate(bar):
         starts = [_common_prefix_length(prompt_ids, ids) for ids in full_ids]
         start = min(starts)
         merged += start < len(prompt_ids)
@@ -276,7 +310,8 @@ def tokenize_noticing(
                     f"item {item.id!r}: response {n} adds no token to the prompt "
                     "that could be scored"
                 )
-            sequences.append(_truncate(ids, start, max_length, truncation_mode))
+            sequence = _truncate(ids, start, max_length, truncation_mode)
+            sequences.append(sequence if images is None else _with_images(sequence, images))
             items.append(position)
         if max_length is not None and truncation_mode == "keep_start" and start >= max_length:
             skipped.append(position)
@@ -293,7 +328,7 @@ def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
     if isinstance(processing_class, ProcessorMixin):
         raise ActiveDPOError(
             f"processing_class: {type(processing_class).__name__} is a processor "
-            "for images or sound, which is not supported; pass a tokenizer"
+            "for images or sound, which is not supported here; pass its tokenizer"
         )
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise ActiveDPOError(
@@ -312,9 +347,12 @@ def check_tokenizer(processing_class: Any, *, chat: bool) -> None:
 
 
 def encode_chat(
-    processing_class: PreTrainedTokenizerBase, messages: list[Any], id: str, **template_kwargs: Any
+    processing_class: ProcessingClass, messages: list[Any], id: str, **template_kwargs: Any
 ) -> list[int]:
     """Return the token ids of a conversation; `id` names its item in the error."""
+    batched = isinstance(processing_class, ProcessorMixin)
+    if batched:
+        messages = in_parts(messages, f"item {id!r}")
     try:
         encoded: Any = processing_class.apply_chat_template(
             messages, tokenize=True, return_dict=True, **template_kwargs
@@ -322,7 +360,27 @@ def encode_chat(
     except Exception as error:  # a template is code and can raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ActiveDPOError(f"item {id!r}: the chat template failed: {reason}") from error
-    return list(encoded["input_ids"])
+    ids = encoded["input_ids"]
+    return list(ids[0] if batched else ids)
+
+
+def _check_processing_class(pool: PreferencePool, processing_class: Any, with_images: bool) -> None:
+    if not isinstance(processing_class, ProcessorMixin):
+        check_tokenizer(processing_class, chat=pool.is_chat)
+        if with_images:
+            raise ActiveDPOError(
+                "the pool has images: pass the model's processor (transformers.AutoProcessor) as "
+                "processing_class, or select by a strategy that needs no model, such as random"
+            )
+    elif not pool.is_chat:
+        raise ActiveDPOError(
+            f"processing_class: {type(processing_class).__name__} is a processor, and the texts "
+            "are plain: pass its tokenizer"
+        )
+    elif not processing_class.chat_template:
+        raise ActiveDPOError(
+            "processing_class: the processor has no chat template, which chat messages need"
+        )
 
 
 def _check_truncation(max_length: int | None, truncation_mode: str, encoder_decoder: bool) -> None:
@@ -341,7 +399,7 @@ def _check_truncation(max_length: int | None, truncation_mode: str, encoder_deco
         )
 
 
-_Encoded = Iterator[tuple[list[int], list[list[int]]]]
+_Encoded = Iterator[tuple[list[int], list[list[int]], PromptImages | None]]
 
 
 def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _Encoded:
@@ -356,11 +414,11 @@ def _encode_plain(pool: PreferencePool, tokenizer: PreTrainedTokenizerBase) -> _
                 texts.append(text if str(response).endswith(eos) else text + eos)
         ids = iter(tokenizer(text=texts)["input_ids"])
         for item in items:
-            yield next(ids), [next(ids) for _ in item.responses]
+            yield next(ids), [next(ids) for _ in item.responses], None
 
 
 def _encode_chat(
-    pool: PreferencePool, tokenizer: PreTrainedTokenizerBase, common: dict[str, Any]
+    pool: PreferencePool, tokenizer: ProcessingClass, common: dict[str, Any]
 ) -> _Encoded:
     for item in pool:
         messages = list(item.prompt)
@@ -372,7 +430,15 @@ def _encode_chat(
                 encode_chat(tokenizer, [*messages, *response], item.id, **arguments)
                 for response in item.responses
             ],
+            None,
         )
+
+
+def _with_images(sequence: TokenizedResponse, images: PromptImages) -> TokenizedResponse:
+    if scored_tokens(sequence):
+        return replace(sequence, images=images)
+    # A prompt that fills the length may have lost tokens of its images, which no model takes.
+    return TokenizedResponse(sequence.input_ids[:2], 2)
 
 
 def _truncate(

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from activedpo_fast.pool.files import jsonl_rows
+from activedpo_fast.pool.messages import message_text
 from activedpo_fast.training.run_folder import round_folders
 
 STAGES = ("generate", "select", "train")
@@ -112,5 +113,7 @@ def _tokens(
     texts: list[str] = []
     for row in rows:
         for text in (*row["responses"], *[row["prompt"]] * (1 if once else len(row["responses"]))):
-            texts += [text] if isinstance(text, str) else [message["content"] for message in text]
+            texts += (
+                [text] if isinstance(text, str) else [message_text(message) for message in text]
+            )
     return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0

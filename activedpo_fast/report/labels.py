@@ -10,6 +10,7 @@ from statistics import median
 from activedpo_fast.labels.agreement import krippendorff_alpha
 from activedpo_fast.labels.reading import SKIP
 from activedpo_fast.labels.share import Share
+from activedpo_fast.pool.messages import message_text
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.report.reading import LabeledPick
 
@@ -60,7 +61,7 @@ def text_length(text: Text) -> int:
     """Return the number of characters of a text, or of the contents of chat messages."""
     if isinstance(text, str):
         return len(text)
-    return sum(len(message["content"]) for message in text)
+    return sum(len(message_text(message)) for message in text)
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 from activedpo_fast import __version__
+from activedpo_fast.pool.messages import message_text
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.report.compare import by_seed, pair_runs
 from activedpo_fast.report.compute import STAGES as COUNTED
@@ -216,7 +217,7 @@ def _messages(text: Text) -> list[tuple[str, str]]:
     """Return (role, content) of each message; plain text has no role."""
     if isinstance(text, str):
         return [("", _shortened(text))]
-    return [(message["role"], _shortened(message["content"])) for message in text]
+    return [(message["role"], _shortened(message_text(message))) for message in text]
 
 
 def _shortened(text: str) -> str:

@@ -12,7 +12,7 @@ from activedpo_fast._files import FilePath, check_characters
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.files import jsonl_rows
 from activedpo_fast.pool.template import check_template_kwargs
-from activedpo_fast.pool.texts import Text
+from activedpo_fast.pool.texts import Text, is_text
 
 _FIELDS = ("id", "pair", "score", "rank", "prompt", "responses")
 ITEM_TEMPLATE_FIELD = "item_chat_template_kwargs"
@@ -116,12 +116,12 @@ def _parse_pick(record: Any, place: str) -> Pick:
     if not is_count(record["rank"]):
         raise ActiveDPOError(f"{place}: 'rank' must be an integer from 0")
     prompt, responses = record["prompt"], record["responses"]
-    if not _is_text(prompt):
+    if not is_text(prompt):
         raise ActiveDPOError(f"{place}: 'prompt' must be a string or a list of chat messages")
     if not (
         isinstance(responses, list)
         and len(responses) == 2
-        and all(_is_text(r) and isinstance(r, str) == isinstance(prompt, str) for r in responses)
+        and all(is_text(r) and isinstance(r, str) == isinstance(prompt, str) for r in responses)
     ):
         raise ActiveDPOError(
             f"{place}: 'responses' must be two texts of the prompt's kind (string or messages)"
@@ -136,19 +136,4 @@ def _parse_pick(record: Any, place: str) -> Pick:
         prompt,
         (responses[0], responses[1]),
         *map(record.get, _TEMPLATE_FIELDS),
-    )
-
-
-def _is_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
     )

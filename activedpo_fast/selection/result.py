@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any, overload
 
 from activedpo_fast._files import FilePath, write_atomic
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.images import image_bytes
 from activedpo_fast.pool.items import PoolItem
+from activedpo_fast.pool.messages import images_of, without_images
 from activedpo_fast.pool.pool import PreferencePool
-from activedpo_fast.pool.template import COLUMN
+from activedpo_fast.pool.template import COLUMN, NOT_WITH_TOOLS, TOOLS
 from activedpo_fast.selection.picks_jsonl import Pick, pick_line, read_picks
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+
+_IMAGES = "images"  # TRL's column
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ class Selection(Sequence[Pick]):
         """Return the labeled pairs as `trl.DPOTrainer` reads them: id, prompt, chosen, rejected.
 
         If picks have chat template arguments, there is also a column `chat_template_kwargs`, so
-        that the trainer's tokens are the ones that were scored.
+        that the trainer's tokens are the ones that were scored; if they have tools, `tools`; and if
+        their prompts have images, `images`, a list for each pair.
 
         Args:
             labels: one per pick; 0 or 1, the position in `pick.responses` of the preferred
@@ -109,7 +114,7 @@ class Selection(Sequence[Pick]):
 
         Raises:
             ActiveDPOError: a wrong number of labels, any other value (including booleans), or plain
-                strings and chat messages in one selection.
+                strings and chat messages in one selection; an image whose file is missing.
         """
         import datasets  # slow to import, and needed only here
 
@@ -117,6 +122,7 @@ class Selection(Sequence[Pick]):
             raise ActiveDPOError(f"{len(labels)} labels for {len(self.picks)} picks")
         columns: dict[str, list[Any]] = {"id": [], "prompt": [], "chosen": [], "rejected": []}
         arguments: list[dict[str, Any]] = []
+        images: list[list[str]] = []
         for position, (pick, label) in enumerate(zip(self.picks, labels, strict=True)):
             preferred = check_label(label, f"label {position} (id {pick.id!r})")
             if isinstance(pick.prompt, str) != isinstance(self.picks[0].prompt, str):
@@ -125,12 +131,14 @@ class Selection(Sequence[Pick]):
                 )
             if preferred is not None:
                 columns["id"].append(pick.id)
-                columns["prompt"].append(pick.prompt)
+                columns["prompt"].append(without_images(pick.prompt))
                 columns["chosen"].append(pick.responses[preferred])
                 columns["rejected"].append(pick.responses[1 - preferred])
-                arguments.append(pick.chat_template_kwargs or {})
-        if any(arguments):
-            columns[COLUMN] = arguments
+                arguments.append(dict(pick.chat_template_kwargs or {}))
+                images.append(images_of(pick.prompt))
+        columns |= _argument_columns(arguments) | _image_columns(images, columns["id"])
+        if TOOLS in columns and _IMAGES in columns:
+            raise ActiveDPOError(NOT_WITH_TOOLS)
         features = None
         if not columns["id"]:  # nothing to infer the column types from
             string = datasets.Value("string")
@@ -167,8 +175,38 @@ def keep_labels(path: Path) -> None:
     logger.warning("%s has labels and is replaced: they are kept in %s", path, copy)
 
 
+def _argument_columns(arguments: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the columns `tools` and `chat_template_kwargs`, those of them that have something."""
+    listed = [isinstance(row.get(TOOLS), list) for row in arguments]
+    tools = [
+        row.pop(TOOLS) if is_list else None for row, is_list in zip(arguments, listed, strict=True)
+    ]
+    return {
+        **({TOOLS: tools} if any(listed) else {}),
+        **({COLUMN: arguments} if any(arguments) else {}),
+    }
+
+
+def _image_columns(images: list[list[str]], ids: list[str]) -> dict[str, list[Any]]:
+    """Return the column `images`, if there are any."""
+    if not any(images):
+        return {}
+    return {
+        _IMAGES: [
+            [_image_file(image, f"id {id!r}") for image in row]
+            for id, row in zip(ids, images, strict=True)
+        ]
+    }
+
+
+def _image_file(image: str, place: str) -> dict[str, Any]:
+    """Return an image as `datasets.Image` stores it."""
+    content = image_bytes(image, place)
+    return {"bytes": content, "path": image if content is None else None}
+
+
 def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
-    """Return types for the columns whose objects differ in their keys.
+    """Return types for the columns whose objects differ in their keys, and of images.
 
     In an Arrow table each object would have all keys, with null for those it lacks. A template can
     tell null from a missing key.
@@ -177,16 +215,15 @@ def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name in ("prompt", "chosen", "rejected"):
-        keys = {
-            frozenset(message)
-            for text in columns[name]
-            if not isinstance(text, str)
-            for message in text
-        }
-        if len(keys) > 1:
+        messages = [
+            message for text in columns[name] if not isinstance(text, str) for message in text
+        ]
+        nested = any(not isinstance(value, str) for one in messages for value in one.values())
+        if nested or len({frozenset(message) for message in messages}) > 1:
             found[name] = datasets.List(datasets.Json())
-    if COLUMN in columns:
-        found[COLUMN] = datasets.Json()
+    found |= {name: datasets.Json() for name in (COLUMN, TOOLS) if name in columns}
+    if _IMAGES in columns:
+        found[_IMAGES] = datasets.List(datasets.Image())
     return found
 
 

@@ -59,7 +59,7 @@ def pool_difference(old: PreferencePool, new: PreferencePool) -> str:
         if (a.prompt, a.responses) != (b.prompt, b.responses):
             return f"the texts of item {a.id!r} have changed"
         if own_template_kwargs(a.extra) != own_template_kwargs(b.extra):
-            return f"item {a.id!r} has another 'chat_template_kwargs'"
+            return f"item {a.id!r} has another 'chat_template_kwargs' or other 'tools'"
     return f"of {len(old)} prompts, now {len(new)}"
 
 

@@ -12,12 +12,14 @@ from activedpo_fast.pool.tokens import TokenizedPool
 
 
 def token_hashes(tokenized: TokenizedPool) -> torch.Tensor:
-    """Return 64-bit hashes of each item's token ids and response starts, int64 [P]."""
+    """Return 64-bit hashes of each item's token ids, response starts and images, int64 [P]."""
     digests: dict[int, Any] = {}
     for row, sequence in enumerate(tokenized.sequences):
         item = digests.setdefault(tokenized.item_of(row), hashlib.blake2b(digest_size=8))
         ids = [len(sequence.input_ids), sequence.completion_start, *sequence.input_ids]
         item.update(np.asarray(ids, dtype="<i8").tobytes())
+        if sequence.images is not None:
+            item.update(sequence.images.digest())
     found = b"".join(digest.digest() for digest in digests.values())
     return torch.from_numpy(np.frombuffer(found, dtype="<i8").astype(np.int64))
 

@@ -18,6 +18,7 @@ from activedpo_fast._files import checksum_of_file
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.http import JsonServer, NotThere, RequestRefused, key_from
 from activedpo_fast.labels.judge.asking import ask_all
+from activedpo_fast.pool.messages import Message
 from activedpo_fast.pool.texts import Text
 from activedpo_fast.progress import progress_bar
 from activedpo_fast.training.recorded import digest
@@ -233,9 +234,10 @@ class ServerGeneration:
         else:
             if "tools" in template_kwargs:
                 raise ActiveDPOError(
-                    "chat_template_kwargs: 'tools' cannot be sent to a generation server"
+                    "tools cannot be sent to a generation server: sample with a function that "
+                    "passes them (see Generate)"
                 )
-            path, request = "/chat/completions", {**body, "messages": prompt}
+            path, request = "/chat/completions", {**body, "messages": _as_sent(prompt)}
             if template_kwargs:
                 request["chat_template_kwargs"] = dict(template_kwargs)
         value = self._server.request("POST", path, request, stop=stop)
@@ -272,3 +274,24 @@ class ServerGeneration:
             f"{self._place}: the answer has no {expected}, it is {said}: does it have OpenAI's "
             "interface?"
         )
+
+
+def _as_sent(messages: Sequence[Message]) -> list[Message]:
+    """Return messages as OpenAI's interface has them: the arguments of calls as JSON texts.
+
+    Servers read them before the chat template sees them.
+    """
+    return [
+        {**message, "tool_calls": [_sent_call(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _sent_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if function is None or isinstance(function.get("arguments", ""), str):
+        return call
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -7,7 +7,6 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers

@@ -39,6 +39,7 @@ trl = pytest.importorskip("trl")
 # As TRL ships it, with one more argument, `style`, which changes more of the prompt than its end.
 _QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
 _STYLE = "{% if style is defined %}<|im_start|>system\n{{ style }}<|im_end|>\n{% endif %}"
+_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
 _THINKING, _BRIEF = {"enable_thinking": False}, {"enable_thinking": False, "style": "brief"}
 
 
@@ -110,7 +111,7 @@ def _scored(tokens: TokenizedPool) -> list[tuple[list[int], list[int], list[int]
         ("selector_options", _BRIEF),
         ("both", _BRIEF),
         ("column", _BRIEF),
-        ("column", _THINKING),
+        ("tools", {"tools": [_TOOL]}),
     ],
 )
 def test_every_stage_of_the_loop_has_the_same_tokens(
@@ -121,7 +122,8 @@ def test_every_stage_of_the_loop_has_the_same_tokens(
     given: dict[str, Any] = {}
     if place in ("loop", "both"):
         given["chat_template_kwargs"] = kwargs
-    prompts = _prompts(**({"chat_template_kwargs": kwargs} if place == "column" else {}))
+    columns = {"column": {"chat_template_kwargs": kwargs}, "tools": kwargs}
+    prompts = _prompts(**columns.get(place, {}))
     options: dict[str, Any] = {"proj_dim": 32, "verify": False}
     if place in ("selector_options", "both"):
         options["chat_template_kwargs"] = dict(kwargs)

@@ -354,7 +354,7 @@ _BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [{"role": "", "content": "x"}], "responses": [A, B]}, "whose 'role' is empty"),
     (
         {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "responses": [A, B]},
-        "whose 'content' is not a string: list",
+        "a part of type 'text' whose 'text' is no string",
     ),
     (["p", "a", "b"], "expected an object with named columns, got list"),
     ("p", "expected an object with named columns, got str 'p'"),

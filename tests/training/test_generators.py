@@ -220,6 +220,32 @@ def _again(
     return texts
 
 
+def test_calls_go_to_a_server_as_openai_writes_them() -> None:
+    """Their arguments are JSON texts there; tools are refused, not left out."""
+    arguments = {"city": "Zürich"}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    as_text = {**call, "function": {"name": "f", "arguments": '{"city": "Zürich"}'}}
+    messages = [
+        *CHAT[0].prompt,
+        {"role": "assistant", "tool_calls": [call, as_text]},
+        {"role": "tool", "content": "rain", "tool_call_id": "c"},
+    ]
+    with serving(_server(chat=True)) as server:
+        generate = ServerGeneration(
+            BASE, base_url=f"{server.address}/v1", load_adapter=False, show_progress=False
+        )
+        generate.rehearse([messages], [{}])
+        with pytest.raises(ActiveDPOError, match="tools cannot be sent to a generation server"):
+            generate.rehearse([messages], [{"tools": [{"name": "f"}]}])
+    [body] = [r.body for r in server.requests if r.path == "/v1/chat/completions"]
+    assert body["messages"] == [
+        messages[0],
+        {"role": "assistant", "tool_calls": [as_text, as_text]},
+        messages[-1],
+    ]
+    assert call["function"]["arguments"] is arguments
+
+
 def test_chat_messages_go_to_a_server_s_chat_completions(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     _model().save_pretrained(str(adapter))
@@ -305,4 +331,4 @@ def test_answers_that_are_not_the_policy_s_are_refused(tmp_path: Path) -> None:
         assert "takes reasoning_content out of the responses" in refused(
             chat, body={"choices": [{"message": parsed}]}
         )
-        assert "'tools' cannot be sent" in refused(chat, body=text, kwargs={"tools": []})
+        assert "tools cannot be sent" in refused(chat, body=text, kwargs={"tools": []})

@@ -16,7 +16,8 @@ from typing import Any
 from activedpo_fast.labels.exchange.answers import Answer, Found, Problem, as_labeler
 from activedpo_fast.labels.exchange.reading import read_rows
 from activedpo_fast.labels.exchange.shown import ShownPick, as_shown, json_text
-from activedpo_fast.pool.texts import Message, Text
+from activedpo_fast.pool.messages import Message, message_text
+from activedpo_fast.pool.texts import Text
 
 _WINNERS = {"model_a": "left", "model_b": "right", "tie": "tie"}
 _BOTH_BAD = ("both_bad", "tie (bothbad)")
@@ -57,7 +58,7 @@ def _conversation(prompt: Text, response: Text) -> list[dict[str, Any]]:
         {
             "role": message["role"],
             "content": [
-                {"type": "text", "text": message["content"], "image": None, "mimeType": None}
+                {"type": "text", "text": message_text(message), "image": None, "mimeType": None}
             ],
         }
         for message in messages

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from activedpo_fast.errors import ActiveDPOError
+from activedpo_fast.pool.messages import images_of, message_text
 from activedpo_fast.pool.texts import Text, check_string
 from activedpo_fast.selection.picks_jsonl import Pick
+
+logger = logging.getLogger(__name__)
 
 # Line separators that some readers of JSONL end a line at, and codes that terminals obey.
 _NOT_PLAIN = re.compile("[\x7f-\x9f\u2028\u2029]")
@@ -70,7 +74,8 @@ class ShownPick:
 def show_picks(placed: Sequence[tuple[str, Pick]], seed: int | None) -> list[ShownPick]:
     """Return the picks with their sides: shuffled by `seed`, or as they are if it is None.
 
-    A pick's sides depend on the seed and on the pick alone, not on the other picks.
+    A pick's sides depend on the seed and on the pick alone, not on the other picks. Tools get the
+    texts of messages, the calls of tools as lines, and images by name alone, which is logged.
 
     Raises:
         ActiveDPOError: a text has a NUL or half of a surrogate pair, which tools cannot keep.
@@ -91,6 +96,14 @@ def show_picks(placed: Sequence[tuple[str, Pick]], seed: int | None) -> list[Sho
                     "remove it from the pool"
                 )
         shown.append(one)
+    count = sum(bool(images_of(pick.prompt)) for _, pick in placed)
+    if count:
+        logger.warning(
+            "%d of %d picks have images, which annotation tools are given by name alone; "
+            "`activedpo label` shows them",
+            count,
+            len(placed),
+        )
     return shown
 
 
@@ -114,7 +127,7 @@ def as_shown(text: Text) -> str:
     """Return a text as one string: itself, or the chat messages one below the other."""
     if isinstance(text, str):
         return text
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in text)
 
 
 def json_text(value: object, indent: int | None = None) -> str:

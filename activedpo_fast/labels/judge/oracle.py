@@ -28,6 +28,7 @@ from activedpo_fast.labels.judge.prompt import (
     parse,
     read_template,
 )
+from activedpo_fast.pool.messages import images_of
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.texts import canonical_json
 from activedpo_fast.progress import progress_bar
@@ -182,6 +183,11 @@ class JudgeOracle:
     # -- asking ----------------------------------------------------------------------------------
 
     def _question(self, pick: Pick, first: int) -> _Question:
+        if images_of(pick.prompt):
+            raise ActiveDPOError(
+                f"id {pick.id!r}: the prompt has images, and the judge is sent texts alone: let "
+                "people label it"
+            )
         a, b = pick.responses[first], pick.responses[1 - first]
         text = fill(self.template, pick.prompt, a, b, self.max_chars)
         body = {**self._body, "messages": [_message("user", text)]}

@@ -122,9 +122,10 @@ class PageApp:
 
     def _view(self, pair: int) -> dict[str, Any]:
         left, right = self._sides(pair)
+        pick = self._session.labeling.batch.picks[pair]
         return {
             "number": pair,
-            "prompt": messages(self._session.labeling.batch.picks[pair].prompt),
+            "prompt": messages(pick.prompt, f"id {pick.id!r}"),
             "left": messages(left),
             "right": messages(right),
         }

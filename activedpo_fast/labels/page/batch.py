@@ -10,6 +10,8 @@ from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.combine import TIE, Label
 from activedpo_fast.labels.reading import read_label
+from activedpo_fast.pool.images import image_bytes
+from activedpo_fast.pool.messages import images_of
 from activedpo_fast.pool.texts import canonical_json, check_texts
 from activedpo_fast.selection.picks_jsonl import Pick, read_picks
 
@@ -34,14 +36,16 @@ class Batch:
         """Read a file of picks.
 
         Raises:
-            ActiveDPOError: as `Selection.from_jsonl`; a text that no pool could have; a bad label;
-                no line.
+            ActiveDPOError: as `Selection.from_jsonl`; a text that no pool could have; an image that
+                is missing; a bad label; no line.
         """
         lines = read_picks(path)
         if not lines:
             raise ActiveDPOError(f"{path}: no pairs to label")
         for place, pick, _ in lines:
             check_texts(pick.prompt, pick.responses, place)
+            for image in images_of(pick.prompt):
+                image_bytes(image, place)
         labels = [
             TIE if record.get("label") == TIE else read_label(record, place)
             for place, _, record in lines

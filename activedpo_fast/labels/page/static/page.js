@@ -130,7 +130,7 @@ function showTexts() {
   byId("compare").setAttribute("aria-pressed", String(comparing));
 }
 
-function messageElement({ role, text, html }) {
+function messageElement({ role, text, html, images = [] }) {
   const body = document.createElement("div");
   body.className = markdown ? "rendered" : "plain";
   body.dir = "auto"; // right to left where the text is
@@ -144,8 +144,15 @@ function messageElement({ role, text, html }) {
   bubble.dataset.role = role;
   name.className = "role";
   name.textContent = role;
-  bubble.append(name, body);
+  bubble.append(name, ...images.map(imageElement), body);
   return bubble;
+}
+
+function imageElement(address) {
+  const image = document.createElement("img");
+  image.src = address; // data that the server has made of an image
+  image.alt = "image of the prompt";
+  return image;
 }
 
 const toggleDifferences = () => whileBusy(async () => {
