@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.models.adapters import causal_lm
+from activedpo_fast.models.quantized import check_gradients_flow
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 _WANTED = "pass a decoder-only causal language model (AutoModelForCausalLM)"
@@ -245,6 +246,7 @@ def _check_gradients(model: nn.Module) -> None:
                 f"{name!r} was made inside torch.inference_mode(), where no gradient can be taken: "
                 "load the model outside of it"
             )
+    check_gradients_flow(model)
 
 
 def _variants(layer: LoraLayer) -> Iterator[tuple[str, str]]:
