@@ -73,7 +73,7 @@ def test_a_layer_that_rounds_and_passes_gradients_back_is_not_refused() -> None:
 
 
 def four_bits(folder: Path) -> Any:
-    """A tiny Llama with 4-bit weights, several blocks a row; and the dequantized one, in float64."""
+    """A tiny Llama with 4-bit weights, several blocks a row; the dequantized one, in float64."""
     bnb = pytest.importorskip("bitsandbytes")
     sizes = dict(hidden_size=64, intermediate_size=128)
     tiny_causal_lm("llama", **sizes).save_pretrained(folder)
