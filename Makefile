@@ -40,10 +40,11 @@ SMOLLM2 := $(VENV)/.stamp-smollm2
 PEERS := $(VENV)/.stamp-peers
 VADER := $(VENV)/.stamp-vader
 DOCS := $(VENV)/.stamp-docs
+QUANTIZERS := $(VENV)/.stamp-quantizers
 RESULTS := benchmarks/results/cpu.json
 
-.PHONY: help env demo test test-slow lint bench fidelity selection claims docs gpu-check smollm2 wheel \
-  clean
+.PHONY: help env demo test test-slow lint bench fidelity selection claims support docs gpu-check smollm2 \
+  wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -78,6 +79,9 @@ selection: $(PEERS)  ## the selection compared with its peers: tables and docs/s
 
 claims: $(VADER)  ## does the selection save labels? Hours from scratch, minutes from the committed results
 	$(BIN)/python -m benchmarks.claims --workers $(or $(WORKERS),2) $(CLAIMS)
+
+support: $(QUANTIZERS)  ## try every architecture, adapter and base: docs/models.md (minutes)
+	$(BIN)/python -m benchmarks.support --write
 
 docs: $(DOCS)  ## the pages of docs/ with the API reference, into build/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -132,6 +136,12 @@ $(SMOLLM2): $(PACKAGE)
 $(VADER): $(PACKAGE)
 	@$(INSTALL) vaderSentiment
 	@$(INSTALL) --no-deps wordllama
+	@touch $@
+
+# What quantizes models for the table of docs/models.md. They name few packages, and old torch.
+$(QUANTIZERS): $(PACKAGE)
+	@echo "installing packages that quantize"
+	@$(INSTALL) --no-deps bitsandbytes torchao hqq optimum-quanto gguf ninja termcolor einops
 	@touch $@
 
 $(DOCS): $(PACKAGE)

@@ -236,12 +236,8 @@ class ActiveDPOSelector:
             lambda: (
                 NO_TOKENS
                 if self._needs_no_tokens(pool, strategy)
-                else tokenize_pool(
-                    pool[part.items.start : part.items.stop],
-                    self.processing_class,
-                    with_images=pool.has_images,
-                    show_progress=show_progress,
-                    **self.args.tokenization,
+                else self._tokenize(
+                    pool[part.items.start : part.items.stop], pool.has_images, show_progress
                 )
             )
         )
@@ -288,9 +284,18 @@ class ActiveDPOSelector:
         self, pool: PreferencePool | datasets.Dataset, *, show_progress: bool | None = None
     ) -> TokenizedPool:
         """Return the tokens that features are computed on, which are those DPOTrainer trains on."""
+        return self._tokenize(pool, None, show_progress)
+
+    def _tokenize(
+        self,
+        pool: PreferencePool | datasets.Dataset,
+        with_images: bool | None,
+        show_progress: bool | None,
+    ) -> TokenizedPool:
         return tokenize_pool(
             pool,
             self.processing_class,
+            with_images=with_images,
             decoder_start_token_id=decoder_start_token_id(self.model, self.processing_class),
             show_progress=show_progress,
             **self.args.tokenization,

@@ -31,6 +31,7 @@ from activedpo_fast.models.encoder_decoder import (
     check_tokens_are_for,
     is_encoder_decoder,
 )
+from activedpo_fast.models.quantized import check_gradients_flow
 from activedpo_fast.pool.tokens import TokenizedPool, scored_tokens
 
 _WANTED = "pass a causal language model (AutoModelForCausalLM), or AutoModelForSeq2SeqLM"
@@ -255,6 +256,7 @@ def _check_gradients(model: nn.Module) -> None:
                 f"{name!r} was made inside torch.inference_mode(), where no gradient can be taken: "
                 "load the model outside of it"
             )
+    check_gradients_flow(model)
 
 
 def _check_modules_are_called(model: nn.Module) -> None:

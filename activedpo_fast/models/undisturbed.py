@@ -11,6 +11,7 @@ from torch import nn
 from activedpo_fast._modes import own_modes
 from activedpo_fast.models.own_forward import own_forward
 from activedpo_fast.models.positions import fresh_positions
+from activedpo_fast.models.quantized import keep_differentiable
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        keep_differentiable(model)
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         with own_modes(device), own_forward(model), fresh_positions(model), autocast:

@@ -1,0 +1,1 @@
+"""Which architectures, adapters and bases work, and how exactly: tiny real models, measured."""
