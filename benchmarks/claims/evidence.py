@@ -42,11 +42,11 @@ def document(
         if own:
             found[f"claims: {task} machine"] = _machine(known.environment)
         for experiment in own:
-            make = (
-                single_table
-                if not experiment.compared
-                else (main_table if experiment in [*mains, *outside] else grid_table)
-            )
+            if not experiment.compared:
+                make = single_table
+            else:
+                whole = experiment.name.startswith(("main", "outside", "more"))
+                make = main_table if whole else grid_table
             found[f"claims: {experiment.name}"] = make(known, experiment)
         drawn = [e for e in mains if e.drawn]
         if drawn:

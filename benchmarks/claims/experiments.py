@@ -166,7 +166,7 @@ def of_reviews() -> list[Experiment]:
         Experiment(
             "main gemma",
             "the same, Gemma's architecture",
-            8,
+            4,
             _variants(
                 (
                     RANDOM,
@@ -185,7 +185,7 @@ def of_reviews() -> list[Experiment]:
         Experiment(
             "outside gemma",
             "Gemma's architecture, picks by rewards from outside",
-            8,
+            4,
             _variants(
                 (
                     RANDOM,
@@ -211,6 +211,15 @@ def of_reviews() -> list[Experiment]:
             ),
             compared=False,
             seconds=400,
+        ),
+        Experiment(
+            "more gemma",
+            "Gemma's architecture, rewards learned from the labels so far",
+            8,
+            _variants(
+                (RANDOM, reviews.LEARNED_DIFFERENCE, reviews.WORDS_DIFFERENCE), gemma, {"": {}}
+            ),
+            seconds=200,
         ),
         Experiment(
             "outside llama",
