@@ -209,7 +209,7 @@ class SketchPlan:
             to = rows.to(out.device)
             if self.sketch.method == "none":
                 block = slice(self._offsets[name], self._offsets[name] + shape.numel())
-                out[:, block].index_add_(0, to, gradient.flatten(1).to(out.dtype))
+                out[:, block].index_add_(0, to, gradient.reshape(len(rows), -1).to(out.dtype))
                 continue
             # Numbers of half precision are summed in float32.
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -279,13 +279,16 @@ def test_formed_gradients_have_the_rows_of_outer_products(method: str, dtype: to
         identity = torch.eye(len(left), dtype=dtype)
         segments = torch.tensor([[0, len(left), 0]])
         plan.add(as_products, [(name, identity, left)], segments)
-    row = torch.zeros(plan.dim, dtype=torch.float64)
-    plan.add_formed(row, matrices.items())
+    out = torch.zeros(3, plan.dim, dtype=torch.float64)
+    rows_of = torch.tensor([2, 0])
+    plan.add_formed(out, [(name, torch.stack([m, -m])) for name, m in matrices.items()], rows_of)
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(row, as_products[0], rtol=rounding, atol=rounding)
-    before = row.clone()
-    plan.add_formed(row, [("scalar", torch.tensor(2.0)), ("experts", torch.ones(3, 5, 8))])
-    assert float((row - before).norm()) > 0
-    for name, gradient in (("scalar", torch.ones(1)), ("none", torch.ones(1))):
-        with pytest.raises(ActiveDPOError, match=f"{name}: .*does not fit"):
-            plan.add_formed(row, [(name, gradient)])
+    torch.testing.assert_close(out[2:], as_products, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(out[:1], -as_products, rtol=rounding, atol=rounding)
+    assert not out[1].any()
+    before, one = out.clone(), torch.tensor([1])
+    plan.add_formed(out, [("scalar", torch.ones(1)), ("experts", torch.ones(1, 3, 5, 8))], one)
+    assert float((out - before)[1].norm()) > 0
+    for name, gradient in (("scalar", torch.ones(2)), ("none", torch.ones(1))):
+        with pytest.raises(ActiveDPOError, match=f"{name}: .*do not fit"):
+            plan.add_formed(out, [(name, gradient)], one)
