@@ -85,8 +85,8 @@ def measure(make: Callable[[], Any], exact: Callable[[Any], nn.Module] | None = 
     with _quiet():
         try:
             model = make()
+            in_float64 = (_in_float64 if exact is None else exact)(model)  # before it keeps states
             defined = defined_gradients(model, pool, trainable(model))
-            in_float64 = (_in_float64 if exact is None else exact)(model)
             expected = defined_gradients(in_float64, pool, trainable(in_float64))
         except Exception as error:  # of other packages
             return Cell("impossible", message=_one_line(error))
