@@ -63,12 +63,18 @@ class _Rounding(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if any(kind not in (torch.Tensor, nn.Parameter) for kind in types):
+        if any(map(_dispatches, types)):
             return NotImplemented  # quantized weights say which operations they are made of
         result = func(*args, **kwargs)
         if not self.seen and any(map(_is_coarse, tree_leaves(result))):
             self.seen = any(map(_is_fine, tree_leaves((args, kwargs))))
         return result
+
+
+def _dispatches(kind: type) -> bool:
+    """Return whether a class of tensors has a say itself; bitsandbytes' weights have none."""
+    dispatch: Any = getattr(kind, "__torch_dispatch__", None)
+    return dispatch is not None and dispatch is not torch.Tensor.__torch_dispatch__
 
 
 def _is_coarse(value: Any) -> bool:

@@ -65,14 +65,19 @@ class Cell:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def responses() -> TokenizedPool:
-    """Return prompts and responses that are easy to get wrong."""
+def responses(start: int | None = None) -> TokenizedPool:
+    """Return prompts and responses that are easy to get wrong.
+
+    start: what the decoder begins with, of a model that has an encoder.
+    """
     sequences, items = [], []
     for number, (prompt, continued) in enumerate(_ITEMS):
+        before = prompt if start is None else [*prompt, start]
         for response in continued:
-            sequences.append(TokenizedResponse([*prompt, *response], len(prompt)))
+            sequences.append(TokenizedResponse([*before, *response], len(before)))
             items.append(number)
-    return TokenizedPool(sequences, [], items, [str(number) for number in range(len(_ITEMS))])
+    ids = [str(number) for number in range(len(_ITEMS))]
+    return TokenizedPool(sequences, [], items, ids, encoder_decoder=start is not None)
 
 
 def measure(make: Callable[[], Any], exact: Callable[[Any], nn.Module] | None = None) -> Cell:
@@ -81,10 +86,11 @@ def measure(make: Callable[[], Any], exact: Callable[[Any], nn.Module] | None = 
     Args:
         exact: returns the same model in float64; by default a converted copy.
     """
-    pool = responses()
     with _quiet():
         try:
             model = make()
+            config: Any = causal_lm(model).config
+            pool = responses(config.decoder_start_token_id if config.is_encoder_decoder else None)
             in_float64 = (_in_float64 if exact is None else exact)(model)  # before it keeps states
             defined = defined_gradients(model, pool, trainable(model))
             expected = defined_gradients(in_float64, pool, trainable(in_float64))

@@ -31,11 +31,11 @@ def _logp(model: Any, sequence: TokenizedResponse) -> Tensor:
     start = sequence.completion_start
     response = ids[0, start:]
     if model.config.is_encoder_decoder:
-        first = torch.tensor([[model.config.decoder_start_token_id]])
+        prompt = ids[:, : start - 1]  # the decoder's first token comes after it
         inputs = {
-            "input_ids": ids[:, :start],
-            "attention_mask": torch.ones_like(ids[:, :start]),
-            "decoder_input_ids": torch.cat([first, ids[:, start:-1]], dim=1),
+            "input_ids": prompt,
+            "attention_mask": torch.ones_like(prompt),
+            "decoder_input_ids": ids[:, start - 1 : -1],
         }
         logits = model(**inputs, use_cache=False).logits[0]
     else:
