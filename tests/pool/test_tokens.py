@@ -115,7 +115,7 @@ def test_prompts_that_fill_max_length_are_skipped(caplog: pytest.LogCaptureFixtu
         True,
         True,
     ]
-    assert [record.args for record in caplog.records] == [(1, 3, 10)]
+    assert [record.args for record in caplog.records] == [(1, 3, 10, ", as in DPOTrainer")]
     assert tokenize_pool(pool, tokenizer, max_length=10, truncation_mode="keep_end").skipped == []
 
 
