@@ -53,6 +53,10 @@ GEMMA = Path(__file__).parent / "gemma"
 # The best of 0.1, 1, 10 and 100 on four and on three runs with random picks.
 LEARNED_RIDGE, WORDS_RIDGE = 1.0, 100.0
 KL_SAMPLES = 150  # of the held-out responses
+# Which random numbers responses are sampled with: 1, and not recorded, when a stage had one
+# generator; 2 since each batch of responses has its own. Runs of one seed are paired only if it is
+# the same.
+SAMPLER = 2
 
 # name: (strategy, options of the selector)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,6 +187,7 @@ def run(
         for name in ("generate", "features", "select", "label", "train", "evaluate")
     }
     return {
+        "sampler": SAMPLER,
         "labels": [r.labels_total for r in records],
         "seconds": seconds,
         **{name: [r.metrics[name] for r in records] for name in names},

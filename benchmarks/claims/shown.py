@@ -20,13 +20,20 @@ def variants_made(results: Results, experiment: Experiment) -> tuple[Variant, ..
 
 
 def seeds_of(results: Results, experiment: Experiment) -> list[int]:
-    """Those that every variant made has a run of, and random picks in each row."""
+    """Those that every variant made has a run of, and random picks in each row, all of them sampled
+    with the same random numbers."""
     keys = {v.key for v in variants_made(results, experiment)}
     if experiment.compared:
         keys |= {experiment.baseline(v.row).key for v in variants_made(results, experiment)}
     if not keys:
         return []
-    return sorted(set.intersection(*(set(results.runs(key)) for key in keys)))[: experiment.seeds]
+    common = set.intersection(*(set(results.runs(key)) for key in keys))
+    paired = [
+        seed
+        for seed in common
+        if len({results.runs(key)[seed].get("sampler", 1) for key in keys}) == 1
+    ]
+    return sorted(paired)[: experiment.seeds]
 
 
 def curves_of(results: Results, variant: Variant, seeds: Sequence[int]) -> NDArray[np.float64]:

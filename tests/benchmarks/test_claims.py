@@ -18,6 +18,7 @@ from benchmarks.claims.experiments import Experiment, Variant, of_known_reward
 from benchmarks.claims.jobs import missing_runs
 from benchmarks.claims.known_reward import BETA, EVERYTHING, METHODS, RIDGE, Setting
 from benchmarks.claims.results import Results
+from benchmarks.claims.shown import seeds_of
 from benchmarks.claims.statistics import compare, holm, saved
 from benchmarks.claims.trial_strategies import TRIALS
 from benchmarks.claims.world import RESPONSES, World
@@ -363,3 +364,13 @@ def test_runs_on_disk_are_not_missing(tmp_path: Path) -> None:
     results.add(variant.key, 1, {"reward": [0.0]})
     assert [seed for seed, _ in missing_runs(results, [experiment], 3)] == [0, 2]
     assert len(missing_runs(results, [experiment], None)) == 4
+
+
+def test_runs_of_a_seed_are_paired_only_if_they_are_sampled_alike(tmp_path: Path) -> None:
+    variants = tuple(Variant("", method, method, Setting()) for method in ("random", "apo"))
+    results = Results(tmp_path / "reviews.json", version=1)
+    for seed, samplers in enumerate(((1, 1), (1, 2), (2, 2))):
+        for variant, sampler in zip(variants, samplers, strict=True):
+            recorded = {} if sampler == 1 else {"sampler": sampler}
+            results.add(variant.key, seed, {"reward": [0.0], **recorded})
+    assert seeds_of(results, Experiment("main", "", 5, variants)) == [0, 2]
