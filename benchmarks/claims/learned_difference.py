@@ -29,11 +29,13 @@ from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import tokenize_pool
 from benchmarks.claims.jobs import WORK
 from benchmarks.claims.reviews import ReviewSetting, load_policy, quiet, reward_called
+from benchmarks.claims.word_vectors import WordVectors
 
 RESULT = Path("benchmarks/results/claims/learned_difference.json")
-RUNS = "random*gemma*-"
+RUNS = "random_____model____gemma__-"
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 MINILM, HALFWAY = "MiniLM embeddings", "MiniLM, halfway"  # the oracle is linear in the former
+WORDS = "word vectors"
 PICKED = 64  # of a round's candidates
 
 
@@ -58,7 +60,11 @@ def rounds(folder: Path, seed: int, rating: Rating) -> Iterator[Round]:
     setting = ReviewSetting(model="gemma")
     model, tokenizer = load_policy(setting, seed)
     extractor = FeatureExtractor(model, Sketch("sjlt", setting.selection["proj_dim"]))
-    encoders = {MINILM: SynopsisSimilarity(), HALFWAY: SynopsisSimilarity(layer=3)}
+    encoders = {
+        MINILM: SynopsisSimilarity().embed,
+        HALFWAY: SynopsisSimilarity(layer=3).embed,
+        WORDS: WordVectors().embed,
+    }
     for path in sorted(folder.glob("round-*/pool.jsonl")):
         pool = PreferencePool.from_jsonl(path)
         tokens = tokenize_pool(pool, tokenizer, max_length=64, show_progress=False)
@@ -73,7 +79,7 @@ def rounds(folder: Path, seed: int, rating: Rating) -> Iterator[Round]:
         rows = {
             "hidden states": extractor.hidden(tokens, show_progress=False),
             "gradients": extractor.gradients(tokens, show_progress=False).gradients,
-            **{name: e.embed([f"{p}{r}" for p, r in texts]) for name, e in encoders.items()},
+            **{name: embed([f"{p}{r}" for p, r in texts]) for name, embed in encoders.items()},
         }
         candidates = {
             (item.id, *pair): n

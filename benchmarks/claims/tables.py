@@ -8,7 +8,7 @@ import numpy as np
 
 from activedpo_fast._files import read_json
 from benchmarks.claims.experiments import EVERYTHING, RANDOM, Experiment
-from benchmarks.claims.learned_difference import HALFWAY, MINILM
+from benchmarks.claims.learned_difference import HALFWAY, MINILM, WORDS
 from benchmarks.claims.learned_difference import RESULT as LEARNED
 from benchmarks.claims.linear_fit import RESULT as FITS
 from benchmarks.claims.results import Results
@@ -210,6 +210,7 @@ def learned_table() -> str:
                 "random",
                 "gradients",
                 "hidden states",
+                WORDS,
                 HALFWAY,
                 MINILM,
                 "VADER",
