@@ -497,7 +497,7 @@ def test_a_judge_does_not_judge_what_it_cannot_see(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_continued(tmp_path: Path) -> None:
-    """As DPOTrainer's collator continues it; a changed file is read anew."""
+    """As DPOTrainer's collator continues it; a changed file is read again."""
     file = picture_file(tmp_path, 0)
     row = {
         "id": "a",
