@@ -25,7 +25,7 @@ from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from tests.gradients import test_response_tokens
 from tests.support.adapters import ADAPTERS, CAPTURED, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
-from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import TINY_SIZES, lora, tiny_causal_lm, tiny_tokenizer
 
 # Repeated tokens, the padding token among the others, a prompt of one token; the second response of
 # the third prompt is left out.
@@ -128,18 +128,8 @@ def test_norms_at_zero() -> None:
 def gemma3(**config: Any) -> Any:
     """Embeddings that scale, and norms of heads after heads and time have changed places."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(
-        vocab_size=384,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        pad_token_id=1,
-    )
     base = transformers.AutoModelForCausalLM.from_config(
-        transformers.Gemma3TextConfig(**sizes, tie_word_embeddings=False)
+        transformers.Gemma3TextConfig(**TINY_SIZES, tie_word_embeddings=False)
     )
     config = {**LORA, "task_type": "CAUSAL_LM", **config}
     return spread(get_peft_model(base, LoraConfig(**config)).double())

@@ -17,7 +17,7 @@ from activedpo_fast.gradients.supported import position_limit, require_supported
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokenize_pool
 from activedpo_fast.training.generation import generate_responses
 from tests.support.gradients import loop_gradients, relative_error, trainable
-from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.models import TINY_SIZES, VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 POOL = PreferencePool.from_rows(
@@ -30,19 +30,7 @@ POOL = PreferencePool.from_rows(
     ]
 )
 EXACT = Sketch("none")
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    head_dim=8,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=1,
-)
+SIZES: dict[str, Any] = {**TINY_SIZES, "max_position_embeddings": 64}
 ENCODER_DECODER: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
     d_model=32,

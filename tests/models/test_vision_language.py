@@ -19,7 +19,7 @@ from activedpo_fast.models.named import as_model
 from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from activedpo_fast.store.store import FeatureStore
 from tests.support.gradients import loop_gradients, relative_error, trainable
-from tests.support.models import VOCAB_SIZE, tiny_tokenizer
+from tests.support.models import TINY_SIZES, tiny_tokenizer
 
 ROWS = [
     {
@@ -29,18 +29,7 @@ ROWS = [
     {"prompt": "Name the library. TL;DR:", "responses": [" this one", " the quick brown fox"]},
 ]
 EXACT = Sketch("none")
-_TEXT: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    bos_token_id=0,
-    eos_token_id=0,
-    pad_token_id=1,
-)
+
 _TOWER: dict[str, Any] = dict(
     hidden_size=16,
     intermediate_size=16,
@@ -57,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": dict(
         _QWEN,
         text_config=dict(
-            _TEXT,
+            TINY_SIZES,
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
         ),
         vision_config=dict(
@@ -71,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "gemma3": dict(
         text_config=dict(
-            _TEXT,
+            TINY_SIZES,
             head_dim=8,
             sliding_window=16,
             layer_types=["sliding_attention", "full_attention"],
@@ -81,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
         mm_tokens_per_image=4,
     ),
     "smolvlm": dict(
-        text_config=dict(_TEXT, model_type="llama"), vision_config=_TOWER, image_token_id=383
+        text_config=dict(TINY_SIZES, model_type="llama"), vision_config=_TOWER, image_token_id=383
     ),
 }
 

@@ -176,7 +176,8 @@ def saved_model(folder: Path, arch: str = "llama", *, chat: bool = False) -> tup
 # Models that embed positions differently beyond a number of tokens.
 ORIGINAL_LENGTH = 24  # positions beyond this length are embedded differently
 
-_SIZES: dict[str, Any] = dict(
+# For the config of any decoder.
+TINY_SIZES: dict[str, Any] = dict(
     vocab_size=384,
     hidden_size=32,
     num_hidden_layers=2,
@@ -238,7 +239,7 @@ VARYING: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def varying_lm(name: str, dtype: torch.dtype = torch.float64) -> PeftModel:
     """With LoRA; positions are embedded by the length of the longest sequence of a batch."""
     config_class, own, targets = VARYING[name]
-    config = getattr(transformers, config_class)(**{**_SIZES, **own})
+    config = getattr(transformers, config_class)(**{**TINY_SIZES, **own})
     torch.manual_seed(0)
     experts = {"experts_implementation": "eager"} if "moe" in name else {}
     model = transformers.AutoModelForCausalLM.from_config(config, **experts)
