@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/philox.h"
+#include "common/versions.h"
 
 namespace activedpo {
 

@@ -5,15 +5,7 @@
 
 #include <cstdint>
 
-// One wheel serves every x86-64: the marked functions are compiled for several instruction sets,
-// and the loader picks one. Random bits and sketches of a gradient are the same on all of them (see
-// sketch/rademacher.cpp). Products agree to rounding, because some sets fuse multiply-adds.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define ACTIVEDPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define ACTIVEDPO_CLONES
-#endif
-#define ACTIVEDPO_INLINE inline __attribute__((always_inline))
+#include "common/versions.h"
 
 namespace activedpo {
 

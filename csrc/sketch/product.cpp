@@ -2,13 +2,15 @@
 
 #include <algorithm>
 
-#include "common/philox.h"
+#include "common/versions.h"
 
 namespace activedpo {
 
 namespace {
 
-constexpr int kRows = 8;  // rows of the register block; its columns are two 64-byte vectors
+// A small block, of kRows rows and kPanel bytes of columns, is multiplied in blocks of registers.
+constexpr int kRows = 8;
+constexpr int kPanel = 128;
 constexpr std::int64_t kFewTokens = 16;
 
 // Packs panels of `panel` columns, each with its tokens one after another; zeros pad the last one.
@@ -27,31 +29,38 @@ ACTIVEDPO_INLINE void pack(S* packed, const T* x, std::int64_t stride, std::int6
   }
 }
 
-// sums[r * sums_stride + c] += sum over t of narrow[t][r] wide[t * stride + c], a register block.
-template <typename S>
+// sums[r * sums_stride + c] += sum over t of narrow[t][r] wide[t * stride + c], a small block.
+template <class Set, typename S>
 ACTIVEDPO_INLINE void multiply(S* sums, std::int64_t sums_stride, const S* narrow, const S* wide,
                                std::int64_t stride, std::int64_t tokens) {
   // Aligned only like a single number: `wide` may be one of the caller's rows.
-  typedef S Vector __attribute__((vector_size(64), may_alias, aligned(sizeof(S))));
-  constexpr int width = 64 / sizeof(S);
-  Vector a[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
-    a[r][0] = *reinterpret_cast<const Vector*>(sums + r * sums_stride);
-    a[r][1] = *reinterpret_cast<const Vector*>(sums + r * sums_stride + width);
-  }
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    const Vector w0 = *reinterpret_cast<const Vector*>(wide + t * stride);
-    const Vector w1 = *reinterpret_cast<const Vector*>(wide + t * stride + width);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const S value = narrow[t * kRows + r];
-      a[r][0] += value * w0;
-      a[r][1] += value * w1;
+  typedef S Vector __attribute__((vector_size(Set::bytes), may_alias, aligned(sizeof(S))));
+  constexpr int width = Set::bytes / sizeof(S);
+  constexpr int rows = Set::count / 4;
+  static_assert(kRows % rows == 0 && kPanel % (2 * Set::bytes) == 0, "whole blocks of registers");
+  for (int block = 0; block < kRows / rows * (kPanel / (2 * Set::bytes)); ++block) {
+    const S* left = narrow + block % (kRows / rows) * rows;
+    const S* right = wide + block / (kRows / rows) * (2 * width);
+    S* target = sums + (left - narrow) * sums_stride + (right - wide);
+    Vector a[rows][2];
+    for (int r = 0; r < rows; ++r) {
+      a[r][0] = *reinterpret_cast<const Vector*>(target + r * sums_stride);
+      a[r][1] = *reinterpret_cast<const Vector*>(target + r * sums_stride + width);
     }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    *reinterpret_cast<Vector*>(sums + r * sums_stride) = a[r][0];
-    *reinterpret_cast<Vector*>(sums + r * sums_stride + width) = a[r][1];
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const Vector w0 = *reinterpret_cast<const Vector*>(right + t * stride);
+      const Vector w1 = *reinterpret_cast<const Vector*>(right + t * stride + width);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const S value = left[t * kRows + r];
+        a[r][0] += value * w0;
+        a[r][1] += value * w1;
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      *reinterpret_cast<Vector*>(target + r * sums_stride) = a[r][0];
+      *reinterpret_cast<Vector*>(target + r * sums_stride + width) = a[r][1];
+    }
   }
 }
 
@@ -71,22 +80,22 @@ ACTIVEDPO_INLINE Panels<float> in_place(const BFloat16*, std::int64_t, std::int6
 }
 
 // block[r * row_step + c * column_step] += sum over t of narrow[t, r] wide[t, c].
-template <typename T, typename S>
+template <class Set, typename T, typename S>
 ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t column_step,
                                  const T* narrow, std::int64_t narrow_stride, std::int64_t rows,
                                  const T* wide, std::int64_t wide_stride, std::int64_t columns,
                                  std::int64_t tokens, S* scratch) {
-  constexpr std::int64_t kColumns = 2 * 64 / sizeof(S);
+  constexpr std::int64_t kColumns = kPanel / sizeof(S);
   S* packed_wide = scratch;
   S* packed_narrow = packed_wide + kProductTokens * kProductWide;
   const std::int64_t padded_rows = (rows + kRows - 1) / kRows * kRows;
   const std::int64_t padded_columns = (columns + kColumns - 1) / kColumns * kColumns;
-  // Register blocks are added directly to the block if they fit.
+  // Small blocks are added directly to the block if they fit.
   const bool fits = column_step == 1 && row_step == columns && rows == padded_rows &&
                     columns == padded_columns;
   S* sums = fits ? block : packed_narrow + kProductTokens * kProductNarrow;
   if (!fits) std::fill(sums, sums + padded_rows * padded_columns, S(0));
-  // Numbers used by only one register block are read in place, a few tokens at a time, so that
+  // Numbers used by only one small block are read in place, a few tokens at a time, so that
   // memory is read in order.
   const bool direct = sizeof(T) == sizeof(S) && rows <= kRows && columns == padded_columns;
   const std::int64_t step = direct ? kFewTokens : kProductTokens;
@@ -101,7 +110,7 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
     }
     for (std::int64_t c = 0; c < columns; c += kColumns) {
       for (std::int64_t r = 0; r < rows; r += kRows) {
-        multiply(sums + r * padded_columns + c, padded_columns, packed_narrow + r * count,
+        multiply<Set>(sums + r * padded_columns + c, padded_columns, packed_narrow + r * count,
                  panels.first + c / kColumns * panels.panel_step, panels.token_step, count);
       }
     }
@@ -115,20 +124,19 @@ ACTIVEDPO_INLINE void add_packed(S* block, std::int64_t row_step, std::int64_t c
 
 }  // namespace
 
-// The vectors of a register block run along the longer side.
+// The vectors of a small block run along the longer side.
 #define ACTIVEDPO_ADD_PRODUCT(T)                                                                  \
-  ACTIVEDPO_CLONES                                                                                \
-  void add_product_of(Sum<T>::Type* block, const T* left, std::int64_t left_stride,               \
-                      std::int64_t height, const T* right, std::int64_t right_stride,             \
-                      std::int64_t width, std::int64_t tokens, Sum<T>::Type* scratch) {           \
-    if (width >= height) {                                                                        \
-      add_packed(block, width, std::int64_t{1}, left, left_stride, height, right, right_stride,   \
-                 width, tokens, scratch);                                                         \
-    } else {                                                                                      \
-      add_packed(block, std::int64_t{1}, width, right, right_stride, width, left, left_stride,    \
-                 height, tokens, scratch);                                                        \
-    }                                                                                             \
-  }                                                                                               \
+  ACTIVEDPO_VERSIONS(                                                                             \
+      void add_product_of(Sum<T>::Type* block, const T* left, std::int64_t left_stride,           \
+                          std::int64_t height, const T* right, std::int64_t right_stride,         \
+                          std::int64_t width, std::int64_t tokens, Sum<T>::Type* scratch),        \
+      if (width >= height) {                                                                      \
+        add_packed<Set>(block, width, std::int64_t{1}, left, left_stride, height, right,          \
+                        right_stride, width, tokens, scratch);                                    \
+      } else {                                                                                    \
+        add_packed<Set>(block, std::int64_t{1}, width, right, right_stride, width, left,          \
+                        left_stride, height, tokens, scratch);                                    \
+      })                                                                                          \
   template <>                                                                                     \
   void add_product<T>(Sum<T>::Type * block, const T* left, std::int64_t left_stride,              \
                       std::int64_t height, const T* right, std::int64_t right_stride,             \

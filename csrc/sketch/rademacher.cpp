@@ -62,41 +62,56 @@ ACTIVEDPO_INLINE void fill_signs(Tile<T>& tile, std::uint64_t first, std::uint32
 // sums[i, c] += sum over the tile's positions of sign * x[i, p]. The inner sum, over at most 32
 // positions, is in T and starts from zero; the outer sum is in float64: float32 rounding does not
 // grow with the row's length. Products with a sign are exact, so fused multiply-adds do not matter.
-template <typename T>
-ACTIVEDPO_INLINE void add_tile(double* sums, const Tile<T>& tile, const T* x, std::int64_t x_stride,
-                               std::int64_t n, std::int64_t positions) {
-  typedef T Vector __attribute__((vector_size(64), may_alias));
-  constexpr int width = 64 / sizeof(T);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const T* row = x + i * x_stride;
-    for (int c = 0; c < kColumns; c += 4 * width) {
-      Vector a0{}, a1{}, a2{}, a3{};
-      for (std::int64_t p = 0; p < positions; ++p) {
-        const Vector* sign = reinterpret_cast<const Vector*>(&tile.sign[p][c]);
-        a0 += row[p] * sign[0];
-        a1 += row[p] * sign[1];
-        a2 += row[p] * sign[2];
-        a3 += row[p] * sign[3];
+template <int Rows, class Set, typename T>
+ACTIVEDPO_INLINE void add_rows(double* sums, const Tile<T>& tile, const T* x, std::int64_t x_stride,
+                               std::int64_t positions) {
+  typedef T Vector __attribute__((vector_size(Set::bytes), may_alias));
+  constexpr int width = Set::bytes / sizeof(T);
+  for (int c = 0; c < kColumns; c += 4 * width) {
+    Vector a[Rows][4] = {};
+    for (std::int64_t p = 0; p < positions; ++p) {
+      const Vector* sign = reinterpret_cast<const Vector*>(&tile.sign[p][c]);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const T value = x[r * x_stride + p];
+        a[r][0] += value * sign[0];
+        a[r][1] += value * sign[1];
+        a[r][2] += value * sign[2];
+        a[r][3] += value * sign[3];
       }
-      const Vector block[4] = {a0, a1, a2, a3};
-      const T* values = reinterpret_cast<const T*>(block);
-      double* target = sums + i * kColumns + c;
+    }
+    for (int r = 0; r < Rows; ++r) {
+      const T* values = reinterpret_cast<const T*>(a[r]);
+      double* target = sums + r * kColumns + c;
       for (int j = 0; j < 4 * width; ++j) target[j] += static_cast<double>(values[j]);
     }
   }
 }
 
+template <class Set, typename T>
+ACTIVEDPO_INLINE void add_tile(double* sums, const Tile<T>& tile, const T* x, std::int64_t x_stride,
+                               std::int64_t n, std::int64_t positions) {
+  constexpr int rows = Set::count / 8;  // a block of registers is theirs; signs are loaded once
+  std::int64_t i = 0;
+  for (; i + rows <= n; i += rows) {
+    add_rows<rows, Set>(sums + i * kColumns, tile, x + i * x_stride, x_stride, positions);
+  }
+  for (; i < n; ++i) {
+    add_rows<1, Set>(sums + i * kColumns, tile, x + i * x_stride, x_stride, positions);
+  }
+}
+
 #define ACTIVEDPO_PROJECT_COLUMNS(T)                                                              \
-  ACTIVEDPO_CLONES                                                                                \
-  void project_columns(double* sums, const T* x, std::int64_t x_stride, std::int64_t n,           \
-                       std::int64_t length, std::uint64_t first, std::uint32_t column_block,      \
-                       std::uint64_t key) {                                                       \
-    Tile<T> tile;                                                                                 \
-    for (std::int64_t p = 0; p < length; p += kPositions) {                                       \
-      fill_signs(tile, first + static_cast<std::uint64_t>(p), column_block, key);                 \
-      add_tile(sums, tile, x + p, x_stride, n, std::min<std::int64_t>(kPositions, length - p));   \
-    }                                                                                             \
-  }                                                                                               \
+  ACTIVEDPO_VERSIONS(                                                                             \
+      void project_columns(double* sums, const T* x, std::int64_t x_stride, std::int64_t n,       \
+                           std::int64_t length, std::uint64_t first, std::uint32_t column_block,  \
+                           std::uint64_t key),                                                    \
+      Tile<T> tile;                                                                               \
+      for (std::int64_t p = 0; p < length; p += kPositions) {                                     \
+        fill_signs(tile, first + static_cast<std::uint64_t>(p), column_block, key);               \
+        add_tile<Set>(sums, tile, x + p, x_stride, n,                                             \
+                      std::min<std::int64_t>(kPositions, length - p));                            \
+      })                                                                                          \
   template <>                                                                                     \
   void rademacher_columns<T>(double* sums, const T* x, std::int64_t x_stride, std::int64_t n,     \
                              std::int64_t length, std::uint64_t first,                            \

@@ -1,5 +1,6 @@
 #include "sketch/sjlt.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -57,55 +58,56 @@ ACTIVEDPO_INLINE double with_sign(double x, std::uint32_t negative) {
 
 // Adds a whole run of 16: target[(bucket & 15) ^ l] += sign(l) x[l]. target is the first of the 16
 // buckets that include `bucket`; bit first + l of `signs` is set if sign(l) is negative.
-template <typename A>
-ACTIVEDPO_INLINE void add_run(A* target, const float* x, std::uint32_t bucket, std::uint32_t signs,
+template <class Set, typename A, typename T>
+ACTIVEDPO_INLINE void add_run(A* target, const T* x, std::uint32_t bucket, std::uint32_t signs,
                               std::uint32_t first) {
-  typedef float Floats __attribute__((vector_size(32)));
-  typedef std::uint32_t Bits __attribute__((vector_size(32)));
-  // Aligned only like a single number: `x` may be one of the caller's rows.
-  typedef Bits Input __attribute__((aligned(4), may_alias));
-  typedef A Sums __attribute__((vector_size(8 * sizeof(A)), aligned(sizeof(A)), may_alias));
-  const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  const Bits from = lanes ^ (bucket & 7u);
-  for (std::uint32_t half = 0; half < 2; ++half) {
-    const Bits flips = ((signs + Bits{}) << (31 - first - 8 * half - lanes)) & 0x80000000u;
-    const Bits flipped = *reinterpret_cast<const Input*>(x + 8 * half) ^ flips;
+  if constexpr (Set::bytes < 32 || sizeof(T) != sizeof(float)) {
+    for (std::uint32_t l = 0; l < kSjltRun; ++l) {
+      target[(bucket & 15u) ^ l] += with_sign(x[l], signs >> (first + l) & 1u);
+    }
+  } else {
+    typedef std::uint32_t Bits __attribute__((vector_size(32)));
+    // Aligned only like a single number: `x` may be one of the caller's rows.
+    typedef Bits Input __attribute__((aligned(4), may_alias));
+    constexpr int width = std::min<int>(8, Set::bytes / sizeof(A));
+    typedef float Floats __attribute__((vector_size(4 * width)));
+    typedef A Sums __attribute__((vector_size(width * sizeof(A)), aligned(sizeof(A)), may_alias));
+    const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    const Bits from = lanes ^ (bucket & 7u);
+    for (std::uint32_t half = 0; half < 2; ++half) {
+      const Bits flips = ((signs + Bits{}) << (31 - first - 8 * half - lanes)) & 0x80000000u;
+      const Bits flipped = *reinterpret_cast<const Input*>(x + 8 * half) ^ flips;
 #if defined(__clang__)  // Clang has no shuffle by a variable
-    Bits moved;
-    for (int l = 0; l < 8; ++l) moved[l] = flipped[from[l]];
+      Bits moved;
+      for (int l = 0; l < 8; ++l) moved[l] = flipped[from[l]];
 #else
-    const Bits moved = __builtin_shuffle(flipped, from);
+      const Bits moved = __builtin_shuffle(flipped, from);
 #endif
-    *reinterpret_cast<Sums*>(target + ((8 * half) ^ (bucket & 8u))) +=
-        __builtin_convertvector(reinterpret_cast<Floats>(moved), Sums);
-  }
-}
-
-template <typename A>
-ACTIVEDPO_INLINE void add_run(A* target, const double* x, std::uint32_t bucket, std::uint32_t signs,
-                              std::uint32_t first) {
-  for (std::uint32_t l = 0; l < kSjltRun; ++l) {
-    target[(bucket & 15u) ^ l] += with_sign(x[l], signs >> (first + l) & 1u);
+      Floats part[8 / width];
+      std::memcpy(part, &moved, sizeof moved);
+      A* const eight = target + ((8 * half) ^ (bucket & 8u));
+      for (int p = 0; p < 8 / width; ++p) {
+        *reinterpret_cast<Sums*>(eight + p * width) += __builtin_convertvector(part[p], Sums);
+      }
+    }
   }
 }
 
 // Adds the two runs of each of `words` sign words.
-template <typename A, typename T>
+template <class Set, typename A, typename T>
 ACTIVEDPO_INLINE void add_two_runs(A* sums, const T* x, const std::uint32_t* buckets,
                                    const std::uint32_t* signs, std::size_t words) {
   for (std::size_t w = 0; w < words; ++w) {
     const std::uint32_t one = buckets[2 * w], two = buckets[2 * w + 1];
-    add_run(sums + (one & ~15u), x + 32 * w, one, signs[w], 0);
-    add_run(sums + (two & ~15u), x + 32 * w + kSjltRun, two, signs[w], kSjltRun);
+    add_run<Set>(sums + (one & ~15u), x + 32 * w, one, signs[w], 0);
+    add_run<Set>(sums + (two & ~15u), x + 32 * w + kSjltRun, two, signs[w], kSjltRun);
   }
 }
 
 #define ACTIVEDPO_ADD_RUNS(A, T)                                                                  \
-  ACTIVEDPO_CLONES                                                                                \
-  void add_runs(A* sums, const T* x, const std::uint32_t* buckets, const std::uint32_t* signs,    \
-                std::size_t words) {                                                              \
-    add_two_runs(sums, x, buckets, signs, words);                                                 \
-  }
+  ACTIVEDPO_VERSIONS(void add_runs(A* sums, const T* x, const std::uint32_t* buckets,             \
+                                   const std::uint32_t* signs, std::size_t words),                \
+                     add_two_runs<Set>(sums, x, buckets, signs, words);)
 ACTIVEDPO_ADD_RUNS(float, float)
 ACTIVEDPO_ADD_RUNS(double, float)
 ACTIVEDPO_ADD_RUNS(double, double)
