@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from activedpo_fast.errors import ActiveDPOError
-from benchmarks.machine import describe_run
-from benchmarks.rows.tables import tables
+from benchmarks.machine import describe_run, vectors
+from benchmarks.rows.tables import tables, tables_of_runs
 from benchmarks.rows.workloads import WORKLOADS, Workload
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -77,7 +77,9 @@ def _keep(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[None]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for table in tables(config.stash.get(ROWS, [])).values():
+    rows = config.stash.get(ROWS, [])
+    found = tables_of_runs([(vectors(describe_run()), rows)]) | tables(rows)
+    for table in found.values():
         terminalreporter.write_line(f"\n{table}")
 
 

@@ -26,6 +26,14 @@ def describe_run() -> dict[str, Any]:
     }
 
 
+def vectors(machine: dict[str, Any]) -> str:
+    """The widest vectors of a machine that `describe_run` described: what its ratios depend on."""
+    instructions = machine["instructions"]
+    if any(name.startswith("avx512") for name in instructions):
+        return "AVX-512"
+    return "AVX2" if "avx2" in instructions else platform.machine()
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 from benchmarks.fidelity.tables import cheaper_tables, fidelity_tables
-from benchmarks.markdown import where_and_when, write_into
-from benchmarks.rows.tables import tables
+from benchmarks.machine import vectors
+from benchmarks.markdown import Row, where_and_when, write_into
+from benchmarks.rows.tables import tables, tables_of_runs
 from benchmarks.selection.tables import on_disk_table, selection_tables
 
 RESULTS = Path("benchmarks/results")
@@ -32,11 +33,11 @@ def main(
     """Print the tables of benchmark runs, or write them into the documentation."""
     found: dict[str, str] = {}
     if (path := results / "cpu.json").exists():
-        found["machine"], own = _run(path)
-        found |= own
-    if (path := results / "response_tokens.json").exists():
-        where, own = _run(path)
-        found["response tokens"] = f"{where}\n\n{own['summary']}"
+        found |= tables(_run(path).rows)
+    runs = [_run(path) for path in sorted(results.glob("cpu*.json"))]
+    if runs:
+        found["machine"] = "\n".join(f"* {run.kind}: {run.where}" for run in runs)
+        found |= tables_of_runs([(run.kind, run.rows) for run in runs])
     if (path := results / "fidelity.json").exists():
         found |= fidelity_tables(json.loads(path.read_text()))
     if (path := results / "cheaper_rows.json").exists():
@@ -53,11 +54,22 @@ def main(
         print(f"written: {document}")
 
 
-def _run(path: Path) -> tuple[str, dict[str, str]]:
-    """Return where and when a run of `make bench` was measured, and its tables."""
+class _Run(NamedTuple):
+    """A run of `make bench`: where and when it was measured, and its rows."""
+
+    kind: str
+    where: str
+    rows: list[Row]
+
+
+def _run(path: Path) -> _Run:
     run = json.loads(path.read_text())
-    where = where_and_when(run["machine_info"], run["datetime"][:10], run["commit_info"]["id"])
-    return where, tables([{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]])
+    machine = run["machine_info"]
+    return _Run(
+        vectors(machine),
+        where_and_when(machine, run["datetime"][:10], run["commit_info"]["id"]),
+        [{**b["extra_info"], "group": b["group"]} for b in run["benchmarks"]],
+    )
 
 
 if __name__ == "__main__":

@@ -8,36 +8,73 @@ GROUPS = ("rows", "overhead", "projection")
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """Markdown by table name: "summary", "rows: <workload>", "overhead", "projection"."""
+    """Markdown of one run by table name: "rows: <workload>" and "projection"."""
     found: dict[str, str] = {}
     of_group = {name: [r for r in rows if r["group"] == name] for name in GROUPS}
-    workloads = list(dict.fromkeys(r["workload"] for r in of_group["rows"]))
-    if workloads:
-        found["summary"] = _summary(of_group["rows"], workloads)
-    for workload in workloads:
+    for workload in dict.fromkeys(r["workload"] for r in of_group["rows"]):
         found[f"rows: {workload}"] = _workload(
             [r for r in of_group["rows"] if r["workload"] == workload]
         )
-    if of_group["overhead"]:
-        found["overhead"] = _overhead(of_group["overhead"])
     if of_group["projection"]:
         found["projection"] = _projection(of_group["projection"])
     return found
 
 
-def _summary(rows: list[Row], workloads: list[str]) -> str:
-    """Times relative to a plain forward pass, for one of our sketches and all peers."""
-    ratio = {(r["contender"], r["workload"]): f"{r['ratio']:.2f}" for r in rows}
-    shown = [
-        c
-        for c in dict.fromkeys(r["contender"] for r in rows)
-        if "sjlt" in c or not c.startswith(("**ours**", "floor"))
+def tables_of_runs(runs: list[tuple[str, list[Row]]]) -> dict[str, str]:
+    """Markdown of several runs, each with its kind of machine: "summary", "response tokens" and
+    "overhead".
+
+    A kind has a column for each workload. Of several runs of a kind, the least and the largest
+    ratio are shown.
+    """
+    rows = [(kind, r) for kind, run in runs for r in run if r["group"] == "rows"]
+    overhead = [(kind, r) for kind, run in runs for r in run if r["group"] == "overhead"]
+    names = list(dict.fromkeys(r["contender"] for _, r in rows))
+    cheap = [c for c in names if c.endswith("response tokens") or "two stages" in c]
+    plain = [c for c in names if c.startswith("**ours**, sjlt") and c not in cheap]
+    peers = [c for c in names if not c.startswith(("**ours**", "floor"))]
+    head = "gradient rows, × one plain forward pass"
+    found: dict[str, str] = {}
+    if rows:
+        found["summary"] = _ratios(rows, head, plain + peers, "{:.2f}")
+    if cheap:
+        found["response tokens"] = _ratios(rows, head, plain + cheap, "{:.2f}")
+    if overhead:
+        found["overhead"] = _ratios(
+            [(kind, {**r, "ratio": r["ratio"] - 1}) for kind, r in overhead],
+            "capture and sketch over the same passes",
+            list(dict.fromkeys(r["contender"] for _, r in overhead)),
+            "{:+.1%}",
+        )
+    return found
+
+
+def _ratios(rows: list[tuple[str, Row]], head: str, contenders: list[str], form: str) -> str:
+    """A line for each of `contenders`, a column for each workload and kind of machine."""
+    columns = [
+        (w, kind)
+        for w in dict.fromkeys(r["workload"] for _, r in rows)
+        for kind in dict.fromkeys(kind for kind, r in rows if r["workload"] == w)
     ]
+
+    def cell(contender: str, workload: str, kind: str) -> str:
+        ratios = [
+            r["ratio"]
+            for k, r in rows
+            if (k, r["workload"], r["contender"]) == (kind, workload, contender)
+        ]
+        return (
+            "–".join(dict.fromkeys(form.format(f(ratios)) for f in (min, max))) if ratios else "–"
+        )
+
     return table(
-        [{"contender": c} for c in shown],
+        [{"contender": c} for c in contenders],
         {
-            "gradient rows, × one plain forward pass": lambda r: r["contender"],
-            **{w: lambda r, w=w: ratio.get((r["contender"], w), "–") for w in workloads},
+            head: lambda r: r["contender"],
+            **{
+                f"{w}, {kind}": lambda r, w=w, kind=kind: cell(r["contender"], w, kind)
+                for w, kind in columns
+            },
         },
     )
 
@@ -57,17 +94,6 @@ def _workload(rows: list[Row]) -> str:
                 "norm distortion": lambda r: optional(r, "norm distortion", "{:.3f}"),
             },
         )
-    )
-
-
-def _overhead(rows: list[Row]) -> str:
-    return table(
-        rows,
-        {
-            "workload": lambda r: r["workload"],
-            "sketch": lambda r: r["contender"],
-            "capture and sketch over the same passes": lambda r: f"{r['ratio'] - 1:+.1%}",
-        },
     )
 
 
