@@ -185,6 +185,7 @@ def _write_gguf(folder: Path, kind: str) -> None:
     quantized = getattr(gguf.GGMLQuantizationType, kind)
     for name, weight in model.state_dict().items():
         known = names.get_name(name, try_suffixes=(".weight",))
+        assert known is not None, f"GGUF has no name for {name}"
         if any(part in name for part in _LINEAR):
             writer.add_tensor(known, gguf.quantize(weight.numpy(), quantized), raw_dtype=quantized)
         else:
