@@ -135,6 +135,8 @@ class ActiveDPOSelector:
         projection = Sketch(config.sketch, config.proj_dim, config.seed)
         # Report an unknown name or option, or an unsupported model, now rather than after an hour.
         chosen = self._make_strategy("")
+        if isinstance(self.strategy, str):
+            self.args.warn_of_unused(self.strategy, type(chosen).options())
         requires = getattr(chosen, "requires", ())
         if config.preselect is not None:
             check_preselectable(chosen)

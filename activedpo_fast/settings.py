@@ -7,10 +7,11 @@ Their names, defaults and help texts are those of the keyword options of `Active
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from activedpo_fast._checks import check_at_least, describe, fits, nearest
 from activedpo_fast._limits import check_limit
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.pool.template import check_template_kwargs
+
+logger = logging.getLogger(__name__)
 
 StrategyName = Literal[
     "activedpo",
@@ -187,6 +190,19 @@ class SelectorConfig:
         if self.normalize != "default":
             offered["normalize"] = None if self.normalize == "none" else self.normalize
         return offered
+
+    def warn_of_unused(self, strategy: str, options: Collection[str]) -> None:
+        """Log which of the offered settings were changed though `strategy` has no such option."""
+        for setting in fields(self):
+            if setting.name not in ("lam", "kappa", "normalize") or setting.name in options:
+                continue
+            if (value := getattr(self, setting.name)) != setting.default:
+                logger.warning(
+                    "%s=%s has no effect: strategy %r has no such option",
+                    setting.name,
+                    value,
+                    strategy,
+                )
 
 
 @dataclass

@@ -91,6 +91,7 @@ def select_pairs(
             offered={**args.offered, "seed": random_seed(args.seed, pool.fingerprint())},
             **options,
         )
+        args.warn_of_unused(args.strategy, chosen.options())
         if args.preselect is not None:
             check_preselectable(chosen)
         found = len(candidates.pairs)

@@ -613,6 +613,20 @@ def test_random_strategy_is_seeded(store: Path, tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_settings_that_a_strategy_does_not_have_are_named(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["select", str(store), "--pairs", "2", "--strategy", "random", "--output"]
+    assert main([*argv, str(tmp_path / "a")]) == 0
+    assert "has no effect" not in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "b"), "--lam", "3", "--normalize", "pair"]) == 0
+    warned = capsys.readouterr().err
+    assert "lam=3.0 has no effect: strategy 'random'" in warned
+    assert "normalize=pair has no effect: strategy 'random'" in warned
+    assert "kappa" not in warned
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+
+
 def test_picks_by_rewards_of_the_pool(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

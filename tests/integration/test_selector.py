@@ -431,6 +431,23 @@ def test_exact_rows_are_computed_for_the_chosen_pairs_alone(model, tokenizer) ->
         hook.remove()
 
 
+def test_settings_that_a_strategy_does_not_have_are_named(model, tokenizer, caplog) -> None:
+    def make(**options) -> None:
+        ActiveDPOSelector(model, processing_class=tokenizer, **options)
+
+    make(lam=0.5, normalize="pair")
+    make(strategy="trace", lam=0.5, kappa=2)
+    make(strategy="random")
+    assert not caplog.messages
+    make(strategy="apo", kappa=0.5, normalize="pair")
+    make(strategy="margin_small", lam=0.5)
+    assert caplog.messages == [
+        "normalize=pair has no effect: strategy 'apo' has no such option",
+        "kappa=0.5 has no effect: strategy 'apo' has no such option",
+        "lam=0.5 has no effect: strategy 'margin_small' has no such option",
+    ]
+
+
 def test_what_two_stages_cannot_be_is_refused(model, tokenizer) -> None:
     for options, message in (
         ({"preselect": 0}, "preselect: 0 is below 1"),
