@@ -10,8 +10,9 @@ ACTIVEDPO_CUDA_ARCHS  GPU architectures, default "80;86;89;90a;100;120"; archite
                       for later GPUs.
 ACTIVEDPO_PYBIND11_INCLUDE
                       folder with pybind11's headers, if the package is not installed.
-CUDACXX, CUDA_HOME    location of nvcc; otherwise it is searched on PATH and in NVIDIA's packages
-                      (`pip install "cuda-toolkit[nvcc,cudart]"`) of the Python that builds.
+CUDACXX, CUDA_HOME    location of nvcc; otherwise it is searched on PATH, in NVIDIA's packages
+                      (`pip install "cuda-toolkit[nvcc,cudart]"`) of the Python that builds, and
+                      where the toolkit usually is, /usr/local/cuda.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -35,7 +37,10 @@ try:
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 except ImportError:  # its headers are enough, and torch ships them
     if not os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
-        raise
+        sys.exit(
+            "setup.py needs the package pybind11 (pip install pybind11), or its headers in the "
+            "folder that ACTIVEDPO_PYBIND11_INCLUDE names"
+        )
 
     class Pybind11Extension(Extension):  # type: ignore[no-redef]
         """The parts of pybind11's class that are needed here."""
@@ -52,6 +57,7 @@ OPENMP = {"linux": ["-fopenmp"], "win32": ["/openmp"]}.get(sys.platform, [])
 OPTIMIZE = ["/O2"] if sys.platform == "win32" else ["-O3"]
 
 ARCHS = "80;86;89;90a;100;120"
+USUAL_CUDA = "/usr/local/cuda"  # where NVIDIA's installers put the toolkit
 OBJECTS = Path("build/cuda")  # compiled .cu files, kept from build to build
 
 HEADERS = sorted(glob("csrc/*/*.h"))
@@ -107,6 +113,8 @@ class Nvcc:
         self.path = path.absolute()  # so that ./nvcc stays a path
         self._version = self.run("--version")
         self.includes, self.libraries = self._folders()
+        self._require("header", "cuda_runtime.h", self.includes)
+        self._require("library", "libcudart_static.a", self.libraries)
         self.archs = self._archs()
 
     @classmethod
@@ -123,7 +131,7 @@ class Nvcc:
             for folder in sys.path
             for path in sorted(glob(f"{folder}/nvidia/*/bin/nvcc"), reverse=True)
         ]
-        for place in ("nvcc", *packages):
+        for place in ("nvcc", *packages, f"{USUAL_CUDA}/bin/nvcc"):
             if path := shutil.which(place):
                 return cls(Path(path))
         return None
@@ -184,6 +192,14 @@ class Nvcc:
             [flag[2:] for flag in flags if flag.startswith("-L")] + [str(top / "lib")],
         )
 
+    def _require(self, kind: str, name: str, folders: list[str]) -> None:
+        if not any(Path(folder, name).is_file() for folder in folders):
+            raise CompileError(
+                f"the toolkit of {self.path} has no {kind} {name} in {', '.join(folders)}: install "
+                "the development files of the CUDA runtime, or "
+                '`pip install "cuda-toolkit[nvcc,cudart]"`'
+            )
+
     def _archs(self) -> list[str]:
         known = set(re.findall(r"sm_(\d+)", self.run("--list-gpu-code")))
         wanted = os.environ.get("ACTIVEDPO_CUDA_ARCHS") or ARCHS
@@ -214,6 +230,9 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            _require_header("Python.h", sysconfig.get_path("include"), "Python's development files")
+            if given := os.environ.get("ACTIVEDPO_PYBIND11_INCLUDE"):
+                _require_header("pybind11/pybind11.h", given, "pybind11")
             if ext is cuda and not self._add_cuda_objects(ext):
                 return
             super().build_extension(ext)
@@ -246,8 +265,8 @@ class BuildExtension(build_ext):
                 if wanted == "0"
                 else "it is for Linux"
                 if sys.platform != "linux"
-                else "there is no nvcc: CUDACXX and CUDA_HOME are not set, and it is neither on "
-                "PATH nor in the package nvidia-cuda-nvcc"
+                else "there is no nvcc: CUDACXX and CUDA_HOME are not set, and it is not on PATH, "
+                f"in the package nvidia-cuda-nvcc or in {USUAL_CUDA}"
             )
             if wanted == "1":
                 raise CompileError(why)
@@ -275,6 +294,11 @@ class BuildExtension(build_ext):
     def _forget(self, ext: Extension) -> None:
         """Remove the file of an earlier build: it would be installed as if this build made it."""
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+
+
+def _require_header(name: str, folder: str, package: str) -> None:
+    if not Path(folder, name).is_file():
+        raise CompileError(f"{name} is not in {folder}: install {package}")
 
 
 def _outdated(target: Path, needs: Path) -> bool:

@@ -3,6 +3,7 @@
     philox                 random bits, generated in registers
     hashes                 buckets and signs of positions, drawn once per launch
     launching              helpers shared by the host functions
+    interpreting           Triton's interpreter with a NumPy that it was not made for
     jobs                   the table of weights that a launch works through
     fixed_point            sums that are the same in any order of additions
     gradient_bounds        their bounds, from norms of tokens

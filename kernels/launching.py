@@ -11,6 +11,11 @@ from torch import Tensor
 
 from activedpo_fast.kernels import interpreted
 
+if interpreted():
+    from activedpo_fast.kernels.interpreting import accept_numpy_2_4
+
+    accept_numpy_2_4()
+
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Triton's
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -45,13 +45,13 @@ class CheckPlan:
         """The parameters and the shapes of their blocks, in order."""
         return [(name, torch.Size([plan.dim])) for name, plan in self._plans.items()]
 
-    def of(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the blocks, float64, of one response's gradients."""
+    def of(self, gradients: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Return the blocks, float64 on `device`, of one response's gradients on any device."""
         found: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
             block = gradient.new_zeros(1, self._plans[name].dim, dtype=torch.float64)
             self._plans[name].add_formed(block, [(name, gradient[None])], torch.tensor([0]))
-            found[name] = block[0]
+            found[name] = block[0].to(device)
         return found
 
     def add(

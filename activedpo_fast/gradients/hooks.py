@@ -91,8 +91,10 @@ class Capture:
             if not shapes or not torch.is_grad_enabled():
                 return
             self.used = True
-            which = _which_tokens(Call(args, kwargs, shapes[0]).first, shapes)
-            rule = layer.seen(Call(args, kwargs, shapes[which]))
+            call = Call(args, kwargs, shapes[0])
+            which = _which_tokens(call.first, shapes)
+            call = call._replace(shape=shapes[which])
+            rule = layer.seen(_beside(output, call))
 
             def on_gradient(g: torch.Tensor) -> None:
                 assert self._segments, "a backward pass outside of `backward`"
@@ -127,6 +129,21 @@ class Capture:
 
 def _cut(module: nn.Module, args: object, kwargs: object, output: torch.Tensor) -> torch.Tensor:
     return output.detach()
+
+
+def _beside(output: torch.Tensor, call: Call) -> Call:
+    """Return a call with its tensors on the device of its output.
+
+    In a model that is split over devices, hooks see inputs before they are moved to the layer's.
+    """
+    if call.first.device == output.device:
+        return call
+
+    def moved(value: Any) -> Any:
+        return value.to(output.device) if isinstance(value, torch.Tensor) else value
+
+    kwargs = {name: moved(value) for name, value in call.kwargs.items()}
+    return Call(tuple(map(moved, call.args)), kwargs, call.shape)
 
 
 def _which_tokens(tensor: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> int:

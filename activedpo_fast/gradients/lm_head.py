@@ -42,7 +42,7 @@ def language_model_head(
         states[:] = [hidden]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         logits: torch.Tensor = model(**inputs(ids, hidden), use_cache=False).logits
-        return logits
+        return logits.to(hidden.device)
 
     # A decoder may have its own `forward` (accelerate's hooks, a patch); it is restored.
     own = vars(decoder)

@@ -177,7 +177,7 @@ def whole_model_logps(model: nn.Module, batch: Batch, *, everywhere: bool = Fals
     inputs = _whole_inputs(batch)
     if _can_leave_out(causal_lm(model)) and length > 1 and not everywhere:
         inputs["logits_to_keep"] = kept
-    logits = model(**inputs).logits[:, -kept:-1]
+    logits = model(**inputs).logits[:, -kept:-1].to(batch.input_ids.device)
     logps = reference.response_logps(logits, batch.input_ids[:, first:])
     return (logps * batch.scored[:, first:]).sum(dim=1)
 
@@ -198,6 +198,7 @@ def hidden_pass(model: nn.Module, batch: Batch, *, shared: bool) -> torch.Tensor
             hidden = _what_the_head_reads(model, batch)
         # Virtual tokens of prompt tuning come before the others.
         last = batch.attention_mask.sum(dim=1) - 1 + hidden.shape[1] - batch.input_ids.shape[1]
+        last = last.to(hidden.device)
         at_last: torch.Tensor = hidden[torch.arange(len(last), device=hidden.device), last]
         return at_last
 
@@ -267,9 +268,10 @@ def _prompt_states(model: nn.Module, decoder: nn.Module, batch: Batch) -> list[t
 def _one_for_each_response(states: list[torch.Tensor], batch: Batch) -> list[torch.Tensor]:
     """Return copies of the prompts' keys and values, [B, …], detached from the graph so that each
     response's gradient arrives at its own copy."""
-    group_of = batch.group_of.to(batch.input_ids.device)
     return [
-        state.detach().index_select(0, group_of).requires_grad_(state.requires_grad)
+        state.detach()
+        .index_select(0, batch.group_of.to(state.device))
+        .requires_grad_(state.requires_grad)
         for state in states
     ]
 
@@ -300,8 +302,8 @@ def _scored_logps(
     captured: tuple[Capture, list[tuple[int, int]]] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return log π(y|x) [B] and the gradient of its weighted sum to hidden states [B, T, h]."""
-    response, position = batch.scored.nonzero(as_tuple=True)
-    hidden = output.last_hidden_state
+    hidden = output.last_hidden_state  # on the last layer's device
+    response, position = batch.scored.to(hidden.device).nonzero(as_tuple=True)
     owners = response.tolist()
 
     @contextmanager
@@ -319,9 +321,9 @@ def _scored_logps(
         logps, gradient = chunked_logps(
             head,
             hidden.detach()[response, position - 1],
-            batch.input_ids[response, position],
+            batch.input_ids.to(hidden.device)[response, position],
             vocabulary=causal_lm(model).config.get_text_config().vocab_size,  # type: ignore[union-attr, operator]
-            weights=None if weights is None else weights[response],
+            weights=None if weights is None else weights.to(hidden.device)[response],
             around=around,
         )
     total = logps.new_zeros(len(batch.rows)).index_add_(0, response, logps)

@@ -19,7 +19,7 @@ from activedpo_fast.gradients.dora import constant_dora_norms
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.passes import gradient_pass, whole_model_logps
 from activedpo_fast.gradients.sketch import RowPlan
-from activedpo_fast.gradients.sketching import sketch_into
+from activedpo_fast.gradients.sketching import rows_on_devices, sketch_into
 from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.undisturbed import undisturbed
 
@@ -71,8 +71,9 @@ def autograd_rows(
     """
     logps, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     rows = torch.zeros(1, plan.dim, dtype=torch.float64, device=batch.input_ids.device)
-    each = ((name, gradient.unsqueeze(0)) for name, gradient in gradients.items())
-    plan.add_formed(rows, each, torch.tensor([0]))
+    with rows_on_devices(rows) as rows_on:
+        for name, gradient in gradients.items():
+            plan.add_formed(rows_on(gradient.device), [(name, gradient[None])], torch.tensor([0]))
     return logps, rows
 
 

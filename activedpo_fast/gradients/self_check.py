@@ -277,7 +277,8 @@ def _autograd_rows(
     for row in _rows_to_check(tokenized):
         try:
             found[row] = plan.of(
-                _autograd_gradients(model, trained, tokenized, row, pad_token_id, precision)
+                _autograd_gradients(model, trained, tokenized, row, pad_token_id, precision),
+                next(model.parameters()).device,  # of captured rows
             )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not found:

@@ -81,10 +81,11 @@ def require_supported(
         gradients: whether gradients are needed, not only log-probs or hidden states.
 
     Raises:
-        ActiveDPOError: an unsupported kind of model or placement of its weights, or tokens that it
-            has no row for.
+        ActiveDPOError: an unsupported kind of model or placement of its weights, tokens that it has
+            no row for, or a CUDA graph that is being captured.
         UnsupportedParameterError: an adapter whose per-sample gradients cannot be computed.
     """
+    _check_no_graph_is_captured()
     _check_wrappers(model)
     _check_kind(model)
     _check_activated_lora(model)
@@ -140,6 +141,14 @@ def _is_position_table(path: str, names: tuple[str, ...]) -> bool:
     return path.removesuffix(".base_layer").rsplit(".", 1)[-1] in names and not any(
         part in path for part in ("vision", "visual", "audio", "image")
     )
+
+
+def _check_no_graph_is_captured() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise ActiveDPOError(
+            "a CUDA graph is being captured, which cannot hold features: their computation reads "
+            "numbers back from the GPU; compute them outside of torch.cuda.graph"
+        )
 
 
 def _check_wrappers(model: nn.Module) -> None:

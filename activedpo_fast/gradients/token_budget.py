@@ -27,8 +27,8 @@ class TokenBudget:
     Args:
         tokens: the limit, or None to measure it: the memory that autograd keeps for the first batch
             is counted. The budget is then set so that a batch takes at most 1 GiB on a CPU (512 to
-            2048 tokens), and at most half of the free memory on any device.
-        device: where the batches run.
+            2048 tokens), and at most half of the free memory of each device that takes part.
+        device: where the batches begin.
     """
 
     def __init__(self, tokens: int | None, device: torch.device) -> None:
@@ -42,24 +42,33 @@ class TokenBudget:
         if not self._searching:
             yield
             return
-        storages: dict[int, int] = {}
+        storages: dict[torch.device, dict[int, int]] = {self.device: {}}
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
             # Weights are saved, too, but exist independent of the batch.
-            if not isinstance(tensor, torch.nn.Parameter) and tensor.device == self.device:
+            device = tensor.device  # one of several, if the model is split over them
+            if not isinstance(tensor, torch.nn.Parameter) and device.type == self.device.type:
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages.setdefault(device, {})[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             yield
         self._searching = False
-        cost = _ALLOWANCE * sum(storages.values()) / padded_tokens
-        on_cpu = self.device.type == "cpu"
-        room = min(_CPU_BYTES, _available(self.device)) if on_cpu else _available(self.device)
-        most = _MOST_ON_CPU if on_cpu else _MOST
-        self.tokens = max(_FIRST, min(most, int(room / cost) if cost else _MOST_ON_CPU))
-        logger.info("batches of %d tokens, about %.0f kB per token", self.tokens, cost / 1e3)
+        costs = {
+            device: _ALLOWANCE * sum(saved.values()) / padded_tokens
+            for device, saved in storages.items()
+        }
+        most = _MOST_ON_CPU if self.device.type == "cpu" else _MOST
+        fitting = [int(_room(device) / cost) for device, cost in costs.items() if cost]
+        self.tokens = max(_FIRST, min(most, *fitting) if fitting else _MOST_ON_CPU)
+        for device, cost in costs.items():
+            logger.info(
+                "batches of %d tokens, about %.0f kB per token on %s",
+                self.tokens,
+                cost / 1e3,
+                device,
+            )
 
     def halve(self, padded_tokens: int) -> None:
         """Halve the budget after a batch of `padded_tokens` did not fit."""
@@ -76,10 +85,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def _available(device: torch.device) -> float:
+def _room(device: torch.device) -> float:
+    """Return the bytes that a batch may take on a device."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = psutil.virtual_memory().available
-    return _SHARE_OF_FREE * free
+    room = _SHARE_OF_FREE * free
+    return min(_CPU_BYTES, room) if device.type == "cpu" else room

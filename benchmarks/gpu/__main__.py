@@ -10,6 +10,7 @@ found is written after every case.
 from __future__ import annotations
 
 import benchmarks.gpu.checkout  # noqa: F401  (first: it makes the kernels importable)
+import benchmarks.gpu.needed  # noqa: F401  (before what it looks for)
 
 # isort: split
 import datetime

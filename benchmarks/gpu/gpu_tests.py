@@ -15,9 +15,10 @@ import tempfile
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.gpu.cases import Case, Found, Record, Settings
+from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
 _MARKS = ("pytest.mark.gpu", 'DEVICE = "cuda"')  # conftest.py marks modules with the second
@@ -45,6 +46,8 @@ _begun: dict[Path, Future[Record]] = {}
 
 def _result(file: Path, files: list[Path], settings: Settings, found: Found) -> Record:
     """The results of the file's tests; the first call starts every file that has no record yet."""
+    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+        raise Skip(f"the tests need what is not installed: {', '.join(missing)}")
     if not _begun:
         limit = max(1.0, min(_LIMIT, settings.left()) - _SPARE)
         pool = ThreadPoolExecutor(len(files))
@@ -110,7 +113,7 @@ def _summary(lines: list[Record], status: int | None, output: str, limit: float)
     begun = [line["test"] for line in lines if "began" in line]
     if status is None:
         record |= {"complaint": f"ended after {limit:.0f} s", "unfinished": begun[-1:]}
-    elif status not in (0, 1, 5):  # all passed, some failed, none there
+    elif status not in (0, 1, 5) or (status == 1 and not outcome):  # all passed, some failed, none
         record |= {
             "complaint": f"pytest ended with {status}: {output[-2000:]}",
             "unfinished": [name for name in begun[-1:] if name not in outcome],

@@ -36,7 +36,7 @@ bool serves(int major, int minor) {
   return highest <= wanted;
 }
 
-// Returns why no device can run this build; empty if one can.
+// Returns which devices cannot run this build; empty if all can. A model may use any of them.
 std::string unserved(int devices) {
   std::string found;
   for (int device = 0; device < devices; ++device) {
@@ -45,14 +45,17 @@ std::string unserved(int devices) {
                      "cudaDeviceGetAttribute");
     activedpo::check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
                      "cudaDeviceGetAttribute");
-    if (serves(major, minor)) return "";
-    found += (device ? ", " : "") + std::to_string(major) + "." + std::to_string(minor);
+    if (serves(major, minor)) continue;
+    found += (found.empty() ? "" : ", ") + std::to_string(major) + "." + std::to_string(minor) +
+             " (GPU " + std::to_string(device) + ")";
   }
+  if (found.empty()) return "";
   return "this build is for the GPU architectures " ACTIVEDPO_CUDA_ARCHS
-         ", and the compute capability here is " + found;
+         ", and the compute capability here is " + found +
+         (devices > 1 ? "; CUDA_VISIBLE_DEVICES can leave a GPU out" : "");
 }
 
-// Returns why no device can be used here; empty if one can.
+// Returns why the devices cannot be used here; empty if every one can.
 std::string problem() {
   int devices = 0, driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
@@ -87,7 +90,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("device_count", &device_count, "How many devices can be used; 0 without a driver.");
   module.def("serves", &serves, "Whether there is code for a compute capability.",
              py::arg("major"), py::arg("minor"));
-  module.def("problem", &problem, "Why no device can be used; empty where one can.");
+  module.def("problem", &problem, "Why the devices cannot be used; empty where every one can.");
   module.def(
       "rank_update",
       [](std::uintptr_t v, std::int64_t v_stride, std::uintptr_t points,

@@ -395,6 +395,14 @@ def test_the_kernels_are_importable_from_a_checkout_that_is_not_installed(tmp_pa
     assert found == ROOT / "kernels" / "__init__.py", done.stderr
 
 
+def test_missing_packages_are_one_line():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "benchmarks.gpu needs what is not installed: torch, numpy, typer\n"
+
+
 def test_file_names_and_paths():
     assert file_name("NVIDIA H100 80GB HBM3") == "gpu_nvidia_h100_80gb_hbm3.json"
     assert without_paths(f"at {ROOT}/kernels/x.py") == "at ./kernels/x.py"

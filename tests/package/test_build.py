@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -133,13 +134,15 @@ def test_without_a_compiler_the_build_says_so_and_the_package_works(tmp_path):
     assert "run `pip install .` again" in used.stdout
 
 
-# Run a command of setup.py, `build_ext` unless it is named, without compiling any C++.
+# Run a command of setup.py, `build_ext` unless it is named, without compiling any C++, and without
+# the toolkit of this machine; USUAL_CUDA names another.
 BUILD = """
-import sys
+import os, sys
 from setuptools.command import build_ext
 build_ext.build_ext.build_extension = lambda self, ext: print("compiled", ext.name)
 sys.argv = ["setup.py", *(sys.argv[1:] or ["build_ext"])]
-exec(compile(open("setup.py").read(), "setup.py", "exec"))
+source = open("setup.py").read().replace("/usr/local/cuda", os.environ.get("USUAL_CUDA", "/none"))
+exec(compile(source, "setup.py", "exec"))
 """
 
 
@@ -150,7 +153,7 @@ exec(compile(open("setup.py").read(), "setup.py", "exec"))
         (
             {},
             "note: activedpo_fast._cuda is not built (there is no nvcc: CUDACXX and CUDA_HOME are "
-            "not set, and it is neither on PATH nor in the package nvidia-cuda-nvcc)",
+            "not set, and it is not on PATH, in the package nvidia-cuda-nvcc or in /none)",
             0,
         ),
         ({"ACTIVEDPO_CUDA": "0"}, "activedpo_fast._cuda is not built (ACTIVEDPO_CUDA=0)", 0),
@@ -175,6 +178,76 @@ def test_without_nvcc_the_build_says_so_and_builds_the_rest(tmp_path, variables,
     assert built.returncode == returncode
     assert "compiled activedpo_fast._csrc" in built.stdout
     assert "compiled activedpo_fast._cuda" not in built.stdout
+
+
+# A Python that has setuptools and no other package.
+SETUPTOOLS_ALONE = f"""
+import importlib.util, sys
+sys.path.append({str(Path(setuptools.__file__).parents[1])!r})
+import setuptools
+sys.modules["pybind11"] = None
+"""
+# What setup.py asks of nvcc, answered for the toolkit that it lies in.
+NVCC_STUB = """#!/bin/sh
+top=$(dirname "$(dirname "$0")")
+case "$*" in
+  *--version*) echo "nvcc, release 13.0" ;;
+  *--dryrun*) echo '#$ TOP='$top; echo '#$ INCLUDES="-I'$top'/include"'
+              echo '#$ LIBRARIES="-L'$top'/lib64"' ;;
+  *--list-gpu-code*) echo sm_90 ;;
+  *) for word; do
+       case $word in -o=*) : > "${word#-o=}" ;; -MF=*) : > "${word#-MF=}" ;; esac
+     done ;;
+esac
+"""
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    "missing, said",
+    [
+        ("", "CUDA files for 90a by {top}/bin/nvcc"),
+        ("include/cuda_runtime.h", "has no header cuda_runtime.h in {top}/include: install"),
+        ("lib64/libcudart_static.a", "has no library libcudart_static.a in {top}/lib64"),
+    ],
+)
+def test_the_toolkit_in_its_usual_place(tmp_path, missing, said):
+    """Also where nothing names it and PATH lacks it; what it lacks is one line."""
+    top = tmp_path / "toolkit"
+    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        if name != missing:
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
+            (top / name).write_text(NVCC_STUB if name == "bin/nvcc" else "")
+    (top / "bin" / "nvcc").chmod(0o755)
+    (tmp_path / "tree").mkdir()
+    built = run(
+        *(sys.executable, "-c", BUILD),
+        cwd=checkout(tmp_path / "tree"),
+        CUDACXX="",
+        CUDA_HOME="",
+        ACTIVEDPO_CUDA="",
+        ACTIVEDPO_CUDA_ARCHS="90a",
+        USUAL_CUDA=str(top),
+        PATH="/usr/bin:/bin",
+    )
+    assert said.format(top=top) in built.stdout
+    assert ("compiled activedpo_fast._cuda" in built.stdout) == (not missing)
+    assert "compiled activedpo_fast._csrc" in built.stdout
+    lines = [line for line in built.stdout.splitlines() if "_cuda was not built" in line]
+    assert len(lines) == bool(missing)
+
+
+@needs_sources
+def test_what_the_build_needs_is_one_line(tmp_path):
+    tree = checkout(tmp_path)
+    without = run(sys.executable, "-S", "-c", SETUPTOOLS_ALONE + BUILD, cwd=tree)
+    assert without.returncode == 1
+    assert without.stdout.startswith("setup.py needs the package pybind11")
+    assert len(without.stdout.splitlines()) == 1
+    built = run(
+        *(sys.executable, "-c", BUILD), cwd=tree, ACTIVEDPO_PYBIND11_INCLUDE="/none", CUDACXX=""
+    )
+    assert "pybind11/pybind11.h is not in /none: install pybind11" in built.stdout
 
 
 @needs_sources
