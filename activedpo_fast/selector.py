@@ -152,11 +152,14 @@ class ActiveDPOSelector:
             beta=config.beta,
             length_normalized=config.length_normalized,
             gradient=config.gradient,
+            last_layers=config.last_layers if config.preselect is None else None,
             pad_token_id=0 if pad_token_id is None else pad_token_id,
             max_tokens_per_batch=config.max_tokens_per_batch,
             precision="bf16" if config.bf16 else None,
             verify=config.verify,
         )
+        if config.preselect is not None:
+            self.extractor.of_response_tokens(config.last_layers)  # refuses too many
         self.last_timings: dict[str, float] = {}
         self._check_model(requires, named=is_name(model))
 
@@ -167,7 +170,8 @@ class ActiveDPOSelector:
         require_supported(self.model, gradients=gradients, pad_token_id=pad_token_id)
         check_ref_model(self.model, self.ref_model, needed="ref_logps" in requires)
         if gradients and named:
-            trainable_parameters(self.model)  # the flags of a model in memory may still change
+            # The flags of a model in memory may still change.
+            trainable_parameters(self.model, self.args.last_layers)
         if isinstance(self.ref_model, torch.nn.Module):
             require_supported(self.ref_model, pad_token_id=pad_token_id)
 
@@ -256,6 +260,7 @@ class ActiveDPOSelector:
         )
         signals = ModelSignals(
             self.extractor,
+            self.extractor.of_response_tokens(self.args.last_layers),
             candidates,
             tokens,
             elsewhere,
@@ -356,6 +361,7 @@ class ActiveDPOSelector:
                 "beta or precision": repr((extractor.beta, extractor.precision)),
                 "length_normalized": repr(extractor.length_normalized),
                 "gradient": repr(extractor.gradient),
+                "last_layers": repr(self.args.last_layers),
                 "preselect": repr(self.args.preselect),
                 "ref_model": (
                     repr(self.ref_model)

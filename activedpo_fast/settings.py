@@ -88,6 +88,14 @@ class SelectorConfig:
             "prompt's keys and values as constants: cheaper for long prompts, and not exact."
         },
     )
+    last_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "L, to take gradient rows of the trainable parameters in the last L decoder "
+            "layers alone, and after them: cheaper, and not exact. With preselect this is about "
+            "the first stage, and exact rows are of all. Default: of all."
+        },
+    )
     preselect: int | None = field(
         default=None,
         metadata={
@@ -163,6 +171,7 @@ class SelectorConfig:
         check_at_least(0, seed=self.seed)
         check_at_least(
             1,
+            last_layers=self.last_layers,
             preselect=self.preselect,
             proj_dim=self.proj_dim,
             max_tokens_per_batch=self.max_tokens_per_batch,

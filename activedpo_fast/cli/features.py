@@ -101,6 +101,7 @@ class FeatureOptions:
             **({"length_normalized": True} if rows.length_normalized else {}),
             # Likewise: stores of exact rows do not have the key.
             **({} if rows.gradient == "all_tokens" else {"gradient": rows.gradient}),
+            **({} if rows.last_layers is None else {"last_layers": rows.last_layers}),
         }
 
 
@@ -267,6 +268,7 @@ def _load(
         beta=rows.beta,
         length_normalized=rows.length_normalized,
         gradient=rows.gradient,
+        last_layers=rows.last_layers,
         pad_token_id=tokenizer.pad_token_id or 0,
         max_tokens_per_batch=rows.max_tokens_per_batch,
         precision=settings["precision"],

@@ -27,6 +27,7 @@ _MEANINGS = {
     "max_length": "longest prompt + response, in tokens",
     "truncation_mode": "which end of longer ones is kept",
     "gradient": "tokens that the weights act on in a gradient row",
+    "last_layers": "decoder layers, from the last, whose parameters the rows are about",
     "chat_template_kwargs": "arguments of the chat template",
     "version": "of activedpo-fast, when the store was made",
     "store_dtype": "of the rows on disk",

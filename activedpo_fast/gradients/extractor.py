@@ -22,6 +22,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.batches import Batch, Layout, group_rows
 from activedpo_fast.gradients.finite import ModelRunner, finite_rows, whole_items
 from activedpo_fast.gradients.gradient_rows import GradientRows
+from activedpo_fast.gradients.last_layers import decoder_layers
 from activedpo_fast.gradients.layouts import HowGradients, KnownLayouts
 from activedpo_fast.gradients.passes import divisors, hidden_pass, logp_pass
 from activedpo_fast.gradients.rows import autograd_rows, captured_rows
@@ -66,6 +67,9 @@ class FeatureExtractor:
             the keys and values of all tokens before are constants. No prompt runs backward, which
             is cheaper, the more the longer prompts are. With an encoder, its output is the
             constant. Not the gradient of the implicit reward, but near it (docs/method.md).
+        last_layers: L, to take the gradient of the trainable parameters in the last L decoder
+            layers alone, and in what runs after them (final norm, head; not a head that shares the
+            embedding's weight). No backward pass goes below. Default: of all.
         precision: "bf16" computes matrix products in bfloat16 (autocast; the weights are not
             converted), on CPUs and GPUs that support it; None uses the model's own dtype.
         verify: before the first batch, compare the captured per-sample gradients of a few responses
@@ -78,7 +82,7 @@ class FeatureExtractor:
     Raises:
         UnsupportedParameterError, ActiveDPOError: see `require_supported`, which checks the kind
             of model even without `verify`, and `trainable_parameters`; an option out of range; bf16
-            on a CPU that does not support it.
+            on a CPU that does not support it; `last_layers` that the model does not have.
 
     Hooks capture the gradients of linear layers. If anything else is trained, all gradients come
     from autograd, one response at a time, which is as exact and slower, and is logged.
@@ -107,6 +111,7 @@ class FeatureExtractor:
         beta: float = 0.1,
         length_normalized: bool = False,
         gradient: str = "all_tokens",
+        last_layers: int | None = None,
         pad_token_id: int = 0,
         max_tokens_per_batch: int | None = None,
         precision: str | None = None,
@@ -129,11 +134,13 @@ class FeatureExtractor:
             )
         self.model = as_model_alone(model)
         require_supported(self.model, pad_token_id=pad_token_id)
+        _check_last_layers(last_layers, self.model)
         _check_precision(precision, self.model)
         self.sketch = sketch
         self.beta = beta
         self.length_normalized = length_normalized
         self.gradient = gradient
+        self.last_layers = last_layers
         self.pad_token_id = pad_token_id
         self.max_tokens_per_batch = max_tokens_per_batch
         self.precision = precision
@@ -149,10 +156,15 @@ class FeatureExtractor:
         twin._layouts, twin._runner = self._layouts.copy(), self._runner.copy()
         return twin
 
-    def of_response_tokens(self) -> FeatureExtractor:
-        """Return one with the same model, settings and self-check whose rows are the cheap ones."""
+    def of_response_tokens(self, last_layers: int | None = None) -> FeatureExtractor:
+        """Return one with the same model, settings and self-check whose rows are the cheap ones.
+
+        Raises:
+            ActiveDPOError: `last_layers` that the model does not have.
+        """
+        _check_last_layers(last_layers, self.model)
         twin = copy.copy(self)
-        twin.gradient = "response_tokens"
+        twin.gradient, twin.last_layers = "response_tokens", last_layers
         return twin
 
     @in_own_modes
@@ -239,7 +251,7 @@ class FeatureExtractor:
 
     def identity(self) -> dict[str, Any]:
         """Return JSON values that gradient rows depend on, except for the responses."""
-        by_name = trainable_parameters(self.model).by_name
+        by_name = self._trained().by_name
         names = fingerprint_weights((name, p.detach().to("meta")) for name, p in by_name.items())
         return {
             "sketch": self.sketch.method,
@@ -248,6 +260,7 @@ class FeatureExtractor:
             "beta": self.beta,
             "length_normalized": self.length_normalized,
             "gradient": self.gradient,
+            "last_layers": self.last_layers,
             "precision": self.precision,
             "weights": fingerprint_weights(self.model.named_parameters()),
             "trained": f"{len(by_name)} parameters, {names[:8]}",
@@ -265,7 +278,7 @@ class FeatureExtractor:
     ) -> Iterator[tuple[BatchResult, bool]]:
         """Yield (rows, gradients, logps) by batch, and whether the rows are relative (not all)."""
         self._require_supported(tokenized, gradients=True)
-        trained = trainable_parameters(self.model)
+        trained = self._trained()
         plan = SketchPlan(self.sketch, trained.shapes)
         groups = group_rows(tokenized, rows, Layout.WHOLE)
         if relative and any(len(group.rows) == 1 for group in groups):
@@ -354,7 +367,10 @@ class FeatureExtractor:
             ActiveDPOError: an unsupported model or tokens (see `require_supported`).
         """
         self._require_supported(tokenized, gradients=True)
-        return self._how_gradients(tokenized, trainable_parameters(self.model)).layout
+        return self._how_gradients(tokenized, self._trained()).layout
+
+    def _trained(self) -> TrainableParameters:
+        return trainable_parameters(self.model, self.last_layers)
 
     def _how_gradients(
         self, tokenized: TokenizedPool, trained: TrainableParameters
@@ -472,6 +488,14 @@ def _subtract_first(
         if start != row:
             gradients[row] -= gradients[start]
     gradients[list(first.values())] = 0.0
+
+
+def _check_last_layers(last_layers: int | None, model: nn.Module) -> None:
+    if last_layers is None:
+        return
+    if not is_count(last_layers, least=1):
+        raise ActiveDPOError(f"last_layers must be an integer from 1, not {last_layers!r}")
+    decoder_layers(model, last_layers)
 
 
 def _check_precision(precision: str | None, model: nn.Module) -> None:

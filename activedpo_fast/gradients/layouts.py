@@ -36,8 +36,8 @@ class KnownLayouts:
     """The fastest layouts that are correct for a model's gradients, and for forward passes.
 
     The self-check runs when an answer is not known yet, and again for a pool with a response longer
-    than all before, because models differ in how they treat long responses; that of gradients also
-    if other parameters are trained than before.
+    than all before, because models differ in how they treat long responses. That of gradients is
+    about the parameters whose gradients are asked for.
 
     Args:
         model: whose gradients are computed. pad_token_id, precision: see `FeatureExtractor`.
@@ -51,18 +51,18 @@ class KnownLayouts:
         self._pad_token_id = pad_token_id
         self._precision = precision
         self._verify = verify
-        # Each with the longest response it was determined with: for gradients by whether the pool
-        # had prompts to share, and images; otherwise by model.
-        self._gradients: dict[tuple[bool, bool], tuple[Layout, int]] = {}
-        self._checked: frozenset[str] = frozenset()  # the parameters that `_gradients` is about
+        # Each with the longest response it was determined with: for gradients by parameters and
+        # whether the pool had prompts to share, and images; otherwise by model.
+        self._gradients: dict[tuple[frozenset[str], bool, bool], tuple[Layout, int]] = {}
         self._forward: WeakKeyDictionary[nn.Module, tuple[Layout, int]] = WeakKeyDictionary()
-        self._failed: frozenset[str] = frozenset()  # parameters with which the check failed
+        self._failed: set[frozenset[str]] = set()  # parameters with which the check failed
         self._said = ""  # why gradients are from autograd, as last logged
 
     def copy(self) -> KnownLayouts:
         """Return one that knows the same; what either finds out later is its own."""
         twin = copy.copy(self)
         twin._gradients, twin._forward = self._gradients.copy(), self._forward.copy()
+        twin._failed = self._failed.copy()
         return twin
 
     def for_gradients(self, tokenized: TokenizedPool, trained: TrainableParameters) -> HowGradients:
@@ -77,15 +77,13 @@ class KnownLayouts:
         least = _fastest_allowed(self._model, tokenized)
         if not self._verify:
             return HowGradients(Layout.slowest(Layout.WHOLE, least), by_hooks=True)
-        if self._failed == trained.by_name.keys():
+        names = frozenset(trained.by_name)
+        if names in self._failed:
             return BY_AUTOGRAD
-        if self._checked != trained.by_name.keys():
-            self._gradients.clear()
-            self._checked = frozenset(trained.by_name)
         rows = range(len(tokenized.sequences))
         has_prompts = any(group.shared for group in group_rows(tokenized, rows, Layout.SHARED))
         longest = _longest(tokenized)
-        kind = has_prompts, tokenized.has_images
+        kind = names, has_prompts, tokenized.has_images
         layout, checked = self._gradients.get(kind, (Layout.SHARED, 0))
         if longest > checked:
             try:
@@ -98,7 +96,7 @@ class KnownLayouts:
                     fastest=Layout.ALONE if tokenized.has_images else Layout.SHARED,
                 )
             except UnsupportedParameterError as error:
-                self._failed = frozenset(trained.by_name)
+                self._failed.add(names)
                 self._say_by_autograd(str(error), tokenized)
                 return BY_AUTOGRAD
             self._gradients[kind] = layout, longest
@@ -128,7 +126,7 @@ class KnownLayouts:
             layout = forward_layout(model, tokenized, self._pad_token_id, self._precision)
             self._forward[model] = layout, longest
         known = self._gradients.items() if model is self._model else ()
-        found = [layout for (_, images), (layout, _) in known if not images]
+        found = [layout for (_, _, images), (layout, _) in known if not images]
         return Layout.slowest(layout, *found, least)
 
 

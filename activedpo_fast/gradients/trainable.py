@@ -11,6 +11,7 @@ from torch import nn
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.gradients.capturable import Capturable
+from activedpo_fast.gradients.last_layers import parameters_of_last_layers
 from activedpo_fast.gradients.layers import Layer
 from activedpo_fast.gradients.sketch import canonical_name
 from activedpo_fast.models.adapters import active_adapters, adapter_parameters, tuner_layers
@@ -49,14 +50,19 @@ class TrainableParameters:
         return f"{', '.join(f'{count} of {kind}' for kind, count in kinds)}; first: {first!r}"
 
 
-def trainable_parameters(model: nn.Module) -> TrainableParameters:
+def trainable_parameters(model: nn.Module, last_layers: int | None = None) -> TrainableParameters:
     """Return what `model` trains.
 
     For a PEFT model these are the weights of the active adapter, and what else requires a gradient.
     Parameters of other adapters take no part in the forward pass and are left out.
 
+    Args:
+        last_layers: only those of so many last decoder layers, and of what runs after them; see
+            `parameters_of_last_layers`.
+
     Raises:
-        ActiveDPOError: nothing is trainable, or an adapter is merged or disabled.
+        ActiveDPOError: nothing is trainable, or an adapter is merged or disabled; with
+            `last_layers`, the model has fewer layers, or no list of them.
     """
     _check_adapters(model)
     inactive = adapter_parameters(model, inactive=True)
@@ -64,13 +70,18 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     adapters = active_adapters(model)
     adapter = adapters[0] if len(adapters) == 1 else None
     capturable = Capturable(model)
+    counted = None if last_layers is None else parameters_of_last_layers(model, last_layers)
 
     by_name: dict[str, nn.Parameter] = {}
     others: dict[str, str] = {}
     found: dict[int, dict[str, str]] = {}
     modules: dict[int, nn.Module] = {}
+    skipped = 0
     for full_name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in inactive:
+            continue
+        if counted is not None and id(parameter) not in counted:
+            skipped += 1
             continue
         name = canonical_name(full_name, adapter)
         if name in by_name:
@@ -83,6 +94,11 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
         for unit in units:
             modules[id(unit.module)] = unit.module
             found.setdefault(id(unit.module), {})[unit.name] = name
+    if not by_name and skipped:
+        raise ActiveDPOError(
+            f"last_layers: none of the {skipped} trainable parameters is in the last {last_layers} "
+            "decoder layers alone, or runs after them"
+        )
     if not by_name:
         raise ActiveDPOError(
             "the model has no trainable parameter to take gradients of: load the adapter with "

@@ -39,6 +39,7 @@ class ModelSignals(Signals):
     which gradients are taken are shared with those made by `cheap`.
 
     Args:
+        cheap: the extractor of the rows of the signals that `cheap` gives.
         tokens: of this process's part of the pool.
         elsewhere: labeled picks that are not pairs of the pool.
         tokenize: tokenizes the texts of `elsewhere`.
@@ -51,6 +52,7 @@ class ModelSignals(Signals):
     def __init__(
         self,
         extractor: FeatureExtractor,
+        cheap: FeatureExtractor,
         candidates: Candidates,
         tokens: TokenizedPool,
         elsewhere: Sequence[Pick],
@@ -59,7 +61,7 @@ class ModelSignals(Signals):
         processes: PoolProcesses,
         show_progress: bool | None,
     ) -> None:
-        self._extractor = extractor
+        self._extractor, self._cheap = extractor, cheap
         self._candidates = candidates
         self._tokens = tokens
         self._in_pool, self._elsewhere = candidates.labeled, elsewhere
@@ -85,7 +87,7 @@ class ModelSignals(Signals):
 
     def cheap(self) -> ModelSignals:
         twin = copy.copy(self)
-        twin._extractor = self._extractor.of_response_tokens()
+        twin._extractor = self._cheap
         return twin
 
     def only(self, indices: Tensor) -> ModelSignals:

@@ -2,11 +2,10 @@
 
     python -m benchmarks.fidelity.cheaper --help
 
-There are rows of the response's tokens, and the exact gradient of the last layers alone (columns of
-the exact rows, which the extractor gives if all other parameters are frozen); none is sketched.
-Each kind makes the picks alone, and as the first of two stages, in which exact
-rows choose among a number of pairs per pick. Policies, pools and judgment are those of
-`benchmarks.fidelity`; finished parts are kept in the work folder.
+There are rows of the response's tokens, and of the last layers alone: the exact gradient, and that
+of the response's tokens. None is sketched. Each kind makes the picks alone, and as the first of two
+stages, in which exact rows choose among a number of pairs per pick. Policies, pools and judgment
+are those of `benchmarks.fidelity`; finished parts are kept in the work folder.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from benchmarks.fidelity.measures import (
 )
 from benchmarks.fidelity.tables import cheaper_tables
 
-RESPONSE_TOKENS = "response_tokens"
+GRADIENTS = ("all_tokens", "response_tokens")
 LAST_LAYERS = (1, 2)  # of the demo's four
 PER_PICK = (2, 4, 10)  # pairs that the first stage chooses for each pick
 
@@ -51,14 +50,13 @@ PER_PICK = (2, 4, 10)  # pairs that the first stage chooses for each pick
 def compare(case: Case, folder: Path) -> Record:
     """All records of a case: "pool", "exact", "cheaper"."""
     key = [case.pool.fingerprint(), CRITERIA, PICKS, RANDOM_DRAWS]
-    part = Part(folder / f"cheaper-{case.name}.json", [*key, LAST_LAYERS, PER_PICK])
+    part = Part(folder / f"cheaper-{case.name}.json", [*key, GRADIENTS, LAST_LAYERS, PER_PICK])
     if part.records is None:
         exact = exact_rows(case)
         check_points(case, exact)
         references = reference_picks(case, exact)
         found: Record = {"pool": [describe(case, exact)], "exact": references, "cheaper": []}
-        kinds = {f"last {n} layers": last_layers(case, exact, n) for n in LAST_LAYERS}
-        kinds[RESPONSE_TOKENS] = exact_rows(case, RESPONSE_TOKENS).points
+        kinds = cheaper_rows(case, exact)
         for kind, points in tqdm(kinds.items(), desc=f"cheaper rows, {case.name}", disable=None):
             for reference in references:
                 own = {"case": case.name, "rows": kind}
@@ -92,33 +90,37 @@ def stages(points: Tensor, exact: Exact, case: Case, reference: Record) -> list[
     return records
 
 
-def last_layers(case: Case, exact: Exact, layers: int) -> Tensor:
-    """Points for the gradient of the parameters of the last layers; see `Exact`."""
+def cheaper_rows(case: Case, exact: Exact) -> dict[str, Tensor]:
+    """Points (see `Exact`) by kind of row."""
+    found: dict[str, Tensor] = {}
+    for gradient in GRADIENTS:
+        whole = exact if gradient == "all_tokens" else exact_rows(case, gradient)
+        prefix = "" if whole is exact else f"{gradient}, "
+        for layers in LAST_LAYERS:
+            columns = _columns(case, layers)
+            _check_columns(case, whole, columns, gradient, layers)
+            found[f"{prefix}last {layers} layers"] = from_rows(whole.rows[:, columns]).points
+        if whole is not exact:
+            found[gradient] = whole.points
+    return found
+
+
+def _columns(case: Case, layers: int) -> Tensor:
+    """Which numbers of a row are of the parameters in the last layers, bool [D]."""
     first = case.model.config.num_hidden_layers - layers
-    columns = torch.cat(
+    return torch.cat(
         [
             torch.full((math.prod(shape),), _layer(name) >= first)
             for name, shape in case.parameters()
         ]
     )
-    _check_columns(case, exact, columns, first)
-    return from_rows(exact.rows[:, columns]).points
 
 
-def _check_columns(case: Case, exact: Exact, columns: Tensor, first: int) -> None:
-    """Assert, on a few items, that the columns are the extractor's rows with the others frozen."""
-    tokens = case.head(CHECKED_ITEMS)
-    frozen = [
-        p for name, p in case.model.named_parameters() if p.requires_grad and _layer(name) < first
-    ]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        rows = case.extractor(Sketch("none")).gradients(tokens, show_progress=False).gradients
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    expected = exact.rows[: len(rows), columns]
+def _check_columns(case: Case, whole: Exact, columns: Tensor, gradient: str, layers: int) -> None:
+    """Assert, on a few items, that the columns are what the extractor gives for these layers."""
+    extractor = case.extractor(Sketch("none"), gradient, layers)
+    rows = extractor.gradients(case.head(CHECKED_ITEMS), show_progress=False).gradients
+    expected = whole.rows[: len(rows), columns]
     error = float((rows - expected).norm() / expected.norm())
     assert error < 1e-5, f"the extractor's rows of the last layers differ by {error:.1e}"
 
@@ -153,6 +155,7 @@ def main(
             "criteria": CRITERIA,
             "random_draws": RANDOM_DRAWS,
             "per_pick": PER_PICK,
+            "gradients": GRADIENTS,
             "last_layers": LAST_LAYERS,
             "model": "small",
             "lora": DEMO.lora,

@@ -53,13 +53,16 @@ class Case:
     pool: PreferencePool
     tokens: TokenizedPool
 
-    def extractor(self, sketch: Sketch, gradient: str = "all_tokens") -> FeatureExtractor:
+    def extractor(
+        self, sketch: Sketch, gradient: str = "all_tokens", last_layers: int | None = None
+    ) -> FeatureExtractor:
         """The extractor of this policy's gradient rows, with the demo's settings."""
         return FeatureExtractor(
             self.model,
             sketch,
             beta=DEMO.dpo["beta"],
             gradient=gradient,
+            last_layers=last_layers,
             max_tokens_per_batch=TOKENS,
         )
 

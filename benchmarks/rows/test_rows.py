@@ -46,16 +46,16 @@ def test_ours(benchmark, workload: Workload, method: str, normalize: str) -> Non
     benchmark.extra_info.update(errors(rows, exact))
 
 
-def test_response_tokens(benchmark, workload: Workload) -> None:
+@pytest.mark.parametrize("layers", ["all layers", "half of the layers"])
+def test_response_tokens(benchmark, workload: Workload, layers: str) -> None:
     """Prompts as constants; the errors are of the sketch and of what is left out."""
-    extractor = FeatureExtractor(
-        workload.model, Sketch("sjlt", workload.k), beta=1.0, gradient="response_tokens"
-    )
+    extractor = FeatureExtractor(workload.model, Sketch("sjlt", workload.k), beta=1.0)
+    extractor = extractor.of_response_tokens(_last_layers(workload, layers))
     extractor.check(workload.tokenized)
     rows = _measure(
         benchmark,
         workload,
-        "**ours**, sjlt, response tokens",
+        f"**ours**, sjlt, response tokens{_suffix(extractor)}",
         _gradients(extractor, workload, "response"),
         workload.rounds,
     )
@@ -63,16 +63,22 @@ def test_response_tokens(benchmark, workload: Workload) -> None:
 
 
 @pytest.mark.parametrize("normalize", ["pair", "response"])
-def test_two_stages(benchmark, workload: Workload, normalize: str) -> None:
-    """Cheap rows of all responses, then exact rows of those in a sixth of the pairs.
+@pytest.mark.parametrize(
+    ("layers", "per_pick"), [("all layers", 10), ("all layers", 2), ("half of the layers", 2)]
+)
+def test_two_stages(
+    benchmark, workload: Workload, layers: str, per_pick: int, normalize: str
+) -> None:
+    """Cheap rows of all responses, then exact rows of those in a part of the pairs.
 
-    A sixth is what `preselect=10` leaves of the paper's 3,000 pairs for 50 picks. Here they are the
-    first pairs of items at equal distances: which they are has little effect on the time.
+    The part is what `per_pick` leaves of the paper's 3,000 pairs for 50 picks. Here they are the
+    first pairs of items at equal distances: which they are has little effect on the time. A small
+    workload has more than this part, as one pair of it is the least.
     """
     exact = FeatureExtractor(workload.model, Sketch("sjlt", workload.k), beta=1.0)
-    cheap = exact.of_response_tokens()
+    cheap = exact.of_response_tokens(_last_layers(workload, layers))
     tokens, relative = workload.tokenized, normalize == "pair"
-    part = tokens.only(_rows_of_first_pairs(tokens, 1 / 6))
+    part = tokens.only(_rows_of_first_pairs(tokens, per_pick * 50 / 3000))
     for extractor, needed in ((cheap, tokens), (exact, part)):
         extractor.check(needed)
 
@@ -83,7 +89,11 @@ def test_two_stages(benchmark, workload: Workload, normalize: str) -> None:
         ]
 
     _measure(
-        benchmark, workload, f"**ours**, sjlt, two stages, {normalize!r}", compute, workload.rounds
+        benchmark,
+        workload,
+        f"**ours**, sjlt, two stages{_suffix(cheap)}, {per_pick} pairs per pick, {normalize!r}",
+        compute,
+        workload.rounds,
     )
     benchmark.extra_info["exact share"] = len(part.sequences) / len(tokens.sequences)
 
@@ -185,6 +195,16 @@ def _gradients(
             workload.tokenized, relative=normalize == "pair", show_progress=False
         ).gradients
     )
+
+
+def _last_layers(workload: Workload, layers: str) -> int | None:
+    count: int = workload.model.config.num_hidden_layers
+    return None if layers == "all layers" else count // 2
+
+
+def _suffix(extractor: FeatureExtractor) -> str:
+    layers = extractor.last_layers
+    return "" if layers is None else f" of the last {layers} layers"
 
 
 def _rows_of_first_pairs(tokens: TokenizedPool, share: float) -> list[int]:

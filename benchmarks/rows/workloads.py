@@ -117,7 +117,7 @@ def small_llama() -> Workload:
     return Workload(
         "Llama 256x4",
         with_trained_lora(model, "all-linear"),
-        summaries(tokenizer, "small", 16),
+        summaries(tokenizer, "small", 32),
         rounds=5,
     )
 

@@ -16,7 +16,7 @@ OF_THE_FIELDS = {field.name: field for field in fields(SelectorConfig)}
 OF_A_STORE = {("select", "strategy"), ("select", "normalize"), ("select", "preselect")}
 
 
-@pytest.mark.parametrize(("command", "count"), [("features", 12), ("select", 3)])
+@pytest.mark.parametrize(("command", "count"), [("features", 13), ("select", 3)])
 def test_options_are_the_fields(command: str, count: int) -> None:
     own = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     shared = [

@@ -75,7 +75,12 @@ def test_info_verify_and_export(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_info_explains_settings_that_most_stores_do_not_have() -> None:
-    optional = ["gradient", "length_normalized", "chat_template_kwargs"]  # written if not default
+    optional = [
+        "gradient",
+        "last_layers",
+        "length_normalized",
+        "chat_template_kwargs",
+    ]  # written if not default
     assert [name for name in optional if not _MEANINGS.get(name)] == []
 
 

@@ -235,6 +235,7 @@ def _all_responses() -> list[str]:
         (["--sketch", "rademacher"], "sketch"),
         (["--sketch", "none"], "sketch = 'sjlt', not 'none'"),
         (["--seed", "1"], "seed"),
+        (["--last-layers", "1"], "last_layers"),
         (["--max-length", "0"], "max_length"),
         (["--truncation-mode", "keep_end"], "truncation_mode"),
         (["--dtype", "bfloat16"], "dtype"),
@@ -435,7 +436,9 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
     assert scores == sorted(scores, reverse=True)  # gains only shrink within a batch
 
 
+@pytest.mark.parametrize("last_layers", [None, 1])
 def test_two_stores_are_the_two_stages_of_the_selector(
+    last_layers: int | None,
     project: Path,
     store: Path,
     tmp_path: Path,
@@ -444,11 +447,12 @@ def test_two_stores_are_the_two_stages_of_the_selector(
 ) -> None:
     cheap = str(tmp_path / "cheap")
     argv = [*_features(project, tmp_path / "cheap"), "--proj-dim", "64"]
-    assert main([*argv, "--gradient", "response_tokens"]) == 0
+    layers = [] if last_layers is None else ["--last-layers", str(last_layers)]
+    assert main([*argv, "--gradient", "response_tokens", *layers]) == 0
     model, tokenizer = _policy(project)
     pool = PreferencePool.load(project / "pool.jsonl")
     one = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 4)
-    two = ActiveDPOSelector(model, tokenizer, proj_dim=64, preselect=1)
+    two = ActiveDPOSelector(model, tokenizer, proj_dim=64, preselect=1, last_layers=last_layers)
     labels = _write_jsonl(
         tmp_path / "labels.jsonl",
         [{"id": pick.id, "pair": list(pick.pair), "label": 0} for pick in one],

@@ -121,7 +121,8 @@ def test_a_finding_of_one_check_holds_for_the_other() -> None:
     extractor = FeatureExtractor(model, EXACT, beta=1.0)
     extractor.gradients(TOKENS)
     longest = max(len(sequence.input_ids) for sequence in TOKENS.sequences)
-    extractor._layouts._gradients = {(True, False): (Layout.ALONE, longest)}
+    (known,) = extractor._layouts._gradients
+    extractor._layouts._gradients[known] = (Layout.ALONE, longest)
     seen: list[int] = []
     model.get_submodule("base_model.model.model.layers.0").register_forward_hook(
         lambda module, inputs, output: seen.append(len(inputs[0]))

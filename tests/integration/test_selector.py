@@ -369,14 +369,16 @@ def test_equal_rewards_are_logged(strategy: str, caplog: pytest.LogCaptureFixtur
         ("adpo_plus", "none"),
     ],
 )
+@pytest.mark.parametrize("last_layers", [None, 1])
 def test_two_stages_are_a_cheap_and_an_exact_selection(
-    model, tokenizer, strategy: str, normalize: str
+    model, tokenizer, strategy: str, normalize: str, last_layers: int | None
 ) -> None:
     """Pairs labeled in the pool and elsewhere are in V of both stages."""
     pool, earlier = make_pool(10), make_pool(4, n_responses=2, start=20)
     options = {"strategy": strategy, "normalize": normalize}
     exact = selector(model, tokenizer, **options)
-    cheap = selector(model, tokenizer, gradient="response_tokens", **options)
+    own = {"last_layers": last_layers}
+    cheap = selector(model, tokenizer, gradient="response_tokens", **own, **options)
     labeled = [exact.select(pool, 3), exact.select(earlier, 2)]
     chosen = {(pick.id, pick.pair) for pick in cheap.select(pool, 8, labeled=labeled)}
     others = [
@@ -386,7 +388,7 @@ def test_two_stages_are_a_cheap_and_an_exact_selection(
     ]
     # One stage with exact rows over the pairs that the cheap stage chose: the others are closed.
     expected = exact.select(pool, 4, labeled=labeled, asked=Selection(tuple(others), "activedpo"))
-    two = selector(model, tokenizer, preselect=2, **options)
+    two = selector(model, tokenizer, preselect=2, **own, **options)
     got = two.select(pool, 4, labeled=labeled)
     assert [(p.id, p.pair) for p in got] == [(p.id, p.pair) for p in expected]
     assert [p.score for p in got] == pytest.approx([p.score for p in expected], rel=1e-7)

@@ -180,6 +180,7 @@ def failures(rank: int, group: dist.ProcessGroup) -> dict[str, str]:
     attempt("strategy", strategy=("apo", "random")[rank])
     attempt("lam", options={"lam": 1.0 + rank})
     attempt("preselect", options={"preselect": 1 + rank})
+    attempt("layers", options={"preselect": 1, "last_layers": 1 + rank})
     attempt("length", options={"truncation_mode": ("keep_start", "keep_end")[rank]})
     attempt("rules", rules=PickRules(max_per_prompt=1 + rank))
     rows = [
@@ -314,6 +315,7 @@ def test_wrong_input_in_one_process_is_an_error_in_all(results) -> None:
             ("strategy", "strategy"),
             ("lam", "strategy"),
             ("preselect", "preselect"),
+            ("layers", "last_layers"),
             ("length", "tokenization"),
             ("rules", "rules"),
             ("price", "pool"),

@@ -58,6 +58,9 @@ def features(
         bool, flag(SelectorConfig, "length_normalized")
     ] = SelectorConfig.length_normalized,
     gradient: Annotated[GradientOf, option(SelectorConfig, "gradient")] = SelectorConfig.gradient,
+    last_layers: Annotated[
+        int | None, option(SelectorConfig, "last_layers")
+    ] = SelectorConfig.last_layers,
     max_length: Annotated[
         int, option(SelectorConfig, "max_length", metavar="INTEGER, 0 for no limit")
     ] = SelectorConfig.max_length or 0,
@@ -123,6 +126,7 @@ def features(
                 beta=beta,
                 length_normalized=length_normalized,
                 gradient=gradient,
+                last_layers=last_layers,
                 max_length=max_length or None,
                 truncation_mode=truncation_mode,
                 chat_template_kwargs=chat_template_kwargs,
