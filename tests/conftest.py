@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 # Before any import of torch or a Hugging Face library.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if getattr(getattr(item, "module", None), "DEVICE", "cpu") == "cuda":
             item.add_marker(pytest.mark.gpu)
     items.sort(key=lambda item: not item.path.as_posix().endswith(FIRST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_imports_in_garbage_collections() -> Iterator[None]:
+    """Leave what is in memory before a file's tests out of garbage collections: they look through
+    a million objects of imported libraries otherwise, and each training collects once or more."""
+    gc.collect()
+    gc.freeze()
+    yield
 
 
 # The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples. No example has
