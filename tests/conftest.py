@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 # Before any import of torch or a Hugging Face library.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +22,10 @@ from hypothesis import settings
 # torch does not do, but transformers does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        from tests.support.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 
 # Files that take long. `make test` gives whole files to its processes: one of these at the end
@@ -30,6 +36,8 @@ FIRST = (
     "benchmarks/test_gpu_benchmark.py",
     "integration/test_cli.py",
     "integration/test_demo.py",
+    "integration/test_loop.py",
+    "kernels/test_sketch.py",
     "package/test_build.py",
 )
 
@@ -57,5 +65,14 @@ def without_imports_in_garbage_collections() -> Iterator[None]:
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def _fsync(file: int | Any) -> None:
+    os.fstat(file if isinstance(file, int) else file.fileno())  # which refuses what fsync does
+
+
+# Milliseconds each, and a round of a run has dozens. Only a loss of power would show a difference.
+# Programs that tests start wait for the disk.
+os.fsync = _fsync
 
 torch.set_num_threads(1)  # where OMP_NUM_THREADS says otherwise
