@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 # Before any import of torch or a Hugging Face library.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +22,10 @@ from hypothesis import settings
 # torch does not do, but transformers does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        from tests.support.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 
 # Files that take long. `make test` gives whole files to its processes: one of these at the end
@@ -28,6 +36,8 @@ FIRST = (
     "benchmarks/test_gpu_benchmark.py",
     "integration/test_cli.py",
     "integration/test_demo.py",
+    "integration/test_loop.py",
+    "kernels/test_sketch.py",
     "package/test_build.py",
 )
 
@@ -41,10 +51,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(FIRST))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_imports_in_garbage_collections() -> Iterator[None]:
+    """Leave what is in memory before a file's tests out of garbage collections: they look through
+    a million objects of imported libraries otherwise, and each training collects once or more."""
+    gc.collect()
+    gc.freeze()
+    yield
+
+
 # The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples. No example has
 # a deadline: how long one takes depends on what else the machine does.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def _fsync(file: int | Any) -> None:
+    os.fstat(file if isinstance(file, int) else file.fileno())  # which refuses what fsync does
+
+
+# Milliseconds each, and a round of a run has dozens. Only a loss of power would show a difference.
+# Programs that tests start wait for the disk.
+os.fsync = _fsync
 
 torch.set_num_threads(1)  # where OMP_NUM_THREADS says otherwise

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from benchmarks.gpu.cases import Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
 
@@ -69,10 +67,14 @@ def active(found: Found) -> Record:
 
 def architecture() -> str:
     """nvcc's name for this GPU; for Hopper and later, with architecture-specific features."""
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     return f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
 
 
 def torch_headers() -> Path:
     """The folder of torch's own copy of pybind11/pybind11.h."""
+    import torch
+
     return Path(torch.__file__).parent / "include"

@@ -21,8 +21,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from activedpo_fast._files import write_atomic
 from benchmarks.gpu.cases import SECTIONS, Case, Found, Record, Settings, Skip
 from benchmarks.gpu.checkout import ROOT
@@ -97,6 +95,8 @@ def _device_works(device: str) -> bool:
     gc.collect()
     if device != "cuda":
         return True
+    import torch  # which takes seconds, and not every section needs it
+
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -108,8 +108,7 @@ def _device_works(device: str) -> bool:
 def main() -> int:
     name, state, device, deadline = sys.argv[1:5]
     if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-        torch.set_num_threads(1)
+        os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     settings = Settings(device, "--tiny" in sys.argv, float(deadline))
     return measure(SECTIONS[name].cases(settings), settings, Path(state))
 

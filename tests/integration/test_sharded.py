@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from datetime import timedelta
@@ -29,6 +30,7 @@ from activedpo_fast.selection.rules import PickRules
 from activedpo_fast.selection.strategies import STRATEGIES
 from activedpo_fast.selector import ActiveDPOSelector
 from activedpo_fast.store.store import FeatureStore
+from tests.support.killing import run_together
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
 from tests.support.processes import run_processes
 
@@ -355,8 +357,33 @@ def test_parts_are_whole_items_of_about_as_many_responses() -> None:
 # -- the command line ------------------------------------------------------------------------------
 
 
-def test_select_under_torchrun_writes_the_file_of_one_process(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def forked(argv: list[str]) -> str:
+    results = run_together([argv] * WORLD)
+    assert [code for code, _, _ in results] == [0] * WORLD, results
+    lines = [line for _, _, said in results for line in said.splitlines(True)]
+    return "".join(line for line in lines if not line.startswith("activedpo: "))  # warnings
+
+
+def under_torchrun(argv: list[str]) -> str:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "activedpo_fast", *argv],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("launched", [forked, pytest.param(under_torchrun, marks=pytest.mark.slow)])
+def test_select_by_a_launcher_writes_the_file_of_one_process(
+    launched: Callable[[list[str]], str],
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "labels.jsonl").write_text(
         '{"id": "item-0", "pair": [0, 1], "label": 1}\n'
@@ -381,29 +408,10 @@ def test_select_under_torchrun_writes_the_file_of_one_process(
     ]
     capsys.readouterr()
     assert main([*argv, str(tmp_path / "one.jsonl")]) == 0
-    said = capsys.readouterr()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(WORLD),
-            "-m",
-            "activedpo_fast",
-            *argv,
-            str(tmp_path / "two.jsonl"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split(" picked by ")[0] == said.out.split(" picked by ")[0]
-    assert done.stdout.count("\n") == 1
+    alone = capsys.readouterr().out
+    together = launched([*argv, str(tmp_path / "two.jsonl")])
+    assert together.split(" picked by ")[0] == alone.split(" picked by ")[0]
+    assert together.count("\n") == 1
     one, two = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("one.jsonl", "two.jsonl")

@@ -33,6 +33,7 @@ from activedpo_fast.training.generation import generate_responses, respond
 from activedpo_fast.training.loop import ActiveDPOLoop
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 trl = pytest.importorskip("trl")
 

@@ -19,6 +19,7 @@ from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
 from tests.support.killing import content, run, run_file
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 PROMPTS = [Prompt(f"p{n}", f"The {word}", {}) for n, word in enumerate("fox dog sketch".split())]
 

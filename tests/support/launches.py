@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ def recorded(wrong: set[str]) -> Iterator[list[Variant]]:
     found: list[Variant] = []
     run, backend = JITFunction.run, make_backend(GPUTarget("cuda", 90, 32))
 
+    @cache  # each is compiled by Python, and there are thousands of launches of few kernels
+    def binder(kernel: Any) -> Any:
+        return create_function_from_signature(kernel.signature, kernel.params, backend)
+
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         wrong.update(
             f"{self.__name__} is launched without {name}={value}"
@@ -56,8 +61,7 @@ def recorded(wrong: set[str]) -> Iterator[list[Variant]]:
             for size, most in zip(grid, GRID, strict=False)
             if not 0 < size <= most
         )
-        binder = create_function_from_signature(self.signature, self.params, backend)
-        packed = self._pack_args(backend, options, *binder(*args, **options))
+        packed = self._pack_args(backend, options, *binder(self)(*args, **options))
         compiled, signature, constants, attributes = packed
         found.append(
             Variant(

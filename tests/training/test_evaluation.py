@@ -20,6 +20,7 @@ from activedpo_fast.training.heldout_preferences import HeldoutPreferences
 from activedpo_fast.training.run_folder import read_adapter
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 pytest.importorskip("trl")
 

@@ -22,6 +22,7 @@ from activedpo_fast.training.prompts import draw_items
 from activedpo_fast.training.run_folder import read_records
 from activedpo_fast.training.trl import dpo_config
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 ROWS = [
     {
