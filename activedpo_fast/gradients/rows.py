@@ -19,7 +19,7 @@ from activedpo_fast.gradients.dora import constant_dora_norms
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.passes import gradient_pass, whole_model_logps
 from activedpo_fast.gradients.sketch import RowPlan
-from activedpo_fast.gradients.sketching import sketch_into
+from activedpo_fast.gradients.sketching import Sketching
 from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.undisturbed import undisturbed
 
@@ -42,8 +42,7 @@ def captured_rows(
     with (
         undisturbed(model, precision),
         constant_dora_norms(model),
-        sketch_into(plan, rows) as consume,
-        Capture(trained.layers, consume) as capture,
+        Capture(trained.layers, Sketching(plan, rows)) as capture,
     ):
         logps = gradient_pass(
             model,

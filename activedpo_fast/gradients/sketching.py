@@ -6,32 +6,19 @@ is put aside, up to a bound on memory, and then sketched with a few launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from activedpo_fast.gradients.hooks import Consumer
 from activedpo_fast.gradients.sketch import RowPlan
 from activedpo_fast.gradients.terms import OneHot, Outer, Term
 
-# Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
-# sees few already: this much keeps it busy for longer than launching the next sketches takes.
-_ASIDE = 1 << 30
-
-
-@contextmanager
-def sketch_into(plan: RowPlan, out: Tensor) -> Iterator[Consumer]:
-    """Give a consumer that adds the gradients of each layer's parameters to the rows `out`.
-
-    out: [n, plan.dim]. It has all of them once the context ends without an error.
-    """
-    sketching = _Sketching(plan, out, _ASIDE if out.is_cuda else 0)
-    yield sketching.add
-    sketching.finish()
+# Bytes that are kept from layer to layer. More would save launches of which the GPU sees few
+# already: this much keeps it busy for longer than launching the next sketches takes.
+ASIDE = 1 << 30
 
 
 @dataclass
@@ -43,11 +30,17 @@ class _Captured:
     gradients: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
 
-class _Sketching:
-    def __init__(self, plan: RowPlan, out: Tensor, most: int) -> None:
-        self._plan, self._out, self._most = plan, out, most
+class Sketching:
+    """Adds the gradients of each layer's parameters to rows; see `hooks.Consumer`.
+
+    out: [n, plan.dim]. It has all of a backward pass once that is finished. most: bytes to put
+        aside; default: `ASIDE` on a GPU, none on the CPU.
+    """
+
+    def __init__(self, plan: RowPlan, out: Tensor, most: int | None = None) -> None:
+        self._plan, self._out = plan, out
+        self._most = (ASIDE if out.is_cuda else 0) if most is None else most
         self._aside: dict[tuple[int, Any], _Captured] = {}
-        self._addresses: set[int] = set()  # layers share inputs
         self._bytes = 0
 
     def add(self, terms: Sequence[Term], segments: Tensor) -> None:
@@ -62,14 +55,13 @@ class _Sketching:
             self.finish()
 
     def _put_aside(self, term: Outer, segments: Tensor) -> None:
-        device = term.left.device
-        stream = torch.cuda.current_stream(device) if term.left.is_cuda else None
-        captured = self._aside.setdefault((id(segments), stream), _Captured(segments, stream))
-        captured.gradients.append((term.name, term.left, term.right))
-        for tensor in (term.left, term.right):
-            if tensor.data_ptr() not in self._addresses:
-                self._addresses.add(tensor.data_ptr())
-                self._bytes += tensor.nbytes
+        name, left, right, kept = term
+        stream = torch.cuda.current_stream(left.device) if left.is_cuda else None
+        captured = self._aside.get((id(segments), stream))
+        if captured is None:
+            captured = self._aside[id(segments), stream] = _Captured(segments, stream)
+        captured.gradients.append((name, left, right))
+        self._bytes += kept
 
     def finish(self) -> None:
         """Sketch what was put aside."""
@@ -77,5 +69,4 @@ class _Sketching:
             with torch.cuda.stream(captured.stream):  # None: no stream
                 self._plan.add(self._out, captured.gradients, captured.segments)
         self._aside.clear()
-        self._addresses.clear()
         self._bytes = 0
