@@ -1,7 +1,7 @@
-"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per launch.
+"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per call.
 
 What runs of positions hash to is written to a table that all rows and segments read; one launch
-draws those of a group of weights. With runs of 16, it has half a byte per position, so a LoRA
+draws those of all weights of a call. With runs of 16, it has half a byte per position, so a LoRA
 weight's table stays in the caches. The sketch kernels then need one load per number, mostly of a
 word that a neighbor loads too.
 """
@@ -33,13 +33,7 @@ from activedpo_fast.kernels.jobs import (
 from activedpo_fast.kernels.launching import cdiv
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
-from activedpo_fast.ops.reference import (
-    KRONECKER_STREAMS,
-    RUN,
-    SIGNS,
-    SJLT_STREAM,
-    kronecker_sides,
-)
+from activedpo_fast.ops.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_sides
 
 _BLOCK = 256
 _SJLT = tl.constexpr(SJLT_STREAM)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -286,7 +286,7 @@ def lora_grad_sketches(out: Tensor, weights: Sequence[tuple[Tensor, Tensor, int]
 def _prepared(groups: Sequence[_Group], k: int, kronecker: bool,
               device: torch.device) -> list[tuple[_Group, Tensor, Tensor]]:
     """Return each group with its rows of the table and the hashes, drawn together."""
-    table = on_device(chain.from_iterable(group.rows for group in groups), device)
+    table = on_device([row for group in groups for row in group.rows], device)
     sizes = [size for group in groups for size in group.sizes]
     tables = hashes.draw(table, sizes, k, kronecker)
     parts = table.split([len(group.rows) for group in groups])

@@ -80,7 +80,11 @@ class Batch:
             for i, pair in enumerate(self.adapters)
             for name, matrix in zip("AB", pair, strict=True)
         ]
-        shapes = [(layer.label, layer.module.weight.shape) for layer in self.layers]
+        shapes = [
+            (f"{i}.lora_{name}.weight", matrix.weight.shape)
+            for i, pair in enumerate(self.adapters)
+            for name, matrix in zip("AB", pair, strict=True)
+        ]
         self.plan = SketchPlan(Sketch(method), shapes)
 
     def run(self, way: type[Capture]) -> Figures:

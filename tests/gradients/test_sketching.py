@@ -146,9 +146,7 @@ def test_launches_of_a_batch_of_llama_7b(rank, dtype, tiles, method, monkeypatch
         for of_pass in segments:
             for layer in reversed(layers):
                 rows, columns = layer.module.weight.shape
-                rule = layer.seen(
-                    Call((tokens(batch, length, columns),), {}, (batch, length))
-                )
+                rule = layer.seen(Call((tokens(batch, length, columns),), {}, (batch, length)))
                 consumer.add(rule(tokens(batch, length, rows), of_pass), of_pass)
             consumer.finish()
         size = passes * batch * length * 128 * (side + rank) * dtype.itemsize
