@@ -1,7 +1,7 @@
 """The GPU kernels in Triton, installed as `activedpo_fast.kernels`.
 
     philox                 random bits, generated in registers
-    hashes                 buckets and signs of positions, drawn once per launch
+    hashes                 buckets and signs of positions, drawn once per call
     launching              helpers shared by the host functions
     interpreting           Triton's interpreter with a NumPy that it was not made for
     jobs                   the table of weights that a launch works through

@@ -6,8 +6,6 @@ sum of the absolute values of the run's gradient, and so its sketch, whatever th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,6 @@ from activedpo_fast.kernels.jobs import (
     RIGHT,
     RIGHT_STEP,
     ROWS,
-    Job,
     operand_at,
 )
 from activedpo_fast.kernels.launching import ELEMENTS, NAMES, cdiv
@@ -87,15 +84,16 @@ def segment_bounds_kernel(bounds, norms, jobs, segments, tokens: tl.int64, BT: t
     raise_bound(bounds, row, tl.sum(total, 0) * tl.sqrt(size))
 
 
-def raise_bounds(bounds: Tensor, jobs: Sequence[Job], table: Tensor, segments: Tensor) -> None:
-    """Raise the bounds of all segments' rows; table, segments: of the jobs, on the device."""
-    dtype, tokens = jobs[0].left.dtype, len(jobs[0].left)
+def raise_bounds(bounds: Tensor, jobs: Tensor, dtype: torch.dtype, tokens: int,
+                 segments: Tensor) -> None:
+    """Raise the bounds of all segments' rows; jobs: rows of the table, of one dtype and number of
+    tokens."""
     norms = torch.empty(len(jobs), tokens, dtype=torch.float64, device=bounds.device)
     token_norms_kernel[(cdiv(tokens, _TOKENS), len(jobs))](
-        norms, table, tokens, UNIT=16 // dtype.itemsize, BT=_TOKENS, BC=_NUMBERS,
+        norms, jobs, tokens, UNIT=16 // dtype.itemsize, BT=_TOKENS, BC=_NUMBERS,
         ELEMENT=ELEMENTS[dtype], FIELDS=FIELDS, **LAUNCH)
     segment_bounds_kernel[(len(segments), len(jobs))](
-        bounds, norms, table, segments, tokens, BT=_BLOCK, FIELDS=FIELDS, **LAUNCH)
+        bounds, norms, jobs, segments, tokens, BT=_BLOCK, FIELDS=FIELDS, **LAUNCH)
 
 
 def variants() -> list[Variant]:

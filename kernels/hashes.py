@@ -1,7 +1,7 @@
-"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per launch.
+"""Buckets and signs of `reference.sjlt_hash` and `reference.kronecker`, drawn once per call.
 
 What runs of positions hash to is written to a table that all rows and segments read; one launch
-draws those of a group of weights. With runs of 16, it has half a byte per position, so a LoRA
+draws those of all weights of a call. With runs of 16, it has half a byte per position, so a LoRA
 weight's table stays in the caches. The sketch kernels then need one load per number, mostly of a
 word that a neighbor loads too.
 """
@@ -33,15 +33,7 @@ from activedpo_fast.kernels.jobs import (
 from activedpo_fast.kernels.launching import cdiv
 from activedpo_fast.kernels.philox import philox4x32
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
-from activedpo_fast.ops.layout import signed
-from activedpo_fast.ops.reference import (
-    KRONECKER_STREAMS,
-    RUN,
-    SIGNS,
-    SJLT_STREAM,
-    kronecker_place,
-    kronecker_sides,
-)
+from activedpo_fast.ops.reference import KRONECKER_STREAMS, RUN, SIGNS, SJLT_STREAM, kronecker_sides
 
 _BLOCK = 256
 _SJLT = tl.constexpr(SJLT_STREAM)
@@ -164,20 +156,20 @@ def run_log2(buckets: int) -> int:
     return math.gcd(buckets, RUN).bit_length() - 1
 
 
-def position_fields(positions: int, key: int, k: int) -> tuple[list[int], int]:
-    """Return places KEY.. of a job's row for "sjlt", and the numbers in its table."""
-    runs = cdiv(positions, 1 << run_log2(k))
-    return [signed(key), runs], runs
+def position_fields(positions: int, k: int) -> list[int]:
+    """Return place RUNS of a job's row for "sjlt": the numbers in its table."""
+    return [cdiv(positions, 1 << run_log2(k))]
 
 
-def side_fields(shape: tuple[int, int], key: int, k: int) -> tuple[list[int], int]:
-    """Return places KEY.. of a job's row for "kronecker", and the numbers in its table."""
+def side_fields(shape: tuple[int, int], k: int) -> list[int]:
+    """Return places LEFT_BUCKETS..RIGHT_LOG2 of a job's row for "kronecker"; its table has
+    rows + columns numbers."""
     sides = kronecker_sides(*shape, k)
-    return [signed(key), *sides, *map(run_log2, sides), *kronecker_place(key, k)], sum(shape)
+    return [*sides, *map(run_log2, sides)]
 
 
 def draw(jobs: Tensor, sizes: Sequence[int], k: int, kronecker: bool) -> Tensor:
-    """Return the tables of a group of jobs, one after another; sizes: the numbers in each."""
+    """Return the tables of jobs, one after another; sizes: the numbers in each."""
     tables = torch.empty(sum(sizes), dtype=torch.int64, device=jobs.device)
     kernel = draw_sides_kernel if kronecker else draw_runs_kernel
     kernel[(cdiv(max(sizes), _BLOCK), len(sizes))](

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import Struct
 
 import torch
 import triton
@@ -36,29 +37,47 @@ RUN_STRIDE = tl.constexpr(13)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One weight's gradients: sums of left_t right_tᵀ."""
+class Form:
+    """The layout of a weight's operands: left [N, rows] and right [N, columns], rows contiguous."""
 
-    left: Tensor  # [N, rows] or wider: its rows have whole units of 16 bytes
-    right: Tensor  # [N, columns] likewise
-    shape: tuple[int, int]  # of the weight
-    key: int
+    rows: int
+    columns: int
+    steps: tuple[int, int] | None  # LEFT_STEP, RIGHT_STEP; None: rows are not whole units
 
     @classmethod
-    def of(cls, left: Tensor, right: Tensor, key: int) -> Job:
-        return cls(in_units(left), in_units(right), (left.shape[1], right.shape[1]), key)
+    def of(cls, left: Tensor, right: Tensor) -> Form:
+        unit = 16 // left.element_size()
+        numbers = *left.shape[1:], *right.shape[1:], left.stride(0), right.stride(0)
+        whole = all(number % unit == 0 for number in numbers)
+        steps = (left.stride(0) // unit, right.stride(0) // unit) if whole else None
+        return cls(left.shape[1], right.shape[1], steps)
 
-    def fields(self) -> list[int]:
-        """The first places of its row."""
-        unit = 16 // self.left.element_size()
-        return [self.left.data_ptr(), self.right.data_ptr(), self.left.stride(0) // unit,
-                self.right.stride(0) // unit, *self.shape]
+    def fields(self, left: Tensor, right: Tensor, copies: list[Tensor]) -> list[int]:
+        """Return the places up to COLUMNS of a weight's row.
+
+        Operands that are not of whole units are copied first: `copies` keeps these.
+        """
+        at, other, steps = left.data_ptr(), right.data_ptr(), self.steps
+        if steps is None or (at | other) % 16:
+            left, right = in_units(left), in_units(right)
+            copies += left, right
+            unit = 16 // left.element_size()
+            at, other = left.data_ptr(), right.data_ptr()
+            steps = left.stride(0) // unit, right.stride(0) // unit
+        return [at, other, *steps, self.rows, self.columns]
 
 
-def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return the table of the rows, int64 [P, FIELDS], copied without waiting for the device."""
-    table = torch.zeros(len(rows), FIELDS, dtype=torch.int64)
-    table[:, :len(rows[0])] = torch.tensor(rows)
+def on_device(rows: Sequence[list[int]], device: torch.device) -> Tensor:
+    """Return the table of the rows, which have the same first places, int64 [P, FIELDS].
+
+    It is copied without waiting for the device.
+    """
+    row_bytes = 8 * FIELDS
+    numbers = bytearray(row_bytes * len(rows))
+    pack = Struct(f"{len(rows[0])}q").pack_into
+    for i, row in enumerate(rows):
+        pack(numbers, i * row_bytes, *row)
+    table = torch.frombuffer(numbers, dtype=torch.int64).view(-1, FIELDS)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

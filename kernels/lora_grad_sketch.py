@@ -16,8 +16,8 @@ smallest first. An operand that a bfloat16 model wrote is its own first piece.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -40,12 +40,14 @@ from activedpo_fast.kernels.jobs import (
     ROWS,
     RUN_STRIDE,
     TABLE,
-    Job,
+    Form,
     on_device,
     operand_at,
 )
 from activedpo_fast.kernels.launching import ELEMENTS, NAMES, cdiv, on, operand
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
+from activedpo_fast.ops.layout import signed
+from activedpo_fast.ops.reference import kronecker_place
 
 
 @dataclass(frozen=True)
@@ -211,35 +213,27 @@ def lora_grad_sketch_kernel(sums, bounds, jobs, tables, segments, count: tl.int3
                   False, KRONECKER, FIXED, BM, BN)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Group:
-    """Jobs of one dtype and tile, with their tables on the device."""
+    """Weights of one tile, dtype and number of tokens, whose rows in the table are adjacent."""
 
-    jobs: Sequence[Job]
     tile: Tile
-    table: Tensor  # of the jobs
-    hashes: Tensor
+    dtype: torch.dtype
+    tokens: int
+    tiles: int = 0  # of the largest gradient
+    rows: list[list[int]] = field(default_factory=list)  # of the table
+    sizes: list[int] = field(default_factory=list)  # numbers of hashes that each has
 
-    @classmethod
-    def of(cls, jobs: Sequence[Job], tile: Tile, k: int, kronecker: bool) -> _Group:
-        rows, sizes, begin = [], [], 0
-        for job in jobs:
-            fields, size = (hashes.side_fields(job.shape, job.key, k) if kronecker else
-                            hashes.position_fields(job.shape[0] * job.shape[1], job.key, k))
-            rows.append([*job.fields(), begin, *fields])
-            sizes.append(size)
-            begin += size
-        table = on_device(rows, jobs[0].left.device)
-        return cls(jobs, tile, table, hashes.draw(table, sizes, k, kronecker))
+    def add(self, sums: Tensor, bounds: Tensor | None, jobs: Tensor, tables: Tensor,
+            segments: Tensor, kronecker: bool) -> None:
+        """Add the sketches of all segments, int64 [S, 3] on the device, in one launch or few.
 
-    def add(self, sums: Tensor, bounds: Tensor | None, segments: Tensor, kronecker: bool) -> None:
-        """Add the sketches of all segments, int64 [S, 3] on the device, in one launch or few."""
-        tile, dtype, k = self.tile, self.jobs[0].left.dtype, sums.shape[1]
-        tiles = max(cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
-                    for rows, columns in (job.shape for job in self.jobs))
-        for part in segments.split(max(1, _GRID // tiles)):
-            lora_grad_sketch_kernel[(tiles * len(part), len(self.jobs))](
-                sums, bounds, self.table, self.hashes, part, len(part), k, run_log2(k),
+        jobs: its rows of the table, on the device. tables: the hashes of all groups.
+        """
+        tile, dtype, k = self.tile, self.dtype, sums.shape[1]
+        for part in segments.split(max(1, _GRID // self.tiles)):
+            lora_grad_sketch_kernel[(self.tiles * len(part), len(jobs))](
+                sums, bounds, jobs, tables, part, len(part), k, run_log2(k),
                 sums.stride(0), KRONECKER=kronecker, FIXED=bounds is not None, BM=tile.rows,
                 BN=tile.columns, BK=tile.tokens, UNIT=16 // dtype.itemsize,
                 ELEMENT=ELEMENTS[dtype], OPERAND=_multiplied_in(dtype), FIELDS=FIELDS,
@@ -269,33 +263,75 @@ def lora_grad_sketches(out: Tensor, weights: Sequence[tuple[Tensor, Tensor, int]
     if len(segments) == 0:
         return
     kronecker, k = method == "kronecker", out.shape[1]
+    copies: list[Tensor] = []
     with on(out.device):
         there = _segments_on(segments, out.device)
-        groups = [_Group.of(jobs, tile, k, kronecker) for jobs, tile in _grouped(weights)]
+        work = []
+        for begin in range(0, len(weights), _JOBS):
+            groups = _grouped(weights[begin:begin + _JOBS], k, kronecker, copies)
+            if groups:
+                work += _prepared(groups, k, kronecker, out.device)
         if not deterministic:
-            for group in groups:
-                group.add(out, None, there, kronecker)
+            for group, jobs, tables in work:
+                group.add(out, None, jobs, tables, there, kronecker)
             return
         sums, bounds = zero_sums(len(out), k, out.device)
-        for group in groups:
-            raise_bounds(bounds, group.jobs, group.table, there)
-        for group in groups:
-            group.add(sums, bounds, there, kronecker)
+        for group, jobs, _ in work:
+            raise_bounds(bounds, jobs, group.dtype, group.tokens, there)
+        for group, jobs, tables in work:
+            group.add(sums, bounds, jobs, tables, there, kronecker)
         fixed_point.finish(out, sums, bounds)
 
 
-def _grouped(weights: Sequence[tuple[Tensor, Tensor, int]]) -> Iterator[tuple[list[Job], Tile]]:
-    """Yield jobs of one tile, dtype and number of tokens."""
-    found: dict[tuple[Tile, torch.dtype, int], list[Job]] = {}
+def _prepared(groups: Sequence[_Group], k: int, kronecker: bool,
+              device: torch.device) -> list[tuple[_Group, Tensor, Tensor]]:
+    """Return each group with its rows of the table and the hashes, drawn together."""
+    table = on_device([row for group in groups for row in group.rows], device)
+    sizes = [size for group in groups for size in group.sizes]
+    tables = hashes.draw(table, sizes, k, kronecker)
+    parts = table.split([len(group.rows) for group in groups])
+    return [(group, jobs, tables) for group, jobs in zip(groups, parts, strict=True)]
+
+
+def _grouped(weights: Sequence[tuple[Tensor, Tensor, int]], k: int, kronecker: bool,
+             copies: list[Tensor]) -> list[_Group]:
+    """Return the weights in groups. What depends on their form alone is worked out once for each.
+
+    copies: keeps those of operands that rows of the table point to.
+    """
+    groups: dict[tuple[Tile, torch.dtype, int], _Group] = {}
+    forms: dict[tuple[Any, ...], tuple[_Group, Form, list[int], int]] = {}
+    begin = 0
     for left, right, key in weights:
-        tokens = left.shape[0]
-        if tokens:
-            job = Job.of(left, right, key)
-            tile = tile_for(left.shape[1], right.shape[1], left.dtype)
-            found.setdefault((tile, left.dtype, tokens), []).append(job)
-    for (tile, _, _), jobs in found.items():
-        for begin in range(0, len(jobs), _JOBS):
-            yield jobs[begin:begin + _JOBS], tile
+        kind = left.shape, left.stride(), right.shape, right.stride(), left.dtype
+        if kind not in forms:
+            forms[kind] = _form(left, right, groups, k, kronecker)
+        group, form, hashing, size = forms[kind]
+        if not group.tokens:
+            continue
+        row = form.fields(left, right, copies)
+        row += begin, signed(key), *hashing
+        if kronecker:
+            row += kronecker_place(key, k)
+        group.rows.append(row)
+        group.sizes.append(size)
+        begin += size
+    return [group for group in groups.values() if group.rows]
+
+
+def _form(left: Tensor, right: Tensor, groups: dict[tuple[Tile, torch.dtype, int], _Group], k: int,
+          kronecker: bool) -> tuple[_Group, Form, list[int], int]:
+    """Return the group of a form of weights, the form, the places of its row after KEY that do not
+    depend on the key, and the numbers of hashes."""
+    form, dtype = Form.of(left, right), left.dtype
+    rows, columns = form.rows, form.columns
+    tile = tile_for(rows, columns, dtype)
+    group = groups.setdefault((tile, dtype, len(left)), _Group(tile, dtype, len(left)))
+    group.tiles = max(group.tiles, cdiv(rows, tile.rows) * cdiv(columns, tile.columns))
+    if kronecker:
+        return group, form, hashes.side_fields((rows, columns), k), rows + columns
+    hashing = hashes.position_fields(rows * columns, k)
+    return group, form, hashing, hashing[0]
 
 
 def variants() -> list[Variant]:

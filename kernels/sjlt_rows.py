@@ -10,9 +10,10 @@ from torch import Tensor
 from activedpo_fast.kernels import fixed_point
 from activedpo_fast.kernels.fixed_point import add_numbers, raise_bound, zero_sums
 from activedpo_fast.kernels.hashes import draw, position_fields, position_hash, run_log2, signed_by
-from activedpo_fast.kernels.jobs import TABLE, on_device
+from activedpo_fast.kernels.jobs import KEY, on_device
 from activedpo_fast.kernels.launching import cdiv, on
 from activedpo_fast.kernels.variants import LAUNCH, Variant, variant
+from activedpo_fast.ops.layout import signed
 
 READY_BLOCK = 1024  # positions whose hash is read at a time
 READY_GROUP = 8  # rows that share it
@@ -68,9 +69,9 @@ def sjlt_rows(out: Tensor, x: Tensor, key: int, deterministic: bool) -> None:
     if n == 0 or length == 0:
         return
     with on(out.device):
-        fields, size = position_fields(length, key, k)
-        jobs = on_device([[0] * TABLE.value + [0, *fields]], out.device)
-        table = draw(jobs, [size], k, kronecker=False)
+        runs, = fields = position_fields(length, k)
+        jobs = on_device([[0] * KEY.value + [signed(key), *fields]], out.device)
+        table = draw(jobs, [runs], k, kronecker=False)
         if deterministic:
             sums, bounds = zero_sums(n, k, out.device)
             ready_bounds_kernel[(n * cdiv(length, CHUNK),)](

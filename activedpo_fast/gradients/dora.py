@@ -48,7 +48,7 @@ class DoraMagnitudes:
 
         def rule(g: Tensor, segments: Tensor) -> list[Term]:
             g = by_token(self.name, g, call.shape) * by_magnitude
-            return [Outer(self.name, g, g.new_ones(len(g), 1))]
+            return [Outer(self.name, g, g.new_ones(len(g), 1), g.nbytes)]
 
         return rule
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,8 +18,18 @@ from torch import nn
 from activedpo_fast.gradients.layers import Call, Layer, has_tokens, silent_modules
 from activedpo_fast.gradients.terms import Term
 
-# (what a layer adds, segments int64 [S, 3] of (first token, token after the last, row))
-Consumer = Callable[[Sequence[Term], torch.Tensor], None]
+
+class Consumer(Protocol):
+    """Takes what layers add to rows."""
+
+    def add(self, terms: Sequence[Term], segments: torch.Tensor) -> None:
+        """Take what one use of a layer adds.
+
+        segments: int64 [S, 3], of (first token, token after the last, row).
+        """
+
+    def finish(self) -> None:
+        """Let go of all terms: a backward pass has ended, and with it what its graph keeps."""
 
 
 class Capture:
@@ -28,17 +38,17 @@ class Capture:
     Args:
         layers: the layers. An A matrix whose B is zero everywhere has an exactly zero gradient
             (dL/dA h = Bᵀ g): nothing is differentiated through it, and it is never consumed.
-        consume: called once per use of a layer in each backward pass; a layer's gradient is the sum
-            over the calls. Tensors have the dtypes that the model computes with.
+        consumer: given each use of a layer in each backward pass; a layer's gradient is the sum
+            over them. Tensors have the dtypes that the model computes with.
 
     Used as a context manager inside `undisturbed`. Forward passes run inside `forward(...)`, the
     backward passes through them inside `backward(...)`.
     """
 
-    def __init__(self, layers: Sequence[Layer], consume: Consumer) -> None:
+    def __init__(self, layers: Sequence[Layer], consumer: Consumer) -> None:
         self._silent = silent_modules(layers)
         self.layers = layers
-        self._consume = consume
+        self._consumer = consumer
         self._shapes: tuple[tuple[int, int], ...] = ()
         self._segments: tuple[torch.Tensor, ...] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -80,6 +90,7 @@ class Capture:
         before, self._segments = self._segments, segments
         try:
             yield
+            self._consumer.finish()
         finally:
             self._segments = before
 
@@ -93,15 +104,20 @@ class Capture:
             self.used = True
             call = Call(args, kwargs, shapes[0])
             which = _which_tokens(call.first, shapes)
-            call = call._replace(shape=shapes[which])
+            if which > 0:
+                call = call._replace(shape=shapes[which])
             rule = layer.seen(_beside(output, call))
 
             def on_gradient(g: torch.Tensor) -> None:
                 assert self._segments, "a backward pass outside of `backward`"
                 segments = self._segments[which]
-                with self._unseen():
-                    terms = rule(g.detach(), segments)
-                self._consume(terms, segments)
+                # A rule may run modules once more, which are not captured then.
+                before, self._shapes = self._shapes, ()
+                try:
+                    terms = rule(g, segments)
+                finally:
+                    self._shapes = before
+                self._consumer.add(terms, segments)
 
             if output.requires_grad:
                 output.register_hook(on_gradient)
@@ -116,15 +132,6 @@ class Capture:
             output.requires_grad_().register_post_accumulate_grad_hook(on_leaf_gradient)
 
         return on_forward
-
-    @contextmanager
-    def _unseen(self) -> Iterator[None]:
-        """Let a rule run modules once more without capturing them."""
-        before, self._shapes = self._shapes, ()
-        try:
-            yield
-        finally:
-            self._shapes = before
 
 
 def _cut(module: nn.Module, args: object, kwargs: object, output: torch.Tensor) -> torch.Tensor:
@@ -152,6 +159,8 @@ def _which_tokens(tensor: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> in
     If it has none, the rule of the layer says so.
     """
     leading = tensor.shape[:-1] if tensor.is_floating_point() else tensor.shape
+    if leading == shapes[0]:
+        return 0
     apart = (n for n, (b, t) in enumerate(shapes) if leading[0] == b and t in leading[1:])
     flat = (n for n, shape in enumerate(shapes) if has_tokens(leading, shape))
     return next(apart, next(flat, 0))

@@ -90,9 +90,9 @@ class TrainableLinear:
             terms: list[Term] = []
             if self.weight is not None:
                 left, right = (h, g) if isinstance(self.module, Conv1D) else (g, h)
-                terms.append(Outer(self.weight, *_of_one_dtype(left, right)))
+                terms.append(_outer(self.weight, left, right, h))
             if self.bias is not None:
-                terms.append(Outer(self.bias, g, g.new_ones(len(g), 1)))
+                terms.append(_outer(self.bias, g, g.new_ones(len(g), 1)))
             return terms
 
         return rule
@@ -151,7 +151,7 @@ class TrainedTokens:
 
             def of_head(g: Tensor, segments: Tensor) -> list[Term]:
                 g = by_token(self.label, g, call.shape)[:, tokens]
-                return [Outer(self.name, *_of_one_dtype(g, h))]
+                return [_outer(self.name, g, h, h)]
 
             return of_head
         ids = _ids_by_token(self.label, call)
@@ -198,7 +198,7 @@ class TrainableEmbeddingLora:
                 shape = (weight_a.shape[0], weight_a.shape[1])
                 terms.append(OneHot(self.a, OneHotSum(shape, places, g @ weight_b, by_column=True)))
             if self.b is not None:
-                terms.append(Outer(self.b, *_of_one_dtype(g, weight_a.T[ids])))
+                terms.append(_outer(self.b, g, weight_a.T[ids]))
             return terms
 
         return rule
@@ -334,7 +334,8 @@ def has_tokens(leading: Sequence[int], shape: tuple[int, int]) -> bool:
 
 def by_token(label: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return a layer's input or output [..., d] as [B T, d], the tokens row-major."""
-    if has_tokens(tensor.shape[:-1], shape):
+    leading = tensor.shape[:-1]
+    if leading == shape or has_tokens(leading, shape):
         return tensor.reshape(-1, tensor.shape[-1])
     what = "is a routed expert, which" if "expert" in label else "has an input that"
     raise _no_rule(label, what, tensor, shape)
@@ -367,10 +368,14 @@ def _scaled(g: Tensor, embedding: nn.Embedding) -> Tensor:
     return g * (scale.to(g.dtype) if isinstance(scale, Tensor) else scale)
 
 
-def _of_one_dtype(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    # Under autocast an input is there before the cast, and g has the cast dtype.
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    return left.to(dtype), right.to(dtype)
+def _outer(name: str, left: Tensor, right: Tensor, h: Tensor | None = None) -> Outer:
+    """Return Σ_t left_t right_tᵀ; h: the operand, if any, that the rule keeps for later passes."""
+    if left.dtype != right.dtype:
+        # Under autocast an input is there before the cast, and g has the cast dtype.
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        left, right = left.to(dtype), right.to(dtype)
+    kept = (0 if left is h else left.nbytes) + (0 if right is h else right.nbytes)
+    return Outer(name, left, right, kept)
 
 
 def _sequences(label: str, segments: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from activedpo_fast.gradients.dora import constant_dora_norms
 from activedpo_fast.gradients.hooks import Capture
 from activedpo_fast.gradients.passes import gradient_pass, whole_model_logps
 from activedpo_fast.gradients.sketch import RowPlan
-from activedpo_fast.gradients.sketching import rows_on_devices, sketch_into
+from activedpo_fast.gradients.sketching import RowsOnDevices, Sketching
 from activedpo_fast.gradients.trainable import TrainableParameters
 from activedpo_fast.models.undisturbed import undisturbed
 
@@ -42,8 +42,7 @@ def captured_rows(
     with (
         undisturbed(model, precision),
         constant_dora_norms(model),
-        sketch_into(plan, rows) as consume,
-        Capture(trained.layers, consume) as capture,
+        Capture(trained.layers, Sketching(plan, rows)) as capture,
     ):
         logps = gradient_pass(
             model,
@@ -71,9 +70,10 @@ def autograd_rows(
     """
     logps, gradients = autograd_gradients(model, trained.by_name, batch, precision)
     rows = torch.zeros(1, plan.dim, dtype=torch.float64, device=batch.input_ids.device)
-    with rows_on_devices(rows) as rows_on:
-        for name, gradient in gradients.items():
-            plan.add_formed(rows_on(gradient.device), [(name, gradient[None])], torch.tensor([0]))
+    rows_of = RowsOnDevices(rows)
+    for name, gradient in gradients.items():
+        plan.add_formed(rows_of.on(gradient.device), [(name, gradient[None])], torch.tensor([0]))
+    rows_of.add_up()
     return logps, rows
 
 

@@ -120,6 +120,7 @@ class SketchPlan:
             raise ActiveDPOError("a sketch needs at least one trainable parameter")
         self.sketch = sketch
         self._shapes: dict[str, torch.Size] = {}
+        self._matrices: dict[str, tuple[int, int]] = {}
         self._offsets: dict[str, int] = {}
         self._keys: dict[str, int] = {}
         self.total = 0  # numbers in one gradient
@@ -127,6 +128,7 @@ class SketchPlan:
             if name in self._shapes:
                 raise ActiveDPOError(f"two parameters have the canonical name {name!r}")
             self._shapes[name] = torch.Size(shape)
+            self._matrices[name] = matrix_shape(shape)
             self._offsets[name] = self.total
             self._keys[name] = sketch.key(name)
             self.total += math.prod(shape)
@@ -237,10 +239,9 @@ class SketchPlan:
 
     def _require_shape(self, name: str, left: Tensor, right: Tensor) -> None:
         """Check what only the plan knows; tensors that do not fit are the operation's errors."""
-        shape = self._shapes.get(name)
-        if shape is None:
+        expected = self._matrices.get(name)
+        if expected is None:
             raise ActiveDPOError(f"parameter {name!r} is not in the sketch's plan")
-        expected = matrix_shape(shape)
         if (left.shape[1], right.shape[1]) != expected:
             raise ActiveDPOError(
                 f"{name}: gradients have shape {[left.shape[1], right.shape[1]]}, expected "

@@ -4,57 +4,44 @@ A kernel launch for every weight would take longer than its work, so on a GPU wh
 is put aside, up to a bound on memory, and then sketched with a few launches.
 
 In a model that is split over devices, each layer's part is sketched where the layer is, and the
-parts are added up at the end.
+parts are added up afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from activedpo_fast.gradients.hooks import Consumer
 from activedpo_fast.gradients.sketch import RowPlan
 from activedpo_fast.gradients.terms import OneHot, Outer, Term
 
-# Bytes of h and g that are kept from layer to layer. More would save launches of which the GPU
-# sees few already: this much keeps it busy for longer than launching the next sketches takes.
-_ASIDE = 1 << 30
+# Bytes that are kept from layer to layer. More would save launches of which the GPU sees few
+# already: this much keeps it busy for longer than launching the next sketches takes.
+ASIDE = 1 << 30
 
 
-@contextmanager
-def sketch_into(plan: RowPlan, out: Tensor) -> Iterator[Consumer]:
-    """Give a consumer that adds the gradients of each layer's parameters to the rows `out`.
+class RowsOnDevices:
+    """Rows like `out` to add to on any device. `out` has their sum after `add_up`."""
 
-    out: [n, plan.dim]. It has all of them once the context ends without an error.
-    """
-    with rows_on_devices(out) as rows_on:
-        sketching = _Sketching(plan, rows_on, _ASIDE if out.is_cuda else 0)
-        yield sketching.add
-        sketching.finish()
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+        self._elsewhere: dict[torch.device, Tensor] = {}
 
+    def on(self, device: torch.device) -> Tensor:
+        if device == self._out.device:
+            return self._out
+        if device not in self._elsewhere:
+            self._elsewhere[device] = torch.zeros_like(self._out, device=device)
+        return self._elsewhere[device]
 
-@contextmanager
-def rows_on_devices(out: Tensor) -> Iterator[Callable[[torch.device], Tensor]]:
-    """Give a function that returns the rows, like `out`, to add to on a device.
-
-    Once the context ends without an error, `out` is the sum of those of all devices.
-    """
-    rows = {out.device: out}
-
-    def rows_on(device: torch.device) -> Tensor:
-        if device not in rows:
-            rows[device] = torch.zeros_like(out, device=device)
-        return rows[device]
-
-    yield rows_on
-    for device, part in rows.items():
-        if device != out.device:
-            out += part.to(out.device)
+    def add_up(self) -> None:
+        for part in self._elsewhere.values():
+            self._out += part.to(self._out.device)
+        self._elsewhere.clear()
 
 
 @dataclass
@@ -67,11 +54,17 @@ class _Captured:
     gradients: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
 
-class _Sketching:
-    def __init__(self, plan: RowPlan, rows_on: Callable[[torch.device], Tensor], most: int) -> None:
-        self._plan, self._rows_on, self._most = plan, rows_on, most
+class Sketching:
+    """Adds the gradients of each layer's parameters to rows; see `hooks.Consumer`.
+
+    out: [n, plan.dim]. It has all of a backward pass once that is finished. most: bytes to put
+        aside; default: `ASIDE` on a GPU, none on the CPU.
+    """
+
+    def __init__(self, plan: RowPlan, out: Tensor, most: int | None = None) -> None:
+        self._plan, self._rows = plan, RowsOnDevices(out)
+        self._most = (ASIDE if out.is_cuda else 0) if most is None else most
         self._aside: dict[tuple[int, torch.device, Any], _Captured] = {}
-        self._addresses: set[int] = set()  # layers share inputs
         self._bytes = 0
 
     def add(self, terms: Sequence[Term], segments: Tensor) -> None:
@@ -79,25 +72,24 @@ class _Sketching:
             if isinstance(term, Outer):
                 self._put_aside(term, segments)
             elif isinstance(term, OneHot):
-                rows = self._rows_on(term.of.values.device)
+                rows = self._rows.on(term.of.values.device)
                 self._plan.add_one_hot(rows, term.name, term.of, segments)
             else:
-                rows = self._rows_on(term.gradients.device)
+                rows = self._rows.on(term.gradients.device)
                 self._plan.add_formed(rows, [(term.name, term.gradients)], term.rows)
         if self._bytes > self._most:
             self.finish()
 
     def _put_aside(self, term: Outer, segments: Tensor) -> None:
-        device = term.left.device
-        stream = torch.cuda.current_stream(device) if term.left.is_cuda else None
+        name, left, right, kept = term
+        device = left.device
+        stream = torch.cuda.current_stream(device) if left.is_cuda else None
         key = id(segments), device, stream
-        if key not in self._aside:
-            self._aside[key] = _Captured(segments, self._rows_on(device), stream)
-        self._aside[key].gradients.append((term.name, term.left, term.right))
-        for tensor in (term.left, term.right):
-            if tensor.data_ptr() not in self._addresses:
-                self._addresses.add(tensor.data_ptr())
-                self._bytes += tensor.nbytes
+        captured = self._aside.get(key)
+        if captured is None:
+            captured = self._aside[key] = _Captured(segments, self._rows.on(device), stream)
+        captured.gradients.append((name, left, right))
+        self._bytes += kept
 
     def finish(self) -> None:
         """Sketch what was put aside."""
@@ -105,5 +97,5 @@ class _Sketching:
             with torch.cuda.stream(captured.stream):  # None: no stream
                 self._plan.add(captured.rows, captured.gradients, captured.segments)
         self._aside.clear()
-        self._addresses.clear()
         self._bytes = 0
+        self._rows.add_up()

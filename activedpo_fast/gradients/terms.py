@@ -13,12 +13,14 @@ class Outer(NamedTuple):
     """Σ_t left_t right_tᵀ over the tokens of a pass.
 
     name: the parameter's canonical name, here and below. left: [N, rows], right: [N, columns] of a
-    weight; [N, 1] for a bias.
+    weight; [N, 1] for a bias. kept: bytes of both that would be freed without this term; the graph
+    of a pass keeps the inputs of its layers until it ends.
     """
 
     name: str
     left: Tensor
     right: Tensor
+    kept: int
 
 
 class OneHot(NamedTuple):

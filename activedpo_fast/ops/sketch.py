@@ -91,18 +91,14 @@ def outer_sketches_(
     launching each costs more than its work. Not a registered operation, unlike `outer_sketch_`.
     """
     _check_target(out, segments, method)
-    tokens = None
-    for name, left, right, key in weights:
-        try:
-            _check_weight(out, left, right, key)
-            if len(left) != tokens:
-                tokens = len(left)
-                _check_segments(segments, tokens, len(out))
-        except ActiveDPOError as error:
-            raise ActiveDPOError(f"{name}: {error}") from None
+    _check_weights(out, weights, segments)
+    chosen: dict[torch.dtype, str] = {}
     together: list[OuterSum] = []
     for weight in weights:
-        backend = backends.choose("outer_sketch", out.device.type, weight.left.dtype)
+        dtype = weight.left.dtype
+        backend = chosen.get(dtype)
+        if backend is None:
+            backend = chosen[dtype] = backends.choose("outer_sketch", out.device.type, dtype)
         if backend == "triton" and method in _TOGETHER:
             together.append(weight)
         else:
@@ -319,6 +315,29 @@ def _check_target(out: Tensor, segments: Tensor, method: str) -> None:
             f"{name}: segments are {segments.dtype} {tuple(segments.shape)} on {segments.device}, "
             "expected torch.int64 [S, 3] on the CPU"
         )
+
+
+def _check_weights(out: Tensor, weights: Sequence[OuterSum], segments: Tensor) -> None:
+    """Check each kind of weight once: there are many alike, and checking takes time."""
+    fine: set[tuple[object, ...]] = set()
+    for name, left, right, key in weights:
+        kind = (*_kind(left), *_kind(right))
+        try:
+            if kind not in fine:
+                _check_weight(out, left, right, key)
+                _check_segments(segments, len(left), len(out))
+                fine.add(kind)
+            else:
+                _check_key("outer_sketch_", key)
+        except ActiveDPOError as error:
+            raise ActiveDPOError(f"{name}: {error}") from None
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    """Everything that `_check_weight` looks at."""
+    if not isinstance(x, Tensor):
+        return (type(x),)
+    return x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
 def _check_weight(out: Tensor, left: Tensor, right: Tensor, key: int) -> None:

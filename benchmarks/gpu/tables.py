@@ -22,6 +22,7 @@ from benchmarks.markdown import optional, table, write_into
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BEFORE = RESULTS / "gpu_before"  # runs of earlier kernels, for comparison
+HOST_TIME = RESULTS / "host_time.json"
 DOCUMENTS = (ROOT / "docs" / "gpu.md", ROOT / "README.md")
 NONE = "not yet run on a GPU"
 
@@ -71,9 +72,29 @@ def tables(runs: list[Result], before: Sequence[Result] = ()) -> dict[str, str]:
         "gpu profiles": _profiles,
         "gpu before": partial(_changed, before),
     }
+    host = {"gpu host time": _host_time()}
     if not runs:
-        return {name: table([{}], {name.removeprefix("gpu "): lambda r: NONE}) for name in makers}
-    return {name: "\n\n".join(maker(run) for run in runs) for name, maker in makers.items()}
+        none = {name: table([{}], {name.removeprefix("gpu "): lambda r: NONE}) for name in makers}
+        return none | host
+    return host | {name: "\n\n".join(maker(run) for run in runs) for name, maker in makers.items()}
+
+
+def _host_time() -> str:
+    """The runs of `host_time`, which need no GPU, by commit."""
+    rows = [
+        {"sketch": f"{sketch}, {run['commit']}", **figures}
+        for run in json.loads(HOST_TIME.read_text())["runs"]
+        for sketch, figures in run["figures"].items()
+    ]
+    columns: dict[str, Callable[[Row], str]] = {"sketch, commit": lambda r: r["sketch"]}
+    for title, key in (
+        ("µs a forward hook", "forward_hook_us"),
+        ("µs a backward hook", "backward_hook_us"),
+        ("µs a weight of a launch", "weight_of_a_launch_us"),
+        ("ms a batch", "batch_ms"),
+    ):
+        columns[title] = lambda r, key=key: f"{r[key]:.1f}"  # type: ignore[misc]
+    return table(rows, columns | {"launches a batch": lambda r: str(r["launches"])})
 
 
 def _machine(run: Result) -> str:
