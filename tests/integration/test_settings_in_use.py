@@ -89,8 +89,13 @@ def test_what_a_strategy_lacks_is_said_at_once() -> None:
 
 
 def test_bf16_of_the_features_and_of_training() -> None:
-    selector = ActiveDPOSelector(_policy(), tiny_tokenizer(), bf16=True)
-    assert selector.extractor.precision == "bf16"
+    instructions = torch.cpu.get_capabilities().items()
+    if any(has for name, has in instructions if name.endswith("bf16")):
+        selector = ActiveDPOSelector(_policy(), tiny_tokenizer(), bf16=True)
+        assert selector.extractor.precision == "bf16"
+    else:
+        with pytest.raises(ActiveDPOError, match="this CPU has no bfloat16 instructions"):
+            ActiveDPOSelector(_policy(), tiny_tokenizer(), bf16=True)
     assert dpo_config(bf16=True).bf16 and not dpo_config(bf16=False).bf16
 
 
