@@ -1,6 +1,7 @@
 #include "scores/row_dot_products.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace activedpo {
 
@@ -8,15 +9,20 @@ namespace {
 
 constexpr int kTileRows = 4;
 constexpr int kLine = 64;  // bytes; a product has a sum for each of its lanes
+constexpr std::int64_t kPanel = 48;  // directions that a group of rows is multiplied with at a time
 constexpr std::int64_t kFew = 32;  // up to this many directions, rows are read in small tiles
 
 // The sum of a product's lanes, halves first.
-template <typename S>
-ACTIVEDPO_INLINE double lane_sum(S (&lane)[kLine / sizeof(S)]) {
-  for (int half = kLine / sizeof(S) / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+template <int Lanes, typename S>
+ACTIVEDPO_INLINE double lane_sum(const S* lane) {
+  if constexpr (Lanes == 1) {
+    return static_cast<double>(lane[0]);
+  } else {
+    S sum[Lanes / 2];
+#pragma GCC unroll 8
+    for (int l = 0; l < Lanes / 2; ++l) sum[l] = lane[l] + lane[l + Lanes / 2];
+    return lane_sum<Lanes / 2>(sum);
   }
-  return static_cast<double>(lane[0]);
 }
 
 // sums[r * n_w + s] += row[r] . w[s] over `count` numbers, a multiple of kDotAlign.
@@ -30,22 +36,17 @@ ACTIVEDPO_INLINE void add_tile(double* sums, std::int64_t n_w, std::int64_t n_ro
   // Lane by lane, as many as a register has: the sums are the same for every set.
   for (int first = 0; first < kLine / static_cast<int>(sizeof(S)); first += width) {
     Vector a[kTileRows][Columns] = {};
-    const S* const r0 = row[0] + first;
-    const S* const r1 = row[1] + first;
-    const S* const r2 = row[2] + first;
-    const S* const r3 = row[3] + first;
-    for (std::int64_t c = 0; c < count; c += kLine / sizeof(S)) {
-      const Vector x0 = *reinterpret_cast<const Vector*>(r0 + c);
-      const Vector x1 = *reinterpret_cast<const Vector*>(r1 + c);
-      const Vector x2 = *reinterpret_cast<const Vector*>(r2 + c);
-      const Vector x3 = *reinterpret_cast<const Vector*>(r3 + c);
+    for (std::int64_t c = first; c < count; c += kLine / sizeof(S)) {
+      Vector y[Columns];
 #pragma GCC unroll 4
       for (int s = 0; s < Columns; ++s) {
-        const Vector y = *reinterpret_cast<const Vector*>(w + s * w_stride + first + c);
-        a[0][s] += x0 * y;
-        a[1][s] += x1 * y;
-        a[2][s] += x2 * y;
-        a[3][s] += x3 * y;
+        y[s] = *reinterpret_cast<const Vector*>(w + s * w_stride + c);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vector x = *reinterpret_cast<const Vector*>(row[r] + c);
+#pragma GCC unroll 4
+        for (int s = 0; s < Columns; ++s) a[r][s] += x * y[s];
       }
     }
     for (int r = 0; r < kTileRows; ++r) {
@@ -55,7 +56,7 @@ ACTIVEDPO_INLINE void add_tile(double* sums, std::int64_t n_w, std::int64_t n_ro
     }
   }
   for (std::int64_t r = 0; r < std::min<std::int64_t>(kTileRows, n_rows); ++r) {
-    for (int s = 0; s < Columns; ++s) sums[r * n_w + s] += lane_sum(lane[r][s]);
+    for (int s = 0; s < Columns; ++s) sums[r * n_w + s] += lane_sum<kLine / sizeof(S)>(lane[r][s]);
   }
 }
 
@@ -76,7 +77,7 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
                                std::int64_t k, const S* w, std::int64_t w_stride, std::int64_t n_w,
                                S* room) {
   std::fill(out, out + n_rows * n_w, 0.0);
-  constexpr int columns = Set::count / 8;
+  constexpr int columns = Set::count >= 32 ? 4 : 3;
   // With few directions, reading the rows dominates: each tile of rows is read to its end.
   const std::int64_t step = n_w <= kFew ? kTileRows : kDotRows;
   for (std::int64_t first = 0; first < n_rows; first += step) {
@@ -90,18 +91,20 @@ ACTIVEDPO_INLINE void add_dots(double* out, const T* const* rows, std::int64_t n
         part[r] = r < here ? stretch(room + r * kDotBlock, rows[first + r] + c, count)
                            : part[here - 1];
       }
-      double* sums = out + first * n_w;
-      std::int64_t s = 0;
-      for (; s + columns <= n_w; s += columns) {
+      // A tile's rows stay in the first cache, and a panel of directions in the second.
+      for (std::int64_t begin = 0; begin < n_w; begin += kPanel) {
+        const std::int64_t end = std::min(begin + kPanel, n_w);
         for (std::int64_t r = 0; r < here; r += kTileRows) {
-          add_tile<Set, columns>(sums + r * n_w + s, n_w, here - r, part + r,
-                                 w + s * w_stride + c, w_stride, padded);
-        }
-      }
-      for (; s < n_w; ++s) {
-        for (std::int64_t r = 0; r < here; r += kTileRows) {
-          add_tile<Set, 1>(sums + r * n_w + s, n_w, here - r, part + r, w + s * w_stride + c,
-                           w_stride, padded);
+          std::int64_t s = begin;
+          const auto add = [&](auto columns) {
+            for (; s + columns <= end; s += columns) {
+              add_tile<Set, columns>(out + (first + r) * n_w + s, n_w, here - r, part + r,
+                                     w + s * w_stride + c, w_stride, padded);
+            }
+          };
+          add(std::integral_constant<int, columns>());
+          add(std::integral_constant<int, 2>());
+          add(std::integral_constant<int, 1>());
         }
       }
     }
