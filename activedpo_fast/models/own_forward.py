@@ -27,25 +27,25 @@ def own_forward(model: nn.Module) -> Iterator[None]:
 
     Everything is restored afterward.
     """
+    modules = list(model.modules())
     with ExitStack() as stack:
-        if _has_compiled(model):
+        if _has_compiled(modules):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
+        for module in modules:
             own = vars(module)
             if "forward" in own:
                 unwrapped = _without_autocast(own["forward"])
                 if unwrapped is not own["forward"]:
                     stack.callback(own.__setitem__, "forward", own["forward"])
                     own["forward"] = unwrapped
-        stack.enter_context(_no_hooks_for_outputs(model))
+        stack.enter_context(_no_hooks_for_outputs(modules))
         yield
 
 
 @contextmanager
-def _no_hooks_for_outputs(model: nn.Module) -> Iterator[None]:
+def _no_hooks_for_outputs(modules: list[nn.Module]) -> Iterator[None]:
     """Remove the hooks that transformers' `capture_outputs` adds in this context."""
     flag = "_output_capturing_hooks_installed"
-    modules = list(model.modules())
     had = {id(module) for module in modules if flag in vars(module)}
     hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in modules]
     try:
@@ -84,11 +84,11 @@ def _module_of(function: Any) -> str | None:
     return type(function).__module__ if scope is None else scope.get("__name__")
 
 
-def _has_compiled(model: nn.Module) -> bool:
+def _has_compiled(modules: list[nn.Module]) -> bool:
     if "torch._dynamo" not in sys.modules:
         return False
     return any(
         getattr(module, "_compiled_call_impl", None) is not None
         or type(module).__name__ == "OptimizedModule"
-        for module in model.modules()
+        for module in modules
     )

@@ -9,7 +9,7 @@ have the same length class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ def length_class(model: nn.Module) -> LengthClass | None:
     """Return the length classes of `model`; None if it embeds all lengths the same way."""
     thresholds: set[int] = set()
     dynamic: list[int] = []
-    for module, layer_type, kind in _varying(model):
+    for module, layer_type, kind in _varying(model.modules()):
         if kind == "dynamic":
             dynamic.append(module.original_max_seq_len)
         else:
@@ -69,7 +69,9 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
     "dynamic" keeps the frequencies of the longest sequence so far for later sequences, too. Qwen's
     vision-language models keep how far the positions of the last prompt's images were apart.
     """
-    embeddings = {id(module): module for module, _, _ in _varying(model)}.values()
+    modules = list(model.modules())
+    varying = list(_varying(modules))
+    embeddings = {id(module): module for module, _, _ in varying}.values()
     # Buffers are replaced by some forward passes and written to by others.
     before = [
         (
@@ -80,7 +82,7 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         )
         for module in embeddings
     ]
-    for module, layer_type, kind in _varying(model):
+    for module, layer_type, kind in varying:
         prefix = "" if layer_type is None else f"{layer_type}_"
         original = getattr(module, f"{prefix}original_inv_freq", None)
         if original is not None:
@@ -90,7 +92,7 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
         if kind == "dynamic":
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
     remembered: list[tuple[Any, Any]] = [
-        (module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")
+        (module, module.rope_deltas) for module in modules if "rope_deltas" in vars(module)
     ]
     for module, _ in remembered:
         module.rope_deltas = None
@@ -109,10 +111,11 @@ def fresh_positions(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _varying(model: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
+def _varying(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str | None, str]]:
     """Yield (module, layer type or None, "dynamic" or "longrope") if embeddings vary by length."""
-    for module in model.modules():
-        rope_type = getattr(module, "rope_type", None)
+    for module in modules:
+        # Not getattr: for a missing attribute, modules search their parameters and raise an error.
+        rope_type = vars(module).get("rope_type")
         # Models with several layer types have a RoPE for each.
         types = rope_type if isinstance(rope_type, dict) else {None: rope_type}
         for layer_type, name in types.items():

@@ -28,14 +28,18 @@ def undisturbed(model: nn.Module, precision: str | None = None) -> Iterator[None
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
+        # A walk through the modules takes milliseconds, and this runs for every batch.
+        if any(mode for _, mode in modes):
+            model.eval()
         keep_differentiable(model)
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        for parameter, flag in flags:
+            if flag:
+                parameter.requires_grad_(False)
         with own_modes(device), own_forward(model), fresh_positions(model), autocast:
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            vars(module)["training"] = mode  # as assignment does, which is slow for modules
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
