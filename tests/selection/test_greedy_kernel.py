@@ -24,7 +24,6 @@ from tests.selection.test_greedy import (
     NORMALIZE,
     brute_force,
     cases,
-    examples,
     plain_features,
     random_case,
     random_pairs,
@@ -33,6 +32,7 @@ from tests.selection.test_greedy import (
     storages,
     unit_or_zero,
 )
+from tests.support.examples import examples
 from tests.support.native import module_for_tests
 
 BLOCKS = (1, 2, 5)
