@@ -673,15 +673,15 @@ def without_rules(project: Path) -> Selection:
 @pytest.mark.parametrize(
     ("options", "rules"),
     [
-        (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
-        (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
+        pytest.param(["--max-per-prompt", "1"], {"max_per_prompt": 1}, marks=pytest.mark.slow),
+        pytest.param(["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}, marks=pytest.mark.slow),
         (
             ["--group-by", "topic", "--quota", "law=1", "--quota", "math=3"],
             {"group_by": "topic", "quotas": {"law": 1, "math": 3}},
         ),
         (["--min-score", "1.6"], {"min_score": 1.6}),
         (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
-        (["--cost", "price"], {"cost": "price"}),
+        pytest.param(["--cost", "price"], {"cost": "price"}, marks=pytest.mark.slow),
         (
             [
                 "--max-per-prompt",

@@ -102,6 +102,7 @@ def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
         run_demo(model="large", output=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_person_labels_the_first_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -19,7 +19,8 @@ from activedpo_fast.training.trl import dpo_config
 from tests.support.models import tiny_tokenizer
 
 
-@pytest.mark.parametrize("normalize", ["response", pytest.param("pair", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", ["response", "pair"])
 def test_two_stages_reach_the_log_det_of_exact_picks(normalize: str, demo) -> None:
     selectors, pool, rows = demo
     pairs = pool.pairs()

@@ -165,7 +165,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", slow_except(["inference_mode", "autocast"], MODES))
+@pytest.mark.parametrize("mode", slow_except(["autocast"], MODES))
 def test_the_callers_modes_change_nothing(mode: str) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     expected = {name: door(model) for name, door in DOORS.items()}
