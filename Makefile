@@ -58,8 +58,9 @@ demo: env  ## run ActiveDPO and random selection side by side on real text (3 to
 test: env  ## the test suite, without slow and GPU tests
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
-test-slow: env smollm2  ## the slow tests (minutes; adds SmolLM2-135M-Instruct)
+test-slow: env smollm2  ## the slow tests, and more examples of others (adds SmolLM2-135M-Instruct)
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "hypothesis and not slow and not gpu"
 
 lint: env  ## ruff (rules and format), and mypy (strict) on the package, kernels/, setup.py and the benchmarks
 	$(BIN)/ruff check .

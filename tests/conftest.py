@@ -62,9 +62,12 @@ def without_imports_in_garbage_collections() -> Iterator[None]:
     yield
 
 
-# The suite says the same every time; HYPOTHESIS_PROFILE=fuzz looks for new examples. No example has
-# a deadline: how long one takes depends on what else the machine does.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
+# The suite says the same every time; HYPOTHESIS_PROFILE=thorough tries four times as many examples
+# (`make test-slow`), and =fuzz looks for new ones. No example has a deadline: how long one takes
+# depends on what else the machine does. Tests with a number of their own have it from
+# tests/support/examples.py.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("thorough", derandomize=True, deadline=None)
 settings.register_profile("fuzz", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

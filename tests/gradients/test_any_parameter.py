@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from activedpo_fast.pool.tokens import TokenizedPool, tokenize_pool
 from tests.support.adapters import ADAPTERS, CAPTURED, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.quick import slow_except
 
 ROWS = [
     {"prompt": "What is a sketch? TL;DR:", "responses": [" a short projection", " no idea"]},
@@ -89,8 +91,13 @@ def test_linear_layers_in_modules_to_save_are_captured() -> None:
     assert_exact(adapted(LoraConfig(**LORA, modules_to_save=["lm_head"])), by_hooks=True)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("arch", "tied"),
+    slow_except(
+        [("llama", True), ("gpt2", True), ("mixtral", False)],
+        product(["llama", "gpt2", "mixtral"], [True, False]),
+    ),
+)
 def test_full_fine_tuning(arch: str, tied: bool) -> None:
     """A weight that two modules share has one gradient, the sum of both."""
     model = tiny_causal_lm(arch, torch.float64, tie_word_embeddings=tied)
@@ -146,7 +153,7 @@ def experts_lm(name: str, implementation: str = "eager") -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Olmoe"])
+@pytest.mark.parametrize("name", slow_except(["Mixtral"], ["Mixtral", "Qwen3Moe", "Olmoe"]))
 @pytest.mark.parametrize(
     "config",
     [

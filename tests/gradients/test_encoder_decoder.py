@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import peft
@@ -25,6 +26,7 @@ from tests.support.adapters import spread
 from tests.support.encoder_decoder import MODELS, loop_rows, tiny_model, tokenized, with_lora
 from tests.support.gradients import relative_error, trainable
 from tests.support.models import VOCAB_SIZE, lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.quick import slow_except
 
 POOL = PreferencePool.from_rows(
     [
@@ -67,16 +69,9 @@ def assert_exact(model: nn.Module, layout: Layout, *, verify: bool = True) -> No
     torch.testing.assert_close(extractor.logps(tokens), logps, rtol=1e-10, atol=0)
 
 
-SELDOM = {"mt5", "umt5", "marian", "longt5"}  # as the others, with classes of their own
-
-
+# The other models are as these, with classes of their own.
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else [])
-        for name in MODELS
-        if name != "t5gemma"
-    ],
+    "name", slow_except(["t5", "bart", "led"], [name for name in MODELS if name != "t5gemma"])
 )
 def test_lora(name: str) -> None:
     """The encoder runs once for a prompt's responses."""
@@ -161,8 +156,9 @@ def test_as_many_tokens_for_the_decoder_as_for_the_encoder(verify: bool) -> None
 # -- other rows -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_tokens", [1, 40])
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("max_tokens", "verify"), slow_except([(1, True), (40, False)], product([1, 40], [True, False]))
+)
 def test_relative_rows_in_small_batches(max_tokens: int, verify: bool) -> None:
     """BART: T5's norm has a part in float32, in which a difference of rows rounds differently."""
     model, tokens, expected, _ = looped("bart")

@@ -89,7 +89,7 @@ def test_a_disturbance_is_of_the_size_of_rounding() -> None:
     assert 1e-8 < float((other - plain).norm() / plain.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [Int8Dynamic, HalfInside])
+@pytest.mark.parametrize("kind", [Int8Dynamic, pytest.param(HalfInside, marks=pytest.mark.slow)])
 def test_rounding_does_not_make_them_slow(kind: type[nn.Linear]) -> None:
     """A batch rounds other numbers up than a response alone does, and is no less right."""
     model = quantized(kind)

@@ -17,6 +17,7 @@ from activedpo_fast.gradients.batches import Layout
 from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse
 from tests.support.devices import FIRST, SECOND, two_devices
 from tests.support.models import lora, tiny_causal_lm
+from tests.support.quick import slow_except
 
 TOKENS = TokenizedPool(
     [
@@ -69,7 +70,7 @@ def split(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_except(["every kind of layer", "from autograd"], MODELS))
 def test_features_are_those_of_one_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, layout = MODELS[kind]
     alone = FeatureExtractor(make(), Sketch("sjlt", 64))

@@ -36,6 +36,7 @@ from activedpo_fast.training.trl import dpo_config, train_dpo
 from tests.support.adapters import ADAPTERS, CAPTURED, LORA, adapted, spread
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import tiny_causal_lm, tiny_tokenizer
+from tests.support.quick import slow_except
 
 ROWS = [
     {"id": "a", "prompt": "The quick", "responses": [" brown fox", " dog jumps over"]},
@@ -50,7 +51,11 @@ def logps(model: Any) -> torch.Tensor:
     return FeatureExtractor(model, Sketch("none")).logps(TOKENS)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+# Of each way in which an adapter changes the model, one.
+QUICK = ("DoRA", "modules_to_save", "trainable tokens of LoRA", "VeRA", "OFT", "prompt tuning")
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, ADAPTERS))
 def test_the_base_model_is_the_reference(name: str) -> None:
     model = adapted(ADAPTERS[name])
     base, policy = logps(tiny_causal_lm("llama", torch.float64)), logps(model)
@@ -60,7 +65,7 @@ def test_the_base_model_is_the_reference(name: str) -> None:
     torch.testing.assert_close(logps(model), policy, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", RESTORABLE)
+@pytest.mark.parametrize("name", slow_except(QUICK, RESTORABLE))
 def test_an_earlier_state_is_the_reference(name: str) -> None:
     model = adapted(ADAPTERS[name])
     initial, state = logps(model), adapter_state(model)
@@ -93,16 +98,8 @@ class Losses(TrainerCallback):
             self.found.append(logs["loss"])
 
 
-QUICK = ("DoRA", "modules_to_save", "trainable tokens of LoRA", "VeRA", "OFT", "prompt tuning")
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in RESTORABLE
-        if name != "AdaLoRA"
-    ],
+    "name", slow_except(QUICK, [name for name in RESTORABLE if name != "AdaLoRA"])
 )
 def test_a_round_of_training(name: str, tmp_path: Path) -> None:
     """The reference is the initial policy, all of the adapter is trained, the base model is not."""

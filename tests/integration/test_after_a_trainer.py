@@ -50,7 +50,7 @@ def _args(folder: Any, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_a_bf16_trainer_rows_are_those_of_the_weights(
     tmp_path: Any, checkpointing: bool
 ) -> None:

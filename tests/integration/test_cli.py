@@ -42,6 +42,7 @@ from activedpo_fast.training.run_folder import read_command
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.labeling import open_labeling
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.rehearsals import rehearsed_once  # noqa: F401
 
 _WORDS = "label prefer model align choose respond sketch brown fox lazy dog people".split()
 
@@ -436,7 +437,7 @@ def _assert_same_picks(lines: list[dict[str, Any]], expected: Selection) -> None
     assert scores == sorted(scores, reverse=True)  # gains only shrink within a batch
 
 
-@pytest.mark.parametrize("last_layers", [None, 1])
+@pytest.mark.parametrize("last_layers", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_two_stores_are_the_two_stages_of_the_selector(
     last_layers: int | None,
     project: Path,
@@ -661,18 +662,26 @@ def test_picks_by_rewards_of_the_pool(
     assert not output.exists()
 
 
+@pytest.fixture(scope="module")
+def without_rules(project: Path) -> Selection:
+    """What the selector picks of the project's pool."""
+    selector = ActiveDPOSelector(*_policy(project), proj_dim=64)
+    pool = PreferencePool.load(project / "pool.jsonl")
+    return selector.select(pool, 8, show_progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "rules"),
     [
-        (["--max-per-prompt", "1"], {"max_per_prompt": 1}),
-        (["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}),
+        pytest.param(["--max-per-prompt", "1"], {"max_per_prompt": 1}, marks=pytest.mark.slow),
+        pytest.param(["--exclude", "{exclude}"], {"exclude": ["p1", "p5"]}, marks=pytest.mark.slow),
         (
             ["--group-by", "topic", "--quota", "law=1", "--quota", "math=3"],
             {"group_by": "topic", "quotas": {"law": 1, "math": 3}},
         ),
         (["--min-score", "1.6"], {"min_score": 1.6}),
         (["--random-fraction", "0.5", "--seed", "3"], {"random_fraction": 0.5, "seed": 3}),
-        (["--cost", "price"], {"cost": "price"}),
+        pytest.param(["--cost", "price"], {"cost": "price"}, marks=pytest.mark.slow),
         (
             [
                 "--max-per-prompt",
@@ -705,6 +714,7 @@ def test_picks_by_rewards_of_the_pool(
 def test_rules_are_those_of_the_selector(
     project: Path,
     store: Path,
+    without_rules: Selection,
     tmp_path: Path,
     options: list[str],
     rules: dict[str, Any],
@@ -717,8 +727,7 @@ def test_rules_are_those_of_the_selector(
     expected = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(
         pool, 8, rules=PickRules(**rules), show_progress=False
     )
-    free = ActiveDPOSelector(model, tokenizer, proj_dim=64).select(pool, 8, show_progress=False)
-    assert expected != free and len(expected) > 2  # the rules make a difference
+    assert expected != without_rules and len(expected) > 2  # the rules make a difference
     capsys.readouterr()
     argv = ["select", str(store), "--pairs", "8", "--output", str(tmp_path / "x.jsonl")]
     assert main([*argv, *options]) == 0
@@ -1260,35 +1269,42 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"  activedpo {command}" in capsys.readouterr().out
 
 
-def test_commands_as_processes(project: Path, store: Path, tmp_path: Path) -> None:
-    def process(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *argv], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-        )
+def _process(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
 
-    light = process(
-        "-c",
-        "import sys; from activedpo_fast.cli.app import main; main(['--help']); "
-        "sys.exit('torch' in sys.modules)",
+
+def test_help_as_a_process() -> None:
+    light = _process(
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n"
+        "    runpy.run_module('activedpo_fast', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    sys.exit(end.code or 'torch' in sys.modules)\n"
     )
     assert light.returncode == 0 and "features" in light.stdout
 
-    picked = tmp_path / "picked.jsonl"
-    argv = ["select", str(store), "--output", str(picked), "--pairs", "3"]
-    done = process(
-        "-c",
-        "import sys; from activedpo_fast.cli.app import main; "
-        f"sys.exit(main({argv}) or 'peft' in sys.modules)",  # which takes seconds
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(_read_jsonl(picked)) == 3
 
-    # Warnings of other libraries would be extra lines here.
+def test_commands_as_a_process(project: Path, store: Path, tmp_path: Path) -> None:
+    """In one process, which imports for seconds."""
+    picked = tmp_path / "picked.jsonl"
+    select = ["select", str(store), "--output", str(picked), "--pairs", "3"]
     config = _run_config(project, tmp_path, dpo={"max_steps": 1, "lr_scheduler_type": "zigzag"})
-    refused = process("-m", "activedpo_fast", "run", str(config))
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("activedpo: error: ")
-    assert refused.stderr.count("\n") == 1 and "dpo: zigzag is not a valid" in refused.stderr
+    done = _process(
+        "import sys\n"
+        "from activedpo_fast.cli.app import main\n"
+        f"assert main({select}) == 0\n"
+        "assert 'peft' not in sys.modules\n"  # which takes seconds
+        "print('run:', flush=True)\n"
+        f"sys.exit(main({['run', str(config)]}))\n"
+    )
+    assert len(_read_jsonl(picked)) == 3
+    assert done.returncode == 2 and done.stdout.endswith("run:\n")
+    # Warnings of other libraries would be extra lines here.
+    assert done.stderr.startswith("activedpo: error: ")
+    assert done.stderr.count("\n") == 1 and "dpo: zigzag is not a valid" in done.stderr
 
 
 def test_select_does_not_overwrite_labels_or_the_store(

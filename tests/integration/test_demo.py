@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
 from activedpo_fast import ActiveDPOError
 from activedpo_fast.demo import run as demo
+from activedpo_fast.demo.language_model import with_fresh_lora
 from activedpo_fast.demo.run import run_demo
 from activedpo_fast.demo.settings import SETTINGS, DemoSettings
 from activedpo_fast.training.heldout import heldout_files, heldout_rewards
@@ -32,7 +34,12 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "model", ["reviews", "small", pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2])]
+    "model",
+    [
+        "reviews",
+        pytest.param("small", marks=pytest.mark.slow),
+        pytest.param("smollm2", marks=[pytest.mark.slow, needs_smollm2]),
+    ],
 )
 def test_one_round(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -73,11 +80,29 @@ def test_one_round(
     assert run_demo(model=model, output=tmp_path, show_progress=False) == runs
 
 
+def test_the_small_model_and_its_task() -> None:
+    """What a round with it reads, without the round."""
+    settings = SETTINGS["small"]
+    task = demo._Task.of("small", settings)
+    assert len(task.heldout) == settings.heldout and len(task.prompts) >= settings.prompts_per_round
+    some = task.heldout[:3]
+    texts = [prompt.prompt for prompt in some]
+    synopses = [prompt.extra["synopsis"] for prompt in some]
+    right = task.reward(texts, synopses, [prompt.extra for prompt in some])
+    assert right == pytest.approx([1.0] * 3, abs=1e-3)
+    base, tokenizer = task.load()
+    model = with_fresh_lora(base, settings, seed=0)
+    ids = tokenizer(texts[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.isfinite().all()
+
+
 def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ActiveDPOError, match="model 'large'; known: reviews, small, smollm2"):
         run_demo(model="large", output=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_person_labels_the_first_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from activedpo_fast.pool.tokens import tokenize_pool  # noqa: E402
 from activedpo_fast.selection.result import Selection  # noqa: E402
 from activedpo_fast.store.token_hashes import token_hashes  # noqa: E402
 from activedpo_fast.training.generation import generate_responses  # noqa: E402
+from tests.support.quick import slow_except  # noqa: E402
 from tests.support.vision import (  # noqa: E402
     ARCHS,
     PLACE,
@@ -280,8 +282,12 @@ def _collated(trainer: Any, row: dict[str, Any]) -> Any:
     return trainer.data_collator([dict(row)])
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"style": "brief"}])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "kwargs"),
+    slow_except(
+        [("llava", {"style": "brief"}), ("qwen", {})], product(ARCHS, [{}, {"style": "brief"}])
+    ),
+)
 def test_tokens_and_pixels_are_those_of_trl(
     arch: str, kwargs: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -360,8 +366,12 @@ def _autograd(arch: str, model: Any, pool: PreferencePool) -> tuple[torch.Tensor
     return torch.stack(rows), torch.stack(logps)
 
 
-@pytest.mark.parametrize("trains", ["language model", "all"])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "trains"),
+    slow_except(
+        [("llava", "language model"), ("qwen", "all")], product(ARCHS, ["language model", "all"])
+    ),
+)
 def test_features_are_exact(
     arch: str, trains: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from activedpo_fast.cli.app import main
 from tests.support.models import VOCAB_SIZE, tiny_causal_lm, tiny_tokenizer
+from tests.support.quick import slow_except
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 ARCHITECTURES = {
@@ -78,7 +79,13 @@ def test_prompts_of_the_real_columns(
     assert len({row["id"] for row in written}) == 3
 
 
-@pytest.mark.parametrize("path", sorted(PAPER.glob("*.yaml")), ids=lambda path: path.stem)
+# Every model and every data set once.
+QUICK = [PAPER / f"{name}.yaml" for name in ("gemma-2b-webgpt", "llama2-7b-tldr", "qwen3-4b-tldr")]
+
+
+@pytest.mark.parametrize(
+    "path", slow_except(QUICK, sorted(PAPER.glob("*.yaml"))), ids=lambda path: path.stem
+)
 def test_a_first_round(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = yaml.safe_load(path.read_text())
     model = tiny_causal_lm(ARCHITECTURES[given["model"]])

@@ -19,6 +19,7 @@ from activedpo_fast.training.trl import dpo_config
 from tests.support.models import tiny_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["response", "pair"])
 def test_two_stages_reach_the_log_det_of_exact_picks(normalize: str, demo) -> None:
     selectors, pool, rows = demo

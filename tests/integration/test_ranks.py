@@ -1,4 +1,4 @@
-"""Selections by 2 and 4 gloo processes: the picks of one process, or an error everywhere."""
+"""Selections by 2 to 4 gloo processes: the picks of one process, or an error everywhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from activedpo_fast.selection.eligible import Eligible, random_order
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
 from activedpo_fast.selection.greedy.top import rank_top
 from tests.support.processes import run_processes
+from tests.support.quick import slow_except
 
 PROMPTS, RESPONSES, PAIRS, DIM = 60, 3, 3, 48
 
@@ -36,10 +37,9 @@ def problem():
 
 
 def share(rank, world):
-    """First and last prompt of a process; the shares are uneven, and with 4 one is empty."""
-    bounds = (
-        [0, 7, 40, 40, PROMPTS] if world == 4 else [0, 41, PROMPTS] if world == 2 else [0, PROMPTS]
-    )
+    """First and last prompt of a process; the shares are uneven, and from 3 on one is empty."""
+    ends = {1: [], 2: [41], 3: [41, 41], 4: [7, 40, 40]}
+    bounds = [0, *ends[world], PROMPTS]
     return bounds[rank], bounds[rank + 1]
 
 
@@ -152,7 +152,7 @@ def work(rank, world, folder):
     os._exit(0)  # the group cannot be shut down cleanly: one process is gone
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=slow_except([3], [2, 3, 4]))
 def results(request, tmp_path_factory):
     """The results of each process except the lost one."""
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")

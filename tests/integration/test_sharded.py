@@ -66,7 +66,9 @@ def make_pool(count: int = 12, start: int = 0) -> PreferencePool:
 
 
 def make_model():
-    return lora(tiny_causal_lm("llama", torch.float64), "llama")
+    """With few trained numbers, of which the unsketched rows are."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return lora(tiny_causal_lm("llama", torch.float64), "llama", r=2, target_modules=targets)
 
 
 def chooser(model, strategy: str = "activedpo", **options) -> ActiveDPOSelector:
@@ -100,65 +102,68 @@ def make_spread_pool() -> PreferencePool:
     )
 
 
-def cases(group: dist.ProcessGroup | None) -> dict[str, list]:
-    """Every selection, with one line per pick."""
+# Every run of the suite makes these selections: each strategy with rules and a history, or by post,
+# and each other way of selecting once. `make test-slow` makes all.
+QUICK = {
+    "activedpo",
+    "activedpo, history",
+    *(f"{strategy}, rules" for strategy in STRATEGIES),
+    *("adpo_plus, response, two stages, history", "activedpo, pair, two stages, rules"),
+    *("one of one, two stages", "all", "costs", "shortlist"),
+    *("activedpo, spread", "aplp, spread", "apo, by post", "activedpo, one each"),
+}
+
+
+def cases(group: dist.ProcessGroup | None, every: bool) -> dict[str, list]:
+    """The selections, with one line per pick."""
     model, pool = make_model(), make_pool()
     earlier = chooser(model).select(make_pool(5, start=20), 3)
     history = [chooser(model).select(pool, 4), earlier]
     one = Selection(earlier.picks[:1], "activedpo")  # less than one for each process
-    few = {"n": 8, "group": group}
     found = {}
+
+    def select(name: str, own: ActiveDPOSelector, pool=pool, n=8, **given) -> None:
+        if every or name in QUICK:
+            found[name] = own.select(pool, n, group=group, **given)
+
     for strategy in STRATEGIES:
         options = {"normalize": "pair"} if strategy == "adpo_plus" else {}
         own = chooser(model, strategy, **options)
-        found[strategy] = own.select(pool, **few)
-        found[f"{strategy}, history"] = own.select(pool, labeled=history, **few)
-        found[f"{strategy}, rules"] = own.select(pool, labeled=one, rules=RULES, **few)
+        select(strategy, own)
+        select(f"{strategy}, history", own, labeled=history)
+        select(f"{strategy}, rules", own, labeled=one, rules=RULES)
     for strategy in ("activedpo", "adpo_plus"):
         for normalize in ("response", "pair"):
             own = chooser(model, strategy, normalize=normalize, preselect=2)
             name = f"{strategy}, {normalize}, two stages"
-            found[name] = own.select(pool, **few)
-            found[f"{name}, history"] = own.select(pool, 3, labeled=history, group=group)
-            found[f"{name}, rules"] = own.select(pool, labeled=one, rules=RULES, **few)
+            select(name, own)
+            select(f"{name}, history", own, n=3, labeled=history)
+            select(f"{name}, rules", own, labeled=one, rules=RULES)
     one_pair = chooser(model, preselect=1)  # of which a process has none
-    found["one of one, two stages"] = one_pair.select(pool, 1, group=group)
-    found["one of one, two stages, history"] = one_pair.select(
-        pool, 1, labeled=history[1], group=group
-    )
-    found["all"] = chooser(model).select(pool, 34, group=group)
-    found["costs"] = chooser(model, lam=0.1).select(pool, rules=COSTS, labeled=history, **few)
-    found["shortlist"] = chooser(model, "aplp", strategy_options={"shortlist": 1.0}).select(
-        pool, 3, group=group
-    )
+    select("one of one, two stages", one_pair, n=1)
+    select("one of one, two stages, history", one_pair, n=1, labeled=history[1])
+    select("all", chooser(model), n=34)
+    select("costs", chooser(model, lam=0.1), rules=COSTS, labeled=history)
+    shortlist = {"strategy_options": {"shortlist": 1.0}}
+    select("shortlist", chooser(model, "aplp", **shortlist), n=3)
     spread = make_spread_pool()
     # Pairs of the pool, labeled under ids that it does not have.
     renamed = Selection(
         tuple(replace(pick, id=f"old-{pick.id}") for pick in chooser(model).select(spread, 3)),
         "activedpo",
     )
+    by_post = PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"])
     for strategy in STRATEGIES:
-        own = chooser(
-            model, strategy, strategy_options={"shortlist": 1.0} if strategy == "aplp" else {}
-        )
-        found[f"{strategy}, spread"] = own.select(
-            spread, 8, rules=PickRules(max_per_prompt=2), labeled=renamed, group=group
-        )
-        found[f"{strategy}, by post"] = own.select(
-            spread,
-            8,
-            rules=PickRules(max_per_prompt=1, prompt_by="post", exclude=["row-2"]),
-            group=group,
-        )
+        own = chooser(model, strategy, **(shortlist if strategy == "aplp" else {}))
+        two = PickRules(max_per_prompt=2)
+        select(f"{strategy}, spread", own, spread, rules=two, labeled=renamed)
+        select(f"{strategy}, by post", own, spread, rules=by_post)
+    each = PickRules(max_per_prompt=1, random_fraction=0.3)
     for strategy in ("activedpo", "margin_large"):
-        found[f"{strategy}, one each"] = chooser(model, strategy).select(
-            spread,
-            8,
-            rules=PickRules(max_per_prompt=1, random_fraction=0.3),
-            asked=renamed,
-            group=group,
-        )
-    found["all of the spread"] = chooser(model).select(spread, 99, group=group)
+        own = chooser(model, strategy)
+        select(f"{strategy}, one each", own, spread, rules=each, asked=renamed)
+    select("all of the spread", chooser(model), spread, n=99)
+    assert found.keys() >= QUICK
     return {
         name: [[p.id, *p.pair, p.rank, p.score] for p in picks] for name, picks in found.items()
     }
@@ -230,7 +235,7 @@ def commands(rank: int, store: str, ports: list[int], folder: Path) -> dict[str,
     return said
 
 
-def work(rank: int, store: str, ports: list[int], folder: Path) -> None:
+def work(rank: int, store: str, ports: list[int], folder: Path, every: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -239,7 +244,8 @@ def work(rank: int, store: str, ports: list[int], folder: Path) -> None:
         world_size=WORLD,
         timeout=timedelta(minutes=10),
     )
-    result = {"cases": cases(dist.group.WORLD), "failures": failures(rank, dist.group.WORLD)}
+    world = dist.group.WORLD
+    result = {"cases": cases(world, every), "failures": failures(rank, world)}
     dist.destroy_process_group()
     result["commands"] = commands(rank, store, ports, folder)
     (folder / f"{rank}.json").write_text(json.dumps(result))
@@ -269,16 +275,23 @@ def store(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(
+    scope="module", params=["quick", pytest.param("every selection", marks=pytest.mark.slow)]
+)
+def every(request: pytest.FixtureRequest) -> bool:
+    return request.param != "quick"
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, store: Path) -> list[dict]:
+def results(tmp_path_factory, store: Path, every: bool) -> list[dict]:
     """The results of each process."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_processes(work, (str(store), free_ports(2), folder), WORLD)
+    run_processes(work, (str(store), free_ports(2), folder, every), WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-def test_all_return_the_selection_of_one_process(results) -> None:
-    alone = cases(None)
+def test_all_return_the_selection_of_one_process(results, every: bool) -> None:
+    alone = cases(None, every)
     assert len({len(picks) for picks in alone.values()}) > 2  # some rules leave fewer
     assert alone["activedpo"] != alone["activedpo, history"] != alone["activedpo, rules"]
     for result in results:

@@ -18,6 +18,7 @@ from activedpo_fast.pool.items import PoolItem
 from activedpo_fast.pool.pool import PreferencePool
 from activedpo_fast.pool.tokens import TokenizedResponse, tokenize_pool
 from tests.support.models import ORIGINAL_LENGTH, lora, tiny_causal_lm, tiny_tokenizer, varying_lm
+from tests.support.quick import slow_except
 
 trl = pytest.importorskip("trl")
 
@@ -137,8 +138,23 @@ _LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("max_length", "truncation_mode"), _LIMITS)
-@pytest.mark.parametrize("kind", ["plain", "plain-bos-eos", "chat", "chat-thinking"])
+# Plain text with every limit, and every kind of text with one.
+@pytest.mark.parametrize(
+    ("kind", "max_length", "truncation_mode"),
+    slow_except(
+        [
+            *(("plain", *limit) for limit in _LIMITS),
+            ("plain-bos-eos", None, "keep_start"),
+            *(("chat", 24, "keep_end"), ("chat", None, "keep_start")),
+            ("chat-thinking", 24, "keep_start"),
+        ],
+        [
+            (kind, *limit)
+            for kind in ("plain", "plain-bos-eos", "chat", "chat-thinking")
+            for limit in _LIMITS
+        ],
+    ),
+)
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 def test_tokens_of_every_pair(
     kind: str, max_length: int | None, truncation_mode: Any, tmp_path: Any
@@ -219,10 +235,19 @@ def _log_prob(model: torch.nn.Module, response: TokenizedResponse) -> float:
 
 
 @pytest.mark.parametrize(
-    ("max_length", "truncation_mode"), [(200, "keep_start"), (24, "keep_start"), (24, "keep_end")]
-)
-@pytest.mark.parametrize(
-    ("arch", "kind"), [("llama", "plain"), ("gemma", "chat"), ("gpt2", "plain")]
+    ("arch", "kind", "max_length", "truncation_mode"),
+    slow_except(
+        [
+            ("llama", "plain", 200, "keep_start"),
+            ("gemma", "chat", 24, "keep_start"),
+            ("gpt2", "plain", 24, "keep_end"),
+        ],
+        [
+            (*model, *limit)
+            for model in (("llama", "plain"), ("gemma", "chat"), ("gpt2", "plain"))
+            for limit in ((200, "keep_start"), (24, "keep_start"), (24, "keep_end"))
+        ],
+    ),
 )
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
 def test_log_probs_of_every_pair(

@@ -98,7 +98,7 @@ class _Stop(TrainerCallback):
         raise RuntimeError("stopped")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_rounds_leave_only_new_weights(tmp_path: Any, checkpointing: bool, capfd: Any) -> None:
     model, tokenizer = _model(), tiny_tokenizer()
     initial = adapter_state(model)
@@ -201,7 +201,9 @@ def _dpo_loss(model: Any, reference: dict[str, torch.Tensor], beta: float = 0.1)
     "config",
     [
         LoraConfig(target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
-        LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        pytest.param(
+            LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), marks=pytest.mark.slow
+        ),
         IA3Config(
             target_modules=["k_proj", "down_proj"],
             feedforward_modules=["down_proj"],
@@ -240,7 +242,7 @@ def test_the_reference_has_all_of_the_adapter(tmp_path: Path, config: Any) -> No
         )
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
 def test_the_reference_adapter_takes_nothing_out_of_the_base(tmp_path: Any, init: str) -> None:
     """These put a part of the base model's weights into each adapter that is added."""
     model, tokenizer = (
@@ -263,7 +265,7 @@ def test_the_reference_adapter_takes_nothing_out_of_the_base(tmp_path: Any, init
     assert model.peft_config["default"].init_lora_weights == init
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_state_is_restored_after_an_exception(tmp_path: Any, training: bool) -> None:
     model, tokenizer = _model(), tiny_tokenizer()
     model.train(training)

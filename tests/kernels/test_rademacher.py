@@ -13,6 +13,7 @@ tl = pytest.importorskip("triton.language")
 from activedpo_fast.kernels import lora_grad_rademacher as module  # noqa: E402
 from activedpo_fast.kernels.lora_grad_rademacher import lora_grad_rademacher, rademacher_rows  # noqa: E402
 from activedpo_fast.kernels.slabs import TILES, parts, tile_for  # noqa: E402
+from tests.support.quick import slow_except  # noqa: E402
 
 # The interpreter also computes with the rows that pad a block, whose memory holds arbitrary values.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
@@ -46,7 +47,7 @@ def error_of_rows(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=1) / scale).max())
 
 
-@pytest.mark.parametrize("k", [1, 64, 257])
+@pytest.mark.parametrize("k", slow_except([257], [1, 64, 257]))
 def test_signs_are_those_of_the_reference(k):
     x = torch.eye(131, device=DEVICE)
     out = torch.zeros(131, k, device=DEVICE)
@@ -102,7 +103,9 @@ def test_gradients(dtype, rows, columns):
     assert (out[[1, 4]] == 3).all()  # an empty segment, and none
 
 
-@pytest.mark.parametrize("rows, columns", [(3, 1500), (300, 30), (17, 200)])
+@pytest.mark.parametrize(
+    "rows, columns", [(3, 1500), pytest.param(300, 30, marks=pytest.mark.slow), (17, 200)]
+)
 def test_many_slabs_with_poisoned_scratch(rows, columns, monkeypatch):
     """Slabs of whole rows and of parts of rows; earlier contents of their memory are not used."""
     empty = torch.empty

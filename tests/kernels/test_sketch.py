@@ -12,6 +12,7 @@ from activedpo_fast.kernels.lora_grad_sketch import lora_grad_sketches  # noqa: 
 from activedpo_fast.kernels.sjlt_rows import sjlt_rows  # noqa: E402
 from activedpo_fast.ops import reference  # noqa: E402
 from tests.ops.test_ops import KEY, random  # noqa: E402
+from tests.support.quick import slow_except  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ["sjlt", "kronecker"]
@@ -19,8 +20,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 both_modes = pytest.mark.parametrize("deterministic", [True, False])
 both_methods = pytest.mark.parametrize("method", METHODS)
 # The interpreter is slow, so each shape is tested with two of the four combinations, which have
-# both methods and both modes. On a GPU, test_large_gradients_equal_the_cpus tests all of them.
+# both methods and both modes, and one of the two only in `make test-slow`. On a GPU,
+# test_large_gradients_equal_the_cpus tests all of them.
 IN_TURN = [[("sjlt", True), ("kronecker", False)], [("sjlt", False), ("kronecker", True)]]
+two_of_four = pytest.mark.parametrize(
+    ("method", "deterministic"),
+    [*IN_TURN[0], *(pytest.param(*how, marks=pytest.mark.slow) for how in IN_TURN[1])],
+)
 # Empty, of one token, overlapping, two of one row, and out of order.
 SEGMENTS = torch.tensor([[11, 40, 2], [0, 10, 0], [10, 11, 3], [10, 10, 1], [3, 36, 2]])
 
@@ -63,7 +69,11 @@ SHAPES = [
 
 @pytest.mark.parametrize(
     ("rows", "columns", "k", "dtype", "method", "deterministic"),
-    [(*shape, *how) for i, shape in enumerate(SHAPES) for how in IN_TURN[i % 2]],
+    [
+        pytest.param(*shape, *how, marks=[pytest.mark.slow] if i % 2 == n else [])
+        for i, shape in enumerate(SHAPES)
+        for n, how in enumerate(IN_TURN[i // 2 % 2])
+    ],
 )
 def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, deterministic):
     left, right = random(40, rows).to(dtype), random(40, columns, seed=1).to(dtype)
@@ -72,8 +82,7 @@ def test_equals_the_sketch_of_the_gradient(rows, columns, k, dtype, method, dete
     assert not found[1].any() and not found[4].any()
 
 
-@both_modes
-@both_methods
+@two_of_four
 @pytest.mark.parametrize(
     ("rows", "columns", "k", "key"),
     [(5, 290, 64, 2**64 - 1), (140, 20, 999, KEY), (33, 70, 4096, 5), (40, 40, 24, 2**64 - 1)],
@@ -151,8 +160,7 @@ def test_powers_of_two_scale_the_result_exactly():
         assert torch.equal(scaled, whole * 2.0 ** (one + other))
 
 
-@both_modes
-@both_methods
+@two_of_four
 def test_adds_in_place_and_takes_any_strides(method, deterministic):
     left, right = random(40, 5).float(), random(40, 60, seed=1).float()
     start = random(5, 48, seed=2)
@@ -170,8 +178,7 @@ def test_adds_in_place_and_takes_any_strides(method, deterministic):
         assert bool((wide[:, :7] == 9).all()) and bool((wide[:, 55:] == 9).all())
 
 
-@both_modes
-@both_methods
+@two_of_four
 def test_many_weights_are_the_sum_of_each(method, deterministic):
     """Weights for all tiles and dtypes: some of the same shape, some that share an operand, one
     twice."""
@@ -232,9 +239,20 @@ def ready(x: torch.Tensor, k: int, deterministic: bool) -> torch.Tensor:
     return out.cpu()
 
 
-@both_modes
 @pytest.mark.parametrize(
-    ("n", "length", "k"), [(1, 1, 1), (3, 2500, 64), (9, 1024, 7), (1, 66000, 48), (5, 130, 4096)]
+    ("n", "length", "k", "deterministic"),
+    slow_except(
+        [
+            *((1, 1, 1, mode) for mode in (True, False)),
+            *((3, 2500, 64, mode) for mode in (True, False)),
+            *((9, 1024, 7, False), (1, 66000, 48, False), (5, 130, 4096, True)),
+        ],
+        [
+            (*shape, mode)
+            for shape in ((1, 1, 1), (3, 2500, 64), (9, 1024, 7), (1, 66000, 48), (5, 130, 4096))
+            for mode in (True, False)
+        ],
+    ),
 )
 def test_ready_rows(n, length, k, deterministic):
     x = random(n, length).float()

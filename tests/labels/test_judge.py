@@ -171,7 +171,9 @@ oracle.label(_selection(*[(f"{n}", f"longer {n}") for n in range(10)]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_does_not_pay_again(tmp_path: Path, number: int) -> None:
     paid: list[str] = []
     full, go = threading.Event(), threading.Event()

@@ -18,6 +18,7 @@ from activedpo_fast.pool.tokens import TokenizedPool, TokenizedResponse, tokeniz
 from activedpo_fast.training.generation import generate_responses, respond
 from tests.support.gradients import loop_gradients, relative_error, trainable
 from tests.support.models import lora, tiny_causal_lm, tiny_tokenizer
+from tests.support.quick import slow_except
 from tests.support.state import differences, snapshot
 
 TOKENIZER = tiny_tokenizer()
@@ -164,7 +165,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_except(["autocast"], MODES))
 def test_the_callers_modes_change_nothing(mode: str) -> None:
     model = lora(tiny_causal_lm("llama"), "llama")
     expected = {name: door(model) for name, door in DOORS.items()}
@@ -220,7 +221,7 @@ def test_autocast_around_a_model_without_an_adapter_is_taken_off() -> None:
         assert differences(before, snapshot(model)) == [], name
 
 
-@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("bound", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_autocast_around_forward_is_taken_off(bound: bool) -> None:
     """As accelerate's `prepare_model` does for bf16, on a bound `forward` and on a hooked one."""
     from accelerate.utils import convert_outputs_to_fp32

@@ -280,6 +280,7 @@ def test_a_wheel_takes_nothing_for_tests_from_a_checkout_that_was_built(tmp_path
 
 @needs_sources
 @pytest.mark.skipif(not NVCC, reason="there is no nvcc")
+@pytest.mark.slow
 def test_cuda_files_are_compiled_once_and_a_failure_keeps_the_cpu_extension(tmp_path):
     tree = checkout(tmp_path)
     shutil.rmtree(tree / "csrc" / "cuda")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -26,13 +25,9 @@ from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.store.rows import StoredRows
 from tests.selection.test_information import exact_scores
+from tests.support.examples import examples
 
 NORMALIZE = ("response", "pair", None)
-
-
-def examples(quick):
-    """The number of examples: the fuzz profile tries more."""
-    return quick * (20 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 1)
 
 
 def unit_or_zero(rows):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.information.matrix import InformationMatrix
+from tests.support.examples import examples
 
 FORMS = ("auto", "low_rank", "explicit")
 
@@ -73,7 +74,7 @@ def test_scores_of_unit_features_hold_to_1e_11_of_exact_arithmetic(form, many, l
     split=st.integers(0, 30),
     seed=st.integers(0, 2**20),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_it_matches_torch_linalg(k, t, form, log_lam, log_kappa, log_norm, split, seed):
     lam, kappa = 10**log_lam, 10**log_kappa
     phi = unit_rows(t, k, seed) * 10**log_norm

@@ -17,6 +17,7 @@ from activedpo_fast.pool.rewards import rewards_of
 from activedpo_fast.selection.eligible import Eligible, random_order, warn_if_fewer
 from activedpo_fast.selection.signals import TensorSignals
 from activedpo_fast.selection.strategies import STRATEGIES, make_strategy
+from tests.support.examples import examples
 
 
 def make_pool(
@@ -85,7 +86,7 @@ def make_rules(given: dict[str, Any]) -> PickRules:
     return PickRules(**given, group_by="topic" if "quotas" in given else None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(pool=pools, given=options, data=st.data())
 def test_candidates_left_after_every_pick(
     pool: PreferencePool, given: dict[str, Any], data: st.DataObject
@@ -123,7 +124,7 @@ def test_candidates_left_after_every_pick(
 
 
 @given(pool=pools, given=options, n=st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_costs_minimum_scores_and_random_picks_are_bound(
     pool: PreferencePool, given: dict[str, Any], n: int
 ) -> None:
@@ -268,7 +269,7 @@ def plain_picks(
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES_HERE))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(given=options, data=st.data())
 def test_every_strategy_honors_the_rules(
     name: str, given: dict[str, Any], data: st.DataObject
