@@ -52,7 +52,7 @@ help:  ## list the targets
 
 env: $(PACKAGE)  ## the environment $(VENV): pinned packages, the C++ (and CUDA) extension, `activedpo`
 
-demo: env  ## run ActiveDPO and random selection side by side on real text (3 to 4 minutes)
+demo: env  ## run ActiveDPO and random selection side by side on real text (3 to 7 minutes)
 	$(BIN)/activedpo demo
 
 test: env  ## the test suite, without slow and GPU tests
