@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from activedpo_fast.selection.greedy import logdet
-from activedpo_fast.selection.greedy.one_launch import ResidentProblem, on_gpu
+from activedpo_fast.selection.greedy.resident import ResidentProblem, on_gpu
 from activedpo_fast.selection.pair_features import PairFeatures
 from benchmarks.gpu.cases import Case, Found, Record, Settings
 from benchmarks.gpu.micro_peers import require
@@ -137,10 +137,10 @@ def _phases(given: Problem, picks: int, settings: Settings) -> Record:
         torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    def watched(problem: ResidentProblem) -> None:
+    def watched(problem: ResidentProblem, show_progress: bool | None) -> None:
         mark()
         begun.record()
-        on_gpu(problem)
+        on_gpu(problem, show_progress)
         ended.record()
         mark()
 

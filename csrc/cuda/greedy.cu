@@ -90,7 +90,8 @@ class DeviceGrid : public DeviceNumbers {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     greedy_kernel(const __grid_constant__ GreedyProblem problem,
-                  const __grid_constant__ GreedyRoom<typename Sum<T>::Type> room) {
+                  const __grid_constant__ GreedyRoom<typename Sum<T>::Type> room,
+                  std::int64_t begin, std::int64_t end) {
   using Room = GreedyRoom<typename Sum<T>::Type>;
   __shared__ DeviceGrid::Shared shared;
   // Every barrier empties the cache of the multiprocessor, where each phase would look for these.
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
   __syncthreads();
   DeviceGrid grid(&shared);
-  GreedySelect<T, DeviceGrid>(grid, near_problem, near_room).run();
+  GreedySelect<T, DeviceGrid>(grid, near_problem, near_room).run(begin, end);
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -114,7 +115,8 @@ int attribute(cudaDeviceAttr which, int device) {
 }  // namespace
 
 template <typename T>
-void greedy_select(const GreedyProblem& problem, char* memory, const Target& target) {
+void greedy_select(const GreedyProblem& problem, char* memory, std::int64_t begin,
+                   std::int64_t end, const Target& target) {
   const DeviceGuard guard(target.device);
   if (attribute(cudaDevAttrCooperativeLaunch, target.device) == 0) {
     throw std::runtime_error("the GPU has no cooperative launch, which greedy_select needs");
@@ -129,7 +131,7 @@ void greedy_select(const GreedyProblem& problem, char* memory, const Target& tar
 
   GreedyRoom<typename Sum<T>::Type> room{};
   room.lay_out(problem, memory);
-  void* arguments[] = {const_cast<GreedyProblem*>(&problem), &room};
+  void* arguments[] = {const_cast<GreedyProblem*>(&problem), &room, &begin, &end};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&greedy_kernel<T>),
                                     dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
                                     0, target.stream),
@@ -137,9 +139,13 @@ void greedy_select(const GreedyProblem& problem, char* memory, const Target& tar
   check_launch("launch of greedy_select");
 }
 
-template void greedy_select<float>(const GreedyProblem&, char*, const Target&);
-template void greedy_select<double>(const GreedyProblem&, char*, const Target&);
-template void greedy_select<BFloat16>(const GreedyProblem&, char*, const Target&);
-template void greedy_select<Half>(const GreedyProblem&, char*, const Target&);
+template void greedy_select<float>(const GreedyProblem&, char*, std::int64_t, std::int64_t,
+                                   const Target&);
+template void greedy_select<double>(const GreedyProblem&, char*, std::int64_t, std::int64_t,
+                                   const Target&);
+template void greedy_select<BFloat16>(const GreedyProblem&, char*, std::int64_t, std::int64_t,
+                                   const Target&);
+template void greedy_select<Half>(const GreedyProblem&, char*, std::int64_t, std::int64_t,
+                                   const Target&);
 
 }  // namespace activedpo

@@ -20,12 +20,13 @@ void bind_dtype(py::module_& module, const std::string& dtype) {
   bind_greedy_bytes<T>(module, ("greedy_bytes_" + dtype).c_str());
   module.def(
       ("greedy_select_" + dtype).c_str(),
-      [](const GreedyProblem& problem, std::uintptr_t room, int device, std::uintptr_t stream) {
-        greedy_select<T>(problem, reinterpret_cast<char*>(room),
+      [](const GreedyProblem& problem, std::uintptr_t room, std::int64_t begin, std::int64_t end,
+         int device, std::uintptr_t stream) {
+        greedy_select<T>(problem, reinterpret_cast<char*>(room), begin, end,
                          {device, reinterpret_cast<cudaStream_t>(stream)});
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("problem"), py::kw_only(), py::arg("room"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("begin"), py::arg("end"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace

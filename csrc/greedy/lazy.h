@@ -21,16 +21,28 @@ class GreedyLazy {
                                    const GreedyRoom<S>& room)
       : team_(team), p_(problem), room_(room), products_(team, problem, room) {}
 
-  // Clears the thread's part of the workspace. Call it first; a barrier must follow.
-  ACTIVEDPO_HOST_DEVICE void clear() {
-    for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
-      room_.inherited[i] = 0;
-      room_.version[i] = 0;
+  // Call it first; a barrier must follow. `anew`: the workspace has not been used.
+  ACTIVEDPO_HOST_DEVICE void start(bool anew) {
+    if (anew) {
+      for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
+        room_.inherited[i] = 0;
+        room_.version[i] = 0;
+      }
+      products_.clear();
+    } else {
+      margin_ = *room_.margin;
     }
-    products_.clear();
+    for (std::int64_t tile = team_.thread(); tile < 3 * room_.tiles; tile += team_.threads()) {
+      room_.in_tile[tile] = 0;
+    }
     if (team_.thread() == 0) {
       for (int list = 0; list < 3; ++list) room_.counters[list] = 0;
     }
+  }
+
+  // Keeps what a next `start` needs.
+  ACTIVEDPO_HOST_DEVICE void stop() const {
+    if (team_.thread() == 0) *room_.margin = margin_;
   }
 
   // Returns the bounds of the thread's part of the candidates, after `count` directions.

@@ -1,5 +1,5 @@
-// Greedy log-det selection in one launch: one grid of threads makes all picks of a batch; on a GPU
-// it stays resident (cuda/greedy.cu). This file defines inputs, outputs and workspace; select.h has
+// Greedy log-det selection by a grid of threads that makes pick after pick; on a GPU it stays
+// resident for many of them (cuda/greedy.cu). This file defines inputs, outputs and workspace; select.h has
 // the loop over picks, lazy.h and root.h the parts of a pick. The policy and its error bounds are
 // those of running_scores.py and scores/refresh_bounds.cpp.
 //
@@ -128,7 +128,7 @@ struct GreedyShared {
   double error_bound[kGreedySlots];
 };
 
-// Views of one block of memory, which need not be cleared.
+// Views of one block of memory, which need not be cleared. Later launches go on with what is there.
 template <typename S>
 struct GreedyRoom {
   std::int64_t capacity;  // of D and Y
@@ -140,6 +140,7 @@ struct GreedyRoom {
 
   GreedyBounds* bounds;   // [2, kGreedyMaxBlocks]
   std::int32_t* counters;  // [3], lengths of lists
+  double* margin;          // [1]; see GreedyLazy
   double* inherited;       // [n_candidates]; see running_scores.py
   std::int32_t* version;   // [n_candidates], number of directions a score has seen
   std::int32_t* in_tile;   // [3, tiles], how many are listed by the tile of their version
@@ -182,6 +183,7 @@ struct GreedyRoom {
     };
     take(bounds, 2 * kGreedyMaxBlocks);
     take(counters, 3);
+    take(margin, 1);
     take(inherited, p.n_candidates);
     take(version, p.n_candidates);
     take(in_tile, 3 * tiles);

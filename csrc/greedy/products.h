@@ -45,9 +45,6 @@ class GreedyProducts {
 
   // Clears the thread's part of the numbers that nothing else writes.
   ACTIVEDPO_HOST_DEVICE void clear() {
-    for (std::int64_t tile = team_.thread(); tile < 3 * room_.tiles; tile += team_.threads()) {
-      room_.in_tile[tile] = 0;
-    }
     const std::int64_t rows = p_.n_picks + kGreedyTile;
     for (std::int64_t s = team_.thread(); s < rows; s += team_.threads()) {
       for (std::int64_t j = p_.dim; j < room_.whole(p_.dim); ++j) room_.unit[s * room_.width + j] = 0;

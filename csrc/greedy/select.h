@@ -21,11 +21,14 @@ class GreedySelect {
       : p_(problem), room_(room), team_(grid, room.bounds), lazy_(team_, problem, room),
         root_(team_, problem, room) {}
 
-  ACTIVEDPO_HOST_DEVICE void run() {
-    lazy_.clear();
-    GreedyBounds bounds = team_.exchange(lazy_.scan(0));
+  // Makes the picks from number `begin`, of which the last call left the state, to `end`, or as many
+  // of them as can be made.
+  ACTIVEDPO_HOST_DEVICE void run(std::int64_t begin, std::int64_t end) {
+    count_ = begin;
+    lazy_.start(begin == 0);
+    GreedyBounds bounds = team_.exchange(lazy_.scan(begin));
     std::int64_t looked = 0;
-    while (count_ < p_.n_picks) {
+    while (count_ < end) {
       Choice choice{-1, 0, -1};
       if (count_ < p_.n_forced) {
         choice.candidate = p_.forced[count_];
@@ -48,6 +51,7 @@ class GreedySelect {
       bounds = take(choice, looked);
       looked = 0;
     }
+    lazy_.stop();
     if (team_.thread() == 0) *p_.count = count_;
   }
 

@@ -126,7 +126,8 @@ class HostGrid : public HostNumbers {
 };
 
 template <typename T, int Lanes, int Groups>
-void greedy_select(const GreedyProblem& problem, char* memory, int n_blocks) {
+void greedy_select(const GreedyProblem& problem, char* memory, std::int64_t begin, std::int64_t end,
+                   int n_blocks) {
   GreedyRoom<typename Sum<T>::Type> room{};
   room.lay_out(problem, memory);
   const int n_threads = n_blocks * Groups * Lanes;
@@ -134,7 +135,7 @@ void greedy_select(const GreedyProblem& problem, char* memory, int n_blocks) {
   typename HostGrid<Lanes, Groups>::Blocks blocks(static_cast<std::size_t>(n_blocks));
   const auto work = [&](int thread) {
     HostGrid<Lanes, Groups> grid(all, blocks, thread);
-    GreedySelect<T, HostGrid<Lanes, Groups>>(grid, problem, room).run();
+    GreedySelect<T, HostGrid<Lanes, Groups>>(grid, problem, room).run(begin, end);
   };
   std::vector<std::thread> threads;
   for (int thread = 1; thread < n_threads; ++thread) threads.emplace_back(work, thread);
@@ -148,17 +149,18 @@ void bind_dtype(pybind11::module_& module, const std::string& dtype) {
   bind_greedy_bytes<T>(module, ("greedy_bytes_" + dtype).c_str());
   module.def(
       ("greedy_select_" + dtype).c_str(),
-      [](const GreedyProblem& problem, std::uintptr_t room, int blocks, bool wide) {
+      [](const GreedyProblem& problem, std::uintptr_t room, std::int64_t begin, std::int64_t end,
+         int blocks, bool wide) {
         char* const memory = reinterpret_cast<char*>(room);
         if (wide) {
-          greedy_select<T, 4, 2>(problem, memory, blocks);
+          greedy_select<T, 4, 2>(problem, memory, begin, end, blocks);
         } else {
-          greedy_select<T, 1, 1>(problem, memory, blocks);
+          greedy_select<T, 1, 1>(problem, memory, begin, end, blocks);
         }
       },
       "A block is a thread, or two groups of four of them.",
       py::call_guard<py::gil_scoped_release>(), py::arg("problem"), py::kw_only(), py::arg("room"),
-      py::arg("blocks"), py::arg("wide"));
+      py::arg("begin"), py::arg("end"), py::arg("blocks"), py::arg("wide"));
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ def test_gradient_rows_of_a_model(method, triton, tokens, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_selection_on_a_gpu_is_the_cpus(monkeypatch):
-    """From the model to the picks: rows stay on the GPU, and all picks are one launch there."""
+    """From the model to the picks: rows stay on the GPU, where a grid makes the picks."""
     pool = PreferencePool.from_rows(
         {"prompt": f"Number {i}", "responses": [f" one {i * j} {j}" for j in range(1, 4)]}
         for i in range(40)

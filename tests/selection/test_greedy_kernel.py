@@ -1,4 +1,4 @@
-"""All picks by one launch (csrc/greedy/): by CPU threads, and on the GPU if there is one."""
+"""Picks by a resident grid (csrc/greedy/): of CPU threads, and on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
 from activedpo_fast.selection.eligible import Eligible
-from activedpo_fast.selection.greedy import one_launch as resident
+from activedpo_fast.selection.greedy import resident
 from activedpo_fast.selection.greedy.logdet import greedy_logdet
-from activedpo_fast.selection.greedy.one_launch import ResidentProblem, greedy_resident, on_gpu
+from activedpo_fast.selection.greedy.resident import Pace, ResidentProblem, greedy_resident, on_gpu
 from activedpo_fast.selection.information.matrix import InformationMatrix
 from activedpo_fast.selection.pair_features import PairFeatures
 from tests.selection.test_greedy import (
@@ -36,12 +36,16 @@ from tests.support.examples import examples
 from tests.support.native import module_for_tests
 from tests.support.quick import slow_except
 
-BLOCKS = (1, 2, 5)
+ONE_LAUNCH = Pace(first=2**30)
+# Picks of any launches are the same: one by one, and 3, 12, 48, ... at a time.
+BLOCKS = {1: ONE_LAUNCH, 2: Pace(first=1, seconds=0), 5: Pace(first=3, seconds=math.inf)}
 
 
-def on_host(blocks, wide=False):
+def on_host(blocks, wide=False, pace=ONE_LAUNCH):
     """Run by CPU threads: a block is one thread or, as on a GPU, groups of several lanes."""
-    return partial(ResidentProblem.run, module=module_for_tests(), blocks=blocks, wide=wide)
+    return partial(
+        ResidentProblem.run, module=module_for_tests(), pace=pace, blocks=blocks, wide=wide
+    )
 
 
 def everything(rows, pairs, how=None, weights=None):
@@ -50,10 +54,11 @@ def everything(rows, pairs, how=None, weights=None):
 
 
 def on_all_hosts(features, information, eligible, n):
-    """The ranking, which is the same to the last bit for every number of blocks."""
+    """The ranking, the same to the last bit for every number of blocks and of launches."""
     first = None
-    for blocks in BLOCKS:
-        got = greedy_resident(features, information, copy.deepcopy(eligible), n, on_host(blocks))
+    for blocks, pace in BLOCKS.items():
+        run = on_host(blocks, pace=pace)
+        got = greedy_resident(features, information, copy.deepcopy(eligible), n, run)
         first = first or got
         assert all(torch.equal(a, b) for a, b in zip(first, got, strict=True))
     return first
@@ -343,6 +348,39 @@ def test_uninitialized_memory_may_have_any_content(monkeypatch):
 
     monkeypatch.setattr(resident.torch, "empty", poisoned)
     assert all(torch.equal(a, b) for a, b in zip(want, on_all_hosts(*given_), strict=True))
+
+
+def test_a_launch_makes_as_many_picks_as_take_some_time():
+    pace = Pace(first=16, seconds=0.2)
+    assert pace.next(16, 0.001) == 64  # the time of few picks says little
+    assert pace.next(64, 0.1) == 128
+    assert pace.next(128, 0.8) == 32
+    assert pace.next(1, 100.0) == 1
+    assert pace.next(8, 0.0) == 32
+
+
+def test_a_selection_can_be_interrupted_between_launches(capsys):
+    rows, pairs = random_case(5, 30, 3, 20, duplicates=0, zeros=0)
+    features, eligible = everything(rows, pairs)
+    before = eligible.remaining.clone()
+    real, made = module_for_tests(), []
+
+    class Module:
+        GreedyProblem, greedy_bytes_float64 = real.GreedyProblem, real.greedy_bytes_float64
+
+        @staticmethod
+        def greedy_select_float64(problem, **where):
+            if len(made) == 2:
+                raise KeyboardInterrupt
+            made.append((where["begin"], where["end"]))
+            real.greedy_select_float64(problem, **where)
+
+    run = partial(ResidentProblem.run, module=Module, pace=Pace(5, 0), blocks=2, wide=False)
+    with pytest.raises(KeyboardInterrupt):
+        greedy_resident(features, InformationMatrix(20), eligible, 30, run, show_progress=True)
+    assert made == [(0, 5), (5, 6)]
+    assert "6/30" in capsys.readouterr().err
+    assert torch.equal(eligible.remaining, before)
 
 
 def test_no_picks_no_candidates_and_rows_that_are_too_large():

@@ -11,11 +11,11 @@ from torch import Tensor
 from activedpo_fast.distributed.processes import Choice
 from activedpo_fast.selection.eligible import Eligible
 from activedpo_fast.selection.greedy.contest import Contest
-from activedpo_fast.selection.greedy.one_launch import (
+from activedpo_fast.selection.greedy.resident import (
     at_its_place,
     greedy_resident,
     on_gpu,
-    takes_one_launch,
+    picks_there,
 )
 from activedpo_fast.selection.greedy.running_scores import RunningScores
 from activedpo_fast.selection.information.labeled import labeled_information
@@ -67,8 +67,8 @@ def greedy_logdet(
             pairs (and of `eligible`); all other arguments are the same in all of them. Candidates
             are numbered consecutively, process after process, and all get the picks that one
             process with all the candidates would make.
-        device: a GPU that rows in memory are moved to first, if it can make all picks in one launch
-            and has room for them; not with `group`.
+        device: a GPU that rows in memory are moved to first, if our kernel can make the picks there
+            and it has room for them; not with `group`.
         show_progress: bars over first scores and picks; None shows them on terminals only.
 
     Returns:
@@ -89,7 +89,7 @@ def greedy_logdet(
 
     if isinstance(rows, Tensor):
         rows = at_its_place(rows, device or rows.device, alone=group is None)
-        if group is None and takes_one_launch(rows.device, rows.dtype):
+        if group is None and picks_there(rows.device, rows.dtype):
             features, v = prepare()
             return greedy_resident(
                 features, v, contest.eligible, contest.n, on_gpu, contest.show_progress

@@ -1,15 +1,16 @@
-"""Greedy log-det selection with all picks of a batch in one launch (csrc/greedy/)."""
+"""Greedy log-det selection by a grid that stays on the device for many picks (csrc/greedy/)."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.ops import backends
 from activedpo_fast.ops.layout import rows_together
 from activedpo_fast.ops.scores import DTYPES
+from activedpo_fast.progress import progress_bar
 from activedpo_fast.selection.eligible import Eligible, Limit
 from activedpo_fast.selection.greedy.running_scores import first_scores, root_error
 from activedpo_fast.selection.information.matrix import InformationMatrix
@@ -25,6 +27,24 @@ from activedpo_fast.selection.pair_features import PairFeatures
 from activedpo_fast.selection.ranking import Ranking
 
 log = logging.getLogger(__name__)
+
+
+class Pace(NamedTuple):
+    """How many picks a launch makes: so many at first, and then what takes some seconds.
+
+    The time of a pick is known only by waiting. Nothing can stop a launch, and a display's GPU ends
+    one that takes too long.
+    """
+
+    first: int = 16
+    seconds: float = 0.2
+
+    def next(self, picks: int, took: float) -> int:
+        """Return the number of picks after so many in `took` seconds."""
+        return int(min(4 * picks, max(1, picks * self.seconds / max(took, 1e-6))))
+
+
+PACE = Pace()
 
 
 @dataclass
@@ -122,8 +142,18 @@ class ResidentProblem:
             count=torch.zeros(1, dtype=torch.int64, device=features.device),
         )
 
-    def run(self, module: ModuleType, **where: int) -> None:
-        """Make the picks by an extension module's `greedy_select_*`, called with `where`."""
+    def run(
+        self,
+        show_progress: bool | None = False,
+        *,
+        module: ModuleType,
+        pace: Pace = PACE,
+        **where: int,
+    ) -> None:
+        """Make the picks by an extension module's `greedy_select_*`, called with `where`.
+
+        The picks do not depend on the pace.
+        """
         dtype = DTYPES[self.rows.dtype]
         problem = module.GreedyProblem(
             **{field.name: _address(getattr(self, field.name)) for field in fields(self)}
@@ -133,27 +163,37 @@ class ResidentProblem:
             dtype=torch.uint8,
             device=self.rows.device,
         )
-        getattr(module, f"greedy_select_{dtype}")(problem, room=room.data_ptr(), **where)
+        launch = getattr(module, f"greedy_select_{dtype}")
+        begin, count, picks = 0, 0, pace.first
+        with progress_bar(show_progress, total=self.n_picks, desc="selecting", unit="pair") as bar:
+            while count == begin < self.n_picks:
+                end = min(begin + picks, self.n_picks)
+                started = time.perf_counter()
+                launch(problem, room=room.data_ptr(), begin=begin, end=end, **where)
+                count = int(self.count)  # waits for it
+                bar.update(count - begin)
+                picks = pace.next(end - begin, time.perf_counter() - started)
+                begin = end  # there are fewer picks if no candidate is left
 
 
-def takes_one_launch(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether all picks from rows on `device` take one launch there."""
+def picks_there(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a grid on `device` makes the picks from rows that are there."""
     return backends.choose("greedy_select", device.type, dtype) == "cuda"
 
 
 def at_its_place(rows: Tensor, device: torch.device, *, alone: bool = True) -> Tensor:
     """Return rows in memory where their picks are quickest.
 
-    That is `device`, if all picks take one launch there and it has room for the rows and as much
-    again for the other data of the picks. Rows that are on a GPU but have no such launch go to the
-    CPU, where a pick reads a few of them: on a GPU it would read all.
+    That is `device`, if a grid makes the picks there and it has room for the rows and as much again
+    for the other data of the picks. Rows that are on a GPU but have no such grid go to the CPU,
+    where a pick reads a few of them: on a GPU it would read all.
 
     Args:
         alone: whether this process selects alone. Several agree on each pick, on the CPU.
     """
     if device.type != "cuda":
         return rows
-    if not (alone and takes_one_launch(device, rows.dtype)):
+    if not (alone and picks_there(device, rows.dtype)):
         if rows.is_cuda and backends.choose("advance", "cpu", rows.dtype) == "cpp":
             log.info("rows go to the CPU, where each pick reads a few of them instead of all")
             return rows.cpu()
@@ -171,10 +211,10 @@ def greedy_resident(
     information: InformationMatrix,
     eligible: Eligible,
     n: int,
-    run: Callable[[ResidentProblem], None],
+    run: Callable[[ResidentProblem, bool | None], None],
     show_progress: bool | None = False,
 ) -> Ranking:
-    """Run `greedy_logdet` in one launch: the same picks, for features in memory and one process.
+    """Run `greedy_logdet` by a resident grid: the same picks, for rows in memory and one process.
 
     Args:
         features: the candidates. All their tensors except the rows are copied to the rows' device.
@@ -182,14 +222,14 @@ def greedy_resident(
         n: number of picks, 0 to N. Memory on the device: about n (20 k + 256) + 300 N bytes; plus
             k^2 float64 numbers if `information` is explicit and on another device.
         run: makes the picks: `on_gpu`, for rows on a GPU.
-        show_progress: see `first_scores`.
+        show_progress: bars over first scores and picks.
 
     Raises:
         ActiveDPOError: rows on disk, a score that is not finite.
     """
     problem = ResidentProblem.of(features, information, eligible, n, show_progress)
     if n > 0:
-        run(problem)
+        run(problem, show_progress)
     count = int(problem.count)
     picks, scores, touched = (
         x[:count].cpu() for x in (problem.picks, problem.scores, problem.touched)
@@ -199,30 +239,29 @@ def greedy_resident(
     return Ranking(picks, scores, touched)
 
 
-def on_gpu(problem: ResidentProblem) -> None:
+def on_gpu(problem: ResidentProblem, show_progress: bool | None = False) -> None:
     """Make the picks on the GPU of the problem's rows, on PyTorch's current stream.
 
     Raises:
-        ActiveDPOError: the kernel does not fit the device or does not start.
+        ActiveDPOError: the kernel does not fit the device, does not start or fails.
     """
     from activedpo_fast import _cuda
 
     device = problem.rows.device
+    stream = torch.cuda.current_stream(device).cuda_stream
     try:
-        problem.run(
-            _cuda, device=device.index, stream=torch.cuda.current_stream(device).cuda_stream
-        )
+        problem.run(show_progress, module=_cuda, device=device.index, stream=stream)
     except RuntimeError as error:
-        raise ActiveDPOError(f"the selection does not start on {device}: {error}") from None
+        raise ActiveDPOError(f"the selection failed on {device}: {error}") from None
 
 
 def _rows_in_memory(features: PairFeatures, n: int) -> Tensor:
-    """Return the rows, each contiguous; raise if one launch cannot make n picks from them."""
+    """Return the rows, each contiguous; raise if a grid cannot make n picks from them."""
     rows = features.rows
     if not isinstance(rows, Tensor):
-        raise ActiveDPOError("rows on disk cannot be selected from in one launch")
+        raise ActiveDPOError("rows on disk cannot be selected from on a GPU")
     if len(features) >= 2**31 or n >= 2**31:
-        raise ActiveDPOError("2^31 candidate pairs or more cannot be selected from in one launch")
+        raise ActiveDPOError("2^31 candidate pairs or more cannot be selected from on a GPU")
     return rows_together(rows.detach())
 
 
