@@ -95,9 +95,12 @@ class _GreedyBytes(Protocol):
     def __call__(self, problem: GreedyProblem) -> int: ...
 
 class _GreedySelect(Protocol):
-    """`room`: uninitialized memory of the size that greedy_bytes returns."""
+    """The picks begin..end-1, in order of calls. `room`: memory of the size that greedy_bytes returns,
+    which the first call, with `begin` 0, may find with any content."""
 
-    def __call__(self, problem: GreedyProblem, *, room: int, device: int, stream: int) -> None: ...
+    def __call__(
+        self, problem: GreedyProblem, *, room: int, begin: int, end: int, device: int, stream: int
+    ) -> None: ...
 
 class _PairNormsOf(Protocol):
     """Writes row_norm and pair_norm."""

@@ -77,7 +77,9 @@ class _GreedyBytes(Protocol):
 class _GreedySelect(Protocol):
     """By CPU threads: a block is one of them or, if wide, two groups of four."""
 
-    def __call__(self, problem: GreedyProblem, *, room: int, blocks: int, wide: bool) -> None: ...
+    def __call__(
+        self, problem: GreedyProblem, *, room: int, begin: int, end: int, blocks: int, wide: bool
+    ) -> None: ...
 
 class _PairNormsOf(Protocol):
     """The arithmetic of activedpo_fast._cuda's function."""

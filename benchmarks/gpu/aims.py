@@ -17,6 +17,7 @@ def aims(sections: dict[str, Any]) -> list[Record]:
     cases = {name: section["cases"] for name, section in sections.items()}
     return [
         _tests(cases.get("tests", {})),
+        _sanitizer(cases.get("sanitizer", {})),
         *_overheads(cases.get("end_to_end", {})),
         *_rates(cases.get("micro", {})),
         *_selection(cases.get("selection", {})),
@@ -28,6 +29,12 @@ def _tests(found: Found) -> Record:
     passed, failed = (sum(c.get(name, 0) for c in counts) for name in ("passed", "failed"))
     bad = failed + sum("complaint" in r or r["status"] == "failed" for r in found.values())
     return _aim("tests marked gpu that fail", bad if passed else None, 0, at_most=True)
+
+
+def _sanitizer(found: Found) -> Record:
+    errors = [r["errors"] for r in found.values() if r.get("errors") is not None]
+    name = "errors that compute-sanitizer finds"
+    return _aim(name, sum(errors) if errors else None, 0, at_most=True)
 
 
 def _overheads(found: Found) -> list[Record]:

@@ -71,4 +71,5 @@ SECTIONS = {
     "selection": Section("selection", "benchmarks.gpu.selection", 0.15),
     "end_to_end": Section("gradient rows of whole models", "benchmarks.gpu.end_to_end", 0.75),
     "micro": Section("kernels beside floors and peers", "benchmarks.gpu.micro", 1.0),
+    "sanitizer": Section("small tests under compute-sanitizer", "benchmarks.gpu.sanitizer", 1.0),
 }

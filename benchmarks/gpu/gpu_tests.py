@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -59,11 +60,17 @@ def _result(file: Path, files: list[Path], settings: Settings, found: Found) -> 
     return _begun[file].result()
 
 
-def run_file(file: Path, limit: float, collect_only: bool = False) -> Record:
-    """Counts of the file's tests by outcome, and the failures."""
+def run_file(
+    file: Path, limit: float, collect_only: bool = False, only: str = "", under: Sequence[str] = ()
+) -> Record:
+    """Counts of the file's tests by outcome, and the failures.
+
+    only: an expression for pytest's -k. under: a command that runs the one after it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "reports"
         command = [
+            *under,
             sys.executable,
             "-m",
             "pytest",
@@ -71,6 +78,8 @@ def run_file(file: Path, limit: float, collect_only: bool = False) -> Record:
             "-q",
             "-m",
             "gpu",
+            "-k",
+            only,
             "-p",
             "benchmarks.gpu.run_pytest",
             "-p",

@@ -66,6 +66,7 @@ def tables(runs: list[Result], before: Sequence[Result] = ()) -> dict[str, str]:
         "gpu machine": _machine,
         "gpu aims": _aims,
         "gpu tests": _tests,
+        "gpu sanitizer": _sanitizer,
         "gpu micro": _micro,
         "gpu selection": _selection,
         "gpu end to end": _end_to_end,
@@ -199,6 +200,24 @@ def _tests(run: Result) -> str:
         {
             f"tests marked gpu, {run['device']['name']}": lambda r: r["file"],
             **{o: lambda r, o=o: str(r.get("counts", {}).get(o, 0)) for o in outcomes},
+            "note": lambda r: (
+                r.get("complaint", "").split("\n")[0] if r["status"] == "ok" else _note(r)
+            ),
+        },
+    )
+
+
+def _sanitizer(run: Result) -> str:
+    rows = [{"case": name, **record} for name, record in _cases(run, "sanitizer")]
+    if not rows:
+        return f"compute-sanitizer, {run['device']['name']}: not run."
+    return table(
+        rows,
+        {
+            f"compute-sanitizer, {run['device']['name']}": lambda r: r["case"],
+            "tests passed": lambda r: str(r.get("counts", {}).get("passed", 0)),
+            "failed": lambda r: str(r.get("counts", {}).get("failed", 0)),
+            "errors found": lambda r: "–" if r.get("errors") is None else str(r["errors"]),
             "note": lambda r: (
                 r.get("complaint", "").split("\n")[0] if r["status"] == "ok" else _note(r)
             ),

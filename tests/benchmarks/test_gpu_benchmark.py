@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import aims as gpu_aims
+from benchmarks.gpu import sanitizer
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.__main__ import file_name
 from benchmarks.gpu.cases import SECTIONS, Case, Settings, Skip
@@ -374,6 +375,66 @@ def test_gpu_tests_end_at_their_limit(tmp_path):
     record = run_file(file, 3)
     assert record["complaint"] == "ended after 3 s"
     assert record["counts"] == {}
+
+
+# Runs what comes after its options and gives the summary that TOOL's name is told to have.
+SANITIZER = """#!/bin/bash
+while [[ $1 == --* ]]; do
+  case $1 in --tool=*) tool=${1#*=} ;; --log-file=*) log=${1#*=} ;; esac
+  shift
+done
+echo "========= COMPUTE-SANITIZER" > "$log"
+[[ $tool == initcheck ]] && exit 255
+"$@"
+status=$?
+if [[ $tool == racecheck ]]; then
+  echo "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)" >> "$log"
+else
+  echo "========= ERROR SUMMARY: 0 errors" >> "$log"
+fi
+exit $status
+"""
+
+
+def test_tests_under_a_sanitizer(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER)
+    program.chmod(0o755)
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest\n" + MARK + "def test_small(): pass\ndef test_too_large(): assert False\n"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    clean = sanitizer.run_under("memcheck", file, 600, "small")
+    assert clean["counts"] == {"passed": 1} and clean["errors"] == 0 and not clean["said"]
+    assert "complaint" not in clean
+    races = sanitizer.run_under("racecheck", file, 600)
+    assert races["counts"] == {"passed": 1, "failed": 1} and races["errors"] == 3
+    assert "3 hazards" in races["said"]
+    assert gpu_aims._sanitizer({"one": clean, "two": races})["met"] is False
+    broken = sanitizer.run_under("initcheck", file, 600)
+    assert broken["errors"] is None and "initcheck" not in broken.get("said", "")
+    assert "complaint" in broken
+
+    monkeypatch.setenv("PATH", "/none")
+    if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
+        with pytest.raises(Skip, match="compute-sanitizer is neither"):
+            sanitizer.run_under("memcheck", file, 600)
+
+
+@pytest.mark.slow
+def test_what_runs_under_the_sanitizer_exists():
+    for file, only in sanitizer.SMALL.items():
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", file, "-m", "gpu", "-k", only),
+                *("-q", "--collect-only", "-p", "no:cacheprovider"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
 
 
 def test_wheels_of_missing_packages_are_unpacked(tmp_path):
