@@ -95,8 +95,10 @@ class _GreedyBytes(Protocol):
     def __call__(self, problem: GreedyProblem) -> int: ...
 
 class _GreedySelect(Protocol):
-    """The picks begin..end-1, in order of calls. `room`: memory of the size that greedy_bytes returns,
-    which the first call, with `begin` 0, may find with any content."""
+    """Make the picks begin..end-1, of which earlier calls have made those before.
+
+    room: memory of the size that greedy_bytes returns, with any content before the first call.
+    """
 
     def __call__(
         self, problem: GreedyProblem, *, room: int, begin: int, end: int, device: int, stream: int

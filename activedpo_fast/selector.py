@@ -19,6 +19,7 @@ from activedpo_fast.gradients.extractor import FeatureExtractor
 from activedpo_fast.gradients.sketch import Sketch
 from activedpo_fast.gradients.supported import require_supported
 from activedpo_fast.gradients.trainable import trainable_parameters
+from activedpo_fast.models.adapters import active_adapters
 from activedpo_fast.models.encoder_decoder import decoder_start_token_id
 from activedpo_fast.models.named import GivenModel, as_model, is_name
 from activedpo_fast.models.ref_model import RefModel, check_ref_model
@@ -169,6 +170,11 @@ class ActiveDPOSelector:
         gradients = "gradients" in requires
         require_supported(self.model, gradients=gradients, pad_token_id=pad_token_id)
         check_ref_model(self.model, self.ref_model, needed="ref_logps" in requires)
+        if gradients and not (named or active_adapters(self.model)):
+            logger.info(
+                "the model has no adapter: rows are gradients of all that it trains; if the "
+                "trainer gets a peft_config, pass it here, too"
+            )
         if gradients and named:
             # The flags of a model in memory may still change.
             trainable_parameters(self.model, self.args.last_layers)
@@ -410,8 +416,8 @@ def _picks_of(given: Labeled | None, name: str) -> list[Pick]:
     for entry in listed if isinstance(listed, Iterable) else [listed]:
         if not isinstance(entry, Selection):
             raise ActiveDPOError(
-                f"{name}: expected a Selection, or several, got "
-                f"{type(entry).__name__}; read_labels reads them from a file"
+                f"{name}: expected a Selection, or several, got {type(entry).__name__}; "
+                "read_labels reads them from a file, and by_preference splits them by their labels"
             )
         picks += entry
     return picks

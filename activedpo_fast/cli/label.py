@@ -68,7 +68,8 @@ def label_picks(
     else:
         labeling.write_labels()
     complete = all(label is not None for label in labeling.labels())
-    return f"{report(labeling)}\nlabels: {output}", complete
+    where = output if is_begun(output) else f"none yet; they will be in {output}"
+    return f"{report(labeling)}\nlabels: {where}", complete
 
 
 def report_of(picks_path: Path, *, output: Path | None = None, combine: str = "majority") -> str:

@@ -134,7 +134,8 @@ class ModelRunner:
                 raise ActiveDPOError(
                     f"{tokenized.place(int(result[0][0]))}: what the model gives for it is not "
                     "finite (NaN or infinite), also when it runs alone; use a dtype with a wider "
-                    "range, skip it (--skip-non-finite), or leave the item out"
+                    "range, leave the item out, or skip it (--skip-non-finite, "
+                    "FeatureExtractor(skip_non_finite=True))"
                 )
             yield result
 

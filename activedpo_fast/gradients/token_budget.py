@@ -63,12 +63,13 @@ class TokenBudget:
         fitting = [int(_room(device) / cost) for device, cost in costs.items() if cost]
         self.tokens = max(_FIRST, min(most, *fitting) if fitting else _MOST_ON_CPU)
         for device, cost in costs.items():
-            logger.info(
-                "batches of %d tokens, about %.0f kB per token on %s",
-                self.tokens,
-                cost / 1e3,
-                device,
-            )
+            if cost > 1e3:  # passes without gradients keep nothing to speak of
+                logger.info(
+                    "batches of %d tokens, about %.0f kB per token on %s",
+                    self.tokens,
+                    cost / 1e3,
+                    device,
+                )
 
     def halve(self, padded_tokens: int) -> None:
         """Halve the budget after a batch of `padded_tokens` did not fit."""

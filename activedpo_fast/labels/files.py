@@ -44,8 +44,8 @@ class FileOracle:
     Args:
         path: a folder, or a file that ends in `.jsonl`. A folder serves any number of selections:
             the file is `to_label-<digest>.jsonl`, with the selection's digest. A file serves one
-            selection. Labels are also accepted in `labels_file` of that file, which takes
-            precedence; `activedpo label` writes it.
+            selection. Labels are also accepted in `labels_file` of that file, which
+            `activedpo label` writes; of two labels of a pick, that one counts.
         via: how people label, for the message: in "files", or in the "page" of `activedpo label`.
 
     Raises:
@@ -74,14 +74,18 @@ class FileOracle:
         if not selection:
             return []
         to_label, labels = self.paths(selection)
-        source = labels if labels.exists() else to_label
-        if not source.exists():
+        sources = [path for path in (labels, to_label) if path.exists()]
+        if not sources:
             write_atomic(to_label, "".join(pick_line(pick, label=None) for pick in selection))
             raise LabelsPending(self._what_to_do(len(selection), selection, to_label))
-        found = _read(source, selection)
+        found: list[Any] = [None] * len(selection)
+        for source in sources:
+            if None in found:
+                said = _read(source, selection)
+                found = [s if f is None else f for f, s in zip(found, said, strict=True)]
         missing = sum(value is None for value in found)
         if missing:
-            raise LabelsPending(self._what_to_do(missing, selection, source))
+            raise LabelsPending(self._what_to_do(missing, selection, sources[0]))
         return [None if value == SKIP else int(value) for value in found]
 
     def paths(self, selection: Selection) -> tuple[Path, Path]:

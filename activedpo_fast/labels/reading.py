@@ -9,7 +9,7 @@ from typing import Any
 from activedpo_fast._files import FilePath
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.selection.picks_jsonl import read_picks
-from activedpo_fast.selection.result import Selection
+from activedpo_fast.selection.result import Selection, check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,9 @@ def by_preference(
 
     `ActiveDPOSelector.select` takes the former as `labeled` and the latter as `asked`.
 
+    Raises:
+        ActiveDPOError: a wrong number of labels, or any other value.
+
     Examples:
         >>> from activedpo_fast import by_preference
         >>> with_preference, without = by_preference(picked, labels)
@@ -122,7 +125,8 @@ def by_preference(
         (3, 1)
         >>> following = selector.select(pool, 2, labeled=with_preference, asked=without)
     """
-    pairs = list(zip(selection, labels, strict=True))
+    preferred = check_labels(selection, labels)
+    pairs = list(zip(selection, preferred, strict=True))
     return (
         Selection(tuple(pick for pick, label in pairs if label is not None), selection.strategy),
         Selection(tuple(pick for pick, label in pairs if label is None), selection.strategy),

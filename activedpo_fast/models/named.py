@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -77,6 +78,14 @@ def _with_adapter(model: PreTrainedModel | PeftModel, config: PeftConfig, seed: 
         raise ActiveDPOError(f"peft_config: {first_line(error)}") from error
 
 
+def _check_processing_class(given: Any) -> None:
+    if not hasattr(getattr(given, "tokenizer", given), "pad_token_id"):
+        raise ActiveDPOError(
+            "processing_class: expected a tokenizer or processor (AutoTokenizer.from_pretrained "
+            f"loads one), got {type(given).__name__}"
+        )
+
+
 def _loaded(model: GivenModel, processing_class: ProcessingClass | None) -> tuple[Any, Any]:
     if not is_name(model):
         if processing_class is None:
@@ -84,12 +93,17 @@ def _loaded(model: GivenModel, processing_class: ProcessingClass | None) -> tupl
                 "processing_class: pass the model's tokenizer; only a model given "
                 "by name comes with its own"
             )
+        if not isinstance(model, torch.nn.Module):
+            raise ActiveDPOError(f"model: expected a model or its name, got {type(model).__name__}")
+        _check_processing_class(processing_class)
         return model, processing_class
     if isinstance(processing_class, ProcessorMixin):
         raise ActiveDPOError(
             "model: a vision-language model is not loaded by name: load it "
             "(AutoModelForImageTextToText), and pass it with its processor"
         )
+    if processing_class is not None:
+        _check_processing_class(processing_class)
     folder = local_folder(model)  # type: ignore[arg-type]
     if not (folder / ADAPTER_CONFIG).is_file():
         return load_model(folder, tokenizer=processing_class)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from activedpo_fast._files import first_line, read_checked_json
+from activedpo_fast._files import first_line, read_checked_json, read_json
 from activedpo_fast.errors import ActiveDPOError
 from activedpo_fast.labels.reading import read_label
 from activedpo_fast.pool.pool import PreferencePool
@@ -153,11 +153,21 @@ def read_run(folder: Path, name: str) -> RunData:
 def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         raise ActiveDPOError(f"{folder}: no such folder")
-    if (folder / "config.json").exists() or round_folders(folder):
+    config = folder / "config.json"
+    if (config.exists() and not _is_of_model(config)) or round_folders(folder):
         return
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     hint = f"; it has these runs: {' '.join(map(str, inside))}" if inside else ""
-    raise ActiveDPOError(f"{folder}: not the folder of a run (no config.json){hint}")
+    why = "its config.json is a model's" if config.exists() else "no config.json"
+    raise ActiveDPOError(f"{folder}: not the folder of a run ({why}){hint}")
+
+
+def _is_of_model(config: Path) -> bool:
+    try:
+        found = read_json(config)
+    except ActiveDPOError:
+        return False
+    return isinstance(found, dict) and "model_type" in found
 
 
 def _try(run: RunData, read: Callable[[], T]) -> T | None:

@@ -118,13 +118,11 @@ class Selection(Sequence[Pick]):
         """
         import datasets  # slow to import, and needed only here
 
-        if len(labels) != len(self.picks):
-            raise ActiveDPOError(f"{len(labels)} labels for {len(self.picks)} picks")
+        labels = check_labels(self, labels)
         columns: dict[str, list[Any]] = {"id": [], "prompt": [], "chosen": [], "rejected": []}
         arguments: list[dict[str, Any]] = []
         images: list[list[str]] = []
-        for position, (pick, label) in enumerate(zip(self.picks, labels, strict=True)):
-            preferred = check_label(label, f"label {position} (id {pick.id!r})")
+        for position, (pick, preferred) in enumerate(zip(self.picks, labels, strict=True)):
             if isinstance(pick.prompt, str) != isinstance(self.picks[0].prompt, str):
                 raise ActiveDPOError(
                     f"pick {position} (id {pick.id!r}): plain strings and chat messages are mixed"
@@ -225,6 +223,16 @@ def _json_features(columns: dict[str, list[Any]]) -> dict[str, Any]:
     if _IMAGES in columns:
         found[_IMAGES] = datasets.List(datasets.Image())
     return found
+
+
+def check_labels(selection: Selection, labels: Sequence[Any]) -> list[int | None]:
+    """Return one label per pick, 0, 1 or None; anything else, or another number, raises."""
+    if len(labels) != len(selection):
+        raise ActiveDPOError(f"{len(labels)} labels for {len(selection)} picks")
+    return [
+        check_label(label, f"label {position} (id {pick.id!r})")
+        for position, (pick, label) in enumerate(zip(selection, labels, strict=True))
+    ]
 
 
 def check_label(label: Any, place: str) -> int | None:

@@ -76,12 +76,23 @@ def fill_missing(
                 _write(store, parts, len(missing))
             else:
                 deque(parts, maxlen=0)
-    elif processes.rank == 0 and store.partial():  # killed at the very end
+    else:
+        first = processes.rank == 0
+        processes.check(lambda: _require_recorded(store, extractor) if first else None)
+    if not missing and processes.rank == 0 and store.partial():  # killed at the very end
         _write(store, (), 0)
         for path in store.partial():  # all its rows are in another shard
             path.unlink()
     if processes.rank == 0 and not (store.path / TOKENS).exists():  # it was deleted since
         store.write_tokens(token_hashes(tokenized), store.manifest["filling"])
+
+
+def _require_recorded(store: StoreFolder, extractor: FeatureExtractor) -> None:
+    """Raise `ActiveDPOError` if the extractor would compute other rows than the store has."""
+    filling = store.manifest.get("filling")
+    if filling is not None:
+        now = json.loads(json.dumps(extractor.identity()))
+        require_same_settings(store.path, filling["extractor"], now, "filled")
 
 
 def _require_same_rows(
@@ -139,7 +150,7 @@ def _begin(
     Returns:
         The padded tokens of a batch.
     """
-    now = json.loads(json.dumps(extractor.identity()))
+    _require_recorded(store, extractor)
     layout = extractor.check(tokenized).name
     filling = store.manifest.get("filling")
     if filling is None:
@@ -147,10 +158,9 @@ def _begin(
             "rows_per_shard": rows_per_shard or default_rows_per_shard(store.manifest["responses"]),
             "max_tokens_per_batch": extractor.tokens_per_batch(tokenized),
             "layout": layout,
-            "extractor": now,
+            "extractor": json.loads(json.dumps(extractor.identity())),
         }
     else:
-        require_same_settings(store.path, filling["extractor"], now, "filled")
         given = extractor.max_tokens_per_batch
         used = {
             **filling,

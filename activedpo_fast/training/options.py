@@ -305,6 +305,8 @@ def check_training_options(args: Any) -> None:
 
     The message names the first such field and its value.
     """
+    if not hasattr(args, "f_divergence_type"):  # TRL is slow to import, and need not be there
+        raise ActiveDPOError(f"expected a trl.DPOConfig, got {type(args).__name__}")
     if args.ld_alpha not in (None, 1.0):
         raise ActiveDPOError(
             f"DPOConfig: ld_alpha={args.ld_alpha} gives a response another log π in every pair, by "

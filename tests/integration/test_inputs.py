@@ -204,3 +204,13 @@ def test_a_loop_by_name_over_a_data_set(adapter: str, base_and_adapter, tmp_path
     # The adapter of a round can be given by name too, with its tokenizer in the same folder.
     trained = ActiveDPOSelector(tmp_path / "names" / "round-000" / "adapter")
     assert len(trained.select(Dataset.from_list(ROWS), 2)) == 2
+
+
+def test_a_model_without_an_adapter_is_named_in_the_log(caplog) -> None:
+    """A trainer with a peft_config trains other parameters."""
+    caplog.set_level("INFO", logger="activedpo_fast")
+    model = tiny_causal_lm("llama")
+    ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tiny_tokenizer())
+    assert "no adapter" not in caplog.text
+    ActiveDPOSelector(model, tiny_tokenizer())
+    assert "the model has no adapter: rows are gradients of all that it trains" in caplog.text

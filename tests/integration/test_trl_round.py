@@ -388,3 +388,31 @@ def test_selector_settings_are_the_trainers(tmp_path: Any) -> None:
         "max_length": 77,
         "truncation_mode": "keep_start",
     }
+
+
+def test_rounds_of_a_script_of_ones_own(tmp_path: Path) -> None:
+    """What docs/trl.md says under "Several rounds": whose policy is π_ref."""
+    from trl import DPOTrainer
+
+    model, args = _model(), _args(tmp_path)
+
+    def trainer() -> DPOTrainer:
+        return DPOTrainer(
+            model=model, args=args, train_dataset=DATA, processing_class=tiny_tokenizer()
+        )
+
+    trainer().train()
+    trained = adapter_state(model)
+    with pytest.raises(ValueError, match="ref"):
+        trainer()
+    model.delete_adapter("ref")
+    second = trainer()
+    of_ref = {n: p for n, p in model.named_parameters() if ".ref." in n}
+    own = dict(model.named_parameters())
+    assert of_ref and trained
+    assert all(torch.equal(p, own[n.replace(".ref.", ".default.")]) for n, p in of_ref.items())
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in adapter_state(model).items())
+    second.train()
+    assert any(
+        not torch.equal(tensor, trained[name]) for name, tensor in adapter_state(model).items()
+    )

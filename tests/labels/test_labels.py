@@ -271,3 +271,22 @@ def test_half_a_character_in_a_line_of_labels(tmp_path: Path, name: str) -> None
         for read in (read_labels, lambda path: read_labeled_pairs(path, pool)):
             with pytest.raises(ActiveDPOError, match="line 1: .ud83d is half of a surrogate pair"):
                 read(path)
+
+
+def test_files_are_read_together_with_what_the_page_wrote(tmp_path: Path) -> None:
+    """What one of two files lacks may be in the other; the page's counts where both have it."""
+    selection, oracle = _selection(3), FileOracle(tmp_path)
+    with pytest.raises(LabelsPending):
+        oracle.label(selection)
+    path, labels = oracle.paths(selection)
+    rows = _fill(path, [1, None, "skip"])
+    _write(
+        labels, [{**row, "label": label} for row, label in zip(rows, (0, None, None), strict=True)]
+    )
+    with pytest.raises(LabelsPending, match="1 of 3"):
+        oracle.label(selection)
+    _fill(path, [1, "skp", "skip"])
+    with pytest.raises(ActiveDPOError, match="line 2: 'label' must be"):
+        oracle.label(selection)
+    _fill(path, [1, 1, "skip"])
+    assert oracle.label(selection) == [0, 1, None]

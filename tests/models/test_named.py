@@ -90,6 +90,10 @@ def test_objects_are_returned_as_they_are() -> None:
     assert found[0] is model and found[1] is tokenizer
     with pytest.raises(ActiveDPOError, match="processing_class: pass the model's tokenizer"):
         as_model(model)
+    with pytest.raises(ActiveDPOError, match="processing_class: expected a tokenizer.* got str"):
+        as_model(model, "a name")
+    with pytest.raises(ActiveDPOError, match="model: expected a model or its name, got Tok"):
+        as_model(tokenizer, model)
 
 
 def test_names_on_the_hub(tmp_path: Path, folders, monkeypatch: pytest.MonkeyPatch) -> None:

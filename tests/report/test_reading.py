@@ -98,6 +98,10 @@ def test_without_settings_or_tokenizer_there_is_still_a_report(copied: Copy) -> 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, runs: tuple[Path, Path]) -> None:
     with pytest.raises(ActiveDPOError, match="no such folder"):
         read_runs([tmp_path / "none"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ActiveDPOError, match="not the folder of a run .its config.json is a model"):
+        read_runs([tmp_path / "model"])
     with pytest.raises(ActiveDPOError, match="not the folder of a run"):
         read_runs([tmp_path])
     with pytest.raises(ActiveDPOError, match=r"it has these runs: .*activedpo .*random"):

@@ -163,6 +163,9 @@ def test_null_or_missing_is_not_labeled_yet_and_skip_or_tie_is_an_answer(tmp_pat
         Selection(STRINGS.picks[2:], "unknown"),
         Selection(STRINGS.picks[1:2], "unknown"),
     )
+    for wrong in ([1, None, 0], [1], [0, "skip"], [0, 2], [True, None]):
+        with pytest.raises(ActiveDPOError, match="label"):
+            by_preference(selection, wrong)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     del records[0]["label"]
     path.write_text("\n".join(map(json.dumps, records)))

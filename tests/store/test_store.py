@@ -212,6 +212,13 @@ def test_stores_that_do_not_fit_or_are_damaged_are_refused(
     path = tmp_path / "s"
     store = FeatureStore.create(path, pool, SETTINGS, skipped=[])
     store.fill(extractor, tokens)
+    store.fill(extractor, tokens)  # nothing to do
+    for other in (
+        FeatureExtractor(extractor.model, Sketch("sjlt", 64)),
+        FeatureExtractor(extractor.model, Sketch("sjlt", 32), beta=0.7),
+    ):
+        with pytest.raises(ActiveDPOError, match="filled with"):
+            store.fill(other, tokens)
     with pytest.raises(ActiveDPOError, match="made with dim = 32, not 64"):
         FeatureStore.create(path, pool, {**SETTINGS, "dim": 64}, skipped=[])
     with pytest.raises(ActiveDPOError, match="stored as float32 or bfloat16 or float64, not 'x'"):

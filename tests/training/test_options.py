@@ -44,6 +44,11 @@ def test_the_table_in_the_docs_is_the_packages() -> None:
     assert rows == expected
 
 
+def test_other_arguments_than_trls() -> None:
+    with pytest.raises(ActiveDPOError, match="expected a trl.DPOConfig, got TrainingArguments"):
+        selector_settings(TrainingArguments(use_cpu=True))
+
+
 # For every field that has a refused value: such values with their message, and values that pass.
 _REFUSED: dict[str, tuple[list[dict[str, Any]], str, list[dict[str, Any]]]] = {
     "ld_alpha": (

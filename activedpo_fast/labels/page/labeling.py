@@ -52,8 +52,9 @@ class Labeling:
             raise ActiveDPOError(f"{output} is the file of the pairs: choose another --output")
         if output.exists() and not is_begun(output):
             raise ActiveDPOError(
-                f"{output} exists and was not written by this command (there is no "
-                f"{self.journal.path.name}): choose another --output, or move it away"
+                f"{output} exists and was not written by this command "
+                f"({self.journal.path.name} is missing or empty): choose another --output, or move "
+                "it away"
             )
         output.parent.mkdir(parents=True, exist_ok=True)
         with self.locked():
@@ -119,9 +120,14 @@ class Labeling:
     def write_labels(self) -> None:
         """Write the labels file: a line per pair, its label, its weight and its answers.
 
-        A pair without an answer has `"label": null`, as in every file of picks.
+        A pair without an answer has `"label": null`, as in every file of picks. Before anybody has
+        answered, and if the batch has no labels itself, there is no labels file.
         """
         with self.locked():
+            if self.answers.head is None:
+                if not any(label is not None for label in self.batch.labels):
+                    return
+                self.append()  # the journal says whose file it is
             given: list[list[dict[str, Any]]] = [[] for _ in self.batch.picks]
             for answer in self.answers.all():
                 given[answer.pair].append(public_fields(answer))

@@ -330,3 +330,23 @@ def test_an_answer_that_just_fits_on_the_disk_is_saved(picks: Path) -> None:
             one.undo()
     assert [given.pair for given in _session(picks).labeling.answers.all()] == [0, 1]
     assert _answer(one) == 2
+
+
+def test_a_start_that_nobody_answered_in_can_be_repeated(picks: Path) -> None:
+    for _ in range(2):
+        labeling = _session(picks).labeling
+        labeling.write_labels()
+        assert not labels_file(picks).exists()
+    session = _session(picks)
+    _answer(session)
+    session.labeling.write_labels()
+    assert labels_file(picks).exists()
+    _answer(_session(picks))
+
+
+def test_labels_that_the_picks_have_are_written_without_an_answer(picks: Path) -> None:
+    write_picks(picks, plain_picks(2), label=1)
+    for _ in range(2):
+        open_labeling(picks).write_labels()
+        lines = labels_file(picks).read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == [1, 1]
