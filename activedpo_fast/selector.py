@@ -286,6 +286,7 @@ class ActiveDPOSelector:
             group=group,
             show_progress=show_progress,
         )
+        _warn_of_zeros(picked, rules)
         features = tokenized + signals.seconds
         self.last_timings = {
             "features": features,
@@ -405,6 +406,17 @@ def _norm(model: PreTrainedModel | PeftModel) -> float:
         if p.requires_grad
     ]
     return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _warn_of_zeros(picked: Selection, rules: PickRules | None) -> None:
+    """Say that picks are as good as arbitrary: the first of equally useless pairs."""
+    at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
+    if picked and not at_random and not any(pick.score for pick in picked):
+        logger.warning(
+            "all scores are 0, so %s tells no pair from another: are the responses of each pair the "
+            "same tokens?",
+            picked.strategy,
+        )
 
 
 def _picks_of(given: Labeled | None, name: str) -> list[Pick]:

@@ -145,32 +145,55 @@ def _find_candidates(
     for path, store in zip(store_paths, stores, strict=True):
         if store.manifest["pool"] != stores[0].manifest["pool"]:
             raise ActiveDPOError(f"{path} has rows of another pool than {store_paths[0]}")
+    if len(stores) > 1:
+        _check_are_stages(*stores)
     known = asked = torch.empty(0, 2, dtype=torch.int64)
     non_finite = sorted({item for store in stores for item in store.non_finite()})
+    skipped = sorted({item for store in stores for item in store.manifest["skipped"]})
     if labeled is not None:
         known, asked = read_labeled_pairs(labeled, pool, log=processes.rank == 0)
-        known, asked = _without(known, asked, pool, non_finite)
+        for items, why in (
+            (skipped, "are of items that were left out as too long"),
+            (non_finite, "have rows that are not finite"),
+        ):
+            known, asked = _without(known, asked, pool, items, why)
     candidates = Candidates.find(
-        pool,
-        processes,
-        labeled=known,
-        asked=asked,
-        skipped=[*(item for store in stores for item in store.manifest["skipped"]), *non_finite],
-        rules=rules,
+        pool, processes, labeled=known, asked=asked, skipped=[*skipped, *non_finite], rules=rules
     )
     return stores, candidates, asked
 
 
-def _without(
-    known: torch.Tensor, asked: torch.Tensor, pool: PreferencePool, non_finite: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move labeled pairs of items without finite rows to those that were only asked."""
-    item = torch.searchsorted(pool.response_offsets, known[:, 0].contiguous(), right=True) - 1
-    out = torch.isin(item, torch.tensor(non_finite, dtype=torch.int64))
-    if out.any():
-        logger.warning(
-            "%d labeled pairs have rows that are not finite, and do not enter V", int(out.sum())
+def _check_are_stages(exact: FeatureStore, cheap: FeatureStore) -> None:
+    """Raise `ActiveDPOError` unless two stores of a pool can be the stages of one selection."""
+    if exact.manifest.get("tokens") != cheap.manifest.get("tokens"):
+        raise ActiveDPOError(f"{cheap.path} has rows of other tokens than {exact.path}")
+    of_exact, of_cheap = (
+        store.manifest.get("filling", {}).get("extractor", {}) for store in (exact, cheap)
+    )
+    if of_exact.get("weights") != of_cheap.get("weights"):
+        raise ActiveDPOError(
+            f"{cheap.path} has rows of another model or adapter than {exact.path}: both stages are "
+            "of one policy"
         )
+    if _has_exact_rows(of_cheap) and not _has_exact_rows(of_exact):
+        raise ActiveDPOError(
+            f"{exact.path} has cheaper rows than {cheap.path}: --preselect-by takes the cheaper "
+            "ones"
+        )
+
+
+def _has_exact_rows(extractor: Mapping[str, Any]) -> bool:
+    return extractor.get("gradient") == "all_tokens" and extractor.get("last_layers") is None
+
+
+def _without(
+    known: torch.Tensor, asked: torch.Tensor, pool: PreferencePool, items: Sequence[int], why: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move labeled pairs of items that have no rows to those that were only asked."""
+    item = torch.searchsorted(pool.response_offsets, known[:, 0].contiguous(), right=True) - 1
+    out = torch.isin(item, torch.tensor(items, dtype=torch.int64))
+    if out.any():
+        logger.warning("%d labeled pairs %s, and do not enter V", int(out.sum()), why)
     return known[~out], torch.cat([asked, known[out]])
 
 

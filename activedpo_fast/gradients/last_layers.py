@@ -83,7 +83,7 @@ def _run_after(model: nn.Module, layer: nn.Module, within: set[int]) -> set[int]
 
     The order of a model's attributes does not tell: OPT's final norm stands before its layers. So
     one token runs through the model. What is never called, as a dictionary of parameters, counts as
-    the module around it.
+    the modules around it: PEFT's tokens of a tied embedding are in the embedding and in the head.
     """
     called: dict[int, bool] = {}  # by module: whether `layer` was called before
     begun = False
@@ -104,15 +104,15 @@ def _run_after(model: nn.Module, layer: nn.Module, within: set[int]) -> set[int]
     finally:
         for handle in handles:
             handle.remove()
+    before: set[int] = set()
     after: set[int] = set()
 
     def visit(module: nn.Module, around: bool) -> None:
         runs_after = called.get(id(module), around)
-        if runs_after:
-            after.add(id(module))
+        (after if runs_after else before).add(id(module))
         for child in module.children():
             if id(child) not in within:
                 visit(child, runs_after)
 
     visit(model, False)
-    return after
+    return after - before

@@ -268,3 +268,14 @@ def test_a_model_without_one_list_of_layers_is_refused() -> None:
     model = transformers.XLMWithLMHeadModel(config)
     with pytest.raises(ActiveDPOError, match="XLMWithLMHeadModel has no single list"):
         trainable_parameters(model, 1)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_trained_tokens_of_a_tied_embedding_are_below(arch: str) -> None:
+    """PEFT's embedding and head share them: like a tied weight, they are not the last layers'."""
+    for tied in (False, True):
+        base = tiny_causal_lm(arch, num_hidden_layers=LAYERS, tie_word_embeddings=tied)
+        model = lora(base, arch, trainable_token_indices=[5, 20])
+        assert any("trainable_tokens" in name for name in trainable_parameters(model).by_name)
+        names = trainable_parameters(model, 1).by_name
+        assert names and all(layer_of(name) == LAYERS - 1 for name in names)

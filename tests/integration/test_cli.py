@@ -350,6 +350,13 @@ def test_prompts_that_fill_max_length_are_not_candidates(
     assert main([*select, str(candidates + 1)]) == 0
     assert picked.read_bytes() == picks
     assert "7 pairs are picked instead of 8" in capsys.readouterr().err
+    known = [{"id": id_, "pair": [0, 1], "label": 0} for id_ in ("p1", "p2")]
+    known_file = _write_jsonl(tmp_path / "known.jsonl", known)
+    select[3] = str(tmp_path / "others.jsonl")
+    assert main([*select, "6", "--labeled", str(known_file)]) == 0
+    said = capsys.readouterr()
+    assert "1 labeled pairs are of items that were left out as too long" in said.err
+    assert "6 of 6 candidate pairs and 1 labeled picked" in said.out
     labels = _write_jsonl(tmp_path / "l.jsonl", [{**p, "label": 0} for p in _read_jsonl(picked)])
     select = ["select", str(tmp_path / "store"), "--output", str(tmp_path / "none.jsonl")]
     said = "no pair is left to pick: every pair was asked before"
@@ -473,6 +480,14 @@ def test_two_stores_are_the_two_stages_of_the_selector(
 
     other = _write_jsonl(tmp_path / "other.jsonl", _rows(3))
     assert main([*_features(project, tmp_path / "other", pool=other), "--proj-dim", "64"]) == 0
+    small, stale = tmp_path / "short", tmp_path / "stale"
+    assert main([*_features(project, small), "--proj-dim", "64", "--max-length", "10"]) == 0
+    adapter = lora(tiny_causal_lm("llama"), "llama", seed=5)
+    adapter.save_pretrained(tmp_path / "adapter")
+    argv = _features(project, stale, adapter=tmp_path / "adapter")
+    assert main([*argv, "--proj-dim", "64", "--gradient", "response_tokens"]) == 0
+    swapped = ["select", cheap, "--preselect=2", f"--preselect-by={store}", "--output=x.jsonl"]
+    _refused(capsys, swapped, "has cheaper rows than", "--preselect-by takes the cheaper ones")
     chosen += ["--output", str(tmp_path / "refused")]
     for more, expected_words in (
         (["--preselect", "2"], "--preselect-by"),
@@ -480,6 +495,8 @@ def test_two_stores_are_the_two_stages_of_the_selector(
         (["--preselect", "0", "--preselect-by", cheap], "--preselect: 0 is below 1"),
         ([*stages, "--strategy", "trace"], "the strategy 'trace'"),
         (["--preselect", "2", "--preselect-by", str(tmp_path / "other")], "rows of another pool"),
+        (["--preselect", "2", "--preselect-by", str(small)], "rows of other tokens"),
+        (["--preselect", "2", "--preselect-by", str(stale)], "rows of another model or adapter"),
     ):
         _refused(capsys, [*chosen, *more], expected_words)
     assert not (tmp_path / "refused").exists()

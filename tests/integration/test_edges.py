@@ -205,3 +205,18 @@ def test_the_callers_default_device_changes_nothing() -> None:
                 POOL, 3
             )
         assert found == expected
+
+
+def test_a_selection_that_tells_no_pair_from_another_says_so(caplog: Any) -> None:
+    """Texts that differ, but not in tokens: the end of a sequence ends every response anyway."""
+    tokenizer = tiny_tokenizer()
+    end = str(tokenizer.eos_token)
+    pool = PreferencePool.from_rows(
+        {"id": f"p{n}", "prompt": f"prompt {n}", "responses": [" b", " b" + end]} for n in range(3)
+    )
+    selector = ActiveDPOSelector(lora(tiny_causal_lm("llama"), "llama"), tokenizer)
+    assert [pick.score for pick in selector.select(pool, 2)] == [0.0, 0.0]
+    assert "all scores are 0, so activedpo tells no pair from another" in caplog.text
+    caplog.clear()
+    assert any(pick.score for pick in selector.select(POOL, 2))
+    assert "all scores are 0" not in caplog.text
