@@ -413,8 +413,8 @@ def _warn_of_zeros(picked: Selection, rules: PickRules | None) -> None:
     at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
     if picked and not at_random and not any(pick.score for pick in picked):
         logger.warning(
-            "all scores are 0, so %s tells no pair from another: are the responses of each pair the "
-            "same tokens?",
+            "all scores are 0, so %s tells no pair from another: are the two responses of every "
+            "pair the same tokens?",
             picked.strategy,
         )
 
