@@ -141,13 +141,13 @@ class ModelRunner:
 
 
 def finite_rows(result: BatchResult) -> torch.Tensor:
-    """Return which rows have only finite numbers, bool [n]."""
-    return torch.stack(
-        [
-            part.isfinite().flatten(1).all(dim=1) if part.dim() > 1 else part.isfinite()
-            for part in result[1:]
-        ]
-    ).all(dim=0)
+    """Return which rows have only finite numbers, bool [n], on the device of the first numbers."""
+    of_parts = [
+        part.isfinite().flatten(1).all(dim=1) if part.dim() > 1 else part.isfinite()
+        for part in result[1:]
+    ]
+    device = of_parts[0].device  # parts of a model that is split over several have their own
+    return torch.stack([finite.to(device) for finite in of_parts]).all(dim=0)
 
 
 def whole_items(finite: torch.Tensor, rows: torch.Tensor, tokenized: TokenizedPool) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from activedpo_fast.errors import ActiveDPOError, UnsupportedParameterError
 from activedpo_fast.gradients.batches import SAME_NUMBERS, Batch, Layout, collate, group_rows
 from activedpo_fast.gradients.check_plan import CheckPlan
+from activedpo_fast.gradients.finite import finite_rows
 from activedpo_fast.gradients.passes import hidden_pass, logp_pass
 from activedpo_fast.gradients.rounding import disturbed, rounds_its_activations
 from activedpo_fast.gradients.rows import autograd_gradients, captured_rows
@@ -220,17 +221,28 @@ def _run(
     layout: Layout,
     pad_token_id: int,
 ) -> Iterator[BatchResult]:
-    """Run all in one batch, as far as the layout, the model's length classes and memory allow."""
-    budget = TokenBudget(1 << 30, next(model.parameters()).device)
-    return run_batches(
-        tokenized,
-        rows,
-        run_batch,
-        layout,
-        budget,
-        length_class=length_class(model),
-        pad_token_id=pad_token_id,
-    )
+    """Run all in one batch, as far as the layout, the model's length classes and memory allow.
+
+    What is not finite there runs again alone in this layout, as when rows are computed.
+    """
+
+    def run(rows: Sequence[int]) -> Iterator[BatchResult]:
+        return run_batches(
+            tokenized,
+            rows,
+            run_batch,
+            layout,
+            TokenBudget(1 << 30, next(model.parameters()).device),
+            length_class=length_class(model),
+            pad_token_id=pad_token_id,
+        )
+
+    for result in run(rows):
+        finite = finite_rows(result)
+        if finite.any():
+            yield tuple(part[finite.to(part.device)] for part in result)
+        for row in result[0][~finite.to(result[0].device)].tolist():
+            yield from run([row])
 
 
 def _compare(

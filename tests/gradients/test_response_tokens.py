@@ -75,6 +75,19 @@ def test_rows_are_those_of_the_loop(arch: str) -> None:
         assert relative_error(extract(model, tokens, max_tokens_per_batch=budget), expected) <= 1e-5
 
 
+def test_padding_whose_numbers_are_nan_is_no_other_layout(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 2's mask in float64 is infinite: padding that may attend to nothing gives NaN."""
+    pool = PreferencePool.from_rows(
+        {"prompt": "fox " * n + "x", "responses": [" y", " z z z z z z z z z z z z"]}
+        for n in (1, 5, 20, 8)
+    )
+    tokens = tokenize_pool(pool, tiny_tokenizer())
+    model = lora(tiny_causal_lm("gemma2", torch.float64), "gemma2")
+    rows = extract(model, tokens, max_tokens_per_batch=2048)
+    assert "not finite in a batch" in caplog.text
+    assert relative_error(rows, loop(model, tokens.sequences)) <= 1e-6  # norms are in float32
+
+
 def test_a_row_does_not_depend_on_the_other_responses() -> None:
     """Truncated from the left, the responses of an item have different prompt tokens."""
     model = lora(tiny_causal_lm("llama", torch.float64), "llama")
