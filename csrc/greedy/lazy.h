@@ -21,9 +21,9 @@ class GreedyLazy {
                                    const GreedyRoom<S>& room)
       : team_(team), p_(problem), room_(room), products_(team, problem, room) {}
 
-  // Call it first; a barrier must follow. `anew`: the workspace has not been used.
-  ACTIVEDPO_HOST_DEVICE void start(bool anew) {
-    if (anew) {
+  // Call it first; a barrier must follow. `unused`: the workspace has no state yet.
+  ACTIVEDPO_HOST_DEVICE void start(bool unused) {
+    if (unused) {
       for (std::int64_t i = team_.thread(); i < p_.n_candidates; i += team_.threads()) {
         room_.inherited[i] = 0;
         room_.version[i] = 0;
