@@ -33,7 +33,7 @@ from activedpo_fast.selection.picks_jsonl import Pick
 from activedpo_fast.selection.preselection import check_preselectable
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, check_is_rules, random_seed
-from activedpo_fast.selection.run import run_selection
+from activedpo_fast.selection.run import run_selection, tells_nothing
 from activedpo_fast.selection.strategies import Strategy, make_strategy
 from activedpo_fast.settings import SelectorConfig, read_settings
 
@@ -286,7 +286,12 @@ class ActiveDPOSelector:
             group=group,
             show_progress=show_progress,
         )
-        _warn_of_zeros(picked, rules)
+        if tells_nothing(picked, rules):
+            logger.warning(
+                "all scores are 0, so %s tells no pair from another: are the two responses of "
+                "every pair the same tokens?",
+                picked.strategy,
+            )
         features = tokenized + signals.seconds
         self.last_timings = {
             "features": features,
@@ -406,17 +411,6 @@ def _norm(model: PreTrainedModel | PeftModel) -> float:
         if p.requires_grad
     ]
     return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def _warn_of_zeros(picked: Selection, rules: PickRules | None) -> None:
-    """Say that picks are as good as arbitrary: the first of equally useless pairs."""
-    at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
-    if picked and not at_random and not any(pick.score for pick in picked):
-        logger.warning(
-            "all scores are 0, so %s tells no pair from another: are the two responses of every "
-            "pair the same tokens?",
-            picked.strategy,
-        )
 
 
 def _picks_of(given: Labeled | None, name: str) -> list[Pick]:

@@ -23,7 +23,7 @@ from activedpo_fast.selection.candidates import Candidates, pool_text
 from activedpo_fast.selection.preselection import check_preselectable
 from activedpo_fast.selection.result import Selection
 from activedpo_fast.selection.rules import PickRules, random_seed
-from activedpo_fast.selection.run import run_selection
+from activedpo_fast.selection.run import run_selection, tells_nothing
 from activedpo_fast.selection.signals import History, TensorSignals
 from activedpo_fast.selection.strategies import make_strategy
 from activedpo_fast.settings import SelectorConfig
@@ -247,8 +247,7 @@ def _check_scores(
             else "every pair was asked before, or its prompt is too long"
         )
         raise ActiveDPOError(f"{store_path}: no pair is left to pick: {why}")
-    at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
-    if not at_random and not any(pick.score for pick in picked):
+    if tells_nothing(picked, rules):
         why = (
             "every pair's two responses have the same reward"
             if picked.strategy == "reward_gap"

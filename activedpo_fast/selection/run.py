@@ -78,6 +78,12 @@ def run_selection(
     )
 
 
+def tells_nothing(picked: Selection, rules: PickRules | None) -> bool:
+    """Return whether all scores are 0, except of random picks: any pairs would be as good."""
+    at_random = picked.strategy == "random" or (rules is not None and rules.random_fraction > 0)
+    return bool(picked) and not at_random and not any(pick.score for pick in picked)
+
+
 def _selection_of(
     pool: PreferencePool,
     pairs: Tensor,

@@ -200,9 +200,7 @@ def _tests(run: Result) -> str:
         {
             f"tests marked gpu, {run['device']['name']}": lambda r: r["file"],
             **{o: lambda r, o=o: str(r.get("counts", {}).get(o, 0)) for o in outcomes},
-            "note": lambda r: (
-                r.get("complaint", "").split("\n")[0] if r["status"] == "ok" else _note(r)
-            ),
+            "note": _note_of_tests,
         },
     )
 
@@ -218,11 +216,13 @@ def _sanitizer(run: Result) -> str:
             "tests passed": lambda r: str(r.get("counts", {}).get("passed", 0)),
             "failed": lambda r: str(r.get("counts", {}).get("failed", 0)),
             "errors found": lambda r: "–" if r.get("errors") is None else str(r["errors"]),
-            "note": lambda r: (
-                r.get("complaint", "").split("\n")[0] if r["status"] == "ok" else _note(r)
-            ),
+            "note": _note_of_tests,
         },
     )
+
+
+def _note_of_tests(record: Row) -> str:
+    return record.get("complaint", "").split("\n")[0] if record["status"] == "ok" else _note(record)
 
 
 def _micro(run: Result) -> str:
